@@ -1,0 +1,71 @@
+"""The `hvdtrain` command: finds the subcommand, imports only that one, and turns errors into one line and a code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from hvdtrain import __version__
+from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError, nearest
+
+# name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
+COMMANDS = {
+    "train": ("hvdtrain.cli.train", "Train a recipe; this process is one rank."),
+    "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
+    "list": ("hvdtrain.cli.list", "List the recipes found."),
+    "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            raise UserError(f"no command {cmd_name!r}{nearest(cmd_name, COMMANDS)}")
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup)
+@click.version_option(__version__)
+def cli() -> None:
+    """Train one recipe on any number of ranks, exactly, over Horovod.
+
+    Each command has its own --help.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue)."""
+    try:
+        # Commands return their exit code; click returns its own for --help and --version.
+        code = cli.main(args, prog_name="hvdtrain", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        fail(str(error), EXIT_USER)
+    except click.ClickException as error:
+        fail(error.format_message(), EXIT_USER)
+    except RunError as error:
+        fail(str(error), EXIT_FAILED)
+    except click.Abort:
+        fail("interrupted", 130)
+
+
+def fail(message: str, code: int) -> None:
+    """End with a message on standard error."""
+    click.echo(f"hvdtrain: error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

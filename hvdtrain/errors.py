@@ -1,0 +1,27 @@
+"""The ways in which a command ends badly, and the words for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_FAILED = 1  # a rank failed
+EXIT_USER = 2  # the user's mistake, found before any rank starts
+EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of sysexits.h)
+
+
+class UserError(Exception):
+    """A user's mistake: shown as one line on standard error, exit 2, no traceback."""
+
+
+class RunError(Exception):
+    """A run that failed for a reason that needs no traceback: shown as it is, exit 1."""
+
+
+def nearest(value: str, valid: Iterable[str]) -> str:
+    """The end of an error message: which valid name is nearest, or which there are."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(names)}" if names else ""
