@@ -1,0 +1,19 @@
+"""`hvdtrain list`"""
+
+from __future__ import annotations
+
+import click
+
+from hvdtrain.finder import find_all
+
+
+@click.command("list")
+def command() -> None:
+    """List the recipes found: name, framework, what it is.
+
+    Looks in ./recipes, then among those that hvdtrain ships. A recipe elsewhere runs by its path.
+    """
+    recipes = find_all()
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        click.echo(f"{recipe.name:{width}}  {recipe.framework:5}  {recipe.summary}")

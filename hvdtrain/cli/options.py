@@ -1,0 +1,95 @@
+"""Dataclass fields as command-line options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hvdtrain import schedule
+from hvdtrain.errors import UserError, nearest
+from hvdtrain.recipe import Field, Recipe, fields
+from hvdtrain.trainer.options import RunOptions, split
+
+TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
+
+
+def click_option(field: Field) -> click.Option:
+    """A field as a click option; a bool becomes --name/--no-name."""
+    flag = field.flag if field.type is not bool else f"{field.flag}/--no-{field.flag[2:]}"
+    kind = click.Choice(field.choices) if field.choices else TYPES.get(field.type, click.Path(path_type=Path))
+    return click.Option([field.name, flag], type=kind, default=None, help=_help(field))
+
+
+def _help(field: Field) -> str:
+    shown = field.default if field.type is not bool else ("on" if field.default else "off")
+    return field.help if field.default is None else f"{field.help}  [{shown}]"
+
+
+class TrainCommand(click.Command):
+    """The options of one recipe, with a help that lists them apart from the run options."""
+
+    def __init__(self, name: str, recipe: type[Recipe], **kwargs: Any) -> None:
+        common = fields(Recipe)
+        self.recipe_options = [f for f in fields(recipe) if f.name not in {c.name for c in common}]
+        # Epochs, batch size, learning rate and schedule are the recipe's to default, and every run's to set.
+        self.run_options = [f for f in fields(recipe) if f.name in {c.name for c in common}] + fields(RunOptions)
+        clash = {f.name for f in self.recipe_options} & {f.name for f in self.run_options}
+        if clash:
+            raise UserError(f"{recipe.__name__}.{clash.pop()} is a run option; name the recipe's option otherwise")
+        options = [click_option(f) for f in [*self.recipe_options, *self.run_options]]
+        super().__init__(name, params=options, **kwargs)  # type: ignore[arg-type]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, group in (("Recipe options", self.recipe_options), ("Run options", self.run_options)):
+            names = {f.name for f in group}
+            records = [p.get_help_record(ctx) for p in self.params if p.name in names]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl([record for record in records if record])
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line of `hvdtrain train`."""
+
+    cls: type[Recipe]
+    name: str  # of the recipe, as the run folder records it
+    given: dict[str, Any]  # only what was given
+
+
+def recipe_name(spec: str) -> str:
+    """`digits`, `digits:Wide`, `my/recipe.py:Class` as a name without folders."""
+    where, _, cls = spec.partition(":")
+    stem = where.rsplit("/", 1)[-1].removesuffix(".py")
+    return f"{stem}:{cls}" if cls else stem
+
+
+def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
+    """Parse what follows RECIPE. Raises UserError for an unknown option or a wrong value, naming the nearest right one.
+
+    `--help` prints the help and raises click's Exit.
+    """
+    command = TrainCommand(f"hvdtrain train {spec}", cls, help=cls.__doc__)
+    try:
+        with command.make_context(command.name, list(args)) as context:
+            given = {key: value for key, value in context.params.items() if value is not None}
+    except click.NoSuchOption as error:
+        names = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
+        raise UserError(f"no option {error.option_name}{nearest(error.option_name, names)}") from error
+    except click.BadParameter as error:
+        option = error.param.opts[0] if error.param else ""
+        raise UserError(f"{option}: {error.message.rstrip('.')}") from error
+    except click.UsageError as error:
+        raise UserError(error.message) from error
+    if "epochs" in given and "steps" in given:
+        raise UserError("--epochs and --steps exclude each other: give one")
+    return Arguments(cls, recipe_name(spec), given)
+
+
+def check(arguments: Arguments) -> None:
+    """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
+    recipe, _ = split(arguments.cls, arguments.given)
+    schedule.parse(recipe.schedule, 1000, 10)

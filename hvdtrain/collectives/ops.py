@@ -1,0 +1,90 @@
+"""Named collectives on torch tensors and on small objects. Tensors are matched over ranks by name."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from horovod.torch import mpi_ops
+from numpy.typing import NDArray
+
+Handle = int
+
+
+def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False) -> Handle:
+    """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
+    return hvd.allreduce_async_(tensor, name=name, op=hvd.Average if average else hvd.Sum)  # type: ignore[no-any-return]
+
+
+def wait(handle: Handle) -> torch.Tensor:
+    """Wait for a collective and return its tensor.
+
+    Horovod's own wait spins and retakes the interpreter's lock each time round, which takes the core that its
+    communication thread needs; so ask at intervals first.
+    """
+    pause = 20e-6
+    while not mpi_ops.poll(handle):
+        time.sleep(pause)
+        pause = min(2 * pause, 1e-3)
+    return hvd.synchronize(handle)  # type: ignore[no-any-return]
+
+
+def broadcast_(tensor: torch.Tensor, name: str, root: int = 0) -> None:
+    """Overwrite a contiguous tensor with the root's."""
+    if hvd.size() > 1:
+        wait(hvd.broadcast_async_(tensor, root, name=name))
+
+
+def broadcast_bytes(data: bytes | None, name: str, root: int = 0) -> bytes:
+    """The root's bytes, on every rank."""
+    if hvd.size() == 1:
+        assert data is not None
+        return data
+    length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
+    broadcast_(length, f"{name}.length", root)
+    if hvd.rank() == root:
+        assert data is not None
+        tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    else:
+        tensor = torch.empty(int(length), dtype=torch.uint8)
+    if len(tensor):
+        broadcast_(tensor, f"{name}.bytes", root)
+    return tensor.numpy().tobytes()
+
+
+def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
+    """The root's value, on every rank, by way of JSON; the others' values are ignored."""
+    data = json.dumps(value).encode() if hvd.rank() == root else None
+    return json.loads(broadcast_bytes(data, name, root))
+
+
+def gather_json(value: Any, name: str) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank, by way of JSON."""
+    if hvd.size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = wait(hvd.allgather_async(torch.tensor([len(data)]), name=f"{name}.lengths")).tolist()
+    joined = wait(hvd.allgather_async(data, name=f"{name}.bytes")).numpy().tobytes()
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [json.loads(joined[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+
+def sum_float64(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    """The sum over ranks of a small float64 array."""
+    if hvd.size() == 1:
+        return values
+    return wait(all_reduce_async_(torch.from_numpy(values.copy()), name)).numpy()
+
+
+def barrier(name: str) -> None:
+    """Return when all ranks are here."""
+    sum_float64(np.zeros(1), name)
+
+
+def ring_bytes(payload: int, size: int) -> int:
+    """Bytes that one rank sends in a ring all-reduce of `payload` bytes over `size` ranks."""
+    return payload * 2 * (size - 1) // size

@@ -1,0 +1,75 @@
+"""Starting Horovod and knowing one's place in the world."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from hvdtrain.errors import UserError
+from hvdtrain.native import installed
+
+# What launchers leave in the environment of a rank.
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size` ranks, `local_rank` of `local_size` on `host`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+
+
+def rank_from_environment() -> int | None:
+    """The rank that a launcher gave to this process, or None if it was started alone. Imports nothing heavy."""
+    for name in RANK_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return None
+
+
+def local_size_from_environment() -> int:
+    """How many ranks share this host, before Horovod is up; 1 where no launcher says."""
+    for name in LOCAL_SIZE_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 1
+
+
+def init(comm: Any = None) -> World:
+    """Initialize Horovod and return this process's place.
+
+    comm: an mpi4py communicator to train on a part of a larger MPI job, or None for all ranks that were launched.
+    A process started by no launcher is a world of one and needs no MPI.
+
+    Raises UserError if Horovod is not built for the installed torch, or Slurm started tasks that do not see each other.
+    """
+    installed.require()
+    # One tensor, one collective: without fusion a bucket is reduced in place, and always in the same order of
+    # addition, which a fused buffer's changing contents would not give.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    if comm is None and rank_from_environment() is None:
+        os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
+        os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
+    import horovod.torch as hvd
+
+    if comm is not None or not hvd.is_initialized():
+        hvd.init(comm)
+    world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if comm is None and world.size == 1 and tasks > 1:
+        raise UserError(f"srun started {tasks} tasks that do not see each other: use `srun --mpi=pmix`, or mpirun")
+    return world
+
+
+def shutdown() -> None:
+    """Leave Horovod together with the other ranks."""
+    import horovod.torch as hvd
+
+    hvd.shutdown()

@@ -1,0 +1,111 @@
+"""What a recipe is, for every framework: a dataclass whose fields are its command-line options, and four methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from hvdtrain.errors import UserError, nearest
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text. Choices are better said by the type: Literal["mlp", "cnn"]."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A model, its data, its optimizer and its score.
+
+    A framework's Recipe (`hvdtrain.torch.Recipe`) adds the methods. Subclass that, with `@dataclass(kw_only=True)`;
+    a field that is overridden keeps its help text.
+    """
+
+    framework: ClassVar[str] = ""
+    # The metric of the evaluation by which the best checkpoint is kept.
+    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+
+    epochs: int = option(10, "passes over the training examples")
+    batch_size: int = option(64, "examples per step over all ranks together, on any number of ranks")
+    lr: float = option(0.1, "learning rate, before the schedule")
+    schedule: str = option(
+        "constant", "learning-rate schedule, e.g. 'warmup:5ep cosine', 'step:30ep,60ep x0.1', 'linear', 'constant'"
+    )
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option of a recipe or of a run, as the command line needs it."""
+
+    name: str
+    type: type  # int, float, str, bool or pathlib.Path
+    optional: bool  # may be None
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def fields(cls: type) -> list[Field]:
+    """The options of a dataclass, in the order of declaration.
+
+    Raises UserError where a class is no dataclass of its own, or a field's type cannot be an option.
+    """
+    if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
+        raise UserError(f"recipe class {cls.__name__} has fields but is no dataclass: add @dataclass(kw_only=True)")
+    hints = typing.get_type_hints(cls)
+    return [_field(cls, field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+
+
+def _field(cls: type, field: dataclasses.Field[Any], hint: Any) -> Field:
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        optional = len(inner) < len(typing.get_args(hint))
+        hint = inner[0] if len(inner) == 1 else hint
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(hint) is Literal:
+        choices, hint = tuple(typing.get_args(hint)), str
+    if hint not in (int, float, str, bool) and not (isinstance(hint, type) and issubclass(hint, Path)):
+        raise UserError(
+            f"{cls.__name__}.{field.name} has type {hint}; options are int, float, str, bool, Path, Literal or Optional"
+        )
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is dataclasses.MISSING:
+        raise UserError(f"{cls.__name__}.{field.name} needs a default")
+    return Field(field.name, hint, optional, choices, default, _help(cls, field.name))
+
+
+def _help(cls: type, name: str) -> str:
+    """A field's help, from the nearest class that gives one: overriding a default keeps it."""
+    for base in cls.__mro__:
+        declared = base.__dict__.get("__dataclass_fields__", {}).get(name)
+        if declared is not None and declared.metadata.get("help"):
+            return str(declared.metadata["help"])
+    return ""
+
+
+def make(cls: type[Any], values: dict[str, Any]) -> Any:
+    """A recipe (or run options) from values; what its own checks refuse is a user's mistake.
+
+    Raises UserError for an unknown name and for a ValueError out of `__post_init__`.
+    """
+    known = {field.name: field for field in fields(cls)}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
+        if issubclass(known[name].type, Path) and isinstance(value, str):
+            values = {**values, name: Path(value)}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error

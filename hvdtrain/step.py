@@ -1,0 +1,82 @@
+"""What the trainer needs of a framework: the small interface behind which torch (and later Keras and JAX) stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "eval"]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The run options that a framework acts on itself."""
+
+    seed: int = 0
+    device: Literal["cpu", "cuda"] | None = None  # None: cuda if there is one
+    threads: int = 1
+    workers: int = 0
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    clip_norm: float | None = None
+    ema: float | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a rank knows after an exchange; the same on each rank but for the last two."""
+
+    sums: NDArray[np.float64]  # (metrics,): sums of the scores over the global batch
+    nonfinite: bool  # a loss of some rank was not finite
+    stop: bool  # some rank was asked to stop
+    # These two are this rank's own:
+    nonfinite_here: bool
+    waited: float  # seconds waited for communication
+
+
+class Step(Protocol):
+    """One rank's model, optimizer and data. A training step is `begin`, `micro_batch` ..., `exchange`, `update`."""
+
+    metrics: tuple[str, ...]  # the scores' names, "loss" first
+    examples: dict[Split, int]
+
+    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
+        """The batches of these ids, in order."""
+
+    def begin(self, passes: int, stop: bool) -> None:
+        """Forget the last step's gradients; `passes` micro-batches follow. stop: this rank was asked to stop."""
+
+    def micro_batch(self, batch: Any, weight: float, part: float, seed: Sequence[int]) -> None:
+        """Add the gradient of `weight` * the sum of the losses; start exchanging what is ready after the last one.
+
+        part: this rank's share of the global batch. seed: what randomness in the model is drawn from.
+        """
+
+    def exchange(self) -> Agreed:
+        """Finish exchanging gradients and sums. All ranks call it once per step, also without a micro-batch."""
+
+    def update(self, factor: float) -> dict[str, float]:
+        """Clip and apply the optimizer at `factor` times its learning rate; what there is to report of it."""
+
+    def learning_rate(self) -> float:
+        """The first parameter group's learning rate, before the schedule."""
+
+    def evaluate(self, batch: Any) -> NDArray[np.float64]:
+        """Sums of the scores of a batch, without training: (metrics,)."""
+
+    def state(self) -> bytes:
+        """All that the trajectory depends on; the same on each rank."""
+
+    def load_state(self, data: bytes) -> None:
+        """Take over a state. Raises UserError if it is not one of this model's and optimizer's."""
+
+    def wire_bytes(self) -> int:
+        """Bytes that this rank sends in an exchange."""
+
+    def graph(self) -> bytes | None:
+        """The model as a TensorBoard GraphDef, or None if it cannot be traced."""

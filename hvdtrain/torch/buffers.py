@@ -1,0 +1,35 @@
+"""Buffers that training changes, such as batch norm's running statistics, kept the same on all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from hvdtrain.collectives import ops
+
+
+class BufferMean:
+    """After each step, every rank's buffers become their mean over ranks, weighted by the ranks' shares of the batch.
+
+    So the whole training state is the same on each rank: a checkpoint and an evaluation need no choice of rank, and a
+    rank without examples does not pull the mean. Integer buffers (a count of batches) are rounded.
+    """
+
+    def __init__(self, buffers: list[torch.Tensor], size: int) -> None:
+        self.buffers = buffers if size > 1 else []
+        self.payload_bytes = 4 * sum(b.numel() for b in self.buffers)
+        self._handle: ops.Handle | None = None
+
+    def start(self, part: float) -> None:
+        """Start averaging; `part` is this rank's share of the global batch, the shares add up to 1."""
+        if self.buffers:
+            flat = torch.cat([b.reshape(-1).float() for b in self.buffers]) * part
+            self._handle = ops.all_reduce_async_(flat, "step.buffers")
+
+    def finish(self) -> None:
+        """Wait, and put the means into the buffers."""
+        if self._handle is None:
+            return
+        flat = ops.wait(self._handle)
+        self._handle = None
+        for b, mean in zip(self.buffers, torch.split(flat, [b.numel() for b in self.buffers]), strict=True):
+            b.copy_((mean if b.is_floating_point() else mean.round()).view(b.shape))

@@ -1,0 +1,67 @@
+"""Batches of example ids, with randomness that depends on the example and not on the rank that loads it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hvdtrain.step import Ids
+
+
+def seed_all(entropy: Sequence[int]) -> None:
+    """Seed torch (all devices), numpy and Python from some integers.
+
+    Randomness is a function of (seed, step, place in the global batch) or (seed, epoch, example), never of what was
+    drawn before: so no generator's state has to be saved, and a resumed run draws what the other would have drawn.
+    """
+    first, second = np.random.SeedSequence([abs(n) for n in entropy]).generate_state(2, np.uint64).tolist()
+    torch.manual_seed(first >> 1)
+    np.random.seed(second & 0xFFFFFFFF)
+    random.seed(second)
+
+
+class SeededExamples(Dataset[Any]):
+    """A dataset whose examples are drawn with generators seeded by (entropy, id)."""
+
+    def __init__(self, dataset: Any, entropy: Sequence[int]) -> None:
+        self.dataset, self.entropy = dataset, entropy
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        seed_all([*self.entropy, i])
+        return self.dataset[i]
+
+
+def batches(dataset: Any, chunks: Sequence[Ids], entropy: Sequence[int], workers: int) -> Iterator[Any]:
+    """The collated batches of these chunks of ids, in order, loaded by `workers` processes or in this one."""
+    loader = DataLoader(
+        SeededExamples(dataset, entropy),
+        batch_sampler=[chunk.tolist() for chunk in chunks],
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # the loader draws from it; the global generator stays ours
+    )
+    return iter(loader)
+
+
+def to_device(batch: Any, device: torch.device, memory_format: torch.memory_format) -> Any:
+    """Move every tensor of a nested batch to the device; 4-D floating ones (images) into the memory format too."""
+    if isinstance(batch, torch.Tensor):
+        batch = batch.to(device, non_blocking=True)
+        if batch.dim() == 4 and batch.is_floating_point():
+            batch = batch.contiguous(memory_format=memory_format)
+        return batch
+    if isinstance(batch, dict):
+        return {key: to_device(value, device, memory_format) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [to_device(value, device, memory_format) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch

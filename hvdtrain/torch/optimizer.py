@@ -1,0 +1,134 @@
+"""Horovod's DistributedOptimizer with hvdtrain's exchange in it, right also where Horovod's own is not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import horovod.torch as hvd
+import torch
+from horovod.torch import optimizer as horovod_optimizer
+
+from hvdtrain.collectives import ops
+from hvdtrain.torch.exchange import Exchange
+
+
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    *,
+    average: bool = True,
+    backward_passes_per_step: int = 1,
+) -> torch.optim.Optimizer:
+    """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
+
+    It is Horovod's own DistributedOptimizer, a subclass of the optimizer's class, with the exchange replaced by flat
+    buckets (`hvdtrain.torch.exchange`). Beyond Horovod's:
+
+    - `zero_grad(set_to_none=...)`, and parameters in any memory format and floating type;
+    - `synchronize()` before `step()` (to clip, say) needs no `skip_synchronize()`;
+    - `GradScaler.unscale_(optimizer)` waits for the gradients by itself: whoever reads `param_groups` does;
+    - a parameter that no rank used keeps `grad` None;
+    - state and defaults of the optimizer that is wrapped are kept.
+
+    Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
+    Raises ValueError where a parameter of the optimizer has no name or a name stands twice.
+    """
+    body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
+    body.update(
+        {
+            "_register_hooks": _register_hooks,
+            "set_backward_passes_per_step": _set_passes,
+            "synchronize": _synchronize,
+            "step": _step,
+            "zero_grad": _zero_grad,
+            "param_groups": property(_get_param_groups, _set_param_groups),
+            "exchange": None,
+            "_average": average,
+        }
+    )
+    # Keeping the class's name and module lets schedulers, checkpoints and Horovod's own helpers recognize it.
+    cls = type(optimizer.__class__.__name__, (optimizer.__class__,), body)
+    wrapped: torch.optim.Optimizer = cls(
+        optimizer.param_groups,
+        named_parameters,
+        hvd.Compression.none,
+        backward_passes_per_step,
+        hvd.Average if average else hvd.Sum,
+    )
+    wrapped.state = optimizer.state
+    wrapped.defaults = optimizer.defaults
+    return wrapped
+
+
+def _register_hooks(self: Any) -> None:
+    """Called by Horovod's constructor where there is more than one rank."""
+    # _parameter_names is sorted by name; the optimizer's own order is the model's, and so backward's reversed.
+    params = [p for group in self.param_groups for p in group["params"]]
+    self.exchange = Exchange([(self._parameter_names[p], p) for p in params], self._average)
+    self.exchange.set_passes(self.backward_passes_per_step)
+
+
+def _set_passes(self: Any, passes: int) -> None:
+    """How many backward passes this rank makes before the next step: ranks may differ, and 0 is allowed."""
+    self.backward_passes_per_step = passes
+    if self.exchange is not None:
+        self.exchange.set_passes(passes)
+
+
+def _synchronize(self: Any) -> None:
+    """Wait until the gradients are reduced; once per step, on all ranks. Nothing to do if it was done."""
+    if self.exchange is not None and not self._synchronized:
+        self.exchange.finish()
+    self._synchronized = True
+
+
+@overload
+def _step(self: Any, closure: None = None) -> None: ...
+@overload
+def _step(self: Any, closure: Callable[[], float]) -> float: ...
+def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
+    """Reduce the gradients, unless that was done, and step."""
+    if closure is not None and self.exchange is not None:
+        raise ValueError("step(closure) would evaluate gradients that are not reduced; call backward() before step()")
+    self.synchronize()
+    self._synchronized = False
+    return super(self.__class__, self).step(closure)  # type: ignore[no-any-return]
+
+
+def _zero_grad(self: Any, set_to_none: bool = True) -> None:
+    """As torch's. Raises RuntimeError while an exchange is in flight, which would be reduced into the next step."""
+    if self.exchange is not None and self.exchange.in_flight:
+        raise RuntimeError("zero_grad() between backward() and step(): the gradients are being reduced")
+    self._synchronized = False
+    super(self.__class__, self).zero_grad(set_to_none)
+
+
+def _get_param_groups(self: Any) -> list[dict[str, Any]]:
+    if self.exchange is not None and self.exchange.in_flight:
+        self.synchronize()
+    return self._param_groups  # type: ignore[no-any-return]
+
+
+def _set_param_groups(self: Any, groups: list[dict[str, Any]]) -> None:
+    self._param_groups = groups
+
+
+def broadcast_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, root: int = 0) -> None:
+    """Overwrite parameters, buffers and optimizer state with the root's, in any memory format."""
+    if hvd.size() == 1:
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        part = [t.detach() for t in tensors if t.dtype == dtype]
+        # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
+        flat = torch.cat([t.reshape(-1) for t in part]).view(torch.uint8)
+        ops.broadcast_(flat, f"state.{dtype}", root)
+        for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
+            t.copy_(piece.view(t.shape))
+    if optimizer is not None:
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        data = ops.broadcast_bytes(buffer.getvalue(), "state.optimizer", root)
+        optimizer.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))

@@ -1,0 +1,140 @@
+"""Checkpoints: RUN_DIR/checkpoints/step-N/{state, meta.json}, whole or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hvdtrain.errors import UserError
+from hvdtrain.trainer.files import sync_folder, write_atomically, write_json
+
+FORMAT = "hvdtrain checkpoint 1"
+
+
+@dataclass
+class Position:
+    """Where in a run a state belongs: after `step` steps, with example `offset` of epoch `epoch`'s order to come."""
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    samples: int = 0
+    epoch_loss_sum: float = 0.0  # over the epoch's examples so far
+    train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
+    skipped_nonfinite: int = 0
+    eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+    def advance(self, count: int, loss_sum: float, examples: int) -> None:
+        """A step consumed `count` of the epoch's `examples`, with losses that add up to `loss_sum`."""
+        self.step += 1
+        self.samples += count
+        self.offset += count
+        self.epoch_loss_sum += loss_sum
+        self.train_loss = self.epoch_loss_sum / self.offset
+        if self.offset == examples:
+            self.epoch, self.offset, self.epoch_loss_sum = self.epoch + 1, 0, 0.0
+
+
+def save(run_dir: Path, position: Position, state: bytes, recipe: str) -> Path:
+    """Write a checkpoint and return its folder. An existing one of the same step is replaced."""
+    folder = run_dir / "checkpoints" / f"step-{position.step}"
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    meta = {
+        "format": FORMAT,
+        "recipe": recipe,
+        "position": asdict(position),
+        "state_bytes": len(state),
+        "state_sha256": hashlib.sha256(state).hexdigest(),
+    }
+    write_atomically(beside / "state", state)
+    write_json(beside / "meta.json", meta)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    sync_folder(folder.parent)
+    return folder
+
+
+def listed(run_dir: Path) -> list[Path]:
+    """The checkpoint folders, oldest first."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def prune(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> None:
+    """Remove all but the last `keep` checkpoints and the best; `checkpoints/best` is a link to that one."""
+    folders = listed(run_dir)
+    metric, direction = best
+    scored = {path: value for path in folders if (value := _evaluated(path, metric)) is not None}
+    chosen = (min if direction == "min" else max)(scored, key=scored.__getitem__) if scored else None
+    if chosen is not None:
+        link = run_dir / "checkpoints" / ".best.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(chosen.name)
+        link.rename(run_dir / "checkpoints" / "best")
+    for path in folders[:-keep]:
+        if path != chosen:
+            shutil.rmtree(path)
+
+
+def load_newest(run_dir: Path, recipe: str) -> tuple[Position, bytes] | None:
+    """The newest checkpoint, or None if there is none.
+
+    Raises UserError if it is damaged or of another recipe, offering the one before.
+    """
+    folders = listed(run_dir)
+    if not folders:
+        return None
+    newest = folders[-1]
+    try:
+        return _load(newest, recipe)
+    except UserError as error:
+        for path in reversed(folders[:-1]):
+            try:
+                _load(path, recipe)
+            except UserError:
+                continue
+            newer = " ".join(os.fspath(other) for other in folders[folders.index(path) + 1 :])
+            raise UserError(f"{error}; {path.name} is whole, to resume from it: rm -r {newer}") from None
+        raise UserError(f"{error}; no earlier checkpoint is whole") from None
+
+
+def _load(folder: Path, recipe: str) -> tuple[Position, bytes]:
+    meta = _read_meta(folder)
+    if meta["recipe"] != recipe:
+        raise UserError(f"{folder} is a checkpoint of recipe {meta['recipe']!r}, not of {recipe!r}")
+    try:
+        state = (folder / "state").read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    if len(state) != meta["state_bytes"]:
+        raise UserError(f"{folder} is truncated: state has {len(state)} of {meta['state_bytes']} bytes")
+    if hashlib.sha256(state).hexdigest() != meta["state_sha256"]:
+        raise UserError(f"{folder} is damaged: the checksum of its state is wrong")
+    return Position(**meta["position"]), state
+
+
+def _evaluated(folder: Path, metric: str) -> float | None:
+    """The metric that a checkpoint was evaluated to; None for none, NaN or a folder that cannot be read."""
+    try:
+        value = _read_meta(folder)["position"]["eval"].get(metric)
+    except UserError:
+        return None
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no checkpoint of hvdtrain: its meta.json cannot be read") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{folder} is no checkpoint of this hvdtrain: expected format {FORMAT!r}")
+    return meta

@@ -1,0 +1,74 @@
+"""`hvdtrain.fit`: a recipe, a place in the world, and off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.world import World, init, shutdown
+from hvdtrain.errors import UserError
+from hvdtrain.recipe import Recipe, make
+from hvdtrain.trainer.loop import train
+from hvdtrain.trainer.options import RunOptions, split
+
+# Where a run is, not what it is: these are not kept in config.json.
+NOT_KEPT = ("run_dir", "resume")
+
+
+def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
+    """Train a recipe on all ranks that run this, and return the summary (as in summary.json) on each.
+
+    comm: an mpi4py communicator whose processes are the ranks; None: all that were launched.
+    run_options: the fields of `hvdtrain.trainer.options.RunOptions`, e.g. run_dir="runs/x", resume=True, amp="bf16".
+    Raises UserError (a ValueError's worth of user mistake) and RunError (the loss is not finite).
+    """
+    options = make(RunOptions, run_options)
+    world = init(comm)
+    try:
+        name = type(recipe).__name__.lower()
+        return train(recipe, name, options, config(name, recipe, options), world)
+    finally:
+        if comm is not None:
+            # So that the next training can have another communicator; MPI itself goes on.
+            shutdown()
+
+
+def fit_from_command_line(cls: type[Recipe], name: str, given: dict[str, Any], world: World) -> dict[str, Any]:
+    """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
+    if given.get("resume"):
+        if given.get("run_dir") is None:
+            raise UserError("--resume needs --run-dir: the folder of the run to go on with")
+        given = merge_saved(Path(given["run_dir"]), name, given, world)
+    recipe, options = split(cls, given)
+    return train(recipe, name, options, config(name, recipe, options), world)
+
+
+def config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """What config.json holds."""
+    kept = {key: value for key, value in asdict(options).items() if key not in NOT_KEPT}
+    values = {**asdict(recipe), **kept}
+    return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
+
+
+def merge_saved(run_dir: Path, name: str, given: dict[str, Any], world: World) -> dict[str, Any]:
+    """Options of rank 0's config.json, overridden by those given now; the same on every rank.
+
+    Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
+    """
+    answer: dict[str, Any] = {"options": {}}
+    if world.rank == 0 and (run_dir / "config.json").exists():
+        try:
+            saved = json.loads((run_dir / "config.json").read_bytes())
+            if saved["recipe"] == name:
+                answer = {"options": saved["options"]}
+            else:
+                answer = {"error": f"{run_dir} is a run of recipe {saved['recipe']!r}, not of {name!r}"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            answer = {"error": f"{run_dir / 'config.json'} cannot be read: {error}"}
+    answer = ops.broadcast_json(answer, "config")
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return {**answer["options"], **given}

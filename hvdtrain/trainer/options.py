@@ -1,0 +1,58 @@
+"""The run options: how a recipe is trained, apart from what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hvdtrain.recipe import Recipe, make, option
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Run options with their defaults; the command line and `hvdtrain.fit` take them by these names."""
+
+    run_dir: Path | None = option(None, "run folder; default: runs/RECIPE-DATE-TIME")
+    resume: bool = option(False, "go on from the newest checkpoint in --run-dir; at step 0 if it has none yet")
+    steps: int | None = option(None, "train this many steps in all, instead of --epochs")
+    micro_batch: int | None = option(None, "most examples per rank in one pass; a rank's part takes several if larger")
+    batch_per_rank: int | None = option(None, "weak scaling: --batch-size is this many examples times the ranks")
+    scale_lr: Literal["none", "linear", "sqrt"] = option("none", "with --batch-per-rank: lr times ranks, or their root")
+    seed: int = option(0, "seed of the weights, the sample order and all other randomness")
+    amp: Literal["off", "bf16", "fp16"] = option("off", "automatic mixed precision")
+    clip_norm: float | None = option(None, "clip the norm of the reduced gradient to this")
+    ema: float | None = option(None, "evaluate an exponential moving average of the weights with this decay")
+    compile: bool = option(False, "compile the model (torch.compile)")
+    checkpoint_every: int | None = option(None, "steps between checkpoints; default: once an epoch. Also at the end")
+    keep: int = option(3, "checkpoints to keep, besides the best")
+    eval_every: int | None = option(None, "steps between evaluations; default: once an epoch. Also at the end")
+    log_every: int = option(10, "steps between rows of metrics.jsonl")
+    skip_nonfinite: int = option(0, "steps with a loss that is not finite to skip before giving up")
+    device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
+    threads: int | None = option(None, "CPU threads per rank; default: the host's cores, divided among its ranks")
+    workers: int = option(0, "processes per rank that load data; 0: the rank itself")
+    quiet: bool = option(False, "no progress and no plan on the terminal")
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "micro_batch", "batch_per_rank", "checkpoint_every", "eval_every", "threads")
+        for name in (*at_least_one, "keep", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in ("seed", "workers", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"--clip-norm is {self.clip_norm}; it must be above 0")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema is {self.ema}; a decay lies between 0 and 1, for example 0.999")
+        if self.scale_lr != "none" and self.batch_per_rank is None:
+            raise ValueError(f"--scale-lr {self.scale_lr} goes with --batch-per-rank; a fixed --batch-size needs none")
+
+
+def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]:
+    """A recipe and run options from one dict of values. Raises UserError where they refuse a value."""
+    own = {key: value for key, value in given.items() if key in RunOptions.__dataclass_fields__}
+    recipe: Recipe = make(cls, {key: value for key, value in given.items() if key not in own})
+    return recipe, make(RunOptions, own)

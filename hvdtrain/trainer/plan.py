@@ -1,0 +1,79 @@
+"""What a run will do, worked out before its first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hvdtrain import schedule
+from hvdtrain.errors import UserError
+from hvdtrain.recipe import Recipe
+from hvdtrain.schedule import Schedule
+from hvdtrain.trainer.options import RunOptions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run; the same on every rank."""
+
+    ranks: int
+    examples: int
+    batch_size: int  # global
+    micro_batch: int  # most examples per rank and pass
+    passes: int  # most passes per rank and step
+    steps_per_epoch: int
+    total_steps: int
+    lr: float  # after scaling, before the schedule
+    lr_scale: float
+    schedule: Schedule
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.total_steps // self.steps_per_epoch)
+
+
+def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int) -> Plan:
+    """Work out the plan for `examples` training examples at learning rate `lr` on `ranks` ranks.
+
+    Raises UserError for sizes that make no sense and for a schedule that does not parse.
+    """
+    for name in ("epochs", "batch_size"):
+        if getattr(recipe, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be at least 1")
+    batch_size = options.batch_per_rank * ranks if options.batch_per_rank else recipe.batch_size
+    per_rank = -(-batch_size // ranks)
+    micro_batch = min(options.micro_batch or per_rank, per_rank)
+    steps_per_epoch = -(-examples // batch_size)
+    total_steps = options.steps or recipe.epochs * steps_per_epoch
+    lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.scale_lr]
+    return Plan(
+        ranks=ranks,
+        examples=examples,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        passes=-(-per_rank // micro_batch),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        lr=lr * lr_scale,
+        lr_scale=lr_scale,
+        schedule=schedule.parse(recipe.schedule, total_steps, steps_per_epoch),
+    )
+
+
+def describe(plan: Plan, options: RunOptions) -> list[str]:
+    """The plan in a few lines for people."""
+    ragged = plan.examples % plan.batch_size
+    weak = f" ({options.batch_per_rank} x {plan.ranks} ranks)" if options.batch_per_rank else ""
+    scaled = f" (times {plan.lr_scale:g}, --scale-lr {options.scale_lr})" if plan.lr_scale != 1 else ""
+    corners = ", ".join(f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners)
+    return [
+        f"data      {plan.examples} examples, {plan.steps_per_epoch} steps an epoch"
+        + (f", the last of {ragged} examples" if ragged else ""),
+        f"batch     {plan.batch_size} global{weak} = {plan.ranks} rank{'s' * (plan.ranks > 1)} x "
+        f"{plan.passes} pass{'es' * (plan.passes > 1)} x at most {plan.micro_batch}",
+        f"steps     {plan.total_steps} in {plan.epochs} epoch{'s' * (plan.epochs > 1)}",
+        f"lr        {plan.schedule.text}: {corners}{scaled}",
+        f"gradient  all-reduce in flat buckets, compression none, amp {options.amp}"
+        + (f", clipped to norm {options.clip_norm:g}" if options.clip_norm else "")
+        + (f", EMA {options.ema:g}" if options.ema else ""),
+    ]

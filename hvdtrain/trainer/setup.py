@@ -1,0 +1,69 @@
+"""What has to be settled before the first step: devices, the run folder, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from hvdtrain import __version__
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.world import World
+from hvdtrain.errors import UserError
+from hvdtrain.step import StepOptions
+from hvdtrain.trainer.files import write_json
+from hvdtrain.trainer.options import RunOptions
+
+PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
+
+
+def step_options(options: RunOptions, world: World) -> StepOptions:
+    """The framework's options, with the number of threads resolved on this host."""
+    cores = len(os.sched_getaffinity(0))
+    return StepOptions(
+        seed=options.seed,
+        device=options.device,
+        threads=options.threads or max(1, cores // world.local_size),
+        workers=options.workers,
+        amp=options.amp,
+        clip_norm=options.clip_norm,
+        ema=options.ema,
+        compile=options.compile,
+    )
+
+
+def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: World) -> Path:
+    """Rank 0's run folder, made and with its config.json written; every rank learns its path.
+
+    Raises UserError on all ranks where the folder holds another run or cannot be written.
+    """
+    answer: dict[str, str] = {}
+    folder = options.run_dir or Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if world.rank == 0:
+        if not options.resume and (folder / "config.json").exists():
+            answer = {"error": f"run folder {folder} already holds a run: add --resume to go on, or name another"}
+        else:
+            try:
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                write_json(folder / "config.json", config)
+                answer = {"folder": str(folder)}
+            except OSError as error:
+                answer = {"error": f"run folder {folder} cannot be written: {error.strerror}"}
+    answer = ops.broadcast_json(answer, "run_folder")
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return Path(answer["folder"])
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run depends on."""
+    found = {"hvdtrain": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
