@@ -47,6 +47,7 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     assert recipe is not None
     try:
         arguments = arguments_of([recipe, *args])
+        options.check(arguments)
         world = init()
     except UserError as error:
         messages.send("failed", **_who(), code=EXIT_USER, error=str(error), traceback="")
@@ -62,8 +63,6 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
         leave(130, "interrupted", "")
     except Exception as error:
         leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
-    if world.rank == 0 and "quiet" not in arguments.given:
-        tell(summary)
     return 0 if summary["finished"] else EXIT_REQUEUE
 
 
@@ -81,17 +80,6 @@ def arguments_of(args: list[str]) -> options.Arguments:
 def check_arguments(args: list[str]) -> None:
     """What `hvdtrain launch` checks before any rank starts: RECIPE and its options. Raises UserError."""
     options.check(arguments_of(args))
-
-
-def tell(summary: dict[str, Any]) -> None:
-    """The end of a run, for people."""
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
-    print(f"evaluated {shown}")
-    print(
-        f"trained   {summary['steps']} steps, {summary['samples_per_second']:,.0f} samples/s on "
-        f"{summary['world_size']} rank{'s' * (summary['world_size'] > 1)}",
-        flush=True,
-    )
 
 
 def leave(code: int, error: str, trace: str) -> NoReturn:

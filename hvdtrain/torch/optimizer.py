@@ -108,11 +108,12 @@ def _zero_grad(self: Any, set_to_none: bool = True) -> None:
 def _get_param_groups(self: Any) -> list[dict[str, Any]]:
     if self.exchange is not None and self.exchange.in_flight:
         self.synchronize()
-    return self._param_groups  # type: ignore[no-any-return]
+    return self.__dict__["param_groups"]  # type: ignore[no-any-return]
 
 
 def _set_param_groups(self: Any, groups: list[dict[str, Any]]) -> None:
-    self._param_groups = groups
+    # In the instance's dict, where torch's load_state_dict and pickling look for it.
+    self.__dict__["param_groups"] = groups
 
 
 def broadcast_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, root: int = 0) -> None:

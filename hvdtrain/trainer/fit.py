@@ -39,8 +39,6 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
 def fit_from_command_line(cls: type[Recipe], name: str, given: dict[str, Any], world: World) -> dict[str, Any]:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
     if given.get("resume"):
-        if given.get("run_dir") is None:
-            raise UserError("--resume needs --run-dir: the folder of the run to go on with")
         given = merge_saved(Path(given["run_dir"]), name, given, world)
     recipe, options = split(cls, given)
     return train(recipe, name, options, config(name, recipe, options), world)

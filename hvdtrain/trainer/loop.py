@@ -22,7 +22,7 @@ from hvdtrain.trainer import checkpoint
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan, describe, make_plan
-from hvdtrain.trainer.report import Reporter
+from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import run_folder, step_options, versions
 from hvdtrain.trainer.signals import StopRequest
 
@@ -81,6 +81,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
                 "versions": versions(),
             }
         )
+        report.lines(describe_end(summary, run.folder))
     # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
     ops.barrier("end")
     messages.send("finished", rank=world.rank, code=0 if finished else EXIT_REQUEUE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe, make, option
 
 
@@ -47,6 +48,8 @@ class RunOptions:
             raise ValueError(f"--clip-norm is {self.clip_norm}; it must be above 0")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; a decay lies between 0 and 1, for example 0.999")
+        if self.resume and self.run_dir is None:
+            raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
         if self.scale_lr != "none" and self.batch_per_rank is None:
             raise ValueError(f"--scale-lr {self.scale_lr} goes with --batch-per-rank; a fixed --batch-size needs none")
 
@@ -55,4 +58,7 @@ def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]
     """A recipe and run options from one dict of values. Raises UserError where they refuse a value."""
     own = {key: value for key, value in given.items() if key in RunOptions.__dataclass_fields__}
     recipe: Recipe = make(cls, {key: value for key, value in given.items() if key not in own})
+    for name in ("epochs", "batch_size"):
+        if getattr(recipe, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be at least 1")
     return recipe, make(RunOptions, own)

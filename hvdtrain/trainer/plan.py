@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from hvdtrain import schedule
-from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe
 from hvdtrain.schedule import Schedule
 from hvdtrain.trainer.options import RunOptions
@@ -35,11 +34,8 @@ class Plan:
 def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int) -> Plan:
     """Work out the plan for `examples` training examples at learning rate `lr` on `ranks` ranks.
 
-    Raises UserError for sizes that make no sense and for a schedule that does not parse.
+    Raises UserError for a schedule that does not parse.
     """
-    for name in ("epochs", "batch_size"):
-        if getattr(recipe, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be at least 1")
     batch_size = options.batch_per_rank * ranks if options.batch_per_rank else recipe.batch_size
     per_rank = -(-batch_size // ranks)
     micro_batch = min(options.micro_batch or per_rank, per_rank)

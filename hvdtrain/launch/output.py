@@ -1,0 +1,101 @@
+"""What the launchers print, taken apart: which rank and stream a line is from, its text, and messages in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from hvdtrain import messages
+
+# horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
+PREFIX = re.compile(rb"\[(?:([^\]\s]*),)?(\d+)\]<(stdout|stderr|stddiag)>:")
+END = re.compile(rb"[\r\n]")
+
+
+class Line(NamedTuple):
+    """A line of output; rank is None if it is the launcher's own."""
+
+    rank: int | None
+    stream: str  # "stdout" or "stderr"
+    text: str
+
+
+class Lines:
+    """Takes the bytes of one of the launcher's streams and gives back lines, each as soon as it is complete.
+
+    A carriage return ends a line too, so that a rank's own progress bar comes through as it moves.
+    """
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        self.buffer = bytearray()
+        self.searched = 0  # so much of the buffer has no line end
+        self.owner: tuple[int | None, str] = (None, stream)  # of text that goes on after a carriage return
+        self.returned: set[tuple[int | None, str]] = set()  # whose last line ended with a carriage return
+
+    def feed(self, data: bytes) -> Iterator[Line]:
+        """The lines that `data` completes; without data, also the last, unfinished one."""
+        self.buffer += data
+        start = 0
+        while end := END.search(self.buffer, self.searched):
+            yield from self.line(bytes(self.buffer[start : end.start()]), end.group())
+            start = self.searched = end.end()
+        del self.buffer[:start]
+        self.searched = len(self.buffer)
+        if not data and self.buffer:
+            yield from self.line(bytes(self.buffer), b"\n")
+            self.buffer.clear()
+            self.searched = 0
+
+    def line(self, raw: bytes, end: bytes) -> Iterator[Line]:
+        """The line in `raw`, unless it is only half of a two-byte line end."""
+        prefix = PREFIX.match(raw)
+        if prefix:
+            job, rank, stream = prefix.groups()
+            raw = raw[prefix.end() :]
+            if job is not None:
+                raw = raw.removeprefix(b" ")
+            self.owner = (int(rank), "stdout" if stream == b"stdout" else "stderr")
+        owner = self.owner
+        half = not raw and (end == b"\r" or owner in self.returned)
+        if end == b"\r":
+            self.returned.add(owner)
+        else:
+            self.returned.discard(owner)
+            self.owner = (None, self.stream)
+        if not half:
+            yield Line(*owner, raw.decode("utf-8", errors="replace"))
+
+
+def take_message(text: str) -> tuple[str, dict[str, Any] | None]:
+    """What stands before a message in a line, and the message; a rank may have left its line unfinished."""
+    at = text.find(messages.MARK)
+    message = messages.parse(text[at:]) if at >= 0 else None
+    return (text, None) if message is None else (text[:at], message)
+
+
+class Death(NamedTuple):
+    """What the launcher says of a rank's end. A code above 128 is 128 + a signal's number."""
+
+    rank: int
+    code: int
+
+
+# Each in the launcher's own words, joined by single spaces.
+DEATHS = re.compile(
+    r"\bProcess (?P<rank>\d+) exit with status code (?P<code>\d+)\."  # horovodrun
+    r"|process rank (?P<rank2>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"  # Open MPI
+    r"|Process name: \[[^\]]*,(?P<rank3>\d+)\] Exit code: (?P<code3>\d+)"  # Open MPI
+)
+
+
+def deaths(lines: list[str]) -> list[Death]:
+    """The ranks that ended badly by the launcher's own lines, in their order."""
+    found = []
+    for match in DEATHS.finditer(" ".join(" ".join(lines).split())):
+        part = match.groupdict()
+        rank = part["rank"] or part["rank2"] or part["rank3"]
+        code = 128 + int(part["signal"]) if part["signal"] else int(part["code"] or part["code3"])
+        found.append(Death(int(rank), code))
+    return found

@@ -1,0 +1,131 @@
+"""What the ranks and the launcher have said, and what it amounts to: who failed first, why, and the exit code."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
+from hvdtrain.launch.output import Death, Line, deaths
+
+HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
+KEEP_LINES = 1000  # of the launcher's own
+# Horovod raises it in every rank that has lost another one: what broke the other one is the cause.
+CONSEQUENCE = "HorovodInternalError"
+
+
+class Report:
+    """What has been said so far in one run; `hosts` is the host name of each rank."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self.hosts = hosts
+        self.started: dict[int, dict[str, Any]] = {}
+        self.finished: dict[int, int] = {}
+        self.failed: list[dict[str, Any]] = []
+        self.launcher: deque[str] = deque(maxlen=KEEP_LINES)
+        self.held: deque[tuple[float, Line]] = deque()
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Note a rank's message; one that is not whole is passed over."""
+        rank, kind = message.get("rank"), message["kind"]
+        if not isinstance(rank, int):
+            return
+        if kind == "started" and isinstance(message.get("pid"), int):
+            self.started[rank] = message
+        elif kind == "finished":
+            self.finished[rank] = int(message.get("code") or 0)
+        elif kind == "failed":
+            self.failed.append(message)
+
+    def hold(self, line: Line) -> None:
+        """Note a line of the launcher itself, to be shown later if at all."""
+        self.launcher.append(line.text)
+        self.held.append((time.monotonic() + HOLD_SECONDS, line))
+
+    def due(self, *, last: bool = False) -> list[Line]:
+        """The held lines to show now: all, or those that waited long enough; none if a rank's end explains them."""
+        if self.failed or any(self.finished.values()) or deaths(list(self.launcher)):
+            self.held.clear()
+        lines = []
+        while self.held and (last or self.held[0][0] <= time.monotonic()):
+            lines.append(self.held.popleft()[1])
+        return lines
+
+    def next_due(self) -> float | None:
+        """When the first held line is due, by the monotonic clock."""
+        return self.held[0][0] if self.held else None
+
+    def where(self, rank: int) -> str:
+        """`rank 1 on host-b`, by the host's own name if the rank has told it."""
+        host = self.started.get(rank, {}).get("host") or (self.hosts[rank] if rank < len(self.hosts) else None)
+        return f"rank {rank} on {host}" if host else f"rank {rank}"
+
+
+def outcome(report: Report, launcher: str, code: int, asked: int | None = None) -> tuple[int, str]:
+    """The run's exit code, and what to say about it ("" for nothing).
+
+    `code` is the launcher's; it turns most codes of ranks into its own, so what ranks said goes first. `asked` is the
+    signal by which the user asked for a stop.
+    """
+    spoke = {message["rank"] for message in report.failed} | set(report.finished)
+    fell = deaths(list(report.launcher))
+    # A launcher ends the other ranks with SIGTERM once one has failed.
+    silent = [death for death in fell if death.rank not in spoke and death.code != 128 + signal.SIGTERM]
+    causes = [message for message in report.failed if CONSEQUENCE not in failure_text(message)]
+    if causes:
+        return failed_first(report, causes[0])
+    if EXIT_REQUEUE in report.finished.values():
+        return EXIT_REQUEUE, ""  # the ranks agree on it, when the state is saved
+    if asked and Death(0, 128 + signal.SIGTERM) in fell:
+        return 128 + asked, "rank 0 ended on the signal, without saving"
+    if silent:
+        others = f"\n{count_others(len(report.failed))}" if report.failed else ""
+        return silent_death(report, silent[0], others)
+    if report.failed:
+        return failed_first(report, report.failed[0])
+    if code == 0:
+        return 0, ""
+    if report.hosts and len(report.finished) == len(report.hosts):
+        return 0, f"warning: all ranks finished, and then {launcher} ended with code {code}"
+    return (128 + asked, "") if asked else (EXIT_FAILED, f"error: {launcher} ended with code {code}; no rank said why")
+
+
+def failed_first(report: Report, message: dict[str, Any]) -> tuple[int, str]:
+    """The code of a rank's failure, and the failure in words."""
+    text = f"error: {report.where(message['rank'])} failed: {message.get('error') or 'it did not say why'}"
+    if message.get("traceback"):
+        text += f"\n{str(message['traceback']).rstrip()}"
+    if len(report.failed) > 1:
+        text += f"\n{count_others(len(report.failed) - 1)}"
+    code = message.get("code")
+    return (code if isinstance(code, int) and 0 < code < 256 else EXIT_FAILED), text
+
+
+def silent_death(report: Report, death: Death, others: str) -> tuple[int, str]:
+    """The code of a rank's end without a message, and that end in words."""
+    if death.code == EXIT_REQUEUE:
+        return EXIT_REQUEUE, ""
+    where = report.where(death.rank)
+    if death.code <= 128:
+        code = EXIT_USER if death.code == EXIT_USER else EXIT_FAILED
+        return code, f"error: {where} ended with code {death.code} and no message{others}"
+    number = death.code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "unknown"
+    hint = "; out of memory, if nobody sent it" if number == signal.SIGKILL else ""
+    return EXIT_FAILED, f"error: {where} was killed by signal {number} ({name}){hint}{others}"
+
+
+def failure_text(message: dict[str, Any]) -> str:
+    """All that a failed rank said."""
+    return f"{message.get('error')}\n{message.get('traceback')}"
+
+
+def count_others(count: int) -> str:
+    """The one line about the ranks that failed because one did."""
+    return f"({count} other {'rank' if count == 1 else 'ranks'} failed with it)"

@@ -1,0 +1,243 @@
+"""Runs the launcher: its output to the screen, signals to the ranks, and an exit code at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvdtrain.launch.hosts import Host, host_of_each_rank
+from hvdtrain.launch.output import Line, Lines, take_message
+from hvdtrain.launch.report import Report, outcome
+from hvdtrain.launch.screen import Screen
+
+SSH_SECONDS = 10  # to end ranks on another host, at most
+
+
+@dataclass
+class Job:
+    """A launcher that runs, under its guard."""
+
+    guard: subprocess.Popen[bytes]
+    life: contextlib.ExitStack  # closes the pipe that keeps it alive
+    report: Report
+    ssh_port: int | None
+    grace: float
+    screen: Screen = field(default_factory=Screen)
+    asked: int | None = None  # the signal by which the user asked for a stop
+    deadline: float | None = None  # of the stop, by the monotonic clock
+    ended: bool = False  # by us, before its time
+    ssh: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+
+def run(
+    line: Sequence[str],
+    environ: Mapping[str, str],
+    hosts: Sequence[Host],
+    *,
+    ssh_port: int | None = None,
+    grace: float = 30.0,
+) -> int:
+    """Run a launcher's command line in an environment until it ends; return the run's exit code.
+
+    The first SIGINT or SIGTERM asks rank 0 to stop and save; a second one, or the end of the grace period, ends all.
+    Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
+    Raises BrokenPipeError if nobody reads the output any more.
+    """
+    with signals() as (received, woken):
+        job = start(line, environ, Report(host_of_each_rank(hosts)), ssh_port, grace)
+        with job.guard:
+            try:
+                attend(job, received, woken)
+            finally:
+                job.screen.close()
+                job.life.close()
+                job.guard.wait()
+                end_remote_ranks(job)
+    verdict, text = outcome(job.report, Path(line[0]).name, job.guard.returncode, job.asked)
+    if job.ended and job.asked:
+        verdict, text = 128 + job.asked, text if job.report.failed else ""
+    else:
+        for held in job.report.due(last=True):
+            job.screen.line(held)
+    if text:
+        job.screen.note(text)
+    return verdict
+
+
+def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh_port: int | None, grace: float) -> Job:
+    """Start the launcher under a guard, which ends it with all its children when our end of a pipe closes."""
+    pipe, life = os.pipe()
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "hvdtrain.launch.guard", str(pipe), *line],
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Ctrl-C in the terminal is for us alone: we decide what the ranks hear of it.
+        start_new_session=True,
+        pass_fds=[pipe],
+    )
+    os.close(pipe)
+    closing = contextlib.ExitStack()
+    closing.callback(os.close, life)
+    return Job(guard, closing, report, ssh_port, grace)
+
+
+def attend(job: Job, received: list[int], woken: int) -> None:
+    """Show what comes and act on signals until the guard has ended and all its output is shown."""
+    streams = [(job.guard.stdout, Lines("stdout")), (job.guard.stderr, Lines("stderr"))]
+    with selectors.DefaultSelector() as selector:
+        selector.register(woken, selectors.EVENT_READ)
+        for pipe, lines in streams:
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+            selector.register(pipe, selectors.EVENT_READ, lines)
+        while job.guard.poll() is None:
+            for key, _ in selector.select(wait_seconds(job)):
+                if key.data is None:
+                    os.read(woken, 4096)
+                elif not show(job, key.fd, key.data):
+                    selector.unregister(key.fileobj)
+            while received:
+                on_signal(job, received.pop(0))
+            if job.deadline is not None and time.monotonic() >= job.deadline and not job.ended:
+                job.screen.note(f"the ranks have not ended within {job.grace:g} s: ending them")
+                end(job)
+            for line in job.report.due():
+                job.screen.line(line)
+        for pipe, lines in streams:
+            while pipe is not None and show(job, pipe.fileno(), lines):
+                pass
+            for line in lines.feed(b""):
+                handle(job, line)
+
+
+def show(job: Job, fd: int, lines: Lines) -> bool:
+    """Handle what there is to read; False if there is nothing, now or for good."""
+    try:
+        data = os.read(fd, 65536)
+    except BlockingIOError:
+        return False
+    if data:
+        for line in lines.feed(data):
+            handle(job, line)
+    return bool(data)
+
+
+def handle(job: Job, line: Line) -> None:
+    """Show a line, hold it back, or take the message out of it."""
+    text, message = take_message(line.text)
+    if message is not None:
+        if message["kind"] == "progress":
+            job.screen.progress(message)
+        # What ranks say of their end once we end them is no news.
+        elif not job.ended:
+            job.report.take(message)
+        if not text:
+            return
+    line = line._replace(text=text)
+    if line.rank is None:
+        job.report.hold(line)
+    else:
+        job.screen.line(line)
+
+
+def on_signal(job: Job, number: int) -> None:
+    """Ask for a graceful stop the first time, if there is a rank to ask; otherwise end everything."""
+    if job.ended:
+        return
+    rank = job.report.started.get(0)
+    if job.asked is None and rank and not job.report.failed:
+        job.asked = number
+        job.deadline = time.monotonic() + job.grace
+        job.screen.note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
+        if 0 not in job.report.finished:
+            signal_ranks(job, "TERM", [0])
+        return
+    job.asked = number
+    end(job)
+
+
+def end(job: Job) -> None:
+    """Tell the guard to end everything now."""
+    job.ended = True
+    job.life.close()
+
+
+def end_remote_ranks(job: Job) -> None:
+    """Kill the ranks on other hosts that have not said that they end: the guard reaches only this host's."""
+    said = set(job.report.finished) | {message["rank"] for message in job.report.failed}
+    here = socket.gethostname()
+    left = [rank for rank, told in job.report.started.items() if rank not in said and told.get("host") != here]
+    signal_ranks(job, "KILL", left)
+    deadline = time.monotonic() + SSH_SECONDS
+    for process in job.ssh:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
+    """Send a signal to ranks: directly on this host, by one ssh, that is not waited for, for each other host."""
+    remote: dict[str, list[str]] = {}
+    for rank in ranks:
+        told = job.report.started[rank]
+        if told.get("host") == socket.gethostname():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(told["pid"], signal.Signals[f"SIG{name}"])
+        else:
+            # The name by which we were told to reach the host; its own may mean nothing here.
+            host = job.report.hosts[rank] if rank < len(job.report.hosts) else str(told.get("host"))
+            remote.setdefault(host, []).append(str(told["pid"]))
+    port = ["-p", str(job.ssh_port)] if job.ssh_port else []
+    for host, pids in remote.items():
+        process = subprocess.Popen(
+            ["ssh", *port, "-o", "BatchMode=yes", host, "kill", f"-{name}", *pids],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            # A rank that is already gone is no error.
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        job.ssh.append(process)
+
+
+def wait_seconds(job: Job) -> float | None:
+    """How long to wait for output or a signal before something else is due."""
+    times = [at for at in (None if job.ended else job.deadline, job.report.next_due()) if at is not None]
+    return max(0.0, min(times) - time.monotonic()) if times else None
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[tuple[list[int], int]]:
+    """Catch SIGINT and SIGTERM: a list that they are added to, and a file to read when one came, or a child ended."""
+    received: list[int] = []
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    handlers = {
+        signal.SIGINT: lambda number, _: received.append(number),
+        signal.SIGTERM: lambda number, _: received.append(number),
+        signal.SIGCHLD: lambda number, _: None,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    wakeup = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        yield received, woken
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(woken)
+        os.close(wake)

@@ -1,0 +1,156 @@
+"""The changes to Horovod's released source without which it does not build, or not work, today.
+
+Each one names the text it replaces, which must stand in its file exactly once: another Horovod, or a mend already
+made, stops the build instead of giving a library that is nearly right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.errors import RunError
+
+
+@dataclass(frozen=True)
+class Mend:
+    file: str
+    old: str
+    new: str
+
+
+def mends(standard: str, *, nccl: bool, rpath: Sequence[str]) -> list[Mend]:
+    """The changes for one build.
+
+    Args:
+        standard: the C++ standard of torch's headers, such as "20".
+        nccl: whether the GPU parts are built.
+        rpath: where the built library is to look for MPI and NCCL.
+    """
+    changes = for_every_build(standard, rpath)
+    return changes if nccl else changes + for_no_cuda()
+
+
+def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
+    """What every build needs, and what makes it quick."""
+    torch_cmake = "horovod/torch/CMakeLists.txt"
+    includes = "#include <torch/extension.h>\n#include <torch/torch.h>\n"
+    return [
+        # torch's headers need a newer C++ than Horovod asks for.
+        Mend("CMakeLists.txt", "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {standard})"),
+        Mend(torch_cmake, "set(CMAKE_CXX_STANDARD 14)", f"set(CMAKE_CXX_STANDARD {standard})"),
+        # Gloo's per-process-set contexts take the chosen interface, not the one the hostname resolves to: on Debian
+        # that is 127.0.1.1, where no other host answers.
+        Mend(
+            "horovod/common/gloo/gloo_context.cc",
+            "  attr device_attr;\n"
+            "  device_attr.iface = gloo_iface_;\n"
+            "  device_attr.ai_family = AF_UNSPEC;\n"
+            "  auto dev = CreateDevice(device_attr);\n\n"
+            "  global_ctx = global_context.ctx;\n",
+            "  gloo_iface_ = global_context.gloo_iface_;\n"
+            "  attr device_attr;\n"
+            "  device_attr.iface = gloo_iface_;\n"
+            "  device_attr.ai_family = AF_UNSPEC;\n"
+            "  auto dev = CreateDevice(device_attr);\n\n"
+            "  global_ctx = global_context.ctx;\n",
+        ),
+        # Python 3.12 has no distutils.
+        Mend(
+            torch_cmake,
+            "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+            "from sysconfig import get_path; print(get_path('include'))",
+        ),
+        Mend(
+            "horovod/runner/js_run.py",
+            "from distutils.spawn import find_executable",
+            "from shutil import which as find_executable",
+        ),
+        # horovodrun reads a rank's `--net` as an ambiguous abbreviation of its own options.
+        Mend(
+            "horovod/runner/launch.py",
+            "argparse.ArgumentParser(description='Horovod Runner')",
+            "argparse.ArgumentParser(description='Horovod Runner', allow_abbrev=False)",
+        ),
+        # What is needed to build is given by hvdtrain; setuptools must not fetch eggs.
+        Mend("setup.py", "setup_requires=require_list if is_build_action() else []", "setup_requires=[]"),
+        # The record of the build goes into the wheel.
+        Mend(
+            "setup.py",
+            "      packages=find_packages(),\n",
+            "      packages=find_packages(),\n      package_data={'horovod': ['hvdtrain_build.json']},\n",
+        ),
+        # No debug information: a wheel of 1 MB instead of 24, and a quarter of the compiling time.
+        Mend("setup.py", "else 'RelWithDebInfo'", "else 'Release'"),
+        # torch's umbrella headers cost more than all of Horovod's code in these two files.
+        Mend("horovod/torch/adapter_v2.h", includes, "#include <torch/types.h>\n"),
+        Mend(
+            "horovod/torch/mpi_ops_v2.cc",
+            includes,
+            "#include <torch/types.h>\n#include <torch/csrc/utils/pybind.h>\n",
+        ),
+        # The second copy of the CUDA kernels, for the C++ ABI that torch does not have, is built only if linked.
+        Mend(
+            "horovod/common/ops/cuda/CMakeLists.txt",
+            "add_library(compatible_horovod_cuda_kernels cuda_kernels.cu)",
+            "add_library(compatible_horovod_cuda_kernels EXCLUDE_FROM_ALL cuda_kernels.cu)",
+        ),
+        Mend(
+            "horovod/common/ops/cuda/CMakeLists.txt",
+            "add_library(horovod_cuda_kernels cuda_kernels.cu)",
+            "add_library(horovod_cuda_kernels EXCLUDE_FROM_ALL cuda_kernels.cu)",
+        ),
+        # Horovod's own headers are compiled once for all its files; torch's files undefine what these define. The
+        # library's run path must not name this machine's build folder.
+        Mend(
+            torch_cmake,
+            'PROPERTIES OUTPUT_NAME "mpi_lib_v2")',
+            'PROPERTIES OUTPUT_NAME "mpi_lib_v2")\n'
+            "target_precompile_headers(${PYTORCH_TARGET_LIB} PRIVATE\n"
+            '    "${PROJECT_SOURCE_DIR}/horovod/common/ops/collective_operations.h")\n'
+            "set_source_files_properties(${PYTORCH_SOURCES} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)\n"
+            "set_target_properties(${PYTORCH_TARGET_LIB} PROPERTIES BUILD_WITH_INSTALL_RPATH ON\n"
+            f'    INSTALL_RPATH "{cmake_text(";".join(rpath))}")\n',
+        ),
+    ]
+
+
+def for_no_cuda() -> list[Mend]:
+    """What a build without NCCL needs: Horovod takes up CUDA whenever torch has it and an nvcc is to be seen."""
+    return [
+        Mend(
+            "cmake/Modules/FindPytorch.cmake",
+            "print(True if ((torch.version.cuda is not None) and (CUDA_HOME is not None)) else False)",
+            "print(False)",
+        ),
+        Mend(
+            "CMakeLists.txt",
+            "include(CheckLanguage)\ncheck_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)\n",
+            "if(FALSE)\n",
+        ),
+        Mend("CMakeLists.txt", "if(CMAKE_CUDA_COMPILER)\n    if((CMAKE_CXX", "if(FALSE)\n    if((CMAKE_CXX"),
+    ]
+
+
+def cmake_text(text: str) -> str:
+    """Text as it stands between double quotes in CMake."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
+
+
+def apply(folder: Path, changes: Sequence[Mend]) -> None:
+    """Make the changes in an unpacked source.
+
+    Raises:
+        RunError: a file is missing, or does not hold the expected text exactly once.
+    """
+    for change in changes:
+        path = folder / change.file
+        if not path.is_file():
+            raise RunError(f"Horovod's source has no {change.file}: this is not the release that hvdtrain can mend")
+        text = path.read_text()
+        count = text.count(change.old)
+        if count != 1:
+            first = change.old.strip().splitlines()[0]
+            raise RunError(f"Horovod's {change.file}: expected {first!r} once, found it {count} times")
+        path.write_text(text.replace(change.old, change.new))

@@ -1,0 +1,96 @@
+"""Getting what a build is made from: Horovod's released source, the build tools, a folder in which NCCL is found."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tarfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from hvdtrain.errors import RunError
+from hvdtrain.native.cuda import Nccl, Toolkit
+from hvdtrain.native.log import run_logged
+from hvdtrain.native.plan import SHA256, VERSION
+
+# setuptools 81 drops what Horovod's setup.py needs. Ninja is quicker than make, and one thing less to install.
+TOOLS = ("setuptools<81", "wheel", "packaging", "cmake>=3.21", "ninja")
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
+
+
+def fetch_tools(folder: Path, log: Path, env: Mapping[str, str]) -> None:
+    """Install the build tools into a folder of their own: the user's environment stays as it is."""
+    command = [*PIP, "install", "--target", str(folder), *TOOLS]
+    run_logged("fetching the build tools", command, log=log, env=env, cwd=folder.parent, timeout=600)
+
+
+def fetch_source(folder: Path, log: Path, env: Mapping[str, str]) -> Path:
+    """Download the released source through pip and unpack it.
+
+    pip checks the hash before it runs anything of the package; it is checked again where the file is used.
+
+    Args:
+        env: the environment, with the build tools on PYTHONPATH: pip asks the source for its name.
+
+    Returns:
+        the unpacked source's folder.
+    """
+    folder.mkdir()
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n")
+    command = [*PIP, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"]
+    command += ["--requirement", str(pinned), "--dest", str(folder)]
+    run_logged("fetching Horovod's source", command, log=log, env=env, cwd=folder, timeout=600)
+    return unpack(folder / f"horovod-{VERSION}.tar.gz", folder)
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack Horovod's source after checking that it is the release.
+
+    Raises:
+        RunError: it is another file.
+    """
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise RunError(f"{archive.name} has SHA-256 {found}, expected {SHA256}: not the released Horovod {VERSION}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / f"horovod-{VERSION}"
+
+
+def nccl_home(nccl: Nccl, folder: Path) -> Path:
+    """A folder in which CMake finds NCCL: the pip package has no libnccl.so, only libnccl.so.2."""
+    (folder / "lib").mkdir(parents=True)
+    (folder / "include").symlink_to(nccl.header.parent)
+    (folder / "lib" / "libnccl.so").symlink_to(nccl.library)
+    return folder
+
+
+def cuda_home(toolkit: Toolkit, folder: Path) -> Path:
+    """A folder in which CMake finds the toolkit: that of the pip packages has no lib64 and no libcudart.so.
+
+    Returns:
+        the toolkit's own folder if it is complete, else `folder`, made of links to it.
+    """
+    home = toolkit.home
+    if any((home / name / "libcudart.so").exists() for name in ("lib64", "lib")):
+        return home
+    for name in ("bin", "lib64"):
+        (folder / name).mkdir(parents=True)
+    link_all(home, folder, leave=("bin", "lib", "lib64"))
+    link_all(home / "bin", folder / "bin", leave=("nvcc",))
+    shutil.copy2(home / "bin" / "nvcc", folder / "bin" / "nvcc")  # it looks around itself, through links
+    link_all(home / "lib", folder / "lib64")
+    for library in (home / "lib").glob("lib*.so.*"):
+        plain = folder / "lib64" / (library.name.split(".so.")[0] + ".so")
+        if not plain.exists():
+            plain.symlink_to(library)
+    return folder
+
+
+def link_all(source: Path, target: Path, leave: Collection[str] = ()) -> None:
+    """Link to everything in one folder from another, except what is named in `leave`."""
+    for entry in source.iterdir():
+        if entry.name not in leave:
+            (target / entry.name).symlink_to(entry)

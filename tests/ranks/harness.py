@@ -1,0 +1,130 @@
+"""Running real ranks: horovodrun and mpirun on this host, with a time limit, leaving no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+HVDTRAIN = [sys.executable, "-m", "hvdtrain"]
+
+
+def launcher(kind: str, ranks: int) -> list[str]:
+    """The bare launcher's command line for `ranks` ranks on this host; [] for one process with none."""
+    if kind == "alone":
+        return []
+    if kind == "horovodrun":
+        return [str(BIN / "horovodrun"), "-np", str(ranks), "--gloo"]
+    assert kind == "mpirun", kind
+    # Tests may run as root, and on fewer cores than ranks.
+    return [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+
+
+class Job:
+    """A running command; all it starts carries a mark in the environment, by which leftovers are found."""
+
+    def __init__(self, command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+        self.mark = uuid.uuid4().hex
+        full = {
+            **os.environ,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HVDTRAIN_TEST_MARK": self.mark,
+            **(env or {}),
+        }
+        self.process = subprocess.Popen(
+            command,
+            env=full,
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def finish(self, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; fails if it takes longer or leaves a process."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for left in self.processes():
+                left.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"no end within {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}") from None
+        deadline = time.monotonic() + 5
+        while (left_over := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for left in left_over:
+            left.kill()
+        assert not left_over, f"left running: {left_over}\n{out}\n{err}"
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of this job."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HVDTRAIN_TEST_MARK") == self.mark and process.status() != "zombie":
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """The job's living ranks: the processes that run `hvdtrain train` themselves."""
+        found = []
+        for process in self.processes():
+            words = process.cmdline()
+            if words[:1] == [sys.executable] and "train" in words and "launch" not in words:
+                found.append(process)
+        return found
+
+    def signal_ranks(self, number: int = signal.SIGTERM) -> None:
+        for process in self.ranks():
+            process.send_signal(number)
+
+
+def run(
+    kind: str,
+    ranks: int,
+    command: list[str],
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 100,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command on ranks and wait for its end."""
+    return Job([*launcher(kind, ranks), *command], env, cwd).finish(timeout)
+
+
+def train(kind: str, ranks: int, recipe: str, run_dir: Path, *options: str, **kwargs: Any) -> dict[str, Any]:
+    """Train and return summary.json; fails with the output if the run did."""
+    done = run(kind, ranks, [*HVDTRAIN, "train", recipe, "--run-dir", str(run_dir), *options], **kwargs)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
+    """Return when a run has logged `step` steps."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run_dir} did not reach step {step} within {timeout} s")

@@ -1,0 +1,161 @@
+"""Stopping, resuming, and checkpoints that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks.harness import HVDTRAIN, ROOT, Job, launcher, rows, run, train, wait_for_step
+
+# Dropout, AdamW's moments, EMA, a loss scale and batch norm all have state that a resume must bring back.
+RECIPE = f"{Path(__file__).parent / 'exact_recipe.py'}:Stateful"
+OPTIONS = ["--steps", "60", "--checkpoint-every", "25", "--log-every", "1", "--ema", "0.9", "--schedule", "cosine"]
+
+
+def state(run_dir: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's tensors by dotted name."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}", inner)
+        elif isinstance(value, (list, tuple)):
+            for i, inner in enumerate(value):
+                walk(f"{prefix}.{i}", inner)
+        else:
+            flat[prefix] = value
+
+    walk("", torch.load(run_dir / "checkpoints" / f"step-{step}" / "state", weights_only=True))
+    return flat
+
+
+def assert_same(run_dir: Path, other: Path, step: int) -> None:
+    first, second = state(run_dir, step), state(other, step)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        equal = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
+        assert equal, key
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train("horovodrun", 2, RECIPE, folder, *OPTIONS)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "who"), [("horovodrun", "one"), ("mpirun", "all")])
+def test_sigterm_in_mid_epoch_and_resume_equals_the_uninterrupted_run(
+    kind: str, who: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), *OPTIONS]
+    job = Job([*launcher(kind, 2), *command], env={"HVDTRAIN_TEST_STEP_SECONDS": "0.1"})
+    wait_for_step(folder, 8)
+    chosen = job.ranks()
+    assert len(chosen) == 2
+    for process in chosen[-1:] if who == "one" else chosen:
+        process.send_signal(signal.SIGTERM)
+    done = job.finish()
+    assert done.returncode != 0
+    summary = json.loads((folder / "summary.json").read_text())
+    stopped = summary["steps"]
+    assert 8 <= stopped < 25
+    assert summary["finished"] is False
+    assert f"saved; to go on: --resume --run-dir {folder}" in done.stdout
+
+    # Only the folder is named: the rest comes from its config.json.
+    resumed = train(kind, 2, RECIPE, folder, "--resume")
+    assert resumed["resumed_from"] == stopped
+    assert resumed["steps"] == 60
+    assert [row["step"] for row in rows(folder)] == list(range(1, 61))
+    assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(uninterrupted)]
+    assert_same(folder, uninterrupted, 60)
+    assert resumed["train_loss"] == json.loads((uninterrupted / "summary.json").read_text())["train_loss"]
+
+
+def test_a_rank_alone_exits_75(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), *OPTIONS]
+    job = Job(command, env={"HVDTRAIN_TEST_STEP_SECONDS": "0.1"})
+    wait_for_step(folder, 3)
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish().returncode == 75
+
+
+def test_a_checkpoint_goes_on_alike_on_another_world_size(tmp_path: Path) -> None:
+    """Without batch norm and dropout, which see other micro-batches there."""
+    recipe, folder = RECIPE.replace("Stateful", "Exact"), tmp_path / "run"
+    train("alone", 1, recipe, tmp_path / "whole", "--steps", "40", "--log-every", "1")
+    train("horovodrun", 2, recipe, folder, "--steps", "20", "--log-every", "1")
+    resumed = train("horovodrun", 3, recipe, folder, "--resume", "--steps", "40")
+    assert (resumed["resumed_from"], resumed["world_size"]) == (20, 3)
+    losses, whole = ([row["loss"] for row in rows(path)] for path in (folder, tmp_path / "whole"))
+    assert losses == pytest.approx(whole, rel=1e-12)
+
+
+def broken(folder: Path, kind: str) -> str:
+    """Damage the newest checkpoint; what the error must say."""
+    newest = folder / "checkpoints" / "step-60"
+    data = (newest / "state").read_bytes()
+    meta = json.loads((newest / "meta.json").read_text())
+    if kind == "truncated":
+        (newest / "state").write_bytes(data[: len(data) // 2])
+        return f"{newest} is truncated: state has {len(data) // 2} of {len(data)} bytes"
+    if kind == "flipped":
+        (newest / "state").write_bytes(data[:999] + bytes([data[999] ^ 1]) + data[1000:])
+        return f"{newest} is damaged: the checksum of its state is wrong"
+    if kind == "no meta":
+        (newest / "meta.json").unlink()
+        return f"{newest} is no checkpoint of hvdtrain: its meta.json cannot be read"
+    meta["format"] = "another"
+    (newest / "meta.json").write_text(json.dumps(meta))
+    return f"{newest} is no checkpoint of this hvdtrain: expected format 'hvdtrain checkpoint 1'"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "no meta", "foreign"])
+def test_a_bad_checkpoint_is_named_and_the_one_before_offered(kind: str, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder, symlinks=True)
+    message = broken(folder, kind)
+    newest = folder / "checkpoints" / "step-60"
+    done = run("alone", 1, [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume"])
+    offer = f"; step-50 is whole, to resume from it: rm -r {newest}"
+    assert (done.returncode, done.stderr) == (2, f"hvdtrain: error: {message}{offer}\n")
+    shutil.rmtree(newest)
+    assert train("alone", 1, RECIPE, folder, "--resume")["resumed_from"] == 50
+
+
+def test_a_checkpoint_of_another_model_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder, symlinks=True)
+    done = run("alone", 1, [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume", "--width", "9"])
+    assert done.returncode == 2
+    assert "the checkpoint is of another model or optimizer: size mismatch for" in done.stderr
+    done = run("alone", 1, [*HVDTRAIN, "train", str(ROOT / "recipes/mlp.py"), "--run-dir", str(folder), "--resume"])
+    assert done.returncode == 2
+    assert done.stderr == f"hvdtrain: error: {folder} is a run of recipe 'exact_recipe:Stateful', not of 'mlp'\n"
+
+
+def test_resume_where_there_is_nothing_starts_at_step_0(tmp_path: Path) -> None:
+    done = run("alone", 1, [*HVDTRAIN, "train", RECIPE, "--run-dir", str(tmp_path / "new"), "--resume", "--steps", "2"])
+    assert done.returncode == 0, done.stderr
+    assert "resumed   at step 0: no checkpoint yet" in done.stdout
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("alone", 1, RECIPE, folder, "--steps", "50", "--checkpoint-every", "5", "--eval-every", "5", "--keep", "2")
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    losses = {row["step"]: row["eval_loss"] for row in rows(folder) if "eval_loss" in row}
+    assert len(losses) == 10
+    best = f"step-{min(losses, key=losses.__getitem__)}"
+    assert kept == {"step-45", "step-50", best, "best"}
+    assert (folder / "checkpoints" / "best").resolve().name == best

@@ -1,0 +1,121 @@
+"""Wrong input: one line on standard error that says what is wrong, exit 2, before any rank starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.cli.main import main
+
+DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits.py")
+
+FILES = {
+    "two.py": """
+        from dataclasses import dataclass
+        from hvdtrain.torch import Recipe
+        @dataclass(kw_only=True)
+        class First(Recipe): "one"
+        @dataclass(kw_only=True)
+        class Second(Recipe): "two"
+        """,
+    "none.py": "x = 1",
+    "broken.py": "def",
+    "missing_import.py": "import no_such_module_here",
+    "bare.py": """
+        from hvdtrain.torch import Recipe
+        class Bare(Recipe):
+            width: int = 3
+        """,
+    "odd_type.py": """
+        from dataclasses import dataclass
+        from hvdtrain.torch import Recipe, option
+        @dataclass(kw_only=True)
+        class Odd(Recipe):
+            layers: list = option(None, "sizes")
+        """,
+    "clash.py": """
+        from dataclasses import dataclass
+        from hvdtrain.torch import Recipe, option
+        @dataclass(kw_only=True)
+        class Clash(Recipe):
+            seed: int = option(1, "of my own")
+        """,
+}
+
+CASES = [
+    (["trian"], "no command 'trian'; did you mean 'train'?"),
+    (["train"], "RECIPE is missing; `hvdtrain list` shows those found"),
+    (
+        ["train", "--steps", "3", "digits"],
+        "RECIPE comes first and its options after it: hvdtrain train RECIPE --steps ...",
+    ),
+    (["train", "digit"], "no recipe 'digit'; did you mean 'digits'?"),
+    (["train", "no/such.py"], "no recipe file 'no/such.py'"),
+    (["train", f"{DIGITS}:Digit"], f"{DIGITS} has no recipe class 'Digit'; did you mean 'Digits'?"),
+    (["train", "two.py"], "two.py defines several recipes: name one, two.py:First or two.py:Second"),
+    (["train", "none.py"], "none.py defines no recipe: subclass hvdtrain.torch.Recipe"),
+    (
+        ["train", "missing_import.py"],
+        re.compile(r"missing_import\.py cannot be imported: ModuleNotFoundError: No module .*"),
+    ),
+    (["train", "broken.py"], re.compile(r"broken\.py cannot be imported: SyntaxError: .*")),
+    (["train", "bare.py"], "recipe class Bare has fields but is no dataclass: add @dataclass(kw_only=True)"),
+    (
+        ["train", "odd_type.py"],
+        "Odd.layers has type <class 'list'>; options are int, float, str, bool, Path, Literal or Optional",
+    ),
+    (["train", "clash.py"], "Clash.seed is a run option; name the recipe's option otherwise"),
+    (["train", DIGITS, "--widht", "3"], "no option --widht; did you mean '--width'?"),
+    (["train", DIGITS, "--width", "wide"], "--width: 'wide' is not a valid integer"),
+    (["train", DIGITS, "--width"], "Option '--width' requires an argument."),
+    (["train", DIGITS, "extra"], "Got unexpected extra argument (extra)"),
+    (["train", DIGITS, "--lr", "fast"], "--lr: 'fast' is not a valid float"),
+    (["train", DIGITS, "--amp", "fp8"], "--amp: 'fp8' is not one of 'off', 'bf16', 'fp16'"),
+    (["train", DIGITS, "--steps", "0"], "--steps is 0; it must be at least 1"),
+    (["train", DIGITS, "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+    (["train", DIGITS, "--epochs", "-3"], "--epochs is -3; it must be at least 1"),
+    (["train", DIGITS, "--epochs", "2", "--steps", "9"], "--epochs and --steps exclude each other: give one"),
+    (["train", DIGITS, "--clip-norm", "0"], "--clip-norm is 0.0; it must be above 0"),
+    (["train", DIGITS, "--ema", "1.5"], "--ema is 1.5; a decay lies between 0 and 1, for example 0.999"),
+    (["train", DIGITS, "--seed", "-1"], "--seed is -1; it must not be negative"),
+    (
+        ["train", DIGITS, "--scale-lr", "linear"],
+        "--scale-lr linear goes with --batch-per-rank; a fixed --batch-size needs none",
+    ),
+    (["train", DIGITS, "--schedule", "cosin"], "schedule 'cosin': no shape 'cosin'; did you mean 'cosine'?"),
+    (
+        ["train", DIGITS, "--schedule", "warmup:5xx cosine"],
+        "schedule 'warmup:5xx cosine': '5xx' is no position; give epochs ('5ep') or steps ('500')",
+    ),
+    (
+        ["train", DIGITS, "--schedule", "step:3ep"],
+        "schedule 'step:3ep': step takes positions and a factor, 'step:30ep,60ep x0.1'",
+    ),
+    (["train", DIGITS, "--device", "tpu"], "--device: 'tpu' is not one of 'cpu', 'cuda'"),
+    (["train", DIGITS, "--resume"], "--resume needs --run-dir: the folder of the run to go on with"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), CASES, ids=[" ".join(Path(a).name for a in args) for args, _ in CASES])
+def test_one_line_and_exit_2(
+    args: list[str],
+    message: str | re.Pattern[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import textwrap
+
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(args)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    if isinstance(message, str):
+        assert error == f"hvdtrain: error: {message}\n"
+    else:
+        assert re.fullmatch(f"hvdtrain: error: {message.pattern}\n", error)

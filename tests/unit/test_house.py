@@ -1,0 +1,88 @@
+"""The house rules: rooms import only from below, commands start fast, the wheel holds everything."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).parents[2]
+# From the top floor down; files directly in hvdtrain/ are the ground that all stand on.
+FLOORS = ["cli", "launch", "trainer", "torch", "collectives", "data", "native"]
+FRAMEWORKS = {"torch", "tensorflow", "keras", "jax"}
+SOURCES = sorted(path for path in (ROOT / "hvdtrain").rglob("*.py") if "recipes" not in path.parts)
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules that a file imports, in functions too unless only its top level counts."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT / "hvdtrain").parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_from_below(path: Path) -> None:
+    own = room(path)
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "hvdtrain" and len(parts) > 1 and parts[1] in FLOORS and own in FLOORS:
+            assert FLOORS.index(parts[1]) >= FLOORS.index(own), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_torch_and_collectives_know_torch_or_horovod(path: Path) -> None:
+    if room(path) not in ("torch", "collectives", "native"):
+        assert not {module.split(".")[0] for module in imports(path)} & (FRAMEWORKS | {"horovod"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_can_be_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 310
+
+
+@pytest.mark.parametrize("args", [["--help"], ["list"], ["launch", "--help"], ["horovod", "--help"]])
+def test_light_commands_import_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys; from hvdtrain.cli.main import main\n"
+        f"try: main({args!r})\n"
+        "except SystemExit as left: assert not left.code, left.code\n"
+        "heavy = {'torch', 'torchvision', 'horovod', 'sklearn', 'tensorboard'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_and_list_are_quick() -> None:
+    """Within 0.3 s where nothing else runs; the best of several tries, with room for a busy machine."""
+    for args in (["--help"], ["list"]):
+        tries = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "hvdtrain", *args], check=True, capture_output=True, cwd=ROOT)
+            tries.append(time.perf_counter() - begin)
+        assert min(tries) < 1.0
+
+
+def test_the_wheel_names_every_package() -> None:
+    named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "hvdtrain").rglob("*.py")}
+    assert named == there | {"hvdtrain.recipes"}

@@ -1,0 +1,189 @@
+"""What the launchers print, taken apart, and the verdict on it."""
+
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from hvdtrain.launch.output import Death, Line, Lines, deaths, take_message
+from hvdtrain.launch.report import Report, outcome
+from hvdtrain.launch.screen import info
+
+
+def lines(*chunks: bytes, stream: str = "stdout") -> list[Line]:
+    parser = Lines(stream)
+    return [line for chunk in (*chunks, b"") for line in parser.feed(chunk)]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"[0]<stdout>:text\n", [(0, "stdout", "text")]),
+        (b"[12]<stderr>: indented\n", [(12, "stderr", " indented")]),
+        (b"[1,0]<stdout>: text\n", [(0, "stdout", "text")]),
+        (b"[1,3]<stderr>:  indented\n", [(3, "stderr", " indented")]),
+        (b"[prterun-vm-12@1,3]<stdout>: text\n", [(3, "stdout", "text")]),
+        (b"[0]<stdout>:\n[0]<stdout>:\n", [(0, "stdout", ""), (0, "stdout", "")]),
+        (b"Process 1 exit with status code 1.\n", [(None, "stdout", "Process 1 exit with status code 1.")]),
+        (b"[0] looks like one\n", [(None, "stdout", "[0] looks like one")]),
+        (b"[0]<stdout>:caf\xc3\xa9 \xff\n", [(0, "stdout", "café \N{REPLACEMENT CHARACTER}")]),
+        (b"[0]<stdout>:no end", [(0, "stdout", "no end")]),
+        # horovodrun repeats the prefix after a carriage return, and does not end the line.
+        (
+            b"[1]<stdout>:\r[0]<stdout>:\r[0]<stdout>:10%\r[1]<stdout>:10%\r[0]<stdout>:\n[1]<stdout>:x\n",
+            [(0, "stdout", "10%"), (1, "stdout", "10%"), (1, "stdout", "x")],
+        ),
+        # mpirun does not.
+        (
+            b"[1,1]<stdout>: \r10%\r20%\r\nlauncher\n",
+            [(1, "stdout", "10%"), (1, "stdout", "20%"), (None, "stdout", "launcher")],
+        ),
+    ],
+)
+def test_lines(data: bytes, expected: list[tuple[int | None, str, str]]) -> None:
+    whole = [Line(*line) for line in expected]
+    assert lines(data) == whole
+    assert lines(*(data[at : at + 1] for at in range(len(data)))) == whole
+
+
+def test_a_line_without_end_is_not_searched_again_and_again() -> None:
+    parser = Lines("stdout")
+    for _ in range(2000):
+        assert list(parser.feed(b"x" * 10_000)) == []
+    (line,) = parser.feed(b"\n")
+    assert len(line.text) == 20_000_000
+
+
+def test_take_message() -> None:
+    text = '##hvdtrain {"kind": "started", "rank": 0}'
+    message = {"kind": "started", "rank": 0}
+    assert take_message(text) == ("", message)
+    assert take_message(f"10% {text}") == ("10% ", message)
+    assert take_message("##hvdtrain {broken") == ("##hvdtrain {broken", None)
+    assert take_message("plain") == ("plain", None)
+
+
+MPI_KILLED = """\
+--------------------------------------------------------------------------
+prterun noticed that process rank 1 with PID 5630 on node vm exited on
+signal 9 (Killed).
+--------------------------------------------------------------------------"""
+MPI_CODE = """\
+prterun detected that one or more processes exited with non-zero status,
+thus causing the job to be terminated. The first process to do so was:
+
+   Process name: [prterun-vm-5715@1,2]
+   Exit code:    3"""
+HOROVODRUN = """\
+Process 1 exit with status code 137.
+Terminating remaining workers after failure of Process 1.
+Process 0 exit with status code 143.
+Traceback (most recent call last):
+RuntimeError: Horovod detected that one or more processes exited with non-zero status
+Process name: 1
+Exit code: 137"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(MPI_KILLED, [Death(1, 137)]), (MPI_CODE, [Death(2, 3)]), (HOROVODRUN, [Death(1, 137), Death(0, 143)]), ("", [])],
+)
+def test_deaths(text: str, expected: list[Death]) -> None:
+    assert deaths(text.splitlines()) == expected
+
+
+def failed(rank: int, error: str, code: int = 1, traceback: str = "") -> dict[str, Any]:
+    return {"kind": "failed", "rank": rank, "host": f"h{rank}", "code": code, "error": error, "traceback": traceback}
+
+
+def finished(rank: int, code: int) -> dict[str, Any]:
+    return {"kind": "finished", "rank": rank, "code": code}
+
+
+BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
+
+
+@pytest.mark.parametrize(
+    ("said", "launcher", "code", "asked", "expected"),
+    [
+        ([finished(0, 0), finished(1, 0)], "", 0, None, (0, "")),
+        ([], "", 0, None, (0, "")),
+        ([finished(0, 75), finished(1, 75)], HOROVODRUN, 1, None, (75, "")),
+        (
+            [failed(1, "a"), failed(0, "b")],
+            "",
+            1,
+            None,
+            (1, "error: rank 1 on b failed: a\n(1 other rank failed with it)"),
+        ),
+        ([failed(1, "a", 2)], "", 1, None, (2, "error: rank 1 on b failed: a")),
+        ([failed(0, "a", traceback="T\n  x\n")], "", 1, None, (1, "error: rank 0 on a failed: a\nT\n  x")),
+        # The rank that lost another one may speak before the launcher notices the other's death ...
+        (
+            [BROKEN],
+            HOROVODRUN,
+            1,
+            None,
+            (
+                1,
+                "error: rank 1 on b was killed by signal 9 (SIGKILL); out of memory, if nobody sent it"
+                "\n(1 other rank failed with it)",
+            ),
+        ),
+        # ... or before the other rank says why.
+        (
+            [BROKEN, failed(1, "a")],
+            HOROVODRUN,
+            1,
+            None,
+            (1, "error: rank 1 on b failed: a\n(1 other rank failed with it)"),
+        ),
+        ([BROKEN], "", 1, None, (1, f"error: rank 0 on a failed: {BROKEN['error']}")),
+        ([], MPI_CODE, 3, None, (1, "error: rank 2 ended with code 3 and no message")),
+        ([], "Process 0 exit with status code 2.", 1, None, (2, "error: rank 0 on a ended with code 2 and no message")),
+        ([], "Process 0 exit with status code 75.", 1, None, (75, "")),
+        ([], "help", 213, None, (1, "error: horovodrun ended with code 213; no rank said why")),
+        (
+            [finished(0, 0), finished(1, 0)],
+            "",
+            1,
+            None,
+            (0, "warning: all ranks finished, and then horovodrun ended with code 1"),
+        ),
+        (
+            [],
+            "Process 0 exit with status code 143.",
+            1,
+            signal.SIGINT,
+            (130, "rank 0 ended on the signal, without saving"),
+        ),
+    ],
+)
+def test_outcome(
+    said: list[dict[str, Any]], launcher: str, code: int, asked: int | None, expected: tuple[int, str]
+) -> None:
+    report = Report(["a", "b"])
+    for message in said:
+        report.take(json.loads(json.dumps(message)))
+    for line in launcher.splitlines():
+        report.hold(Line(None, "stderr", line))
+    assert outcome(report, "horovodrun", code, asked) == expected
+
+
+def test_the_launchers_lines_are_held_back_and_dropped_if_a_rank_explains_them() -> None:
+    line = Line(None, "stderr", "some help")
+    report = Report(["a"])
+    report.hold(line)
+    assert report.due() == []
+    assert report.due(last=True) == [line]
+    report.hold(line)
+    report.take(failed(0, "a"))
+    assert report.due(last=True) == []
+    assert report.next_due() is None
+
+
+def test_info() -> None:
+    message = {"step": 1, "steps": 9, "epoch": 3, "loss": 0.123456, "rate": 1234.5, "text": "lr 0.1"}
+    assert info(message) == "epoch 3  loss 0.1235  1,234/s  lr 0.1"
+    assert info({"step": 1, "loss": None, "text": ""}) == ""

@@ -1,0 +1,277 @@
+"""Building: errors are few lines, the cache is whole or empty, and what is missing is named."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.cli.main import main
+from hvdtrain.errors import EXIT_USER, RunError, UserError
+from hvdtrain.native import build, cache, installed, log, make, plan, source
+from hvdtrain.native.installed import Installed
+from hvdtrain.native.mpi import Mpi
+from hvdtrain.native.plan import Plan
+from hvdtrain.native.progress import lines
+from hvdtrain.native.torchinfo import Torch, TorchBuild
+
+# From real builds: shortened, with the paths cut.
+COMPILER_LOG = """\
+-- Performing Test CMAKE_HAVE_LIBC_PTHREAD - Failed
+[33/84] Building CXX object third_party/gloo/gloo/CMakeFiles/gloo.dir/transport/tcp/error.cc.o
+gloo/common/logging.h:124:28: warning: comparison of integer expressions of different signedness [-Wsign-compare]
+[81/84] Building CXX object horovod/torch/CMakeFiles/pytorch.dir/adapter_v2.cc.o
+FAILED: [code=1] horovod/torch/CMakeFiles/pytorch.dir/adapter_v2.cc.o
+/usr/bin/c++ -DEIGEN_MPL2_ONLY=1 -DHAVE_GLOO=1 -std=c++14 -fPIC -o adapter_v2.cc.o -c adapter_v2.cc
+In file included from torch/include/torch/extension.h:6,
+                 from horovod/torch/adapter_v2.h:19,
+torch/all.h:5:2: error: #error C++20 or later compatible compiler is required to use PyTorch.
+    5 | #error C++20 or later compatible compiler is required to use PyTorch.
+      |  ^~~~~
+In file included from torch/types.h:4,
+ATen/ATen.h:5:2: error: #error C++20 or later compatible compiler is required to use ATen.
+ninja: build stopped: subcommand failed.
+Traceback (most recent call last):
+subprocess.CalledProcessError: Command '['cmake', '--build', '.']' returned non-zero exit status 1.
+"""
+CMAKE_LOG = """\
+-- Found Pytorch: 2.14.1+cu130 (found suitable version "2.14.1+cu130", minimum required is "1.5.0")
+CMake Error: The following variables are used in this project, but they are set to NOTFOUND.
+Please set them or make sure they are set and tested correctly in the CMake files:
+FOUND_LIB_cudart
+    linked by target "pytorch" in directory horovod/torch
+
+-- Generating done (0.1s)
+subprocess.CalledProcessError: Command '['cmake', '.']' returned non-zero exit status 1.
+"""
+
+
+def test_first_compiler_error() -> None:
+    error = log.first_error(COMPILER_LOG).splitlines()
+    assert error[0].startswith("torch/all.h:5:2: error: #error C++20 or later")
+    assert len(error) <= log.ERROR_LINES and "ATen.h:5:2" not in "\n".join(error)
+
+
+def test_first_cmake_error() -> None:
+    error = log.first_error(CMAKE_LOG).splitlines()
+    assert error[0].startswith("CMake Error") and "FOUND_LIB_cudart" in error and len(error) == 4
+
+
+def test_cmake_error_of_several_paragraphs() -> None:
+    text = 'CMake Error at X.cmake:71 (message):\n  The C++ compiler\n\n    "false"\n\n  is not able\n\n\n-- more\n'
+    assert log.first_error(text).splitlines()[1:] == ["  The C++ compiler", '    "false"', "  is not able"]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("x\nc++: fatal error: Killed signal terminated program cc1plus\n", "c++: fatal error"),
+        ("kernels.cu(12): error: identifier is undefined\n", "kernels.cu(12): error"),
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_75'\n", "nvcc fatal"),
+        ("/usr/bin/ld: a.o: undefined reference to `MPI_Init'\n", "/usr/bin/ld"),
+        ("a warning: error handling\nERROR: Could not find a version\n", "ERROR: Could not find"),
+        ("one\ntwo\n", "one\ntwo"),
+        ("", "no output"),
+    ],
+)
+def test_first_error_of_other_kinds(text: str, first: str) -> None:
+    assert log.first_error(text).startswith(first)
+
+
+def run(tmp_path: Path, script: str, timeout: float = 30) -> list[str]:
+    """Run a Python script as a step and return the lines it was heard to say."""
+    heard: list[str] = []
+    command = [sys.executable, "-c", script]
+    log_path = tmp_path / "log"
+    log.run_logged(
+        "the step", command, log=log_path, env=os.environ, cwd=tmp_path, timeout=timeout, on_line=heard.append
+    )
+    return heard
+
+
+def test_a_step_is_logged_and_heard(tmp_path: Path) -> None:
+    assert run(tmp_path, "print('a'); import sys; print('b', file=sys.stderr)") == ["a\n", "b\n"]
+    assert (tmp_path / "log").read_text().endswith("a\nb\n")
+
+
+def test_a_failed_step(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"(?s)the step failed:\nx.cc:1:2: error: no\nlog: .*/log$"):
+        run(tmp_path, "print('x.cc:1:2: error: no'); raise SystemExit(1)")
+
+
+def test_a_step_that_hangs(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="longer than 1 s"):
+        run(tmp_path, "import time; print('here', flush=True); time.sleep(60)", timeout=1)
+
+
+def test_store_is_whole_or_not_there(tmp_path: Path) -> None:
+    wheel = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    wheel.write_bytes(b"wheel")
+    folder = tmp_path / "wheels" / "key"
+    stored = cache.store(wheel, folder)
+    assert cache.find_wheel(folder) == stored and stored.read_bytes() == b"wheel"
+    assert [path.name for path in folder.iterdir()] == [wheel.name]
+    with pytest.raises(FileNotFoundError):
+        cache.store(tmp_path / "horovod-none.whl", tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_wheel_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.wheel_folder() == tmp_path / "hvdtrain" / "wheels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.wheel_folder() == tmp_path / ".cache" / "hvdtrain" / "wheels"
+
+
+def test_another_archive_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "horovod-0.28.1.tar.gz"
+    archive.write_bytes(b"something else")
+    with pytest.raises(RunError, match=r"has SHA-256 [0-9a-f]{64}, expected 92a43f5a"):
+        source.unpack(archive, tmp_path)
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit) as left:
+        main(["horovod", "build", "--force", "--wheel-dir", str(tmp_path / "wheels")])
+    assert left.value.code == EXIT_USER
+    assert capsys.readouterr().err == (
+        "hvdtrain: error: no C++ compiler found (c++, g++ or clang++): apt-get install g++, or dnf install gcc-c++\n"
+    )
+
+
+def test_compiler_of_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    assert build.find_compiler() == sys.executable
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="CXX=no-such-compiler is not a command"):
+        build.find_compiler()
+
+
+CPU = Plan(Torch("2.13.0", None, "", "20"), TorchBuild((), True), None, "", None, None, "", (), "-mavx")
+
+
+def test_environment_of_a_plain_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+    monkeypatch.setenv("CMAKE_ARGS", "-DX=1")
+    env = build.build_environment(CPU, tmp_path, "c++", 3)
+    assert "HOROVOD_GPU_OPERATIONS" not in env and "CMAKE_ARGS" not in env
+    assert env["HOROVOD_WITHOUT_MPI"] == "1" and env["CMAKE_BUILD_PARALLEL_LEVEL"] == "3"
+    assert env["HOROVOD_BUILD_ARCH_FLAGS"] == "-mavx" and env["PATH"].startswith(f"{tmp_path}/tools/bin{os.pathsep}")
+
+
+def test_pip_toolkit_gets_the_links_that_cmake_looks_for(tmp_path: Path) -> None:
+    home = tmp_path / "cu13"
+    (home / "bin").mkdir(parents=True)
+    (home / "lib").mkdir()
+    (home / "bin" / "nvcc").touch()
+    (home / "bin" / "ptxas").touch()
+    (home / "lib" / "libcudart.so.13").touch()
+    folder = source.cuda_home(source.Toolkit(home, "13.0.1", ()), tmp_path / "cuda")
+    assert (folder / "lib64" / "libcudart.so").exists() and (folder / "bin" / "ptxas").exists()
+    assert not (folder / "bin" / "nvcc").is_symlink()
+    (home / "lib" / "libcudart.so").touch()
+    assert source.cuda_home(source.Toolkit(home, "13.0.1", ()), tmp_path / "other") == home
+
+
+def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    report = lines()
+    report("fetching", 0)
+    for percent in range(101):
+        report("compiling", percent)
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in shown] == [
+        "fetching",
+        "compiling",
+        *(f"compiling {percent} %" for percent in range(20, 101, 20)),
+    ]
+
+
+def test_ninja_progress() -> None:
+    seen: list[int] = []
+    for line in ["[21/84] Building CXX", "-- Found MPI", "[84/84] Linking"]:
+        build.report_compiling(line, lambda stage, percent: seen.append(percent))
+    assert seen == [25, 100]
+
+
+def fake_installed(torch: str | None, has_torch: bool = True) -> Installed:
+    """A Horovod that was built for `torch`, or not by hvdtrain."""
+    record = {"torch": torch, "key": "k"} if torch else None
+    return Installed("0.28.1", Path("horovod"), record, has_torch)
+
+
+NOW = Torch("2.14.1+cu130", "13.0", "", "20")
+
+
+@pytest.mark.parametrize(
+    ("horovod", "message"),
+    [
+        (None, "Horovod is not installed: run `hvdtrain horovod build`"),
+        (
+            fake_installed("2.13.0+cu130"),
+            "Horovod 0.28.1 is built for torch 2.13.0 but torch 2.14.1 is installed: run `hvdtrain horovod build`",
+        ),
+        (
+            fake_installed("2.14.1+cpu"),
+            "Horovod 0.28.1 is built for torch 2.14.1+cpu but torch 2.14.1+cu130 is installed: "
+            "run `hvdtrain horovod build`",
+        ),
+        (
+            fake_installed(None, has_torch=False),
+            "Horovod 0.28.1 is installed without its torch extension: run `hvdtrain horovod build`",
+        ),
+    ],
+)
+def test_require_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, horovod: Installed | None, message: str) -> None:
+    monkeypatch.setattr(installed, "find", lambda: horovod)
+    monkeypatch.setattr(installed, "require_torch", lambda: NOW)
+    with pytest.raises(UserError) as wrong:
+        installed.require()
+    assert str(wrong.value) == message
+
+
+@pytest.mark.parametrize("horovod", [fake_installed("2.14.1+cu130"), fake_installed(None)])
+def test_require_accepts(monkeypatch: pytest.MonkeyPatch, horovod: Installed) -> None:
+    monkeypatch.setattr(installed, "find", lambda: horovod)
+    monkeypatch.setattr(installed, "require_torch", lambda: NOW)
+    assert installed.require() == horovod
+
+
+@pytest.mark.parametrize(("force", "built", "installs"), [(False, 0, 0), (True, 1, 1)])
+def test_nothing_to_do_when_the_key_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, force: bool, built: int, installs: int
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(make, "make_plan", lambda without: CPU)
+    record = {"key": CPU.key()}
+    monkeypatch.setattr(installed, "find", lambda: Installed("0.28.1", Path("horovod"), record, True))
+    monkeypatch.setattr(build, "build", lambda *_: did.append("build"))
+    monkeypatch.setattr(build, "install", lambda _: did.append("install"))
+    make.make(without=(), jobs=1, wheel_dir=tmp_path, force=force, dry_run=False)
+    assert (did.count("build"), did.count("install")) == (built, installs)
+
+
+def test_a_wheel_in_the_cache_is_only_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    did: list[Path] = []
+    monkeypatch.setattr(make, "make_plan", lambda without: CPU)
+    monkeypatch.setattr(installed, "find", lambda: None)
+    monkeypatch.setattr(build, "install", did.append)
+    wheel = tmp_path / CPU.key() / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    make.make(without=(), jobs=1, wheel_dir=tmp_path, force=False, dry_run=False)
+    assert did == [wheel]
+
+
+def test_system_mpi_is_looked_for_in_one_folder(tmp_path: Path) -> None:
+    for name in ("lib", "lib64"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "libmpi.so.40").touch()
+    mpi = Mpi(tmp_path, "Open MPI 5.0.11", tmp_path / "bin" / "mpirun")
+    made = Plan(CPU.torch, CPU.torch_build, mpi, "", None, None, "", (), "")
+    assert made.rpath() == [str(tmp_path / "lib")]
+    assert plan.make_key(made.ingredients()) == made.key()

