@@ -73,6 +73,12 @@ def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
             "argparse.ArgumentParser(description='Horovod Runner')",
             "argparse.ArgumentParser(description='Horovod Runner', allow_abbrev=False)",
         ),
+        # horovodrun stops reading a rank at the first byte that is not UTF-8, and the rank then blocks on a full pipe.
+        Mend(
+            "horovod/runner/common/util/safe_shell_exec.py",
+            "codecs.getincrementaldecoder('utf8')()",
+            "codecs.getincrementaldecoder('utf8')('replace')",
+        ),
         # What is needed to build is given by hvdtrain; setuptools must not fetch eggs.
         Mend("setup.py", "setup_requires=require_list if is_build_action() else []", "setup_requires=[]"),
         # The record of the build goes into the wheel.

