@@ -117,3 +117,13 @@ class Overflow(Exact):
             if f"{hvd.rank()}:{self.count}" == os.environ.get("HVDTRAIN_TEST_NAN"):
                 scores["loss"] = scores["loss"] * float("nan")
         return scores
+
+
+@dataclass(kw_only=True)
+class TellThreads(Exact):
+    """Prints the number of threads that torch uses."""
+
+    def dataset(self, split):
+        if split == "eval":
+            print(f"threads {torch.get_num_threads()}.", flush=True)
+        return super().dataset(split)
