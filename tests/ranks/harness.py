@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -53,6 +52,14 @@ class Job:
             stdin=subprocess.DEVNULL,
         )
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for left in self.processes():
+            left.kill()
+        self.process.communicate()
+
     def finish(self, timeout: float = 100) -> subprocess.CompletedProcess[str]:
         """Wait for the end; fails if it takes longer or leaves a process."""
         try:
@@ -85,14 +92,9 @@ class Job:
         """The job's living ranks: the processes that run `hvdtrain train` themselves."""
         found = []
         for process in self.processes():
-            words = process.cmdline()
-            if words[:1] == [sys.executable] and "train" in words and "launch" not in words:
+            if process.cmdline()[1:4] == ["-m", "hvdtrain", "train"]:
                 found.append(process)
         return found
-
-    def signal_ranks(self, number: int = signal.SIGTERM) -> None:
-        for process in self.ranks():
-            process.send_signal(number)
 
 
 def run(
@@ -104,7 +106,8 @@ def run(
     timeout: float = 100,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command on ranks and wait for its end."""
-    return Job([*launcher(kind, ranks), *command], env, cwd).finish(timeout)
+    with Job([*launcher(kind, ranks), *command], env, cwd) as job:
+        return job.finish(timeout)
 
 
 def train(kind: str, ranks: int, recipe: str, run_dir: Path, *options: str, **kwargs: Any) -> dict[str, Any]:

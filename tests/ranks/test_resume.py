@@ -57,13 +57,13 @@ def test_sigterm_in_mid_epoch_and_resume_equals_the_uninterrupted_run(
 ) -> None:
     folder = tmp_path / "run"
     command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), *OPTIONS]
-    job = Job([*launcher(kind, 2), *command], env={"HVDTRAIN_TEST_STEP_SECONDS": "0.1"})
-    wait_for_step(folder, 8)
-    chosen = job.ranks()
-    assert len(chosen) == 2
-    for process in chosen[-1:] if who == "one" else chosen:
-        process.send_signal(signal.SIGTERM)
-    done = job.finish()
+    with Job([*launcher(kind, 2), *command], env={"HVDTRAIN_TEST_STEP_SECONDS": "0.1"}) as job:
+        wait_for_step(folder, 8)
+        chosen = job.ranks()
+        assert len(chosen) == 2
+        for process in chosen[-1:] if who == "one" else chosen:
+            process.send_signal(signal.SIGTERM)
+        done = job.finish()
     assert done.returncode != 0
     summary = json.loads((folder / "summary.json").read_text())
     stopped = summary["steps"]
@@ -84,10 +84,10 @@ def test_sigterm_in_mid_epoch_and_resume_equals_the_uninterrupted_run(
 def test_a_rank_alone_exits_75(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), *OPTIONS]
-    job = Job(command, env={"HVDTRAIN_TEST_STEP_SECONDS": "0.1"})
-    wait_for_step(folder, 3)
-    job.process.send_signal(signal.SIGINT)
-    assert job.finish().returncode == 75
+    with Job(command, env={"HVDTRAIN_TEST_STEP_SECONDS": "0.1"}) as job:
+        wait_for_step(folder, 3)
+        job.process.send_signal(signal.SIGINT)
+        assert job.finish().returncode == 75
 
 
 def test_a_checkpoint_goes_on_alike_on_another_world_size(tmp_path: Path) -> None:
