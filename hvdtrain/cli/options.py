@@ -84,8 +84,10 @@ def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
         raise UserError(f"{option}: {error.message.rstrip('.')}") from error
     except click.UsageError as error:
         raise UserError(error.message) from error
-    if "epochs" in given and "steps" in given:
-        raise UserError("--epochs and --steps exclude each other: give one")
+    for one, other in (("epochs", "steps"), ("batch_size", "batch_per_rank")):
+        if one in given and other in given:
+            flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+            raise UserError(f"{' and '.join(flags)} exclude each other: give one")
     return Arguments(cls, recipe_name(spec), given)
 
 

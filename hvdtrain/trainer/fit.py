@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World, init, shutdown
 from hvdtrain.errors import UserError
-from hvdtrain.recipe import Recipe, make
+from hvdtrain.recipe import Recipe, fields, make
 from hvdtrain.trainer.loop import train
 from hvdtrain.trainer.options import RunOptions, split
 
@@ -22,10 +22,13 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     """Train a recipe on all ranks that run this, and return the summary (as in summary.json) on each.
 
     comm: an mpi4py communicator whose processes are the ranks; None: all that were launched.
-    run_options: the fields of `hvdtrain.trainer.options.RunOptions`, e.g. run_dir="runs/x", resume=True, amp="bf16".
+    run_options: the run options of `hvdtrain train RECIPE --help`, e.g. run_dir="runs/x", resume=True, amp="bf16",
+    epochs=3; those that a recipe has as fields (epochs, batch_size, lr, schedule) override it.
     Raises UserError (a ValueError's worth of user mistake) and RunError (the loss is not finite).
     """
-    options = make(RunOptions, run_options)
+    shared = {field.name for field in fields(Recipe)}
+    recipe = replace(recipe, **{key: value for key, value in run_options.items() if key in shared})
+    options = make(RunOptions, {key: value for key, value in run_options.items() if key not in shared})
     world = init(comm)
     try:
         name = type(recipe).__name__.lower()
@@ -69,4 +72,6 @@ def merge_saved(run_dir: Path, name: str, given: dict[str, Any], world: World) -
     answer = ops.broadcast_json(answer, "config")
     if "error" in answer:
         raise UserError(answer["error"])
+    if "epochs" in given:
+        answer["options"].pop("steps", None)  # which would win
     return {**answer["options"], **given}

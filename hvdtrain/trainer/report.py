@@ -124,7 +124,8 @@ class Reporter:
             "comm_seconds_median": statistics.median(self.comm_seconds) if self.comm_seconds else 0.0,
         }
         if self.active:
-            write_json(self.run_dir / "summary.json", values)
+            shown = {name: value if math.isfinite(value) else None for name, value in values["eval"].items()}
+            write_json(self.run_dir / "summary.json", {**values, "eval": shown})
         return values
 
     def __enter__(self) -> Reporter:

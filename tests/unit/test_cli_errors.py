@@ -77,6 +77,10 @@ CASES = [
     (["train", DIGITS, "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
     (["train", DIGITS, "--epochs", "-3"], "--epochs is -3; it must be at least 1"),
     (["train", DIGITS, "--epochs", "2", "--steps", "9"], "--epochs and --steps exclude each other: give one"),
+    (
+        ["train", DIGITS, "--batch-size", "64", "--batch-per-rank", "8"],
+        "--batch-size and --batch-per-rank exclude each other: give one",
+    ),
     (["train", DIGITS, "--clip-norm", "0"], "--clip-norm is 0.0; it must be above 0"),
     (["train", DIGITS, "--ema", "1.5"], "--ema is 1.5; a decay lies between 0 and 1, for example 0.999"),
     (["train", DIGITS, "--seed", "-1"], "--seed is -1; it must not be negative"),
