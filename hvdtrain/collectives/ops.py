@@ -15,9 +15,27 @@ from numpy.typing import NDArray
 Handle = int
 
 
+def rank() -> int:
+    return hvd.rank()  # type: ignore[no-any-return]
+
+
+def size() -> int:
+    return hvd.size()  # type: ignore[no-any-return]
+
+
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
     return hvd.allreduce_async_(tensor, name=name, op=hvd.Average if average else hvd.Sum)  # type: ignore[no-any-return]
+
+
+def all_to_all_async(tensor: torch.Tensor, name: str) -> Handle:
+    """Start sending part i of a 1-D tensor, in equal parts, to rank i; the parts received come in rank order."""
+    return hvd.alltoall_async(tensor, name=name)  # type: ignore[no-any-return]
+
+
+def all_gather_async(tensor: torch.Tensor, name: str) -> Handle:
+    """Start bringing every rank's 1-D tensor to all ranks, one behind the other in rank order."""
+    return hvd.allgather_async(tensor, name=name)  # type: ignore[no-any-return]
 
 
 def wait(handle: Handle) -> torch.Tensor:
@@ -30,7 +48,9 @@ def wait(handle: Handle) -> torch.Tensor:
     while not mpi_ops.poll(handle):
         time.sleep(pause)
         pause = min(2 * pause, 1e-3)
-    return hvd.synchronize(handle)  # type: ignore[no-any-return]
+    output = hvd.synchronize(handle)
+    # An all-to-all also returns the sizes received.
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def broadcast_(tensor: torch.Tensor, name: str, root: int = 0) -> None:

@@ -11,6 +11,7 @@ import torch
 from horovod.torch import optimizer as horovod_optimizer
 
 from hvdtrain.collectives import ops
+from hvdtrain.compression.spec import parse
 from hvdtrain.torch.exchange import Exchange
 
 
@@ -20,6 +21,8 @@ def DistributedOptimizer(
     *,
     average: bool = True,
     backward_passes_per_step: int = 1,
+    compression: str = "none",
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
 
@@ -32,9 +35,11 @@ def DistributedOptimizer(
     - a parameter that no rank used keeps `grad` None;
     - state and defaults of the optimizer that is wrapped are kept.
 
+    compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
     Raises ValueError where a parameter of the optimizer has no name or a name stands twice.
     """
+    spec = parse(compression)
     body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
     body.update(
         {
@@ -45,7 +50,7 @@ def DistributedOptimizer(
             "zero_grad": _zero_grad,
             "param_groups": property(_get_param_groups, _set_param_groups),
             "exchange": None,
-            "_average": average,
+            "_make_exchange": lambda self, named: Exchange(named, average, spec, seed),
         }
     )
     # Keeping the class's name and module lets schedulers, checkpoints and Horovod's own helpers recognize it.
@@ -66,7 +71,7 @@ def _register_hooks(self: Any) -> None:
     """Called by Horovod's constructor where there is more than one rank."""
     # _parameter_names is sorted by name; the optimizer's own order is the model's, and so backward's reversed.
     params = [p for group in self.param_groups for p in group["params"]]
-    self.exchange = Exchange([(self._parameter_names[p], p) for p in params], self._average)
+    self.exchange = self._make_exchange([(self._parameter_names[p], p) for p in params])
     self.exchange.set_passes(self.backward_passes_per_step)
 
 

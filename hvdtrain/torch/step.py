@@ -208,8 +208,8 @@ class TorchStep:
     def wire_bytes(self) -> int:
         if self.world.size == 1:
             return 0
-        payload = self.optimizer.exchange.payload_bytes + self.buffers.payload_bytes + self._sums.numel() * 8
-        return ops.ring_bytes(payload, self.world.size)
+        small = self.buffers.payload_bytes + self._sums.numel() * 8
+        return int(self.optimizer.exchange.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
     def graph(self) -> bytes | None:
         recipe, model = self.recipe, self.model

@@ -1,0 +1,52 @@
+"""What every codec is: an encoding of a flat tensor, its decoding, and the collective that carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Collective = Literal["sum", "exchange", "gather"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where randomness comes from: never the global generators, and never what was drawn before."""
+
+    seed: int
+    step: int
+    bucket: int
+    rank: int
+
+    def generator(self, device: torch.device, *, shared: bool, salt: int = 0) -> torch.Generator:
+        """A generator that is the same on all ranks (shared) or this rank's own."""
+        mixed = hash((self.seed, self.step, self.bucket, -1 if shared else self.rank, salt)) & (2**63 - 1)
+        return torch.Generator(device).manual_seed(mixed)
+
+
+class Codec(Protocol):
+    """A way to send x: floating values in (n,), or in (rows, n) for the collective "exchange".
+
+    collective:
+        sum       payloads are added by an all-reduce, and decoding the sum gives the sum (decoding is linear)
+        exchange  each rank's part of x travels as bytes to the rank that adds it up, and the sum comes back as bytes
+        gather    each rank's payload, bytes, goes to all ranks, which decode and add all of them
+    feedback: whether what a step does not send is worth keeping for the next (Karimireddy et al., 1901.09847).
+    block: n must be a multiple of it for "exchange".
+    A value that is not finite must decode to one that is not.
+    """
+
+    @property
+    def collective(self) -> Collective: ...
+    @property
+    def feedback(self) -> bool: ...
+    @property
+    def block(self) -> int: ...
+
+    def encode(self, x: Tensor, key: Key) -> Tensor:
+        """x -> payload; the shape of the payload depends on the shape of x only."""
+
+    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+        """payload -> float32 in the shape that x had, n being its last size."""

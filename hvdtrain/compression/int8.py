@@ -1,0 +1,33 @@
+"""8 bits a value and a scale a block, rounded to nearest (Dettmers, 1511.04561; with error feedback)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvdtrain.compression.codec import Collective, Key
+from hvdtrain.compression.packing import in_blocks, join, split
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Each block of values as multiples of a 127th of its largest magnitude."""
+
+    collective: Collective = "exchange"
+    feedback: bool = True
+    block: int = 512
+
+    def encode(self, x: Tensor, key: Key) -> Tensor:
+        """(rows, n) -> (rows, n + 4 n / block) uint8"""
+        blocks = in_blocks(x.float(), self.block)
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        # 0 / 0 in a block of zeros; what is not finite is told by the scale.
+        values = (blocks / scale).nan_to_num_(0.0, 0.0, 0.0).round_().to(torch.int8)
+        return join(values.flatten(-2).view(torch.uint8), scale.squeeze(-1))
+
+    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+        values, scale = split(payload, n, n // self.block)
+        blocks = in_blocks(values.view(torch.int8), self.block).float()
+        return blocks.mul_(scale.unsqueeze(-1)).flatten(-2)

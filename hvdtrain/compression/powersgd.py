@@ -1,0 +1,65 @@
+"""Low-rank factors, one of the two a step.
+
+PowerSGD (Vogels et al., 1905.13727) sends both factors of X ~ P Q' one after the other. Sending them in turns
+(ACP-SGD, Zhang et al., 2306.08881) takes one all-reduce a step, which overlaps with the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvdtrain.compression.codec import Collective, Key
+
+
+class PowerSgd:
+    """Matrices of a bucket as products of rank `rank`, with the last step's factor as the basis of the next.
+
+    shapes: (n, m) of each matrix, in the order in which they lie in the flat tensor. The basis is the same on all
+    ranks: it is made from what the all-reduce gave.
+    """
+
+    collective: Collective = "sum"
+    feedback = True
+    block = 1
+
+    def __init__(self, rank: int, shapes: list[tuple[int, int]], key: Key, device: torch.device) -> None:
+        self.shapes = shapes
+        self.ranks = [min(rank, n, m) for n, m in shapes]
+        self.left = True  # whether this step sends P (n, r), on the basis Q (m, r); else Q, on the basis P
+        generator = key.generator(device, shared=True)
+        drawn = [
+            torch.randn(m, r, generator=generator, device=device) for (_, m), r in zip(shapes, self.ranks, strict=True)
+        ]
+        self.basis = [orthonormal(factor) for factor in drawn]
+
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        parts = torch.split(x, [n * m for n, m in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def factors(self, payload: Tensor) -> list[Tensor]:
+        """The payload as matrices (n, r) or (m, r)."""
+        rows = [(n if self.left else m, r) for (n, m), r in zip(self.shapes, self.ranks, strict=True)]
+        parts = torch.split(payload, [n * r for n, r in rows])
+        return [part.view(shape) for part, shape in zip(parts, rows, strict=True)]
+
+    def encode(self, x: Tensor, key: Key) -> Tensor:
+        """(n,) -> (sum of n r or m r,) float32"""
+        sides = [matrix if self.left else matrix.T for matrix in self.matrices(x.float())]
+        return torch.cat([(side @ basis).flatten() for side, basis in zip(sides, self.basis, strict=True)])
+
+    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+        pairs = zip(self.factors(payload), self.basis, strict=True)
+        products = [factor @ basis.T if self.left else basis @ factor.T for factor, basis in pairs]
+        return torch.cat([product.flatten() for product in products])
+
+    def advance(self, total: Tensor) -> None:
+        """Take what all ranks sent together as the next step's basis."""
+        self.basis = [orthonormal(factor) for factor in self.factors(total)]
+        self.left = not self.left
+
+
+def orthonormal(factor: Tensor) -> Tensor:
+    """An orthonormal basis of at least the columns' span: (n, r) -> (n, r)."""
+    basis: Tensor = torch.linalg.qr(factor).Q
+    return basis.contiguous()

@@ -1,0 +1,143 @@
+"""Compression as text: `--compression powersgd:4,warmup=100,min=8192`.
+
+    none fp16 bf16 int8 onebit      no argument
+    qsgd:4bit                       bits a value: 2, 4 or 8
+    topk:0.01  randomk:0.01         part of the values that is sent
+    powersgd:4                      rank of the factors
+
+Options behind it, separated by commas:
+
+    warmup=N          the first N steps are dense
+    min=N             parameters with fewer values, and those with fewer than two axes, stay dense; 8192
+    feedback=on|off   the error-feedback memory; each method has its own habit
+    momentum=X        topk: momentum correction, in place of the optimizer's own momentum
+    layer.NAME=ARG    another argument, or none, for the parameters whose name begins with NAME
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hvdtrain.compression.cast import Bf16, Fp16
+from hvdtrain.compression.codec import Codec, Key
+from hvdtrain.compression.int8 import Int8
+from hvdtrain.compression.onebit import OneBit
+from hvdtrain.compression.powersgd import PowerSgd
+from hvdtrain.compression.qsgd import Qsgd
+from hvdtrain.compression.randomk import RandomK
+from hvdtrain.compression.topk import TopK
+from hvdtrain.errors import UserError, nearest
+
+METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd")
+DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.01", "powersgd": "4"}
+OPTIONS = ("warmup", "min", "feedback", "momentum")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed specification."""
+
+    text: str
+    method: str
+    argument: str  # "" where the method takes none
+    warmup: int = 0
+    min: int = 8192
+    feedback: bool | None = None  # None: the method's own habit
+    momentum: float = 0.0
+    layers: dict[str, str] = field(default_factory=dict)  # beginning of a name: argument, or "none"
+
+    def argument_for(self, name: str, values: int, axes: int) -> str | None:
+        """The method's argument for a parameter; None if it stays dense."""
+        if self.method == "none":
+            return None
+        for beginning, argument in sorted(self.layers.items(), key=lambda item: -len(item[0])):
+            if name.startswith(beginning):
+                return None if argument == "none" else argument
+        return None if values < self.min or axes < 2 else self.argument
+
+
+def parse(text: str) -> Spec:
+    """Parse a specification. Raises UserError naming the part that is wrong, and the nearest right one."""
+    head, *options = text.split(",")
+    method, colon, argument = head.partition(":")
+    if method not in METHODS:
+        raise UserError(f"compression {text!r}: no method {method!r}{nearest(method, METHODS)}")
+    if colon and method not in DEFAULTS:
+        raise UserError(f"compression {text!r}: {method} takes no argument")
+    argument = _checked(method, argument or DEFAULTS.get(method, ""), text)
+    values: dict[str, str] = {}
+    layers: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"compression {text!r}: {option!r} is no option; an option is KEY=VALUE")
+        if key.startswith("layer."):
+            layers[key.removeprefix("layer.")] = value if value == "none" else _checked(method, value, text)
+        elif key in OPTIONS:
+            values[key] = value
+        else:
+            raise UserError(f"compression {text!r}: no option {key!r}{nearest(key, (*OPTIONS, 'layer.NAME'))}")
+    momentum = _number(values, "momentum", "0", text)
+    if momentum and method != "topk":
+        raise UserError(f"compression {text!r}: momentum goes with topk")
+    if not 0 <= momentum < 1:
+        raise UserError(f"compression {text!r}: momentum is {momentum:g}; expected a value from 0 to below 1")
+    feedback = values.get("feedback")
+    if feedback not in (None, "on", "off"):
+        raise UserError(f"compression {text!r}: feedback is {feedback!r}; expected on or off")
+    if momentum and feedback == "off":
+        raise UserError(f"compression {text!r}: momentum needs feedback")
+    return Spec(
+        text=text,
+        method=method,
+        argument=argument,
+        warmup=int(_number(values, "warmup", "0", text)),
+        min=int(_number(values, "min", "8192", text)),
+        feedback=None if feedback is None else feedback == "on",
+        momentum=momentum,
+        layers=layers,
+    )
+
+
+def _number(values: dict[str, str], key: str, default: str, text: str) -> float:
+    """An option that is a number and not negative; a whole one but for momentum."""
+    value = values.get(key, default)
+    try:
+        number = float(value) if key == "momentum" else int(value)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise UserError(f"compression {text!r}: {key} is {value!r}; expected a number, not negative")
+    return number
+
+
+def _checked(method: str, argument: str, text: str) -> str:
+    """An argument of the method that makes sense, as it is."""
+    if method == "qsgd" and argument not in ("2bit", "4bit", "8bit"):
+        raise UserError(f"compression {text!r}: {argument!r} is no width; expected 2bit, 4bit or 8bit")
+    if method == "powersgd" and not (argument.isdigit() and int(argument) >= 1):
+        raise UserError(f"compression {text!r}: {argument!r} is no rank; expected a whole number from 1 on")
+    if method in ("topk", "randomk"):
+        try:
+            ratio = float(argument)
+        except ValueError:
+            ratio = 0.0
+        if not 0 < ratio <= 1:
+            raise UserError(f"compression {text!r}: {argument!r} is no part; expected above 0, at most 1")
+    return argument
+
+
+def make_codec(spec: Spec, argument: str, shapes: list[tuple[int, int]], key: Key, device: torch.device) -> Codec:
+    """The codec of a bucket. shapes: its parameters as matrices, which only powersgd looks at."""
+    if spec.method == "powersgd":
+        return PowerSgd(int(argument), shapes, key, device)
+    if spec.method == "randomk":
+        return RandomK(float(argument), unbiased=spec.feedback is False)
+    if spec.method == "topk":
+        return TopK(float(argument))
+    if spec.method == "qsgd":
+        return Qsgd(int(argument.removesuffix("bit")))
+    simple: dict[str, Codec] = {"fp16": Fp16(), "bf16": Bf16(), "int8": Int8(), "onebit": OneBit()}
+    return simple[spec.method]
