@@ -25,6 +25,9 @@ class StepOptions:
     clip_norm: float | None = None
     ema: float | None = None
     compile: bool = False
+    compression: str = "none"
+    exchange: Literal["bucketed", "horovod"] = "bucketed"
+    exact_residuals: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Step(Protocol):
         """Sums of the scores of a batch, without training: (metrics,)."""
 
     def state(self) -> bytes:
-        """All that the trajectory depends on; the same on each rank."""
+        """All that the trajectory depends on. All ranks call it; only rank 0's answer is whole."""
 
     def load_state(self, data: bytes) -> None:
         """Take over a state. Raises UserError if it is not one of this model's and optimizer's."""

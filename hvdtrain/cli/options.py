@@ -93,5 +93,8 @@ def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
 
 def check(arguments: Arguments) -> None:
     """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
-    recipe, _ = split(arguments.cls, arguments.given)
+    from hvdtrain.compression import spec
+
+    recipe, run = split(arguments.cls, arguments.given)
     schedule.parse(recipe.schedule, 1000, 10)
+    spec.parse(run.compression)

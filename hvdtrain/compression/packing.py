@@ -20,8 +20,8 @@ def join(values: Tensor, scales: Tensor) -> Tensor:
 def split(payload: Tensor, value_bytes: int, scales: int) -> tuple[Tensor, Tensor]:
     """The reverse of `join`: (rows, b) uint8 and (rows, scales) float32."""
     values, rest = torch.split(payload, [value_bytes, 4 * scales], -1)
-    # A view as float32 needs 4-byte alignment, which a slice may lack.
-    return values, rest.contiguous().view(torch.float32)
+    # A view as float32 needs 4-byte alignment, which a slice lacks.
+    return values, rest.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class TopK:
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         k = self.count(n)
-        values = payload[: 4 * k].contiguous().view(torch.float32)
-        places = payload[4 * k :].contiguous().view(torch.int16 if n <= 2**15 else torch.int32)
+        values = payload[: 4 * k].clone().view(torch.float32)
+        places = payload[4 * k :].clone().view(torch.int16 if n <= 2**15 else torch.int32)
         return torch.zeros(n, device=payload.device).index_put_((places.long(),), values)
 
 

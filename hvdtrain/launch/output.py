@@ -99,3 +99,12 @@ def deaths(lines: list[str]) -> list[Death]:
         code = 128 + int(part["signal"]) if part["signal"] else int(part["code"] or part["code3"])
         found.append(Death(int(rank), code))
     return found
+
+
+LOST = re.compile(r"lost communication with a remote daemon\b.*? Remote daemon: \[\S+\] on node (\S+)")  # Open MPI
+
+
+def lost_host(lines: list[str]) -> str | None:
+    """The first host that Open MPI says it lost; it may end with code 0 then."""
+    match = LOST.search(" ".join(" ".join(lines).split()))
+    return match.group(1) if match else None

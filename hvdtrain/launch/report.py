@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
-from hvdtrain.launch.output import Death, Line, deaths
+from hvdtrain.launch.output import Death, Line, deaths, lost_host
 
 HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
 KEEP_LINES = 1000  # of the launcher's own
+SSH_FAILED = 255  # ssh's own code, also where a signal ended the command: it does not say which
 # Horovod raises it in every rank that has lost another one: what broke the other one is the cause.
 CONSEQUENCE = "HorovodInternalError"
 
@@ -47,7 +48,8 @@ class Report:
 
     def due(self, *, last: bool = False) -> list[Line]:
         """The held lines to show now: all, or those that waited long enough; none if a rank's end explains them."""
-        if self.failed or any(self.finished.values()) or deaths(list(self.launcher)):
+        said = list(self.launcher)
+        if self.failed or any(self.finished.values()) or deaths(said) or lost_host(said):
             self.held.clear()
         lines = []
         while self.held and (last or self.held[0][0] <= time.monotonic()):
@@ -84,13 +86,27 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
     if silent:
         others = f"\n{count_others(len(report.failed))}" if report.failed else ""
         return silent_death(report, silent[0], others)
+    gone = lost_host(list(report.launcher))
+    if gone and len(report.finished) < len(report.hosts):
+        return EXIT_FAILED, lost_text(report, gone)
     if report.failed:
         return failed_first(report, report.failed[0])
+    unfinished = sorted(set(report.started) - set(report.finished))
+    if code == 0 and unfinished:
+        return EXIT_FAILED, f"error: {launcher} ended before {report.where(unfinished[0])} had finished"
     if code == 0:
         return 0, ""
     if report.hosts and len(report.finished) == len(report.hosts):
         return 0, f"warning: all ranks finished, and then {launcher} ended with code {code}"
     return (128 + asked, "") if asked else (EXIT_FAILED, f"error: {launcher} ended with code {code}; no rank said why")
+
+
+def lost_text(report: Report, host: str) -> str:
+    """The loss of a host, in words: its first rank, and how many more it had."""
+    lost = [rank for rank, name in enumerate(report.hosts) if name == host]
+    ranks = f"rank {lost[0]} on {host}" if lost else f"host {host}"
+    more = f" with {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"error: {ranks} was lost{more}: the host does not answer any more"
 
 
 def failed_first(report: Report, message: dict[str, Any]) -> tuple[int, str]:
@@ -109,13 +125,15 @@ def silent_death(report: Report, death: Death, others: str) -> tuple[int, str]:
     if death.code == EXIT_REQUEUE:
         return EXIT_REQUEUE, ""
     where = report.where(death.rank)
-    if death.code <= 128:
-        code = EXIT_USER if death.code == EXIT_USER else EXIT_FAILED
-        return code, f"error: {where} ended with code {death.code} and no message{others}"
     number = death.code - 128
+    if not 0 < number <= signal.SIGRTMAX:
+        code = EXIT_USER if death.code == EXIT_USER else EXIT_FAILED
+        over_ssh = death.code == SSH_FAILED and len(set(report.hosts)) > 1
+        hint = ": over ssh, that is a rank killed by a signal, or a lost connection" if over_ssh else ""
+        return code, f"error: {where} ended with code {death.code} and no message{hint}{others}"
     try:
         name = signal.Signals(number).name
-    except ValueError:
+    except ValueError:  # a real-time signal
         name = "unknown"
     hint = "; out of memory, if nobody sent it" if number == signal.SIGKILL else ""
     return EXIT_FAILED, f"error: {where} was killed by signal {number} ({name}){hint}{others}"

@@ -50,8 +50,9 @@ class Exchange:
         return sum(bucket.channel.wire_bytes for bucket in self.buckets) + self.flags.wire_bytes
 
     @property
-    def in_flight(self) -> bool:
-        return any(bucket.sent for bucket in self.buckets)
+    def pending(self) -> bool:
+        """Whether there are finished gradients of this rank that `finish` has not reduced yet."""
+        return any(bucket.sent or bucket.filled for bucket in self.buckets)
 
     def set_passes(self, passes: int) -> None:
         """How many backward passes make the coming step on this rank: 0 where it has no examples."""

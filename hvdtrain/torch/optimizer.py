@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, Literal
 
 import horovod.torch as hvd
 import torch
@@ -12,6 +13,7 @@ from horovod.torch import optimizer as horovod_optimizer
 
 from hvdtrain.collectives import ops
 from hvdtrain.compression.spec import parse
+from hvdtrain.errors import UserError
 from hvdtrain.torch.exchange import Exchange
 
 
@@ -22,6 +24,7 @@ def DistributedOptimizer(
     average: bool = True,
     backward_passes_per_step: int = 1,
     compression: str = "none",
+    exchange: Literal["bucketed", "horovod"] = "bucketed",
     seed: int = 0,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
@@ -36,31 +39,41 @@ def DistributedOptimizer(
     - state and defaults of the optimizer that is wrapped are kept.
 
     compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
+    exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
-    Raises ValueError where a parameter of the optimizer has no name or a name stands twice.
+    Raises ValueError where a parameter of the optimizer has no name or a name stands twice, UserError for a wrong
+    compression.
     """
     spec = parse(compression)
+    stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
+    if exchange == "horovod" and compression not in stock:
+        raise UserError(f"compression {compression!r} needs the bucketed exchange; Horovod's own takes none or fp16")
     body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
-    body.update(
-        {
+    body |= {
+        "exchange": None,
+        "waited": 0.0,
+        "wire_bytes": 0,
+        "stock_synchronize": body["synchronize"],
+        "synchronize": _synchronize,
+        "step": _step,
+        "zero_grad": _zero_grad,
+        "param_groups": property(_get_param_groups, _set_param_groups),
+    }
+    if exchange == "bucketed":
+        body |= {
             "_register_hooks": _register_hooks,
             "set_backward_passes_per_step": _set_passes,
-            "synchronize": _synchronize,
-            "step": _step,
-            "zero_grad": _zero_grad,
-            "param_groups": property(_get_param_groups, _set_param_groups),
-            "exchange": None,
             "_make_exchange": lambda self, named: Exchange(named, average, spec, seed),
         }
-    )
     # Keeping the class's name and module lets schedulers, checkpoints and Horovod's own helpers recognize it.
     cls = type(optimizer.__class__.__name__, (optimizer.__class__,), body)
     wrapped: torch.optim.Optimizer = cls(
         optimizer.param_groups,
         named_parameters,
-        hvd.Compression.none,
+        hvd.Compression.none if exchange == "bucketed" else stock[compression],
         backward_passes_per_step,
         hvd.Average if average else hvd.Sum,
+        sparse_as_dense=True,
     )
     wrapped.state = optimizer.state
     wrapped.defaults = optimizer.defaults
@@ -84,18 +97,24 @@ def _set_passes(self: Any, passes: int) -> None:
 
 def _synchronize(self: Any) -> None:
     """Wait until the gradients are reduced; once per step, on all ranks. Nothing to do if it was done."""
-    if self.exchange is not None and not self._synchronized:
+    if self._synchronized:
+        return
+    if self.exchange is not None:
         self.exchange.finish()
+        self.waited, self.wire_bytes = self.exchange.waited, self.exchange.wire_bytes
+    elif self._requires_update:  # Horovod's own hooks are in place
+        begin = time.perf_counter()
+        self.stock_synchronize()
+        self.waited = time.perf_counter() - begin
+        halved = 2 if self._compression is hvd.Compression.fp16 else 1
+        payload = sum(p.numel() * p.element_size() for p in self._requires_update) // halved
+        self.wire_bytes = ops.ring_bytes(payload, hvd.size())
     self._synchronized = True
 
 
-@overload
-def _step(self: Any, closure: None = None) -> None: ...
-@overload
-def _step(self: Any, closure: Callable[[], float]) -> float: ...
 def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
     """Reduce the gradients, unless that was done, and step."""
-    if closure is not None and self.exchange is not None:
+    if closure is not None and hvd.size() > 1:
         raise ValueError("step(closure) would evaluate gradients that are not reduced; call backward() before step()")
     self.synchronize()
     self._synchronized = False
@@ -104,14 +123,14 @@ def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None
 
 def _zero_grad(self: Any, set_to_none: bool = True) -> None:
     """As torch's. Raises RuntimeError while an exchange is in flight, which would be reduced into the next step."""
-    if self.exchange is not None and self.exchange.in_flight:
+    if self._handles or (self.exchange is not None and self.exchange.pending):
         raise RuntimeError("zero_grad() between backward() and step(): the gradients are being reduced")
     self._synchronized = False
     super(self.__class__, self).zero_grad(set_to_none)
 
 
 def _get_param_groups(self: Any) -> list[dict[str, Any]]:
-    if self.exchange is not None and self.exchange.in_flight:
+    if self.exchange is not None and self.exchange.pending:
         self.synchronize()
     return self.__dict__["param_groups"]  # type: ignore[no-any-return]
 

@@ -16,8 +16,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
+from hvdtrain.compression.spec import parse
 from hvdtrain.errors import RunError, UserError
 from hvdtrain.step import Agreed, Ids, Split, StepOptions
+from hvdtrain.torch import memories
 from hvdtrain.torch.buffers import BufferMean
 from hvdtrain.torch.data import batches, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
@@ -44,7 +46,17 @@ class TorchStep:
         inner = recipe.optimizer(self.model.parameters())
         held = {p for group in inner.param_groups for p in group["params"]}
         named = [(name, p) for name, p in self.model.named_parameters() if p in held]
-        self.optimizer: Any = DistributedOptimizer(inner, named, average=False)
+        spec = parse(options.compression)
+        if spec.momentum and any(group.get("momentum") for group in inner.param_groups):
+            raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
+        self.optimizer: Any = DistributedOptimizer(
+            inner,
+            named,
+            average=False,
+            compression=options.compression,
+            exchange=options.exchange,
+            seed=options.seed,
+        )
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.trained = [p for _, p in named if p.requires_grad]
         broadcast_state(self.model, self.optimizer)
@@ -132,7 +144,7 @@ class TorchStep:
             begin = time.perf_counter()
             ops.wait(self._sums_handle)
             self.buffers.finish()
-            waited = self.optimizer.exchange.waited + time.perf_counter() - begin
+            waited = self.optimizer.waited + time.perf_counter() - begin
             self._sums_handle = None
         sums = self._sums.cpu().numpy()
         nonfinite, stop = bool(sums[-2]), bool(sums[-1])
@@ -154,7 +166,10 @@ class TorchStep:
             # The gradients are the same on all ranks, and so is the decision to skip.
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            report["skipped"] = float(self.scaler.get_scale() < report["loss_scale"])
+            scale = self.scaler.get_scale()
+            report["skipped"] = float(scale < report["loss_scale"])
+            if self.optimizer.exchange is not None and scale != report["loss_scale"]:
+                memories.scale(self.optimizer.exchange, scale / report["loss_scale"])
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
         return report
@@ -175,10 +190,16 @@ class TorchStep:
         return self._score_sums(scores).cpu().numpy()
 
     def state(self) -> bytes:
+        exchange = self.optimizer.exchange
+        residuals = memories.gather(exchange, self.options.exact_residuals) if exchange and exchange.coded else None
+        if self.world.rank != 0:
+            return b""
         for name, p in self.model.named_parameters():
             if not torch.isfinite(p).all():
                 raise RunError(f"parameter {name} is not finite; no checkpoint was written")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if residuals is not None:
+            state["exchange"] = residuals
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
@@ -204,12 +225,14 @@ class TorchStep:
             raise UserError(f"the checkpoint is of another model or optimizer: {lines[-1].strip()}") from error
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if self.optimizer.exchange is not None and "exchange" in state:
+            memories.load(self.optimizer.exchange, state["exchange"])
 
     def wire_bytes(self) -> int:
         if self.world.size == 1:
             return 0
         small = self.buffers.payload_bytes + self._sums.numel() * 8
-        return int(self.optimizer.exchange.wire_bytes) + ops.ring_bytes(small, self.world.size)
+        return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
     def graph(self) -> bytes | None:
         recipe, model = self.recipe, self.model

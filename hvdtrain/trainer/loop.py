@@ -73,7 +73,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
                 "train_loss": at.train_loss,
                 "eval": at.eval,
                 "wire_bytes_per_step": step.wire_bytes(),
-                "compression": "none",
+                "compression": options.compression,
                 "membership_changes": 0,
                 "resumed_from": resumed_from,
                 "skipped_nonfinite": at.skipped_nonfinite,
@@ -156,9 +156,10 @@ def evaluate(run: Run, step: Step) -> dict[str, float]:
 
 
 def save(run: Run, step: Step, at: Position) -> None:
-    """Rank 0 writes a checkpoint and removes old ones; the other ranks have the same state and go on."""
+    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on."""
+    state = step.state()
     if run.world.rank == 0:
-        checkpoint.save(run.folder, at, step.state(), run.name)
+        checkpoint.save(run.folder, at, state, run.name)
         checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
 
 

@@ -25,6 +25,15 @@ class RunOptions:
     clip_norm: float | None = option(None, "clip the norm of the reduced gradient to this")
     ema: float | None = option(None, "evaluate an exponential moving average of the weights with this decay")
     compile: bool = option(False, "compile the model (torch.compile)")
+    compression: str = option(
+        "none",
+        "gradient compression: none, fp16, bf16, int8, onebit, qsgd:4bit, topk:0.01, randomk:0.01, powersgd:4; "
+        "with options, e.g. powersgd:4,warmup=100,min=8192",
+    )
+    exchange: Literal["bucketed", "horovod"] = option("bucketed", "flat buckets, or Horovod's own, for comparison")
+    checkpoint_residuals: Literal["sum", "exact"] = option(
+        "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
+    )
     checkpoint_every: int | None = option(None, "steps between checkpoints; default: once an epoch. Also at the end")
     keep: int = option(3, "checkpoints to keep, besides the best")
     eval_every: int | None = option(None, "steps between evaluations; default: once an epoch. Also at the end")

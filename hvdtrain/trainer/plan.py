@@ -69,7 +69,7 @@ def describe(plan: Plan, options: RunOptions) -> list[str]:
         f"{plan.passes} pass{'es' * (plan.passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {plan.epochs} epoch{'s' * (plan.epochs > 1)}",
         f"lr        {plan.schedule.text}: {corners}{scaled}",
-        f"gradient  all-reduce in flat buckets, compression none, amp {options.amp}"
+        f"gradient  {options.exchange} exchange, compression {options.compression}, amp {options.amp}"
         + (f", clipped to norm {options.clip_norm:g}" if options.clip_norm else "")
         + (f", EMA {options.ema:g}" if options.ema else ""),
     ]

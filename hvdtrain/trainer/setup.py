@@ -32,6 +32,9 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
         clip_norm=options.clip_norm,
         ema=options.ema,
         compile=options.compile,
+        compression=options.compression,
+        exchange=options.exchange,
+        exact_residuals=options.checkpoint_residuals == "exact",
     )
 
 

@@ -1,0 +1,120 @@
+"""Compression in `hvdtrain train`: resuming, mixed precision, Horovod's own exchange, wrong specifications."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
+
+DIGITS = str(ROOT / "recipes" / "digits.py")
+SPECS = ["onebit,min=100", "topk:0.05,min=100", "powersgd:2,min=100", "qsgd:4bit,min=100"]
+
+
+def saved(run_dir: Path, step: int) -> dict[str, object]:
+    return torch.load(run_dir / "checkpoints" / f"step-{step}" / "state", weights_only=True)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_resume_with_exact_residuals_is_bit_for_bit(spec: str, tmp_path: Path) -> None:
+    options = ["--compression", spec, "--checkpoint-residuals", "exact", "--log-every", "1", "--threads", "1"]
+    options += ["--steps", "16", "--checkpoint-every", "10", "--eval-every", "100"]
+    train("horovodrun", 2, DIGITS, tmp_path / "whole", *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-16")
+    assert train("horovodrun", 2, DIGITS, tmp_path / "resumed", "--resume")["resumed_from"] == 10
+    losses, others = ([row["loss"] for row in rows(tmp_path / name)] for name in ("resumed", "whole"))
+    assert losses == others
+    weights, expected = (saved(tmp_path / name, 16)["model"] for name in ("resumed", "whole"))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_the_debt_of_all_ranks_survives_a_change_of_their_number(tmp_path: Path) -> None:
+    """Two ranks' residuals, summed, are what three ranks owe together right after resuming."""
+    spec = ["--compression", "topk:0.05,min=100", "--threads", "1"]
+    train("horovodrun", 2, DIGITS, tmp_path / "run", *spec, "--steps", "10")
+    before = saved(tmp_path / "run", 10)["exchange"]["debts"]
+    assert max(float(debt.abs().max()) for debt in before.values()) > 0
+    shutil.copytree(tmp_path / "run", tmp_path / "more", symlinks=True)
+    # Nothing left to train: what was loaded is saved again, under the next step's name.
+    shutil.copytree(tmp_path / "more" / "checkpoints" / "step-10", tmp_path / "kept")
+    script = tmp_path / "debt.py"
+    script.write_text(
+        "import sys, torch, hvdtrain\n"
+        "from hvdtrain.finder import load\n"
+        "from hvdtrain.step import StepOptions\n"
+        "from hvdtrain.torch.step import TorchStep\n"
+        "world = hvdtrain.init()\n"
+        f"options = StepOptions(compression={spec[1]!r})\n"
+        f"step = TorchStep(load({DIGITS!r})(), world, options)\n"
+        "step.load_state(open(sys.argv[1], 'rb').read())\n"
+        "state = step.state()\n"
+        "if world.rank == 0:\n"
+        "    open(sys.argv[2], 'wb').write(state)\n"
+    )
+    import sys
+
+    command = [sys.executable, str(script), str(tmp_path / "kept" / "state"), str(tmp_path / "again")]
+    done = run("horovodrun", 3, command)
+    assert done.returncode == 0, done.stderr
+    after = torch.load(tmp_path / "again", weights_only=True)["exchange"]["debts"]
+    assert after.keys() == before.keys()
+    for name, debt in before.items():
+        torch.testing.assert_close(after[name], debt)
+
+
+def test_amp_fp16_rescales_the_residuals(tmp_path: Path) -> None:
+    """The loss scale falls in the first steps and the residuals with it: the run stays close to the dense one."""
+    options = ["--amp", "fp16", "--steps", "40", "--log-every", "1", "--clip-norm", "1", "--threads", "1"]
+    dense = train("horovodrun", 2, DIGITS, tmp_path / "dense", *options)
+    coded = train("horovodrun", 2, DIGITS, tmp_path / "coded", *options, "--compression", "int8,min=100")
+    assert coded["eval"]["loss"] == pytest.approx(dense["eval"]["loss"], rel=0.05)
+    assert coded["wire_bytes_per_step"] < 0.3 * dense["wire_bytes_per_step"]
+    assert coded["compression"] == "int8,min=100"
+
+
+@pytest.mark.parametrize("compression", ["none", "fp16"])
+def test_horovods_own_exchange_trains_alike(compression: str, tmp_path: Path) -> None:
+    options = ["--steps", "24", "--log-every", "1", "--micro-batch", "22", "--clip-norm", "0.5", "--threads", "1"]
+    losses = []
+    for name, exchange in (("ours", "bucketed"), ("stock", "horovod")):
+        more = ["--exchange", exchange, "--compression", compression]
+        train("horovodrun", 2, DIGITS, tmp_path / name, *options, *more)
+        losses.append([row["loss"] for row in rows(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if compression == "none" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--compression", "powersgd:0"],
+            "compression 'powersgd:0': '0' is no rank; expected a whole number from 1 on",
+        ),
+        (["--compression", "topk:2"], "compression 'topk:2': '2' is no part; expected above 0, at most 1"),
+        (["--compression", "int9"], "compression 'int9': no method 'int9'; did you mean 'int8'?"),
+        (["--compression", "int8,mni=3"], "compression 'int8,mni=3': no option 'mni'; did you mean 'min'?"),
+        (
+            ["--compression", "int8", "--exchange", "horovod"],
+            "compression 'int8' needs the bucketed exchange; Horovod's own takes none or fp16",
+        ),
+        (
+            ["--compression", "topk:0.1,momentum=0.9"],
+            "compression 'topk:0.1,momentum=0.9': its momentum replaces the optimizer's: set that to 0",
+        ),
+    ],
+)
+def test_wrong_specifications(options: list[str], message: str, tmp_path: Path) -> None:
+    done = run("alone", 1, [*HVDTRAIN, "train", DIGITS, "--run-dir", str(tmp_path / "run"), *options])
+    assert (done.returncode, done.stderr) == (2, f"hvdtrain: error: {message}\n")
+
+
+def test_a_layer_that_matches_nothing(tmp_path: Path) -> None:
+    options = ["--run-dir", str(tmp_path / "run"), "--compression", "topk:0.1,layer.fc=0.5"]
+    done = run("alone", 1, [*HVDTRAIN, "launch", "-np", "2", DIGITS, *options])
+    message = "compression 'topk:0.1,layer.fc=0.5': no parameter begins with 'fc'; there are: 0, 3, 7"
+    assert done.returncode == 2
+    assert message in done.stderr
