@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,8 +119,10 @@ def _classes(path: Path) -> dict[str, type[Recipe]]:
         sys.path.append(str(path.absolute().parent))
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        where = f"{path}:{lines[-1]}" if lines else f"{path}"
+        raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     return {
         name: value
         for name, value in vars(module).items()

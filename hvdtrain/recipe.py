@@ -94,6 +94,21 @@ def _help(cls: type, name: str) -> str:
     return ""
 
 
+def checked(field: Field, value: Any) -> Any:
+    """A value as the field's type; a str may stand for a path and an int for a float. Raises UserError for others."""
+    if value is None and (field.optional or field.default is None):
+        return None
+    if field.choices and value not in field.choices:
+        raise UserError(f"{field.flag}: {value!r} is not one of {', '.join(map(repr, field.choices))}")
+    if issubclass(field.type, Path) and isinstance(value, str):
+        return Path(value)
+    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, field.type) or (field.type is int and isinstance(value, bool)):
+        raise UserError(f"{field.flag}: {value!r} is {type(value).__name__}; expected {field.type.__name__}")
+    return value
+
+
 def make(cls: type[Any], values: dict[str, Any]) -> Any:
     """A recipe (or run options) from values; what its own checks refuse is a user's mistake.
 
@@ -103,8 +118,7 @@ def make(cls: type[Any], values: dict[str, Any]) -> Any:
     for name, value in values.items():
         if name not in known:
             raise UserError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
-        if issubclass(known[name].type, Path) and isinstance(value, str):
-            values = {**values, name: Path(value)}
+        values = {**values, name: checked(known[name], value)}
     try:
         return cls(**values)
     except ValueError as error:

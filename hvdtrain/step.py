@@ -51,13 +51,16 @@ class Step(Protocol):
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         """The batches of these ids, in order."""
 
-    def begin(self, passes: int, stop: bool) -> None:
-        """Forget the last step's gradients; `passes` micro-batches follow. stop: this rank was asked to stop."""
+    def begin(self, passes: int, part: float, stop: bool) -> None:
+        """Forget the last step's gradients; `passes` micro-batches follow.
 
-    def micro_batch(self, batch: Any, weight: float, part: float, seed: Sequence[int]) -> None:
-        """Add the gradient of `weight` * the sum of the losses; start exchanging what is ready after the last one.
+        part: this rank's share of the global batch. stop: this rank was asked to stop.
+        """
 
-        part: this rank's share of the global batch. seed: what randomness in the model is drawn from.
+    def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
+        """Add the gradient of `weight` * the sum of `count` losses; start exchanging what is ready after the last one.
+
+        seed: what randomness in the model is drawn from.
         """
 
     def exchange(self) -> Agreed:
@@ -66,11 +69,14 @@ class Step(Protocol):
     def update(self, factor: float) -> dict[str, float]:
         """Clip and apply the optimizer at `factor` times its learning rate; what there is to report of it."""
 
+    def skip(self) -> None:
+        """Instead of `update`: leave the model as it was before the step, buffers included."""
+
     def learning_rate(self) -> float:
         """The first parameter group's learning rate, before the schedule."""
 
-    def evaluate(self, batch: Any) -> NDArray[np.float64]:
-        """Sums of the scores of a batch, without training: (metrics,)."""
+    def evaluate(self, batch: Any, count: int) -> NDArray[np.float64]:
+        """Sums of the scores of a batch of `count` examples, without training: (metrics,)."""
 
     def state(self) -> bytes:
         """All that the trajectory depends on. All ranks call it; only rank 0's answer is whole."""
@@ -82,4 +88,4 @@ class Step(Protocol):
         """Bytes that this rank sends in an exchange."""
 
     def graph(self) -> bytes | None:
-        """The model as a TensorBoard GraphDef, or None if it cannot be traced."""
+        """The model as a TensorBoard GraphDef, or None for batches that cannot be traced. Raises what tracing does."""

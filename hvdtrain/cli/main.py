@@ -49,7 +49,8 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue)."""
     try:
         # Commands return their exit code; click returns its own for --help and --version.
-        code = cli.main(args, prog_name="hvdtrain", standalone_mode=False)
+        args = sys.argv[1:] if args is None else args
+        code = cli.main(args or ["--help"], prog_name="hvdtrain", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         fail(str(error), EXIT_USER)
@@ -57,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
         fail(error.format_message(), EXIT_USER)
     except RunError as error:
         fail(str(error), EXIT_FAILED)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
 
 

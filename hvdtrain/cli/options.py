@@ -40,6 +40,10 @@ class TrainCommand(click.Command):
         if clash:
             raise UserError(f"{recipe.__name__}.{clash.pop()} is a run option; name the recipe's option otherwise")
         options = [click_option(f) for f in [*self.recipe_options, *self.run_options]]
+        flags = ["--help", *(flag for option in options for flag in (*option.opts, *option.secondary_opts))]
+        twice = [flag for flag in flags if flags.count(flag) > 1]
+        if twice:
+            raise UserError(f"two options of {recipe.__name__} are called {twice[0]}; rename the field of one")
         super().__init__(name, params=options, **kwargs)  # type: ignore[arg-type]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -30,10 +30,11 @@ go on with --resume --run-dir DIR."""
     "train",
     help=HELP,
     add_help_option=False,
+    options_metavar="",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.argument("recipe", required=False)
-@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.argument("recipe", required=False, metavar="RECIPE")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
 @click.pass_context
 def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> int:
     if recipe in (None, "--help", "-h"):

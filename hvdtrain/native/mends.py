@@ -73,6 +73,13 @@ def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
             "argparse.ArgumentParser(description='Horovod Runner')",
             "argparse.ArgumentParser(description='Horovod Runner', allow_abbrev=False)",
         ),
+        # Open MPI 5 takes long options with two dashes only; Open MPI 4 takes both.
+        Mend("horovod/runner/mpi_run.py", "['-bind-to none', '-map-by slot']", "['--bind-to none', '--map-by slot']"),
+        Mend(
+            "horovod/runner/mpi_run.py",
+            "['-mca pml ob1', '-mca btl ^openib']",
+            "['--mca pml ob1', '--mca btl ^openib']",
+        ),
         # horovodrun stops reading a rank at the first byte that is not UTF-8, and the rank then blocks on a full pipe.
         Mend(
             "horovod/runner/common/util/safe_shell_exec.py",

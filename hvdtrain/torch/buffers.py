@@ -15,13 +15,23 @@ class BufferMean:
     """
 
     def __init__(self, buffers: list[torch.Tensor], size: int) -> None:
-        self.buffers = buffers if size > 1 else []
+        self.buffers, self.size = buffers, size
         self.payload_bytes = 4 * sum(b.numel() for b in self.buffers)
+        self._before: list[torch.Tensor] = []
         self._handle: ops.Handle | None = None
+
+    def begin(self) -> None:
+        """Remember the buffers as they are before a step."""
+        self._before = [b.clone() for b in self.buffers]
+
+    def restore(self) -> None:
+        """Undo what the step did to them."""
+        for b, before in zip(self.buffers, self._before, strict=True):
+            b.copy_(before)
 
     def start(self, part: float) -> None:
         """Start averaging; `part` is this rank's share of the global batch, the shares add up to 1."""
-        if self.buffers:
+        if self.buffers and self.size > 1:
             flat = torch.cat([b.reshape(-1).float() for b in self.buffers]) * part
             self._handle = ops.all_reduce_async_(flat, "step.buffers")
 

@@ -13,6 +13,9 @@ from hvdtrain.compression.codec import Key
 from hvdtrain.compression.spec import Spec
 from hvdtrain.torch.buckets import Bucket, Named, make_buckets
 
+# What a sparse gradient adds to its flag instead of 1; float16 holds the sum for a thousand ranks.
+SPARSE = 1 / 1024
+
 
 class Exchange:
     """Reduces the gradients of `named` over ranks once per step, overlapping with the backward pass.
@@ -80,14 +83,15 @@ class Exchange:
     def _fill(bucket: Bucket, index: int) -> None:
         p, view = bucket.params[index], bucket.views[index]
         assert p.grad is not None
+        bucket.flags[index] = SPARSE if p.grad.is_sparse else 1
         if p.grad is not view:
+            # Rows of a sparse gradient (an embedding's) travel densely: one way for all, and the sizes stay fixed.
             view.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
             if p.grad.dtype == view.dtype:
                 p.grad = view
         bucket.filled.add(index)
 
     def _send(self, bucket: Bucket) -> None:
-        bucket.flags.fill_(1)
         for index in range(len(bucket.params)):
             if index not in bucket.filled:
                 bucket.views[index].zero_()
@@ -128,9 +132,12 @@ class Exchange:
     def _set_gradients(self, bucket: Bucket) -> None:
         if self.average and isinstance(bucket.channel, Channel):
             bucket.channel.flat.div_(self.size)
-        used = bucket.flags.tolist() if len(bucket.filled) < len(bucket.params) else []
-        for index, (p, view) in enumerate(zip(bucket.params, bucket.views, strict=True)):
-            if used and not used[index]:
+        averaged = self.average and not isinstance(bucket.channel, Channel)
+        used = (bucket.flags * self.size if averaged else bucket.flags).tolist()
+        for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
+            if ranks == 0:
                 p.grad = None
+            elif ranks < 1:  # sparse wherever it was used: optimizers for sparse gradients take no others
+                p.grad = view.to(p.dtype).to_sparse(1)
             elif p.grad is not view:
                 p.grad = view.to(p.dtype)  # the view itself where the types are the same

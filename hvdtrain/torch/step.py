@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,9 +21,14 @@ from hvdtrain.step import Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
 from hvdtrain.torch.buffers import BufferMean
 from hvdtrain.torch.data import batches, seed_all, to_device
+from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.setup import choose_device, load_datasets
 
+# What metrics.jsonl holds besides the recipe's metrics.
+RESERVED = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
+RESERVED |= {"gradient_norm", "loss_scale", "skipped"}
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +48,8 @@ class TorchStep:
         if recipe.channels_last:
             self.model = self.model.to(memory_format=self.format)
         inner = recipe.optimizer(self.model.parameters())
+        if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
+            raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
         held = {p for group in inner.param_groups for p in group["params"]}
         named = [(name, p) for name, p in self.model.named_parameters() if p in held]
         spec = parse(options.compression)
@@ -65,15 +71,16 @@ class TorchStep:
         averaging = get_ema_multi_avg_fn(options.ema) if options.ema is not None else None  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=averaging) if averaging is not None else None
         self.forward: Any = torch.compile(self.model) if options.compile else self.model
-        self.metrics, changing = self._try_out()
-        self.buffers = BufferMean(changing, world.size)
+        self.metrics: tuple[str, ...] = ()
+        self.buffers = BufferMean(self._try_out(), world.size)
         self._sums = torch.zeros(len(self.metrics) + 2, dtype=torch.float64, device=self.device)
         self._sums_handle: ops.Handle | None = None
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
         self._passes = self._done = 0
+        self._part = 0.0
 
-    def _try_out(self) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-        """Score two examples in training mode and undo it: the metrics' names, and the buffers that this changed."""
+    def _try_out(self) -> list[torch.Tensor]:
+        """Score two examples in training mode and undo it: sets `metrics`, and returns the buffers that changed."""
         buffers = list(self.model.buffers())
         before = [b.clone() for b in buffers]
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
@@ -83,16 +90,29 @@ class TorchStep:
             scores = self.recipe.score(self.model, batch)
         if not isinstance(scores, dict) or "loss" not in scores:
             raise UserError(f"{type(self.recipe).__name__}.score must return a dict with 'loss', got {_shown(scores)}")
-        for name, score in scores.items():
-            if not isinstance(score, torch.Tensor) or score.shape != (len(ids),):
-                raise UserError(
-                    f"{type(self.recipe).__name__}.score must return one value per example: {name!r} should have "
-                    f"shape ({len(ids)},) for {len(ids)} examples, got {_shown(score)}"
-                )
+        self.metrics = ("loss", *(name for name in scores if name != "loss"))
+        taken = sorted(set(self.metrics) & RESERVED)
+        if taken:
+            raise UserError(f"{type(self.recipe).__name__}.score: {taken[0]!r} is a column of metrics.jsonl; rename it")
+        self._check(scores, len(ids))
         changing = [b for b, old in zip(buffers, before, strict=True) if not torch.equal(b, old)]
         for b, old in zip(buffers, before, strict=True):
             b.copy_(old)
-        return ("loss", *(name for name in scores if name != "loss")), changing
+        return changing
+
+    def _check(self, scores: dict[str, torch.Tensor], count: int) -> None:
+        """Raise UserError unless there is each metric and no other, with one value per example."""
+        if scores.keys() != set(self.metrics):
+            raise UserError(
+                f"{type(self.recipe).__name__}.score must always return the same scores: first "
+                f"{', '.join(self.metrics)}, now {', '.join(scores)}"
+            )
+        for name, score in scores.items():
+            if not isinstance(score, torch.Tensor) or score.shape != (count,):
+                raise UserError(
+                    f"{type(self.recipe).__name__}.score must return one value per example: {name!r} should have "
+                    f"shape ({count},) for {count} examples, got {_shown(score)}"
+                )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
@@ -106,38 +126,40 @@ class TorchStep:
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
 
-    def begin(self, passes: int, stop: bool) -> None:
+    def begin(self, passes: int, part: float, stop: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(passes)
         self.model.train()
         self._sums.zero_()
         self._sums[-1] = stop
         self._nonfinite_here.zero_()
-        self._passes, self._done = passes, 0
+        self._passes, self._done, self._part = passes, 0, part
+        self.buffers.begin()
 
-    def micro_batch(self, batch: Any, weight: float, part: float, seed: Sequence[int]) -> None:
+    def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         seed_all(seed)
         with self._autocast():
             scores = self.recipe.score(self.forward, to_device(batch, self.device, self.format))
+        self._check(scores, count)
         loss = scores["loss"]
         self._sums[:-2] += self._score_sums(scores)
         self._nonfinite_here |= ~torch.isfinite(loss.detach()).all()
         self._done += 1
         if self._done == self._passes:
             # The forward passes are over: sums and buffers travel while backward computes.
-            self._start_small(part)
+            self._start_small()
         objective = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum() * weight
         (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
 
-    def _start_small(self, part: float) -> None:
+    def _start_small(self) -> None:
         self._sums[-2] = self._nonfinite_here
         if self.world.size > 1:
             self._sums_handle = ops.all_reduce_async_(self._sums, "step.sums")
-            self.buffers.start(part)
+            self.buffers.start(self._part)
 
     def exchange(self) -> Agreed:
         if self._passes == 0:
-            self._start_small(0.0)
+            self._start_small()
         self.optimizer.synchronize()
         waited = 0.0
         if self._sums_handle is not None:
@@ -174,11 +196,14 @@ class TorchStep:
             self.ema.update_parameters(self.model)
         return report
 
+    def skip(self) -> None:
+        self.buffers.restore()
+
     def learning_rate(self) -> float:
         return self.base_lrs[0]
 
     @torch.no_grad()
-    def evaluate(self, batch: Any) -> NDArray[np.float64]:
+    def evaluate(self, batch: Any, count: int) -> NDArray[np.float64]:
         model = self.forward
         if self.ema is not None:
             model = self.ema.module
@@ -187,6 +212,7 @@ class TorchStep:
         model.eval()
         with self._autocast():
             scores = self.recipe.score(model, to_device(batch, self.device, self.format))
+        self._check(scores, count)
         return self._score_sums(scores).cpu().numpy()
 
     def state(self) -> bytes:
@@ -194,9 +220,11 @@ class TorchStep:
         residuals = memories.gather(exchange, self.options.exact_residuals) if exchange and exchange.coded else None
         if self.world.rank != 0:
             return b""
-        for name, p in self.model.named_parameters():
-            if not torch.isfinite(p).all():
-                raise RunError(f"parameter {name} is not finite; no checkpoint was written")
+        changing = {id(b) for b in self.buffers.buffers}
+        buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) in changing]
+        for name, tensor in [*self.model.named_parameters(), *buffers]:
+            if not torch.isfinite(tensor).all():
+                raise RunError(f"{name} is not finite; no checkpoint was written")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if residuals is not None:
             state["exchange"] = residuals
@@ -235,64 +263,10 @@ class TorchStep:
         return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
     def graph(self) -> bytes | None:
-        recipe, model = self.recipe, self.model
-
-        class Loss(torch.nn.Module):
-            """Tracing needs a module from tensors to a tensor."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-                return recipe.score(self.model, tensors)["loss"]
-
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
         batch = to_device(next(self.load("train", [ids], 0)), self.device, self.format)
-        if not isinstance(batch, (list, tuple)) or not all(isinstance(part, torch.Tensor) for part in batch):
-            return None
-        model.eval()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # tracing warns of every branch in Python
-            from torch.utils.tensorboard._pytorch_graph import graph
-
-            try:
-                return graph(Loss(), tuple(batch))[0].SerializeToString()  # type: ignore[no-any-return, no-untyped-call]
-            except RuntimeError:
-                return None
-
-
-def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
-    """The recipe's datasets. The first rank of each host goes first, so that what it fetches is there for the others.
-
-    Raises UserError on all ranks where it is raised on one, or where a dataset is empty.
-    """
-    loaded: dict[Split, Any] = {}
-    for turn in (True, False):
-        error = None
-        if (world.local_rank == 0) == turn:
-            try:
-                loaded = {"train": recipe.dataset("train"), "eval": recipe.dataset("eval")}
-            except UserError as problem:
-                error = str(problem)
-        for problem_of_one in ops.gather_json(error, "datasets"):
-            if problem_of_one:
-                raise UserError(problem_of_one)
-    for split, dataset in loaded.items():
-        if len(dataset) == 0:
-            raise UserError(f"the recipe's {split!r} dataset is empty")
-    return loaded
-
-
-def choose_device(wanted: str | None, local_rank: int) -> torch.device:
-    """This rank's device; ranks of a host take its GPUs in turn. Raises UserError where there is no cuda to take."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here; expected cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+        self.model.eval()
+        return trace(self.recipe, self.model, batch)
 
 
 def _shown(value: Any) -> str:

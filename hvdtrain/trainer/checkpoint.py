@@ -25,20 +25,23 @@ class Position:
     epoch: int = 0
     offset: int = 0
     samples: int = 0
-    epoch_loss_sum: float = 0.0  # over the epoch's examples so far
+    epoch_loss_sum: float = 0.0  # over the epoch's examples so far, without skipped steps
+    epoch_loss_count: int = 0
     train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
     skipped_nonfinite: int = 0
     eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
-    def advance(self, count: int, loss_sum: float, examples: int) -> None:
-        """A step consumed `count` of the epoch's `examples`, with losses that add up to `loss_sum`."""
+    def advance(self, count: int, loss_sum: float | None, examples: int) -> None:
+        """A step consumed `count` of the epoch's `examples`; their losses add up to `loss_sum`, None if skipped."""
         self.step += 1
         self.samples += count
         self.offset += count
-        self.epoch_loss_sum += loss_sum
-        self.train_loss = self.epoch_loss_sum / self.offset
+        if loss_sum is not None:
+            self.epoch_loss_sum += loss_sum
+            self.epoch_loss_count += count
+            self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
         if self.offset == examples:
-            self.epoch, self.offset, self.epoch_loss_sum = self.epoch + 1, 0, 0.0
+            self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
 
 
 def save(run_dir: Path, position: Position, state: bytes, recipe: str) -> Path:
@@ -54,8 +57,12 @@ def save(run_dir: Path, position: Position, state: bytes, recipe: str) -> Path:
         "state_bytes": len(state),
         "state_sha256": hashlib.sha256(state).hexdigest(),
     }
-    write_atomically(beside / "state", state)
-    write_json(beside / "meta.json", meta)
+    try:
+        write_atomically(beside / "state", state)
+        write_json(beside / "meta.json", meta)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     sync_folder(folder.parent)
@@ -64,7 +71,7 @@ def save(run_dir: Path, position: Position, state: bytes, recipe: str) -> Path:
 
 def listed(run_dir: Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World, init, shutdown
 from hvdtrain.errors import UserError
-from hvdtrain.recipe import Recipe, fields, make
+from hvdtrain.recipe import Recipe, checked, fields, make
 from hvdtrain.trainer.loop import train
-from hvdtrain.trainer.options import RunOptions, split
+from hvdtrain.trainer.options import RunOptions, check_sizes, split
 
 # Where a run is, not what it is: these are not kept in config.json.
 NOT_KEPT = ("run_dir", "resume")
@@ -27,7 +27,9 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     Raises UserError (a ValueError's worth of user mistake) and RunError (the loss is not finite).
     """
     shared = {field.name for field in fields(Recipe)}
-    recipe = replace(recipe, **{key: value for key, value in run_options.items() if key in shared})
+    own = {field.name: checked(field, run_options[field.name]) for field in fields(Recipe) if field.name in run_options}
+    recipe = replace(recipe, **own)
+    check_sizes(recipe)
     options = make(RunOptions, {key: value for key, value in run_options.items() if key not in shared})
     world = init(comm)
     try:
@@ -50,7 +52,7 @@ def fit_from_command_line(cls: type[Recipe], name: str, given: dict[str, Any], w
 def config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """What config.json holds."""
     kept = {key: value for key, value in asdict(options).items() if key not in NOT_KEPT}
-    values = {**asdict(recipe), **kept}
+    values = {field.name: getattr(recipe, field.name) for field in fields(type(recipe))} | kept
     return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
 
 
@@ -64,7 +66,7 @@ def merge_saved(run_dir: Path, name: str, given: dict[str, Any], world: World) -
         try:
             saved = json.loads((run_dir / "config.json").read_bytes())
             if saved["recipe"] == name:
-                answer = {"options": saved["options"]}
+                answer = {"options": dict(saved["options"])}
             else:
                 answer = {"error": f"{run_dir} is a run of recipe {saved['recipe']!r}, not of {name!r}"}
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hvdtrain import messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
-from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError
+from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import Agreed, Step
@@ -49,9 +50,11 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
     """
     module, cls = STEPS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
-    plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size)
-    run = Run(name, recipe, options, world, plan, run_folder(options, name, config, world))
-    at = resume(run, step) if options.resume else Position()
+    check_best(recipe, step.metrics)
+    folder = run_folder(options, name, config, world)
+    at = resume(step, folder, name, world) if options.resume else Position()
+    plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
+    run = Run(name, recipe, options, world, plan, folder)
     resumed_from = at.step or None
     report = Reporter(run.folder, plan.total_steps, options, active=world.rank == 0, from_step=at.step)
     with StopRequest() as stop, report:
@@ -59,7 +62,10 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
         if options.resume:
             report.lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
         elif world.rank == 0:
-            report.graph(step.graph())
+            try:
+                report.graph(step.graph())
+            except Exception as error:  # of the recipe, traced: it trains all the same
+                report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
         finished = run_steps(run, step, at, report, stop)
         summary = report.summary(
             {
@@ -103,25 +109,27 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
 
         for count, first, end, chunks in parts:
             begin = time.perf_counter()
-            step.begin(len(chunks), stop.requested)
+            step.begin(len(chunks), (end - first) / count, stop.requested)
             for chunk in chunks:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
-                step.micro_batch(next(batches), 1 / count, (end - first) / count, (options.seed, at.step, first))
+                step.micro_batch(next(batches), len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
             agreed = step.exchange()
+            lr_factor = plan.schedule.factor(plan.position(at))
             if agreed.nonfinite:
                 skip_or_end(run, agreed, at, report)
+                step.skip()
                 details: dict[str, float] = {}
             else:
-                details = step.update(plan.lr_scale * plan.schedule.factor(at.step))
+                details = step.update(plan.lr_scale * lr_factor)
             seconds = time.perf_counter() - begin
 
             epoch = at.epoch + 1
-            at.advance(count, float(agreed.sums[0]), plan.examples)
+            at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]), plan.examples)
             last, epoch_ends = at.step == plan.total_steps, at.offset == 0
             values = means(step.metrics, agreed.sums, count) | details
-            report.step(at, epoch, plan.lr * plan.schedule.factor(at.step - 1), values, count, seconds, agreed.waited)
+            report.step(at, epoch, plan.lr * lr_factor, values, count, seconds, agreed.waited)
             if last or due(at.step, options.eval_every, epoch_ends):
                 at.eval = evaluate(run, step)
                 evaluated = at.step
@@ -140,6 +148,15 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
     return True
 
 
+def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:
+    """Raise UserError if the recipe's `best` names no metric of its own or no direction."""
+    metric, direction = recipe.best
+    if metric not in metrics:
+        raise UserError(f"{type(recipe).__name__}.best: there is no metric {metric!r}{nearest(metric, metrics)}")
+    if direction not in ("min", "max"):
+        raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
+
+
 def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     """Whether something done every N steps, or else once an epoch, is due."""
     return step % every == 0 if every else epoch_ends
@@ -150,8 +167,9 @@ def evaluate(run: Run, step: Step) -> dict[str, float]:
     count = step.examples["eval"]
     first, end = order.bounds(count, run.world.rank, run.world.size)
     sums = np.zeros(len(step.metrics))
-    for batch in step.load("eval", order.chunks(np.arange(first, end), run.plan.micro_batch), 0):
-        sums += step.evaluate(batch)
+    chunks = order.chunks(np.arange(first, end), run.plan.micro_batch)
+    for chunk, batch in zip(chunks, step.load("eval", chunks, 0), strict=True):
+        sums += step.evaluate(batch, len(chunk))
     return means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
 
 
@@ -159,16 +177,19 @@ def save(run: Run, step: Step, at: Position) -> None:
     """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on."""
     state = step.state()
     if run.world.rank == 0:
-        checkpoint.save(run.folder, at, state, run.name)
-        checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
+        try:
+            checkpoint.save(run.folder, at, state, run.name)
+            checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
+        except OSError as error:
+            raise RunError(f"cannot write step {at.step}'s checkpoint in {run.folder}: {error.strerror}") from error
 
 
-def resume(run: Run, step: Step) -> Position:
+def resume(step: Step, folder: Path, name: str, world: World) -> Position:
     """Take over the newest checkpoint of rank 0's run folder on all ranks; a new Position if there is none."""
     found, error = None, None
-    if run.world.rank == 0:
+    if world.rank == 0:
         try:
-            found = checkpoint.load_newest(run.folder, run.name)
+            found = checkpoint.load_newest(folder, name)
         except UserError as problem:
             error = str(problem)
     error, position = ops.broadcast_json([error, vars(found[0]) if found else None], "resume.position")

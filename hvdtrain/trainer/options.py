@@ -18,7 +18,7 @@ class RunOptions:
     resume: bool = option(False, "go on from the newest checkpoint in --run-dir; at step 0 if it has none yet")
     steps: int | None = option(None, "train this many steps in all, instead of --epochs")
     micro_batch: int | None = option(None, "most examples per rank in one pass; a rank's part takes several if larger")
-    batch_per_rank: int | None = option(None, "weak scaling: --batch-size is this many examples times the ranks")
+    batch_per_rank: int | None = option(None, "weak scaling: a global batch of this many examples times the ranks")
     scale_lr: Literal["none", "linear", "sqrt"] = option("none", "with --batch-per-rank: lr times ranks, or their root")
     seed: int = option(0, "seed of the weights, the sample order and all other randomness")
     amp: Literal["off", "bf16", "fp16"] = option("off", "automatic mixed precision")
@@ -67,7 +67,12 @@ def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]
     """A recipe and run options from one dict of values. Raises UserError where they refuse a value."""
     own = {key: value for key, value in given.items() if key in RunOptions.__dataclass_fields__}
     recipe: Recipe = make(cls, {key: value for key, value in given.items() if key not in own})
+    check_sizes(recipe)
+    return recipe, make(RunOptions, own)
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Raise UserError for a number of epochs or a batch size below 1."""
     for name in ("epochs", "batch_size"):
         if getattr(recipe, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be at least 1")
-    return recipe, make(RunOptions, own)

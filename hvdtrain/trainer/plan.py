@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hvdtrain import schedule
 from hvdtrain.recipe import Recipe
 from hvdtrain.schedule import Schedule
+from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 
 
@@ -22,25 +23,30 @@ class Plan:
     passes: int  # most passes per rank and step
     steps_per_epoch: int
     total_steps: int
+    epochs: int
+    by_epochs: bool  # ends with the last epoch, not after a number of steps
     lr: float  # after scaling, before the schedule
     lr_scale: float
     schedule: Schedule
 
-    @property
-    def epochs(self) -> int:
-        return -(-self.total_steps // self.steps_per_epoch)
+    def position(self, at: Position) -> int:
+        """The step of the schedule: by what has been consumed, unless the run ends after a number of steps."""
+        return at.epoch * self.steps_per_epoch + at.offset // self.batch_size if self.by_epochs else at.step
 
 
-def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int) -> Plan:
-    """Work out the plan for `examples` training examples at learning rate `lr` on `ranks` ranks.
+def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int, at: Position) -> Plan:
+    """Work out the plan for `examples` training examples at learning rate `lr` on `ranks` ranks, from `at` on.
 
+    A run that is resumed with another batch size still ends with its last epoch.
     Raises UserError for a schedule that does not parse.
     """
     batch_size = options.batch_per_rank * ranks if options.batch_per_rank else recipe.batch_size
     per_rank = -(-batch_size // ranks)
     micro_batch = min(options.micro_batch or per_rank, per_rank)
     steps_per_epoch = -(-examples // batch_size)
-    total_steps = options.steps or recipe.epochs * steps_per_epoch
+    whole = recipe.epochs * steps_per_epoch
+    rest = 0 if at.epoch >= recipe.epochs else -(-(examples - at.offset) // batch_size)
+    rest += max(0, recipe.epochs - at.epoch - 1) * steps_per_epoch
     lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.scale_lr]
     return Plan(
         ranks=ranks,
@@ -49,10 +55,12 @@ def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ran
         micro_batch=micro_batch,
         passes=-(-per_rank // micro_batch),
         steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
+        total_steps=options.steps or at.step + rest,
+        epochs=-(-options.steps // steps_per_epoch) if options.steps else recipe.epochs,
+        by_epochs=options.steps is None,
         lr=lr * lr_scale,
         lr_scale=lr_scale,
-        schedule=schedule.parse(recipe.schedule, total_steps, steps_per_epoch),
+        schedule=schedule.parse(recipe.schedule, options.steps or whole, steps_per_epoch),
     )
 
 

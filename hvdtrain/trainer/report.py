@@ -158,7 +158,7 @@ def _cut_rows(path: Path, last_step: int) -> None:
             row = json.loads(line)
         except ValueError:
             break
-        if row["step"] > last_step:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > last_step:
             break
         kept.append(line + "\n")
     beside = path.with_name(".metrics.jsonl.new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import time
@@ -44,7 +45,7 @@ def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: Wo
     Raises UserError on all ranks where the folder holds another run or cannot be written.
     """
     answer: dict[str, str] = {}
-    folder = options.run_dir or Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = options.run_dir or unused(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
     if world.rank == 0:
         if not options.resume and (folder / "config.json").exists():
             answer = {"error": f"run folder {folder} already holds a run: add --resume to go on, or name another"}
@@ -59,6 +60,12 @@ def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: Wo
     if "error" in answer:
         raise UserError(answer["error"])
     return Path(answer["folder"])
+
+
+def unused(folder: Path) -> Path:
+    """The folder, or one with a number behind its name where that is taken."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], names) if not path.exists())
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return rows(folder)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("horovodrun", 2), ("horovodrun", 3), ("horovodrun", 4), ("mpirun", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("horovodrun", 2), ("horovodrun", 3), ("horovodrun", 4), ("mpirun", 2), ("horovodrun-mpi", 2)]
+)
 def test_digits_is_the_same_on_any_number_of_ranks(
     kind: str, ranks: int, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:

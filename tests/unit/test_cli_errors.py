@@ -58,7 +58,7 @@ CASES = [
     (["train", "none.py"], "none.py defines no recipe: subclass hvdtrain.torch.Recipe"),
     (
         ["train", "missing_import.py"],
-        re.compile(r"missing_import\.py cannot be imported: ModuleNotFoundError: No module .*"),
+        re.compile(r"missing_import\.py:1 cannot be imported: ModuleNotFoundError: No module .*"),
     ),
     (["train", "broken.py"], re.compile(r"broken\.py cannot be imported: SyntaxError: .*")),
     (["train", "bare.py"], "recipe class Bare has fields but is no dataclass: add @dataclass(kw_only=True)"),

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # From the top floor down; files directly in hvdtrain/ are the ground that all stand on.
-FLOORS = ["cli", "launch", "trainer", "torch", "collectives", "data", "native"]
+FLOORS = ["cli", "launch", "trainer", "torch", "compression", "collectives", "data", "native"]
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax"}
 SOURCES = sorted(path for path in (ROOT / "hvdtrain").rglob("*.py") if "recipes" not in path.parts)
 
@@ -47,7 +47,7 @@ def test_rooms_import_only_from_below(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_torch_and_collectives_know_torch_or_horovod(path: Path) -> None:
-    if room(path) not in ("torch", "collectives", "native"):
+    if room(path) not in ("torch", "compression", "collectives", "native"):
         assert not {module.split(".")[0] for module in imports(path)} & (FRAMEWORKS | {"horovod"})
 
 

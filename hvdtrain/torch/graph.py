@@ -1,0 +1,38 @@
+"""The model as a graph for TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from typing import Any
+
+import torch
+
+from hvdtrain.torch.recipe import Recipe
+
+
+def trace(recipe: Recipe, model: torch.nn.Module, batch: Any) -> bytes | None:
+    """The loss of a batch, traced, as a serialized GraphDef; None for a batch that is no sequence of tensors.
+
+    Raises whatever the recipe's code raises when it is traced.
+    """
+    if not isinstance(batch, (list, tuple)) or not all(isinstance(part, torch.Tensor) for part in batch):
+        return None
+
+    class Loss(torch.nn.Module):
+        """Tracing needs a module from tensors to a tensor."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            given = type(batch)(*tensors) if hasattr(batch, "_fields") else type(batch)(tensors)
+            return recipe.score(self.model, given)["loss"]
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # tracing warns of every branch in Python
+        from torch.utils.tensorboard._pytorch_graph import graph
+
+        return graph(Loss(), tuple(batch))[0].SerializeToString()  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,46 @@
+"""Before the first step: this rank's device and the recipe's data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.world import World
+from hvdtrain.errors import UserError
+from hvdtrain.step import Split
+from hvdtrain.torch.recipe import Recipe
+
+
+def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
+    """The recipe's datasets. The first rank of each host goes first, so that what it fetches is there for the others.
+
+    Raises UserError on all ranks where it is raised on one, or where a dataset is empty.
+    """
+    loaded: dict[Split, Any] = {}
+    for turn in (True, False):
+        error = None
+        if (world.local_rank == 0) == turn:
+            try:
+                loaded = {"train": recipe.dataset("train"), "eval": recipe.dataset("eval")}
+            except UserError as problem:
+                error = str(problem)
+        for problem_of_one in ops.gather_json(error, "datasets"):
+            if problem_of_one:
+                raise UserError(problem_of_one)
+    for split, dataset in loaded.items():
+        if len(dataset) == 0:
+            raise UserError(f"the recipe's {split!r} dataset is empty")
+    return loaded
+
+
+def choose_device(wanted: str | None, local_rank: int) -> torch.device:
+    """This rank's device; ranks of a host take its GPUs in turn. Raises UserError where there is no cuda to take."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here; expected cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
