@@ -42,6 +42,8 @@ def rank_environment(environ: Mapping[str, str], launcher: str, controller: str)
         del env["PYTHONUNBUFFERED"]
     # horovodrun stops reading a rank whose output is not UTF-8, whatever the locale of the rank's host.
     env["PYTHONIOENCODING"] = "utf-8:backslashreplace"
+    # A rank whose peer died says so in a line of C++; that is no news where the cause is shown.
+    env.setdefault("HOROVOD_LOG_LEVEL", "fatal")
     # With LSF's job id, horovodrun asks LSF for things that it does not need here, and fails.
     env.pop("LSB_JOBID", None)
     return env

@@ -101,10 +101,15 @@ def deaths(lines: list[str]) -> list[Death]:
     return found
 
 
-LOST = re.compile(r"lost communication with a remote daemon\b.*? Remote daemon: \[\S+\] on node (\S+)")  # Open MPI
+# Open MPI's launcher of a host, and a rank of the host that another rank is on.
+LOST = re.compile(
+    r"lost communication with a remote daemon\b.*? Remote daemon: \[\S+\] on node (\S+)"
+    r"|daemon failed to report back after being spawned\..*? Remote host: (\S+)"  # said of one that had, too
+)
+PEER = re.compile(r"\s+Peer host:\s+(\S+)\s*\Z")
 
 
 def lost_host(lines: list[str]) -> str | None:
     """The first host that Open MPI says it lost; it may end with code 0 then."""
     match = LOST.search(" ".join(" ".join(lines).split()))
-    return match.group(1) if match else None
+    return match.group(match.lastindex or 0) if match else None

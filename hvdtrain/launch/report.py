@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
-from hvdtrain.launch.output import Death, Line, deaths, lost_host
+from hvdtrain.launch.output import PEER, Death, Line, deaths, lost_host
 
 HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
 KEEP_LINES = 1000  # of the launcher's own
@@ -28,6 +28,7 @@ class Report:
         self.failed: list[dict[str, Any]] = []
         self.launcher: deque[str] = deque(maxlen=KEEP_LINES)
         self.held: deque[tuple[float, Line]] = deque()
+        self.peer: str | None = None  # the host of a rank that another rank missed first
 
     def take(self, message: dict[str, Any]) -> None:
         """Note a rank's message; one that is not whole is passed over."""
@@ -40,6 +41,12 @@ class Report:
             self.finished[rank] = int(message.get("code") or 0)
         elif kind == "failed":
             self.failed.append(message)
+
+    def hear(self, line: Line) -> None:
+        """Note what a rank's MPI library says of another: it aborts its own rank, which is all that mpirun sees."""
+        match = PEER.match(line.text)
+        if match and self.peer is None:
+            self.peer = match.group(1)
 
     def hold(self, line: Line) -> None:
         """Note a line of the launcher itself, to be shown later if at all."""
@@ -88,7 +95,9 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
         return silent_death(report, silent[0], others)
     gone = lost_host(list(report.launcher))
     if gone and len(report.finished) < len(report.hosts):
-        return EXIT_FAILED, lost_text(report, gone)
+        return EXIT_FAILED, lost_text(report, gone, "the connection to the host failed")
+    if report.peer and code and len(report.finished) < len(report.hosts):
+        return EXIT_FAILED, lost_text(report, report.peer, "it ended, or its host did, without a message")
     if report.failed:
         return failed_first(report, report.failed[0])
     unfinished = sorted(set(report.started) - set(report.finished))
@@ -101,12 +110,11 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
     return (128 + asked, "") if asked else (EXIT_FAILED, f"error: {launcher} ended with code {code}; no rank said why")
 
 
-def lost_text(report: Report, host: str) -> str:
-    """The loss of a host, in words: its first rank, and how many more it had."""
-    lost = [rank for rank, name in enumerate(report.hosts) if name == host]
-    ranks = f"rank {lost[0]} on {host}" if lost else f"host {host}"
-    more = f" with {len(lost) - 1} more" if len(lost) > 1 else ""
-    return f"error: {ranks} was lost{more}: the host does not answer any more"
+def lost_text(report: Report, host: str, why: str) -> str:
+    """The loss of a host or of a rank on it, in words: which rank it can have been."""
+    numbers = [str(rank) for rank, name in enumerate(report.hosts) if name == host]
+    which = f"rank {' or '.join(numbers)} on {host}" if numbers else f"a rank on {host}"
+    return f"error: {which} was lost: {why}"
 
 
 def failed_first(report: Report, message: dict[str, Any]) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
 from hvdtrain.launch.output import Line, Lines, take_message
 from hvdtrain.launch.report import Report, outcome
@@ -48,7 +49,7 @@ def run(
 ) -> int:
     """Run a launcher's command line in an environment until it ends; return the run's exit code.
 
-    The first SIGINT or SIGTERM asks rank 0 to stop and save; a second one, or the end of the grace period, ends all.
+    The first SIGINT, SIGTERM or SIGUSR1 asks rank 0 to stop and save; a second one, or the end of the grace period, ends all.
     Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
     Raises BrokenPipeError if nobody reads the output any more.
     """
@@ -63,7 +64,8 @@ def run(
                 job.guard.wait()
                 end_remote_ranks(job)
     verdict, text = outcome(job.report, Path(line[0]).name, job.guard.returncode, job.asked)
-    if job.ended and job.asked:
+    # What rank 0 has saved is saved, even if the others had to be ended.
+    if job.ended and job.asked and job.report.finished.get(0) != EXIT_REQUEUE:
         verdict, text = 128 + job.asked, text if job.report.failed else ""
     else:
         for held in job.report.due(last=True):
@@ -148,6 +150,7 @@ def handle(job: Job, line: Line) -> None:
     if line.rank is None:
         job.report.hold(line)
     else:
+        job.report.hear(line)
         job.screen.line(line)
 
 
@@ -221,7 +224,7 @@ def wait_seconds(job: Job) -> float | None:
 
 @contextlib.contextmanager
 def signals() -> Iterator[tuple[list[int], int]]:
-    """Catch SIGINT and SIGTERM: a list that they are added to, and a file to read when one came, or a child ended."""
+    """Catch SIGINT, SIGTERM and SIGUSR1: a list that they are added to, and a file to read when one came, or a child ended."""
     received: list[int] = []
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -229,6 +232,7 @@ def signals() -> Iterator[tuple[list[int], int]]:
     handlers = {
         signal.SIGINT: lambda number, _: received.append(number),
         signal.SIGTERM: lambda number, _: received.append(number),
+        signal.SIGUSR1: lambda number, _: received.append(number),  # what batch systems send ahead of the end
         signal.SIGCHLD: lambda number, _: None,
     }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -88,9 +88,9 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
             }
         )
         report.lines(describe_end(summary, run.folder))
+    messages.send("finished", rank=world.rank, code=0 if finished else EXIT_REQUEUE)
     # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
     ops.barrier("end")
-    messages.send("finished", rank=world.rank, code=0 if finished else EXIT_REQUEUE)
     return summary
 
 

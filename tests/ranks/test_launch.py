@@ -157,7 +157,7 @@ def test_bytes_that_are_not_utf8(launcher: str, controller: str) -> None:
 
 
 @pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_one_signal_lets_the_ranks_save(launcher: str, controller: str, number: int) -> None:
     with launched(launcher, controller, "wait") as job:
         job.wait_for("[0] sum 2")
