@@ -13,13 +13,6 @@ from hvdtrain.errors import UserError
 from hvdtrain.launch.hosts import Host, host_text
 
 # mpirun gives remote ranks only the variables that it is told to; horovodrun gives them all.
-# Keeps memory that is freed: gradients and activations of each step otherwise cost thousands of page faults.
-MALLOC = {
-    "MALLOC_TOP_PAD_": str(1 << 28),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
-}
-
 OURS = ("HVDTRAIN_", "HOROVOD_", "NCCL_", "GLOO_", "UCX_")
 FORWARDED = (*OURS, "OMP_", "MKL_", "MALLOC_", "PYTHON", "PYTORCH_", "TORCH_")
 FORWARDED_NAMES = {"PATH", "LD_LIBRARY_PATH"}

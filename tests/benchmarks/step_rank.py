@@ -61,7 +61,8 @@ def main() -> None:
     model: nn.Module = resnet18(num_classes=10)
     images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(10, (BATCH,))
     if options.channels_last:
-        model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
     model, optimizer = wrapped(options.way, model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
     seconds = []
     for _ in range(options.steps):
