@@ -6,6 +6,8 @@ second collectives of all buckets are under way before any is waited for, and ra
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -37,14 +39,18 @@ class Plain:
         ops.wait(self._handle)
         self._handle = None
 
+    def finite(self) -> bool:
+        """Whether the sum is finite; the same on all ranks."""
+        return bool(torch.isfinite(self.flat.sum()))
+
 
 class Channel:
     """Sums `flat` over ranks in place, once per step.
 
     flat: (n,) float32 on any device; this rank's share at `start`, at the end of `finish` the sum as it was decoded,
-    the same bits on all ranks. residual: what this rank's share has not sent yet, in the same units, or None; it stands
-    over if the sum is not finite, so that neither inf nor NaN enters it. momentum: DGC's correction (1712.01887):
-    velocities are accumulated in place of gradients, and masked where they are sent.
+    the same bits on all ranks. residual: what this rank's share has not sent yet, in the same units, or None; without
+    `commit` it stands over, so that neither inf nor NaN enters it. momentum: DGC's correction (1712.01887):
+    velocities are accumulated in place of gradients, and masked where they are sent late.
     """
 
     def __init__(
@@ -73,6 +79,8 @@ class Channel:
         # Memories to be, if this step's sum is finite.
         self._kept: dict[str, Tensor] = {}
         self._key = key
+        self._dense = False
+        self._received = flat
         self._handle: ops.Handle | None = None
 
     def start(self, step: int) -> None:
@@ -98,7 +106,9 @@ class Channel:
             own = self._flatten(own) if collective == "exchange" else own
             self._kept["residual"] = self.flat - own
             if self.velocity is not None:
-                self._kept["velocity"] = velocity.masked_fill(own != 0, 0)
+                # A velocity whose gradients are sent late is stale; one sent at once goes on as in plain momentum.
+                late = (own != 0) & (self.residual != 0)
+                self._kept["velocity"] = velocity.masked_fill(late, 0)
         if collective == "exchange":
             # Its own part stays here.
             self.wire_bytes = payload[0].numel() * (self.size - 1)
@@ -121,14 +131,14 @@ class Channel:
         total = self.codec.decode(parts, self.part, self._key).sum(0)
         if self.owned is not None:
             total.add_(self.owned)
-        payload = self.codec.encode(total[None], self._key)
+        payload = self.codec.encode(total[None], replace(self._key, round=1))
         if self.owned is not None:
             self._kept["owned"] = total - self.codec.decode(payload, self.part, self._key)[0]
         self.wire_bytes += payload.numel() * (self.size - 1)
         self._handle = ops.all_gather_async(payload.flatten(), f"{self.name}.sums")
 
     def finish(self) -> None:
-        """Wait, decode the sum into flat, and take over the memories if the sum is finite."""
+        """Wait and decode the sum into flat."""
         assert self._handle is not None
         received = ops.wait(self._handle)
         self._handle = None
@@ -144,17 +154,35 @@ class Channel:
             # In the order of ranks on every rank, so that the sums are the same to the bit.
             for payload in received.view(self.size, -1):
                 self.flat.add_(self.codec.decode(payload, n, self._key))
-        if not bool(torch.isfinite(self.flat.sum())):
-            return
+        self._received = received
+
+    def finite(self) -> bool:
+        """Whether the sum is finite; the same on all ranks."""
+        return bool(torch.isfinite(self.flat.sum()))
+
+    def commit(self) -> None:
+        """Take over the step's memories. Not called where any bucket's sum is not finite: no step is made then."""
         if isinstance(self.codec, PowerSgd) and not self._dense:
-            self.codec.advance(received)
+            self.codec.advance(self._received)
         for name, memory in self._kept.items():
             setattr(self, name, memory)
 
+    def owe(self, begin: int, end: int) -> None:
+        """What was decoded of flat[begin:end] is not used by anyone: all ranks together owe it again."""
+        if self.residual is not None:
+            self.residual[begin:end] += self.flat[begin:end] / self.size
+
     def _rows(self, flat: Tensor) -> Tensor:
-        """(n,) -> (size, part), padded with zeros."""
+        """(n,) -> (size, part). The last block is filled up with its own values again, what is behind it with zeros.
+
+        Zeros in a block would make its scale too small (onebit's is a mean), and its values arrive steps too late.
+        """
         missing = self.size * self.part - len(flat)
-        return torch.nn.functional.pad(flat, (0, missing)).view(self.size, self.part)
+        if missing:
+            last = flat[(len(flat) - 1) // self.codec.block * self.codec.block :]
+            again = last.repeat(-(-self.codec.block // len(last)))[len(last) : self.codec.block]
+            flat = torch.cat([flat, again, flat.new_zeros(missing - len(again))])
+        return flat.view(self.size, self.part)
 
     def _flatten(self, rows: Tensor) -> Tensor:
         return rows.flatten()[: len(self.flat)]

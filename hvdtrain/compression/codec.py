@@ -19,10 +19,11 @@ class Key:
     step: int
     bucket: int
     rank: int
+    round: int = 0  # the second encoding of an exchange must not draw what the first did
 
-    def generator(self, device: torch.device, *, shared: bool, salt: int = 0) -> torch.Generator:
+    def generator(self, device: torch.device, *, shared: bool) -> torch.Generator:
         """A generator that is the same on all ranks (shared) or this rank's own."""
-        mixed = hash((self.seed, self.step, self.bucket, -1 if shared else self.rank, salt)) & (2**63 - 1)
+        mixed = hash((self.seed, self.step, self.bucket, -1 if shared else self.rank, self.round)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(mixed)
 
 

@@ -22,8 +22,9 @@ class Int8:
     def encode(self, x: Tensor, key: Key) -> Tensor:
         """(rows, n) -> (rows, n + 4 n / block) uint8"""
         blocks = in_blocks(x.float(), self.block)
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        # 0 / 0 in a block of zeros; what is not finite is told by the scale.
+        # Not below the normal floats, where a multiple of it could be the largest magnitude's double.
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        # What is not finite is told by the scale.
         values = (blocks / scale).nan_to_num_(0.0, 0.0, 0.0).round_().to(torch.int8)
         return join(values.flatten(-2).view(torch.uint8), scale.squeeze(-1))
 

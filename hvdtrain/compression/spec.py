@@ -50,7 +50,7 @@ class Spec:
 
     def argument_for(self, name: str, values: int, axes: int) -> str | None:
         """The method's argument for a parameter; None if it stays dense."""
-        if self.method == "none":
+        if self.method == "none" or values == 0:
             return None
         for beginning, argument in sorted(self.layers.items(), key=lambda item: -len(item[0])):
             if name.startswith(beginning):
@@ -109,15 +109,18 @@ def _number(values: dict[str, str], key: str, default: str, text: str) -> float:
     except ValueError:
         number = -1
     if number < 0:
-        raise UserError(f"compression {text!r}: {key} is {value!r}; expected a number, not negative")
+        kind = "a number" if key == "momentum" else "a whole number"
+        raise UserError(f"compression {text!r}: {key} is {value!r}; expected {kind}, not negative")
     return number
 
 
 def _checked(method: str, argument: str, text: str) -> str:
     """An argument of the method that makes sense, as it is."""
+    if argument and method not in DEFAULTS:
+        raise UserError(f"compression {text!r}: {method} takes no argument")
     if method == "qsgd" and argument not in ("2bit", "4bit", "8bit"):
         raise UserError(f"compression {text!r}: {argument!r} is no width; expected 2bit, 4bit or 8bit")
-    if method == "powersgd" and not (argument.isdigit() and int(argument) >= 1):
+    if method == "powersgd" and not (argument.isdecimal() and int(argument) >= 1):
         raise UserError(f"compression {text!r}: {argument!r} is no rank; expected a whole number from 1 on")
     if method in ("topk", "randomk"):
         try:

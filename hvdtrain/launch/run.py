@@ -49,7 +49,7 @@ def run(
 ) -> int:
     """Run a launcher's command line in an environment until it ends; return the run's exit code.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks rank 0 to stop and save; a second one, or the end of the grace period, ends all.
+    The first SIGINT, SIGTERM or SIGUSR1 asks rank 0 to stop and save; a second one, or the end of the grace, ends all.
     Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
     Raises BrokenPipeError if nobody reads the output any more.
     """
@@ -224,7 +224,7 @@ def wait_seconds(job: Job) -> float | None:
 
 @contextlib.contextmanager
 def signals() -> Iterator[tuple[list[int], int]]:
-    """Catch SIGINT, SIGTERM and SIGUSR1: a list that they are added to, and a file to read when one came, or a child ended."""
+    """Catch the signals that stop: a list that they are added to, and a file to read when one came or a child ended."""
     received: list[int] = []
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -122,18 +123,28 @@ class Exchange:
         for bucket in self.buckets:
             bucket.channel.finish()
         self.waited = time.perf_counter() - begin
+        # All memories or none: a step with anything that is not finite is not made.
+        committed = bool(self.coded) and all(bucket.channel.finite() for bucket in self.buckets)
+        for bucket in self.coded if committed else ():
+            assert isinstance(bucket.channel, Channel)
+            bucket.channel.commit()
         for bucket in self.buckets:
-            self._set_gradients(bucket)
+            self._set_gradients(bucket, committed)
             bucket.sent = False
             bucket.filled.clear()
         self.steps += 1
         self._remaining = dict.fromkeys(self._place, self.passes)
 
-    def _set_gradients(self, bucket: Bucket) -> None:
-        if self.average and isinstance(bucket.channel, Channel):
-            bucket.channel.flat.div_(self.size)
+    def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
         averaged = self.average and not isinstance(bucket.channel, Channel)
         used = (bucket.flags * self.size if averaged else bucket.flags).tolist()
+        if committed and isinstance(bucket.channel, Channel) and 0 in used:
+            ends = list(itertools.accumulate(p.numel() for p in bucket.params))
+            for end, p, ranks in zip(ends, bucket.params, used, strict=True):
+                if ranks == 0:
+                    bucket.channel.owe(end - p.numel(), end)
+        if self.average and isinstance(bucket.channel, Channel):
+            bucket.channel.flat.div_(self.size)
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
                 p.grad = None

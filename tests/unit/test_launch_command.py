@@ -16,7 +16,7 @@ from hvdtrain.launch.command import find_program, forwarded, rank_environment
 TRAIN = "BIN/python -m hvdtrain train digits"
 OPTIONS = "--bind-to none --map-by slot"
 DAEMONS = "--prtemca oob_tcp_if_include eth0 --prtemca plm_ssh_args '-p 2222'"
-FORWARD = "-x HVDTRAIN_LAUNCH -x OMP_NUM_THREADS -x PATH -x PYTHONIOENCODING -x PYTHONUNBUFFERED"
+FORWARD = "-x HOROVOD_LOG_LEVEL -x HVDTRAIN_LAUNCH -x OMP_NUM_THREADS -x PATH -x PYTHONIOENCODING -x PYTHONUNBUFFERED"
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""`--compression` as text: what it means, and the words for what is wrong in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdtrain.compression.codec import Key
+from hvdtrain.compression.spec import DEFAULTS, METHODS, Spec, make_codec, parse
+from hvdtrain.errors import UserError
+
+KEY = Key(0, 0, 0, 0)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", Spec("none", "none", "")),
+        ("fp16", Spec("fp16", "fp16", "")),
+        ("qsgd", Spec("qsgd", "qsgd", "4bit")),
+        ("qsgd:2bit", Spec("qsgd:2bit", "qsgd", "2bit")),
+        ("topk", Spec("topk", "topk", "0.01")),
+        ("topk:1", Spec("topk:1", "topk", "1")),
+        ("randomk:1e-3", Spec("randomk:1e-3", "randomk", "1e-3")),
+        ("powersgd", Spec("powersgd", "powersgd", "4")),
+        ("powersgd:2,warmup=100,min=0", Spec("powersgd:2,warmup=100,min=0", "powersgd", "2", warmup=100, min=0)),
+        ("int8,feedback=off", Spec("int8,feedback=off", "int8", "", feedback=False)),
+        ("bf16,feedback=on", Spec("bf16,feedback=on", "bf16", "", feedback=True)),
+        ("topk,momentum=0.9", Spec("topk,momentum=0.9", "topk", "0.01", momentum=0.9)),
+        ("onebit,momentum=0", Spec("onebit,momentum=0", "onebit", "")),
+        (
+            "powersgd:4,layer.fc=2,layer.fc.out=none",
+            Spec("powersgd:4,layer.fc=2,layer.fc.out=none", "powersgd", "4", layers={"fc": "2", "fc.out": "none"}),
+        ),
+        ("int8,layer.x=none", Spec("int8,layer.x=none", "int8", "", layers={"x": "none"})),
+    ],
+)
+def test_meaning(text: str, expected: Spec) -> None:
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no method ''; there are: bf16, fp16, int8, none, onebit, powersgd, qsgd, randomk, topk"),
+        ("int9", "no method 'int9'; did you mean 'int8'?"),
+        ("powersdg:4", "no method 'powersdg'; did you mean 'powersgd'?"),
+        ("TopK", "no method 'TopK'; did you mean 'topk'?"),
+        ("none:1", "none takes no argument"),
+        ("fp16:", "fp16 takes no argument"),
+        ("int8:8", "int8 takes no argument"),
+        ("powersgd:0", "'0' is no rank; expected a whole number from 1 on"),
+        ("powersgd:-1", "'-1' is no rank; expected a whole number from 1 on"),
+        ("powersgd:1.5", "'1.5' is no rank; expected a whole number from 1 on"),
+        ("powersgd:²", "'²' is no rank; expected a whole number from 1 on"),
+        ("topk:2", "'2' is no part; expected above 0, at most 1"),
+        ("topk:0", "'0' is no part; expected above 0, at most 1"),
+        ("topk:nan", "'nan' is no part; expected above 0, at most 1"),
+        ("randomk:1%", "'1%' is no part; expected above 0, at most 1"),
+        ("qsgd:3bit", "'3bit' is no width; expected 2bit, 4bit or 8bit"),
+        ("qsgd:4", "'4' is no width; expected 2bit, 4bit or 8bit"),
+        ("topk,0.01", "'0.01' is no option; an option is KEY=VALUE"),
+        ("topk,", "'' is no option; an option is KEY=VALUE"),
+        ("topk,warmpu=3", "no option 'warmpu'; did you mean 'warmup'?"),
+        ("topk,xyz=3", "no option 'xyz'; there are: feedback, layer.NAME, min, momentum, warmup"),
+        ("topk,warmup=-1", "warmup is '-1'; expected a whole number, not negative"),
+        ("topk,warmup=1.5", "warmup is '1.5'; expected a whole number, not negative"),
+        ("topk,min=", "min is ''; expected a whole number, not negative"),
+        ("topk,momentum=-0.1", "momentum is '-0.1'; expected a number, not negative"),
+        ("topk,momentum=x", "momentum is 'x'; expected a number, not negative"),
+        ("topk,momentum=1", "momentum is 1; expected a value from 0 to below 1"),
+        ("topk,momentum=nan", "momentum is nan; expected a value from 0 to below 1"),
+        ("onebit,momentum=0.9", "momentum goes with topk"),
+        ("topk,momentum=0.9,feedback=off", "momentum needs feedback"),
+        ("topk,feedback=yes", "feedback is 'yes'; expected on or off"),
+        ("topk,layer.fc=2", "'2' is no part; expected above 0, at most 1"),
+        ("powersgd,layer.fc=", "'' is no rank; expected a whole number from 1 on"),
+        ("int8,layer.fc=4", "int8 takes no argument"),
+    ],
+)
+def test_mistakes(text: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(text)
+    assert str(caught.value) == f"compression {text!r}: {problem}"
+
+
+PIECES = ["topk", "powersgd", ":", ",", "=", "warmup", "layer.a", "0", "1", "-1", "none", "²"]
+
+
+@given(st.text(max_size=30) | st.lists(st.sampled_from(PIECES)))
+def test_any_text_is_parsed_or_a_users_mistake(text: str | list[str]) -> None:
+    try:
+        parse("".join(text))
+    except UserError as error:
+        assert str(error).startswith("compression ")
+
+
+def test_which_parameters_are_compressed() -> None:
+    spec = parse("powersgd:4,min=100,layer.head=2,layer.head.out=none,layer.norm=1")
+    assert spec.argument_for("body.weight", 100, 2) == "4"
+    assert spec.argument_for("body.weight", 99, 2) is None
+    assert spec.argument_for("body.bias", 1000, 1) is None
+    assert spec.argument_for("head.weight", 10, 2) == "2"
+    assert spec.argument_for("head.out.weight", 1000, 2) is None
+    assert spec.argument_for("norm.bias", 10, 1) == "1"
+    assert parse("none").argument_for("body.weight", 10**6, 2) is None
+    # Nothing to send: no codec has to cope with it.
+    assert parse("int8,min=0").argument_for("empty", 0, 2) is None
+    assert parse("powersgd,layer.empty=2").argument_for("empty", 0, 2) is None
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
+def test_every_method_has_its_codec(method: str) -> None:
+    spec = parse(method)
+    codec = make_codec(spec, spec.argument, [(8, 4)], KEY, CPU)
+    assert type(codec).__name__.lower() == method
+    assert codec.feedback == (method not in ("fp16", "bf16", "qsgd"))
+    assert spec.argument == DEFAULTS.get(method, "")
+
+
+def test_arguments_reach_the_codec() -> None:
+    def made(text: str) -> object:
+        return make_codec(parse(text), parse(text).argument, [(8, 4), (2, 6)], KEY, CPU)
+
+    assert made("qsgd:8bit").bits == 8
+    assert made("topk:0.5").ratio == made("randomk:0.5").ratio == 0.5
+    assert made("powersgd:3").ranks == [3, 2]
+    # What is not kept for later must be right in the mean.
+    assert made("randomk,feedback=off").unbiased
+    assert not made("randomk,feedback=on").unbiased
