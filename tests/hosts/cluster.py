@@ -20,6 +20,7 @@ from tests.hosts import furnish
 from tests.hosts.namespaces import NETWORK, members, start_first, start_in
 
 PREFIX = "10.213.7."  # seen within the cluster only: two clusters, and the machine, may have the same
+LOOPBACK_NAME = "127.0.1.1"
 MOST = 200  # hosts
 BURST = "256kb"
 PROGRAMS = {
@@ -152,7 +153,9 @@ def cluster(
         known = "".join(f"{host.name},{host.address} {key}" for host, key in zip(hosts, keys, strict=True))
         key = furnish.client_key(hosts[0].first.pid)
         for host in hosts:
-            host.started.append(furnish.open_door(host.first.pid, host.address, key, known))
+            # Not on all addresses: nothing shall come in by another way than eth0, but for a host's own name.
+            listen = [host.address, *([LOOPBACK_NAME] if loopback_names else [])]
+            host.started.append(furnish.open_door(host.first.pid, listen, key, known))
         for host in hosts:
             wait_for_ssh(host)
         yield hosts
@@ -163,7 +166,7 @@ def hosts_file(host: Host, hosts: Sequence[Host], loopback_names: bool) -> str:
     lines = ["127.0.0.1 localhost"]
     for other in hosts:
         own = loopback_names and other is host
-        lines.append(f"{'127.0.1.1' if own else other.address} {other.name}")
+        lines.append(f"{LOOPBACK_NAME if own else other.address} {other.name}")
     return "\n".join(lines) + "\n"
 
 

@@ -9,9 +9,9 @@ import pytest
 from tests.hosts.cluster import missing
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def machine_allows_clusters() -> None:
-    """Every test of this folder needs it."""
+    """What every test with a cluster begins with."""
     why = missing()
     if why and os.environ.get("CI") == "true":
         pytest.fail(f"{why} (and CI=true)")

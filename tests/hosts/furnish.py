@@ -31,7 +31,7 @@ CLIENT = """Host *
     ConnectTimeout 10
     LogLevel ERROR
 """
-SERVER = """ListenAddress {address}
+SERVER = """{listen}
 HostKey /etc/ssh/host
 AuthorizedKeysFile /etc/ssh/authorized_keys
 PermitRootLogin prohibit-password
@@ -101,13 +101,16 @@ def settle(first: int, name: str, hosts_file: str) -> str:
     return (inside / "etc/ssh/host.pub").read_text()
 
 
-def open_door(first: int, address: str, client_key: tuple[str, str], known_hosts: str) -> subprocess.Popen[bytes]:
+def open_door(
+    first: int, addresses: Sequence[str], client_key: tuple[str, str], known_hosts: str
+) -> subprocess.Popen[bytes]:
     """Let the host reach the others, and be reached, by ssh without a question; return its sshd."""
     private, public = client_key
     folder = root(first) / "etc/ssh"
     environment = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    listen = "\n".join(f"ListenAddress {address}" for address in addresses)
     (folder / "ssh_config").write_text(CLIENT)
-    (folder / "sshd_config").write_text(SERVER.format(address=address, environment=environment))
+    (folder / "sshd_config").write_text(SERVER.format(listen=listen, environment=environment))
     (folder / "authorized_keys").write_text(public)
     (folder / "ssh_known_hosts").write_text(known_hosts)
     (folder / "client").touch(mode=0o600)

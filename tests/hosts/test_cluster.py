@@ -16,6 +16,8 @@ from tests.hosts.cluster import Host, cluster, missing
 from tests.hosts.namespaces import living_in
 from tests.ranks.harness import ROOT
 
+pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
+
 PING = ["-o", "ConnectTimeout=2", "-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=2"]
 RECEIVE = """
 import socket, time
