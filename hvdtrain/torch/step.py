@@ -53,10 +53,10 @@ class TorchStep:
         held = {p for group in inner.param_groups for p in group["params"]}
         named = [(name, p) for name, p in self.model.named_parameters() if p in held]
         spec = parse(options.compression)
-        if spec.momentum and world.size == 1:
-            raise UserError(f"compression {spec.text!r}: its momentum needs two ranks or more; one exchanges nothing")
         if spec.momentum and any(group.get("momentum") for group in inner.param_groups):
             raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
+        if spec.momentum and world.size == 1:
+            raise UserError(f"compression {spec.text!r}: its momentum needs two ranks or more; one exchanges nothing")
         self.optimizer: Any = DistributedOptimizer(
             inner,
             named,
