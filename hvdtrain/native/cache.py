@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hvdtrain.files import sync_folder
+
 
 def wheel_folder() -> Path:
     """The user's folder of wheels."""
@@ -41,12 +43,3 @@ def store(wheel: Path, folder: Path) -> Path:
         part.unlink(missing_ok=True)
     sync_folder(folder)
     return target
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

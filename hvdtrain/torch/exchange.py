@@ -28,7 +28,7 @@ class Exchange:
     """
 
     def __init__(self, named: Named, average: bool, spec: Spec, seed: int = 0) -> None:
-        self.average, self.spec = average, spec
+        self.average = average
         self.passes = 1
         self.steps = 0
         self.waited = 0.0  # seconds that the last `finish` waited for communication

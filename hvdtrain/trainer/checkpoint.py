@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.errors import UserError
-from hvdtrain.trainer.files import sync_folder, write_atomically, write_json
+from hvdtrain.files import sync_folder, write_atomically, write_json
 
 FORMAT = "hvdtrain checkpoint 1"
 

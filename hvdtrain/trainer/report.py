@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hvdtrain import messages
+from hvdtrain.files import write_atomically, write_json
 from hvdtrain.trainer.checkpoint import Position
-from hvdtrain.trainer.files import write_json
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.tensorboard import EventWriter
 
@@ -161,6 +161,4 @@ def _cut_rows(path: Path, last_step: int) -> None:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > last_step:
             break
         kept.append(line + "\n")
-    beside = path.with_name(".metrics.jsonl.new")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_atomically(path, "".join(kept).encode())

@@ -14,8 +14,8 @@ from hvdtrain import __version__
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.errors import UserError
+from hvdtrain.files import write_json
 from hvdtrain.step import StepOptions
-from hvdtrain.trainer.files import write_json
 from hvdtrain.trainer.options import RunOptions
 
 PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
