@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import horovod.torch as hvd
 import numpy as np
@@ -13,29 +13,32 @@ from horovod.torch import mpi_ops
 from numpy.typing import NDArray
 
 Handle = int
+Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
 
 
-def rank() -> int:
-    return hvd.rank()  # type: ignore[no-any-return]
+def rank(group: Group = None) -> int:
+    """This process's place in the group, which it must be in."""
+    return hvd.rank() if group is None else group.rank()  # type: ignore[no-any-return]
 
 
-def size() -> int:
-    return hvd.size()  # type: ignore[no-any-return]
+def size(group: Group = None) -> int:
+    return hvd.size() if group is None else group.size()  # type: ignore[no-any-return]
 
 
-def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False) -> Handle:
+def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
-    return hvd.allreduce_async_(tensor, name=name, op=hvd.Average if average else hvd.Sum)  # type: ignore[no-any-return]
+    op = hvd.Average if average else hvd.Sum
+    return hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
 
 
-def all_to_all_async(tensor: torch.Tensor, name: str) -> Handle:
+def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start sending part i of a 1-D tensor, in equal parts, to rank i; the parts received come in rank order."""
-    return hvd.alltoall_async(tensor, name=name)  # type: ignore[no-any-return]
+    return hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
 
 
-def all_gather_async(tensor: torch.Tensor, name: str) -> Handle:
+def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start bringing every rank's 1-D tensor to all ranks, one behind the other in rank order."""
-    return hvd.allgather_async(tensor, name=name)  # type: ignore[no-any-return]
+    return hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
 
 
 def wait(handle: Handle) -> torch.Tensor:
@@ -82,13 +85,13 @@ def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
     return json.loads(broadcast_bytes(data, name, root))
 
 
-def gather_json(value: Any, name: str) -> list[Any]:
+def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
     """Every rank's value, in the order of ranks, on every rank, by way of JSON."""
-    if hvd.size() == 1:
+    if size(group) == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = wait(hvd.allgather_async(torch.tensor([len(data)]), name=f"{name}.lengths")).tolist()
-    joined = wait(hvd.allgather_async(data, name=f"{name}.bytes")).numpy().tobytes()
+    lengths = wait(all_gather_async(torch.tensor([len(data)]), f"{name}.lengths", group)).tolist()
+    joined = wait(all_gather_async(data, f"{name}.bytes", group)).numpy().tobytes()
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     return [json.loads(joined[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from hvdtrain.native import installed
 
 # What launchers leave in the environment of a rank.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
+M_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
 
 
@@ -54,6 +57,7 @@ def init(comm: Any = None) -> World:
     # One tensor, one collective: without fusion a bucket is reduced in place, and always in the same order of
     # addition, which a fused buffer's changing contents would not give.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    keep_freed_memory()
     if comm is None and rank_from_environment() is None:
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
@@ -66,6 +70,20 @@ def init(comm: Any = None) -> World:
     if comm is None and world.size == 1 and tasks > 1:
         raise UserError(f"srun started {tasks} tasks that do not see each other: use `srun --mpi=pmix`, or mpirun")
     return world
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 2 GiB of memory that was freed, unless MALLOC_ or GLIBC_TUNABLES variables say otherwise.
+
+    It would give large tensors back to the system and take them anew in each step: thousands of page faults, and
+    several times the time of what is done with them (tests/benchmarks/exchange.py, +glibc).
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library may have none
+    if mallopt is not None:
+        for parameter, value in M_SETTINGS:
+            mallopt(parameter, value)
 
 
 def shutdown() -> None:

@@ -25,6 +25,9 @@ class Fp16:
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return payload.float()
 
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+        total.add_(payload, alpha=alpha)
+
 
 @dataclass(frozen=True)
 class Bf16:

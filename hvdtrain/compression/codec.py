@@ -36,7 +36,7 @@ class Codec(Protocol):
         gather    each rank's payload, bytes, goes to all ranks, which decode and add all of them
     feedback: whether what a step does not send is worth keeping for the next (Karimireddy et al., 1901.09847).
     block: n must be a multiple of it for "exchange".
-    A value that is not finite must decode to one that is not.
+    A value of x that is not finite must decode to one that is not; for "sum" the payload must hold one.
     """
 
     @property
@@ -51,3 +51,16 @@ class Codec(Protocol):
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         """payload -> float32 in the shape that x had, n being its last size."""
+
+
+class Adding(Codec, Protocol):
+    """A codec for "sum" or "gather"; it needs no dense copy of what a payload stands for."""
+
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+        """Add alpha times the decoded payload to total: (n,) float32."""
+
+
+def decode_by_adding(codec: Adding, payload: Tensor, n: int, key: Key) -> Tensor:
+    total = torch.zeros(n, device=payload.device)
+    codec.add(total, payload, key)
+    return total

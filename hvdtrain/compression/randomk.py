@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key
+from hvdtrain.compression.codec import Collective, Key, decode_by_adding
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class RandomK:
         """(n,) -> (ceil(n / group),) float32"""
         places = self.places(len(x), key, x.device)
         values = x[places.clamp(max=len(x) - 1)].float()
-        # A group behind whose end the place lies sends nothing this time.
-        return torch.where(places < len(x), values * (self.group if self.unbiased else 1), torch.zeros_like(values))
+        if self.unbiased:
+            values *= self.group
+        # A group behind whose end the place lies sends nothing this time. What is not looked at must not hide a NaN.
+        return values.mul_(places < len(x)).add_(x.sum() * 0)
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
-        places = self.places(n, key, payload.device)
-        within = places < n
-        return torch.zeros(n, device=payload.device).index_put_((places[within],), payload[within].float())
+        return decode_by_adding(self, payload, n, key)
+
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+        places = self.places(len(total), key, payload.device)
+        total.index_add_(0, places.clamp(max=len(total) - 1), payload * (places < len(total)), alpha=alpha)

@@ -1,6 +1,7 @@
 """Compression as text: `--compression powersgd:4,warmup=100,min=8192`.
 
     none fp16 bf16 int8 onebit      no argument
+    auto                            measured while training, none included (hvdtrain.torch.advisor)
     qsgd:4bit                       bits a value: 2, 4 or 8
     topk:0.01  randomk:0.01         part of the values that is sent
     powersgd:4                      rank of the factors
@@ -11,7 +12,7 @@ Options behind it, separated by commas:
     min=N             parameters with fewer values, and those with fewer than two axes, stay dense; 8192
     feedback=on|off   the error-feedback memory; each method has its own habit
     momentum=X        topk: momentum correction, in place of the optimizer's own momentum
-    layer.NAME=ARG    another argument, or none, for the parameters whose name begins with NAME
+    layer.NAME=ARG    another argument, or none, for the parameter or module of that name
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hvdtrain.compression.randomk import RandomK
 from hvdtrain.compression.topk import TopK
 from hvdtrain.errors import UserError, nearest
 
-METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd")
+METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
 DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.01", "powersgd": "4"}
 OPTIONS = ("warmup", "min", "feedback", "momentum")
 
@@ -46,16 +47,21 @@ class Spec:
     min: int = 8192
     feedback: bool | None = None  # None: the method's own habit
     momentum: float = 0.0
-    layers: dict[str, str] = field(default_factory=dict)  # beginning of a name: argument, or "none"
+    layers: dict[str, str] = field(default_factory=dict)  # name of a parameter or module: argument, or "none"
 
     def argument_for(self, name: str, values: int, axes: int) -> str | None:
         """The method's argument for a parameter; None if it stays dense."""
         if self.method == "none" or values == 0:
             return None
-        for beginning, argument in sorted(self.layers.items(), key=lambda item: -len(item[0])):
-            if name.startswith(beginning):
+        for layer, argument in sorted(self.layers.items(), key=lambda item: -len(item[0])):
+            if covers(layer, name):
                 return None if argument == "none" else argument
         return None if values < self.min or axes < 2 else self.argument
+
+
+def covers(layer: str, name: str) -> bool:
+    """Whether a parameter is that layer or in it."""
+    return name == layer or name.startswith(f"{layer}.")
 
 
 def parse(text: str) -> Spec:

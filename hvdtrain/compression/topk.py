@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key
+from hvdtrain.compression.codec import Collective, Key, decode_by_adding
 
 SAMPLE = 64  # the threshold is looked for among one in so many values
 
@@ -32,10 +32,13 @@ class TopK:
         return torch.cat([x[places].float().view(torch.uint8), stored.view(torch.uint8)])
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
-        k = self.count(n)
+        return decode_by_adding(self, payload, n, key)
+
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+        k = self.count(len(total))
         values = payload[: 4 * k].clone().view(torch.float32)
-        places = payload[4 * k :].clone().view(torch.int16 if n <= 2**15 else torch.int32)
-        return torch.zeros(n, device=payload.device).index_put_((places.long(),), values)
+        places = payload[4 * k :].clone().view(torch.int16 if len(total) <= 2**15 else torch.int32)
+        total.index_add_(0, places.int(), values, alpha=alpha)
 
 
 def largest(x: Tensor, k: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from hvdtrain.collectives import ops
 from hvdtrain.compression.channel import Channel, Plain
 from hvdtrain.compression.codec import Key
-from hvdtrain.compression.spec import Spec, make_codec
+from hvdtrain.compression.spec import Spec, covers, make_codec
 from hvdtrain.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
@@ -27,79 +26,98 @@ class Bucket:
     params: list[torch.nn.Parameter]
     names: list[str]
     views: list[torch.Tensor]  # of the channel's flat, each in its parameter's shape and memory format
-    flags: torch.Tensor  # (len(params),), summed over ranks
+    flags: torch.Tensor  # (len(params),), summed over ranks: behind the gradients, or, if coded, apart
     channel: Channel | Plain
+    coded: bool  # a codec may carry it; whether one does, the channel knows
+    method: str = "none"  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
+    ready: float = 0.0  # when it was full in the last step, by time.perf_counter
 
 
 Named = list[tuple[str, torch.nn.Parameter]]
 
 
-def make_buckets(named: Named, spec: Spec, key: Callable[[int], Key], size: int, average: bool) -> list[Bucket]:
-    """Buckets of one dtype, device and codec each, the last parameters first, as backward finishes them.
-
-    key: the randomness of the bucket with that number. Raises UserError if a layer of the spec matches no parameter,
-    TypeError for a parameter that is not floating.
-    """
-    for beginning in spec.layers:
-        if not any(name.startswith(beginning) for name, _ in named):
+def check(named: Named, spec: Spec) -> None:
+    """Raise UserError if a layer of the spec matches no parameter, TypeError for a parameter that is not floating."""
+    for layer in spec.layers:
+        if not any(covers(layer, name) for name, _ in named):
             names = ", ".join(sorted({name.rpartition(".")[0] or name for name, _ in named}))
-            raise UserError(f"compression {spec.text!r}: no parameter begins with {beginning!r}; there are: {names}")
-    groups: dict[tuple[torch.dtype, torch.device, str | None], Named] = {}
-    for name, p in reversed(named):
+            raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {names}")
+    for name, p in named:
         if p.is_complex() or p.dtype not in (*WIRE_DTYPES, torch.bfloat16):
             raise TypeError(f"{name} is {p.dtype}; float16, bfloat16, float32 and float64 can be exchanged")
+
+
+def make_buckets(
+    named: Named, spec: Spec, seed: int, group: ops.Group, average: bool, bucket_bytes: int = BUCKET_BYTES
+) -> list[Bucket]:
+    """Buckets of one dtype, device and codec each. named: in the order in which backward finishes them."""
+    groups: dict[tuple[torch.dtype, torch.device, str | None], Named] = {}
+    for name, p in named:
         argument = spec.argument_for(name, p.numel(), p.dim())
         # Whoever encodes takes float32.
         dtype = WIRE_DTYPES.get(p.dtype, torch.float32) if argument is None else torch.float32
         groups.setdefault((dtype, p.device, argument), []).append((name, p))
     buckets: list[Bucket] = []
     for (dtype, _, argument), members in groups.items():
-        limit = FIRST_BUCKET_BYTES
+        limit = min(FIRST_BUCKET_BYTES, bucket_bytes)
         while members:
             count, taken = 0, 0
             while count < len(members) and taken < limit:
                 taken += members[count][1].numel() * dtype.itemsize
                 count += 1
-            part, members = members[:count], members[count:]
-            bucket_key = key(len(buckets))
-            if argument is None:
-                buckets.append(plain_bucket(part, dtype, bucket_key.bucket, average))
-            else:
-                buckets.append(coded_bucket(part, spec, argument, bucket_key, size))
-            limit = BUCKET_BYTES
+            buckets.append(make_bucket(members[:count], dtype, len(buckets), group, average, coded=argument is not None))
+            if argument is not None and spec.method != "auto":
+                choose(buckets[-1], spec, argument, Key(seed, 0, len(buckets) - 1, ops.rank(group)))
+            members = members[count:]
+            limit = bucket_bytes
     return buckets
 
 
-def plain_bucket(members: Named, dtype: torch.dtype, number: int, average: bool) -> Bucket:
-    """A bucket that is all-reduced as it is, with its flags behind the gradients."""
+def make_bucket(
+    members: Named, dtype: torch.dtype, number: int, group: ops.Group, average: bool, coded: bool
+) -> Bucket:
+    """A bucket that is all-reduced as it is.
+
+    Its flags stand behind the gradients and travel with them; where a codec may take their place, they travel apart,
+    exactly, and the sum is divided by whoever reads it.
+    """
     params = [p for _, p in members]
     count = sum(p.numel() for p in params)
-    flat = torch.zeros(count + len(params), dtype=dtype, device=params[0].device)
-    channel = Plain(f"gradients.{number}", flat, ops.size(), average)
-    return Bucket(params, [name for name, _ in members], make_views(flat, params), flat[count:], channel)
+    flat = torch.zeros(count + (0 if coded else len(params)), dtype=dtype, device=params[0].device)
+    flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:]
+    channel = Plain(f"gradients.{number}", flat, average and not coded, group)
+    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, channel, coded)
 
 
-def coded_bucket(members: Named, spec: Spec, argument: str, key: Key, size: int) -> Bucket:
-    """A bucket that a codec carries; its flags travel apart, exactly."""
-    params = [p for _, p in members]
-    device = params[0].device
-    flat = torch.zeros(sum(p.numel() for p in params), device=device)
-    shapes = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel()) for p in params]
-    codec = make_codec(spec, argument, shapes, key, device)
-    channel = Channel(
-        f"gradients.{key.bucket}",
+def choose(bucket: Bucket, spec: Spec, argument: str, key: Key) -> None:
+    """Let a codec carry the bucket, or none; what the channel before it had not sent yet, the new one owes.
+
+    spec: its method may be none. argument: the codec's.
+    """
+    owed = bucket.channel.debt()
+    bucket.channel = make_channel(bucket, bucket.channel.flat, spec, argument, key)
+    bucket.channel.owed = owed
+    bucket.method = f"{spec.method}:{argument}" if argument else spec.method
+
+
+def make_channel(bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: Key) -> Channel | Plain:
+    """A way over the ranks for a flat tensor that is laid out as the bucket's."""
+    group = bucket.channel.group
+    if spec.method == "none":
+        return Plain(f"gradients.{key.bucket}", flat, average=False, group=group)
+    shapes = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel()) for p in bucket.params]
+    return Channel(
+        f"gradients.{key.bucket}.{spec.method}{argument}",
         flat,
-        codec,
+        make_codec(spec, argument, shapes, key, flat.device),
         key,
-        size,
+        group,
         feedback=spec.feedback,
         warmup=spec.warmup,
         momentum=spec.momentum,
     )
-    flags = torch.zeros(len(params), device=device)
-    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, channel)
 
 
 def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:

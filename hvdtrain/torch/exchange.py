@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from hvdtrain.collectives import ops
 from hvdtrain.compression.channel import Channel, Plain
-from hvdtrain.compression.codec import Key
 from hvdtrain.compression.spec import Spec
-from hvdtrain.torch.buckets import Bucket, Named, make_buckets
+from hvdtrain.torch.buckets import BUCKET_BYTES, Bucket, Named, check, make_buckets
 
 # What a sparse gradient adds to its flag instead of 1; float16 holds the sum for a thousand ranks.
 SPARSE = 1 / 1024
@@ -25,55 +25,107 @@ class Exchange:
     when autograd has finished it, and a full bucket is sent. `finish` sends what is left, waits, and makes every
     `p.grad` a view of the reduced bucket. A parameter that no rank used keeps the gradient None, so that the
     optimizer leaves it alone as it would in a single process; one that only some ranks used counts as zero elsewhere.
+
+    Buckets are made at the end of the first step, in the order in which its gradients became ready; that step sends
+    nothing before its end.
     """
 
-    def __init__(self, named: Named, average: bool, spec: Spec, seed: int = 0) -> None:
-        self.average = average
+    def __init__(
+        self,
+        named: Named,
+        average: bool,
+        spec: Spec,
+        seed: int = 0,
+        group: ops.Group = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self.average, self.spec, self.seed, self.group, self.bucket_bytes = average, spec, seed, group, bucket_bytes
         self.passes = 1
         self.steps = 0
         self.waited = 0.0  # seconds that the last `finish` waited for communication
-        rank, self.size = ops.rank(), ops.size()
-        trained = [(name, p) for name, p in named if p.requires_grad]
-        self.buckets = make_buckets(trained, spec, lambda number: Key(seed, 0, number, rank), self.size, average)
-        self.coded = [bucket for bucket in self.buckets if isinstance(bucket.channel, Channel)]
-        # The flags of buckets that a codec carries, joined.
-        self.flags = Plain("gradients.flags", torch.zeros(0), self.size, average=False)
-        if self.coded:
-            self.flags.flat = torch.cat([bucket.flags for bucket in self.coded])
-            pieces = torch.split(self.flags.flat, [len(bucket.params) for bucket in self.coded])
-            for bucket, piece in zip(self.coded, pieces, strict=True):
+        self.backward_end = 0.0  # when the last `finish` was called, by time.perf_counter
+        self.size = ops.size(group)
+        self.named = [(name, p) for name, p in named if p.requires_grad]
+        check(self.named, spec)
+        self.buckets: list[Bucket] = []
+        # The flags of buckets that a codec may carry, joined.
+        self.flags = Plain("gradients.flags", torch.zeros(0), average=False, group=group)
+        self.advisor = None
+        if spec.method == "auto":
+            from hvdtrain.torch.advisor import Advisor
+
+            self.advisor = Advisor(self)
+        self._arrived: list[int] = []  # places in `named`, in the order of the first step
+        self._place: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}
+        self._remaining = {p: 1 for _, p in self.named}  # backward passes until a gradient is finished
+        for i, (name, p) in enumerate(self.named):
+            p.register_post_accumulate_grad_hook(self._make_hook(i, name, p))  # type: ignore[no-untyped-call]
+
+    def build(self, order: list[str]) -> None:
+        """Make the buckets. order: names, the first that became ready first; those that are not in it come last."""
+        by_name = dict(self.named)
+        rest = [name for name, _ in reversed(self.named) if name not in set(order)]
+        ordered = [(name, by_name[name]) for name in [*order, *rest] if name in by_name]
+        self.buckets = make_buckets(ordered, self.spec, self.seed, self.group, self.average, self.bucket_bytes)
+        apart = [bucket for bucket in self.buckets if bucket.coded]
+        if apart:
+            self.flags.flat = torch.cat([bucket.flags for bucket in apart])
+            pieces = torch.split(self.flags.flat, [len(bucket.params) for bucket in apart])
+            for bucket, piece in zip(apart, pieces, strict=True):
                 bucket.flags = piece
         self._place = {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
-        self._remaining = dict.fromkeys(self._place, 1)  # backward passes until a gradient is finished
-        for p in self._place:
-            p.register_post_accumulate_grad_hook(self._make_hook(p))  # type: ignore[no-untyped-call]
+
+    @property
+    def order(self) -> list[str]:
+        """The parameters' names as they stand in the buckets."""
+        return [name for bucket in self.buckets for name in bucket.names]
+
+    @property
+    def compressed(self) -> list[Bucket]:
+        """The buckets that a codec carries."""
+        return [bucket for bucket in self.buckets if isinstance(bucket.channel, Channel)]
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that this rank sent in the last step, and receives as many."""
+        """Bytes that this rank sent in the last step, and received as many."""
         return sum(bucket.channel.wire_bytes for bucket in self.buckets) + self.flags.wire_bytes
 
     @property
     def pending(self) -> bool:
         """Whether there are finished gradients of this rank that `finish` has not reduced yet."""
-        return any(bucket.sent or bucket.filled for bucket in self.buckets)
+        return bool(self._arrived) or any(bucket.sent or bucket.filled for bucket in self.buckets)
+
+    def report(self) -> list[dict[str, Any]]:
+        """The buckets as they are sent, for people: sizes in values and in bytes on this rank's wire per step."""
+        return [
+            {
+                "parameters": len(bucket.params),
+                "values": sum(p.numel() for p in bucket.params),
+                "compression": bucket.method,
+                "bytes_sent": bucket.channel.wire_bytes,
+                "bytes_received": bucket.channel.wire_bytes,  # rings and exchanges are symmetric
+            }
+            for bucket in self.buckets
+        ]
 
     def set_passes(self, passes: int) -> None:
         """How many backward passes make the coming step on this rank: 0 where it has no examples."""
         self.passes = passes
-        self._remaining = dict.fromkeys(self._place, passes)
+        self._remaining = dict.fromkeys(self._remaining, passes)
 
-    def _make_hook(self, p: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
-        bucket, index = self._place[p]
-
+    def _make_hook(self, number: int, name: str, p: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
         def hook(_: torch.Tensor) -> None:
             self._remaining[p] -= 1
-            if self._remaining[p] < 0 or bucket.sent:
+            bucket, index = self._place.get(p, (None, 0))
+            if self._remaining[p] < 0 or (bucket is not None and bucket.sent):
                 raise RuntimeError(
-                    f"a gradient of {bucket.names[index]} came after its exchange had begun: more backward passes "
+                    f"a gradient of {name} came after its exchange had begun: more backward passes "
                     f"than backward_passes_per_step={self.passes}; call optimizer.step() or raise that number"
                 )
             if self._remaining[p] == 0:
+                if bucket is None:
+                    self._arrived.append(number)
+                    return
                 self._fill(bucket, index)
                 if len(bucket.filled) == len(bucket.params):
                     self._send(bucket)
@@ -93,6 +145,7 @@ class Exchange:
         bucket.filled.add(index)
 
     def _send(self, bucket: Bucket) -> None:
+        bucket.ready = time.perf_counter()
         for index in range(len(bucket.params)):
             if index not in bucket.filled:
                 bucket.views[index].zero_()
@@ -100,8 +153,17 @@ class Exchange:
         bucket.channel.start(self.steps)
         bucket.sent = True
 
+    def _agree_on_order(self) -> None:
+        """Make the buckets in the order of the first rank that had examples; ranks may differ."""
+        orders = ops.gather_json(self._arrived, "gradients.order", self.group)
+        self.build([self.named[i][0] for i in max(orders, key=len)])
+        self._arrived = []
+
     def finish(self) -> None:
         """Send what is left, wait for all, and set every gradient. All ranks call it once per step."""
+        self.backward_end = time.perf_counter()
+        if not self.buckets and self.named:
+            self._agree_on_order()
         for bucket in self.buckets:
             if not bucket.sent:
                 for index, p in enumerate(bucket.params):
@@ -109,7 +171,7 @@ class Exchange:
                     if index not in bucket.filled and p.grad is not None:
                         self._fill(bucket, index)
                 self._send(bucket)
-        if self.coded:
+        if len(self.flags.flat):
             self.flags.start(self.steps)
         if self.buckets and self.buckets[0].views[0].is_cuda:
             # Waiting for the backward pass's kernels is compute, not communication.
@@ -118,14 +180,15 @@ class Exchange:
         # All second rounds are under way before any is waited for.
         for bucket in self.buckets:
             bucket.channel.turn()
-        if self.coded:
+        if len(self.flags.flat):
             self.flags.finish()
         for bucket in self.buckets:
             bucket.channel.finish()
         self.waited = time.perf_counter() - begin
+        compressed = self.compressed
         # All memories or none: a step with anything that is not finite is not made.
-        committed = bool(self.coded) and all(bucket.channel.finite() for bucket in self.buckets)
-        for bucket in self.coded if committed else ():
+        committed = bool(compressed) and all(bucket.channel.finite() for bucket in self.buckets)
+        for bucket in compressed if committed else ():
             assert isinstance(bucket.channel, Channel)
             bucket.channel.commit()
         for bucket in self.buckets:
@@ -133,17 +196,19 @@ class Exchange:
             bucket.sent = False
             bucket.filled.clear()
         self.steps += 1
-        self._remaining = dict.fromkeys(self._place, self.passes)
+        self._remaining = dict.fromkeys(self._remaining, self.passes)
+        if self.advisor is not None:
+            self.advisor.after_step()
 
     def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
-        averaged = self.average and not isinstance(bucket.channel, Channel)
+        averaged = self.average and not bucket.coded
         used = (bucket.flags * self.size if averaged else bucket.flags).tolist()
         if committed and isinstance(bucket.channel, Channel) and 0 in used:
             ends = list(itertools.accumulate(p.numel() for p in bucket.params))
             for end, p, ranks in zip(ends, bucket.params, used, strict=True):
                 if ranks == 0:
                     bucket.channel.owe(end - p.numel(), end)
-        if self.average and isinstance(bucket.channel, Channel):
+        if self.average and bucket.coded:
             bucket.channel.flat.div_(self.size)
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:

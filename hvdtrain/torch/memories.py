@@ -17,27 +17,24 @@ from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.torch.buckets import Bucket
 from hvdtrain.torch.exchange import Exchange
 
-MEMORIES = ("residual", "velocity")
+EXACT = ("residual", "velocity", "owned", "owed")
 
 
 def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
-    """The state of the memories; all ranks call it, and have the same.
+    """The state of the exchange; all ranks call it, and have the same.
 
     exact: also each rank's own memories, so that the same number of ranks goes on to the bit; O(ranks x model).
     """
-    state: dict[str, Any] = {"steps": exchange.steps, "debts": {}, "bases": {}, "ranks": []}
-    for number, bucket in enumerate(exchange.coded):
+    state: dict[str, Any] = {"steps": exchange.steps, "order": exchange.order, "debts": {}, "bases": {}, "ranks": []}
+    for number, bucket in enumerate(exchange.buckets):
         channel = bucket.channel
-        assert isinstance(channel, Channel)
-        for memory in MEMORIES:
-            own = getattr(channel, memory)
+        velocity = channel.velocity if isinstance(channel, Channel) else None
+        for memory, own in (("residual", channel.debt()), ("velocity", velocity)):
             if own is not None:
-                total = ops.wait(ops.all_reduce_async_(own.clone(), f"memories.{number}.{memory}"))
-                if memory == "residual" and channel.owned is not None:
-                    owned = ops.wait(ops.all_gather_async(channel.owned, f"memories.{number}.owned"))
-                    total += owned[: len(total)]
-                state["debts"] |= {f"{name}.{memory}": part for name, part in by_parameter(bucket, total).items()}
-        if isinstance(channel.codec, PowerSgd):
+                handle = ops.all_reduce_async_(own.clone(), f"memories.{number}.{memory}", group=exchange.group)
+                parts = by_parameter(bucket, ops.wait(handle))
+                state["debts"] |= {f"{name}.{memory}": part for name, part in parts.items()}
+        if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
             for name, basis in zip(bucket.names, channel.codec.basis, strict=True):
                 state["bases"][name] = (channel.codec.left, basis)
     if exact:
@@ -48,52 +45,69 @@ def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
 def gather_exactly(exchange: Exchange) -> list[dict[str, Tensor]]:
     """Each rank's memories, bucket by bucket."""
     ranks: list[dict[str, Tensor]] = [{} for _ in range(exchange.size)]
-    for number, bucket in enumerate(exchange.coded):
-        for memory in (*MEMORIES, "owned"):
-            own = getattr(bucket.channel, memory)
+    for number, bucket in enumerate(exchange.buckets):
+        for memory in EXACT:
+            own = getattr(bucket.channel, memory, None)
             if own is not None:
-                gathered = ops.wait(ops.all_gather_async(own, f"memories.{number}.{memory}.exact"))
+                name = f"memories.{number}.{memory}.exact"
+                gathered = ops.wait(ops.all_gather_async(own, name, exchange.group))
                 for rank, part in enumerate(gathered.view(exchange.size, -1)):
                     ranks[rank][f"{number}.{memory}"] = part
     return ranks
 
 
 def load(exchange: Exchange, state: dict[str, Any]) -> None:
-    """Take over a state: to the bit if it holds as many ranks' memories as there are ranks, else divided among them."""
+    """Take over a state: to the bit if it holds as many ranks' memories as there are ranks, else divided among them.
+
+    What was owed by a bucket that has no memory now is sent once, in the next step.
+    """
     exchange.steps = state["steps"]
-    exact = len(state["ranks"]) == exchange.size
-    for number, bucket in enumerate(exchange.coded):
+    if not exchange.buckets:
+        exchange.build(state["order"])
+    own_state = state["ranks"][ops.rank(exchange.group)] if len(state["ranks"]) == exchange.size else {}
+    for number, bucket in enumerate(exchange.buckets):
         channel = bucket.channel
-        assert isinstance(channel, Channel)
-        for memory in (*MEMORIES, "owned"):
-            own = getattr(channel, memory)
-            if own is None:
-                continue
-            saved = state["ranks"][ops.rank()].get(f"{number}.{memory}") if exact else None
-            if saved is not None and saved.shape == own.shape:
-                own.copy_(saved)
-            elif memory != "owned":
-                parts = [
-                    state["debts"].get(f"{name}.{memory}", torch.zeros(p.numel())).to(own.device)
-                    for name, p in zip(bucket.names, bucket.params, strict=True)
-                ]
-                own.copy_(torch.cat(parts) / exchange.size)
-        if isinstance(channel.codec, PowerSgd) and all(name in state["bases"] for name in bucket.names):
-            saved_bases = [state["bases"][name] for name in bucket.names]
-            channel.codec.left = saved_bases[0][0]
-            channel.codec.basis = [basis.to(channel.flat.device) for _, basis in saved_bases]
+        exact = {memory: own_state.get(f"{number}.{memory}") for memory in EXACT}
+        fits = all((getattr(channel, m, None) is not None) == (exact[m] is not None) for m in EXACT if m != "owed")
+        if own_state and fits:
+            for memory, saved in exact.items():
+                if saved is not None:
+                    setattr(channel, memory, saved.to(channel.flat.device))
+        else:
+            debt = share(exchange, bucket, state["debts"], "residual")
+            if isinstance(channel, Channel) and channel.velocity is not None:
+                channel.velocity.copy_(share(exchange, bucket, state["debts"], "velocity"))
+            if isinstance(channel, Channel) and channel.residual is not None:
+                channel.residual.copy_(debt)
+            elif debt.any():
+                channel.owed = debt
+        if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
+            if all(name in state["bases"] for name in bucket.names):
+                saved_bases = [state["bases"][name] for name in bucket.names]
+                channel.codec.left = saved_bases[0][0]
+                channel.codec.basis = [basis.to(channel.flat.device) for _, basis in saved_bases]
+
+
+def share(exchange: Exchange, bucket: Bucket, debts: dict[str, Tensor], memory: str) -> Tensor:
+    """This rank's share of what all ranks together have in a memory, shaped as the bucket's flat tensor."""
+    flat = torch.zeros_like(bucket.channel.flat)
+    parts = torch.split(flat[: sum(p.numel() for p in bucket.params)], [p.numel() for p in bucket.params])
+    for name, part in zip(bucket.names, parts, strict=True):
+        if f"{name}.{memory}" in debts:
+            part.copy_(debts[f"{name}.{memory}"] / exchange.size)
+    return flat
 
 
 def by_parameter(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
     """A flat tensor of a bucket's parameters, cut up by name; each part in the order of its memory."""
-    parts = torch.split(flat, [p.numel() for p in bucket.params])
+    parts = torch.split(flat[: sum(p.numel() for p in bucket.params)], [p.numel() for p in bucket.params])
     return {name: part.clone() for name, part in zip(bucket.names, parts, strict=True)}
 
 
 def scale(exchange: Exchange, factor: float) -> None:
     """Multiply all memories, which are in the gradients' units: when a loss scale changes."""
-    for bucket in exchange.coded:
-        for memory in (*MEMORIES, "owned"):
-            own = getattr(bucket.channel, memory)
+    for bucket in exchange.buckets:
+        for memory in EXACT:
+            own = getattr(bucket.channel, memory, None)
             if own is not None:
                 own.mul_(factor)

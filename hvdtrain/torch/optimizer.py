@@ -14,6 +14,7 @@ from horovod.torch import optimizer as horovod_optimizer
 from hvdtrain.collectives import ops
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
+from hvdtrain.torch.buckets import BUCKET_BYTES
 from hvdtrain.torch.exchange import Exchange
 
 
@@ -26,6 +27,8 @@ def DistributedOptimizer(
     compression: str = "none",
     exchange: Literal["bucketed", "horovod"] = "bucketed",
     seed: int = 0,
+    process_set: hvd.ProcessSet | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
 
@@ -39,6 +42,7 @@ def DistributedOptimizer(
     - state and defaults of the optimizer that is wrapped are kept.
 
     compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
+    process_set: the ranks that train this model together; None: all. bucket_bytes: about as much is sent at once.
     exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
     Raises ValueError where a parameter of the optimizer has no name or a name stands twice, UserError for a wrong
@@ -63,7 +67,7 @@ def DistributedOptimizer(
         body |= {
             "_register_hooks": _register_hooks,
             "set_backward_passes_per_step": _set_passes,
-            "_make_exchange": lambda self, named: Exchange(named, average, spec, seed),
+            "_make_exchange": lambda self, named: Exchange(named, average, spec, seed, process_set, bucket_bytes),
         }
     # Keeping the class's name and module lets schedulers, checkpoints and Horovod's own helpers recognize it.
     cls = type(optimizer.__class__.__name__, (optimizer.__class__,), body)
@@ -74,6 +78,7 @@ def DistributedOptimizer(
         backward_passes_per_step,
         hvd.Average if average else hvd.Sum,
         sparse_as_dense=True,
+        process_set=process_set or hvd.global_process_set,
     )
     wrapped.state = optimizer.state
     wrapped.defaults = optimizer.defaults
@@ -108,13 +113,13 @@ def _synchronize(self: Any) -> None:
         self.waited = time.perf_counter() - begin
         halved = 2 if self._compression is hvd.Compression.fp16 else 1
         payload = sum(p.numel() * p.element_size() for p in self._requires_update) // halved
-        self.wire_bytes = ops.ring_bytes(payload, hvd.size())
+        self.wire_bytes = ops.ring_bytes(payload, ops.size(self.process_set))
     self._synchronized = True
 
 
 def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
     """Reduce the gradients, unless that was done, and step."""
-    if closure is not None and hvd.size() > 1:
+    if closure is not None and self.process_set.size() > 1:
         raise ValueError("step(closure) would evaluate gradients that are not reduced; call backward() before step()")
     self.synchronize()
     self._synchronized = False

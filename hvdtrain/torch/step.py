@@ -219,7 +219,7 @@ class TorchStep:
 
     def state(self) -> bytes:
         exchange = self.optimizer.exchange
-        residuals = memories.gather(exchange, self.options.exact_residuals) if exchange and exchange.coded else None
+        carried = memories.gather(exchange, self.options.exact_residuals) if exchange is not None else None
         if self.world.rank != 0:
             return b""
         changing = {id(b) for b in self.buffers.buffers}
@@ -228,8 +228,8 @@ class TorchStep:
             if not torch.isfinite(tensor).all():
                 raise RunError(f"{name} is not finite; no checkpoint was written")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if residuals is not None:
-            state["exchange"] = residuals
+        if carried is not None:
+            state["exchange"] = carried
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         if self.ema is not None:

@@ -50,7 +50,7 @@ def channel(text, shapes=SHAPES):
     codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
     flat = torch.zeros(sum(n * m for n, m in shapes))
     options = {"feedback": spec.feedback, "warmup": spec.warmup, "momentum": spec.momentum}
-    return Channel(f"checks.{made}", flat, codec, key, SIZE, **options)
+    return Channel(f"checks.{made}", flat, codec, key, **options)
 
 
 def gradient(step, rank=RANK, n=N):
@@ -295,10 +295,10 @@ def check_ranks_stay_the_same():
         assert all(p.isfinite().all() for p in model.parameters()), text
         assert loss_of(model, inputs_of(0), 0).item() < first, text
         if SIZE > 1:
-            coded = {name for bucket in optimizer.exchange.coded for name in bucket.names}
+            coded = {name for bucket in optimizer.exchange.compressed for name in bucket.names}
             expected = {name for name, p in model.named_parameters() if p.dim() > 1} | {"scale"}
             assert coded == expected, coded ^ expected
-            assert len(optimizer.exchange.coded) > 1
+            assert len(optimizer.exchange.compressed) > 1
 
 
 def check_not_finite_through_the_optimizer():
@@ -313,7 +313,7 @@ def check_not_finite_through_the_optimizer():
             if step == 2 and RANK == SIZE - 1:
                 loss = loss * math.inf
             before = [p.detach().clone() for p in model.parameters()]
-            kept = [memories(b.channel) for b in optimizer.exchange.coded] if SIZE > 1 else []
+            kept = [memories(b.channel) for b in optimizer.exchange.compressed] if SIZE > 1 else []
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -321,7 +321,7 @@ def check_not_finite_through_the_optimizer():
                 assert scaler.get_scale() == 2.0, text
                 assert not model.out.weight.grad.isfinite().all(), text
                 assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-                for bucket, old in zip(optimizer.exchange.coded if SIZE > 1 else [], kept, strict=True):
+                for bucket, old in zip(optimizer.exchange.compressed if SIZE > 1 else [], kept, strict=True):
                     new = memories(bucket.channel)
                     assert all(torch.equal(new[name], old[name]) for name in old), (text, bucket.names)
         assert_same_on_all(text, *model.parameters())

@@ -115,6 +115,6 @@ def test_wrong_specifications(options: list[str], message: str, tmp_path: Path) 
 def test_a_layer_that_matches_nothing(tmp_path: Path) -> None:
     options = ["--run-dir", str(tmp_path / "run"), "--compression", "topk:0.1,layer.fc=0.5"]
     done = run("alone", 1, [*HVDTRAIN, "launch", "-np", "2", DIGITS, *options])
-    message = "compression 'topk:0.1,layer.fc=0.5': no parameter begins with 'fc'; there are: 0, 3, 7"
+    message = "compression 'topk:0.1,layer.fc=0.5': there is no parameter or module 'fc'; there are: 0, 3, 7"
     assert done.returncode == 2
     assert message in done.stderr

@@ -45,7 +45,7 @@ def test_meaning(text: str, expected: Spec) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "no method ''; there are: bf16, fp16, int8, none, onebit, powersgd, qsgd, randomk, topk"),
+        ("", "no method ''; there are: auto, bf16, fp16, int8, none, onebit, powersgd, qsgd, randomk, topk"),
         ("int9", "no method 'int9'; did you mean 'int8'?"),
         ("powersdg:4", "no method 'powersdg'; did you mean 'powersgd'?"),
         ("TopK", "no method 'TopK'; did you mean 'topk'?"),
@@ -112,7 +112,7 @@ def test_which_parameters_are_compressed() -> None:
     assert parse("powersgd,layer.empty=2").argument_for("empty", 0, 2) is None
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("none", "auto")])
 def test_every_method_has_its_codec(method: str) -> None:
     spec = parse(method)
     codec = make_codec(spec, spec.argument, [(8, 4)], KEY, CPU)
