@@ -28,6 +28,7 @@ class StepOptions:
     compression: str = "none"
     exchange: Literal["bucketed", "horovod"] = "bucketed"
     exact_residuals: bool = False
+    bucket_mib: float = 25.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class Step(Protocol):
 
     def wire_bytes(self) -> int:
         """Bytes that this rank sends in an exchange."""
+
+    def exchange_report(self) -> dict[str, Any]:
+        """How gradients travel: {"buckets": [{"values", "compression", "bytes_sent", ...}], "advisor": its advice}."""
+
+    def news(self) -> list[str]:
+        """Lines for people since the last call: what the advisor measured and chose."""
 
     def graph(self) -> bytes | None:
         """The model as a TensorBoard GraphDef, or None for batches that cannot be traced. Raises what tracing does."""

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("hvdtrain.cli.train", "Train a recipe; this process is one rank."),
     "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
+    "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on many ranks."),
     "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
 }
 

@@ -49,6 +49,8 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     try:
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
+        if arguments.given.get("exchange") == "horovod":
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 << 20))  # its own default, which init lowers
         world = init()
     except UserError as error:
         messages.send("failed", **_who(), code=EXIT_USER, error=str(error), traceback="")

@@ -37,7 +37,8 @@ def fit(name: str, group: ops.Group = None, device: torch.device | str = "cpu") 
     ranks = ops.size(group)
     if ranks == 1:
         return Network(1, 0.0, math.inf)
-    sent, seconds = [], []
+    sent: list[int] = []
+    seconds: list[float] = []
     for size in SIZES:
         sent.append(ops.ring_bytes(size, ranks))
         repeats = 3 if seconds and seconds[-1] > LONG / 10 else 9

@@ -1,4 +1,4 @@
-"""Half the bits: float16 by all-reduce, bfloat16 as bytes, since Horovod adds no bfloat16."""
+"""Half the bits: float16 or bfloat16 values as bytes, added up in float32; or float16 added by the all-reduce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvdtrain.compression.codec import Collective, Key
 
 @dataclass(frozen=True)
 class Fp16:
-    """float16 values, added by the all-reduce itself: the cheapest halving, and it overflows at 65,504."""
+    """float16 values, added by the all-reduce itself: the cheapest halving on GPUs. The sum overflows at 65,504."""
 
     collective: Collective = "sum"
     feedback: bool = False
@@ -25,21 +25,28 @@ class Fp16:
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return payload.float()
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
-        total.add_(payload, alpha=alpha)
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+        if fresh:
+            torch.mul(payload, alpha, out=total)
+        else:
+            total.add_(payload, alpha=alpha)
 
 
 @dataclass(frozen=True)
-class Bf16:
-    """bfloat16 values, added up in float32 by the rank that owns a part: float32's range at half the bytes."""
+class Cast:
+    """float16 or bfloat16 values as bytes, added up in float32 by the rank that owns a part.
 
+    For bfloat16, which Horovod cannot add, and for float16 on CPUs, whose all-reduce adds it several times slower.
+    """
+
+    dtype: torch.dtype
     collective: Collective = "exchange"
     feedback: bool = False
     block: int = 1
 
     def encode(self, x: Tensor, key: Key) -> Tensor:
         """(rows, n) -> (rows, 2 n) uint8"""
-        return x.to(torch.bfloat16).view(torch.uint8)
+        return x.to(self.dtype).view(torch.uint8)
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
-        return payload.view(torch.bfloat16).float()
+        return payload.view(self.dtype).float()

@@ -19,18 +19,19 @@ from hvdtrain.compression.powersgd import PowerSgd
 
 
 class Way:
-    """What Plain and Channel share: `flat`, (n,), is summed over the ranks of `group` in place, once per step."""
+    """What Plain and Channel share: `flat`, (n,), is summed or averaged over the ranks of `group`, once per step."""
 
-    def __init__(self, name: str, flat: Tensor, group: ops.Group) -> None:
-        self.name, self.flat, self.group, self.size = name, flat, group, ops.size(group)
+    def __init__(self, name: str, flat: Tensor, average: bool, group: ops.Group) -> None:
+        self.name, self.flat, self.average, self.group = name, flat, average, group
+        self.size = ops.size(group)
         self.waited = 0.0  # seconds that `turn` and `finish` of the last step waited
         self.owed: Tensor | None = None  # (n,): what an earlier way over the ranks had not sent yet; sent once
         self._handle: ops.Handle | None = None
 
-    def _begin(self) -> None:
+    def _begin(self, x: Tensor) -> None:
         self.waited = 0.0
         if self.owed is not None:
-            self.flat += self.owed
+            x += self.owed
             self.owed = None
 
     def _wait(self) -> Tensor:
@@ -47,8 +48,7 @@ class Plain(Way):
     """Sums or averages `flat` by one all-reduce."""
 
     def __init__(self, name: str, flat: Tensor, average: bool, group: ops.Group = None) -> None:
-        super().__init__(name, flat, group)
-        self.average = average
+        super().__init__(name, flat, average, group)
 
     @property
     def wire_bytes(self) -> int:
@@ -56,7 +56,7 @@ class Plain(Way):
         return ops.ring_bytes(self.flat.numel() * self.flat.element_size(), self.size)
 
     def start(self, step: int) -> None:
-        self._begin()
+        self._begin(self.flat)
         self._handle = ops.all_reduce_async_(self.flat, self.name, self.average, self.group)
 
     def turn(self) -> None:
@@ -75,7 +75,7 @@ class Plain(Way):
 
 
 class Channel(Way):
-    """Sums `flat` by a codec.
+    """Sums or averages `flat` by a codec.
 
     flat: (n,) float32 on any device; this rank's share at `start`, at the end of `finish` the sum as it was decoded,
     the same bits on all ranks. residual: what this rank's share has not sent yet, in the same units, or None; without
@@ -89,49 +89,58 @@ class Channel(Way):
         flat: Tensor,
         codec: Codec,
         key: Key,
+        average: bool = False,
         group: ops.Group = None,
         *,
         feedback: bool | None = None,
         warmup: int = 0,
         momentum: float = 0.0,
     ) -> None:
-        super().__init__(name, flat, group)
+        super().__init__(name, flat, average, group)
         self.codec = codec
         self.seed, self.bucket, self.rank = key.seed, key.bucket, key.rank
         self.warmup, self.momentum = warmup, momentum
         remembers = codec.feedback if feedback is None else feedback
         self.residual = torch.zeros_like(flat) if remembers else None
+        # The residual to be, if this step's sum is finite; then the two change places.
+        self.spare = torch.zeros_like(flat) if remembers else None
         self.velocity = torch.zeros_like(flat) if momentum else None
         # An exchange cuts flat into as many parts as ranks, whole blocks each; a part's owner has a memory for its sum.
         self.part = -(-len(flat) // (self.size * codec.block)) * codec.block
         exchanges = codec.collective == "exchange"
         self.owned = torch.zeros(self.part, device=flat.device) if remembers and exchanges else None
         self.wire_bytes = 0  # sent by this rank in the last step, both rounds
-        # Memories to be, if this step's sum is finite; the residual's memory is not made anew each time.
-        self._kept: dict[str, Tensor] = {}
-        self._spare = torch.empty_like(flat) if remembers else None
+        self._kept: dict[str, Tensor] = {}  # other memories to be
         self._key = key
         self._dense = False
         self._received = flat
 
-    def start(self, step: int) -> None:
-        """Add the residual, encode and start the first collective; in the warm-up an all-reduce of all values."""
-        self._begin()
+    def adds_up(self, step: int) -> bool:
+        """Whether whoever has the share in pieces should add the residual to them, into `spare`, in one go."""
+        return self.residual is not None and self.velocity is None and step >= self.warmup
+
+    def start(self, step: int, added_up: bool = False) -> None:
+        """Encode the share and the residual and start the first collective; in the warm-up one of all values.
+
+        added_up: they stand in `spare` already (`adds_up`), and not in flat.
+        """
         self._kept.clear()
         self._dense = step < self.warmup
         self._key = Key(self.seed, step, self.bucket, self.rank)
         if self.velocity is not None:
-            velocity = torch.add(self.flat, self.velocity, alpha=self.momentum)
-            self._kept["velocity"] = velocity
+            velocity = self._kept["velocity"] = torch.add(self.flat, self.velocity, alpha=self.momentum)
             self.flat.copy_(velocity)
         if self._dense:
+            self._begin(self.flat)
             self.wire_bytes = ops.ring_bytes(self.flat.numel() * self.flat.element_size(), self.size)
-            self._handle = ops.all_reduce_async_(self.flat, f"{self.name}.dense", group=self.group)
+            self._handle = ops.all_reduce_async_(self.flat, f"{self.name}.dense", self.average, self.group)
             return
-        if self.residual is not None:
-            self.flat.add_(self.residual)
+        if self.residual is not None and self.spare is not None and not added_up:
+            torch.add(self.flat, self.residual, out=self.spare)
+        x = self.flat if self.spare is None else self.spare
+        self._begin(x)
         collective = self.codec.collective
-        payload = self.codec.encode(self._rows(self.flat) if collective == "exchange" else self.flat, self._key)
+        payload = self.codec.encode(self._rows(x) if collective == "exchange" else x, self._key)
         # The network is busy while the residual is worked out; a sum is made in place, so of a copy.
         sent = payload.clone() if collective == "sum" and self.residual is not None else payload
         if collective == "exchange":
@@ -144,25 +153,19 @@ class Channel(Way):
         else:
             self.wire_bytes = payload.numel() * (self.size - 1)
             self._handle = ops.all_gather_async(sent, f"{self.name}.gather", self.group)
-        if self.residual is not None:
-            self._keep_residual(payload)
+        if self.spare is not None:
+            self._take_away(payload, self.spare)
 
-    def _keep_residual(self, payload: Tensor) -> None:
-        """What flat holds and payload does not send."""
-        assert self._spare is not None and self.residual is not None
-        if self.codec.collective == "exchange":
-            own = self._flatten(self.codec.decode(payload, self.part, self._key))
-            torch.sub(self.flat, own, out=self._spare)
-        else:
-            self._add(self._spare.copy_(self.flat), payload, -1)
-        self._kept["residual"] = self._spare
-        if self.velocity is not None:
+    def _take_away(self, payload: Tensor, x: Tensor) -> None:
+        """Leave in x what the payload does not send."""
+        if self.velocity is not None and self.residual is not None:
             # A velocity whose gradients are sent late is stale; one sent at once goes on as in plain momentum.
-            late = (self._spare != self.flat) & (self.residual != 0)
-            self._kept["velocity"].masked_fill_(late, 0)
-
-    def _add(self, total: Tensor, payload: Tensor, alpha: float = 1) -> None:
-        cast(Adding, self.codec).add(total, payload, self._key, alpha)
+            own = self.codec.decode(payload, len(x), self._key)
+            self._kept["velocity"].masked_fill_((own != 0) & (self.residual != 0), 0)
+        if self.codec.collective == "exchange":
+            x -= self._flatten(self.codec.decode(payload, self.part, self._key))
+        else:
+            cast(Adding, self.codec).add(x, payload, self._key, -1)
 
     def turn(self) -> None:
         """Wait for the first collective and start the second, if there is one."""
@@ -179,17 +182,19 @@ class Channel(Way):
         self._handle = ops.all_gather_async(payload.flatten(), f"{self.name}.sums", self.group)
 
     def finish(self) -> None:
-        """Wait and decode the sum into flat."""
+        """Wait and decode the sum, or mean, into flat."""
         received = self._received = self._wait()
+        scale = 1 / self.size if self.average else 1.0
         if self._dense:
             pass  # reduced in place
         elif self.codec.collective == "exchange":
-            self.flat.copy_(self._flatten(self.codec.decode(received.view(self.size, -1), self.part, self._key)))
+            rows = self.codec.decode(received.view(self.size, -1), self.part, self._key)
+            torch.mul(self._flatten(rows), scale, out=self.flat)
         else:
-            self.flat.zero_()
             # In the order of ranks on every rank, so that the sums are the same to the bit.
-            for payload in received.view(self.size, -1) if self.codec.collective == "gather" else (received,):
-                self._add(self.flat, payload)
+            payloads = received.view(self.size, -1) if self.codec.collective == "gather" else received[None]
+            for i, payload in enumerate(payloads):
+                cast(Adding, self.codec).add(self.flat, payload, self._key, scale, fresh=i == 0)
 
     def finite(self) -> bool:
         """Whether the sum is finite; the same on all ranks."""
@@ -200,8 +205,8 @@ class Channel(Way):
         """Take over the step's memories. Not called where any bucket's sum is not finite: no step is made then."""
         if isinstance(self.codec, PowerSgd) and not self._dense:
             self.codec.advance(self._received)
-        if "residual" in self._kept:
-            self._spare = self.residual
+        if not self._dense:
+            self.residual, self.spare = self.spare, self.residual
         for name, memory in self._kept.items():
             setattr(self, name, memory)
 
@@ -219,7 +224,7 @@ class Channel(Way):
     def owe(self, begin: int, end: int) -> None:
         """What was decoded of flat[begin:end] is not used by anyone: all ranks together owe it again."""
         if self.residual is not None:
-            self.residual[begin:end] += self.flat[begin:end] / self.size
+            self.residual[begin:end] += self.flat[begin:end] / (1 if self.average else self.size)
 
     def _rows(self, flat: Tensor) -> Tensor:
         """(n,) -> (size, part). The last block is filled up with its own values again, what is behind it with zeros.

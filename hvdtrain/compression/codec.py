@@ -56,11 +56,11 @@ class Codec(Protocol):
 class Adding(Codec, Protocol):
     """A codec for "sum" or "gather"; it needs no dense copy of what a payload stands for."""
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
-        """Add alpha times the decoded payload to total: (n,) float32."""
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+        """Add alpha times the decoded payload to total, (n,) float32; fresh: overwrite total with it."""
 
 
 def decode_by_adding(codec: Adding, payload: Tensor, n: int, key: Key) -> Tensor:
-    total = torch.zeros(n, device=payload.device)
-    codec.add(total, payload, key)
+    total = torch.empty(n, device=payload.device)
+    codec.add(total, payload, key, fresh=True)
     return total

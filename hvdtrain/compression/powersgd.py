@@ -51,10 +51,10 @@ class PowerSgd:
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return decode_by_adding(self, payload, n, key)
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
         for matrix, factor, basis in zip(self.matrices(total), self.factors(payload), self.basis, strict=True):
             left, right = (factor, basis) if self.left else (basis, factor)
-            matrix.addmm_(left, right.T, alpha=alpha)
+            matrix.addmm_(left, right.T, beta=0 if fresh else 1, alpha=alpha)
 
     def advance(self, total: Tensor) -> None:
         """Take what all ranks sent together as the next step's basis."""

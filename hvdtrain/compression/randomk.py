@@ -48,6 +48,8 @@ class RandomK:
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return decode_by_adding(self, payload, n, key)
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+        if fresh:
+            total.zero_()
         places = self.places(len(total), key, payload.device)
         total.index_add_(0, places.clamp(max=len(total) - 1), payload * (places < len(total)), alpha=alpha)

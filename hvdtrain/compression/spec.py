@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hvdtrain.compression.cast import Bf16, Fp16
+from hvdtrain.compression.cast import Cast, Fp16
 from hvdtrain.compression.codec import Codec, Key
 from hvdtrain.compression.int8 import Int8
 from hvdtrain.compression.onebit import OneBit
@@ -148,5 +148,7 @@ def make_codec(spec: Spec, argument: str, shapes: list[tuple[int, int]], key: Ke
         return TopK(float(argument))
     if spec.method == "qsgd":
         return Qsgd(int(argument.removesuffix("bit")))
-    simple: dict[str, Codec] = {"fp16": Fp16(), "bf16": Bf16(), "int8": Int8(), "onebit": OneBit()}
+    if spec.method == "fp16":
+        return Fp16() if device.type == "cuda" else Cast(torch.float16)
+    simple: dict[str, Codec] = {"bf16": Cast(torch.bfloat16), "int8": Int8(), "onebit": OneBit()}
     return simple[spec.method]

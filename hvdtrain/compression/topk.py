@@ -34,7 +34,9 @@ class TopK:
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return decode_by_adding(self, payload, n, key)
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1) -> None:
+    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+        if fresh:
+            total.zero_()
         k = self.count(len(total))
         values = payload[: 4 * k].clone().view(torch.float32)
         places = payload[4 * k :].clone().view(torch.int16 if len(total) <= 2**15 else torch.int32)

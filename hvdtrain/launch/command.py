@@ -18,9 +18,9 @@ FORWARDED = (*OURS, "OMP_", "MKL_", "MALLOC_", "PYTHON", "PYTORCH_", "TORCH_")
 FORWARDED_NAMES = {"PATH", "LD_LIBRARY_PATH"}
 
 
-def train_command(args: Sequence[str]) -> list[str]:
-    """What each rank runs: this Python, `hvdtrain train`, and its arguments."""
-    return [sys.executable, "-m", "hvdtrain", "train", *args]
+def hvdtrain_command(args: Sequence[str]) -> list[str]:
+    """What each rank runs: this Python and `hvdtrain ARGS`."""
+    return [sys.executable, "-m", "hvdtrain", *args]
 
 
 def rank_environment(environ: Mapping[str, str], launcher: str, controller: str) -> dict[str, str]:

@@ -16,8 +16,8 @@ import torch
 
 from hvdtrain.collectives import ops, probe
 from hvdtrain.compression import cost
-from hvdtrain.compression.cost import Cost
 from hvdtrain.compression.codec import Key
+from hvdtrain.compression.cost import Cost
 from hvdtrain.compression.spec import Spec, parse
 from hvdtrain.torch.buckets import choose, make_channel
 
@@ -45,7 +45,9 @@ class Advisor:
         self._course = self._run()
         self._begun = time.perf_counter()
         self._seconds: list[float] = []  # of the steps of this trial
-        self._ready: list[list[float]] = []  # when each bucket was full, and the backward pass over, from a step's begin
+        self._ready: list[
+            list[float]
+        ] = []  # when each bucket was full, and the backward pass over, from a step's begin
 
     def after_step(self) -> None:
         self._seconds.append(time.perf_counter() - self._begun)
@@ -77,7 +79,7 @@ class Advisor:
             return
         plain = yield from self._steps(TRIAL)
         *ready, end = self._agree([statistics.median(column) for column in zip(*self._ready[SETTLE:], strict=True)])
-        network = probe.fit("advisor.network", exchange.group)
+        network = probe.fit("advisor.network", exchange.group, exchange.buckets[0].channel.flat.device)
         costs = self._costs(places)
         fixed = [Cost("none", 0, 0, bucket.channel.wire_bytes, 1) for bucket in exchange.buckets]
 
@@ -161,7 +163,7 @@ class Advisor:
         none: Choice,
     ) -> None:
         """Set `advice`, and tell it in a table."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for choice in sorted(predicted, key=lambda choice: measured.get(choice, predicted[choice])):
             parts = [costs[place, method] for place, method in zip(places, choice, strict=True)]
             rows.append(
@@ -194,11 +196,12 @@ class Advisor:
         )
         self.news.append("          method           wire MB  encode ms  decode ms  predicted ms  measured ms")
         for row in rows:
+            columns = [row[name] * 1e3 for name in ("encode_seconds", "decode_seconds", "predicted_step_seconds")]
+            shares = f"{columns[0]:9.1f}  {columns[1]:9.1f}  {columns[2]:12.1f}"
             seconds = row["measured_step_seconds"]
+            measured_ms = f"{seconds * 1e3:11.1f}" if seconds else "          -"
             self.news.append(
-                f"          {shown(row['choice']):16} {row['wire_bytes'] / 1e6:7.2f}  {row['encode_seconds'] * 1e3:9.1f}"
-                f"  {row['decode_seconds'] * 1e3:9.1f}  {row['predicted_step_seconds'] * 1e3:12.1f}"
-                f"  {f'{seconds * 1e3:11.1f}' if seconds else '          -'}"
+                f"          {shown(row['choice']):16} {row['wire_bytes'] / 1e6:7.2f}  {shares}  {measured_ms}"
             )
         self.news.append(f"advisor   takes {shown(chosen)}: {reason}")
 

@@ -32,7 +32,31 @@ class Bucket:
     method: str = "none"  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
+    memory_views: dict[torch.Tensor, list[torch.Tensor]] = field(default_factory=dict)
     ready: float = 0.0  # when it was full in the last step, by time.perf_counter
+
+    def put(self, index: int, gradient: torch.Tensor | None, step: int) -> None:
+        """Take in the gradient of the parameter with that index; None: it has none on this rank, which is zero."""
+        channel = self.channel
+        if isinstance(channel, Channel) and channel.adds_up(step):
+            # In one go through memory: the gradient and what has not been sent of those before it.
+            assert channel.residual is not None and channel.spare is not None
+            residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.spare))
+            if gradient is None:
+                total.copy_(residual)
+            else:
+                torch.add(residual, gradient, out=total)
+        elif gradient is None:
+            self.views[index].zero_()
+        elif gradient is not self.views[index]:
+            self.views[index].copy_(gradient)
+
+    def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        if memory not in self.memory_views:
+            if len(self.memory_views) == 2:  # a channel has two, unless they were loaded
+                self.memory_views.clear()
+            self.memory_views[memory] = make_views(memory, self.params)
+        return self.memory_views[memory]
 
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -67,7 +91,9 @@ def make_buckets(
             while count < len(members) and taken < limit:
                 taken += members[count][1].numel() * dtype.itemsize
                 count += 1
-            buckets.append(make_bucket(members[:count], dtype, len(buckets), group, average, coded=argument is not None))
+            buckets.append(
+                make_bucket(members[:count], dtype, len(buckets), group, average, coded=argument is not None)
+            )
             if argument is not None and spec.method != "auto":
                 choose(buckets[-1], spec, argument, Key(seed, 0, len(buckets) - 1, ops.rank(group)))
             members = members[count:]
@@ -81,13 +107,13 @@ def make_bucket(
     """A bucket that is all-reduced as it is.
 
     Its flags stand behind the gradients and travel with them; where a codec may take their place, they travel apart,
-    exactly, and the sum is divided by whoever reads it.
+    exactly, and are summed.
     """
     params = [p for _, p in members]
     count = sum(p.numel() for p in params)
     flat = torch.zeros(count + (0 if coded else len(params)), dtype=dtype, device=params[0].device)
     flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:]
-    channel = Plain(f"gradients.{number}", flat, average and not coded, group)
+    channel = Plain(f"gradients.{number}", flat, average, group)
     return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, channel, coded)
 
 
@@ -99,20 +125,22 @@ def choose(bucket: Bucket, spec: Spec, argument: str, key: Key) -> None:
     owed = bucket.channel.debt()
     bucket.channel = make_channel(bucket, bucket.channel.flat, spec, argument, key)
     bucket.channel.owed = owed
+    bucket.memory_views.clear()
     bucket.method = f"{spec.method}:{argument}" if argument else spec.method
 
 
 def make_channel(bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: Key) -> Channel | Plain:
     """A way over the ranks for a flat tensor that is laid out as the bucket's."""
-    group = bucket.channel.group
+    average, group = bucket.channel.average, bucket.channel.group
     if spec.method == "none":
-        return Plain(f"gradients.{key.bucket}", flat, average=False, group=group)
+        return Plain(f"gradients.{key.bucket}", flat, average, group)
     shapes = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel()) for p in bucket.params]
     return Channel(
         f"gradients.{key.bucket}.{spec.method}{argument}",
         flat,
         make_codec(spec, argument, shapes, key, flat.device),
         key,
+        average,
         group,
         feedback=spec.feedback,
         warmup=spec.warmup,

@@ -132,25 +132,26 @@ class Exchange:
 
         return hook
 
-    @staticmethod
-    def _fill(bucket: Bucket, index: int) -> None:
+    def _fill(self, bucket: Bucket, index: int) -> None:
         p, view = bucket.params[index], bucket.views[index]
         assert p.grad is not None
         bucket.flags[index] = SPARSE if p.grad.is_sparse else 1
-        if p.grad is not view:
-            # Rows of a sparse gradient (an embedding's) travel densely: one way for all, and the sizes stay fixed.
-            view.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
-            if p.grad.dtype == view.dtype:
-                p.grad = view
+        # Rows of a sparse gradient (an embedding's) travel densely: one way for all, and the sizes stay fixed.
+        bucket.put(index, p.grad.to_dense() if p.grad.is_sparse else p.grad, self.steps)
+        if p.grad is not view and p.grad.dtype == view.dtype:
+            p.grad = view  # its memory is of use again at once
         bucket.filled.add(index)
 
     def _send(self, bucket: Bucket) -> None:
         bucket.ready = time.perf_counter()
         for index in range(len(bucket.params)):
             if index not in bucket.filled:
-                bucket.views[index].zero_()
+                bucket.put(index, None, self.steps)
                 bucket.flags[index] = 0
-        bucket.channel.start(self.steps)
+        if isinstance(bucket.channel, Channel):
+            bucket.channel.start(self.steps, added_up=bucket.channel.adds_up(self.steps))
+        else:
+            bucket.channel.start(self.steps)
         bucket.sent = True
 
     def _agree_on_order(self) -> None:
@@ -201,15 +202,12 @@ class Exchange:
             self.advisor.after_step()
 
     def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
-        averaged = self.average and not bucket.coded
-        used = (bucket.flags * self.size if averaged else bucket.flags).tolist()
+        used = (bucket.flags if bucket.coded or not self.average else bucket.flags * self.size).tolist()
         if committed and isinstance(bucket.channel, Channel) and 0 in used:
             ends = list(itertools.accumulate(p.numel() for p in bucket.params))
             for end, p, ranks in zip(ends, bucket.params, used, strict=True):
                 if ranks == 0:
                     bucket.channel.owe(end - p.numel(), end)
-        if self.average and bucket.coded:
-            bucket.channel.flat.div_(self.size)
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
                 p.grad = None

@@ -81,11 +81,11 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
                 channel.residual.copy_(debt)
             elif debt.any():
                 channel.owed = debt
-        if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
-            if all(name in state["bases"] for name in bucket.names):
-                saved_bases = [state["bases"][name] for name in bucket.names]
-                channel.codec.left = saved_bases[0][0]
-                channel.codec.basis = [basis.to(channel.flat.device) for _, basis in saved_bases]
+        saved_bases = [state["bases"][name] for name in bucket.names if name in state["bases"]]
+        codec = channel.codec if isinstance(channel, Channel) else None
+        if isinstance(codec, PowerSgd) and len(saved_bases) == len(bucket.names):
+            codec.left = saved_bases[0][0]
+            codec.basis = [basis.to(channel.flat.device) for _, basis in saved_bases]
 
 
 def share(exchange: Exchange, bucket: Bucket, debts: dict[str, Tensor], memory: str) -> Tensor:

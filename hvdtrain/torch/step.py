@@ -64,6 +64,7 @@ class TorchStep:
             compression=options.compression,
             exchange=options.exchange,
             seed=options.seed,
+            bucket_bytes=int(options.bucket_mib * 2**20),
         )
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.trained = [p for _, p in named if p.requires_grad]
@@ -263,6 +264,19 @@ class TorchStep:
             return 0
         small = self.buffers.payload_bytes + self._sums.numel() * 8
         return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
+
+    def exchange_report(self) -> dict[str, Any]:
+        exchange = self.optimizer.exchange
+        if exchange is None:
+            return {"buckets": [], "advisor": None}
+        return {"buckets": exchange.report(), "advisor": exchange.advisor and exchange.advisor.advice}
+
+    def news(self) -> list[str]:
+        exchange = self.optimizer.exchange
+        if exchange is None or exchange.advisor is None:
+            return []
+        news, exchange.advisor.news = exchange.advisor.news, []
+        return news  # type: ignore[no-any-return]
 
     def graph(self) -> bytes | None:
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)

@@ -80,6 +80,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
                 "eval": at.eval,
                 "wire_bytes_per_step": step.wire_bytes(),
                 "compression": options.compression,
+                "buckets": step.exchange_report()["buckets"],
                 "membership_changes": 0,
                 "resumed_from": resumed_from,
                 "skipped_nonfinite": at.skipped_nonfinite,
@@ -124,6 +125,9 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             else:
                 details = step.update(plan.lr_scale * lr_factor)
             seconds = time.perf_counter() - begin
+            if news := step.news():
+                report.lines(news)
+                report.advice(step.exchange_report()["advisor"])
 
             epoch = at.epoch + 1
             at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]), plan.examples)

@@ -61,6 +61,11 @@ class Reporter:
         if self.active and graph is not None:
             self._events.graph(graph)
 
+    def advice(self, advice: dict[str, Any] | None) -> None:
+        """What `--compression auto` measured and chose, for the run folder."""
+        if self.active and advice is not None:
+            write_json(self.run_dir / "advisor.json", advice)
+
     def step(
         self, at: Position, epoch: int, lr: float, values: dict[str, float], batch: int, seconds: float, waited: float
     ) -> None:

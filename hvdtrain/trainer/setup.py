@@ -35,6 +35,7 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
         compile=options.compile,
         compression=options.compression,
         exchange=options.exchange,
+        bucket_mib=options.bucket_mib,
         exact_residuals=options.checkpoint_residuals == "exact",
     )
 

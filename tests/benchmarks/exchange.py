@@ -1,74 +1,115 @@
 """Step time of ways to exchange gradients, side by side in one run: medians and ratios.
 
-    python -m tests.benchmarks.exchange [--rounds 3] [--steps 20] [--ways none,horovod,ddp,bucketed]
+    python -m tests.benchmarks.exchange [--rounds 3] [--steps 20] [--ways none,horovod,ddp,bucketed] [--json FILE]
+    python -m tests.benchmarks.exchange --rate 1gbit --ways none,ddp,ddp-fp16,bucketed,bucketed:powersgd:4,bucketed:auto
 
-Two ranks with one thread each on this host, taking turns; a way may be followed by +channels-last and +malloc (glibc
-keeps freed memory).
+ResNet-18, 16 images of 64x64 per rank, two ranks (or --ranks) with one thread each: on this host, or with --rate each
+on a host of its own, joined by links of that rate (needs root). Ways take turns, and each round begins with another.
+
+A way is one of none (no exchange), horovod (stock), ddp, ddp-fp16, bucketed (hvdtrain's), bucketed:SPEC with a
+compression; behind it +channels-last, +malloc (glibc keeps freed memory) or +NAME=VALUE, an environment variable.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
+import re
 import statistics
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from hvdtrain.launch import command
+from tests.benchmarks.start import by_horovodrun, machines
+from tests.hosts.cluster import Host
 
-ROOT = Path(__file__).parents[2]
 # Keeps memory that is freed: gradients and activations of each step otherwise cost thousands of page faults.
 MALLOC = {
     "MALLOC_TOP_PAD_": str(1 << 28),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
 }
+WARM_UP = 5  # steps that do not count
+SLOWEST = 20  # seconds of a step, at most
+DEFAULT = "none,horovod,ddp,ddp+channels-last,bucketed,bucketed+channels-last"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def seconds_of(way: str, steps: int) -> list[float]:
-    """Step seconds of rank 0 of two, without the first steps, which warm up."""
+def measure(way: str, options: argparse.Namespace, hosts: Sequence[Host]) -> dict[str, Any]:
+    """One turn of a way: {"seconds": those of each step that counts, "wire_bytes": of rank 0's last step, or None}."""
     name, *more = way.split("+")
-    line = [sys.executable, "-m", "tests.benchmarks.step_rank", name, "--steps", str(steps)]
-    line += ["--channels-last"] if "channels-last" in more else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "BENCH_MASTER": "127.0.0.1"}
-    env |= {"BENCH_PORT": str(free_port())}
-    if "malloc" in more:
-        env |= MALLOC
-    horovodrun = command.find_program("horovodrun")
-    done = subprocess.run(
-        [horovodrun, "-np", "2", "--gloo", *line], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    found = [text for text in done.stdout.splitlines() if "SECONDS" in text]
-    if not found:
-        raise RuntimeError(f"{way} failed:\n{done.stdout}\n{done.stderr}")
-    values: list[float] = json.loads(found[0].split("SECONDS")[1])
-    return values[5:]
+    unmeasured = WARM_UP + (options.settle if name.startswith("bucketed:auto") else 0)
+    line = [sys.executable, "-m", "tests.benchmarks.step_rank", name, "--steps", str(unmeasured + options.steps)]
+    env: dict[str, str] = {}
+    for modifier in more:
+        if modifier == "channels-last":
+            line.append("--channels-last")
+        elif modifier == "malloc":
+            env |= MALLOC
+        else:
+            variable, equals, value = modifier.partition("=")
+            if not equals:
+                raise SystemExit(f"{way}: +{modifier} is none of +channels-last, +malloc, +NAME=VALUE")
+            env[variable] = value
+    text = by_horovodrun(line, options.ranks, hosts, env, 60 + SLOWEST * (unmeasured + options.steps))
+    if options.show:
+        print(f"--- {way}\n{text}", flush=True)
+    result: dict[str, Any] = json.loads(text.split("RESULT", 1)[1].splitlines()[0])
+    result["seconds"] = result["seconds"][unmeasured:]
+    return result
+
+
+def table(ways: Sequence[str], against: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table: the median over all rounds, its spread over the rounds, bytes, how much faster than others."""
+    medians = {way: statistics.median(s for turn in results[way] for s in turn["seconds"]) for way in ways}
+    lines = [f"| way | ms | rounds, ms | kB sent | {' | '.join(f'x {other}' for other in against)} |"]
+    lines.append("|---" * (4 + len(against)) + "|")
+    for way in ways:
+        rounds = [statistics.median(turn["seconds"]) * 1e3 for turn in results[way]]
+        wire = results[way][-1]["wire_bytes"]
+        sent = "" if wire is None else f"{wire / 1e3:,.0f}"
+        ratios = " | ".join(f"{medians[other] / medians[way]:.2f}" for other in against)
+        lines.append(f"| {way} | {medians[way] * 1e3:.1f} | {min(rounds):.0f}-{max(rounds):.0f} | {sent} | {ratios} |")
+    return "\n".join(lines)
+
+
+def listed(text: str) -> list[str]:
+    """The ways of a list; a comma also stands within a way, before an option of its compression."""
+    return re.split(r",(?=(?:none|horovod|ddp|bucketed)(?:[-:+,]|$))", text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--ways", default="none,horovod,ddp,ddp+channels-last,bucketed,bucketed+channels-last")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps a turn")
+    parser.add_argument("--settle", type=int, default=120, help="steps before those, for bucketed:auto to choose in")
+    parser.add_argument("--ways", type=listed, default=DEFAULT)
+    parser.add_argument("--against", type=listed, help="the ways that ratios are to; default: all")
+    parser.add_argument("--rate", help="of the links between hosts: 1gbit, 100mbit, ...; default: loopback")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--show", action="store_true", help="show what the ranks print")
     options = parser.parse_args()
-    ways = options.ways.split(",")
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.rounds):
-        for way in ways:
-            seconds[way] += seconds_of(way, options.steps)
-    medians = {way: statistics.median(values) for way, values in seconds.items()}
-    for way, median in medians.items():
-        ratios = "  ".join(f"{medians[other] / median:.2f}x {other}" for other in ways if other != way)
-        print(f"{way:32} {median * 1e3:7.1f} ms   {ratios}")
+    ways, against = options.ways, options.against or options.ways
+    if strange := set(against) - set(ways):
+        parser.error(f"--against names what is not measured: {', '.join(strange)}")
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    with machines(options.rate, options.ranks) as hosts:
+        for turn in range(options.rounds):
+            first = turn % len(ways)
+            for way in ways[first:] + ways[:first]:
+                results[way].append(measure(way, options, hosts))
+                print(
+                    f"round {turn + 1}  {way:32} {statistics.median(results[way][-1]['seconds']) * 1e3:7.1f} ms",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    where = f"hosts joined at {options.rate}" if options.rate else "loopback"
+    print(f"{options.ranks} ranks, {where}; {options.rounds} rounds of {options.steps} steps; x: times as fast as\n")
+    print(table(ways, against, results))
+    if options.json:
+        about = {"rate": options.rate, "ranks": options.ranks, "rounds": options.rounds, "steps": options.steps}
+        options.json.write_text(json.dumps({**about, "ways": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

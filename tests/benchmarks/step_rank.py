@@ -1,9 +1,10 @@
-"""One rank of a step-time benchmark: ResNet-18, 16 images of 64x64 per rank; prints the seconds of each step as JSON.
+"""One rank of a step-time benchmark: ResNet-18, 16 images of 64x64 per rank.
 
-    python -m tests.benchmarks.step_rank WAY [--steps N] [--memory-format ...]
+    python -m tests.benchmarks.step_rank WAY [--steps N] [--channels-last]
 
-WAY: none (no communication), horovod (stock DistributedOptimizer), ddp, ddp-fp16, or bucketed (hvdtrain's).
-Started by horovodrun, also for DDP, which takes its rank from Horovod's variables.
+WAY: none (no communication), horovod (stock DistributedOptimizer), ddp, ddp-fp16, bucketed (hvdtrain's), or
+bucketed:SPEC with a compression. Started by horovodrun, also for DDP, which takes its rank from Horovod's variables.
+Rank 0 prints RESULT and, as JSON, the seconds of each step and the bytes that it sent in the last one, where known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torchvision.models import resnet18
 
 BATCH, SIDE = 16, 64
@@ -26,18 +29,7 @@ def wrapped(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     if way == "none":
         return model, optimizer
     if way.startswith("ddp"):
-        import torch.distributed as dist
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-
-        rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-        if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-        store = dist.TCPStore(os.environ["BENCH_MASTER"], int(os.environ["BENCH_PORT"]), size, rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if way == "ddp-fp16":
-            parallel.register_comm_hook(None, fp16_compress_hook)
-        return parallel, optimizer
+        return in_ddp(model, fp16=way == "ddp-fp16"), optimizer
     if way == "horovod":
         import horovod.torch as hvd
 
@@ -47,7 +39,21 @@ def wrapped(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     from hvdtrain.torch import DistributedOptimizer
 
     hvdtrain.init()
-    return model, DistributedOptimizer(optimizer, model.named_parameters())
+    compression = way.partition(":")[2] or "none"
+    return model, DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+
+
+def in_ddp(model: nn.Module, fp16: bool) -> nn.Module:
+    """The model in torch's DistributedDataParallel over Gloo, by the interface that horovodrun was told of."""
+    rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
+    if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    store = dist.TCPStore(os.environ["BENCH_MASTER"], int(os.environ["BENCH_PORT"]), size, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if fp16:
+        parallel.register_comm_hook(None, fp16_compress_hook)
+    return parallel
 
 
 def main() -> None:
@@ -72,7 +78,8 @@ def main() -> None:
         optimizer.step()
         seconds.append(time.perf_counter() - begin)
     if os.environ.get("HOROVOD_RANK", "0") == "0":
-        print("SECONDS", json.dumps(seconds), flush=True)
+        result = {"seconds": seconds, "wire_bytes": getattr(optimizer, "wire_bytes", None)}
+        print("RESULT", json.dumps(result), flush=True)
     os._exit(0)
 
 

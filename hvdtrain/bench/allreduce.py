@@ -1,0 +1,59 @@
+"""All-reduces of many sizes, told as nccl-tests tell them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from hvdtrain.bench.workload import place, say
+from hvdtrain.collectives import ops, probe
+from hvdtrain.collectives.world import World
+from hvdtrain.torch.setup import choose_device
+
+REPEATS = 20
+SECONDS = 2.0  # a size is repeated for so long at most, but three times in any case
+
+
+def run(world: World, sizes: Sequence[int], dtype: str, wanted: str | None) -> None:
+    """Print a line for each size in bytes, the smallest first, and the line through the smallest and the largest."""
+    device = choose_device(wanted, world.local_rank)
+    width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    say(world, f"# all-reduce in place, {place(world, device)}")
+    say(world, "#     size        count     type    time us  algbw GB/s  busbw GB/s    #wrong")
+    sent, seconds = [], []
+    for size in sizes:
+        count = size // width
+        tensor = torch.zeros(count, dtype=getattr(torch, dtype), device=device)
+        name = f"bench.{size}.{dtype}"
+        once = probe.all_reduce_seconds(tensor, name, 1)[0]
+        repeats = max(3, min(REPEATS, int(SECONDS / once)))
+        sent.append(ops.ring_bytes(count * width, world.size))
+        seconds.append(statistics.median(probe.all_reduce_seconds(tensor, name, repeats)))
+        algorithm = count * width / seconds[-1] / 1e9
+        bus = algorithm * 2 * (world.size - 1) / world.size
+        wrong = count_wrong(tensor, name, world)
+        say(
+            world,
+            f"{count * width:10}   {count:10}  {dtype:>7}  {seconds[-1] * 1e6:9.1f}  {algorithm:10.3f}  {bus:10.3f}"
+            f"  {wrong:8}",
+        )
+    if len(sizes) > 1:
+        latency, bandwidth = probe.line(sent, seconds)
+        say(world, f"# fitted: {latency * 1e3:.3g} ms a collective, {describe(bandwidth)} sent by each rank")
+
+
+def count_wrong(tensor: torch.Tensor, name: str, world: World) -> int:
+    """How many values are wrong, on all ranks together, after an all-reduce of small whole numbers."""
+    numbers = torch.arange(len(tensor), device=tensor.device).remainder_(7)
+    tensor.copy_(numbers + world.rank % 2)
+    reduced = ops.wait(ops.all_reduce_async_(tensor, name))
+    right = numbers * world.size + world.size // 2
+    wrong = int((reduced != right.to(tensor.dtype)).sum())
+    return sum(ops.gather_json(wrong, f"{name}.wrong"))
+
+
+def describe(bandwidth: float) -> str:
+    """Bytes per second for people."""
+    return f"{bandwidth / 1e9:.3g} GB/s = {bandwidth * 8 / 1e9:.3g} Gbit/s"

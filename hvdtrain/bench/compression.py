@@ -1,0 +1,193 @@
+"""What each way to compress gradients costs and wins: measured here, and predicted for other networks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.bench.allreduce import describe
+from hvdtrain.bench.plot import draw
+from hvdtrain.bench.workload import (
+    WARM_UP,
+    Workload,
+    backward,
+    distributed,
+    fresh_model,
+    medians,
+    place,
+    prepare,
+    say,
+    slowest,
+    step,
+)
+from hvdtrain.collectives import ops, probe
+from hvdtrain.collectives.probe import Network
+from hvdtrain.collectives.world import World
+from hvdtrain.compression import cost
+from hvdtrain.compression.codec import Key
+from hvdtrain.compression.cost import Cost
+from hvdtrain.compression.spec import Spec, parse
+from hvdtrain.errors import RunError
+from hvdtrain.files import write_atomically, write_json
+from hvdtrain.recipe import Recipe
+from hvdtrain.torch.buckets import make_channel
+from hvdtrain.torch.exchange import Exchange
+from hvdtrain.trainer.options import RunOptions
+
+METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.01", "powersgd:4")
+PLAIN = 6  # steps with a method's buckets before it compresses; the last four tell when each bucket is ready
+RECORDED = 4  # steps whose gradients are compared: an even number, for methods that send one of two factors in turns
+# Bytes a second: 10 Mbit/s to 100 Gbit/s, twenty to the decade.
+BANDWIDTHS = [10 ** (7 + i / 20) / 8 for i in range(81)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What was measured of a method; the same on all ranks."""
+
+    spec: str
+    ready: list[float]  # seconds from a step's begin until each bucket has all its gradients
+    end: float  # until the backward pass is over
+    update: float  # seconds of the optimizer
+    costs: list[Cost]  # of the buckets
+    wire_bytes: float  # sent by a rank in a step
+    cosine: float  # between what was applied and the exact mean
+    seconds: float  # of a step
+
+    def predicted(self, network: Network) -> float:
+        """Seconds of a step."""
+        return cost.step_seconds(self.ready, self.end, self.costs, network) + self.update
+
+
+def run(
+    world: World,
+    recipe: Recipe,
+    options: RunOptions,
+    specs: Sequence[str],
+    steps: int,
+    plot: Path,
+    json_path: Path | None,
+) -> None:
+    """Print a row for each method, none first, and write the plot, and the rows as JSON if there is a path."""
+    work = prepare(recipe, options, world)
+    network = probe.fit("bench.network", device=work.device)
+    title = (
+        f"{type(recipe).__name__}, {place(world, work.device)}; network "
+        f"{describe(network.bandwidth)}, {network.latency * 1e3:.3g} ms a collective"
+    )
+    say(world, f"# {title}; medians of {steps} steps")
+    say(world, "#                                                            step ms              times none's speed")
+    say(world, "method            sent MB  encode ms  decode ms   cosine  predicted   measured  predicted   measured")
+    methods: list[Method] = []
+    rows: list[dict[str, Any]] = []
+    for spec in ["none", *(spec for spec in dict.fromkeys(specs) if spec != "none")]:
+        method = measure(work, spec, steps)
+        methods.append(method)
+        predicted, none = method.predicted(network), methods[0]
+        row: dict[str, Any] = {
+            "method": spec,
+            "wire_bytes": method.wire_bytes,
+            "encode_seconds": sum(part.encode for part in method.costs),
+            "decode_seconds": sum(part.decode for part in method.costs),
+            "cosine": method.cosine,
+            "predicted_step_seconds": predicted,
+            "measured_step_seconds": method.seconds,
+            "predicted_gain": none.predicted(network) / predicted,
+            "measured_gain": none.seconds / method.seconds,
+        }
+        rows.append(row)
+        say(
+            world,
+            f"{spec:16}  {row['wire_bytes'] / 1e6:7.3f}  {row['encode_seconds'] * 1e3:9.2f}  "
+            f"{row['decode_seconds'] * 1e3:9.2f}  {row['cosine']:7.4f}  {predicted * 1e3:9.1f}  "
+            f"{method.seconds * 1e3:9.1f}  {row['predicted_gain']:9.2f}  {row['measured_gain']:9.2f}",
+        )
+    if world.rank != 0:
+        return
+    curves = {
+        method.spec: [method.predicted(replace(network, bandwidth=bandwidth)) for bandwidth in BANDWIDTHS]
+        for method in methods
+    }
+    measured = {method.spec: method.seconds for method in methods}
+    told = {"latency_seconds": network.latency, "bytes_per_second": network.bandwidth}
+    try:
+        write_atomically(plot, draw(title, BANDWIDTHS, curves, network.bandwidth, measured))
+        if json_path is not None:
+            write_json(json_path, {"title": title, "ranks": world.size, "network": told, "rows": rows})
+    except OSError as error:
+        raise RunError(f"cannot write {error.filename}: {error.strerror}") from error
+    say(world, f"# plot: {plot}")
+
+
+def measure(work: Workload, spec: str, steps: int) -> Method:
+    """Train with a method for some steps, first plainly, then compressing; the slowest rank's medians."""
+    model = fresh_model(work)
+    # A warm-up cuts the gradients into the method's buckets, and neither encodes nor remembers.
+    optimizer = distributed(work, model, f"{spec},warmup={PLAIN}")
+    exchange: Exchange = optimizer.exchange
+    ops.barrier("bench.begin")
+    moments = []
+    for _ in range(PLAIN):
+        begin = step(work, model, optimizer).begin
+        moments.append([at - begin for at in (*(bucket.ready for bucket in exchange.buckets), exchange.backward_end)])
+    columns = zip(*moments[PLAIN - RECORDED :], strict=True)
+    *ready, end = slowest("bench.ready", [statistics.median(column) for column in columns])
+    costs = bucket_costs(exchange, parse(spec), work.seed)
+    if len(exchange.flags.flat):
+        # Which parameters were used travels apart from compressed gradients, at the end.
+        ready.append(end)
+        costs.append(Cost("none", 0.0, 0.0, exchange.flags.wire_bytes, 1))
+    taken, sent = [], []
+    for _ in range(WARM_UP + steps):
+        taken.append(step(work, model, optimizer))
+        sent.append(optimizer.wire_bytes)
+    seconds, _, update = medians("bench.medians", taken[WARM_UP:])
+    alike = [cosine_of_step(work, model, optimizer) for _ in range(RECORDED)]
+    return Method(spec, ready, end, update, costs, sum(sent[-2:]) / 2, statistics.mean(alike), seconds)
+
+
+def bucket_costs(exchange: Exchange, spec: Spec, seed: int) -> list[Cost]:
+    """What each bucket costs with its method, measured apart from training."""
+    costs = []
+    for number, bucket in enumerate(exchange.buckets):
+        if bucket.method == "none":
+            costs.append(Cost("none", 0.0, 0.0, bucket.channel.wire_bytes, 1))
+            continue
+        own = replace(parse(bucket.method), feedback=spec.feedback, momentum=spec.momentum)
+        scratch = torch.empty_like(bucket.channel.flat)
+        channel = make_channel(bucket, scratch, own, own.argument, Key(seed, 0, number, ops.rank()))
+        costs.append(cost.measure(channel, bucket.method))
+    return costs
+
+
+def cosine_of_step(work: Workload, model: nn.Module, optimizer: Any) -> float:
+    """Make a step; the cosine between the gradient that it applies and the exact mean of the ranks' gradients."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    own: dict[nn.Parameter, Tensor] = {}
+    # These see a gradient before the exchange does.
+    hooks = [p.register_hook(lambda grad, p=p: own.update({p: grad.detach().clone()})) for p in params]
+    backward(work, model, optimizer)
+    for hook in hooks:
+        hook.remove()
+    optimizer.synchronize()
+    exact = ops.wait(
+        ops.all_reduce_async_(flattened([own.get(p) for p in params], params), "bench.exact", average=True)
+    )
+    applied = flattened([p.grad for p in params], params)
+    optimizer.step()
+    product = torch.dot(applied.double(), exact.double())
+    return float(product / (applied.double().norm() * exact.double().norm()).clamp_min(1e-300))
+
+
+def flattened(gradients: Sequence[Tensor | None], params: Sequence[nn.Parameter]) -> Tensor:
+    """(n,) float32: gradients one behind the other, zeros where there is none."""
+    parts = [
+        torch.zeros_like(p) if grad is None else grad.to_dense() for grad, p in zip(gradients, params, strict=True)
+    ]
+    return torch.cat([part.reshape(-1).float() for part in parts])

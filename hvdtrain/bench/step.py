@@ -1,0 +1,82 @@
+"""Step times: without an exchange, with Horovod's own, and with hvdtrain's buckets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.bench.workload import WARM_UP, Workload, distributed, fresh_model, medians, place, prepare, say, step
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.world import World, init, shutdown
+from hvdtrain.files import write_json
+from hvdtrain.recipe import Recipe
+from hvdtrain.trainer.options import RunOptions
+
+NO_EXCHANGE, STOCK = "no exchange", "horovod"
+
+
+def run(
+    world: World, recipe: Recipe, options: RunOptions, specs: Sequence[str], steps: int, json_path: Path | None
+) -> None:
+    """Print a row for each way of exchange, and write the rows as JSON if there is a path."""
+    work = prepare(recipe, options, world)
+    title = f"{type(recipe).__name__}, {place(world, work.device)}; medians of {steps} steps"
+    say(world, f"# {title}")
+    say(world, "way                      step ms  waited ms    sent MB   x horovod")
+    rows: list[dict[str, Any]] = []
+    for way in (STOCK, NO_EXCHANGE, *specs):
+        with stock_horovod() if way == STOCK else contextlib.nullcontext():
+            seconds, waited, sent = measure(work, way, steps)
+        # Some methods send other sizes in turns.
+        row: dict[str, Any] = {
+            "way": way,
+            "step_seconds": seconds,
+            "waited_seconds": waited,
+            "wire_bytes": sum(sent[-2:]) / 2,
+        }
+        row["gain"] = (rows or [row])[0]["step_seconds"] / seconds
+        rows.append(row)
+        say(
+            world,
+            f"{way:22}  {seconds * 1e3:8.1f}  {waited * 1e3:9.1f}  {row['wire_bytes'] / 1e6:9.3f}  {row['gain']:10.2f}",
+        )
+    if json_path is not None and world.rank == 0:
+        write_json(json_path, {"title": title, "ranks": world.size, "rows": rows})
+
+
+def measure(work: Workload, way: str, steps: int) -> tuple[float, float, list[int]]:
+    """Median seconds of a step and seconds waited, the slowest rank's; and the bytes that this rank sent each step."""
+    model = fresh_model(work)
+    optimizer: Any
+    if way == NO_EXCHANGE:
+        optimizer = work.recipe.optimizer(model.parameters())
+    elif way == STOCK:
+        optimizer = distributed(work, model, exchange="horovod")
+    else:
+        optimizer = distributed(work, model, way)
+    ops.barrier("bench.step")
+    taken, sent = [], []
+    for _ in range(WARM_UP + steps):
+        taken.append(step(work, model, optimizer))
+        sent.append(getattr(optimizer, "wire_bytes", 0))
+    seconds, waited, _ = medians("bench.step.medians", taken[WARM_UP:])
+    return seconds, waited, sent
+
+
+@contextlib.contextmanager
+def stock_horovod() -> Iterator[None]:
+    """Horovod as it comes: with its fusion buffer, which hvdtrain has no use for, and which is set when it starts."""
+    before = os.environ["HOROVOD_FUSION_THRESHOLD"]
+    restart(str(128 << 20))
+    yield
+    restart(before)
+
+
+def restart(threshold: str) -> None:
+    """Start Horovod anew, on all ranks, with another size of its fusion buffer in bytes."""
+    shutdown()
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = threshold
+    init()

@@ -1,0 +1,176 @@
+"""What the benchmarks train: a model and one batch on each rank, and a step that tells where its time went."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.probe import settle
+from hvdtrain.collectives.world import World
+from hvdtrain.errors import UserError
+from hvdtrain.torch.data import batches, seed_all, to_device
+from hvdtrain.torch.optimizer import DistributedOptimizer
+from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.setup import choose_device, load_datasets
+from hvdtrain.torch.step import AMP_DTYPES
+from hvdtrain.trainer.options import RunOptions
+
+WARM_UP = 4  # steps that do not count
+
+
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Random images of random classes."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __len__(self) -> int:
+        return 1024
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.randn(3, self.side, self.side), i % 10
+
+
+@dataclass(kw_only=True)
+class ResNet18(Recipe):
+    """ResNet-18 on random images."""
+
+    side: int = 64
+    lr: float = 0.01
+
+    def model(self) -> nn.Module:
+        """(B, 3, side, side) -> (B, 10)"""
+        from torchvision.models import resnet18
+
+        model: nn.Module = resnet18(num_classes=10)
+        return model
+
+    def dataset(self, split: Literal["train", "eval"]) -> Images:
+        return Images(self.side)
+
+    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=self.lr, momentum=0.9)
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        images, labels = batch
+        return {"loss": F.cross_entropy(model(images), labels, reduction="none")}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One rank's part: a model with its first weights, the same on all ranks, and this rank's batch."""
+
+    recipe: Recipe
+    model: nn.Module
+    batch: Any
+    device: torch.device
+    amp: torch.dtype | None
+    seed: int
+    world: World
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step."""
+
+    begin: float  # when it began, by time.perf_counter
+    seconds: float
+    waited: float  # for communication
+    update: float  # in the optimizer, after the exchange
+
+
+def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
+    """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
+    if recipe.framework != "torch":
+        raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    device = choose_device(options.device, world.local_rank)
+    data = load_datasets(recipe, world)["train"]
+    count = options.batch_per_rank or max(1, recipe.batch_size // world.size)
+    ids = (np.arange(count, dtype=np.int64) * world.size + world.rank) % len(data)
+    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    batch = to_device(next(batches(data, [ids], [options.seed], 0)), device, memory_format)
+    seed_all([options.seed])
+    model = recipe.model().to(device)
+    if recipe.channels_last:
+        model = model.to(memory_format=memory_format)
+    amp = None if options.amp == "off" else AMP_DTYPES[options.amp]
+    return Workload(recipe, model, batch, device, amp, options.seed, world)
+
+
+def fresh_model(work: Workload) -> nn.Module:
+    """The model with its first weights, for another way of exchange; what earlier ones held is freed first."""
+    gc.collect()
+    return copy.deepcopy(work.model).train()
+
+
+def distributed(
+    work: Workload, model: nn.Module, compression: str = "none", exchange: Literal["bucketed", "horovod"] = "bucketed"
+) -> Any:
+    """The recipe's optimizer for a model, with an exchange of gradients."""
+    inner = work.recipe.optimizer(model.parameters())
+    held = {p for group in inner.param_groups for p in group["params"]}
+    named = [(name, p) for name, p in model.named_parameters() if p in held]
+    return DistributedOptimizer(inner, named, compression=compression, exchange=exchange, seed=work.seed)
+
+
+def backward(work: Workload, model: nn.Module, optimizer: Any) -> None:
+    """The gradients of the mean loss of this rank's batch."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(work.device.type, work.amp, enabled=work.amp is not None):
+        loss = work.recipe.score(model, work.batch)["loss"]
+    loss.float().mean().backward()  # type: ignore[no-untyped-call]
+
+
+def step(work: Workload, model: nn.Module, optimizer: Any) -> Step:
+    """Make one step, exchanging gradients if the optimizer is a distributed one."""
+    begin = time.perf_counter()
+    backward(work, model, optimizer)
+    waited = 0.0
+    if hasattr(optimizer, "synchronize"):
+        optimizer.synchronize()
+        waited = optimizer.waited
+    settle(work.device)
+    exchanged = time.perf_counter()
+    optimizer.step()
+    settle(work.device)
+    end = time.perf_counter()
+    return Step(begin, end - begin, waited, end - exchanged)
+
+
+def slowest(name: str, values: list[float]) -> list[float]:
+    """The largest of each value over the ranks, on all ranks."""
+    return [max(column) for column in zip(*ops.gather_json(values, name), strict=True)]
+
+
+def medians(name: str, steps: list[Step]) -> tuple[float, float, float]:
+    """Median seconds, seconds waited and seconds of the update; the slowest rank's, on all ranks."""
+    columns = [[s.seconds for s in steps], [s.waited for s in steps], [s.update for s in steps]]
+    seconds, waited, update = slowest(name, [statistics.median(column) for column in columns])
+    return seconds, waited, update
+
+
+def say(world: World, text: str) -> None:
+    """Print a line, if this is rank 0."""
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def place(world: World, device: torch.device) -> str:
+    """Where this runs, for people: `2 ranks on 1 host, cpu over gloo`."""
+    hosts = len(set(ops.gather_json(world.host, "bench.hosts")))
+    carrier = "nccl" if device.type == "cuda" and hvd.nccl_built() else "mpi" if hvd.mpi_enabled() else "gloo"
+    return f"{world.size} ranks on {hosts} host{'s' * (hosts > 1)}, {device.type} over {carrier}"

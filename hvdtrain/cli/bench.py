@@ -1,0 +1,282 @@
+"""`hvdtrain bench`: measure the network, the step and gradient compression, on many ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from hvdtrain import messages
+from hvdtrain.cli.launch import WHERE_NAMES, launch_options, start
+from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
+from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
+from hvdtrain.recipe import Recipe
+from hvdtrain.trainer.options import RunOptions, split
+
+SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# What of a recipe's and a run's options a benchmark acts on; the recipe's own are all its own.
+USED = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
+UNUSED = (set(RunOptions.__dataclass_fields__) | {"epochs", "schedule"}) - USED
+
+steps_option = click.option(
+    "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps that count."
+)
+json_option = click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows here."
+)
+recipe_argument = click.argument("recipe", required=False)
+rest_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
+
+
+@click.group("bench", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Measure the network, the step and gradient compression, on many ranks.
+
+    Each starts its ranks itself, as `hvdtrain launch` does, two on this host if nothing else is said; under horovodrun,
+    mpirun or srun it is one of theirs.
+    """
+    if context.invoked_subcommand is None:
+        raise UserError("`hvdtrain bench` needs a command: allreduce, step or compression")
+
+
+@command.command(context_settings=SETTINGS)
+@launch_options
+@click.option("--sizes", metavar="4K,1M,...", help="These sizes in bytes, instead of a range.")
+@click.option(
+    "--min-bytes", default="1K", show_default=True, metavar="SIZE", help="The first size; each is four times the last."
+)
+@click.option("--max-bytes", default="64M", show_default=True, metavar="SIZE", help="No size is larger.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32", "float64", "int32", "int64"]),
+    default="float32",
+    show_default=True,
+    help="The type of the values.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where they lie. Default: cuda if there is one.")
+@click.pass_context
+def allreduce(
+    context: click.Context,
+    /,
+    sizes: str | None,
+    min_bytes: str,
+    max_bytes: str,
+    dtype: str,
+    device: str | None,
+    **where: Any,
+) -> int:
+    """Time all-reduces of many sizes, as nccl-tests do.
+
+    Sizes are in bytes, or with K, M or G behind. For each: the median time of an all-reduce in place; the bytes reduced
+    in a second (algbw) and the bytes that each of n ranks sends in a second (busbw = algbw 2 (n - 1) / n), both in GB;
+    and how many values of all ranks' results are wrong.
+    """
+    chosen = listed_sizes(sizes) if sizes is not None else size_range(min_bytes, max_bytes)
+    width = int(re.sub(r"\D", "", dtype)) // 8
+    for size in chosen:
+        if size < width:
+            raise UserError(f"a size of {size} bytes is less than one {dtype}; expected {width} or more")
+
+    def work(world: World) -> None:
+        from hvdtrain.bench.allreduce import run
+
+        run(world, chosen, dtype, device)
+
+    return on_ranks(context, where, lambda: None, work)
+
+
+@command.command(context_settings=SETTINGS)
+@launch_options
+@click.option("--compression", "specs", multiple=True, metavar="SPEC", help="Measure this too; may be given again.")
+@steps_option
+@json_option
+@recipe_argument
+@rest_argument
+@click.pass_context
+def step(
+    context: click.Context,
+    /,
+    specs: tuple[str, ...],
+    steps: int,
+    json_path: Path | None,
+    recipe: str | None,
+    args: tuple[str, ...],
+    **where: Any,
+) -> int:
+    """Time training steps: without an exchange, with Horovod's own, and with hvdtrain's buckets.
+
+    What is trained is RECIPE, on one batch over and over, or else a ResNet-18 on 16 random images of 64x64 per rank.
+    Medians of the slowest rank; "waited" is what of a step its thread spent waiting for the network.
+    """
+
+    def work(world: World) -> None:
+        from hvdtrain.bench.step import run
+
+        run(world, *chosen_workload(recipe, args), specs or ("none",), steps, json_path)
+
+    return on_ranks(context, where, lambda: check(specs, recipe, args), work)
+
+
+@command.command(context_settings=SETTINGS)
+@launch_options
+@click.option(
+    "--compression", "specs", multiple=True, metavar="SPEC", help="Measure this; may be given again. Default: all."
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="compression.png",
+    show_default=True,
+    metavar="FILE.png",
+    help="Step time against bandwidth, 10 Mbit/s to 100 Gbit/s.",
+)
+@steps_option
+@json_option
+@recipe_argument
+@rest_argument
+@click.pass_context
+def compression(
+    context: click.Context,
+    /,
+    specs: tuple[str, ...],
+    plot: Path,
+    steps: int,
+    json_path: Path | None,
+    recipe: str | None,
+    args: tuple[str, ...],
+    **where: Any,
+) -> int:
+    """Measure and predict what each way to compress gradients costs and wins.
+
+    For each method: bytes that a rank sends in a step, milliseconds to encode and to decode, the cosine between what it
+    applied and the exact mean of the ranks' gradients, the step's predicted and measured milliseconds, and how many
+    times faster than without compression that is. The plot shows the prediction for other networks.
+
+    What is trained is RECIPE, on one batch over and over, or else a ResNet-18 on 16 random images of 64x64 per rank.
+    """
+    if plot.suffix != ".png":
+        raise UserError(f"--plot {plot}: expected a name that ends in .png")
+    if not plot.absolute().parent.is_dir():
+        raise UserError(f"--plot {plot}: there is no folder {plot.absolute().parent}")
+
+    def work(world: World) -> None:
+        from hvdtrain.bench.compression import METHODS, run
+
+        run(world, *chosen_workload(recipe, args), specs or METHODS, steps, plot, json_path)
+
+    return on_ranks(context, where, lambda: check(specs, recipe, args), work)
+
+
+def parse_size(text: str) -> int:
+    """`4096`, `64K` or `1M` in bytes. Raises UserError."""
+    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
+    if not found or not int(found[1]):
+        raise UserError(f"{text!r} is no size in bytes; expected for example 4096, 64K or 16M")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def listed_sizes(text: str) -> list[int]:
+    """The sizes of a list, the smallest first, each once."""
+    return sorted({parse_size(part) for part in text.split(",")})
+
+
+def size_range(first: str, last: str) -> list[int]:
+    """Sizes from the first on, each four times the one before, none above the last."""
+    size, most = parse_size(first), parse_size(last)
+    if size > most:
+        raise UserError(f"--min-bytes {first} is more than --max-bytes {last}")
+    sizes = []
+    while size <= most:
+        sizes.append(size)
+        size *= 4
+    return sizes
+
+
+def check(specs: tuple[str, ...], recipe: str | None, args: tuple[str, ...]) -> None:
+    """Raise UserError for a mistake in what is to be compressed and trained."""
+    from hvdtrain.compression.spec import parse
+
+    for text in specs:
+        if parse(text).method == "auto":
+            raise UserError(f"compression {text!r} measures by itself, while it trains; expected a method to measure")
+    chosen_workload(recipe, args)
+
+
+def chosen_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, RunOptions]:
+    """What is to be trained. Raises UserError for options that it does not have, or that a benchmark has no use for."""
+    from hvdtrain.cli import options
+    from hvdtrain.cli.train import arguments_of
+
+    if recipe is None:
+        from hvdtrain.bench.workload import ResNet18
+
+        return ResNet18(), RunOptions(batch_per_rank=16)
+    arguments = arguments_of([recipe, *args])
+    for name in arguments.given:
+        if name in UNUSED:
+            flags = ", ".join(f"--{used.replace('_', '-')}" for used in sorted(USED))
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing here; expected the recipe's own options, or {flags}"
+            )
+    options.check(arguments)
+    return split(arguments.cls, arguments.given)
+
+
+def on_ranks(
+    context: click.Context, where: dict[str, Any], check: Callable[[], object], work: Callable[[World], object]
+) -> int:
+    """Do the work, if this process is a rank; else start the same command on ranks, after a check. The exit code."""
+    if rank_from_environment() is None:
+        if where["ranks"] == 1:
+            raise UserError("-np 1: there is nothing to exchange; expected 2 ranks or more")
+        if where["ranks"] is None and where["hosts"] is None and where["hostfile"] is None:
+            where["ranks"] = 2
+        return start(["bench", str(context.command.name), *own_arguments(context)], check, **where)
+    from hvdtrain.cli.train import leave
+
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_from_environment())))
+    if "HOROVOD_RANK" not in os.environ:
+        # MPI has started this rank; begun here, it outlives Horovod, which `bench step` starts anew.
+        from mpi4py import MPI  # noqa: F401
+    try:
+        check()
+        world = init()
+        messages.send("started", rank=world.rank, host=socket.gethostname(), pid=os.getpid())
+        if world.size == 1:
+            raise UserError("this is the only rank: there is nothing to exchange; expected 2 ranks or more")
+        work(world)
+    except (UserError, RunError) as error:
+        leave(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error), "")
+    except KeyboardInterrupt:
+        leave(130, "interrupted", "")
+    except Exception as error:
+        leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
+    messages.send("finished", rank=world.rank, code=0)
+    from hvdtrain.collectives import ops
+
+    ops.barrier("end")  # launchers end all ranks when one has left
+    return 0
+
+
+def own_arguments(context: click.Context) -> list[str]:
+    """What was given to a command, without what says where its ranks run."""
+    given: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in WHERE_NAMES or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        values = value if isinstance(value, tuple) else (value,)
+        for one in values:
+            given += [str(one)] if isinstance(parameter, click.Argument) else [parameter.opts[0], str(one)]
+    return given

@@ -1,0 +1,54 @@
+"""What each method sends per rank and step for ResNet-18's gradients, by the number of ranks: a Markdown table.
+
+    python -m tests.benchmarks.wire_table [--ranks 2,4,8] [--specs none,fp16,...] [--model resnet18]
+
+It is the mean of steps of a real exchange on this host, over Gloo; a rank receives as much as it sends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from tests.benchmarks.start import by_horovodrun
+
+SPECS = "none,fp16,bf16,int8,onebit,qsgd:4bit,randomk:0.01,powersgd:4,topk:0.01"
+STEPS = 2  # powersgd sends one of two sides in turns
+LIMIT = 600.0  # seconds for one number of ranks
+
+
+def megabytes(model: str, specs: Sequence[str], ranks: int) -> dict[str, float]:
+    """MB that a rank sends in a step, by method."""
+    line = [sys.executable, "-m", "tests.ranks.wire_rank", model, *specs, "--steps", str(STEPS)]
+    text = by_horovodrun(line, ranks, [], {}, LIMIT)
+    seen = json.loads(text.split("WIRE", 1)[1].splitlines()[0])
+    return {spec: seen[0][spec]["counted"] / STEPS / 1e6 for spec in specs}
+
+
+def markdown(measured: Mapping[int, Mapping[str, float]]) -> str:
+    """A row for each method; the last column is by how much the most ranks exceed the fewest."""
+    counts = sorted(measured)
+    fewest, most = counts[0], counts[-1]
+    head = " | ".join(f"{ranks} ranks, MB" for ranks in counts)
+    lines = [f"| method | {head} | {most} / {fewest} |", "|---" * (len(counts) + 2) + "|"]
+    for spec in measured[fewest]:
+        row = " | ".join(f"{measured[ranks][spec]:.3f}" for ranks in counts)
+        lines.append(f"| `{spec}` | {row} | {measured[most][spec] / measured[fewest][spec]:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="2,4,8", help="numbers of ranks, separated by commas")
+    parser.add_argument("--specs", default=SPECS, help="methods, separated by commas")
+    parser.add_argument("--model", default="resnet18", choices=["small", "resnet18"])
+    options = parser.parse_args()
+    specs = options.specs.split(",")
+    measured = {int(ranks): megabytes(options.model, specs, int(ranks)) for ranks in options.ranks.split(",")}
+    print(markdown(measured))
+
+
+if __name__ == "__main__":
+    main()

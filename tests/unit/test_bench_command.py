@@ -1,0 +1,94 @@
+"""`hvdtrain bench` up to the ranks: what it would start, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.bench.plot import draw
+from hvdtrain.cli.bench import listed_sizes, size_range
+from hvdtrain.cli.main import main
+
+RECIPE = str(Path(__file__).parents[2] / "recipes" / "linear_regression.py")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def bench(arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["bench", *shlex.split(arguments)])
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "own"),
+    [
+        ("allreduce", "-np 2 -H localhost:2 --gloo", "allreduce"),
+        ("allreduce -np 3 --sizes 4k", "-np 3 -H localhost:3 --gloo", "allreduce --sizes 4k"),
+        ("step -H a:2,b:2 --nic eth0", "-np 4 -H a:2,b:2 --gloo --network-interfaces eth0", "step"),
+        (
+            f"step --compression none --compression topk:0.1 {RECIPE} --features 4",
+            "-np 2 -H localhost:2 --gloo",
+            f"step --compression none --compression topk:0.1 {RECIPE} --features 4",
+        ),
+        ("compression --plot x.png --steps 3", "-np 2 -H localhost:2 --gloo", "compression --plot x.png --steps 3"),
+    ],
+)
+def test_what_it_starts(arguments: str, where: str, own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, _, rest = arguments.partition(" ")
+    assert bench(f"{name} --dry-run {rest}") == 0
+    line = capsys.readouterr().out.strip()
+    _, _, after = line.partition("horovodrun ")
+    assert after == f"{where} {sys.executable} -m hvdtrain bench {own}"
+
+
+CASES = [
+    ("", "`hvdtrain bench` needs a command: allreduce, step or compression"),
+    ("allreduce --sizes 4X", "'4X' is no size in bytes; expected for example 4096, 64K or 16M"),
+    ("allreduce --sizes 4K,,1M", "'' is no size in bytes; expected for example 4096, 64K or 16M"),
+    ("allreduce --sizes 0", "'0' is no size in bytes; expected for example 4096, 64K or 16M"),
+    ("allreduce --sizes 2", "a size of 2 bytes is less than one float32; expected 4 or more"),
+    ("allreduce --min-bytes 2M --max-bytes 1M", "--min-bytes 2M is more than --max-bytes 1M"),
+    ("allreduce -np 1", "-np 1: there is nothing to exchange; expected 2 ranks or more"),
+    ("step --compression int9", "compression 'int9': no method 'int9'; did you mean 'int8'?"),
+    ("step --compression powersgd:0", "compression 'powersgd:0': '0' is no rank; expected a whole number from 1 on"),
+    (
+        "compression --compression auto",
+        "compression 'auto' measures by itself, while it trains; expected a method to measure",
+    ),
+    ("compression --plot no/such/x.png", None),
+    ("compression --plot x.pdf", "--plot x.pdf: expected a name that ends in .png"),
+    ("step linear_regresion", "no recipe 'linear_regresion'; did you mean 'linear_regression'?"),
+    (f"step {RECIPE} --featurs 3", "no option --featurs; did you mean '--features'?"),
+    (
+        f"step {RECIPE} --resume",
+        "--resume means nothing here; expected the recipe's own options, or --amp, --batch-per-rank, --batch-size, "
+        "--device, --lr, --seed, --threads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CASES, ids=[arguments for arguments, _ in CASES])
+def test_one_line_and_exit_2(arguments: str, message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message is None or error == f"hvdtrain: error: {message}\n"
+
+
+def test_sizes() -> None:
+    assert listed_sizes("1M, 4k,4096") == [4096, 1 << 20]
+    assert size_range("1K", "70K") == [1 << 10, 1 << 12, 1 << 14, 1 << 16]
+
+
+def test_plot_is_a_png() -> None:
+    bandwidths = [1e6, 1e8, 1e10]
+    picture = draw("title", bandwidths, {"none": [3, 2, 1], "fp16": [2, 2, 2]}, 1e8, {"none": 2.1, "fp16": 1.9})
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
