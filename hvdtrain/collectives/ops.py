@@ -41,6 +41,11 @@ def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Ha
     return hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
 
 
+def arrived(handle: Handle) -> bool:
+    """Whether `wait` would return at once."""
+    return bool(mpi_ops.poll(handle))
+
+
 def wait(handle: Handle) -> torch.Tensor:
     """Wait for a collective and return its tensor.
 
@@ -48,7 +53,7 @@ def wait(handle: Handle) -> torch.Tensor:
     communication thread needs; so ask at intervals first.
     """
     pause = 20e-6
-    while not mpi_ops.poll(handle):
+    while not arrived(handle):
         time.sleep(pause)
         pause = min(2 * pause, 1e-3)
     output = hvd.synchronize(handle)

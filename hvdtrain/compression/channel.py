@@ -1,7 +1,8 @@
 """A bucket's way over the ranks: encode, one or two collectives, decode, and the error-feedback memory.
 
-`start` is called as soon as the bucket is full, `turn` when all buckets have been started, `finish` after that: so that
-second collectives of all buckets are under way before any is waited for, and ranks may finish buckets in any order.
+`start` is called as soon as the bucket is full; `turn` when its first collective has arrived, at the latest when all
+buckets have been started; `finish` after that. So second collectives of all buckets are under way before any is waited
+for, and ranks may finish buckets in any order.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Plain(Way):
         self._begin(self.flat)
         self._handle = ops.all_reduce_async_(self.flat, self.name, self.average, self.group)
 
-    def turn(self) -> None:
+    def turn(self, wait: bool = True) -> None:
         """There is no second collective."""
 
     def finish(self) -> None:
@@ -113,6 +114,7 @@ class Channel(Way):
         self._kept: dict[str, Tensor] = {}  # other memories to be
         self._key = key
         self._dense = False
+        self._turned = True
         self._received = flat
 
     def adds_up(self, step: int) -> bool:
@@ -126,6 +128,7 @@ class Channel(Way):
         """
         self._kept.clear()
         self._dense = step < self.warmup
+        self._turned = self._dense or self.codec.collective != "exchange"  # nothing more to start
         self._key = Key(self.seed, step, self.bucket, self.rank)
         if self.velocity is not None:
             velocity = self._kept["velocity"] = torch.add(self.flat, self.velocity, alpha=self.momentum)
@@ -167,10 +170,11 @@ class Channel(Way):
         else:
             cast(Adding, self.codec).add(x, payload, self._key, -1)
 
-    def turn(self) -> None:
-        """Wait for the first collective and start the second, if there is one."""
-        if self._dense or self.codec.collective != "exchange":
+    def turn(self, wait: bool = True) -> None:
+        """Wait for the first collective and start the second, if there is one; or do so only if it has arrived."""
+        if self._turned or not (wait or (self._handle is not None and ops.arrived(self._handle))):
             return
+        self._turned = True
         parts = self._wait().view(self.size, -1)
         total = self.codec.decode(parts, self.part, self._key).sum(0)
         if self.owned is not None:

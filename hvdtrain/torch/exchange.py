@@ -129,6 +129,9 @@ class Exchange:
                 self._fill(bucket, index)
                 if len(bucket.filled) == len(bucket.params):
                     self._send(bucket)
+                for other in self.buckets:
+                    if other.sent:
+                        other.channel.turn(wait=False)
 
         return hook
 

@@ -1,0 +1,144 @@
+"""Run on ranks by test_advisor.py: changing the compression in mid-training, and the advisor's decisions."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+import hvdtrain
+from hvdtrain.collectives import ops
+from hvdtrain.torch import DistributedOptimizer, advisor
+
+warnings.simplefilter("error")
+WORLD = hvdtrain.init()
+STEPS = 120
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 30))
+
+
+def wrapped(net: nn.Module, compression: str = "auto,min=1", lr: float = 0.05):
+    sgd = torch.optim.SGD(net.parameters(), lr=lr)
+    # Buckets so small that each weight has its own.
+    return DistributedOptimizer(sgd, net.named_parameters(), compression=compression, bucket_bytes=1000)
+
+
+def train_step(net: nn.Module, optimizer, step: int) -> None:
+    inputs = torch.randn(16, 40, generator=torch.Generator().manual_seed(100 * step + WORLD.rank))
+    optimizer.zero_grad()
+    (net(inputs) - inputs[:, :30]).square().mean().backward()
+    optimizer.step()
+
+
+def assert_same_on_all(net: nn.Module) -> None:
+    own = [p.detach().double().sum().item().hex() for p in net.parameters()]
+    assert all(other == own for other in ops.gather_json(own, "checks.same"))
+
+
+def check_what_is_owed_is_carried_over():
+    """Through changes of method: what was applied and what is owed add up to all gradients, in float64."""
+    net = model()
+    optimizer = wrapped(net, lr=1.0)
+    optimizer.exchange.advisor = None
+    methods = itertools.cycle(["none", "onebit", "powersgd:2", "none", "topk:0.1", "int8", "fp16", "randomk:0.1"])
+    before = torch.cat([p.detach().flatten() for p in net.parameters()]).double()
+    exact = torch.zeros_like(before)
+    chooser = advisor.Advisor(optimizer.exchange)
+    for step in range(40):
+        if step % 4 == 1:
+            places = [i for i, bucket in enumerate(optimizer.exchange.buckets) if bucket.coded]
+            assert len(places) == 2
+            chooser._assign(places, (next(methods), next(methods)))
+        shares = [
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(7 * step + WORLD.rank))
+            for p in net.parameters()
+        ]
+        exact += torch.cat([share.flatten() for share in shares]).double()
+        optimizer.zero_grad()
+        sum((p * share).sum() for p, share in zip(net.parameters(), shares, strict=True)).backward()
+        optimizer.step()
+    assert_same_on_all(net)
+    owed = {name: torch.zeros(p.numel(), dtype=torch.float64) for name, p in net.named_parameters()}
+    for bucket in optimizer.exchange.buckets:
+        debt = bucket.channel.debt()
+        if debt is not None:
+            parts = torch.split(debt, [p.numel() for p in bucket.params])
+            owed |= {name: part.double() for name, part in zip(bucket.names, parts, strict=True)}
+    mine = torch.stack([exact, torch.cat(list(owed.values()))])
+    exact, debts = ops.wait(ops.all_reduce_async_(mine, "checks.totals")) / WORLD.size
+    applied = before - torch.cat([p.detach().flatten() for p in net.parameters()]).double()
+    assert debts.abs().max() > 0.1  # the last methods do owe something
+    torch.testing.assert_close(applied + debts, exact, rtol=2e-3, atol=2e-3)
+
+
+def check_rank_0_decides_for_all():
+    """The same advice everywhere, consistent in itself; all ranks stay the same to the bit, and the loss falls."""
+    net = model()
+    optimizer = wrapped(net)
+    news = []
+    for step in range(STEPS):
+        train_step(net, optimizer, step)
+        news += optimizer.exchange.advisor.news
+        optimizer.exchange.advisor.news.clear()
+    advice = optimizer.exchange.advisor.advice
+    assert advice is not None
+    assert all(other == advice for other in ops.gather_json(advice, "checks.advice"))
+    measured = {tuple(row["choice"]): row["measured_step_seconds"] for row in advice["rows"]}
+    none = measured["none", "none"]
+    fastest = min(seconds for seconds in measured.values() if seconds is not None)
+    chosen = measured[tuple(advice["chosen"])]
+    assert chosen == fastest if tuple(advice["chosen"]) != ("none", "none") else fastest > advisor.GAIN * none
+    if "went_back_at_step" not in advice:
+        methods = [bucket.method for bucket in optimizer.exchange.buckets if bucket.coded]
+        assert methods == advice["chosen"]
+    assert any("takes" in line for line in news)
+    assert_same_on_all(net)
+
+
+def hamper(codec) -> None:
+    encode, waste = codec.encode, torch.randn(400, 400)
+
+    def slow_encode(x, key):
+        waste @ waste @ waste
+        return encode(x, key)
+
+    object.__setattr__(codec, "encode", slow_encode)
+
+
+def check_it_goes_back_once():
+    """A choice that has become slower than none is given up, and said so; one that has not is kept."""
+    for slow in (True, False):
+        net = model()
+        optimizer = wrapped(net)
+        train_step(net, optimizer, 0)
+        own = optimizer.exchange.advisor
+        places = [i for i, bucket in enumerate(optimizer.exchange.buckets) if bucket.coded]
+        chosen, none = ("topk:0.5", "topk:0.5"), ("none", "none")
+        own._assign(places, chosen)
+        own.advice = {}
+        advisor.WATCH = 5
+        # Slow: encoding is made to take long. Not slow: everything is quicker than what none is said to have taken.
+        for place in places if slow else ():
+            hamper(optimizer.exchange.buckets[place].channel.codec)
+        own._course = own._watch(places, chosen, none, 1e-9 if slow else 1e9)
+        next(own._course)
+        for step in range(1, 40):
+            train_step(net, optimizer, step)
+        methods = [bucket.method for bucket in optimizer.exchange.buckets if bucket.coded]
+        assert methods == ["none" if slow else "topk:0.5"] * 2
+        assert ("went_back_at_step" in own.advice) == slow
+        assert sum("back to none" in line for line in own.news) == slow
+        assert_same_on_all(net)
+
+
+for name, check in list(globals().items()):
+    if name.startswith("check_"):
+        check()
+        print(f"ok {name}", flush=True)
+sys.exit(0)
