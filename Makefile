@@ -30,8 +30,13 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# About half an hour on a quiet machine; the shaped links need root. tests/benchmarks/accuracy.py and time_to_accuracy.py take hours.
 bench: setup
 	$(BIN)/python -m tests.benchmarks.step_overhead
+	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/python -m tests.benchmarks.exchange --rate 1gbit --ways none,horovod,ddp,ddp-fp16,bucketed,bucketed:powersgd:4,bucketed:auto
+	$(BIN)/python -m tests.benchmarks.exchange --rate 100mbit --rounds 1 --ways bucketed,bucketed:powersgd:4,bucketed:auto
+	$(BIN)/python -m tests.benchmarks.wire_table
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -48,10 +48,15 @@ def DistributedOptimizer(
     Raises ValueError where a parameter of the optimizer has no name or a name stands twice, UserError for a wrong
     compression.
     """
+    named_parameters = list(named_parameters)
     spec = parse(compression)
     stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
     if exchange == "horovod" and compression not in stock:
         raise UserError(f"compression {compression!r} needs the bucketed exchange; Horovod's own takes none or fp16")
+    if exchange == "horovod":
+        for name, p in named_parameters:
+            if not p.is_contiguous():
+                raise UserError(f"Horovod's own exchange takes no channels-last parameter, as {name} is; use bucketed")
     body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
     body |= {
         "exchange": None,

@@ -275,17 +275,14 @@ def loss_of(model, inputs, step=0):
 
 
 def check_ranks_stay_the_same():
-    """200 steps of every method: other orders of hooks, unused parameters, a 0-dim parameter; 20 of other types."""
-    half = (torch.float64, torch.float16, torch.bfloat16)
-    for text, dtypes, steps in [(text, half, 20) for text in SPECS] + [
-        (text, (), 200) for text in SPECS if text not in ("qsgd:2bit", "qsgd:8bit")
-    ]:
+    """20 steps of every method: other orders of hooks, unused parameters, a 0-dim parameter; agreement_checks: 200."""
+    for text in SPECS:
         argument = text.split(",")[0].partition(":")[2]
-        model = Crossed(dtypes)
+        model = Crossed((torch.float64, torch.float16, torch.bfloat16))
         # Also the scalar, which has no axes, goes through the codec.
         optimizer = wrap(model, 0.002, f"{text},min=1,layer.scale={argument}")
         first = loss_of(model, inputs_of(0), 0).item()
-        for step in range(steps):
+        for step in range(20):
             optimizer.zero_grad()
             loss_of(model, inputs_of(step), step).backward()
             optimizer.step()
