@@ -61,26 +61,26 @@ def wait(handle: Handle) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def broadcast_(tensor: torch.Tensor, name: str, root: int = 0) -> None:
-    """Overwrite a contiguous tensor with the root's."""
-    if hvd.size() > 1:
-        wait(hvd.broadcast_async_(tensor, root, name=name))
+def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> None:
+    """Overwrite a contiguous tensor with that of the root, a rank among all, also where only a group takes part."""
+    if size(group) > 1:
+        wait(hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set))
 
 
-def broadcast_bytes(data: bytes | None, name: str, root: int = 0) -> bytes:
+def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group = None) -> bytes:
     """The root's bytes, on every rank."""
-    if hvd.size() == 1:
+    if size(group) == 1:
         assert data is not None
         return data
     length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
-    broadcast_(length, f"{name}.length", root)
+    broadcast_(length, f"{name}.length", root, group)
     if hvd.rank() == root:
         assert data is not None
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     else:
         tensor = torch.empty(int(length), dtype=torch.uint8)
     if len(tensor):
-        broadcast_(tensor, f"{name}.bytes", root)
+        broadcast_(tensor, f"{name}.bytes", root, group)
     return tensor.numpy().tobytes()
 
 

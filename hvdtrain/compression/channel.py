@@ -68,7 +68,8 @@ class Plain(Way):
 
     def finite(self) -> bool:
         """Whether the sum is finite; the same on all ranks."""
-        return bool(torch.isfinite(self.flat.sum()))
+        # The sum of float16 values that are finite may not be.
+        return bool(torch.isfinite(self.flat.sum(dtype=torch.promote_types(self.flat.dtype, torch.float32))))
 
     def debt(self) -> Tensor | None:
         """(n,) what this rank's shares still have to send, or None."""

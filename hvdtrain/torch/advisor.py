@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 CANDIDATES = ("fp16", "int8", "onebit", "topk:0.01", "powersgd:4")
 SETTLE = 3  # steps after a change that are not measured
 TRIAL = 8  # steps measured of each choice
-WATCH = 100  # steps between looks at whether the choice still pays
+WATCH = 100  # steps between looks at whether the choice still pays; twice as many after each that was in vain
+SLOWER = 1.02  # than none, and it is time to look
 TRIED = 3  # choices tried at most, besides none
 HOPEFUL = 1.15  # what is predicted to take longer than this times none's step is not tried
-GAIN = 0.98  # of none's step seconds that a choice must not exceed to be taken
+GAIN = 0.96  # of none's step seconds that a choice must not exceed to be taken
 Choice = tuple[str, ...]  # a method for each bucket that may have one
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Advisor:
         self.exchange = exchange
         self.news: list[str] = []  # for people; whoever shows it clears it
         self.advice: dict[str, Any] | None = None
-        self._course = self._run()
+        self._course: Generator[None, None, None] | None = self._run()
         self._begun = time.perf_counter()
         self._seconds: list[float] = []  # of the steps of this trial
         self._ready: list[
@@ -50,10 +51,15 @@ class Advisor:
         ] = []  # when each bucket was full, and the backward pass over, from a step's begin
 
     def after_step(self) -> None:
+        if self._course is None:
+            return
         self._seconds.append(time.perf_counter() - self._begun)
         moments = [*(bucket.ready for bucket in self.exchange.buckets), self.exchange.backward_end]
         self._ready.append([moment - self._begun for moment in moments])
-        next(self._course, None)
+        try:
+            next(self._course)
+        except StopIteration:  # nothing is left to watch
+            self._course = None
         self._begun = time.perf_counter()
 
     def _agree(self, value: T) -> T:
@@ -111,10 +117,12 @@ class Advisor:
     def _watch(self, places: list[int], chosen: Choice, none: Choice, baseline: float) -> Generator[None, None, None]:
         """Go back to none, once, if the choice has become slower than none is now."""
         assert self.advice is not None
+        interval = WATCH
         while chosen != none:
-            seconds = statistics.median((yield from self._steps(WATCH, skip=0)))
-            if seconds <= baseline / GAIN:
+            seconds = statistics.median((yield from self._steps(interval, skip=0)))
+            if seconds <= SLOWER * baseline:
                 continue
+            interval *= 2
             self._assign(places, none)
             baseline = statistics.median((yield from self._steps(TRIAL)))
             if baseline < seconds:

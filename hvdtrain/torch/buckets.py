@@ -15,6 +15,9 @@ from hvdtrain.errors import UserError
 # The first bucket is small so that the network starts early in the backward pass.
 FIRST_BUCKET_BYTES = 1 << 20
 BUCKET_BYTES = 25 << 20
+# Of what a codec may carry: two rounds overlap better in pieces, and Gloo's all-to-all and all-gather are half as fast
+# beyond some 4 MiB that a rank sends at once.
+CODED_BUCKET_BYTES = 8 << 20
 # Horovod reduces no other floating type; bfloat16 travels as float32.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
 
@@ -85,7 +88,8 @@ def make_buckets(
         groups.setdefault((dtype, p.device, argument), []).append((name, p))
     buckets: list[Bucket] = []
     for (dtype, _, argument), members in groups.items():
-        limit = min(FIRST_BUCKET_BYTES, bucket_bytes)
+        most = bucket_bytes if argument is None else min(bucket_bytes, CODED_BUCKET_BYTES)
+        limit = min(FIRST_BUCKET_BYTES, most)
         while members:
             count, taken = 0, 0
             while count < len(members) and taken < limit:
@@ -97,7 +101,7 @@ def make_buckets(
             if argument is not None and spec.method != "auto":
                 choose(buckets[-1], spec, argument, Key(seed, 0, len(buckets) - 1, ops.rank(group)))
             members = members[count:]
-            limit = bucket_bytes
+            limit = most
     return buckets
 
 

@@ -150,20 +150,28 @@ def _set_param_groups(self: Any, groups: list[dict[str, Any]]) -> None:
     self.__dict__["param_groups"] = groups
 
 
-def broadcast_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, root: int = 0) -> None:
-    """Overwrite parameters, buffers and optimizer state with the root's, in any memory format."""
-    if hvd.size() == 1:
+def broadcast_state(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    root: int = 0,
+    process_set: hvd.ProcessSet | None = None,
+) -> None:
+    """Overwrite parameters, buffers and optimizer state with the root's, in any memory format.
+
+    root: a rank among all, also where a process_set is given; it must be in it.
+    """
+    if ops.size(process_set) == 1:
         return
     tensors = [*model.parameters(), *model.buffers()]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         part = [t.detach() for t in tensors if t.dtype == dtype]
         # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
         flat = torch.cat([t.reshape(-1) for t in part]).view(torch.uint8)
-        ops.broadcast_(flat, f"state.{dtype}", root)
+        ops.broadcast_(flat, f"state.{dtype}", root, process_set)
         for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
             t.copy_(piece.view(t.shape))
     if optimizer is not None:
         buffer = io.BytesIO()
         torch.save(optimizer.state_dict(), buffer)
-        data = ops.broadcast_bytes(buffer.getvalue(), "state.optimizer", root)
+        data = ops.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
         optimizer.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
