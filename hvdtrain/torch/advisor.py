@@ -41,7 +41,7 @@ class Advisor:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.news: list[str] = []  # for people; whoever shows it clears it
+        self.tell: Callable[[str], object] = print if ops.rank(exchange.group) == 0 else lambda line: None
         self.advice: dict[str, Any] | None = None
         self._course: Generator[None, None, None] | None = self._run()
         self._begun = time.perf_counter()
@@ -81,7 +81,7 @@ class Advisor:
         places = [i for i, bucket in enumerate(exchange.buckets) if bucket.coded]
         none: Choice = ("none",) * len(places)
         if not places:
-            self.news.append("advisor   none: no parameter is large enough to be worth compressing")
+            self.tell("advisor   none: no parameter is large enough to be worth compressing")
             return
         plain = yield from self._steps(TRIAL)
         *ready, end = self._agree([statistics.median(column) for column in zip(*self._ready[SETTLE:], strict=True)])
@@ -126,7 +126,7 @@ class Advisor:
             self._assign(places, none)
             baseline = statistics.median((yield from self._steps(TRIAL)))
             if baseline < seconds:
-                self.news.append(
+                self.tell(
                     f"advisor   back to none: {shown(chosen)} has come to {seconds * 1e3:.4g} ms a step, "
                     f"none takes {baseline * 1e3:.4g} ms"
                 )
@@ -199,19 +199,17 @@ class Advisor:
             "reason": reason,
             "at_step": self.exchange.steps,
         }
-        self.news.append(
+        self.tell(
             f"advisor   network {network.bandwidth * 8 / 1e9:.3g} Gbit/s, {network.latency * 1e3:.2g} ms a collective"
         )
-        self.news.append("          method           wire MB  encode ms  decode ms  predicted ms  measured ms")
+        self.tell("          method           wire MB  encode ms  decode ms  predicted ms  measured ms")
         for row in rows:
             columns = [row[name] * 1e3 for name in ("encode_seconds", "decode_seconds", "predicted_step_seconds")]
             shares = f"{columns[0]:9.1f}  {columns[1]:9.1f}  {columns[2]:12.1f}"
             seconds = row["measured_step_seconds"]
             measured_ms = f"{seconds * 1e3:11.1f}" if seconds else "          -"
-            self.news.append(
-                f"          {shown(row['choice']):16} {row['wire_bytes'] / 1e6:7.2f}  {shares}  {measured_ms}"
-            )
-        self.news.append(f"advisor   takes {shown(chosen)}: {reason}")
+            self.tell(f"          {shown(row['choice']):16} {row['wire_bytes'] / 1e6:7.2f}  {shares}  {measured_ms}")
+        self.tell(f"advisor   takes {shown(chosen)}: {reason}")
 
 
 def shortlist(modelled: Callable[[Choice], float], buckets: int) -> list[Choice]:

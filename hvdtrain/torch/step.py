@@ -66,6 +66,9 @@ class TorchStep:
             seed=options.seed,
             bucket_bytes=int(options.bucket_mib * 2**20),
         )
+        self._news: list[str] = []
+        if advisor := self._advisor():
+            advisor.tell = self._news.append
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.trained = [p for _, p in named if p.requires_grad]
         broadcast_state(self.model, self.optimizer)
@@ -265,18 +268,17 @@ class TorchStep:
         small = self.buffers.payload_bytes + self._sums.numel() * 8
         return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
+    def _advisor(self) -> Any:
+        return None if self.optimizer.exchange is None else self.optimizer.exchange.advisor
+
     def exchange_report(self) -> dict[str, Any]:
-        exchange = self.optimizer.exchange
-        if exchange is None:
-            return {"buckets": [], "advisor": None}
-        return {"buckets": exchange.report(), "advisor": exchange.advisor and exchange.advisor.advice}
+        exchange, advisor = self.optimizer.exchange, self._advisor()
+        return {"buckets": exchange.report() if exchange else [], "advisor": advisor.advice if advisor else None}
 
     def news(self) -> list[str]:
-        exchange = self.optimizer.exchange
-        if exchange is None or exchange.advisor is None:
-            return []
-        news, exchange.advisor.news = exchange.advisor.news, []
-        return news  # type: ignore[no-any-return]
+        news = list(self._news)
+        self._news.clear()
+        return news
 
     def graph(self) -> bytes | None:
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import hvdtrain
+from hvdtrain.errors import UserError
 from hvdtrain.torch import DistributedOptimizer, broadcast_state
 
 warnings.simplefilter("error")
@@ -194,6 +195,12 @@ def check_memory_formats_and_small_types():
         broadcast_state(model)
         reference.load_state_dict(model.state_dict())
         assert not model[0].weight.is_contiguous()
+        try:
+            wrap(model, torch.optim.SGD(model.parameters(), lr=0.05), exchange="horovod")
+        except UserError as refusal:
+            assert "0.weight" in str(refusal)
+        else:
+            raise AssertionError("Horovod's own exchange fails on such a parameter later, without saying so")
         optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05))
         plain = torch.optim.SGD(reference.parameters(), lr=0.05)
         for step in range(STEPS):

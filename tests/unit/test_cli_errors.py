@@ -82,6 +82,7 @@ CASES = [
         "--batch-size and --batch-per-rank exclude each other: give one",
     ),
     (["train", DIGITS, "--clip-norm", "0"], "--clip-norm is 0.0; it must be above 0"),
+    (["train", DIGITS, "--bucket-mib", "0"], "--bucket-mib is 0.0; it must be above 0"),
     (["train", DIGITS, "--ema", "1.5"], "--ema is 1.5; a decay lies between 0 and 1, for example 0.999"),
     (["train", DIGITS, "--seed", "-1"], "--seed is -1; it must not be negative"),
     (
