@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 CANDIDATES = ("fp16", "int8", "onebit", "topk:0.01", "powersgd:4")
 SETTLE = 3  # steps after a change that are not measured
-TRIAL = 8  # steps measured of each choice
+TRIAL = 6  # steps measured of each choice in a round
+ROUNDS = 2
 WATCH = 100  # steps between looks at whether the choice still pays; twice as many after each that was in vain
 SLOWER = 1.02  # than none, and it is time to look
 TRIED = 3  # choices tried at most, besides none
@@ -98,15 +99,14 @@ class Advisor:
         # What the model leaves out (the update, loading) is the same for all.
         rest = statistics.median(plain) - modelled(none)
         predicted = {choice: modelled(choice) + rest for choice in shortlist(modelled, len(places))}
-        measured: dict[Choice, float] = {}
         hopeful = [c for c in predicted if c != none and predicted[c] < HOPEFUL * statistics.median(plain)][:TRIED]
-        for choice in hopeful:
+        seconds: dict[Choice, list[float]] = {choice: [] for choice in hopeful} | {none: plain}
+        # In turns, so that a machine or network that drifts favours none of them.
+        for choice in (*hopeful, none) * ROUNDS if hopeful else ():
             self._assign(places, choice)
-            measured[choice] = statistics.median((yield from self._steps(TRIAL)))
-        if measured:
-            self._assign(places, none)
-            plain += yield from self._steps(TRIAL)
-        baseline = measured[none] = statistics.median(plain)
+            seconds[choice] += yield from self._steps(TRIAL)
+        measured = {choice: statistics.median(values) for choice, values in seconds.items()}
+        baseline = measured[none]
         chosen = min(measured, key=lambda choice: measured[choice])
         if measured[chosen] > GAIN * baseline:
             chosen = none

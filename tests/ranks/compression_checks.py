@@ -315,7 +315,9 @@ def check_not_finite_through_the_optimizer():
             scaler.update()
             if step == 2:
                 assert scaler.get_scale() == 2.0, text
-                assert not model.out.weight.grad.isfinite().all(), text
+                # topk sends some of what is not finite, wherever it is.
+                reduced = [p.grad for p in model.parameters() if p.grad is not None]
+                assert not all(gradient.isfinite().all() for gradient in reduced), text
                 assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
                 for bucket, old in zip(optimizer.exchange.compressed if SIZE > 1 else [], kept, strict=True):
                     new = memories(bucket.channel)
