@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "eval"]
 Ids = NDArray[np.int64]
+TOLD = 5  # numbers that each rank tells the others in a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class Agreed:
     """What a rank knows after an exchange; the same on each rank but for the last two."""
 
     sums: NDArray[np.float64]  # (metrics,): sums of the scores over the global batch
+    told: NDArray[np.float64]  # (TOLD,): what the ranks told, added up
     nonfinite: bool  # a loss of some rank was not finite
-    stop: bool  # some rank was asked to stop
     # These two are this rank's own:
     nonfinite_here: bool
     waited: float  # seconds waited for communication
@@ -52,10 +53,10 @@ class Step(Protocol):
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         """The batches of these ids, in order."""
 
-    def begin(self, passes: int, part: float, stop: bool) -> None:
+    def begin(self, passes: int, part: float, told: NDArray[np.float64]) -> None:
         """Forget the last step's gradients; `passes` micro-batches follow.
 
-        part: this rank's share of the global batch. stop: this rank was asked to stop.
+        part: this rank's share of the global batch. told: (TOLD,) numbers that travel with the scores' sums.
         """
 
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import RunError, UserError
-from hvdtrain.step import Agreed, Ids, Split, StepOptions
+from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
 from hvdtrain.torch.buffers import BufferMean
 from hvdtrain.torch.data import batches, seed_all, to_device
@@ -79,7 +79,8 @@ class TorchStep:
         self.forward: Any = torch.compile(self.model) if options.compile else self.model
         self.metrics: tuple[str, ...] = ()
         self.buffers = BufferMean(self._try_out(), world.size)
-        self._sums = torch.zeros(len(self.metrics) + 2, dtype=torch.float64, device=self.device)
+        # The scores, what the ranks tell each other, and whether a loss is not finite.
+        self._sums = torch.zeros(len(self.metrics) + TOLD + 1, dtype=torch.float64, device=self.device)
         self._sums_handle: ops.Handle | None = None
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
         self._passes = self._done = 0
@@ -132,12 +133,12 @@ class TorchStep:
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
 
-    def begin(self, passes: int, part: float, stop: bool) -> None:
+    def begin(self, passes: int, part: float, told: NDArray[np.float64]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(passes)
         self.model.train()
         self._sums.zero_()
-        self._sums[-1] = stop
+        self._sums[-TOLD - 1 : -1] = torch.from_numpy(told)
         self._nonfinite_here.zero_()
         self._passes, self._done, self._part = passes, 0, part
         self.buffers.begin()
@@ -148,7 +149,7 @@ class TorchStep:
             scores = self.recipe.score(self.forward, to_device(batch, self.device, self.format))
         self._check(scores, count)
         loss = scores["loss"]
-        self._sums[:-2] += self._score_sums(scores)
+        self._sums[: len(self.metrics)] += self._score_sums(scores)
         self._nonfinite_here |= ~torch.isfinite(loss.detach()).all()
         self._done += 1
         if self._done == self._passes:
@@ -158,7 +159,7 @@ class TorchStep:
         (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
 
     def _start_small(self) -> None:
-        self._sums[-2] = self._nonfinite_here
+        self._sums[-1] = self._nonfinite_here
         if self.world.size > 1:
             self._sums_handle = ops.all_reduce_async_(self._sums, "step.sums")
             self.buffers.start(self._part)
@@ -175,8 +176,9 @@ class TorchStep:
             waited = self.optimizer.waited + time.perf_counter() - begin
             self._sums_handle = None
         sums = self._sums.cpu().numpy()
-        nonfinite, stop = bool(sums[-2]), bool(sums[-1])
-        return Agreed(sums[:-2].copy(), nonfinite, stop, nonfinite and bool(self._nonfinite_here), waited)
+        scores, told = np.split(sums[:-1].copy(), [len(self.metrics)])
+        nonfinite = bool(sums[-1])
+        return Agreed(scores, told, nonfinite, nonfinite and bool(self._nonfinite_here), waited)
 
     def update(self, factor: float) -> dict[str, float]:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):

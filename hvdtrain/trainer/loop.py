@@ -18,7 +18,7 @@ from hvdtrain.data import order
 from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
-from hvdtrain.step import Agreed, Step
+from hvdtrain.step import TOLD, Agreed, Step
 from hvdtrain.trainer import checkpoint
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
@@ -28,6 +28,7 @@ from hvdtrain.trainer.setup import run_folder, step_options, versions
 from hvdtrain.trainer.signals import StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
+STOP = 0  # the place among what ranks tell each other: whether this one was asked to stop
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,16 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
 
         for count, first, end, chunks in parts:
             begin = time.perf_counter()
-            step.begin(len(chunks), (end - first) / count, stop.requested)
+            told = np.zeros(TOLD)
+            told[STOP] = stop.requested
+            step.begin(len(chunks), (end - first) / count, told)
             for chunk in chunks:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
                 step.micro_batch(next(batches), len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
             agreed = step.exchange()
+            stopping = agreed.told[STOP] > 0
             lr_factor = plan.schedule.factor(plan.position(at))
             if agreed.nonfinite:
                 skip_or_end(run, agreed, at, report)
@@ -138,11 +142,11 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 at.eval = evaluate(run, step)
                 evaluated = at.step
                 report.evaluation(at, epoch)
-            if last or agreed.stop or due(at.step, options.checkpoint_every, epoch_ends):
+            if last or stopping or due(at.step, options.checkpoint_every, epoch_ends):
                 save(run, step, at)
                 saved = at.step
             report.flush()
-            if agreed.stop and not last:
+            if stopping and not last:
                 report.lines([f"stopped   at step {at.step}, saved; to go on: --resume --run-dir {run.folder}"])
                 return False
     if evaluated != at.step or not at.eval:
