@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdtrain.collectives.world import World
+
 Split = Literal["train", "eval"]
 Ids = NDArray[np.int64]
 TOLD = 5  # numbers that each rank tells the others in a step
@@ -49,6 +51,7 @@ class Step(Protocol):
 
     metrics: tuple[str, ...]  # the scores' names, "loss" first
     examples: dict[Split, int]
+    torn: bool  # an update was begun and not finished: this state is none
 
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         """The batches of these ids, in order."""
@@ -85,6 +88,12 @@ class Step(Protocol):
 
     def load_state(self, data: bytes) -> None:
         """Take over a state. Raises UserError if it is not one of this model's and optimizer's."""
+
+    def whole_state(self) -> bytes:
+        """This rank's state by itself, for ranks that have an older one or none."""
+
+    def rejoin(self, world: World) -> None:
+        """Go on in another world, as before the step that was not finished, if there is one."""
 
     def wire_bytes(self) -> int:
         """Bytes that this rank sends in an exchange."""

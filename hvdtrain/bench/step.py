@@ -10,7 +10,7 @@ from typing import Any
 
 from hvdtrain.bench.workload import WARM_UP, Workload, distributed, fresh_model, medians, place, prepare, say, step
 from hvdtrain.collectives import ops
-from hvdtrain.collectives.world import World, init, shutdown
+from hvdtrain.collectives.world import World, init, leave
 from hvdtrain.files import write_json
 from hvdtrain.recipe import Recipe
 from hvdtrain.trainer.options import RunOptions
@@ -77,6 +77,6 @@ def stock_horovod() -> Iterator[None]:
 
 def restart(threshold: str) -> None:
     """Start Horovod anew, on all ranks, with another size of its fusion buffer in bytes."""
-    shutdown()
+    leave()
     os.environ["HOROVOD_FUSION_THRESHOLD"] = threshold
     init()

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import traceback
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import click
@@ -13,6 +14,8 @@ import click
 from hvdtrain import messages
 from hvdtrain.cli import options
 from hvdtrain.collectives.world import init, local_size_from_environment, rank_from_environment
+from hvdtrain.elastic import membership
+from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER, RunError, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
@@ -46,6 +49,9 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
         click.echo(formatter.getvalue(), nl=False)
         return 0
     assert recipe is not None
+    if os.environ.get("HOROVOD_ELASTIC") == "1" and membership.MEMBER not in os.environ:
+        return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).run()
+    member = membership.from_environment()
     try:
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
@@ -55,12 +61,23 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     except UserError as error:
         messages.send("failed", **_who(), code=EXIT_USER, error=str(error), traceback="")
         raise
-    messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
+    if member is not None:
+        world = replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
+    else:
+        messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
     from hvdtrain.trainer.fit import fit_from_command_line
 
     try:
-        summary = fit_from_command_line(arguments.cls, arguments.name, arguments.given, world)
+        summary = fit_from_command_line(arguments.cls, arguments.name, arguments.given, world, member)
+    except membership.Left:
+        quit_at_once(EXIT_REQUEUE)
+    except membership.Expelled:
+        quit_at_once(EXIT_FAILED)
+    except membership.Over as over:
+        quit_at_once(over.code)
     except (UserError, RunError) as error:
+        if member is not None and member.joined:
+            member.end(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error))
         leave(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error), "")
     except KeyboardInterrupt:
         leave(130, "interrupted", "")
@@ -86,15 +103,17 @@ def check_arguments(args: list[str]) -> None:
 
 
 def leave(code: int, error: str, trace: str) -> NoReturn:
-    """End this rank at once, saying why; the launcher, or the broken connection, ends the others.
-
-    Not by sys.exit: Horovod's exit handler would wait for the other ranks.
-    """
+    """End this rank at once, saying why; the launcher, or the broken connection, ends the others."""
     who = _who()
     messages.send("failed", **who, code=code, error=error, traceback=trace)
     if not messages.launched():
         prefix = f"rank {who['rank']} on {who['host']}: " if rank_from_environment() is not None else ""
         print(f"{trace}hvdtrain: error: {prefix}{error}", file=sys.stderr)
+    quit_at_once(code)
+
+
+def quit_at_once(code: int) -> NoReturn:
+    """End this process without Horovod's exit handler, which would wait for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

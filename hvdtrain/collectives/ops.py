@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from numpy.typing import NDArray
 
 Handle = int
 Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
+PeersLost = HorovodInternalError  # what collectives raise when another rank is gone, or has left
 
 
 def rank(group: Group = None) -> int:

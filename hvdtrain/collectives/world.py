@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,24 @@ def init(comm: Any = None) -> World:
     return world
 
 
+def enter(environment: Mapping[str, str]) -> World:
+    """Start Horovod in another world than the one that was left.
+
+    environment: the HOROVOD_ variables of this process's place there.
+    Raises PeersLost if another rank of it does not come.
+    """
+    import horovod.torch as hvd
+
+    from hvdtrain.collectives.ops import PeersLost
+
+    os.environ.update(environment)
+    try:
+        hvd.init()
+    except ValueError as error:
+        raise PeersLost(str(error)) from error
+    return World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 2 GiB of memory that was freed, unless MALLOC_ or GLIBC_TUNABLES variables say otherwise.
 
@@ -86,8 +105,10 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def shutdown() -> None:
-    """Leave Horovod together with the other ranks."""
+def leave() -> None:
+    """Leave Horovod, alone or together with the other ranks; collectives of theirs then fail."""
     import horovod.torch as hvd
+    from horovod.torch import mpi_ops
 
     hvd.shutdown()
+    mpi_ops._handle_map.clear()  # of collectives that will not end

@@ -58,8 +58,15 @@ class Exchange:
         self._arrived: list[int] = []  # places in `named`, in the order of the first step
         self._place: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}
         self._remaining = {p: 1 for _, p in self.named}  # backward passes until a gradient is finished
-        for i, (name, p) in enumerate(self.named):
+        self._hooks = [
             p.register_post_accumulate_grad_hook(self._make_hook(i, name, p))  # type: ignore[no-untyped-call]
+            for i, (name, p) in enumerate(self.named)
+        ]
+
+    def close(self) -> None:
+        """Take no gradients any more: another exchange takes over."""
+        for hook in self._hooks:
+            hook.remove()
 
     def build(self, order: list[str]) -> None:
         """Make the buckets. order: names, the first that became ready first; those that are not in it come last."""

@@ -42,6 +42,35 @@ def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
     return state
 
 
+def own(exchange: Exchange) -> dict[str, Any]:
+    """This rank's part of the state, without asking the others, some of which may be gone."""
+    state: dict[str, Any] = {"steps": exchange.steps, "order": exchange.order, "debts": {}, "bases": {}, "ranks": []}
+    for bucket in exchange.buckets:
+        channel = bucket.channel
+        velocity = channel.velocity if isinstance(channel, Channel) else None
+        for memory, held in (("residual", channel.debt()), ("velocity", velocity)):
+            if held is not None:
+                parts = by_parameter(bucket, held)
+                state["debts"] |= {f"{name}.{memory}": part for name, part in parts.items()}
+        if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
+            for name, basis in zip(bucket.names, channel.codec.basis, strict=True):
+                state["bases"][name] = (channel.codec.left, basis.clone())
+    return state
+
+
+def keep(exchange: Exchange, state: dict[str, Any]) -> None:
+    """Take back this rank's own debts, in another world than the one in which `own` found them."""
+    for bucket in exchange.buckets:
+        channel = bucket.channel
+        debt = share(bucket, state["debts"], "residual", 1)
+        if isinstance(channel, Channel) and channel.velocity is not None:
+            channel.velocity.copy_(share(bucket, state["debts"], "velocity", 1))
+        if isinstance(channel, Channel) and channel.residual is not None:
+            channel.residual.copy_(debt)
+        elif debt.any():
+            channel.owed = debt
+
+
 def gather_exactly(exchange: Exchange) -> list[dict[str, Tensor]]:
     """Each rank's memories, bucket by bucket."""
     ranks: list[dict[str, Tensor]] = [{} for _ in range(exchange.size)]
@@ -74,9 +103,9 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
                 if saved is not None:
                     setattr(channel, memory, saved.to(channel.flat.device))
         else:
-            debt = share(exchange, bucket, state["debts"], "residual")
+            debt = share(bucket, state["debts"], "residual", exchange.size)
             if isinstance(channel, Channel) and channel.velocity is not None:
-                channel.velocity.copy_(share(exchange, bucket, state["debts"], "velocity"))
+                channel.velocity.copy_(share(bucket, state["debts"], "velocity", exchange.size))
             if isinstance(channel, Channel) and channel.residual is not None:
                 channel.residual.copy_(debt)
             elif debt.any():
@@ -88,13 +117,13 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
             codec.basis = [basis.to(channel.flat.device) for _, basis in saved_bases]
 
 
-def share(exchange: Exchange, bucket: Bucket, debts: dict[str, Tensor], memory: str) -> Tensor:
-    """This rank's share of what all ranks together have in a memory, shaped as the bucket's flat tensor."""
+def share(bucket: Bucket, debts: dict[str, Tensor], memory: str, ranks: int) -> Tensor:
+    """A rank's share of what so many ranks together have in a memory, shaped as the bucket's flat tensor."""
     flat = torch.zeros_like(bucket.channel.flat)
     parts = torch.split(flat[: sum(p.numel() for p in bucket.params)], [p.numel() for p in bucket.params])
     for name, part in zip(bucket.names, parts, strict=True):
         if f"{name}.{memory}" in debts:
-            part.copy_(debts[f"{name}.{memory}"] / exchange.size)
+            part.copy_(debts[f"{name}.{memory}"] / ranks)
     return flat
 
 

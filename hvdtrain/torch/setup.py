@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +20,23 @@ from hvdtrain.torch.recipe import Recipe
 def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
     """The recipe's datasets. The first rank of each host goes first, so that what it fetches is there for the others.
 
+    Processes that are alone, as those of an elastic run are at first, take turns by a lock.
+
     Raises UserError on all ranks where it is raised on one, or where a dataset is empty.
     """
+    loaded: dict[Split, Any] = {}
+    lock = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}-{type(recipe).__name__}.lock"
+    with lock.open("w") as file:
+        if world.size == 1:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        loaded = _load_in_turns(recipe, world)
+    for split, dataset in loaded.items():
+        if len(dataset) == 0:
+            raise UserError(f"the recipe's {split!r} dataset is empty")
+    return loaded
+
+
+def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
     loaded: dict[Split, Any] = {}
     for turn in (True, False):
         error = None
@@ -29,9 +48,6 @@ def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
         for problem_of_one in ops.gather_json(error, "datasets"):
             if problem_of_one:
                 raise UserError(problem_of_one)
-    for split, dataset in loaded.items():
-        if len(dataset) == 0:
-            raise UserError(f"the recipe's {split!r} dataset is empty")
     return loaded
 
 

@@ -47,30 +47,19 @@ class TorchStep:
         self.model = recipe.model().to(self.device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=self.format)
-        inner = recipe.optimizer(self.model.parameters())
+        self.inner = inner = recipe.optimizer(self.model.parameters())
         if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
             raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
-        held = {p for group in inner.param_groups for p in group["params"]}
-        named = [(name, p) for name, p in self.model.named_parameters() if p in held]
         spec = parse(options.compression)
         if spec.momentum and any(group.get("momentum") for group in inner.param_groups):
             raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
         if spec.momentum and world.size == 1:
             raise UserError(f"compression {spec.text!r}: its momentum needs two ranks or more; one exchanges nothing")
-        self.optimizer: Any = DistributedOptimizer(
-            inner,
-            named,
-            average=False,
-            compression=options.compression,
-            exchange=options.exchange,
-            seed=options.seed,
-            bucket_bytes=int(options.bucket_mib * 2**20),
-        )
         self._news: list[str] = []
-        if advisor := self._advisor():
-            advisor.tell = self._news.append
+        self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
+        self.optimizer: Any = self._wrap()
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.trained = [p for _, p in named if p.requires_grad]
+        self.trained = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
         broadcast_state(self.model, self.optimizer)
 
         self.scaler = torch.amp.GradScaler(self.device.type) if options.amp == "fp16" else None
@@ -85,6 +74,24 @@ class TorchStep:
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
         self._passes = self._done = 0
         self._part = 0.0
+        self._begun = False  # a step that is not finished
+        self.torn = False
+
+    def _wrap(self) -> Any:
+        """The recipe's optimizer with the exchange of this world."""
+        held = {p for group in self.inner.param_groups for p in group["params"]}
+        optimizer: Any = DistributedOptimizer(
+            self.inner,
+            [(name, p) for name, p in self.model.named_parameters() if p in held],
+            average=False,
+            compression=self.options.compression,
+            exchange=self.options.exchange,
+            seed=self.options.seed,
+            bucket_bytes=int(self.options.bucket_mib * 2**20),
+        )
+        if optimizer.exchange is not None and optimizer.exchange.advisor is not None:
+            optimizer.exchange.advisor.tell = self._news.append
+        return optimizer
 
     def _try_out(self) -> list[torch.Tensor]:
         """Score two examples in training mode and undo it: sets `metrics`, and returns the buffers that changed."""
@@ -141,6 +148,7 @@ class TorchStep:
         self._sums[-TOLD - 1 : -1] = torch.from_numpy(told)
         self._nonfinite_here.zero_()
         self._passes, self._done, self._part = passes, 0, part
+        self._begun = True
         self.buffers.begin()
 
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
@@ -184,6 +192,7 @@ class TorchStep:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         report: dict[str, float] = {}
+        self._begun, self.torn = False, True
         if self.scaler is not None:
             report["loss_scale"] = self.scaler.get_scale()
             self.scaler.unscale_(self.optimizer)
@@ -202,9 +211,11 @@ class TorchStep:
                 memories.scale(self.optimizer.exchange, scale / report["loss_scale"])
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
+        self.torn = False
         return report
 
     def skip(self) -> None:
+        self._begun = False
         self.buffers.restore()
 
     def learning_rate(self) -> float:
@@ -226,8 +237,26 @@ class TorchStep:
     def state(self) -> bytes:
         exchange = self.optimizer.exchange
         carried = memories.gather(exchange, self.options.exact_residuals) if exchange is not None else None
-        if self.world.rank != 0:
-            return b""
+        return self._written(carried) if self.world.rank == 0 else b""
+
+    def whole_state(self) -> bytes:
+        return self._written({**self._carried, "debts": {}} if self._carried is not None else None)
+
+    def rejoin(self, world: World) -> None:
+        if self._begun:
+            self.skip()
+        if self.optimizer.exchange is not None:
+            self._carried = memories.own(self.optimizer.exchange)
+            self.optimizer.exchange.close()
+        self._sums_handle = None
+        self.world = world
+        self.buffers = BufferMean(self.buffers.buffers, world.size)
+        # Not by its property, which would wait for gradients that will not come.
+        self.inner.param_groups, self.inner.state = self.optimizer.__dict__["param_groups"], self.optimizer.state
+        self.optimizer = self._wrap()
+
+    def _written(self, carried: dict[str, Any] | None) -> bytes:
+        """The state with the exchange's part of it."""
         changing = {id(b) for b in self.buffers.buffers}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) in changing]
         for name, tensor in [*self.model.named_parameters(), *buffers]:
@@ -261,8 +290,12 @@ class TorchStep:
             raise UserError(f"the checkpoint is of another model or optimizer: {lines[-1].strip()}") from error
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+        self.torn = False
         if self.optimizer.exchange is not None and "exchange" in state:
             memories.load(self.optimizer.exchange, state["exchange"])
+            if self._carried is not None:
+                memories.keep(self.optimizer.exchange, self._carried)
+                self._carried = None
 
     def wire_bytes(self) -> int:
         if self.world.size == 1:

@@ -30,6 +30,7 @@ class Position:
     train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
     skipped_nonfinite: int = 0
     eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    evaluated: int = 0  # the step after which that was
 
     def advance(self, count: int, loss_sum: float | None, examples: int) -> None:
         """A step consumed `count` of the epoch's `examples`; their losses add up to `loss_sum`, None if skipped."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.collectives import ops
-from hvdtrain.collectives.world import World, init, shutdown
+from hvdtrain.collectives.world import World, init, leave
+from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe, checked, fields, make
 from hvdtrain.trainer.loop import train
@@ -38,15 +39,17 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     finally:
         if comm is not None:
             # So that the next training can have another communicator; MPI itself goes on.
-            shutdown()
+            leave()
 
 
-def fit_from_command_line(cls: type[Recipe], name: str, given: dict[str, Any], world: World) -> dict[str, Any]:
+def fit_from_command_line(
+    cls: type[Recipe], name: str, given: dict[str, Any], world: World, membership: Membership | None = None
+) -> dict[str, Any]:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
     if given.get("resume"):
         given = merge_saved(Path(given["run_dir"]), name, given, world)
     recipe, options = split(cls, given)
-    return train(recipe, name, options, config(name, recipe, options), world)
+    return train(recipe, name, options, config(name, recipe, options), world, membership)
 
 
 def config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,20 +16,22 @@ from hvdtrain import messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
+from hvdtrain.elastic.membership import Expelled, Left, Membership, Over
 from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
-from hvdtrain.step import TOLD, Agreed, Step
+from hvdtrain.step import Agreed, Step
 from hvdtrain.trainer import checkpoint
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan, describe, make_plan
+from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import run_folder, step_options, versions
-from hvdtrain.trainer.signals import StopRequest
+from hvdtrain.trainer.signals import LEAVING, REGROUP, STOP, StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
-STOP = 0  # the place among what ranks tell each other: whether this one was asked to stop
+Ending = Literal["finished", "stopped", "regroup"]
 
 
 @dataclass(frozen=True)
@@ -41,33 +44,61 @@ class Run:
     world: World
     plan: Plan
     folder: Path
+    membership: Membership | None
 
 
-def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any], world: World) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    name: str,
+    options: RunOptions,
+    config: dict[str, Any],
+    world: World,
+    membership: Membership | None = None,
+) -> dict[str, Any]:
     """Train a recipe on this rank and return the summary; its "finished" is False where the run was asked to stop.
 
-    name: what the recipe is called in the run folder. config: what config.json shall hold.
+    name: what the recipe is called in the run folder. config: what config.json shall hold. membership: of an elastic
+    run, whose worlds come and go; `world` is then this process alone.
     Raises UserError for what a user can mend before the first step, RunError for a loss that is not finite.
     """
     module, cls = STEPS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
     check_best(recipe, step.metrics)
-    folder = run_folder(options, name, config, world)
-    at = resume(step, folder, name, world) if options.resume else Position()
-    plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
-    run = Run(name, recipe, options, world, plan, folder)
-    resumed_from = at.step or None
-    report = Reporter(run.folder, plan.total_steps, options, active=world.rank == 0, from_step=at.step)
-    with StopRequest() as stop, report:
-        report.lines([f"hvdtrain  {name} ({recipe.framework}), run folder {run.folder}", *describe(plan, options)])
-        if options.resume:
-            report.lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
-        elif world.rank == 0:
+    report, at, resumed_from = Reporter(options), None, None
+    with StopRequest(membership) as stop, report:
+        while True:
             try:
-                report.graph(step.graph())
-            except Exception as error:  # of the recipe, traced: it trains all the same
-                report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
-        finished = run_steps(run, step, at, report, stop)
+                if membership is not None:
+                    world, at, report.recent = join(membership, step, at, report.recent)
+                    messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
+                if at is None:
+                    folder, at = begin(step, options, name, config, world, membership)
+                    resumed_from = at.step or None
+                elif membership is not None:
+                    folder = Path(membership.board.fact("folder"))
+                plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
+                run = Run(name, recipe, options, world, plan, folder, membership)
+                report.open(run.folder, plan.total_steps, active=world.rank == 0, from_step=at.step)
+                if membership is None or not membership.changes:
+                    introduce(run, step, at, report)
+                else:
+                    report.lines([f"world     {world.size} rank{'s' * (world.size > 1)}, from step {at.step} on"])
+                ending = run_steps(run, step, at, report, stop)
+            except (UserError, RunError, Expelled, Left, Over):
+                raise
+            except Exception as error:
+                if membership is None:
+                    raise
+                if not isinstance(error, ops.PeersLost):  # it may not come again
+                    membership.report_error(at.step if at is not None else 0, f"{type(error).__name__}: {error}")
+                if step.torn:
+                    at = None
+                report.close()
+                continue
+            if ending == "regroup":
+                continue
+            break
+        finished = ending == "finished"
         summary = report.summary(
             {
                 "recipe": name,
@@ -82,7 +113,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
                 "wire_bytes_per_step": step.wire_bytes(),
                 "compression": options.compression,
                 "buckets": step.exchange_report()["buckets"],
-                "membership_changes": 0,
+                "membership_changes": membership.changes if membership is not None else 0,
                 "resumed_from": resumed_from,
                 "skipped_nonfinite": at.skipped_nonfinite,
                 "synthetic": bool(getattr(recipe, "synthetic", False)),
@@ -90,16 +121,48 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
             }
         )
         report.lines(describe_end(summary, run.folder))
-    messages.send("finished", rank=world.rank, code=0 if finished else EXIT_REQUEUE)
+    code = 0 if finished else EXIT_REQUEUE
+    messages.send("finished", rank=world.rank, code=code)
     # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
-    ops.barrier("end")
+    end(world, membership, code)
     return summary
 
 
-def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> bool:
-    """Train from `at` to the end of the plan, moving `at` along. False if a rank was asked to stop on the way."""
-    plan, options, world = run.plan, run.options, run.world
-    evaluated = saved = at.step or None
+def begin(
+    step: Step, options: RunOptions, name: str, config: dict[str, Any], world: World, membership: Membership | None
+) -> tuple[Path, Position]:
+    """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
+    if membership is not None and (known := membership.board.fact("folder")):  # all that had a state are gone
+        return Path(known), resume(step, Path(known), name, world)
+    if membership is not None and membership.generation > 1 and options.run_dir is not None:
+        options = replace(options, resume=True)  # the first generation came so far as to make it
+    folder = run_folder(options, name, config, world)
+    at = resume(step, folder, name, world) if options.resume else Position()
+    if membership is not None:
+        membership.board.propose("folder", str(folder.absolute()))
+    return folder, at
+
+
+def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
+    """Tell people what will be done."""
+    report.lines(
+        [f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {run.folder}", *describe(run.plan, run.options)]
+    )
+    if run.options.resume:
+        report.lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
+    elif run.world.rank == 0 and not at.step:
+        try:
+            report.graph(step.graph())
+        except Exception as error:  # of the recipe, traced: it trains all the same
+            report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
+
+
+def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> Ending:
+    """Train from `at` on, moving it along, until the plan is done, or all agreed to stop or to regroup."""
+    plan, options, world, membership = run.plan, run.options, run.world, run.membership
+    saved = at.step or None
+    if at.step and at.evaluated != at.step and due(at.step, options.eval_every, at.offset == 0):
+        evaluate(run, step, at)
     while at.step < plan.total_steps:
         # This rank's part of each step left in the epoch: how many examples in all, its bounds, its micro-batches.
         parts = []
@@ -110,17 +173,14 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
         batches = step.load("train", [chunk for *_, chunks in parts for chunk in chunks], at.epoch)
 
         for count, first, end, chunks in parts:
-            begin = time.perf_counter()
-            told = np.zeros(TOLD)
-            told[STOP] = stop.requested
-            step.begin(len(chunks), (end - first) / count, told)
+            start = time.perf_counter()
+            step.begin(len(chunks), (end - first) / count, stop.tell())
             for chunk in chunks:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
                 step.micro_batch(next(batches), len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
             agreed = step.exchange()
-            stopping = agreed.told[STOP] > 0
             lr_factor = plan.schedule.factor(plan.position(at))
             if agreed.nonfinite:
                 skip_or_end(run, agreed, at, report)
@@ -128,7 +188,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 details: dict[str, float] = {}
             else:
                 details = step.update(plan.lr_scale * lr_factor)
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - start
             if news := step.news():
                 report.lines(news)
                 report.advice(step.exchange_report()["advisor"])
@@ -138,22 +198,42 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             last, epoch_ends = at.step == plan.total_steps, at.offset == 0
             values = means(step.metrics, agreed.sums, count) | details
             report.step(at, epoch, plan.lr * lr_factor, values, count, seconds, agreed.waited)
+            leaving = int(agreed.told[LEAVING])
+            # The second: too few would be left to go on.
+            stopping = agreed.told[STOP] > 0 or bool(
+                leaving and membership and membership.too_few(world.size - leaving)
+            )
             if last or due(at.step, options.eval_every, epoch_ends):
-                at.eval = evaluate(run, step)
-                evaluated = at.step
+                evaluate(run, step, at)
                 report.evaluation(at, epoch)
-            if last or stopping or due(at.step, options.checkpoint_every, epoch_ends):
+            if last or stopping or leaving or due(at.step, options.checkpoint_every, epoch_ends):
                 save(run, step, at)
                 saved = at.step
             report.flush()
-            if stopping and not last:
+            if last:
+                break
+            if stopping:
                 report.lines([f"stopped   at step {at.step}, saved; to go on: --resume --run-dir {run.folder}"])
-                return False
-    if evaluated != at.step or not at.eval:
-        at.eval = evaluate(run, step)
+                return "stopped"
+            if membership is not None and (leaving or agreed.told[REGROUP]):
+                membership.leave_if_asked()
+                return "regroup"
+    if at.evaluated != at.step or not at.eval:
+        evaluate(run, step, at)
     if saved != at.step:
         save(run, step, at)
-    return True
+    return "finished"
+
+
+def end(world: World, membership: Membership | None, code: int) -> None:
+    """Wait for the other ranks, all of which are done."""
+    if membership is not None and world.rank == 0:
+        membership.end(code)
+    try:
+        ops.barrier("end")
+    except ops.PeersLost:
+        if membership is None or not membership.over():
+            raise
 
 
 def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:
@@ -170,15 +250,16 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     return step % every == 0 if every else epoch_ends
 
 
-def evaluate(run: Run, step: Step) -> dict[str, float]:
-    """The metrics over the evaluation examples: each example once, on one rank; sums by counts."""
+def evaluate(run: Run, step: Step, at: Position) -> None:
+    """Set `at.eval`, the metrics over the evaluation examples: each example once, on one rank; sums by counts."""
     count = step.examples["eval"]
     first, end = order.bounds(count, run.world.rank, run.world.size)
     sums = np.zeros(len(step.metrics))
     chunks = order.chunks(np.arange(first, end), run.plan.micro_batch)
     for chunk, batch in zip(chunks, step.load("eval", chunks, 0), strict=True):
         sums += step.evaluate(batch, len(chunk))
-    return means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
+    at.eval = means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
+    at.evaluated = at.step
 
 
 def save(run: Run, step: Step, at: Position) -> None:

@@ -20,28 +20,42 @@ from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.tensorboard import EventWriter
 
+RECENT = 20  # rows that every rank remembers
+
 
 class Reporter:
-    """Rank 0's report of a run; on other ranks, or where there is nothing to tell, its methods do nothing."""
+    """Rank 0's report of a run. Other ranks only remember the last rows: one of them may become rank 0."""
 
-    def __init__(self, run_dir: Path, steps: int, options: RunOptions, *, active: bool, from_step: int) -> None:
-        self.run_dir, self.steps, self.log_every, self.active = run_dir, steps, options.log_every, active
-        self.talks = active and not options.quiet
+    def __init__(self, options: RunOptions) -> None:
+        self.quiet, self.log_every = options.quiet, options.log_every
+        self.active = self.talks = False
+        self.steps = 0
+        self.run_dir = Path()
         self.step_seconds: list[float] = []
         self.comm_seconds: list[float] = []
         self.train_seconds = 0.0
         self.train_samples = 0
         self._since: list[tuple[int, float, float]] = []  # (examples, seconds, waited) since the last row
         self._row: dict[str, float] = {}  # of the last step
+        self.recent: list[dict[str, float | None]] = []  # rows, the last of which may not be in the file
         self._due = False
         self._last_sent = 0.0
         self._bar: Progress | None = None
+
+    def open(self, run_dir: Path, steps: int, *, active: bool, from_step: int) -> None:
+        """Begin, or go on after a step; `active` on rank 0."""
+        self.close()
+        self.run_dir, self.steps, self.active = run_dir, steps, active
+        self.talks = active and not self.quiet
+        self.recent = [row for row in self.recent if int(row["step"] or 0) <= from_step]
         if not active:
             return
         metrics = run_dir / "metrics.jsonl"
-        if from_step and metrics.exists():
-            _cut_rows(metrics, from_step)
+        written = _cut_rows(metrics, from_step) if from_step and metrics.exists() else 0
         self._rows = metrics.open("a" if from_step else "w", buffering=1)
+        for row in self.recent:
+            if int(row["step"] or 0) > written:
+                self._rows.write(json.dumps(row) + "\n")
         self._events = EventWriter(run_dir / "tensorboard")
         if self.talks and sys.stderr.isatty() and not messages.launched():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -74,8 +88,6 @@ class Reporter:
         self.comm_seconds.append(waited)
         self.train_seconds += seconds
         self.train_samples += batch
-        if not self.active:
-            return
         self._since.append((batch, seconds, waited))
         rate = sum(b for b, _, _ in self._since) / sum(s for _, s, _ in self._since)
         self._row = {
@@ -91,6 +103,8 @@ class Reporter:
         self._progress(at.step, epoch, values["loss"], rate)
 
     def _progress(self, number: int, epoch: int, loss: float, rate: float) -> None:
+        if not self.active:
+            return
         if self._bar is not None:
             self._bar.update(
                 self._task, completed=number, description=f"epoch {epoch}  loss {loss:.4f}  {rate:,.0f} samples/s"
@@ -101,8 +115,6 @@ class Reporter:
 
     def evaluation(self, at: Position, epoch: int) -> None:
         """After an evaluation: `at.eval`."""
-        if not self.active:
-            return
         self._row |= {f"eval_{name}": value for name, value in at.eval.items()}
         self._due = True
         shown = "  ".join(f"{name} {value:.4f}" for name, value in at.eval.items())
@@ -110,15 +122,18 @@ class Reporter:
 
     def flush(self) -> None:
         """Write the row of this step, if it is due. Called once a step, after everything else of the step."""
-        if self.active and self._due:
-            # JSON has no NaN.
-            row = {name: value if math.isfinite(value) else None for name, value in self._row.items()}
+        if not self._due:
+            return
+        # JSON has no NaN.
+        row = {name: value if math.isfinite(value) else None for name, value in self._row.items()}
+        self.recent = [*self.recent[1 - RECENT :], row]
+        if self.active:
             self._rows.write(json.dumps(row) + "\n")
             self._events.scalars(
                 int(self._row["step"]), {k: v for k, v in self._row.items() if k not in ("step", "samples")}
             )
-            self._since.clear()
-            self._due = False
+        self._since.clear()
+        self._due = False
 
     def summary(self, values: dict[str, Any]) -> dict[str, Any]:
         """Complete the summary with what was measured; rank 0 writes it to summary.json."""
@@ -137,11 +152,18 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left, and close the files."""
+        self.flush()
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
         if self.active:
             self._rows.close()
             self._events.close()
+        self.active = False
 
 
 def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
@@ -155,8 +177,9 @@ def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
     ]
 
 
-def _cut_rows(path: Path, last_step: int) -> None:
-    """Drop rows after the step that is resumed from, and a torn last line."""
+def _cut_rows(path: Path, last_step: int) -> int:
+    """Drop rows after the step that is resumed from, and a torn last line; the step of the last row kept, or 0."""
+    last = 0
     kept = []
     for line in path.read_text().splitlines():
         try:
@@ -166,4 +189,6 @@ def _cut_rows(path: Path, last_step: int) -> None:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > last_step:
             break
         kept.append(line + "\n")
+        last = row["step"]
     write_atomically(path, "".join(kept).encode())
+    return last

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # From the top floor down; files directly in hvdtrain/ are the ground that all stand on.
-FLOORS = ["cli", "launch", "bench", "trainer", "torch", "compression", "collectives", "data", "native"]
+FLOORS = ["cli", "launch", "bench", "trainer", "elastic", "torch", "compression", "collectives", "data", "native"]
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax"}
 SOURCES = sorted(path for path in (ROOT / "hvdtrain").rglob("*.py") if "recipes" not in path.parts)
 

@@ -1,0 +1,78 @@
+"""The board: what the members of an elastic run write for each other, kept by horovodrun's own key-value server.
+
+Facts are written once: who writes first has said it, and who comes later reads that. So any member may propose what
+all will do, and all do the same. Pulses are overwritten, each by its own writer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+
+FACTS, PULSES = "hvdtrain.facts", "hvdtrain.pulses"
+TIMEOUT = 10.0  # seconds for an answer of the server
+
+
+class BoardLost(OSError):
+    """The server does not answer: horovodrun has ended, or its host."""
+
+
+class Board:
+    """A client of the key-value server. Keys are words without slashes; values are JSON.
+
+    Raises BoardLost wherever the server does not answer.
+    """
+
+    def __init__(self, address: str, port: int) -> None:
+        self.address, self.port = address, port
+
+    def propose(self, key: str, value: Any) -> Any:
+        """Write a fact unless it is written already; what stands there then."""
+        self._request("PUT", f"/{FACTS}/{key}", json.dumps(value).encode())
+        return self.fact(key)
+
+    def fact(self, key: str) -> Any:
+        """A fact, or None where nobody has written it."""
+        return self._value(f"/{FACTS}/{key}")
+
+    def facts(self, prefix: str) -> dict[str, Any]:
+        """The facts whose keys begin with the prefix, by what follows it."""
+        return self._listed(FACTS, prefix)
+
+    def pulse(self, key: str, value: Any) -> None:
+        """Overwrite a pulse."""
+        self._request("PUT", f"/{PULSES}/{key}", json.dumps(value).encode())
+
+    def pulses(self) -> dict[str, Any]:
+        return self._listed(PULSES, "")
+
+    def assignment(self, host: str, local_rank: int) -> int:
+        """This slot's rank in horovodrun's own list, -1 where it is in it no more; waits for all its other slots."""
+        text = self._request("GET", f"/rank_and_size/{host}:{local_rank}", timeout=None)
+        return int((text or b"-1").split(b",")[0])
+
+    def _listed(self, scope: str, prefix: str) -> dict[str, Any]:
+        found = json.loads(self._request("GET", f"/{scope}/{prefix}*") or b"{}")
+        return {key[len(prefix) :]: json.loads(value) for key, value in found.items()}
+
+    def _value(self, path: str) -> Any:
+        text = self._request("GET", path)
+        return None if text is None else json.loads(text)
+
+    def _request(
+        self, method: str, path: str, body: bytes | None = None, timeout: float | None = TIMEOUT
+    ) -> bytes | None:
+        """The answer's body, None for 404."""
+        connection = http.client.HTTPConnection(self.address, self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            text = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise BoardLost(f"horovodrun at {self.address}:{self.port} does not answer: {error}") from error
+        finally:
+            connection.close()
+        if answer.status not in (200, 404):
+            raise BoardLost(f"horovodrun at {self.address}:{self.port} answers {answer.status} to {method} {path}")
+        return text if answer.status == 200 else None

@@ -1,0 +1,306 @@
+"""A worker's membership in an elastic run: how members become a generation, with ranks, and how it ends.
+
+A generation is a fixed set of members that train together. It ends when a member is gone, or when all agree, at the
+same step, to take newcomers in or to let some leave. Then each that is left writes on the board that it is here, with
+the step that it has reached; when all of the last generation are here or gone, the first of them proposes a plan for
+the next one. A plan is a fact: all follow the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from hvdtrain.elastic.board import Board, BoardLost
+from hvdtrain.elastic.rendezvous import Server
+from hvdtrain.errors import RunError
+
+MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
+MESSAGES = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
+POLL = 0.02  # seconds
+PREFLIGHT = 10.0  # seconds for all of a plan to say that they follow it
+PATIENCE = 60.0  # seconds that the first generation waits for slots that do not come
+PROPOSER = 1.0  # seconds after which another proposes a plan if the first in line does not
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a worker, as horovodrun gives it."""
+
+    host: str
+    local_rank: int
+    local_size: int
+    size: int  # of the world when the slot was filled
+    address: str  # of horovodrun's key-value server
+    port: int
+    interface: str
+    least: int  # members of a generation
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str]) -> Slot:
+        return Slot(
+            host=environ["HOROVOD_HOSTNAME"],
+            local_rank=int(environ["HOROVOD_LOCAL_RANK"]),
+            local_size=int(environ["HOROVOD_LOCAL_SIZE"]),
+            size=int(environ["HOROVOD_SIZE"]),
+            address=environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
+            port=int(environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]),
+            interface=environ.get("HOROVOD_GLOO_IFACE", "lo"),
+            least=int(environ.get("HVDTRAIN_MIN_NP", "1")),
+        )
+
+    def to_json(self, member: str) -> str:
+        return json.dumps({"member": member, "slot": asdict(self)})
+
+
+@dataclass(frozen=True)
+class Place:
+    """A member's place in a generation."""
+
+    generation: int
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+    host: str
+    root: int  # the rank whose state all take over
+    step: int  # that it has reached; -1: nobody has a state
+    server: tuple[str, int]
+
+    def environment(self) -> dict[str, str]:
+        """What Horovod reads when it starts."""
+        names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
+        values = {f"HOROVOD_{name.upper()}": str(getattr(self, name)) for name in names}
+        address, port = self.server
+        values |= {"HOROVOD_GLOO_RENDEZVOUS_ADDR": address, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}
+        return values | {"HOROVOD_HOSTNAME": self.host}
+
+
+class Expelled(Exception):
+    """The others have gone on without this member: it was frozen, or out of reach. Its process has to end."""
+
+
+class Left(Exception):
+    """This member has left, as it was asked to; the others go on."""
+
+
+class Over(Exception):
+    """The run has ended; the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the run has ended with {code}")
+        self.code = code
+
+
+class Membership:
+    """This worker's membership."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        given = json.loads(environ[MEMBER])
+        self.slot, self.member = Slot(**given["slot"]), str(given["member"])
+        self.board = Board(self.slot.address, self.slot.port)
+        self.messages = int(environ[MESSAGES])
+        os.set_blocking(self.messages, False)
+        self.generation = newest_plan(self.board)[0]
+        self.joined = False
+        self.leaving = self.stopping = self.regrouping = False
+        self.server: Server | None = None
+
+    @property
+    def changes(self) -> int:
+        """How often the members have changed."""
+        return self.generation - 1
+
+    def hear(self) -> None:
+        """Take in what the supervisor has said: `leaving`, `stopping` and `regrouping`. Costs microseconds."""
+        try:
+            said = os.read(self.messages, 4096)
+        except BlockingIOError:
+            return
+        self.leaving |= b"d" in said
+        self.regrouping |= b"r" in said
+        self.stopping |= b"s" in said
+
+    def asked(self) -> tuple[bool, bool, bool]:
+        """Whether this member was asked to stop the run, to leave it, to regroup."""
+        return self.stopping, self.leaving, self.regrouping
+
+    def too_few(self, members: int) -> bool:
+        return members < self.slot.least
+
+    def leave_if_asked(self) -> None:
+        """Leave at the end of a generation, if this member was asked to. Raises Left then."""
+        if self.leaving:
+            self.board.propose(f"gone-{self.member}", "left")
+            raise Left
+
+    def next_place(self, step: int) -> Place:
+        """Form the next generation with whoever is there; returns when all of it say that they follow its plan.
+
+        step: that this worker's state has reached; -1 where it has none.
+        Raises Expelled where the others went on without this one, Over where the run has ended, RunError where the
+        same error has come twice at the same step.
+        """
+        while True:
+            number = self.generation + 1
+            plan = self._plan(number, step)
+            self.generation = number
+            if plan.get("error"):
+                raise RunError(plan["error"])
+            names = [member["id"] for member in plan["members"]]
+            if self.member not in names:
+                if self.joined:
+                    raise Expelled
+                continue
+            if self._all_follow(number, names):
+                self.joined, self.regrouping = True, False
+                mine = plan["members"][names.index(self.member)]
+                keys = ("rank", "local_rank", "local_size", "cross_rank", "cross_size", "host")
+                return Place(
+                    generation=number,
+                    size=len(names),
+                    root=plan["root"],
+                    step=plan["step"],
+                    server=(plan["server"][0], plan["server"][1]),
+                    **{key: mine[key] for key in keys},
+                )
+
+    def _plan(self, number: int, step: int) -> dict[str, Any]:
+        """The plan of a generation, proposed by this member if it is the one to."""
+        board, began, complete_since = self.board, time.monotonic(), None
+        about = {"step": step, "host": self.slot.host, "slot": self.slot.local_rank, "joined": self.joined}
+        board.propose(f"here-{number}-{self.member}", about)
+        previous = (board.fact(f"plan-{number - 1}") or {"members": []})["members"]
+        previous = [member["id"] for member in previous]
+        while True:
+            if (plan := board.fact(f"plan-{number}")) is not None:
+                return dict(plan)
+            if (verdict := board.fact("verdict")) is not None:
+                raise Over(int(verdict["code"]))
+            here, gone = board.facts(f"here-{number}-"), board.facts("gone-")
+            if self.member in gone:
+                raise Expelled
+            present = {member: about for member, about in here.items() if member not in gone}
+            if previous:
+                complete = all(member in here or member in gone for member in previous)
+            else:
+                complete = len(here) >= self.slot.size or time.monotonic() - began > PATIENCE
+            if complete and len(present) >= self.slot.least:
+                complete_since = complete_since or time.monotonic()
+                line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
+                if line[0] == self.member or time.monotonic() - complete_since > PROPOSER:
+                    return self._propose(number, line, present)
+            time.sleep(POLL)
+
+    def _propose(self, number: int, line: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
+        members = places(line, present)
+        assignments = {
+            f"{m['host']}:{m['local_rank']}": ",".join(
+                str(v)
+                for v in (m["rank"], len(members), m["local_rank"], m["local_size"], m["cross_rank"], m["cross_size"])
+            )
+            for m in members
+        }
+        address = own_address(self.slot.interface, self.slot.address)
+        server = Server(address, assignments)
+        steps = [present[member["id"]]["step"] for member in members]
+        plan = {
+            "members": members,
+            "server": [address, server.port],
+            "root": steps.index(max(steps)),
+            "step": max(steps),
+            "error": self._repeated_error(),
+        }
+        chosen = self.board.propose(f"plan-{number}", plan)
+        if chosen != plan:
+            server.end()
+        else:
+            if self.server is not None:
+                self.server.end()
+            self.server = server
+        return dict(chosen)
+
+    def _all_follow(self, number: int, names: Sequence[str]) -> bool:
+        """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""
+        self.board.propose(f"follows-{number}-{self.member}", True)
+        deadline = time.monotonic() + PREFLIGHT
+        while time.monotonic() < deadline:
+            if len(self.board.facts(f"follows-{number}-")) == len(names):
+                return True
+            if set(names) & set(self.board.facts("gone-")):
+                return False
+            time.sleep(POLL)
+        return False
+
+    def report_error(self, step: int, text: str) -> None:
+        """Write down an error of the recipe, so that the run ends when it comes again at the same step."""
+        self.board.propose(f"error-{self.generation}-{self.member}", {"step": step, "text": text})
+
+    def _repeated_error(self) -> str | None:
+        said: dict[tuple[int, str], set[str]] = {}
+        for key, error in self.board.facts("error-").items():
+            said.setdefault((error["step"], error["text"]), set()).add(key.partition("-")[0])
+        twice = [(step, text) for (step, text), generations in said.items() if len(generations) > 1]
+        return f"the same error came twice at step {twice[0][0]}: {twice[0][1]}" if twice else None
+
+    def end(self, code: int, error: str = "") -> None:
+        """Say that the run has ended, with an exit code."""
+        self.board.propose("verdict", {"code": code, "error": error})
+
+    def over(self) -> bool:
+        """Whether somebody has said that the run has ended; also where nobody can say it any more."""
+        try:
+            return self.board.fact("verdict") is not None
+        except BoardLost:
+            return True
+
+
+def newest_plan(board: Board) -> tuple[int, dict[str, Any] | None]:
+    """The newest generation's number and plan; 0 and None where there is none yet."""
+    plans = board.facts("plan-")
+    newest = max((int(number) for number in plans), default=0)
+    return newest, plans.get(str(newest))
+
+
+def places(line: Sequence[str], present: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The members with their ranks: those of a host follow each other, hosts and members in the order of the line."""
+    hosts: dict[str, list[str]] = {}
+    for member in line:
+        hosts.setdefault(present[member]["host"], []).append(member)
+    members: list[dict[str, Any]] = []
+    for number, (host, own) in enumerate(hosts.items()):
+        for local_rank, member in enumerate(own):
+            with_as_many = [i for i, others in enumerate(hosts.values()) if len(others) > local_rank]
+            members.append(
+                {
+                    "id": member,
+                    "host": host,
+                    "rank": len(members),
+                    "local_rank": local_rank,
+                    "local_size": len(own),
+                    "cross_rank": with_as_many.index(number),
+                    "cross_size": len(with_as_many),
+                }
+            )
+    return members
+
+
+def own_address(interface: str, fallback: str) -> str:
+    """This host's IPv4 address on an interface."""
+    for address in psutil.net_if_addrs().get(interface, []):
+        if address.family.name == "AF_INET":
+            return str(address.address)
+    return fallback
+
+
+def from_environment() -> Membership | None:
+    """This worker's membership, or None where the run is not elastic."""
+    return Membership(os.environ) if MEMBER in os.environ else None

@@ -1,0 +1,53 @@
+"""Where the ranks of one generation find each other: a server for Horovod's own HTTP store, one for each generation.
+
+Nothing that an earlier generation left behind is in it, and it listens on one address only.
+"""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Server(ThreadingHTTPServer):
+    """Keeps what is PUT to /scope/key. It lives until `end`, for Gloo's later contexts (process sets)."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, assignments: dict[str, str]) -> None:
+        """assignments: Horovod's answers to `/rank_and_size/host:local_rank`."""
+        self.values = {f"/rank_and_size/{slot}": text.encode() for slot, text in assignments.items()}
+        super().__init__((address, 0), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def end(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self._answer(self.server.values.get(self.path))
+
+    def do_PUT(self) -> None:
+        self.server.values[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(b"")
+
+    def do_DELETE(self) -> None:
+        # Horovod says so when it has found its peers; they may still be reading.
+        self._answer(b"")
+
+    def _answer(self, value: bytes | None) -> None:
+        self.send_response(404 if value is None else 200)
+        self.send_header("Content-Length", str(len(value or b"")))
+        self.end_headers()
+        self.wfile.write(value or b"")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

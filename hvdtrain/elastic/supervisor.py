@@ -1,0 +1,239 @@
+"""The process that horovodrun starts in each slot of an elastic run. It starts the worker that trains, and stands by.
+
+horovodrun's own elastic mode binds membership to the life of the processes it starts: one that dies takes its host
+with it, one that hangs while it starts halts all the others, and a change means that everyone waits for the slowest.
+So what it starts here is this: small, without torch, and living as long as its host. It takes part in horovodrun's
+rounds of assignment (which start processes on new hosts and tell who is to go) beside the training, starts a dead
+worker again, ends a frozen one, and writes on the board who is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.elastic.board import Board, BoardLost
+from hvdtrain.elastic.membership import MEMBER, MESSAGES, Slot, newest_plan
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
+
+TICK = 0.25  # seconds
+PULSE = 1.0  # seconds between signs of life, and between looks at the others'
+ROUND = 2.0  # seconds between horovodrun's rounds of assignment
+LEASE = 10.0  # seconds without a sign of life, after which a supervisor, or a stopped worker, counts as lost
+NEWCOMERS = 3.0  # seconds that a newcomer which is ready waits for others which are starting
+ENDING = 30.0  # seconds for a worker to end once the run is over
+STARTS = 2  # failed starts of a worker, after which its slot is given up
+
+
+@dataclass
+class Worker:
+    """A worker process and what its supervisor knows of it."""
+
+    process: subprocess.Popen[bytes]
+    member: str
+    pidfd: int
+    messages: int  # the writing end of a pipe to it
+    stopped_since: float | None = None  # by the monotonic clock
+
+
+@dataclass
+class Watch:
+    """When the others' pulses last changed, by this process's monotonic clock: no clock of theirs counts."""
+
+    seen: dict[str, tuple[int, float]] = field(default_factory=dict)
+    looked: float = 0.0
+
+    def look(self, pulses: Mapping[str, Any], lease: float) -> list[str]:
+        """The supervisors that have given no sign of life for so long."""
+        now = time.monotonic()
+        if now - self.looked > lease / 2:  # this process was frozen itself: it knows nothing of the others
+            self.seen.clear()
+        self.looked = now
+        for key, pulse in pulses.items():
+            if key not in self.seen or self.seen[key][0] != pulse["beats"]:
+                self.seen[key] = (pulse["beats"], now)
+        return [key for key, (_, since) in self.seen.items() if now - since > lease]
+
+
+class Supervisor:
+    """One slot's supervisor; `run` returns the exit code for horovodrun."""
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.command, self.environ = command, dict(environ)
+        self.slot = Slot.from_environment(environ)
+        self.board = Board(self.slot.address, self.slot.port)
+        self.name = f"{self.slot.host}:{self.slot.local_rank}:{secrets.token_hex(3)}"
+        self.lease = float(environ.get("HVDTRAIN_LEASE", LEASE))
+        self.watch = Watch()
+        self.started = self.beats = self.failed_starts = 0
+        self.drained = False  # told to go, by horovodrun or by a signal
+        self.removed = False  # by horovodrun
+        self.round = 0
+        self.round_began = time.monotonic()
+        self.answer: threading.Thread | None = None  # waits for horovodrun's answer in this round
+        self.newcomer_since: float | None = None
+        self.asked_generation = 0  # the last that our worker was told to leave for a larger one
+        self.lost_since: float | None = None  # when the board stopped answering
+        self.worker = self.start()
+
+    def start(self) -> Worker:
+        """Start the worker, as a world of one; it joins the others when it has built its model."""
+        self.started += 1
+        member = f"{self.name}.{self.started}"
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        environ = {name: value for name, value in self.environ.items() if "RENDEZVOUS" not in name}
+        environ |= {MEMBER: self.slot.to_json(member), MESSAGES: str(reading)}
+        environ |= {f"HOROVOD_{what}RANK": "0" for what in ("", "LOCAL_", "CROSS_")}
+        environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
+        # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
+        environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
+        cores = len(os.sched_getaffinity(0))
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.slot.local_size)))
+        process = subprocess.Popen(self.command, env=environ, pass_fds=[reading])
+        os.close(reading)
+        return Worker(process, member, os.pidfd_open(process.pid), writing)
+
+    def run(self) -> int:
+        woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.on_signal)
+        pulsed = 0.0
+        while True:
+            select.select([self.worker.pidfd, woken], [], [], TICK)
+            with contextlib.suppress(BlockingIOError):
+                if select.select([woken], [], [], 0)[0]:
+                    os.read(woken, 4096)
+            ended = self.worker.process.poll()
+            try:
+                if ended is not None and (code := self.on_end(ended)) is not None:
+                    return self.leave(code)
+                if time.monotonic() - pulsed >= PULSE:
+                    pulsed = time.monotonic()
+                    self.pulse()
+                self.lost_since = None
+            except BoardLost:
+                if (code := self.on_lost_board(ended)) is not None:
+                    return code
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """SIGUSR1 stops the run (launch sends it); SIGTERM and SIGINT mean this slot alone: its node goes away."""
+        self.drained = self.drained or number != signal.SIGUSR1
+        self.tell(b"s" if number == signal.SIGUSR1 else b"d")
+
+    def tell(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.worker.messages, message)
+
+    def pulse(self) -> None:
+        """Once a second: give a sign of life, look for the others', and see to rounds and newcomers."""
+        self.beats += 1
+        verdict = self.board.fact("verdict")
+        self.board.pulse(self.name, {"beats": self.beats, "member": self.worker.member, "host": self.slot.host})
+        pulses = self.board.pulses()
+        for name in self.watch.look(pulses, self.lease):
+            if name != self.name:
+                self.board.propose(f"gone-{pulses[name]['member']}", "lost")
+        self.end_if_stopped()
+        if verdict is not None:
+            return
+        generation, plan = newest_plan(self.board)
+        members = [member["id"] for member in plan["members"]] if plan else []
+        alive = {pulse["member"] for name, pulse in pulses.items() if name not in self.watch.look(pulses, self.lease)}
+        leader = next((member for member in members if member in alive), min(alive))
+        if self.worker.member == leader:
+            if time.monotonic() - self.round_began >= ROUND and (self.answer is None or not self.answer.is_alive()):
+                self.round_began = time.monotonic()
+                self.board.propose(f"round-{self.round + 1}", True)
+            self.ask_for_newcomers(generation, members, alive)
+        self.take_part()
+
+    def take_part(self) -> None:
+        """Answer horovodrun's newest round, in a thread: it may wait for a slot that never comes."""
+        if self.answer is not None and self.answer.is_alive():
+            return
+        newest = max((int(number) for number in self.board.facts("round-")), default=0)
+        if newest > self.round and not self.removed:
+            self.round = newest
+            self.answer = threading.Thread(target=self.ask_horovodrun, daemon=True)
+            self.answer.start()
+
+    def ask_horovodrun(self) -> None:
+        with contextlib.suppress(BoardLost):
+            if self.board.assignment(self.slot.host, self.slot.local_rank) < 0:
+                self.removed = self.drained = True
+                self.tell(b"d")
+
+    def ask_for_newcomers(self, generation: int, members: list[str], alive: set[str]) -> None:
+        """Tell our worker, and so all, to form a larger generation when newcomers are ready."""
+        gone = self.board.facts("gone-")
+        ready = {m for m in self.board.facts(f"here-{generation + 1}-") if m not in gone and m not in members}
+        if not members or not ready or self.asked_generation == generation:
+            self.newcomer_since = None
+            return
+        starting = {member for member in alive if member not in members and member not in gone} - ready
+        self.newcomer_since = self.newcomer_since or time.monotonic()
+        if not starting or time.monotonic() - self.newcomer_since > NEWCOMERS:
+            self.asked_generation = generation
+            self.tell(b"r")
+
+    def end_if_stopped(self) -> None:
+        """End a worker that somebody has stopped: the others wait for it."""
+        worker = self.worker
+        stat = Path(f"/proc/{worker.process.pid}/stat")
+        with contextlib.suppress(OSError):
+            state = stat.read_text().rpartition(")")[2].split()[0]
+            worker.stopped_since = (worker.stopped_since or time.monotonic()) if state in "tT" else None
+        if worker.stopped_since is not None and time.monotonic() - worker.stopped_since > self.lease:
+            worker.process.kill()
+
+    def on_end(self, code: int) -> int | None:
+        """The worker has ended: the exit code to leave with, or None where another one was started."""
+        member = self.worker.member
+        self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
+        verdict = self.board.fact("verdict")
+        if verdict is not None:
+            return int(verdict["code"])
+        if self.drained:
+            # Never 0 while horovodrun counts on this slot: it would take that for the end of the run.
+            return 0 if self.removed else EXIT_REQUEUE
+        joined = any(member in [m["id"] for m in plan["members"]] for plan in self.board.facts("plan-").values())
+        self.failed_starts = 0 if joined else self.failed_starts + 1
+        if code == EXIT_USER or self.failed_starts >= STARTS:
+            return EXIT_USER if code == EXIT_USER else EXIT_FAILED
+        os.close(self.worker.pidfd)
+        os.close(self.worker.messages)
+        self.worker = self.start()
+        return None
+
+    def on_lost_board(self, ended: int | None) -> int | None:
+        """horovodrun is gone: the worker saves and ends, while it can."""
+        if ended is not None:
+            return EXIT_REQUEUE
+        now = time.monotonic()
+        self.lost_since = self.lost_since or now
+        self.tell(b"s")
+        if now - self.lost_since > ENDING:
+            self.worker.process.kill()
+        time.sleep(TICK)
+        return None
+
+    def leave(self, code: int) -> int:
+        """Leave when horovodrun's round is over: it takes one that ends in a round for one that is still there."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if self.answer is not None:
+            self.answer.join(ENDING)
+        return code
