@@ -8,6 +8,7 @@ import click
 
 from hvdtrain.cli import options
 from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failure
+from hvdtrain.collectives.world import FUSION_BYTES
 from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
@@ -45,7 +46,7 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
         if arguments.given.get("exchange") == "horovod":
-            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 << 20))  # its own default, which init lowers
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
         world = begin()
     except UserError as error:
         tell_failure(EXIT_USER, str(error), "")
