@@ -274,29 +274,6 @@ def loss_of(model, inputs, step=0):
     return (out - inputs[:, :3]).square().sum(1).mean()
 
 
-def check_ranks_stay_the_same():
-    """20 steps of every method: other orders of hooks, unused parameters, a 0-dim parameter; agreement_checks: 200."""
-    for text in SPECS:
-        argument = text.split(",")[0].partition(":")[2]
-        model = Crossed((torch.float64, torch.float16, torch.bfloat16))
-        # Also the scalar, which has no axes, goes through the codec.
-        optimizer = wrap(model, 0.002, f"{text},min=1,layer.scale={argument}")
-        first = loss_of(model, inputs_of(0), 0).item()
-        for step in range(20):
-            optimizer.zero_grad()
-            loss_of(model, inputs_of(step), step).backward()
-            optimizer.step()
-        assert model.never.weight.grad is None
-        assert_same_on_all(text, *model.parameters())
-        assert all(p.isfinite().all() for p in model.parameters()), text
-        assert loss_of(model, inputs_of(0), 0).item() < first, text
-        if SIZE > 1:
-            coded = {name for bucket in optimizer.exchange.compressed for name in bucket.names}
-            expected = {name for name, p in model.named_parameters() if p.dim() > 1} | {"scale"}
-            assert coded == expected, coded ^ expected
-            assert len(optimizer.exchange.compressed) > 1
-
-
 def check_not_finite_through_the_optimizer():
     """All gradients of a compressed bucket's parameters or none: every rank skips the same step."""
     for text in SPECS:
