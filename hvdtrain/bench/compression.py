@@ -30,13 +30,11 @@ from hvdtrain.collectives import ops, probe
 from hvdtrain.collectives.probe import Network
 from hvdtrain.collectives.world import World
 from hvdtrain.compression import cost
-from hvdtrain.compression.codec import Key
 from hvdtrain.compression.cost import Cost
-from hvdtrain.compression.spec import Spec, parse
 from hvdtrain.errors import RunError
 from hvdtrain.files import write_atomically, write_json
 from hvdtrain.recipe import Recipe
-from hvdtrain.torch.buckets import make_channel
+from hvdtrain.torch.advisor import cost_of
 from hvdtrain.torch.exchange import Exchange
 from hvdtrain.trainer.options import RunOptions
 
@@ -138,7 +136,7 @@ def measure(work: Workload, spec: str, steps: int) -> Method:
         moments.append([at - begin for at in (*(bucket.ready for bucket in exchange.buckets), exchange.backward_end)])
     columns = zip(*moments[PLAIN - RECORDED :], strict=True)
     *ready, end = slowest("bench.ready", [statistics.median(column) for column in columns])
-    costs = bucket_costs(exchange, parse(spec), work.seed)
+    costs = [cost_of(exchange, place, bucket.method) for place, bucket in enumerate(exchange.buckets)]
     if len(exchange.flags.flat):
         # Which parameters were used travels apart from compressed gradients, at the end.
         ready.append(end)
@@ -150,20 +148,6 @@ def measure(work: Workload, spec: str, steps: int) -> Method:
     seconds, _, update = medians("bench.medians", taken[WARM_UP:])
     alike = [cosine_of_step(work, model, optimizer) for _ in range(RECORDED)]
     return Method(spec, ready, end, update, costs, sum(sent[-2:]) / 2, statistics.mean(alike), seconds)
-
-
-def bucket_costs(exchange: Exchange, spec: Spec, seed: int) -> list[Cost]:
-    """What each bucket costs with its method, measured apart from training."""
-    costs = []
-    for number, bucket in enumerate(exchange.buckets):
-        if bucket.method == "none":
-            costs.append(Cost("none", 0.0, 0.0, bucket.channel.wire_bytes, 1))
-            continue
-        own = replace(parse(bucket.method), feedback=spec.feedback, momentum=spec.momentum)
-        scratch = torch.empty_like(bucket.channel.flat)
-        channel = make_channel(bucket, scratch, own, own.argument, Key(seed, 0, number, ops.rank()))
-        costs.append(cost.measure(channel, bucket.method))
-    return costs
 
 
 def cosine_of_step(work: Workload, model: nn.Module, optimizer: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hvdtrain.bench.workload import WARM_UP, Workload, distributed, fresh_model, medians, place, prepare, say, step
 from hvdtrain.collectives import ops
-from hvdtrain.collectives.world import World, init, leave
+from hvdtrain.collectives.world import FUSION_BYTES, World, init, leave
 from hvdtrain.files import write_json
 from hvdtrain.recipe import Recipe
 from hvdtrain.trainer.options import RunOptions
@@ -70,7 +70,7 @@ def measure(work: Workload, way: str, steps: int) -> tuple[float, float, list[in
 def stock_horovod() -> Iterator[None]:
     """Horovod as it comes: with its fusion buffer, which hvdtrain has no use for, and which is set when it starts."""
     before = os.environ["HOROVOD_FUSION_THRESHOLD"]
-    restart(str(128 << 20))
+    restart(str(FUSION_BYTES))
     yield
     restart(before)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from click.core import ParameterSource
 
 from hvdtrain import messages
 from hvdtrain.cli.launch import WHERE_NAMES, launch_options, start
-from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
-from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
+from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores
+from hvdtrain.collectives.world import World, rank_from_environment
+from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe
 from hvdtrain.trainer.options import RunOptions, split
 
@@ -241,26 +240,16 @@ def on_ranks(
         if where["ranks"] is None and where["hosts"] is None and where["hostfile"] is None:
             where["ranks"] = 2
         return start(["bench", str(context.command.name), *own_arguments(context)], check, **where)
-    from hvdtrain.cli.train import leave
-
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_from_environment())))
+    share_cores()
     if "HOROVOD_RANK" not in os.environ:
         # MPI has started this rank; begun here, it outlives Horovod, which `bench step` starts anew.
         from mpi4py import MPI  # noqa: F401
-    try:
+    with leaving_on_failure():
         check()
-        world = init()
-        messages.send("started", rank=world.rank, host=socket.gethostname(), pid=os.getpid())
+        world = begin()
         if world.size == 1:
             raise UserError("this is the only rank: there is nothing to exchange; expected 2 ranks or more")
         work(world)
-    except (UserError, RunError) as error:
-        leave(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error), "")
-    except KeyboardInterrupt:
-        leave(130, "interrupted", "")
-    except Exception as error:
-        leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
     messages.send("finished", rank=world.rank, code=0)
     from hvdtrain.collectives import ops
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-import traceback
-from dataclasses import replace
-from typing import Any, NoReturn
 
 import click
 
-from hvdtrain import messages
 from hvdtrain.cli import options
-from hvdtrain.collectives.world import init, local_size_from_environment, rank_from_environment
+from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failure
+from hvdtrain.collectives.world import FUSION_BYTES
 from hvdtrain.elastic import membership
 from hvdtrain.elastic.supervisor import Supervisor
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER, RunError, UserError
+from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
 
@@ -56,33 +52,15 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
         if arguments.given.get("exchange") == "horovod":
-            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 << 20))  # its own default, which init lowers
-        world = init()
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
+        world = begin(member)
     except UserError as error:
-        messages.send("failed", **_who(), code=EXIT_USER, error=str(error), traceback="")
+        tell_failure(EXIT_USER, str(error), "")
         raise
-    if member is not None:
-        world = replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
-    else:
-        messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
     from hvdtrain.trainer.fit import fit_from_command_line
 
-    try:
+    with leaving_on_failure(member):
         summary = fit_from_command_line(arguments.cls, arguments.name, arguments.given, world, member)
-    except membership.Left:
-        quit_at_once(EXIT_REQUEUE)
-    except membership.Expelled:
-        quit_at_once(EXIT_FAILED)
-    except membership.Over as over:
-        quit_at_once(over.code)
-    except (UserError, RunError) as error:
-        if member is not None and member.joined:
-            member.end(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error))
-        leave(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error), "")
-    except KeyboardInterrupt:
-        leave(130, "interrupted", "")
-    except Exception as error:
-        leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
     return 0 if summary["finished"] else EXIT_REQUEUE
 
 
@@ -91,33 +69,10 @@ def arguments_of(args: list[str]) -> options.Arguments:
     spec, *rest = args
     if spec.startswith("-"):
         raise UserError(f"RECIPE comes first and its options after it: hvdtrain train RECIPE {spec} ...")
-    # Before torch is imported, and so for every library it brings.
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_from_environment())))
+    share_cores()  # before the recipe imports torch, and so for every library it brings
     return options.parse(load(spec), spec, rest)
 
 
 def check_arguments(args: list[str]) -> None:
     """What `hvdtrain launch` checks before any rank starts: RECIPE and its options. Raises UserError."""
     options.check(arguments_of(args))
-
-
-def leave(code: int, error: str, trace: str) -> NoReturn:
-    """End this rank at once, saying why; the launcher, or the broken connection, ends the others."""
-    who = _who()
-    messages.send("failed", **who, code=code, error=error, traceback=trace)
-    if not messages.launched():
-        prefix = f"rank {who['rank']} on {who['host']}: " if rank_from_environment() is not None else ""
-        print(f"{trace}hvdtrain: error: {prefix}{error}", file=sys.stderr)
-    quit_at_once(code)
-
-
-def quit_at_once(code: int) -> NoReturn:
-    """End this process without Horovod's exit handler, which would wait for the other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _who() -> dict[str, Any]:
-    return {"rank": rank_from_environment() or 0, "host": socket.gethostname()}

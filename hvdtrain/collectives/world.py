@@ -14,6 +14,7 @@ from hvdtrain.native import installed
 
 # What launchers leave in the environment of a rank.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
 M_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")

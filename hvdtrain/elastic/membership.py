@@ -19,13 +19,14 @@ import psutil
 
 from hvdtrain.elastic.board import Board, BoardLost
 from hvdtrain.elastic.rendezvous import Server
-from hvdtrain.errors import RunError
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
 
 MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
 MESSAGES = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
 POLL = 0.02  # seconds
 PREFLIGHT = 10.0  # seconds for all of a plan to say that they follow it
 PATIENCE = 60.0  # seconds that the first generation waits for slots that do not come
+LOST = "the others went on without this member: it was frozen, or out of reach"
 PROPOSER = 1.0  # seconds after which another proposes a plan if the first in line does not
 
 
@@ -84,19 +85,11 @@ class Place:
         return values | {"HOROVOD_HOSTNAME": self.host}
 
 
-class Expelled(Exception):
-    """The others have gone on without this member: it was frozen, or out of reach. Its process has to end."""
+class Gone(Exception):
+    """This member is none any more, and its process has to end, with this exit code."""
 
-
-class Left(Exception):
-    """This member has left, as it was asked to; the others go on."""
-
-
-class Over(Exception):
-    """The run has ended; the exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"the run has ended with {code}")
+    def __init__(self, why: str, code: int) -> None:
+        super().__init__(why)
         self.code = code
 
 
@@ -137,17 +130,17 @@ class Membership:
         return members < self.slot.least
 
     def leave_if_asked(self) -> None:
-        """Leave at the end of a generation, if this member was asked to. Raises Left then."""
+        """Leave at the end of a generation, if this member was asked to. Raises Gone then."""
         if self.leaving:
             self.board.propose(f"gone-{self.member}", "left")
-            raise Left
+            raise Gone("left, as it was asked to", EXIT_REQUEUE)
 
     def next_place(self, step: int) -> Place:
         """Form the next generation with whoever is there; returns when all of it say that they follow its plan.
 
         step: that this worker's state has reached; -1 where it has none.
-        Raises Expelled where the others went on without this one, Over where the run has ended, RunError where the
-        same error has come twice at the same step.
+        Raises Gone where the others went on without this one or the run has ended, RunError where the same error has
+        come twice at the same step.
         """
         while True:
             number = self.generation + 1
@@ -158,7 +151,7 @@ class Membership:
             names = [member["id"] for member in plan["members"]]
             if self.member not in names:
                 if self.joined:
-                    raise Expelled
+                    raise Gone(LOST, EXIT_FAILED)
                 continue
             if self._all_follow(number, names):
                 self.joined, self.regrouping = True, False
@@ -184,10 +177,10 @@ class Membership:
             if (plan := board.fact(f"plan-{number}")) is not None:
                 return dict(plan)
             if (verdict := board.fact("verdict")) is not None:
-                raise Over(int(verdict["code"]))
+                raise Gone("the run has ended", int(verdict["code"]))
             here, gone = board.facts(f"here-{number}-"), board.facts("gone-")
             if self.member in gone:
-                raise Expelled
+                raise Gone(LOST, EXIT_FAILED)
             present = {member: about for member, about in here.items() if member not in gone}
             if previous:
                 complete = all(member in here or member in gone for member in previous)

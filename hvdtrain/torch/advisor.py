@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hvdtrain.torch.exchange import Exchange
 
 CANDIDATES = ("fp16", "int8", "onebit", "topk:0.01", "powersgd:4")
+METHODS = ("none", *CANDIDATES)
 SETTLE = 3  # steps after a change that are not measured
 TRIAL = 6  # steps measured of each choice in a round
 ROUNDS = 2
@@ -47,9 +48,8 @@ class Advisor:
         self._course: Generator[None, None, None] | None = self._run()
         self._begun = time.perf_counter()
         self._seconds: list[float] = []  # of the steps of this trial
-        self._ready: list[
-            list[float]
-        ] = []  # when each bucket was full, and the backward pass over, from a step's begin
+        # When each bucket was full, and the backward pass over, from a step's begin.
+        self._ready: list[list[float]] = []
 
     def after_step(self) -> None:
         if self._course is None:
@@ -62,6 +62,15 @@ class Advisor:
         except StopIteration:  # nothing is left to watch
             self._course = None
         self._begun = time.perf_counter()
+
+    @property
+    def _places(self) -> list[int]:
+        """Of the buckets that may have a method."""
+        return [i for i, bucket in enumerate(self.exchange.buckets) if bucket.coded]
+
+    @property
+    def _none(self) -> Choice:
+        return ("none",) * len(self._places)
 
     def _agree(self, value: T) -> T:
         """Rank 0's value."""
@@ -79,16 +88,15 @@ class Advisor:
         # This step made the buckets; a warm-up is plain.
         while exchange.steps < exchange.spec.warmup:
             yield
-        places = [i for i, bucket in enumerate(exchange.buckets) if bucket.coded]
-        none: Choice = ("none",) * len(places)
+        places, none = self._places, self._none
         if not places:
             self.tell("advisor   none: no parameter is large enough to be worth compressing")
             return
         plain = yield from self._steps(TRIAL)
         *ready, end = self._agree([statistics.median(column) for column in zip(*self._ready[SETTLE:], strict=True)])
         network = probe.fit("advisor.network", exchange.group, exchange.buckets[0].channel.flat.device)
-        costs = self._costs(places)
-        fixed = [Cost("none", 0, 0, bucket.channel.wire_bytes, 1) for bucket in exchange.buckets]
+        fixed = [cost_of(exchange, place, "none") for place in range(len(exchange.buckets))]
+        costs = {(place, method): cost_of(exchange, place, method, repeats=2) for place in places for method in METHODS}
 
         def modelled(choice: Choice) -> float:
             chosen = list(fixed)
@@ -103,27 +111,26 @@ class Advisor:
         seconds: dict[Choice, list[float]] = {choice: [] for choice in hopeful} | {none: plain}
         # In turns, so that a machine or network that drifts favours none of them.
         for choice in (*hopeful, none) * ROUNDS if hopeful else ():
-            self._assign(places, choice)
+            self._assign(choice)
             seconds[choice] += yield from self._steps(TRIAL)
         measured = {choice: statistics.median(values) for choice, values in seconds.items()}
-        baseline = measured[none]
         chosen = min(measured, key=lambda choice: measured[choice])
-        if measured[chosen] > GAIN * baseline:
+        if measured[chosen] > GAIN * measured[none]:
             chosen = none
-        self._assign(places, chosen)
-        self._report(places, network, costs, predicted, measured, chosen, none)
-        yield from self._watch(places, chosen, none, baseline)
+        self._assign(chosen)
+        self._report(network, costs, predicted, measured, chosen)
+        yield from self._watch(chosen, measured[none])
 
-    def _watch(self, places: list[int], chosen: Choice, none: Choice, baseline: float) -> Generator[None, None, None]:
+    def _watch(self, chosen: Choice, baseline: float) -> Generator[None, None, None]:
         """Go back to none, once, if the choice has become slower than none is now."""
         assert self.advice is not None
-        interval = WATCH
+        interval, none = WATCH, self._none
         while chosen != none:
             seconds = statistics.median((yield from self._steps(interval, skip=0)))
             if seconds <= SLOWER * baseline:
                 continue
             interval *= 2
-            self._assign(places, none)
+            self._assign(none)
             baseline = statistics.median((yield from self._steps(TRIAL)))
             if baseline < seconds:
                 self.tell(
@@ -132,48 +139,27 @@ class Advisor:
                 )
                 self.advice |= {"chosen": list(none), "went_back_at_step": self.exchange.steps}
                 return
-            self._assign(places, chosen)
+            self._assign(chosen)
 
-    def _assign(self, places: Sequence[int], choice: Choice) -> None:
-        for place, method in zip(places, choice, strict=True):
+    def _assign(self, choice: Choice) -> None:
+        for place, method in zip(self._places, choice, strict=True):
             bucket = self.exchange.buckets[place]
             if bucket.method != method:
-                choose(bucket, *self._method(method), self._key(place))
-
-    def _costs(self, places: Sequence[int]) -> dict[tuple[int, str], Cost]:
-        """What each method costs for each bucket that may have one."""
-        exchange = self.exchange
-        found = {}
-        for place in places:
-            bucket = exchange.buckets[place]
-            found[place, "none"] = Cost("none", 0, 0, bucket.channel.wire_bytes, 1)
-            for method in CANDIDATES:
-                scratch = torch.empty_like(bucket.channel.flat)
-                channel = make_channel(bucket, scratch, *self._method(method), self._key(place))
-                found[place, method] = cost.measure(channel, method, repeats=2)
-        return found
-
-    def _method(self, text: str) -> tuple[Spec, str]:
-        spec = replace(parse(text), feedback=self.exchange.spec.feedback)
-        return spec, spec.argument
-
-    def _key(self, place: int) -> Key:
-        return Key(self.exchange.seed, 0, place, ops.rank(self.exchange.group))
+                choose(bucket, *_way(self.exchange, place, method))
 
     def _report(
         self,
-        places: list[int],
         network: probe.Network,
         costs: dict[tuple[int, str], Cost],
         predicted: dict[Choice, float],
         measured: dict[Choice, float],
         chosen: Choice,
-        none: Choice,
     ) -> None:
         """Set `advice`, and tell it in a table."""
+        none = self._none
         rows: list[dict[str, Any]] = []
         for choice in sorted(predicted, key=lambda choice: measured.get(choice, predicted[choice])):
-            parts = [costs[place, method] for place, method in zip(places, choice, strict=True)]
+            parts = [costs[place, method] for place, method in zip(self._places, choice, strict=True)]
             rows.append(
                 {
                     "choice": list(choice),
@@ -212,16 +198,30 @@ class Advisor:
         self.tell(f"advisor   takes {shown(chosen)}: {reason}")
 
 
+def cost_of(exchange: Exchange, place: int, method: str, repeats: int = 3) -> Cost:
+    """What a method costs for a bucket in each step: measured apart from training, on all ranks, none reckoned."""
+    bucket = exchange.buckets[place]
+    if method == "none":
+        return Cost("none", 0.0, 0.0, bucket.channel.wire_bytes, 1)
+    channel = make_channel(bucket, torch.empty_like(bucket.channel.flat), *_way(exchange, place, method))
+    return cost.measure(channel, method, repeats)
+
+
+def _way(exchange: Exchange, place: int, method: str) -> tuple[Spec, str, Key]:
+    """A method for a bucket, with the exchange's own options: spec, argument and key."""
+    spec = replace(parse(method), feedback=exchange.spec.feedback, momentum=exchange.spec.momentum)
+    return spec, spec.argument, Key(exchange.seed, 0, place, ops.rank(exchange.group))
+
+
 def shortlist(modelled: Callable[[Choice], float], buckets: int) -> list[Choice]:
     """Choices worth a look, the fastest by the model first: one method for all buckets, and the best mixture."""
-    methods = ("none", *CANDIDATES)
-    choices = sorted(((method,) * buckets for method in methods), key=modelled)
+    choices = sorted(((method,) * buckets for method in METHODS), key=modelled)
     best = choices[0]
     better = True
     while better:  # one bucket's method at a time, as long as it helps
         better = False
         for place in range(buckets):
-            for method in methods:
+            for method in METHODS:
                 candidate = (*best[:place], method, *best[place + 1 :])
                 if modelled(candidate) < modelled(best) * (1 - 1e-6):
                     best, better = candidate, True

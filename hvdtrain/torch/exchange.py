@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,10 +26,13 @@ class Exchange:
     when autograd has finished it, and a full bucket is sent. `finish` sends what is left, waits, and makes every
     `p.grad` a view of the reduced bucket. A parameter that no rank used keeps the gradient None, so that the
     optimizer leaves it alone as it would in a single process; one that only some ranks used counts as zero elsewhere.
+    A parameter is in one exchange at a time: ValueError names one that is in another, which nobody has closed.
 
     Buckets are made at the end of the first step, in the order in which its gradients became ready; that step sends
     nothing before its end.
     """
+
+    _open: ClassVar[weakref.WeakSet[Exchange]] = weakref.WeakSet()  # those whose hooks are in place
 
     def __init__(
         self,
@@ -47,6 +51,10 @@ class Exchange:
         self.size = ops.size(group)
         self.named = [(name, p) for name, p in named if p.requires_grad]
         check(self.named, spec)
+        taken = {p for other in self._open for _, p in other.named}
+        for name, p in self.named:
+            if p in taken:
+                raise ValueError(f"{name} is in another DistributedOptimizer already: call its exchange.close() first")
         self.buckets: list[Bucket] = []
         # The flags of buckets that a codec may carry, joined.
         self.flags = Plain("gradients.flags", torch.zeros(0), average=False, group=group)
@@ -62,11 +70,13 @@ class Exchange:
             p.register_post_accumulate_grad_hook(self._make_hook(i, name, p))  # type: ignore[no-untyped-call]
             for i, (name, p) in enumerate(self.named)
         ]
+        self._open.add(self)
 
     def close(self) -> None:
-        """Take no gradients any more: another exchange takes over."""
+        """Leave the parameters, to which another exchange may come then; this one is of no more use."""
         for hook in self._hooks:
             hook.remove()
+        self._open.discard(self)
 
     def build(self, order: list[str]) -> None:
         """Make the buckets. order: names, the first that became ready first; those that are not in it come last."""

@@ -45,8 +45,8 @@ def DistributedOptimizer(
     process_set: the ranks that train this model together; None: all. bucket_bytes: about as much is sent at once.
     exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
-    Raises ValueError where a parameter of the optimizer has no name or a name stands twice, UserError for a wrong
-    compression.
+    Raises ValueError where a parameter of the optimizer has no name, a name stands twice or a parameter is in another
+    DistributedOptimizer whose `exchange` was not closed; UserError for a wrong compression.
     """
     named_parameters = list(named_parameters)
     spec = parse(compression)

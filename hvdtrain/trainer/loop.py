@@ -16,7 +16,7 @@ from hvdtrain import messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
-from hvdtrain.elastic.membership import Expelled, Left, Membership, Over
+from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
@@ -84,7 +84,7 @@ def train(
                 else:
                     report.lines([f"world     {world.size} rank{'s' * (world.size > 1)}, from step {at.step} on"])
                 ending = run_steps(run, step, at, report, stop)
-            except (UserError, RunError, Expelled, Left, Over):
+            except (UserError, RunError, Gone):
                 raise
             except Exception as error:
                 if membership is None:

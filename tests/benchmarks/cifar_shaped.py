@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
+from hvdtrain.finder import load
 from hvdtrain.torch import Recipe, option
 
+Digits = load("digits")
 SIDE = 32  # pixels
 EVALUATED = 5  # pictures of each digit that is held out
 
@@ -18,7 +19,7 @@ EVALUATED = 5  # pictures of each digit that is held out
 class CifarShaped(Recipe):
     """ResNet-18 on 32x32 pictures, each of a handwritten digit (UCI) of some colour, place and size on a motley ground.
 
-    Digits come from scikit-learn, every fifth for evaluation only; the pictures are the same each time. Of the size of
+    Digits and their split are those of the recipe digits; the pictures are the same each time. Of the size of
     CIFAR-10, 11 million parameters, but with ImageNet's stem, which shrinks pictures at once: made for benchmarks of
     gradient exchange, where a step has to be cheap while its exchange is not.
     """
@@ -36,26 +37,15 @@ class CifarShaped(Recipe):
         return resnet18(num_classes=10)
 
     def dataset(self, split):
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-        labels = torch.tensor(digits.target)
-        # Every fifth digit is for evaluation: 360 of 1,797.
-        held_out = torch.arange(len(labels)) % 5 == 0
-        chosen = held_out if split == "eval" else ~held_out
+        digits, labels = Digits().dataset(split).tensors
         each = EVALUATED if split == "eval" else self.renderings
         made = torch.Generator().manual_seed(1 if split == "train" else 2)
-        return TensorDataset(pictures(images[chosen].repeat(each, 1, 1, 1), made), labels[chosen].repeat(each))
+        return TensorDataset(pictures(digits.repeat(each, 1, 1, 1), made), labels.repeat(each))
 
     def optimizer(self, params):
         return torch.optim.SGD(params, lr=self.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
-    def score(self, model, batch):
-        images, labels = batch
-        logits = model(images)
-        return {
-            "loss": F.cross_entropy(logits, labels, reduction="none"),
-            "accuracy": (logits.argmax(1) == labels).float(),
-        }
+    score = Digits.score
 
 
 def pictures(digits, made):

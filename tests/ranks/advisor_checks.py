@@ -52,9 +52,8 @@ def check_what_is_owed_is_carried_over():
     chooser = advisor.Advisor(optimizer.exchange)
     for step in range(40):
         if step % 4 == 1:
-            places = [i for i, bucket in enumerate(optimizer.exchange.buckets) if bucket.coded]
-            assert len(places) == 2
-            chooser._assign(places, (next(methods), next(methods)))
+            assert len(chooser._places) == 2
+            chooser._assign((next(methods), next(methods)))
         shares = [
             torch.randn(p.shape, generator=torch.Generator().manual_seed(7 * step + WORLD.rank))
             for p in net.parameters()
@@ -117,16 +116,15 @@ def check_it_goes_back_once():
         optimizer = wrapped(net)
         train_step(net, optimizer, 0)
         own = optimizer.exchange.advisor
-        places = [i for i, bucket in enumerate(optimizer.exchange.buckets) if bucket.coded]
-        chosen, none = ("topk:0.5", "topk:0.5"), ("none", "none")
-        own._assign(places, chosen)
+        chosen = ("topk:0.5", "topk:0.5")
+        own._assign(chosen)
         own.advice, news = {}, []
         own.tell = news.append
         advisor.WATCH = 5
         # Slow: encoding is made to take long. Not slow: everything is quicker than what none is said to have taken.
-        for place in places if slow else ():
+        for place in own._places if slow else ():
             hamper(optimizer.exchange.buckets[place].channel.codec)
-        own._course = own._watch(places, chosen, none, 1e-9 if slow else 1e9)
+        own._course = own._watch(chosen, 1e-9 if slow else 1e9)
         next(own._course)
         for step in range(1, 40):
             train_step(net, optimizer, step)

@@ -10,11 +10,9 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.collectives import ops
-from hvdtrain.compression.channel import Channel
-from hvdtrain.compression.codec import Key
 from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.spec import make_codec, parse
 from hvdtrain.torch import DistributedOptimizer, buckets
+from tests.ranks.channels import channel, exchange, gradient, summed
 
 warnings.simplefilter("error")
 WORLD = hvdtrain.init()
@@ -39,37 +37,6 @@ SHAPES = [(40, 25), (7, 30), (1, 13)]
 N = sum(n * m for n, m in SHAPES)
 # Many small buckets, so that their order matters.
 buckets.FIRST_BUCKET_BYTES, buckets.BUCKET_BYTES = 300, 2500
-made = 0
-
-
-def channel(text, shapes=SHAPES):
-    """A channel as the exchange makes it."""
-    global made
-    made += 1
-    spec, key = parse(text), Key(0, 0, made, RANK)
-    codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
-    flat = torch.zeros(sum(n * m for n, m in shapes))
-    options = {"feedback": spec.feedback, "warmup": spec.warmup, "momentum": spec.momentum}
-    return Channel(f"checks.{made}", flat, codec, key, **options)
-
-
-def gradient(step, rank=RANK, n=N):
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()
-
-
-def exchange(c, step, flat):
-    c.flat.copy_(flat)
-    c.start(step)
-    c.turn()
-    c.finish()
-    if c.finite():
-        c.commit()
-    return c.flat
-
-
-def summed(x):
-    return ops.sum_float64(x.double().numpy(), "checks.sum")
 
 
 def debts(c):
@@ -104,10 +71,10 @@ def memories(c):
 def check_nothing_is_lost():
     """Each step: gradients and debts before = what was applied and debts after."""
     for text in MINDFUL:
-        c = channel(text)
+        c = channel(text, SHAPES)
         velocity = torch.zeros(N)
         for step in range(20):
-            g = gradient(step)
+            g = gradient(step, N)
             before = debts(c)
             if c.velocity is not None:
                 velocity = g + 0.9 * c.velocity
@@ -155,13 +122,12 @@ def check_any_order_of_finishing():
     """Some ranks go through the channels backwards, in each phase: no hang, and the same bits."""
     results = []
     for turned in (False, True):
-        global made
-        made = 1000  # the same names, and so the same randomness
-        channels = [channel(text) for text in SPECS]
+        # The same names, and so the same randomness.
+        channels = [channel(text, SHAPES, 1000 + i) for i, text in enumerate(SPECS)]
         seen = []
         for step in range(3):
             for i, c in enumerate(channels):
-                c.flat.copy_(gradient(10 * step + i))
+                c.flat.copy_(gradient(10 * step + i, N))
             for phase in ("start", "turn", "finish"):
                 backwards = turned and (RANK + step + len(phase)) % 2
                 for c in reversed(channels) if backwards else channels:
@@ -177,13 +143,13 @@ def check_any_order_of_finishing():
 def check_what_is_not_finite():
     """On one rank only: all ranks see it, and no memory takes it in; the next step is as if it had not been."""
     for text in [*MINDFUL, *SPECS]:
-        c = channel(text)
+        c = channel(text, SHAPES)
         for step in range(2):
-            exchange(c, step, gradient(step))
+            exchange(c, step, gradient(step, N))
         edges = [(math.nan, 0), (math.inf, N - 1), (-math.inf, N // 2), (math.nan, N - 13)]
         for step, (wrong, place) in enumerate(edges, 2):
             before = memories(c)
-            g = gradient(step)
+            g = gradient(step, N)
             if step % SIZE == RANK:
                 g[place] = wrong
             assert not exchange(c, step, g).isfinite().all(), (text, wrong, place)
@@ -191,7 +157,7 @@ def check_what_is_not_finite():
             assert before.keys() == after.keys()
             for name, memory in before.items():
                 assert torch.equal(memory, after[name]), (text, name)
-        assert exchange(c, 9, gradient(9)).isfinite().all(), text
+        assert exchange(c, 9, gradient(9, N)).isfinite().all(), text
         assert_same_on_all(text, c.flat)
 
 
@@ -203,9 +169,9 @@ def check_wire_bytes():
     per_block = {"fp16": 2, "bf16": 2, "int8": 516, "onebit": 132}
     per_block |= {"qsgd:2bit": 132, "qsgd:4bit": 260, "qsgd:8bit": 516}
     for text in SPECS:
-        c = channel(text)
+        c = channel(text, SHAPES)
         for step in range(2):
-            exchange(c, step, gradient(step))
+            exchange(c, step, gradient(step, N))
             method = text.split(",")[0]
             if method in per_block:
                 size = block[method.split(":")[0]]
@@ -272,29 +238,6 @@ def inputs_of(step, rank=RANK, count=6):
 def loss_of(model, inputs, step=0):
     out = model(inputs, step) if isinstance(model, Crossed) else model(inputs)
     return (out - inputs[:, :3]).square().sum(1).mean()
-
-
-def check_ranks_stay_the_same():
-    """20 steps of every method: other orders of hooks, unused parameters, a 0-dim parameter; agreement_checks: 200."""
-    for text in SPECS:
-        argument = text.split(",")[0].partition(":")[2]
-        model = Crossed((torch.float64, torch.float16, torch.bfloat16))
-        # Also the scalar, which has no axes, goes through the codec.
-        optimizer = wrap(model, 0.002, f"{text},min=1,layer.scale={argument}")
-        first = loss_of(model, inputs_of(0), 0).item()
-        for step in range(20):
-            optimizer.zero_grad()
-            loss_of(model, inputs_of(step), step).backward()
-            optimizer.step()
-        assert model.never.weight.grad is None
-        assert_same_on_all(text, *model.parameters())
-        assert all(p.isfinite().all() for p in model.parameters()), text
-        assert loss_of(model, inputs_of(0), 0).item() < first, text
-        if SIZE > 1:
-            coded = {name for bucket in optimizer.exchange.compressed for name in bucket.names}
-            expected = {name for name, p in model.named_parameters() if p.dim() > 1} | {"scale"}
-            assert coded == expected, coded ^ expected
-            assert len(optimizer.exchange.compressed) > 1
 
 
 def check_not_finite_through_the_optimizer():

@@ -143,6 +143,34 @@ def check_one_backward_too_many_is_an_error():
     optimizer.step()
 
 
+def check_a_parameter_is_wrapped_once():
+    """Twice is an error that names it, until the first exchange is closed; which then takes no part any more."""
+    if WORLD.size == 1:
+        return
+    model, reference = make_model(), make_model()
+    optimizer = first = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    plain = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for step in range(STEPS):
+        if step == 2:
+            try:
+                DistributedOptimizer(torch.optim.SGD(model[2].parameters(), lr=0.1), model[2].named_parameters("2"))
+            except ValueError as error:
+                assert str(error).startswith("2.weight is in another DistributedOptimizer"), error
+            else:
+                raise AssertionError("no error")
+        if step == 3:
+            first.exchange.close()
+            optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        whole, mine = examples(step)
+        for each, m, inputs in ((optimizer, model, mine), (plain, reference, whole)):
+            each.zero_grad(set_to_none=step != 3)
+            loss_of(m, inputs).backward()
+            each.step()
+    assert (first.exchange.steps, optimizer.exchange.steps) == (3, STEPS - 3)
+    assert not first.exchange.pending
+    same(model, reference)
+
+
 class Branches(nn.Module):
     """Uses `left` on some ranks only, `never` nowhere; `frozen` does not train; `shared` is used twice."""
 

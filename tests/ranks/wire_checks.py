@@ -9,14 +9,11 @@ import warnings
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 import hvdtrain
 from hvdtrain.collectives import ops
-from hvdtrain.compression.channel import Channel
-from hvdtrain.compression.codec import Key
-from hvdtrain.compression.spec import make_codec, parse
+from tests.ranks.channels import channel, exchange, gradient, summed
 from tests.ranks.wire_rank import traffic
 
 warnings.simplefilter("error")
@@ -28,38 +25,6 @@ STEPS = 15
 MINDFUL = ["int8", "onebit", "topk:0.02", "randomk:0.1", "powersgd:4", "qsgd:4bit,feedback=on", "fp16,feedback=on"]
 UNBIASED = ["qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.2,feedback=off"]
 COUNTED = ["none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "randomk:0.01", "powersgd:4", "topk:0.01"]
-made = 0
-
-
-def channel(text: str) -> Channel:
-    """A channel of N values, of a name that no other has."""
-    global made
-    made += 1
-    spec, key = parse(text), Key(0, 0, made, WORLD.rank)
-    codec = make_codec(spec, spec.argument, SHAPES, key, torch.device("cpu"))
-    return Channel(f"wire.{made}", torch.zeros(N), codec, key, feedback=spec.feedback)
-
-
-def gradient(step: int) -> Tensor:
-    """(N,) this rank's, of magnitudes over some orders."""
-    generator = torch.Generator().manual_seed(1000 * WORLD.rank + step)
-    return torch.randn(N, generator=generator) * torch.randn(N, generator=generator).exp()
-
-
-def exchanged(c: Channel, step: int, flat: Tensor) -> Tensor:
-    """The sum over ranks as every rank has decoded it, in the channel's own memory."""
-    c.flat.copy_(flat)
-    c.start(step)
-    c.turn()
-    c.finish()
-    assert c.finite()
-    c.commit()
-    return c.flat
-
-
-def summed(x: Tensor) -> NDArray[np.float64]:
-    """The sum over ranks in float64."""
-    return ops.sum_float64(x.double().numpy(), f"wire.summed.{len(x)}")
 
 
 def assert_same_on_all(text: str, seen: hashlib._Hash) -> None:
@@ -73,13 +38,14 @@ def check_all_that_is_given_is_applied_or_owed() -> None:
     The debt does not grow with the steps, so the mean of what is applied comes to the exact mean as 1 / steps.
     """
     for text in MINDFUL:
-        c = channel(text)
+        c = channel(text, SHAPES)
         seen = hashlib.sha256()
         given, applied = torch.zeros(N, dtype=torch.float64), np.zeros(N)
         for step in range(STEPS):
-            g = gradient(step)
+            g = gradient(step, N)
             given += g
-            applied += exchanged(c, step, g).double().numpy()
+            applied += exchange(c, step, g).double().numpy()
+            assert c.finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
         assert_same_on_all(text, seen)
         debt = c.debt()
@@ -95,12 +61,13 @@ def check_all_that_is_given_is_applied_or_owed() -> None:
 def check_casts_are_off_by_their_rounding() -> None:
     """fp16 rounds each share and each partial sum, bf16 each share and the sum: half a step of the last bit."""
     for text, half in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
-        c = channel(text)
+        c = channel(text, SHAPES)
         seen = hashlib.sha256()
         for step in range(STEPS):
-            g = gradient(step)
+            g = gradient(step, N)
             exact, size = summed(g), summed(g.abs())
-            off = np.abs(exchanged(c, step, g).double().numpy() - exact)
+            off = np.abs(exchange(c, step, g).double().numpy() - exact)
+            assert c.finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
             roundings = WORLD.size if text == "fp16" else 2
             assert (off <= roundings * half * size * 1.01 + 1e-6).all(), (text, step)
@@ -109,14 +76,15 @@ def check_casts_are_off_by_their_rounding() -> None:
 
 def check_unbiased_methods_come_to_the_mean() -> None:
     """Of the same gradients 50 times over: without a bias, the mean's error has a fiftieth of the variance of one."""
-    trials, g = 50, gradient(0)
+    trials, g = 50, gradient(0, N)
     exact = summed(g)
     for text in UNBIASED:
-        c = channel(text)
+        c = channel(text, SHAPES)
         seen = hashlib.sha256()
         single, total = 0.0, np.zeros(N)
         for step in range(trials):
-            off = exchanged(c, step, g).double().numpy() - exact
+            off = exchange(c, step, g).double().numpy() - exact
+            assert c.finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
             single += float(np.square(off).mean()) / trials
             total += off / trials

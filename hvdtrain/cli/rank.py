@@ -1,0 +1,75 @@
+"""What commands that are one rank among many share: how they begin, and how they end when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NoReturn
+
+from hvdtrain import messages
+from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
+from hvdtrain.elastic.membership import Gone, Membership
+from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
+
+
+def share_cores() -> None:
+    """Set OMP_NUM_THREADS, unless it is, to this rank's share of its host's cores: before torch is imported."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_from_environment())))
+
+
+def begin(member: Membership | None = None) -> World:
+    """Start Horovod, and tell the launcher. Raises UserError.
+
+    A member of an elastic run is alone at first, and tells when it has joined the others.
+    """
+    world = init()
+    if member is not None:
+        return replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
+    messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
+    return world
+
+
+@contextlib.contextmanager
+def leaving_on_failure(member: Membership | None = None) -> Iterator[None]:
+    """End this rank at once when what is done in here fails; with it the run, if this is a member of an elastic one."""
+    try:
+        yield
+    except Gone as gone:
+        quit_at_once(gone.code)
+    except (UserError, RunError) as error:
+        if member is not None and member.joined:
+            member.end(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error))
+        leave(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error), "")
+    except KeyboardInterrupt:
+        leave(130, "interrupted", "")
+    except Exception as error:
+        leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def leave(code: int, error: str, trace: str) -> NoReturn:
+    """End this rank at once, saying why; the launcher, or the broken connection, ends the others."""
+    tell_failure(code, error, trace)
+    if not messages.launched():
+        rank = rank_from_environment()
+        prefix = f"rank {rank} on {socket.gethostname()}: " if rank is not None else ""
+        print(f"{trace}hvdtrain: error: {prefix}{error}", file=sys.stderr)
+    quit_at_once(code)
+
+
+def quit_at_once(code: int) -> NoReturn:
+    """End this process without Horovod's exit handler, which would wait for the other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def tell_failure(code: int, error: str, trace: str) -> None:
+    """Tell the launcher, if there is one, that this rank fails."""
+    rank, host = rank_from_environment() or 0, socket.gethostname()
+    messages.send("failed", rank=rank, host=host, code=code, error=error, traceback=trace)

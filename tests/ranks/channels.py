@@ -1,0 +1,48 @@
+"""What checks of channels on ranks share: a channel, gradients, a step, the exact sum."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvdtrain.collectives import ops
+from hvdtrain.compression.channel import Channel
+from hvdtrain.compression.codec import Key
+from hvdtrain.compression.spec import make_codec, parse
+
+numbers = itertools.count(1)
+
+
+def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None) -> Channel:
+    """A channel as the exchange makes it. number: its name and its randomness; one that no other has, if not given."""
+    spec, key = parse(text), Key(0, 0, next(numbers) if number is None else number, ops.rank())
+    codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
+    flat = torch.zeros(sum(n * m for n, m in shapes))
+    options = {"feedback": spec.feedback, "warmup": spec.warmup, "momentum": spec.momentum}
+    return Channel(f"checks.{key.bucket}", flat, codec, key, **options)
+
+
+def gradient(step: int, n: int) -> Tensor:
+    """(n,) this rank's, of magnitudes over some orders."""
+    generator = torch.Generator().manual_seed(1000 * ops.rank() + step)
+    return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()
+
+
+def exchange(c: Channel, step: int, flat: Tensor) -> Tensor:
+    """The sum over ranks as every rank has decoded it, in the channel's own memory."""
+    c.flat.copy_(flat)
+    c.start(step)
+    c.turn()
+    c.finish()
+    if c.finite():
+        c.commit()
+    return c.flat
+
+
+def summed(x: Tensor) -> NDArray[np.float64]:
+    """The sum over ranks in float64."""
+    return ops.sum_float64(x.double().numpy(), f"checks.sum.{len(x)}")
