@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,10 @@ import click
 
 from hvdtrain.errors import EXIT_FAILED, UserError
 from hvdtrain.launch.command import command_line, hvdtrain_command, rank_environment
+from hvdtrain.launch.elastic import Elastic, keep_running
+from hvdtrain.launch.elastic import command_line as elastic_command_line
 from hvdtrain.launch.hosts import parse_hosts, place, read_hostfile
+from hvdtrain.launch.network import interface_to
 from hvdtrain.launch.run import run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,6 +67,23 @@ def launch_options(function: F) -> F:
     options_metavar="[LAUNCH OPTIONS]",
 )
 @launch_options
+@click.option("--elastic", is_flag=True, help="Let hosts come and go while it trains.")
+@click.option("--min-np", "least", type=click.IntRange(min=1), metavar="N", help="Elastic: wait below so many ranks.")
+@click.option("--max-np", "most", type=click.IntRange(min=1), metavar="N", help="Elastic: no more ranks than these.")
+@click.option(
+    "--discovery",
+    type=click.Path(path_type=Path),
+    metavar="SCRIPT",
+    help="Elastic: a program that prints the hosts there are, `host:slots` a line; asked once a second.",
+)
+@click.option(
+    "--relaunch",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Elastic: start a job that is lost as a whole again, from its newest checkpoint.",
+)
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
@@ -74,7 +94,16 @@ def launch_options(function: F) -> F:
 )
 @click.argument("recipe")
 @click.argument("train_args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
-def command(recipe: str, train_args: tuple[str, ...], **where: Any) -> int:
+def command(
+    recipe: str,
+    train_args: tuple[str, ...],
+    elastic: bool,
+    least: int | None,
+    most: int | None,
+    discovery: Path | None,
+    relaunch: int,
+    **where: Any,
+) -> int:
     """Start `hvdtrain train RECIPE` on many ranks and hosts.
 
     Launch options stand before RECIPE; all that follows RECIPE goes to `hvdtrain train` as it is, after a check here.
@@ -84,6 +113,7 @@ def command(recipe: str, train_args: tuple[str, ...], **where: Any) -> int:
     hvdtrain launch -np 4 digits --epochs 5              four ranks on this host
     hvdtrain launch -H a:8,b:8 --nic eth0 digits         sixteen ranks on two hosts
     hvdtrain launch --hostfile hosts --launcher mpirun digits --resume
+    hvdtrain launch --elastic --min-np 1 --max-np 8 --discovery ./hosts.sh --relaunch 5 digits
 
     Each line that a rank prints appears as `[rank] line`. horovodrun hands all environment variables on to the ranks;
     mpirun hands those on whose names begin with HVDTRAIN_, HOROVOD_, NCCL_, GLOO_, UCX_, OMP_, MKL_, MALLOC_, PYTHON,
@@ -95,6 +125,11 @@ def command(recipe: str, train_args: tuple[str, ...], **where: Any) -> int:
     75 saved and to be run again with --resume; 130 or 143 ended at once by Ctrl-C or SIGTERM.
     """
     args = [recipe, *train_args]
+    if elastic:
+        return start_elastic(args, least or 1, most, discovery, relaunch, **where)
+    for name, value in (("--min-np", least), ("--max-np", most), ("--discovery", discovery), ("--relaunch", relaunch)):
+        if value:
+            raise UserError(f"{name} {value} goes with --elastic")
     return start(["train", *args], lambda: check_train_arguments(args), **where)
 
 
@@ -131,11 +166,66 @@ def start(
         click.echo(shlex.join(line))
         return 0
     try:
-        return run(line, environ, placed, ssh_port=ssh_port, grace=grace)
+        return run(line, environ, placed, ssh_port=ssh_port, grace=grace)[0]
     except BrokenPipeError:
-        # Nobody reads the output: `hvdtrain launch ... | head`. Python's last flush must not complain of it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        return nobody_reads()
+
+
+def start_elastic(
+    args: list[str],
+    least: int,
+    most: int | None,
+    discovery: Path | None,
+    relaunch: int,
+    *,
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    launcher: str,
+    controller: str | None,
+    nic: str | None,
+    ssh_port: int | None,
+    dry_run: bool,
+    grace: float,
+) -> int:
+    """Run `hvdtrain train ARGS` elastically, and return the exit code."""
+    if launcher != "horovodrun" or controller == "mpi":
+        raise UserError("--elastic needs --launcher horovodrun and --controller gloo: MPI ends a job that loses a rank")
+    if ranks is not None:
+        raise UserError(f"-np {ranks} is a fixed number; --elastic takes --min-np and --max-np")
+    if (discovery is not None) + (hosts is not None) + (hostfile is not None) != 1:
+        raise UserError("--elastic takes its hosts from one of --discovery, -H and --hostfile: give one")
+    listed = parse_hosts(hosts) if hosts is not None else read_hostfile(hostfile) if hostfile is not None else []
+    elastic = Elastic(least, most, discovery, listed)
+    elastic.check()
+    if nic is None:
+        nic = interface_to(elastic.now())
+    environ = rank_environment(os.environ, launcher, "gloo")
+    check_train_arguments(args)
+    if relaunch and not any(arg == "--run-dir" or arg.startswith("--run-dir=") for arg in args):
+        raise UserError("--relaunch needs --run-dir: the folder whose checkpoints the job goes on from")
+
+    def command(resume: bool) -> list[str]:
+        return hvdtrain_command(["train", *args, *(["--resume"] if resume and "--resume" not in args else [])])
+
+    if dry_run:
+        line = elastic_command_line(elastic, command(False), Path("hosts.json"), nic=nic, ssh_port=ssh_port)
+        click.echo(shlex.join(line))
+        return 0
+
+    def launch(line: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
+        return run(line, environ, [], ssh_port=ssh_port, grace=grace, elastic=True)
+
+    try:
+        return keep_running(launch, elastic, command, environ, nic=nic, ssh_port=ssh_port, relaunch=relaunch)
+    except BrokenPipeError:
+        return nobody_reads()
+
+
+def nobody_reads() -> int:
+    """The exit code of `hvdtrain launch ... | head`; Python's last flush must not complain of it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_FAILED
 
 
 def check_train_arguments(args: list[str]) -> None:

@@ -206,7 +206,7 @@ class Supervisor:
         verdict = self.board.fact("verdict")
         if verdict is not None:
             return int(verdict["code"])
-        if self.drained:
+        if self.drained or code == EXIT_REQUEUE:
             # Never 0 while horovodrun counts on this slot: it would take that for the end of the run.
             return 0 if self.removed else EXIT_REQUEUE
         joined = any(member in [m["id"] for m in plan["members"]] for plan in self.board.facts("plan-").values())

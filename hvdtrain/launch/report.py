@@ -110,6 +110,18 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
     return (128 + asked, "") if asked else (EXIT_FAILED, f"error: {launcher} ended with code {code}; no rank said why")
 
 
+def elastic_outcome(report: Report, launcher: str, code: int, asked: int | None = None) -> tuple[int, str]:
+    """As `outcome`, of an elastic run: ranks may have been lost on the way, what counts is how the last ones ended."""
+    codes = set(report.finished.values())
+    if codes:
+        return (0 if 0 in codes else EXIT_REQUEUE), ""
+    if report.failed:
+        return failed_first(report, report.failed[0])
+    if asked:
+        return 128 + asked, ""
+    return EXIT_FAILED, f"error: {launcher} ended with code {code}, and all ranks with it"
+
+
 def lost_text(report: Report, host: str, why: str) -> str:
     """The loss of a host or of a rank on it, in words: which rank it can have been."""
     numbers = [str(rank) for rank, name in enumerate(report.hosts) if name == host]

@@ -17,7 +17,7 @@ from pathlib import Path
 from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
 from hvdtrain.launch.output import Line, Lines, take_message
-from hvdtrain.launch.report import Report, outcome
+from hvdtrain.launch.report import Report, elastic_outcome, outcome
 from hvdtrain.launch.screen import Screen
 
 SSH_SECONDS = 10  # to end ranks on another host, at most
@@ -36,6 +36,7 @@ class Job:
     asked: int | None = None  # the signal by which the user asked for a stop
     deadline: float | None = None  # of the stop, by the monotonic clock
     ended: bool = False  # by us, before its time
+    elastic: bool = False
     ssh: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
 
@@ -46,8 +47,11 @@ def run(
     *,
     ssh_port: int | None = None,
     grace: float = 30.0,
-) -> int:
-    """Run a launcher's command line in an environment until it ends; return the run's exit code.
+    elastic: bool = False,
+) -> tuple[int, bool]:
+    """Run a launcher's command line in an environment until it ends.
+
+    Returns the exit code, and whether somebody has said why: a rank that failed, or the user who asked for a stop.
 
     The first SIGINT, SIGTERM or SIGUSR1 asks rank 0 to stop and save; a second one, or the end of the grace, ends all.
     Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
@@ -55,6 +59,7 @@ def run(
     """
     with signals() as (received, woken):
         job = start(line, environ, Report(host_of_each_rank(hosts)), ssh_port, grace)
+        job.elastic = elastic
         with job.guard:
             try:
                 attend(job, received, woken)
@@ -63,7 +68,8 @@ def run(
                 job.life.close()
                 job.guard.wait()
                 end_remote_ranks(job)
-    verdict, text = outcome(job.report, Path(line[0]).name, job.guard.returncode, job.asked)
+    judge = elastic_outcome if elastic else outcome
+    verdict, text = judge(job.report, Path(line[0]).name, job.guard.returncode, job.asked)
     # What rank 0 has saved is saved, even if the others had to be ended.
     if job.ended and job.asked and job.report.finished.get(0) != EXIT_REQUEUE:
         verdict, text = 128 + job.asked, text if job.report.failed else ""
@@ -72,7 +78,7 @@ def run(
             job.screen.line(held)
     if text:
         job.screen.note(text)
-    return verdict
+    return verdict, bool(job.asked or job.report.failed)
 
 
 def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh_port: int | None, grace: float) -> Job:
@@ -164,7 +170,8 @@ def on_signal(job: Job, number: int) -> None:
         job.deadline = time.monotonic() + job.grace
         job.screen.note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
         if 0 not in job.report.finished:
-            signal_ranks(job, "TERM", [0])
+            # In an elastic run SIGTERM means one rank alone.
+            signal_ranks(job, "USR1" if job.elastic else "TERM", [0])
         return
     job.asked = number
     end(job)

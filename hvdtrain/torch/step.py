@@ -24,11 +24,9 @@ from hvdtrain.torch.data import batches, seed_all, to_device
 from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.scores import check, metrics_of, sums
 from hvdtrain.torch.setup import choose_device, load_datasets
 
-# What metrics.jsonl holds besides the recipe's metrics.
-RESERVED = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
-RESERVED |= {"gradient_norm", "loss_scale", "skipped"}
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,40 +100,17 @@ class TorchStep:
         self.model.train()
         with torch.no_grad(), self._autocast():
             scores = self.recipe.score(self.model, batch)
-        if not isinstance(scores, dict) or "loss" not in scores:
-            raise UserError(f"{type(self.recipe).__name__}.score must return a dict with 'loss', got {_shown(scores)}")
-        self.metrics = ("loss", *(name for name in scores if name != "loss"))
-        taken = sorted(set(self.metrics) & RESERVED)
-        if taken:
-            raise UserError(f"{type(self.recipe).__name__}.score: {taken[0]!r} is a column of metrics.jsonl; rename it")
-        self._check(scores, len(ids))
+        self.metrics = metrics_of(self.recipe, scores)
+        check(self.recipe, scores, self.metrics, len(ids))
         changing = [b for b, old in zip(buffers, before, strict=True) if not torch.equal(b, old)]
         for b, old in zip(buffers, before, strict=True):
             b.copy_(old)
         return changing
 
-    def _check(self, scores: dict[str, torch.Tensor], count: int) -> None:
-        """Raise UserError unless there is each metric and no other, with one value per example."""
-        if scores.keys() != set(self.metrics):
-            raise UserError(
-                f"{type(self.recipe).__name__}.score must always return the same scores: first "
-                f"{', '.join(self.metrics)}, now {', '.join(scores)}"
-            )
-        for name, score in scores.items():
-            if not isinstance(score, torch.Tensor) or score.shape != (count,):
-                raise UserError(
-                    f"{type(self.recipe).__name__}.score must return one value per example: {name!r} should have "
-                    f"shape ({count},) for {count} examples, got {_shown(score)}"
-                )
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, AMP_DTYPES[self.options.amp])
-
-    def _score_sums(self, scores: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(metrics,) float64: each score summed over the batch."""
-        return torch.stack([scores[name].detach().double().sum() for name in self.metrics])
 
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
@@ -155,9 +130,9 @@ class TorchStep:
         seed_all(seed)
         with self._autocast():
             scores = self.recipe.score(self.forward, to_device(batch, self.device, self.format))
-        self._check(scores, count)
+        check(self.recipe, scores, self.metrics, count)
         loss = scores["loss"]
-        self._sums[: len(self.metrics)] += self._score_sums(scores)
+        self._sums[: len(self.metrics)] += sums(scores, self.metrics)
         self._nonfinite_here |= ~torch.isfinite(loss.detach()).all()
         self._done += 1
         if self._done == self._passes:
@@ -183,9 +158,9 @@ class TorchStep:
             self.buffers.finish()
             waited = self.optimizer.waited + time.perf_counter() - begin
             self._sums_handle = None
-        sums = self._sums.cpu().numpy()
-        scores, told = np.split(sums[:-1].copy(), [len(self.metrics)])
-        nonfinite = bool(sums[-1])
+        agreed = self._sums.cpu().numpy()
+        scores, told = np.split(agreed[:-1].copy(), [len(self.metrics)])
+        nonfinite = bool(agreed[-1])
         return Agreed(scores, told, nonfinite, nonfinite and bool(self._nonfinite_here), waited)
 
     def update(self, factor: float) -> dict[str, float]:
@@ -231,8 +206,8 @@ class TorchStep:
         model.eval()
         with self._autocast():
             scores = self.recipe.score(model, to_device(batch, self.device, self.format))
-        self._check(scores, count)
-        return self._score_sums(scores).cpu().numpy()
+        check(self.recipe, scores, self.metrics, count)
+        return sums(scores, self.metrics).cpu().numpy()
 
     def state(self) -> bytes:
         exchange = self.optimizer.exchange
@@ -320,7 +295,3 @@ class TorchStep:
         batch = to_device(next(self.load("train", [ids], 0)), self.device, self.format)
         self.model.eval()
         return trace(self.recipe, self.model, batch)
-
-
-def _shown(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,103 @@
+"""Elastic runs: the command line for horovodrun, and starting the whole job again where it is lost."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from hvdtrain.launch import discover
+from hvdtrain.launch.command import find_program
+from hvdtrain.launch.hosts import Host, host_text
+
+COOL_DOWN = (10, 300)  # seconds, least and most, until a host on which a process was lost is tried again
+BACK_OFF = (2.0, 60.0)  # seconds before the first relaunch, doubled each time, and the most
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """The hosts of an elastic run: those of a discovery script, or else a fixed list."""
+
+    least: int
+    most: int | None
+    discovery: Path | None
+    hosts: Sequence[Host]
+
+    def check(self) -> None:
+        """Raise UserError for numbers that do not fit, or a script that is none."""
+        if self.most is not None and self.most < self.least:
+            raise UserError(f"--max-np {self.most} is less than --min-np {self.least}")
+        if self.discovery is None:
+            slots = sum(host.slots for host in self.hosts)
+            if slots < self.least:
+                raise UserError(f"--min-np {self.least} is more than the {slots} slots of the hosts given")
+            return
+        if not self.discovery.is_file():
+            raise UserError(f"--discovery {self.discovery}: there is no such file")
+        if not os.access(self.discovery, os.X_OK):
+            raise UserError(f"--discovery {self.discovery} is not executable: chmod +x {self.discovery}")
+
+    def now(self) -> list[str]:
+        """The names of the hosts that there are. Raises UserError where the script does not say."""
+        if self.discovery is None:
+            return [host.name for host in self.hosts]
+        try:
+            return list(discover.ask(str(self.discovery.absolute())))
+        except discover.NoAnswer as error:
+            raise UserError(f"--discovery {self.discovery} {error}") from None
+
+
+def command_line(
+    elastic: Elastic, command: Sequence[str], state: Path, *, nic: str | None, ssh_port: int | None
+) -> list[str]:
+    """The command line by which horovodrun runs `command` in each slot of the hosts that there are.
+
+    state: a file for what the discovery script last said.
+    """
+    options = ["-np", str(elastic.least), "--min-np", str(elastic.least)]
+    options += ["--max-np", str(elastic.most)] if elastic.most is not None else []
+    options += ["--blacklist-cooldown-range", *map(str, COOL_DOWN)]
+    if elastic.discovery is not None:
+        script = [sys.executable, "-m", "hvdtrain.launch.discover", str(state), str(elastic.discovery.absolute())]
+        # horovodrun hands it to a shell.
+        options += ["--host-discovery-script", shlex.join(script)]
+    else:
+        options += ["-H", host_text(elastic.hosts)]
+    options += ["--network-interfaces", nic or "lo"]
+    options += ["--ssh-port", str(ssh_port)] if ssh_port else []
+    return [find_program("horovodrun"), "--gloo", *options, *command]
+
+
+def keep_running(
+    launch: Callable[[list[str], Mapping[str, str]], tuple[int, bool]],
+    elastic: Elastic,
+    command: Callable[[bool], list[str]],
+    environ: Mapping[str, str],
+    *,
+    nic: str | None,
+    ssh_port: int | None,
+    relaunch: int,
+) -> int:
+    """Launch the job, and again up to `relaunch` times where it is lost as a whole; the last exit code.
+
+    launch: runs a command line in an environment; the exit code, and whether that is final: a rank said why it failed,
+    or the user asked for the end. command: what each slot runs, given whether it is to resume.
+    """
+    environ = {**environ, "HVDTRAIN_MIN_NP": str(elastic.least)}
+    for attempt in range(relaunch + 1):
+        with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
+            state = Path(folder) / "hosts.json"
+            line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh_port=ssh_port)
+            code, final = launch(line, environ)
+        if final or code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunch:
+            break
+        pause = min(BACK_OFF[0] * 2**attempt, BACK_OFF[1])
+        print(f"hvdtrain: the job was lost: relaunch {attempt + 1} of {relaunch} in {pause:g} s", file=sys.stderr)
+        time.sleep(pause)
+    return code

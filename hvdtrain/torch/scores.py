@@ -1,0 +1,50 @@
+"""What a recipe's `score` returns: checked, and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hvdtrain.errors import UserError
+from hvdtrain.torch.recipe import Recipe
+
+# What metrics.jsonl holds besides the recipe's metrics.
+RESERVED = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
+RESERVED |= {"gradient_norm", "loss_scale", "skipped"}
+
+
+def metrics_of(recipe: Recipe, scores: Any) -> tuple[str, ...]:
+    """The names of the scores, "loss" first. Raises UserError where there is no loss, or a name is taken."""
+    if not isinstance(scores, dict) or "loss" not in scores:
+        raise UserError(f"{type(recipe).__name__}.score must return a dict with 'loss', got {shown(scores)}")
+    names = ("loss", *(name for name in scores if name != "loss"))
+    taken = sorted(set(names) & RESERVED)
+    if taken:
+        raise UserError(f"{type(recipe).__name__}.score: {taken[0]!r} is a column of metrics.jsonl; rename it")
+    return names
+
+
+def check(recipe: Recipe, scores: dict[str, torch.Tensor], metrics: Sequence[str], count: int) -> None:
+    """Raise UserError unless there is each metric and no other, with one value for each of `count` examples."""
+    if scores.keys() != set(metrics):
+        raise UserError(
+            f"{type(recipe).__name__}.score must always return the same scores: first "
+            f"{', '.join(metrics)}, now {', '.join(scores)}"
+        )
+    for name, score in scores.items():
+        if not isinstance(score, torch.Tensor) or score.shape != (count,):
+            raise UserError(
+                f"{type(recipe).__name__}.score must return one value per example: {name!r} should have "
+                f"shape ({count},) for {count} examples, got {shown(score)}"
+            )
+
+
+def sums(scores: dict[str, torch.Tensor], metrics: Sequence[str]) -> torch.Tensor:
+    """(metrics,) float64: each score added up over the batch."""
+    return torch.stack([scores[name].detach().double().sum() for name in metrics])
+
+
+def shown(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
