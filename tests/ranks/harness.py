@@ -34,7 +34,14 @@ def launcher(kind: str, ranks: int) -> list[str]:
 class Job:
     """A running command; all it starts carries a mark in the environment, by which leftovers are found."""
 
-    def __init__(self, command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        output: Path | None = None,
+    ) -> None:
+        """output: a file for all that is said, instead of what `finish` returns."""
         self.mark = uuid.uuid4().hex
         full = {
             **os.environ,
@@ -44,15 +51,18 @@ class Job:
             "HVDTRAIN_TEST_MARK": self.mark,
             **(env or {}),
         }
+        said = output.open("w") if output else None
         self.process = subprocess.Popen(
             command,
             env=full,
             cwd=cwd,
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=said or subprocess.PIPE,
+            stderr=subprocess.STDOUT if said else subprocess.PIPE,
             stdin=subprocess.DEVNULL,
         )
+        if said:
+            said.close()
 
     def __enter__(self) -> Job:
         return self

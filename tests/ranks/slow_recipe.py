@@ -1,0 +1,45 @@
+"""digits at a pace at which faults can be injected between two steps; it can fail on purpose."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdtrain.finder import load
+from hvdtrain.torch import option
+
+Digits: Any = load("digits")
+
+
+@dataclass(kw_only=True)
+class SlowDigits(Digits):  # type: ignore[misc]
+    """digits, slowly."""
+
+    pause: float = option(0.05, "seconds that each pass takes longer")
+    fault: str = option("", "a file: init-crash or init-hang in it makes the next model fail to build; score-N a score")
+    epochs: int = 6
+
+    def model(self) -> torch.nn.Module:
+        if self.said("init-crash"):
+            os._exit(9)
+        if self.said("init-hang"):
+            time.sleep(3600)
+        return super().model()  # type: ignore[no-any-return]
+
+    def score(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        if model.training:
+            time.sleep(self.pause)
+            if self.said("score-once"):
+                Path(self.fault).unlink(missing_ok=True)
+                raise ValueError("a fault on purpose, once")
+            if self.said("score-always"):
+                raise ValueError("a fault on purpose, always")
+        return super().score(model, batch)  # type: ignore[no-any-return]
+
+    def said(self, fault: str) -> bool:
+        return bool(self.fault) and Path(self.fault).exists() and Path(self.fault).read_text() == fault

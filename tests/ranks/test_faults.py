@@ -1,0 +1,174 @@
+"""Faults of all kinds, in real elastic runs: each run ends with the mathematics of the run without a fault."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses
+from tests.ranks.harness import train
+
+EPOCHS, STEPS = 6, 12  # an epoch's
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[float], dict[str, Any]]]:
+    """The losses and the summary of the run without a fault, on one rank."""
+    folder = tmp_path_factory.mktemp("reference")
+    summary = train("alone", 1, RECIPE, folder / "run", "--pause", "0", "--log-every", "1", "--threads", "1")
+    yield losses(folder / "run"), summary
+
+
+def check(job: ElasticJob, reference: tuple[list[float], dict[str, Any]]) -> None:
+    """The run has made every step once, with the reference's losses and accuracy."""
+    expected, summary = reference
+    found = losses(job.run_dir)
+    assert len(found) == EPOCHS * STEPS
+    np.testing.assert_allclose(found[: 2 * STEPS], expected[: 2 * STEPS], rtol=1e-5)
+    assert abs(job.summary()["eval"]["accuracy"] - summary["eval"]["accuracy"]) <= 1.01 / 360
+    assert job.summary()["samples_seen"] == summary["samples_seen"]
+
+
+def test_workers_that_are_killed(tmp_path: Path, reference: Any) -> None:
+    """One, rank 0, two at once, one that is stopped: the others go on, and each comes back."""
+    with ElasticJob(tmp_path, "localhost:3", "--pause", "0.4") as job:
+        job.step(5)
+        job.kill(1)
+        job.world(2)
+        job.more(3)
+        job.kill(0)
+        job.more(3)
+        job.world(3)
+        job.more(2)
+        job.kill(0, 1)
+        job.world(1)
+        job.more(3)
+        job.kill(0, number=signal.SIGSTOP)
+        job.world(3, 30 + LEASE)
+        job.end()
+    check(job, reference)
+    assert job.summary()["membership_changes"] >= 4
+
+
+def test_all_workers_are_killed(tmp_path: Path, reference: Any) -> None:
+    """They come back with the newest checkpoint."""
+    with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "7") as job:
+        job.step(10)
+        job.kill(0, 1)
+        job.more(5)
+        job.end()
+    check(job, reference)
+
+
+def test_hosts_come_and_go(tmp_path: Path, reference: Any) -> None:
+    """Added, removed, both at once; one that cannot be reached harms nobody."""
+    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4") as job:
+        job.step(3)
+        job.hosts("localhost:1 127.0.0.1:1")
+        job.world(2)
+        job.more(2)
+        job.hosts("localhost:1 127.0.0.1:1 203.0.113.9:1")  # of a network that does not exist
+        job.more(4)
+        job.hosts("127.0.0.1:1 127.0.0.2:1")
+        job.until(lambda: "127.0.0.2" in job.said() or job.world_size() == 2, "the exchange of two hosts")
+        job.end()
+    check(job, reference)
+
+
+def test_a_notice_costs_no_step(tmp_path: Path, reference: Any) -> None:
+    """SIGTERM to all of a slot: its rank leaves at the end of the step, and the others have lost nothing."""
+    with ElasticJob(tmp_path, "localhost:2 127.0.0.1:1") as job:
+        job.step(8)
+        leaving = job.worker(2).pid
+        supervisor = job.supervisor(2)
+        supervisor.send_signal(signal.SIGTERM)
+        job.world(2)
+        job.more(3)
+        assert not psutil.pid_exists(leaving)
+        job.end()
+    check(job, reference)
+
+
+def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
+    """All save and end with 75; resumed, the run goes on as if nothing had been."""
+    with ElasticJob(tmp_path, "localhost:2", least=2, launch=[]) as job:
+        job.step(5)
+        for process in job.processes():
+            if "hvdtrain.launch" not in " ".join(process.cmdline()) and is_supervisor(process):
+                process.send_signal(signal.SIGTERM)
+                break
+        job.end(75)
+    steps = len(losses(job.run_dir))
+    assert steps < EPOCHS * STEPS
+    with ElasticJob(tmp_path, "localhost:2", "--resume", least=2, launch=[]) as job:
+        job.end()
+    check(job, reference)
+
+
+def is_supervisor(process: psutil.Process) -> bool:
+    env = process.environ()
+    return (
+        "HOROVOD_RANK" in env and "HVDTRAIN_MEMBER" not in env and process.cmdline()[1:4] == ["-m", "hvdtrain", "train"]
+    )
+
+
+def test_an_error_that_does_not_come_again(tmp_path: Path, reference: Any) -> None:
+    with ElasticJob(tmp_path, "localhost:2") as job:
+        job.step(5)
+        job.fault.write_text("score-once")
+        job.end()
+    check(job, reference)
+
+
+def test_an_error_that_comes_again_ends_the_run_with_it(tmp_path: Path) -> None:
+    with ElasticJob(tmp_path, "localhost:2", launch=["--relaunch", "3"]) as job:
+        job.step(5)
+        job.fault.write_text("score-always")
+        job.end(1)
+    assert "a fault on purpose, always" in job.said()
+    assert "relaunch" not in job.said()
+
+
+def test_newcomers_that_crash_or_hang(tmp_path: Path, reference: Any) -> None:
+    """While they start, twice as many steps are made as they would need; the run does not wait for them."""
+    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.2") as job:
+        job.step(3)
+        job.fault.write_text("init-crash")
+        job.hosts("localhost:2 127.0.0.1:1")
+        job.more(10)
+        job.fault.write_text("init-hang")
+        job.hosts("localhost:2 127.0.0.2:1")
+        job.end()
+    check(job, reference)
+
+
+def test_a_driver_that_is_killed(tmp_path: Path, reference: Any) -> None:
+    """`hvdtrain launch` starts the job again from its newest checkpoint."""
+    with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "5", launch=["--relaunch", "2"]) as job:
+        job.step(8)
+        driver = next(
+            p for p in job.processes() if p.name() == "horovodrun" or "bin/horovodrun" in " ".join(p.cmdline()[:2])
+        )
+        driver.kill()
+        job.end()
+    assert "relaunch 1 of 2" in job.said()
+    check(job, reference)
+
+
+@pytest.mark.parametrize("how", ["exit 1", "sleep 60", "echo '?!'", "true"])
+def test_a_discovery_script_that_fails(tmp_path: Path, reference: Any, how: str) -> None:
+    """By an error, without an end, with junk, with nothing: what it last said stands."""
+    with ElasticJob(tmp_path, "localhost:2", launch=[]) as job:
+        job.step(3)
+        script = tmp_path / "discover.sh"
+        script.write_text(f"#!/bin/sh\n{how}\n")
+        job.more(10)
+        job.kill_any()
+        job.end()
+    check(job, reference)
