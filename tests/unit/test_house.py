@@ -56,7 +56,7 @@ def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 310
 
 
-LIGHT = ["--help", "list", "launch --help", "horovod --help", "bench --help", "bench step --help"]
+LIGHT = ["--help", "list", "launch --help", "horovod --help", "bench --help", "bench step --help", "agent --help"]
 
 
 @pytest.mark.parametrize("args", [text.split() for text in LIGHT], ids=LIGHT)
