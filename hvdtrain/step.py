@@ -32,6 +32,7 @@ class StepOptions:
     exchange: Literal["bucketed", "horovod"] = "bucketed"
     exact_residuals: bool = False
     bucket_mib: float = 25.0
+    shards: int | None = None  # deterministic: gradients are computed and added by so many virtual shards
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ class Step(Protocol):
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         """The batches of these ids, in order."""
 
-    def begin(self, passes: int, part: float, told: NDArray[np.float64]) -> None:
-        """Forget the last step's gradients; `passes` micro-batches follow.
+    def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
+        """Forget the last step's gradients; micro-batches follow.
 
-        part: this rank's share of the global batch. told: (TOLD,) numbers that travel with the scores' sums.
+        passes: how many micro-batches each of this rank's shards has. part: this rank's share of the global batch.
+        told: (TOLD,) numbers that travel with the scores' sums.
         """
 
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:

@@ -19,7 +19,10 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(kw_only=True)
 class CIFAR10(Recipe):
-    """Small photographs, 32x32 in colour, 50,000 examples (Krizhevsky), from files in --data-dir."""
+    """Small photographs, 32x32 in colour, 50,000 examples (Krizhevsky), from files in --data-dir.
+
+    Its networks have batch norm, which --deterministic refuses.
+    """
 
     best = ("accuracy", "max")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvdtrain.collectives import ops
+from hvdtrain.errors import UserError
 
 
 class BufferMean:
@@ -43,3 +44,14 @@ class BufferMean:
         self._handle = None
         for b, mean in zip(self.buffers, torch.split(flat, [b.numel() for b in self.buffers]), strict=True):
             b.copy_((mean if b.is_floating_point() else mean.round()).view(b.shape))
+
+
+def refuse_changing(model: torch.nn.Module, changing: list[torch.Tensor]) -> None:
+    """Raise UserError if training changes a buffer: its value would depend on which rank saw which examples."""
+    for name, b in model.named_buffers():
+        if any(b is other for other in changing):
+            layer = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise UserError(
+                f"--deterministic: training changes the buffer {name!r} of a {layer}, which depends on the number of "
+                "ranks; use a layer without such buffers, GroupNorm for instance"
+            )

@@ -14,8 +14,9 @@ from horovod.torch import optimizer as horovod_optimizer
 from hvdtrain.collectives import ops
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
-from hvdtrain.torch.buckets import BUCKET_BYTES
+from hvdtrain.torch.buckets import BUCKET_BYTES, Named
 from hvdtrain.torch.exchange import Exchange
+from hvdtrain.torch.shards import ShardExchange
 
 
 def DistributedOptimizer(
@@ -29,6 +30,7 @@ def DistributedOptimizer(
     seed: int = 0,
     process_set: hvd.ProcessSet | None = None,
     bucket_bytes: int = BUCKET_BYTES,
+    shards: int | None = None,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
 
@@ -44,6 +46,8 @@ def DistributedOptimizer(
     compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
     process_set: the ranks that train this model together; None: all. bucket_bytes: about as much is sent at once.
     exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
+    shards: sum over so many virtual shards of the batch, the same bits on any number of ranks; only with average=False,
+    and the caller says through `exchange.begin` and `exchange.passed` what belongs to which (`hvdtrain.torch.shards`).
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
     Raises ValueError where a parameter of the optimizer has no name, a name stands twice or a parameter is in another
     DistributedOptimizer whose `exchange` was not closed; UserError for a wrong compression.
@@ -53,6 +57,8 @@ def DistributedOptimizer(
     stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
     if exchange == "horovod" and compression not in stock:
         raise UserError(f"compression {compression!r} needs the bucketed exchange; Horovod's own takes none or fp16")
+    if shards is not None and (average or exchange == "horovod" or compression != "none"):
+        raise ValueError("shards goes with average=False, the bucketed exchange and no compression")
     if exchange == "horovod":
         for name, p in named_parameters:
             if not p.is_contiguous():
@@ -68,15 +74,21 @@ def DistributedOptimizer(
         "zero_grad": _zero_grad,
         "param_groups": property(_get_param_groups, _set_param_groups),
     }
+
+    def make_exchange(_: Any, named: Named) -> Exchange | ShardExchange:
+        if shards is not None:
+            return ShardExchange(named, shards, process_set)
+        return Exchange(named, average, spec, seed, process_set, bucket_bytes)
+
     if exchange == "bucketed":
         body |= {
             "_register_hooks": _register_hooks,
             "set_backward_passes_per_step": _set_passes,
-            "_make_exchange": lambda self, named: Exchange(named, average, spec, seed, process_set, bucket_bytes),
+            "_make_exchange": make_exchange,
         }
     # Keeping the class's name and module lets schedulers, checkpoints and Horovod's own helpers recognize it.
     cls = type(optimizer.__class__.__name__, (optimizer.__class__,), body)
-    wrapped: torch.optim.Optimizer = cls(
+    wrapped: Any = cls(
         optimizer.param_groups,
         named_parameters,
         hvd.Compression.none if exchange == "bucketed" else stock[compression],
@@ -85,9 +97,11 @@ def DistributedOptimizer(
         sparse_as_dense=True,
         process_set=process_set or hvd.global_process_set,
     )
+    if shards is not None and wrapped.exchange is None:
+        wrapped._register_hooks()  # which Horovod's constructor leaves out on one rank
     wrapped.state = optimizer.state
     wrapped.defaults = optimizer.defaults
-    return wrapped
+    return wrapped  # type: ignore[no-any-return]
 
 
 def _register_hooks(self: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
@@ -49,6 +50,18 @@ def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
             if problem_of_one:
                 raise UserError(problem_of_one)
     return loaded
+
+
+def be_deterministic(threads: int) -> None:
+    """From now on, let the same operations on the same numbers give the same bits in this process.
+
+    Before CUDA starts: cuBLAS reads its workspace's size only once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # numpy's and scikit-learn's threads too, with which a recipe may make its data.
+    threadpool_limits(threads)
 
 
 def choose_device(wanted: str | None, local_rank: int) -> torch.device:

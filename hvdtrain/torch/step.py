@@ -19,13 +19,15 @@ from hvdtrain.compression.spec import parse
 from hvdtrain.errors import RunError, UserError
 from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
-from hvdtrain.torch.buffers import BufferMean
+from hvdtrain.torch.buffers import BufferMean, refuse_changing
 from hvdtrain.torch.data import batches, seed_all, to_device
+from hvdtrain.torch.exchange import Exchange
 from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of, sums
-from hvdtrain.torch.setup import choose_device, load_datasets
+from hvdtrain.torch.setup import be_deterministic, choose_device, load_datasets
+from hvdtrain.torch.shards import ShardExchange
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +38,8 @@ class TorchStep:
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
         self.recipe, self.world, self.options = recipe, world, options
         torch.set_num_threads(options.threads)
+        if options.shards is not None:
+            be_deterministic(options.threads)
         self.device = choose_device(options.device, world.local_rank)
         self.datasets = load_datasets(recipe, world)
         self.examples: dict[Split, int] = {split: len(data) for split, data in self.datasets.items()}
@@ -61,11 +65,15 @@ class TorchStep:
         broadcast_state(self.model, self.optimizer)
 
         self.scaler = torch.amp.GradScaler(self.device.type) if options.amp == "fp16" else None
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros((), device=self.device))  # it starts here also where there are no examples
         averaging = get_ema_multi_avg_fn(options.ema) if options.ema is not None else None  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=averaging) if averaging is not None else None
         self.forward: Any = torch.compile(self.model) if options.compile else self.model
         self.metrics: tuple[str, ...] = ()
         self.buffers = BufferMean(self._try_out(), world.size)
+        if options.shards is not None:
+            refuse_changing(self.model, self.buffers.buffers)
         # The scores, what the ranks tell each other, and whether a loss is not finite.
         self._sums = torch.zeros(len(self.metrics) + TOLD + 1, dtype=torch.float64, device=self.device)
         self._sums_handle: ops.Handle | None = None
@@ -86,9 +94,13 @@ class TorchStep:
             exchange=self.options.exchange,
             seed=self.options.seed,
             bucket_bytes=int(self.options.bucket_mib * 2**20),
+            shards=self.options.shards,
         )
-        if optimizer.exchange is not None and optimizer.exchange.advisor is not None:
-            optimizer.exchange.advisor.tell = self._news.append
+        exchange = optimizer.exchange
+        self.bucketed = exchange if isinstance(exchange, Exchange) else None
+        self.shards = exchange if isinstance(exchange, ShardExchange) else None
+        if self.bucketed is not None and self.bucketed.advisor is not None:
+            self.bucketed.advisor.tell = self._news.append
         return optimizer
 
     def _try_out(self) -> list[torch.Tensor]:
@@ -115,14 +127,16 @@ class TorchStep:
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
 
-    def begin(self, passes: int, part: float, told: NDArray[np.float64]) -> None:
+    def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.set_backward_passes_per_step(passes)
+        self.optimizer.set_backward_passes_per_step(sum(passes))
+        if self.shards is not None:
+            self.shards.begin(passes)
         self.model.train()
         self._sums.zero_()
         self._sums[-TOLD - 1 : -1] = torch.from_numpy(told)
         self._nonfinite_here.zero_()
-        self._passes, self._done, self._part = passes, 0, part
+        self._passes, self._done, self._part = sum(passes), 0, part
         self._begun = True
         self.buffers.begin()
 
@@ -140,6 +154,8 @@ class TorchStep:
             self._start_small()
         objective = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum() * weight
         (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
+        if self.shards is not None:
+            self.shards.passed()
 
     def _start_small(self) -> None:
         self._sums[-1] = self._nonfinite_here
@@ -182,8 +198,8 @@ class TorchStep:
             self.scaler.update()
             scale = self.scaler.get_scale()
             report["skipped"] = float(scale < report["loss_scale"])
-            if self.optimizer.exchange is not None and scale != report["loss_scale"]:
-                memories.scale(self.optimizer.exchange, scale / report["loss_scale"])
+            if self.bucketed is not None and scale != report["loss_scale"]:
+                memories.scale(self.bucketed, scale / report["loss_scale"])
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
         self.torn = False
@@ -210,8 +226,7 @@ class TorchStep:
         return sums(scores, self.metrics).cpu().numpy()
 
     def state(self) -> bytes:
-        exchange = self.optimizer.exchange
-        carried = memories.gather(exchange, self.options.exact_residuals) if exchange is not None else None
+        carried = memories.gather(self.bucketed, self.options.exact_residuals) if self.bucketed is not None else None
         return self._written(carried) if self.world.rank == 0 else b""
 
     def whole_state(self) -> bytes:
@@ -220,9 +235,9 @@ class TorchStep:
     def rejoin(self, world: World) -> None:
         if self._begun:
             self.skip()
-        if self.optimizer.exchange is not None:
-            self._carried = memories.own(self.optimizer.exchange)
-            self.optimizer.exchange.close()
+        if self.bucketed is not None:
+            self._carried = memories.own(self.bucketed)
+            self.bucketed.close()
         self._sums_handle = None
         self.world = world
         self.buffers = BufferMean(self.buffers.buffers, world.size)
@@ -266,10 +281,10 @@ class TorchStep:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.torn = False
-        if self.optimizer.exchange is not None and "exchange" in state:
-            memories.load(self.optimizer.exchange, state["exchange"])
+        if self.bucketed is not None and "exchange" in state:
+            memories.load(self.bucketed, state["exchange"])
             if self._carried is not None:
-                memories.keep(self.optimizer.exchange, self._carried)
+                memories.keep(self.bucketed, self._carried)
                 self._carried = None
 
     def wire_bytes(self) -> int:
@@ -278,16 +293,12 @@ class TorchStep:
         small = self.buffers.payload_bytes + self._sums.numel() * 8
         return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
-    def _advisor(self) -> Any:
-        return None if self.optimizer.exchange is None else self.optimizer.exchange.advisor
-
     def exchange_report(self) -> dict[str, Any]:
-        exchange, advisor = self.optimizer.exchange, self._advisor()
+        exchange, advisor = self.optimizer.exchange, self.bucketed.advisor if self.bucketed is not None else None
         return {"buckets": exchange.report() if exchange else [], "advisor": advisor.advice if advisor else None}
 
     def news(self) -> list[str]:
-        news = list(self._news)
-        self._news.clear()
+        news, self._news[:] = list(self._news), []
         return news
 
     def graph(self) -> bytes | None:

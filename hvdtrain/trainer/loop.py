@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -163,19 +164,23 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
     saved = at.step or None
     if at.step and at.evaluated != at.step and due(at.step, options.eval_every, at.offset == 0):
         evaluate(run, step, at)
+    own = range(*order.bounds(plan.shards, world.rank, world.size))
     while at.step < plan.total_steps:
-        # This rank's part of each step left in the epoch: how many examples in all, its bounds, its micro-batches.
+        # Of each step left in the epoch: how many examples in all, the place of this rank's first, and of each of this
+        # rank's shards the micro-batches.
         parts = []
         for ids in order.steps(plan.examples, plan.batch_size, options.seed, at.epoch, at.offset):
-            first, end = order.bounds(len(ids), world.rank, world.size)
-            parts.append((len(ids), first, end, order.chunks(ids[first:end], plan.micro_batch)))
+            bounds = [order.bounds(len(ids), shard, plan.shards) for shard in own]
+            shards = [order.chunks(ids[first:end], plan.micro_batch) for first, end in bounds]
+            parts.append((len(ids), bounds[0][0] if bounds else 0, shards))
         parts = parts[: plan.total_steps - at.step]
-        batches = step.load("train", [chunk for *_, chunks in parts for chunk in chunks], at.epoch)
+        batches = step.load("train", [chunk for *_, shards in parts for chunks in shards for chunk in chunks], at.epoch)
 
-        for count, first, end, chunks in parts:
+        for count, first, shards in parts:
             start = time.perf_counter()
-            step.begin(len(chunks), (end - first) / count, stop.tell())
-            for chunk in chunks:
+            mine = list(itertools.chain.from_iterable(shards))
+            step.begin([len(chunks) for chunks in shards], sum(map(len, mine)) / count, stop.tell())
+            for chunk in mine:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
                 step.micro_batch(next(batches), len(chunk), 1 / count, (options.seed, at.step, first))
@@ -255,7 +260,7 @@ def evaluate(run: Run, step: Step, at: Position) -> None:
     count = step.examples["eval"]
     first, end = order.bounds(count, run.world.rank, run.world.size)
     sums = np.zeros(len(step.metrics))
-    chunks = order.chunks(np.arange(first, end), run.plan.micro_batch)
+    chunks = order.chunks(np.arange(first, end), run.plan.evaluated)
     for chunk, batch in zip(chunks, step.load("eval", chunks, 0), strict=True):
         sums += step.evaluate(batch, len(chunk))
     at.eval = means(step.metrics, ops.sum_float64(sums, "evaluation"), count)

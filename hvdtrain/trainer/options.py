@@ -25,6 +25,10 @@ class RunOptions:
     clip_norm: float | None = option(None, "clip the norm of the reduced gradient to this")
     ema: float | None = option(None, "evaluate an exponential moving average of the weights with this decay")
     compile: bool = option(False, "compile the model (torch.compile)")
+    deterministic: bool = option(False, "the same bits on any number of ranks, and when that changes on the way")
+    virtual_shards: int = option(
+        12, "with --deterministic: parts of the global batch whose gradients are computed alone; part of the maths"
+    )
     compression: str = option(
         "none",
         "gradient compression: none, fp16, bf16, int8, onebit, qsgd:4bit, topk:0.01, randomk:0.01, powersgd:4; "
@@ -41,13 +45,17 @@ class RunOptions:
     log_every: int = option(10, "steps between rows of metrics.jsonl")
     skip_nonfinite: int = option(0, "steps with a loss that is not finite to skip before giving up")
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
-    threads: int | None = option(None, "CPU threads per rank; default: the host's cores, divided among its ranks")
+    threads: int | None = option(
+        None,
+        "CPU threads per rank; default: the host's cores, divided among its ranks; with --deterministic 1, and part of "
+        "the maths",
+    )
     workers: int = option(0, "processes per rank that load data; 0: the rank itself")
     quiet: bool = option(False, "no progress and no plan on the terminal")
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "micro_batch", "batch_per_rank", "checkpoint_every", "eval_every", "threads")
-        for name in (*at_least_one, "keep", "log_every"):
+        for name in (*at_least_one, "keep", "log_every", "virtual_shards"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -64,6 +72,20 @@ class RunOptions:
             raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
         if self.scale_lr != "none" and self.batch_per_rank is None:
             raise ValueError(f"--scale-lr {self.scale_lr} goes with --batch-per-rank; a fixed --batch-size needs none")
+        if self.deterministic:
+            self._check_deterministic()
+
+    def _check_deterministic(self) -> None:
+        if self.compression != "none":
+            raise ValueError(
+                f"--deterministic with --compression {self.compression}: what it loses depends on the ranks"
+            )
+        if self.exchange != "bucketed":
+            raise ValueError(f"--deterministic with --exchange {self.exchange}: its sums depend on the ranks")
+        if self.batch_per_rank is not None:
+            raise ValueError("--deterministic with --batch-per-rank: the batch depends on the ranks; give --batch-size")
+        if self.compile:
+            raise ValueError("--deterministic with --compile: what is compiled depends on what a rank sees first")
 
 
 def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]:

@@ -19,7 +19,9 @@ class Plan:
     ranks: int
     examples: int
     batch_size: int  # global
-    micro_batch: int  # most examples per rank and pass
+    shards: int  # parts of the global batch whose gradients are computed alone: one per rank, unless deterministic
+    micro_batch: int  # most examples per pass
+    evaluated: int  # most examples per rank and pass of an evaluation
     passes: int  # most passes per rank and step
     steps_per_epoch: int
     total_steps: int
@@ -42,7 +44,9 @@ def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ran
     """
     batch_size = options.batch_per_rank * ranks if options.batch_per_rank else recipe.batch_size
     per_rank = -(-batch_size // ranks)
-    micro_batch = min(options.micro_batch or per_rank, per_rank)
+    shards = options.virtual_shards if options.deterministic else ranks
+    per_shard = -(-batch_size // shards)
+    micro_batch = min(options.micro_batch or per_shard, per_shard)
     steps_per_epoch = -(-examples // batch_size)
     whole = recipe.epochs * steps_per_epoch
     rest = 0 if at.epoch >= recipe.epochs else -(-(examples - at.offset) // batch_size)
@@ -52,8 +56,10 @@ def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ran
         ranks=ranks,
         examples=examples,
         batch_size=batch_size,
+        shards=shards,
         micro_batch=micro_batch,
-        passes=-(-per_rank // micro_batch),
+        evaluated=min(options.micro_batch or per_rank, per_rank),
+        passes=-(-shards // ranks) * -(-per_shard // micro_batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=options.steps or at.step + rest,
         epochs=-(-options.steps // steps_per_epoch) if options.steps else recipe.epochs,
@@ -69,6 +75,7 @@ def describe(plan: Plan, options: RunOptions) -> list[str]:
     ragged = plan.examples % plan.batch_size
     weak = f" ({options.batch_per_rank} x {plan.ranks} ranks)" if options.batch_per_rank else ""
     scaled = f" (times {plan.lr_scale:g}, --scale-lr {options.scale_lr})" if plan.lr_scale != 1 else ""
+    way = f"deterministic {plan.shards} virtual shards" if options.deterministic else f"{options.exchange} exchange"
     corners = ", ".join(f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners)
     return [
         f"data      {plan.examples} examples, {plan.steps_per_epoch} steps an epoch"
@@ -77,7 +84,7 @@ def describe(plan: Plan, options: RunOptions) -> list[str]:
         f"{plan.passes} pass{'es' * (plan.passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {plan.epochs} epoch{'s' * (plan.epochs > 1)}",
         f"lr        {plan.schedule.text}: {corners}{scaled}",
-        f"gradient  {options.exchange} exchange, compression {options.compression}, amp {options.amp}"
+        f"gradient  {way}, compression {options.compression}, amp {options.amp}"
         + (f", clipped to norm {options.clip_norm:g}" if options.clip_norm else "")
         + (f", EMA {options.ema:g}" if options.ema else ""),
     ]

@@ -23,11 +23,12 @@ PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 def step_options(options: RunOptions, world: World) -> StepOptions:
     """The framework's options, with the number of threads resolved on this host."""
-    cores = len(os.sched_getaffinity(0))
+    # Sums within an operation depend on the number of threads.
+    default = 1 if options.deterministic else max(1, len(os.sched_getaffinity(0)) // world.local_size)
     return StepOptions(
         seed=options.seed,
         device=options.device,
-        threads=options.threads or max(1, cores // world.local_size),
+        threads=options.threads or default,
         workers=options.workers,
         amp=options.amp,
         clip_norm=options.clip_norm,
@@ -37,6 +38,7 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
         exchange=options.exchange,
         bucket_mib=options.bucket_mib,
         exact_residuals=options.checkpoint_residuals == "exact",
+        shards=options.virtual_shards if options.deterministic else None,
     )
 
 

@@ -99,6 +99,30 @@ CASES = [
         "schedule 'step:3ep': step takes positions and a factor, 'step:30ep,60ep x0.1'",
     ),
     (["train", DIGITS, "--device", "tpu"], "--device: 'tpu' is not one of 'cpu', 'cuda'"),
+    (
+        ["train", DIGITS, "--deterministic", "--compression", "int8"],
+        "--deterministic with --compression int8: what it loses depends on the ranks",
+    ),
+    (
+        ["train", DIGITS, "--deterministic", "--compression", "auto"],
+        "--deterministic with --compression auto: what it loses depends on the ranks",
+    ),
+    (
+        ["train", DIGITS, "--deterministic", "--exchange", "horovod"],
+        "--deterministic with --exchange horovod: its sums depend on the ranks",
+    ),
+    (
+        ["train", DIGITS, "--deterministic", "--batch-per-rank", "8"],
+        "--deterministic with --batch-per-rank: the batch depends on the ranks; give --batch-size",
+    ),
+    (
+        ["train", DIGITS, "--deterministic", "--compile"],
+        "--deterministic with --compile: what is compiled depends on what a rank sees first",
+    ),
+    (
+        ["launch", "-np", "2", DIGITS, "--deterministic", "--virtual-shards", "0"],
+        "--virtual-shards is 0; it must be at least 1",
+    ),
     (["train", DIGITS, "--resume"], "--resume needs --run-dir: the folder of the run to go on with"),
 ]
 
