@@ -50,13 +50,14 @@ class Step(Protocol):
     metrics: tuple[str, ...]  # the scores' names, "loss" first
     examples: dict[Split, int]
 
-    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
-        """The batches of these ids, in order."""
+    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        """The batches of these ids, in order, each with the ids that were really loaded."""
 
     def begin(self, passes: int, part: float, told: NDArray[np.float64]) -> None:
         """Forget the last step's gradients; `passes` micro-batches follow.
 
-        part: this rank's share of the global batch. told: (TOLD,) numbers that travel with the scores' sums.
+        part: this rank's share of the global batch. told: (TOLD,) numbers that travel with the scores' sums,
+        as they are when the last micro-batch is given, or when `exchange` is called if there is none.
         """
 
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ COMMANDS = {
     "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
     "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on many ranks."),
+    "ledger": ("hvdtrain.cli.ledger", "See whether a run visited every example exactly once."),
     "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
 }
 

@@ -85,13 +85,16 @@ class TorchStep:
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
         self._passes = self._done = 0
         self._part = 0.0
+        self._told = np.zeros(TOLD)
+        # Pinned: from there a GPU takes them without a wait for all that it has to do before.
+        self._told_pinned = torch.zeros(TOLD, dtype=torch.float64, pin_memory=self.device.type == "cuda")
 
     def _try_out(self) -> list[torch.Tensor]:
         """Score two examples in training mode and undo it: sets `metrics`, and returns the buffers that changed."""
         buffers = list(self.model.buffers())
         before = [b.clone() for b in buffers]
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        batch = to_device(next(self.load("train", [ids], 0)), self.device, self.format)
+        batch = to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
         self.model.train()
         with torch.no_grad(), self._autocast():
             scores = self.recipe.score(self.model, batch)
@@ -130,7 +133,7 @@ class TorchStep:
         """(metrics,) float64: each score summed over the batch."""
         return torch.stack([scores[name].detach().double().sum() for name in self.metrics])
 
-    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
+    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
 
     def begin(self, passes: int, part: float, told: NDArray[np.float64]) -> None:
@@ -138,9 +141,8 @@ class TorchStep:
         self.optimizer.set_backward_passes_per_step(passes)
         self.model.train()
         self._sums.zero_()
-        self._sums[-TOLD - 1 : -1] = torch.from_numpy(told)
         self._nonfinite_here.zero_()
-        self._passes, self._done, self._part = passes, 0, part
+        self._passes, self._done, self._part, self._told = passes, 0, part, told
         self.buffers.begin()
 
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
@@ -159,6 +161,8 @@ class TorchStep:
         (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
 
     def _start_small(self) -> None:
+        self._told_pinned.copy_(torch.from_numpy(self._told))
+        self._sums[-TOLD - 1 : -1].copy_(self._told_pinned, non_blocking=True)
         self._sums[-1] = self._nonfinite_here
         if self.world.size > 1:
             self._sums_handle = ops.all_reduce_async_(self._sums, "step.sums")
@@ -284,7 +288,7 @@ class TorchStep:
 
     def graph(self) -> bytes | None:
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        batch = to_device(next(self.load("train", [ids], 0)), self.device, self.format)
+        batch = to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
         self.model.eval()
         return trace(self.recipe, self.model, batch)
 

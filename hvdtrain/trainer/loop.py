@@ -15,6 +15,7 @@ from hvdtrain import messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
+from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
@@ -24,11 +25,13 @@ from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan, describe, make_plan
 from hvdtrain.trainer.report import Reporter, describe_end
-from hvdtrain.trainer.setup import run_folder, step_options, versions
+from hvdtrain.trainer.setup import new_ledger, run_folder, step_options, versions
 from hvdtrain.trainer.signals import StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
-STOP = 0  # the place among what ranks tell each other: whether this one was asked to stop
+# Places among what ranks tell each other: whether this one was asked to stop, how many ids it fed to the model, the sum
+# of their hashes.
+STOP, FED, HASHES = range(3)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
     run = Run(name, recipe, options, world, plan, folder)
     resumed_from = at.step or None
     report = Reporter(run.folder, plan.total_steps, options, active=world.rank == 0, from_step=at.step)
-    with StopRequest() as stop, report:
+    with new_ledger(options, plan, at, folder, world) as ledger, StopRequest() as stop, report:
         report.lines([f"hvdtrain  {name} ({recipe.framework}), run folder {run.folder}", *describe(plan, options)])
         if options.resume:
             report.lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
@@ -67,7 +70,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
                 report.graph(step.graph())
             except Exception as error:  # of the recipe, traced: it trains all the same
                 report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
-        finished = run_steps(run, step, at, report, stop)
+        finished = run_steps(run, step, at, ledger, report, stop)
         summary = report.summary(
             {
                 "recipe": name,
@@ -96,7 +99,7 @@ def train(recipe: Recipe, name: str, options: RunOptions, config: dict[str, Any]
     return summary
 
 
-def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> bool:
+def run_steps(run: Run, step: Step, at: Position, ledger: Ledger, report: Reporter, stop: StopRequest) -> bool:
     """Train from `at` to the end of the plan, moving `at` along. False if a rank was asked to stop on the way."""
     plan, options, world = run.plan, run.options, run.world
     evaluated = saved = at.step or None
@@ -117,7 +120,10 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             for chunk in chunks:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
-                step.micro_batch(next(batches), len(chunk), 1 / count, (options.seed, at.step, first))
+                ids, batch = next(batches)
+                told[FED] += len(ids)
+                told[HASHES] += hash_sum(ids)
+                step.micro_batch(batch, len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
             agreed = step.exchange()
             stopping = agreed.told[STOP] > 0
@@ -134,6 +140,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 report.advice(step.exchange_report()["advisor"])
 
             epoch = at.epoch + 1
+            ledger.append(Row(at.step + 1, epoch, at.offset, int(agreed.told[FED]), int(agreed.told[HASHES])))
             at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]), plan.examples)
             last, epoch_ends = at.step == plan.total_steps, at.offset == 0
             values = means(step.metrics, agreed.sums, count) | details
@@ -143,7 +150,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 evaluated = at.step
                 report.evaluation(at, epoch)
             if last or stopping or due(at.step, options.checkpoint_every, epoch_ends):
-                save(run, step, at)
+                save(run, step, at, ledger)
                 saved = at.step
             report.flush()
             if stopping and not last:
@@ -152,7 +159,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
     if evaluated != at.step or not at.eval:
         at.eval = evaluate(run, step)
     if saved != at.step:
-        save(run, step, at)
+        save(run, step, at, ledger)
     return True
 
 
@@ -176,14 +183,15 @@ def evaluate(run: Run, step: Step) -> dict[str, float]:
     first, end = order.bounds(count, run.world.rank, run.world.size)
     sums = np.zeros(len(step.metrics))
     chunks = order.chunks(np.arange(first, end), run.plan.micro_batch)
-    for chunk, batch in zip(chunks, step.load("eval", chunks, 0), strict=True):
+    for chunk, (_, batch) in zip(chunks, step.load("eval", chunks, 0), strict=True):
         sums += step.evaluate(batch, len(chunk))
     return means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
 
 
-def save(run: Run, step: Step, at: Position) -> None:
+def save(run: Run, step: Step, at: Position, ledger: Ledger) -> None:
     """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on."""
     state = step.state()
+    ledger.durable()
     if run.world.rank == 0:
         try:
             checkpoint.save(run.folder, at, state, run.name)
