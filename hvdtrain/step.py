@@ -54,14 +54,15 @@ class Step(Protocol):
     examples: dict[Split, int]
     torn: bool  # an update was begun and not finished: this state is none
 
-    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
-        """The batches of these ids, in order."""
+    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        """The batches of these ids, in order, each with the ids that were really loaded."""
 
     def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
         """Forget the last step's gradients; micro-batches follow.
 
         passes: how many micro-batches each of this rank's shards has. part: this rank's share of the global batch.
-        told: (TOLD,) numbers that travel with the scores' sums.
+        told: (TOLD,) numbers that travel with the scores' sums, as they are when the last micro-batch is given, or when
+        `exchange` is called if there is none.
         """
 
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:

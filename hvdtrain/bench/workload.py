@@ -102,7 +102,7 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
     count = options.batch_per_rank or max(1, recipe.batch_size // world.size)
     ids = (np.arange(count, dtype=np.int64) * world.size + world.rank) % len(data)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    batch = to_device(next(batches(data, [ids], [options.seed], 0)), device, memory_format)
+    batch = to_device(next(batches(data, [ids], [options.seed], 0))[1], device, memory_format)
     seed_all([options.seed])
     model = recipe.model().to(device)
     if recipe.channels_last:

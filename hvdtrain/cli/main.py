@@ -17,6 +17,7 @@ COMMANDS = {
     "list": ("hvdtrain.cli.list", "List the recipes found."),
     "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on many ranks."),
     "agent": ("hvdtrain.cli.agent", "Keep a host in the membership folder until it is to be preempted."),
+    "ledger": ("hvdtrain.cli.ledger", "See whether a run visited every example exactly once."),
     "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
 }
 

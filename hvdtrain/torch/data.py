@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hvdtrain.step import Ids
 
@@ -36,7 +36,7 @@ def _seed_host(entropy: Sequence[int]) -> int:
 
 
 class SeededExamples(Dataset[Any]):
-    """A dataset whose examples are drawn with generators seeded by (entropy, id)."""
+    """A dataset whose examples come with their ids, drawn with generators seeded by (entropy, id)."""
 
     def __init__(self, dataset: Any, entropy: Sequence[int]) -> None:
         self.dataset, self.entropy = dataset, entropy
@@ -46,14 +46,20 @@ class SeededExamples(Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         _seed_host([*self.entropy, i])
-        return self.dataset[i]
+        return i, self.dataset[i]
 
 
-def batches(dataset: Any, chunks: Sequence[Ids], entropy: Sequence[int], workers: int) -> Iterator[Any]:
-    """The collated batches of these chunks of ids, in order, loaded by `workers` processes or in this one."""
+def with_ids(examples: Sequence[tuple[int, Any]]) -> tuple[Ids, Any]:
+    """The ids that were really loaded, and their batch."""
+    return np.array([i for i, _ in examples], dtype=np.int64), default_collate([example for _, example in examples])
+
+
+def batches(dataset: Any, chunks: Sequence[Ids], entropy: Sequence[int], workers: int) -> Iterator[tuple[Ids, Any]]:
+    """The ids and the collated batches of these chunks, in order, loaded by `workers` processes or in this one."""
     loader = DataLoader(
         SeededExamples(dataset, entropy),
         batch_sampler=[chunk.tolist() for chunk in chunks],
+        collate_fn=with_ids,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork" if workers else None,

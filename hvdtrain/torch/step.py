@@ -78,10 +78,11 @@ class TorchStep:
         self._sums = torch.zeros(len(self.metrics) + TOLD + 1, dtype=torch.float64, device=self.device)
         self._sums_handle: ops.Handle | None = None
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._passes = self._done = 0
-        self._part = 0.0
-        self._begun = False  # a step that is not finished
-        self.torn = False
+        self._passes, self._done, self._part = 0, 0, 0.0
+        self._begun = self.torn = False  # begun: a step that is not finished
+        self._told = np.zeros(TOLD)
+        # Pinned: a GPU takes them from there without waiting.
+        self._told_pinned = torch.zeros(TOLD, dtype=torch.float64, pin_memory=self.device.type == "cuda")
 
     def _wrap(self) -> Any:
         """The recipe's optimizer with the exchange of this world."""
@@ -108,7 +109,7 @@ class TorchStep:
         buffers = list(self.model.buffers())
         before = [b.clone() for b in buffers]
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        batch = to_device(next(self.load("train", [ids], 0)), self.device, self.format)
+        batch = to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
         self.model.train()
         with torch.no_grad(), self._autocast():
             scores = self.recipe.score(self.model, batch)
@@ -124,7 +125,7 @@ class TorchStep:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, AMP_DTYPES[self.options.amp])
 
-    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[Any]:
+    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
 
     def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
@@ -134,9 +135,8 @@ class TorchStep:
             self.shards.begin(passes)
         self.model.train()
         self._sums.zero_()
-        self._sums[-TOLD - 1 : -1] = torch.from_numpy(told)
         self._nonfinite_here.zero_()
-        self._passes, self._done, self._part = sum(passes), 0, part
+        self._passes, self._done, self._part, self._told = sum(passes), 0, part, told
         self._begun = True
         self.buffers.begin()
 
@@ -158,6 +158,8 @@ class TorchStep:
             self.shards.passed()
 
     def _start_small(self) -> None:
+        self._told_pinned.copy_(torch.from_numpy(self._told))
+        self._sums[-TOLD - 1 : -1].copy_(self._told_pinned, non_blocking=True)
         self._sums[-1] = self._nonfinite_here
         if self.world.size > 1:
             self._sums_handle = ops.all_reduce_async_(self._sums, "step.sums")
@@ -294,7 +296,7 @@ class TorchStep:
         return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
     def exchange_report(self) -> dict[str, Any]:
-        exchange, advisor = self.optimizer.exchange, self.bucketed.advisor if self.bucketed is not None else None
+        exchange, advisor = self.optimizer.exchange, self.bucketed and self.bucketed.advisor
         return {"buckets": exchange.report() if exchange else [], "advisor": advisor.advice if advisor else None}
 
     def news(self) -> list[str]:
@@ -303,6 +305,6 @@ class TorchStep:
 
     def graph(self) -> bytes | None:
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        batch = to_device(next(self.load("train", [ids], 0)), self.device, self.format)
+        batch = to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
         self.model.eval()
         return trace(self.recipe, self.model, batch)

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from hvdtrain import messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
+from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
-from hvdtrain.step import Agreed, Step
-from hvdtrain.trainer import checkpoint
+from hvdtrain.step import Step
+from hvdtrain.trainer.between import Run, due, evaluate, resume, save, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
-from hvdtrain.trainer.plan import Plan, describe, make_plan
+from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
-from hvdtrain.trainer.setup import run_folder, step_options, versions
-from hvdtrain.trainer.signals import LEAVING, REGROUP, STOP, StopRequest
+from hvdtrain.trainer.setup import open_ledger, run_folder, step_options, versions
+from hvdtrain.trainer.signals import FED, HASHES, LEAVING, REGROUP, STOP, StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
 Ending = Literal["finished", "stopped", "regroup"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What does not change during a run."""
-
-    name: str  # of the recipe
-    recipe: Recipe
-    options: RunOptions
-    world: World
-    plan: Plan
-    folder: Path
-    membership: Membership | None
 
 
 def train(
@@ -66,19 +53,25 @@ def train(
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
     check_best(recipe, step.metrics)
     report, at, resumed_from = Reporter(options), None, None
-    with StopRequest(membership) as stop, report:
+    ledger: Ledger | None = None
+    with StopRequest(membership) as stop, report, contextlib.ExitStack() as files:
         while True:
             try:
                 if membership is not None:
-                    world, at, report.recent = join(membership, step, at, report.recent)
+                    known: dict[str, Any] = {"rows": report.recent, "ledger": ledger and ledger.state()}
+                    files.close()
+                    world, at, known = join(membership, step, at, known)
                     messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
                 if at is None:
                     folder, at = begin(step, options, name, config, world, membership)
                     resumed_from = at.step or None
+                    ledger = None
                 elif membership is not None:
-                    folder = Path(membership.board.fact("folder"))
+                    folder, report.recent = Path(membership.board.fact("folder")), known["rows"]
+                    ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
-                run = Run(name, recipe, options, world, plan, folder, membership)
+                ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder, world))
+                run = Run(name, recipe, options, world, plan, folder, membership, ledger)
                 report.open(run.folder, plan.total_steps, active=world.rank == 0, from_step=at.step)
                 if membership is None or not membership.changes:
                     introduce(run, step, at, report)
@@ -179,11 +172,15 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
         for count, first, shards in parts:
             start = time.perf_counter()
             mine = list(itertools.chain.from_iterable(shards))
-            step.begin([len(chunks) for chunks in shards], sum(map(len, mine)) / count, stop.tell())
+            told = stop.tell()
+            step.begin([len(chunks) for chunks in shards], sum(map(len, mine)) / count, told)
             for chunk in mine:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
-                step.micro_batch(next(batches), len(chunk), 1 / count, (options.seed, at.step, first))
+                ids, batch = next(batches)
+                told[FED] += len(ids)
+                told[HASHES] += hash_sum(ids)
+                step.micro_batch(batch, len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
             agreed = step.exchange()
             lr_factor = plan.schedule.factor(plan.position(at))
@@ -199,6 +196,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 report.advice(step.exchange_report()["advisor"])
 
             epoch = at.epoch + 1
+            run.ledger.append(Row(at.step + 1, epoch, at.offset, int(agreed.told[FED]), int(agreed.told[HASHES])))
             at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]), plan.examples)
             last, epoch_ends = at.step == plan.total_steps, at.offset == 0
             values = means(step.metrics, agreed.sums, count) | details
@@ -248,61 +246,3 @@ def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:
         raise UserError(f"{type(recipe).__name__}.best: there is no metric {metric!r}{nearest(metric, metrics)}")
     if direction not in ("min", "max"):
         raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
-
-
-def due(step: int, every: int | None, epoch_ends: bool) -> bool:
-    """Whether something done every N steps, or else once an epoch, is due."""
-    return step % every == 0 if every else epoch_ends
-
-
-def evaluate(run: Run, step: Step, at: Position) -> None:
-    """Set `at.eval`, the metrics over the evaluation examples: each example once, on one rank; sums by counts."""
-    count = step.examples["eval"]
-    first, end = order.bounds(count, run.world.rank, run.world.size)
-    sums = np.zeros(len(step.metrics))
-    chunks = order.chunks(np.arange(first, end), run.plan.evaluated)
-    for chunk, batch in zip(chunks, step.load("eval", chunks, 0), strict=True):
-        sums += step.evaluate(batch, len(chunk))
-    at.eval = means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
-    at.evaluated = at.step
-
-
-def save(run: Run, step: Step, at: Position) -> None:
-    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on."""
-    state = step.state()
-    if run.world.rank == 0:
-        try:
-            checkpoint.save(run.folder, at, state, run.name)
-            checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
-        except OSError as error:
-            raise RunError(f"cannot write step {at.step}'s checkpoint in {run.folder}: {error.strerror}") from error
-
-
-def resume(step: Step, folder: Path, name: str, world: World) -> Position:
-    """Take over the newest checkpoint of rank 0's run folder on all ranks; a new Position if there is none."""
-    found, error = None, None
-    if world.rank == 0:
-        try:
-            found = checkpoint.load_newest(folder, name)
-        except UserError as problem:
-            error = str(problem)
-    error, position = ops.broadcast_json([error, vars(found[0]) if found else None], "resume.position")
-    if error:
-        raise UserError(error)
-    if position is None:
-        return Position()
-    step.load_state(ops.broadcast_bytes(found[1] if found else None, "resume.state"))
-    return Position(**position)
-
-
-def skip_or_end(run: Run, agreed: Agreed, at: Position, report: Reporter) -> None:
-    """A loss was not finite: all ranks skip the step together, or end together, naming the step and the rank."""
-    mine = f"rank {run.world.rank} on {run.world.host}" if agreed.nonfinite_here else None
-    where = ", ".join(name for name in ops.gather_json(mine, "nonfinite") if name)
-    at.skipped_nonfinite += 1
-    if at.skipped_nonfinite > run.options.skip_nonfinite:
-        raise RunError(
-            f"the loss is not finite at step {at.step + 1} (epoch {at.epoch + 1}), on {where}; "
-            "lower --lr, clip with --clip-norm, or skip such steps with --skip-nonfinite N"
-        )
-    report.lines([f"skipped   step {at.step + 1}: the loss is not finite on {where}"])

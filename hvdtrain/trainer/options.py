@@ -43,6 +43,7 @@ class RunOptions:
     keep: int = option(3, "checkpoints to keep, besides the best")
     eval_every: int | None = option(None, "steps between evaluations; default: once an epoch. Also at the end")
     log_every: int = option(10, "steps between rows of metrics.jsonl")
+    ledger: bool = option(True, "write down which examples each step consumed, for `hvdtrain ledger verify`")
     skip_nonfinite: int = option(0, "steps with a loss that is not finite to skip before giving up")
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
     threads: int | None = option(

@@ -12,11 +12,13 @@ from hvdtrain.step import Step
 from hvdtrain.trainer.checkpoint import Position
 
 
-def join(membership: Membership, step: Step, at: Position | None, shared: Any) -> tuple[World, Position | None, Any]:
+def join(
+    membership: Membership, step: Step, at: Position | None, known: dict[str, Any]
+) -> tuple[World, Position | None, dict[str, Any]]:
     """Leave the present world and enter the next generation's, with the state of the rank that is farthest.
 
-    at: where this rank's state belongs, None where it has none. shared: small JSON that goes with it.
-    Returns the world, where its state belongs, and what was shared; None and this rank's own where nobody has a state.
+    at: where this rank's state belongs, None where it has none. known: small things that go with it, for JSON.
+    Returns the world, where its state belongs and what goes with it; None and this rank's own where nobody has a state.
     """
     while True:
         # Nothing of the old world may be waited for: some of it is gone.
@@ -26,13 +28,13 @@ def join(membership: Membership, step: Step, at: Position | None, shared: Any) -
             new = world.enter(place.environment())
             step.rejoin(new)
             if place.step < 0:
-                return new, None, shared
-            mine = [asdict(at), shared] if at is not None and new.rank == place.root else None
-            position, shared_by_root = ops.broadcast_json(mine, "regroup.position", place.root)
+                return new, None, known
+            mine = [asdict(at), known] if at is not None and new.rank == place.root else None
+            position, known_to_root = ops.broadcast_json(mine, "regroup.position", place.root)
             state = step.whole_state() if new.rank == place.root else None
             state = ops.broadcast_bytes(state, "regroup.state", place.root)
             ops.barrier("regroup.end")
         except ops.PeersLost:
             continue
         step.load_state(state)
-        return new, Position(**position), shared_by_root
+        return new, Position(**position), known_to_root

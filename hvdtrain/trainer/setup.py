@@ -13,10 +13,13 @@ from typing import Any
 from hvdtrain import __version__
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
+from hvdtrain.elastic.ledger import MOST, Ledger
 from hvdtrain.errors import UserError
 from hvdtrain.files import write_json
 from hvdtrain.step import StepOptions
+from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
+from hvdtrain.trainer.plan import Plan
 
 PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
@@ -63,6 +66,22 @@ def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: Wo
     if "error" in answer:
         raise UserError(answer["error"])
     return Path(answer["folder"])
+
+
+def open_ledger(
+    known: Ledger | None, options: RunOptions, plan: Plan, at: Position, folder: Path, world: World
+) -> Ledger:
+    """This rank's ledger of the steps after `at`, which rank 0 writes; of an earlier world's, if it is known.
+
+    Raises UserError for a batch too large for it.
+    """
+    if options.ledger and plan.batch_size > MOST:
+        raise UserError(f"a ledger cannot tell {plan.batch_size} examples a step, {MOST} at most: add --no-ledger")
+    ledger = known or Ledger(options.seed, plan.examples, plan.batch_size, at.step)
+    ledger.rollback(at.step)
+    if options.ledger and world.rank == 0:
+        ledger.open_for_writing(folder / "ledger")
+    return ledger
 
 
 def unused(folder: Path) -> Path:

@@ -14,8 +14,9 @@ from hvdtrain.elastic.membership import Membership
 from hvdtrain.step import TOLD
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Places among what ranks tell each other in a step: how many were asked to stop the run, to leave it, to regroup.
-STOP, LEAVING, REGROUP = range(3)
+# Places among what ranks tell each other in a step: how many of them were asked to stop the run, to leave it, to
+# regroup; how many ids they fed to the model, and the sum of these ids' hashes.
+STOP, LEAVING, REGROUP, FED, HASHES = range(TOLD)
 
 
 class StopRequest:

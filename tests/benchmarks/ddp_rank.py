@@ -56,7 +56,7 @@ def main() -> None:
         loaded = batches(train, parts, [options.seed, epoch], workers=0)
         for ids in all_ids:
             begin = time.perf_counter()
-            batch = next(loaded)
+            _, batch = next(loaded)
             model.train()
             optimizer.zero_grad()
             # DDP takes the mean over ranks: this makes it the mean over the examples of all.
@@ -81,7 +81,7 @@ def accuracy(recipe: Recipe, model: torch.nn.Module, held_out: torch.utils.data.
     count = len(held_out)  # type: ignore[arg-type]
     chunks = order.chunks(np.arange(*order.bounds(count, rank, size)), recipe.batch_size)
     # What is called has no hooks: DDP's forward would wait for the other rank.
-    scores = [recipe.score(model.module, batch)["accuracy"].sum() for batch in batches(held_out, chunks, [0], 0)]
+    scores = [recipe.score(model.module, batch)["accuracy"].sum() for _, batch in batches(held_out, chunks, [0], 0)]
     right = torch.stack(scores).sum()
     dist.all_reduce(right)
     return float(right) / count

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hvdtrain.step import TOLD
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
@@ -73,7 +74,7 @@ def test_the_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
 
     # 8 kB of gradients and flags, sums and no buffers; a rank of two sends half of each twice.
     sizes = [8 * 1 * 9, 8, 16 * 8 * 9, 16, 10 * 64, 10]
-    assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes)) + 8 * 8
+    assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes)) + 8 * (2 + TOLD + 1)
     assert summary["compression"] == "none"
     assert summary["resumed_from"] is None
     assert summary["versions"]["horovod"] == "0.28.1"

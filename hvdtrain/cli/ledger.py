@@ -1,0 +1,42 @@
+"""`hvdtrain ledger`: what a run's ledger proves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from hvdtrain.errors import EXIT_FAILED, UserError
+
+
+@click.group("ledger", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """See from a run's ledger whether every epoch visited every example exactly once.
+
+    A run writes down in RUN_DIR/ledger which examples each step consumed: a place in the epoch's order, how many
+    examples the ranks really fed to the model, and a sum of hashes of their ids, both added up over ranks in the step
+    itself. `verify` works out the order anew and compares.
+    """
+    if context.invoked_subcommand is None:
+        raise UserError("`hvdtrain ledger` needs a command: verify")
+
+
+@command.command()
+@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify(run_dir: Path, as_json: bool) -> int:
+    """Replay a run's ledger: did every epoch visit every example exactly once?
+
+    Steps that a crash undid, and that were done again after --resume, count once; an epoch that is not complete is
+    said so. If something is wrong: which ids are missing or repeated (ten at most), in which epoch and step. If the
+    ids fed in a step are not those of the order, they are named where one fault explains it.
+
+    Exit codes: 0 exactly once, 1 not, 2 there is no ledger in RUN_DIR or a segment's header is damaged.
+    """
+    from hvdtrain.elastic.verify import verify as replay
+
+    verdict = replay(run_dir)
+    click.echo(json.dumps(verdict.as_json(), indent=2) if as_json else "\n".join(verdict.lines()))
+    return 0 if verdict.exactly_once else EXIT_FAILED

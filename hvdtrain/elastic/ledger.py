@@ -1,0 +1,176 @@
+"""The ledger: RUN_DIR/ledger/ says which example ids each step consumed, as ranges of the epoch's order and hashes.
+
+It consists of segments, numbered in order; a writer begins a new one and never changes an old one. A segment that
+begins after step k supersedes what earlier ones say of later steps: those steps were undone.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdtrain.data.order import Ids
+from hvdtrain.errors import RunError, UserError
+from hvdtrain.files import write_atomically
+
+FORMAT = "hvdtrain ledger 1"
+HEADER = re.compile(rf"# {FORMAT} seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
+# 64-bit numbers at most, so that those who read them need not expect others.
+ROW = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
+MOST = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
+
+
+class Row(NamedTuple):
+    """What a step consumed: ids that are neighbours in their epoch's order."""
+
+    step: int  # from 1
+    epoch: int  # from 1
+    offset: int  # where in the epoch's order they begin
+    fed: int  # how many ids the ranks really fed to the model, as they told each other
+    hash_sum: int  # of the hashes of these ids, likewise
+
+
+def hashes(ids: Ids) -> NDArray[np.uint64]:
+    """32 bits for each id, as if drawn by lot: the upper half of splitmix64 (Steele et al., OOPSLA'14)."""
+    mixed = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    upper: NDArray[np.uint64] = (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(32)
+    return upper
+
+
+def hash_sum(ids: Ids) -> int:
+    """The sum of the ids' hashes: the same in any order, and on any division among ranks."""
+    return int(hashes(ids).sum())
+
+
+class Ledger:
+    """A rank's knowledge of what the last steps consumed; one rank also writes it.
+
+    Every rank appends the same rows, and keeps those since step `from_step`, up to which they are surely on disk: any
+    of them can go on writing where another was lost.
+    """
+
+    def __init__(self, seed: int, examples: int, batch: int, from_step: int = 0, rows: Iterable[Row] = ()) -> None:
+        """from_step: the step after which the run starts or resumes; `rows` are those since then."""
+        self.seed, self.examples, self.batch = seed, examples, batch
+        self.from_step, self.rows = from_step, list(rows)
+        self._saved = from_step  # up to here `durable` was promised
+        self._folder: Path | None = None
+        self._file: io.FileIO | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Ledger:
+        """A ledger that knows what the one with this state knew."""
+        return cls(**{**state, "rows": [Row(*row) for row in state["rows"]]})
+
+    def state(self) -> dict[str, Any]:
+        """All that it knows, as plain data for JSON."""
+        sizes = {"seed": self.seed, "examples": self.examples, "batch": self.batch}
+        return {**sizes, "from_step": self.from_step, "rows": [list(row) for row in self.rows]}
+
+    def open_for_writing(self, folder: Path) -> None:
+        """Write from here on, to a new segment that begins with the rows in memory. Raises RunError."""
+        self.close()
+        self._folder = folder
+        first = self.from_step + 1
+        header = f"# {FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
+        lines = [header, ",".join(Row._fields), *(",".join(map(str, row)) for row in self.rows)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"segment-{max(numbered(folder), default=0) + 1:06}.csv"
+            write_atomically(path, ("\n".join(lines) + "\n").encode())
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise RunError(f"cannot write the ledger in {folder}: {error.strerror}") from error
+
+    def append(self, row: Row) -> None:
+        """A step is done. What is written survives the process; `durable` makes it survive the machine."""
+        if self._saved > self.from_step:
+            # Only now: that this step took place tells that the rank that writes has outlived its `durable`.
+            self.rows = [old for old in self.rows if old.step > self._saved]
+            self.from_step = self._saved
+        self.rows.append(row)
+        if self._file is None:
+            return
+        line = b"%d,%d,%d,%d,%d\n" % row
+        try:
+            whole = self._file.write(line) == len(line)
+        except OSError as error:
+            raise RunError(f"cannot write the ledger in {self._folder}: {error.strerror}") from error
+        if not whole:
+            raise RunError(f"cannot write the ledger in {self._folder}: no space left on device")
+
+    def durable(self) -> None:
+        """Before a checkpoint is saved, on all ranks: what was appended need not be kept in memory any longer."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self.rows:
+            self._saved = self.rows[-1].step
+
+    def rollback(self, step: int) -> None:
+        """All ranks go on after this step: later ones are undone."""
+        undone = step < self.from_step or any(row.step > step for row in self.rows)
+        self.rows = [row for row in self.rows if row.step <= step]
+        self.from_step, self._saved = min(self.from_step, step), min(self._saved, step)
+        if undone and self._folder is not None:
+            self.open_for_writing(self._folder)
+
+    def close(self) -> None:
+        """Write no longer."""
+        if self._file is not None:
+            self._file.close()
+        self._folder = self._file = None
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one writer wrote."""
+
+    name: str
+    seed: int
+    examples: int
+    batch: int
+    first_step: int
+    rows: list[Row]
+    unreadable: list[int]  # numbers of lines that are no rows
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The segments' files by their numbers, in order."""
+    found = {int(path.stem[8:]): path for path in folder.glob("segment-*.csv") if path.stem[8:].isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def read_segment(path: Path) -> Segment:
+    """Read a segment but for a torn last line, left by a process killed while it wrote. Raises UserError."""
+    try:
+        lines = path.read_bytes().decode("ascii", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    header = HEADER.fullmatch(lines[0])
+    # What stands behind the last end of a line is torn, or nothing.
+    if header is None or len(lines) < 3 or lines[1] != ",".join(Row._fields):
+        raise UserError(f"{path} is no segment of a ledger of this hvdtrain: expected a header of format {FORMAT!r}")
+    seed, examples, batch, first_step = map(int, header.groups())
+    rows, unreadable = [], []
+    for number, line in enumerate(lines[2:-1], start=3):
+        if found := ROW.fullmatch(line):
+            rows.append(Row(*map(int, found.groups())))
+        else:
+            unreadable.append(number)
+    return Segment(path.name, seed, examples, batch, first_step, rows, unreadable)

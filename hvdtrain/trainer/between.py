@@ -1,0 +1,96 @@
+"""What is done between steps: evaluation, checkpoints, and what comes of a loss that is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.world import World
+from hvdtrain.data import order
+from hvdtrain.elastic.ledger import Ledger
+from hvdtrain.elastic.membership import Membership
+from hvdtrain.errors import RunError, UserError
+from hvdtrain.metrics import means
+from hvdtrain.recipe import Recipe
+from hvdtrain.step import Agreed, Step
+from hvdtrain.trainer import checkpoint
+from hvdtrain.trainer.checkpoint import Position
+from hvdtrain.trainer.options import RunOptions
+from hvdtrain.trainer.plan import Plan
+from hvdtrain.trainer.report import Reporter
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change during a run."""
+
+    name: str  # of the recipe
+    recipe: Recipe
+    options: RunOptions
+    world: World
+    plan: Plan
+    folder: Path
+    membership: Membership | None
+    ledger: Ledger
+
+
+def due(step: int, every: int | None, epoch_ends: bool) -> bool:
+    """Whether something done every N steps, or else once an epoch, is due."""
+    return step % every == 0 if every else epoch_ends
+
+
+def evaluate(run: Run, step: Step, at: Position) -> None:
+    """Set `at.eval`, the metrics over the evaluation examples: each example once, on one rank; sums by counts."""
+    count = step.examples["eval"]
+    first, end = order.bounds(count, run.world.rank, run.world.size)
+    sums = np.zeros(len(step.metrics))
+    chunks = order.chunks(np.arange(first, end), run.plan.evaluated)
+    for chunk, (_, batch) in zip(chunks, step.load("eval", chunks, 0), strict=True):
+        sums += step.evaluate(batch, len(chunk))
+    at.eval = means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
+    at.evaluated = at.step
+
+
+def save(run: Run, step: Step, at: Position) -> None:
+    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on."""
+    state = step.state()
+    run.ledger.durable()
+    if run.world.rank == 0:
+        try:
+            checkpoint.save(run.folder, at, state, run.name)
+            checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
+        except OSError as error:
+            raise RunError(f"cannot write step {at.step}'s checkpoint in {run.folder}: {error.strerror}") from error
+
+
+def resume(step: Step, folder: Path, name: str, world: World) -> Position:
+    """Take over the newest checkpoint of rank 0's run folder on all ranks; a new Position if there is none."""
+    found, error = None, None
+    if world.rank == 0:
+        try:
+            found = checkpoint.load_newest(folder, name)
+        except UserError as problem:
+            error = str(problem)
+    error, position = ops.broadcast_json([error, vars(found[0]) if found else None], "resume.position")
+    if error:
+        raise UserError(error)
+    if position is None:
+        return Position()
+    step.load_state(ops.broadcast_bytes(found[1] if found else None, "resume.state"))
+    return Position(**position)
+
+
+def skip_or_end(run: Run, agreed: Agreed, at: Position, report: Reporter) -> None:
+    """A loss was not finite: all ranks skip the step together, or end together, naming the step and the rank."""
+    mine = f"rank {run.world.rank} on {run.world.host}" if agreed.nonfinite_here else None
+    where = ", ".join(name for name in ops.gather_json(mine, "nonfinite") if name)
+    at.skipped_nonfinite += 1
+    if at.skipped_nonfinite > run.options.skip_nonfinite:
+        raise RunError(
+            f"the loss is not finite at step {at.step + 1} (epoch {at.epoch + 1}), on {where}; "
+            "lower --lr, clip with --clip-norm, or skip such steps with --skip-nonfinite N"
+        )
+    report.lines([f"skipped   step {at.step + 1}: the loss is not finite on {where}"])

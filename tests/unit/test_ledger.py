@@ -1,0 +1,471 @@
+"""The ledger, against a model of what was really consumed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdtrain.cli.main import main
+from hvdtrain.data import order
+from hvdtrain.elastic.ledger import MOST, Ledger, Row, hash_sum, hashes, numbered
+from hvdtrain.elastic.verify import Verdict, verify
+from hvdtrain.errors import RunError, UserError
+
+Ids = order.Ids
+Fault = Callable[[Ids], Ids]
+
+
+@dataclass
+class Training:
+    """A run as the ledger sees it: three ranks that know of each step what was fed, and one that writes."""
+
+    run_dir: Path
+    examples: int
+    batch: int
+    seed: int = 0
+    position: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])  # (epoch, offset) after each step
+    saved: int = 0  # step of the checkpoint
+    synced: dict[Path, int] = field(default_factory=dict)  # bytes of each segment that outlive the machine
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ranks[0].close()
+
+    def start(self) -> None:
+        """All ranks begin at the checkpoint."""
+        del self.position[self.saved + 1 :]
+        self.ranks = [Ledger(self.seed, self.examples, self.batch, self.saved) for _ in range(3)]
+        self.open()
+
+    def open(self) -> None:
+        self.ranks[0].open_for_writing(self.run_dir / "ledger")
+        self.note_synced()
+
+    def note_synced(self) -> None:
+        self.synced[self.last] = self.last.stat().st_size
+
+    @property
+    def last(self) -> Path:
+        return max(numbered(self.run_dir / "ledger").items())[1]
+
+    def step(self, fault: Fault = lambda ids: ids) -> None:
+        """The ranks feed their parts of the next batch, or what a fault makes of it."""
+        epoch, offset = self.position[-1]
+        ids = next(order.steps(self.examples, self.batch, self.seed, epoch, offset))
+        fed = fault(ids)
+        told = [0, 0]
+        for rank in range(3):
+            mine = fed[slice(*order.bounds(len(fed), rank, 3))]
+            told = [told[0] + len(mine), told[1] + hash_sum(mine)]
+        row = Row(len(self.position), epoch + 1, offset, *told)
+        for ledger in self.ranks:
+            ledger.append(row)
+        end = offset + len(ids)
+        self.position.append((epoch, end) if end < self.examples else (epoch + 1, 0))
+
+    def save(self) -> None:
+        for ledger in self.ranks:
+            ledger.durable()
+        self.note_synced()
+        self.saved = len(self.position) - 1
+
+    def kill(self, torn: bytes, batch: int) -> None:
+        """SIGKILL, perhaps in the middle of a line; then --resume, with another batch."""
+        self.ranks[0].close()
+        with self.last.open("ab") as file:
+            file.write(torn)
+        self.batch = batch
+        self.start()
+
+    def lose_writer(self, step: int) -> None:
+        """Rank 0's machine dies, with what it had not synced; the next rank, told by a survivor, writes from `step`."""
+        self.ranks[0].close()
+        data = self.last.read_bytes()
+        self.last.write_bytes(data[: self.synced[self.last]])
+        state = json.loads(json.dumps(self.ranks[1].state()))
+        self.ranks = [Ledger.from_state(state) for _ in range(3)]
+        self.roll_back(step)
+        self.open()
+
+    def roll_back(self, step: int) -> None:
+        del self.position[step + 1 :]
+        files = len(numbered(self.run_dir / "ledger"))
+        for ledger in self.ranks:
+            ledger.rollback(step)
+        if len(numbered(self.run_dir / "ledger")) > files:
+            self.note_synced()
+
+    def verdict(self) -> Verdict:
+        return verify(self.run_dir)
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> list[tuple[str, int, bytes]]:
+    kinds = st.sampled_from(["step", "step", "step", "save", "kill", "lose", "roll"])
+    torn = st.sampled_from([b"", b"7", b"12,1,64,8", b"3,1,16,8,12345", b"\0\0\0"])
+    return draw(st.lists(st.tuples(kinds, st.integers(1, 40), torn), max_size=60))
+
+
+def live(training: Training, events: list[tuple[str, int, bytes]]) -> None:
+    for kind, number, torn in events:
+        now = len(training.position) - 1
+        if kind == "step":
+            for _ in range(number % 5 + 1):
+                training.step()
+        elif kind == "save":
+            training.save()
+        elif kind == "kill":
+            training.kill(torn, number)
+        else:
+            back = training.saved + number % (now - training.saved + 1)
+            training.lose_writer(back) if kind == "lose" else training.roll_back(back)
+
+
+@settings(deadline=None, max_examples=150)
+@given(events=lives(), examples=st.integers(1, 100), batch=st.integers(1, 40), seed=st.integers(0, 9))
+def test_whatever_happens_each_id_is_told_once(
+    events: list[tuple[str, int, bytes]], examples: int, batch: int, seed: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, Training(Path(folder), examples, batch, seed) as training:
+        live(training, events)
+        verdict = training.verdict()
+        assert verdict.findings == []
+        epoch, offset = training.position[-1]
+        assert (verdict.steps, verdict.epochs, verdict.rest) == (len(training.position) - 1, epoch, offset)
+        assert verdict.segments == len(list(Path(folder).glob("ledger/*")))
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), events=lives(), examples=st.integers(8, 100), batch=st.integers(4, 40))
+def test_whatever_happens_one_wrong_id_is_named(
+    data: st.DataObject, events: list[tuple[str, int, bytes]], examples: int, batch: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, Training(Path(folder), examples, batch) as training:
+        live(training, events)
+        kind = data.draw(st.sampled_from(["left out", "twice", "another"]))
+        other = data.draw(st.integers(0, examples - 1))
+        wrong: dict[str, list[int]] = {}
+
+        def fault(ids: Ids) -> Ids:
+            # Without the last one the others are a shorter range: then the next step is what is out of place.
+            place = data.draw(st.integers(0, max(0, len(ids) - 2)))
+            if kind == "twice":
+                wrong.update(missing=[], repeated=[other])
+                return np.append(ids, other)
+            if kind == "left out" and len(ids) > 1:
+                wrong.update(missing=[int(ids[place])], repeated=[])
+                return np.delete(ids, place)
+            if ids[place] != other:
+                wrong.update(missing=[int(ids[place])], repeated=[other])
+            return np.concatenate([ids[:place], [other], ids[place + 1 :]])
+
+        training.step(fault)
+        at = len(training.position) - 1
+        for _ in range(data.draw(st.integers(0, 5))):
+            training.step()
+        verdict = training.verdict()
+        if not wrong:
+            assert verdict.exactly_once
+            return
+        found = next(finding for finding in verdict.findings if finding.kind == "ids")
+        assert (found.step, found.missing, found.repeated) == (at, wrong["missing"], wrong["repeated"])
+        assert not [finding for finding in verdict.findings if finding.kind in ("step", "place", "file")]
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Training]:
+    """Of 100 examples, 16 a step: 7 steps an epoch."""
+    with Training(tmp_path, 100, 16) as begun:
+        yield begun
+
+
+@pytest.fixture
+def whole(training: Training) -> Training:
+    """Two epochs and 32 examples of the third; two segments."""
+    for _ in range(5):
+        training.step()
+    training.save()
+    training.step()
+    training.kill(b"7,1,96,", 16)
+    while training.position[-1] != (2, 32):
+        training.step()
+    return training
+
+
+def found(training: Training, kind: str) -> list[str]:
+    return [finding.text for finding in training.verdict().findings if finding.kind == kind]
+
+
+def edit(path: Path, change: Callable[[list[str]], object]) -> None:
+    """Change the lines of a segment: 0 is the header."""
+    lines = path.read_text().splitlines(keepends=True)
+    change(lines)
+    path.write_text("".join(lines))
+
+
+def test_the_summary_says_what_is_not_complete(whole: Training) -> None:
+    line = (
+        "exactly once: 2 epochs x 100 examples and 32 examples of epoch 3, which is not complete, 16 steps (2 segments)"
+    )
+    assert whole.verdict().lines() == [line]
+
+
+def test_a_missing_step_is_found(whole: Training) -> None:
+    edit(whole.last, lambda lines: lines.pop(2 + 4))  # step 10 begins at 32 of epoch 2
+    ids = np.sort(order.permutation(100, 0, 1)[32:48]).tolist()
+    assert found(whole, "step") == ["step 10 is missing"]
+    assert found(whole, "place") == ["step 11 begins at example 48 of epoch 2's order, expected 32 of epoch 2"]
+    (epoch,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
+    assert (epoch.epoch, epoch.missing, epoch.repeated) == (2, ids[:10], [])
+    names = ", ".join(map(str, ids[:10]))
+    due = f"(id {ids[0]} was due after step 9)"
+    assert epoch.text == f"epoch 2: ids {names} and 6 more not visited {due}"
+    assert not whole.verdict().exactly_once
+
+
+def test_a_repeated_step_is_found(whole: Training) -> None:
+    edit(whole.last, lambda lines: lines.insert(7, lines[6]))
+    ids = np.sort(order.permutation(100, 0, 1)[32:48]).tolist()
+    assert found(whole, "step") == ["step 10 comes again after step 10"]
+    (epoch,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
+    assert (epoch.epoch, epoch.missing, epoch.repeated) == (2, [], ids[:10])
+    assert f"(id {ids[0]} in steps 10, 10)" in epoch.text
+
+
+def test_a_wrong_offset_is_found(whole: Training) -> None:
+    edit(whole.last, lambda lines: lines.__setitem__(6, lines[6].replace("10,2,32,", "10,2,31,")))
+    assert "step 10 begins at example 31 of epoch 2's order, expected 32 of epoch 2" in found(whole, "place")
+
+
+@pytest.mark.parametrize("column", range(5))
+def test_any_number_changed_is_found(whole: Training, column: int) -> None:
+    """Of any row: of any column, up or down, by a little or a lot."""
+    text = whole.last.read_text()
+    lines = text.splitlines()
+    for at in range(2, len(lines)):
+        for by in (-1, 1, 16, 10**9):
+            row = [int(value) for value in lines[at].split(",")]
+            row[column] += by
+            if row[column] < 0:
+                continue
+            changed = ",".join(map(str, row))
+            whole.last.write_text("\n".join([*lines[:at], changed, *lines[at + 1 :], ""]))
+            assert not whole.verdict().exactly_once, (lines[at], changed)
+    whole.last.write_text(text)
+    assert whole.verdict().exactly_once
+
+
+def test_ids_swapped_between_steps_are_found(whole: Training) -> None:
+    """Each id was visited once, but not where the order says."""
+    first, second = order.permutation(100, 0, 2)[32:48], order.permutation(100, 0, 2)[48:64]
+    a, b = int(first[3]), int(second[5])
+    whole.step(lambda ids: np.where(ids == a, b, ids))
+    whole.step(lambda ids: np.where(ids == b, a, ids))
+    assert found(whole, "ids") == [
+        f"step 17 (epoch 3): id {a} not fed, id {b} fed instead",
+        f"step 18 (epoch 3): id {b} not fed, id {a} fed instead",
+    ]
+    assert found(whole, "epoch") == []
+
+
+def test_an_id_consumed_twice_is_found(whole: Training) -> None:
+    again = int(order.permutation(100, 0, 2)[3])
+    whole.step(lambda ids: np.append(ids, again))
+    whole.step()
+    assert found(whole, "ids") == [f"step 17 (epoch 3): id {again} fed besides"]
+    assert found(whole, "epoch") == [f"epoch 3: id {again} visited again (id {again} in steps 15, 17)"]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_ranks_part_left_out_is_named(whole: Training, steps: int) -> None:
+    """Also where it is the last step, and where the step ends the epoch."""
+    for _ in range(steps):
+        whole.step()
+    epoch, offset = whole.position[-1]
+    part = order.permutation(100, 0, epoch)[offset + 6 : offset + 11]
+    if steps == 5:
+        assert (epoch, offset) == (3, 0)
+    whole.step(lambda ids: ids[~np.isin(ids, part)])
+    if steps == 1:
+        whole.step()
+    (finding,) = (finding for finding in whole.verdict().findings if finding.kind == "ids")
+    assert sorted(finding.missing) == sorted(part.tolist())
+    (finding,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
+    assert finding.missing == sorted(part.tolist())
+
+
+def test_the_last_id_of_a_step_left_out_is_found(whole: Training) -> None:
+    left = int(order.permutation(100, 0, 2)[47])
+    whole.step(lambda ids: ids[:-1])
+    assert found(whole, "ids") == [f"step 17 (epoch 3): id {left} not fed"]
+    whole.step()
+    assert found(whole, "place") == ["step 18 begins at example 48 of epoch 3's order, expected 47 of epoch 3"]
+    assert found(whole, "epoch") == [f"epoch 3: id {left} not visited (id {left} was due after step 17)"]
+
+
+def test_the_last_step_of_an_epoch_with_too_many(whole: Training) -> None:
+    while whole.position[-1][1] != 96:
+        whole.step()
+    whole.step(lambda ids: np.append(ids, 7))
+    whole.step()
+    assert found(whole, "ids") == ["step 21 (epoch 3): id 7 fed besides"]
+
+
+def test_ids_that_cannot_be_told(whole: Training) -> None:
+    whole.step(lambda ids: ids // 2)
+    text = "step 17 (epoch 3): the 16 ids that were fed are not those of the order, and cannot be told"
+    assert found(whole, "ids") == [text]
+
+
+def test_another_seed_in_mid_epoch_is_found(whole: Training) -> None:
+    whole.save()
+    whole.seed = 1
+    whole.kill(b"", 16)
+    for _ in range(5):
+        whole.step()
+    (finding,) = whole.verdict().findings
+    assert finding.kind == "epoch"
+    assert finding.repeated and finding.missing
+
+
+def test_another_seed_from_an_epoch_on_is_none_of_the_ledgers_business(whole: Training) -> None:
+    while whole.position[-1][1]:
+        whole.step()
+    whole.save()
+    whole.seed = 1
+    whole.kill(b"", 9)
+    for _ in range(15):
+        whole.step()
+    assert whole.verdict().exactly_once
+
+
+def test_steps_without_a_ledger_are_missing(training: Training) -> None:
+    for _ in range(3):
+        training.step()
+    for _ in range(2):
+        training.position.append((0, 16 * len(training.position)))  # with --no-ledger
+    training.saved = 5
+    training.kill(b"", 16)
+    training.step()
+    assert found(training, "step") == ["steps 4 to 5 are missing"]
+
+
+def test_a_segment_lost_and_lines_that_are_no_rows(whole: Training) -> None:
+    whole.save()
+    whole.kill(b"", 16)
+    second = whole.run_dir / "ledger" / "segment-000002.csv"
+    edit(second, lambda lines: lines.__setitem__(4, "8;2;0\n"))
+    assert found(whole, "file") == ["segment-000002.csv: line 5 is no row"]
+    second.unlink()
+    assert found(whole, "file") == ["segment-000002.csv is missing"]
+    assert not whole.verdict().exactly_once
+
+
+def test_a_lot_of_findings_are_cut(whole: Training) -> None:
+    edit(whole.last, lambda lines: lines.__setitem__(0, lines[0].replace("seed=0", "seed=1")))
+    lines = whole.verdict().lines()
+    assert lines[0].startswith("not exactly once: 2 epochs x 100 examples")
+    assert len(lines) == 12
+    assert lines[-1].endswith(" more findings")
+
+
+def test_rolling_back_before_what_was_durable(training: Training) -> None:
+    for _ in range(9):
+        training.step()
+    training.save()
+    training.step()
+    training.roll_back(3)
+    training.step()
+    verdict = training.verdict()
+    assert (verdict.findings, verdict.steps) == ([], 4)
+    assert all(ledger.from_step == 3 and len(ledger.rows) == 1 for ledger in training.ranks)
+
+
+def test_rows_are_forgotten_only_when_a_step_shows_that_they_are_durable(training: Training) -> None:
+    training.step()
+    training.save()
+    assert [len(ledger.rows) for ledger in training.ranks] == [1, 1, 1]
+    training.step()
+    assert [[row.step for row in ledger.rows] for ledger in training.ranks] == [[2], [2], [2]]
+    assert training.ranks[0].from_step == 1
+
+
+def test_a_ledger_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot write the ledger in .*file/ledger: Not a directory"):
+        Ledger(0, 10, 2).open_for_writing(tmp_path / "file" / "ledger")
+    ledger = Ledger(0, 10, 2)
+    ledger.open_for_writing(tmp_path / "ledger")
+    ledger.close()
+    with Path("/dev/full").open("ab", buffering=0) as ledger._file, pytest.raises(RunError, match="No space left"):
+        ledger.append(Row(1, 1, 0, 2, 3))
+
+
+@given(ids=st.lists(st.integers(0, 2**40), unique=True, min_size=1), ranks=st.integers(1, 5))
+def test_the_sum_of_hashes_is_the_same_on_any_number_of_ranks(ids: list[int], ranks: int) -> None:
+    array = np.array(ids)
+    parts = [array[slice(*order.bounds(len(ids), rank, ranks))] for rank in range(ranks)]
+    told = np.float64(0)
+    for part in parts:
+        told += np.float64(hash_sum(part))
+    assert int(told) == hash_sum(array) == sum(int(value) for value in hashes(array))
+
+
+def test_hashes_are_splitmix64() -> None:
+    """Its first outputs from seed 0 are known; id n gives the output of state n, which is output 1 of seed n."""
+    assert hashes(np.array([0]))[0] == 0xE220A8397B1DCDAF >> 32
+    assert len(np.unique(hashes(np.arange(10_000)))) == 10_000
+    assert MOST * (2**32 - 1) < 2**53
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[object, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main(["ledger", *args])
+    said = capsys.readouterr()
+    return left.value.code, said.out, said.err
+
+
+def test_the_command(whole: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(whole.run_dir)
+    code, out, _ = command(capsys, "verify", folder)
+    assert code == 0
+    assert out.startswith("exactly once: 2 epochs x 100 examples and 32 examples of epoch 3, which is not complete")
+    code, out, _ = command(capsys, "verify", folder, "--json")
+    values = json.loads(out)
+    assert (code, values.pop("findings"), values.pop("exactly_once")) == (0, [], True)
+    assert values == {"epochs": 2, "examples": 100, "steps": 16, "segments": 2, "rest": 32}
+    edit(whole.last, lambda lines: lines.pop(6))
+    code, out, _ = command(capsys, "verify", folder)
+    assert (code, out.splitlines()[1]) == (1, "step 10 is missing")
+    code, out, _ = command(capsys, "verify", folder, "--json")
+    values = json.loads(out)
+    assert (code, values["exactly_once"], values["findings"][0]["kind"]) == (1, False, "step")
+
+
+def test_no_ledger_and_damaged_headers(whole: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = whole.run_dir / "ledger"
+    error = f"hvdtrain: error: {empty} has no ledger: there is no {empty}/ledger/segment-000001.csv\n"
+    assert command(capsys, "verify", str(empty)) == (2, "", error)
+    text = whole.last.read_text()
+    damaged = (
+        f"{whole.last} is no segment of a ledger of this hvdtrain: expected a header of format 'hvdtrain ledger 1'"
+    )
+    for wrong in (text.replace("ledger 1", "ledger 9"), text.replace("seed=0", "seed="), text[:20], "", text[70:]):
+        whole.last.write_text(wrong)
+        assert command(capsys, "verify", str(whole.run_dir)) == (2, "", f"hvdtrain: error: {damaged}\n")
+    with pytest.raises(UserError):
+        verify(whole.run_dir)
+    assert command(capsys) == (2, "", "hvdtrain: error: `hvdtrain ledger` needs a command: verify\n")
