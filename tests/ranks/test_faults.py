@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses
+from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses, verify
 from tests.ranks.harness import train
 
 EPOCHS, STEPS = 6, 12  # an epoch's
@@ -26,13 +26,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[f
 
 
 def check(job: ElasticJob, reference: tuple[list[float], dict[str, Any]]) -> None:
-    """The run has made every step once, with the reference's losses and accuracy."""
+    """The run has made every step once, with the reference's losses and accuracy, and the ledger says so too."""
     expected, summary = reference
     found = losses(job.run_dir)
     assert len(found) == EPOCHS * STEPS
     np.testing.assert_allclose(found[: 2 * STEPS], expected[: 2 * STEPS], rtol=1e-5)
     assert abs(job.summary()["eval"]["accuracy"] - summary["eval"]["accuracy"]) <= 1.01 / 360
     assert job.summary()["samples_seen"] == summary["samples_seen"]
+    verify(job.run_dir)
 
 
 def test_workers_that_are_killed(tmp_path: Path, reference: Any) -> None:

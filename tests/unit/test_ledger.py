@@ -163,8 +163,10 @@ def test_whatever_happens_one_wrong_id_is_named(
             # Without the last one the others are a shorter range: then the next step is what is out of place.
             place = data.draw(st.integers(0, max(0, len(ids) - 2)))
             if kind == "twice":
-                wrong.update(missing=[], repeated=[other])
-                return np.append(ids, other)
+                # One of its own: with the next one behind them, the ids are a longer range.
+                twice = int(ids[place])
+                wrong.update(missing=[], repeated=[twice])
+                return np.append(ids, twice)
             if kind == "left out" and len(ids) > 1:
                 wrong.update(missing=[int(ids[place])], repeated=[])
                 return np.delete(ids, place)
