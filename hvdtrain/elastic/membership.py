@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -106,6 +108,7 @@ class Membership:
         self.joined = False
         self.leaving = self.stopping = self.regrouping = False
         self.server: Server | None = None
+        self.took = ""  # how long the last generation took to form, for people
 
     @property
     def changes(self) -> int:
@@ -118,7 +121,7 @@ class Membership:
             said = os.read(self.messages, 4096)
         except BlockingIOError:
             return
-        self.leaving |= b"d" in said
+        self.leaving |= b"d" in said or not said  # nothing to read, ever again: the supervisor is dead
         self.regrouping |= b"r" in said
         self.stopping |= b"s" in said
 
@@ -234,7 +237,9 @@ class Membership:
         return False
 
     def report_error(self, step: int, text: str) -> None:
-        """Write down an error of the recipe, so that the run ends when it comes again at the same step."""
+        """Tell and write down an error of the recipe, so that the run ends when it comes again at the same step."""
+        print(f"hvdtrain: an error after step {step}, which is tried once more:", file=sys.stderr)
+        traceback.print_exc()
         self.board.propose(f"error-{self.generation}-{self.member}", {"step": step, "text": text})
 
     def _repeated_error(self) -> str | None:

@@ -32,7 +32,8 @@ ROUND = 2.0  # seconds between horovodrun's rounds of assignment
 LEASE = 10.0  # seconds without a sign of life, after which a supervisor, or a stopped worker, counts as lost
 NEWCOMERS = 3.0  # seconds that a newcomer which is ready waits for others which are starting
 ENDING = 30.0  # seconds for a worker to end once the run is over
-STARTS = 2  # failed starts of a worker, after which its slot is given up
+STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
+NOW_AND_THEN = 60.0  # seconds
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Supervisor:
         self.newcomer_since: float | None = None
         self.asked_generation = 0  # the last that our worker was told to leave for a larger one
         self.lost_since: float | None = None  # when the board stopped answering
+        self.restart_at: float | None = None  # when a new worker is to be started; there is none until then
         self.worker = self.start()
 
     def start(self) -> Worker:
@@ -112,7 +114,7 @@ class Supervisor:
             signal.signal(number, self.on_signal)
         pulsed = 0.0
         while True:
-            select.select([self.worker.pidfd, woken], [], [], TICK)
+            select.select([woken] if self.restart_at is not None else [self.worker.pidfd, woken], [], [], TICK)
             with contextlib.suppress(BlockingIOError):
                 if select.select([woken], [], [], 0)[0]:
                     os.read(woken, 4096)
@@ -120,6 +122,8 @@ class Supervisor:
             try:
                 if ended is not None and (code := self.on_end(ended)) is not None:
                     return self.leave(code)
+                if self.restart_at is not None and time.monotonic() >= self.restart_at:
+                    self.restart_at, self.worker = None, self.start()
                 if time.monotonic() - pulsed >= PULSE:
                     pulsed = time.monotonic()
                     self.pulse()
@@ -134,6 +138,8 @@ class Supervisor:
         self.tell(b"s" if number == signal.SIGUSR1 else b"d")
 
     def tell(self, message: bytes) -> None:
+        if self.restart_at is not None:
+            return
         with contextlib.suppress(OSError):
             os.write(self.worker.messages, message)
 
@@ -143,7 +149,8 @@ class Supervisor:
         verdict = self.board.fact("verdict")
         self.board.pulse(self.name, {"beats": self.beats, "member": self.worker.member, "host": self.slot.host})
         pulses = self.board.pulses()
-        for name in self.watch.look(pulses, self.lease):
+        lost = self.watch.look(pulses, self.lease)
+        for name in lost:
             if name != self.name:
                 self.board.propose(f"gone-{pulses[name]['member']}", "lost")
         self.end_if_stopped()
@@ -151,7 +158,7 @@ class Supervisor:
             return
         generation, plan = newest_plan(self.board)
         members = [member["id"] for member in plan["members"]] if plan else []
-        alive = {pulse["member"] for name, pulse in pulses.items() if name not in self.watch.look(pulses, self.lease)}
+        alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
         leader = next((member for member in members if member in alive), min(alive))
         if self.worker.member == leader:
             if time.monotonic() - self.round_began >= ROUND and (self.answer is None or not self.answer.is_alive()):
@@ -200,22 +207,27 @@ class Supervisor:
             worker.process.kill()
 
     def on_end(self, code: int) -> int | None:
-        """The worker has ended: the exit code to leave with, or None where another one was started."""
+        """The worker has ended: the exit code to leave with, or None where another one is to be started."""
         member = self.worker.member
-        self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
+        if self.restart_at is None:
+            self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
         verdict = self.board.fact("verdict")
         if verdict is not None:
             return int(verdict["code"])
         if self.drained or code == EXIT_REQUEUE:
             # Never 0 while horovodrun counts on this slot: it would take that for the end of the run.
             return 0 if self.removed else EXIT_REQUEUE
-        joined = any(member in [m["id"] for m in plan["members"]] for plan in self.board.facts("plan-").values())
+        if self.restart_at is not None:
+            return None
+        plans = self.board.facts("plan-").values()
+        joined = any(member in [m["id"] for m in plan["members"]] for plan in plans)
         self.failed_starts = 0 if joined else self.failed_starts + 1
-        if code == EXIT_USER or self.failed_starts >= STARTS:
+        if not plans and (code == EXIT_USER or self.failed_starts >= STARTS):
             return EXIT_USER if code == EXIT_USER else EXIT_FAILED
+        # Not given up while others train: horovodrun would take the whole host away, and a single host is the job.
         os.close(self.worker.pidfd)
         os.close(self.worker.messages)
-        self.worker = self.start()
+        self.restart_at = time.monotonic() + (NOW_AND_THEN if self.failed_starts >= STARTS else 0)
         return None
 
     def on_lost_board(self, ended: int | None) -> int | None:

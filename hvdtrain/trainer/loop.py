@@ -76,7 +76,8 @@ def train(
                 if membership is None or not membership.changes:
                     introduce(run, step, at, report)
                 else:
-                    report.lines([f"world     {world.size} rank{'s' * (world.size > 1)}, from step {at.step} on"])
+                    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+                    report.lines([f"world     {ranks}, from step {at.step} on; {membership.took}"])
                 ending = run_steps(run, step, at, report, stop)
             except (UserError, RunError, Gone):
                 raise

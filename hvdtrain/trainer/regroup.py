@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -21,12 +22,14 @@ def join(
     Returns the world, where its state belongs and what goes with it; None and this rank's own where nobody has a state.
     """
     while True:
+        began = time.perf_counter()
         # Nothing of the old world may be waited for: some of it is gone.
         world.leave()
         place = membership.next_place(at.step if at is not None else -1)
         try:
             new = world.enter(place.environment())
             step.rejoin(new)
+            met = time.perf_counter()
             if place.step < 0:
                 return new, None, known
             mine = [asdict(at), known] if at is not None and new.rank == place.root else None
@@ -37,4 +40,5 @@ def join(
         except ops.PeersLost:
             continue
         step.load_state(state)
+        membership.took = f"ranks met in {met - began:.3f} s, state in {time.perf_counter() - met:.3f} s"
         return new, Position(**position), known_to_root
