@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # These two must match each other; Horovod is built for the one that is installed.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint setup bench clean
+.PHONY: demo test lint setup bench soak clean
 
 demo: setup
 	@$(BIN)/hvdtrain launch -np 2 digits
@@ -37,6 +37,10 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks.exchange --rate 1gbit --ways none,horovod,ddp,ddp-fp16,bucketed,bucketed:powersgd:4,bucketed:auto
 	$(BIN)/python -m tests.benchmarks.exchange --rate 100mbit --rounds 1 --ways bucketed,bucketed:powersgd:4,bucketed:auto
 	$(BIN)/python -m tests.benchmarks.wire_table
+
+# Half an hour of random faults in an elastic run; SEED repeats one.
+soak: setup
+	$(BIN)/python -m tests.ranks.soak $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

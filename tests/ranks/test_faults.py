@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses, verify
 from tests.ranks.harness import train
@@ -173,3 +174,58 @@ def test_a_discovery_script_that_fails(tmp_path: Path, reference: Any, how: str)
         job.kill_any()
         job.end()
     check(job, reference)
+
+
+def test_survivors_wait_until_they_are_enough(tmp_path: Path, reference: Any) -> None:
+    """Below --min-np nothing is trained, and nothing lost: the one that is left holds the state."""
+    with ElasticJob(tmp_path, "localhost:2", least=2) as job:
+        job.step(5)
+        job.kill(1)
+        job.until(lambda: job.said().count("world     2 ranks") == 1, "a second world")
+        job.end()
+    assert "world     1 rank" not in job.said()
+    check(job, reference)
+
+
+def test_a_notice_while_the_others_regroup(tmp_path: Path, reference: Any) -> None:
+    """A worker is killed, another slot is told to go in the same moment, and its supervisor is killed for good."""
+    with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1 127.0.0.2:1", "--pause", "0.2") as job:
+        job.step(5)
+        last = job.supervisor(2)
+        job.kill(1)
+        last.send_signal(signal.SIGTERM)
+        job.more(5)
+        last.kill()
+        job.more(3)
+        job.end()
+    check(job, reference)
+
+
+def test_the_same_bits_through_a_fault(tmp_path: Path) -> None:
+    """With --deterministic the weights at the end are those of one rank that nothing happened to."""
+    deterministic = ["--deterministic", "--virtual-shards", "6", "--epochs", "3"]
+    train("alone", 1, RECIPE, tmp_path / "alone", "--pause", "0", *deterministic)
+    (tmp_path / "elastic").mkdir()
+    with ElasticJob(tmp_path / "elastic", "localhost:3", *deterministic) as job:
+        job.step(4)
+        job.kill(0)
+        job.end()
+    assert job.summary()["membership_changes"] >= 1
+    states = [
+        torch.load(folder / "checkpoints" / "step-36" / "state", weights_only=True)["model"]
+        for folder in (tmp_path / "alone", job.run_dir)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
+
+
+def test_compression_through_a_fault(tmp_path: Path, reference: Any) -> None:
+    """What the lost rank had not sent is lost with it; the others keep theirs, and newcomers begin with none."""
+    with ElasticJob(tmp_path, "localhost:3", "--compression", "powersgd:4,min=64", "--pause", "0.2") as job:
+        job.step(20)
+        job.kill(1)
+        job.world(2)
+        job.world(3)
+        job.end()
+    assert len(losses(job.run_dir)) == EPOCHS * STEPS
+    assert job.summary()["eval"]["accuracy"] > reference[1]["eval"]["accuracy"] - 0.05
+    verify(job.run_dir)
