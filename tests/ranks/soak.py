@@ -1,4 +1,4 @@
-"""Random faults for a while, in a real elastic run: `python -m tests.ranks.soak [--minutes 30] [--seed N]`, `make soak`.
+"""Random faults in a real elastic run: `python -m tests.ranks.soak [--minutes 30] [--seed N]`, or `make soak`.
 
 Workers are killed, stopped and told to go, hosts are added and removed, at random, several at once at times. In the end
 every step must have been made once, with the losses of the run without a fault, and the ledger must say exactly once.
@@ -34,9 +34,9 @@ def processes(job: ElasticJob, workers: bool) -> list[psutil.Process]:
             environ, command = process.environ(), process.cmdline()
         except psutil.Error:
             continue
-        if "HOROVOD_RANK" in environ and command[1:4] == ["-m", "hvdtrain", "train"]:
-            if ("HVDTRAIN_MEMBER" in environ) == workers:
-                found.append(process)
+        trains = "HOROVOD_RANK" in environ and command[1:4] == ["-m", "hvdtrain", "train"]
+        if trains and ("HVDTRAIN_MEMBER" in environ) == workers:
+            found.append(process)
     return found
 
 
@@ -92,9 +92,7 @@ def main() -> int:
         np.testing.assert_allclose(found[:24], expected[:24], rtol=1e-5)
         verify(job.run_dir)
         changes = job.summary()["membership_changes"]
-        print(
-            f"{len(found)} steps, {faults} faults, {changes} worlds after the first: exactly once; seed {options.seed}"
-        )
+        print(f"{len(found)} steps, {faults} faults, {changes} new worlds: exactly once; seed {options.seed}")
     return 0
 
 
