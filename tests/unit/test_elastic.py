@@ -1,0 +1,139 @@
+"""Elastic runs without ranks: places, discovery, leases, the server where ranks meet."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdtrain.cli.launch import command
+from hvdtrain.elastic.membership import places
+from hvdtrain.elastic.rendezvous import Server
+from hvdtrain.elastic.supervisor import Watch
+from hvdtrain.errors import UserError
+from hvdtrain.launch import discover
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
+def test_places_are_what_horovod_expects(hosts: list[str]) -> None:
+    """Ranks and local ranks count up; a cross communicator holds one rank of each host that has so many."""
+    line = [f"m{i}" for i in range(len(hosts))]
+    members = places(line, {name: {"host": host} for name, host in zip(line, hosts, strict=True)})
+    assert [m["rank"] for m in members] == list(range(len(hosts)))
+    assert sorted(m["id"] for m in members) == sorted(line)
+    assert members[0]["id"] == "m0"
+    for member in members:
+        of_host = [m for m in members if m["host"] == member["host"]]
+        assert [m["local_rank"] for m in of_host] == list(range(len(of_host)))
+        assert member["local_size"] == len(of_host)
+        across = [m for m in members if m["local_rank"] == member["local_rank"]]
+        assert [m["cross_rank"] for m in across] == list(range(len(across)))
+        assert member["cross_size"] == len(across)
+
+
+ANSWERS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2))
+
+
+@given(ANSWERS, ANSWERS)
+def test_two_equal_answers_are_what_is_told(before: dict[str, int], now: dict[str, int]) -> None:
+    standing = discover.settle({}, None, before)
+    assert standing == before
+    assert discover.settle(discover.settle(standing, before, now), now, now) == now
+
+
+@given(ANSWERS, ANSWERS)
+def test_one_answer_changes_nothing(stood: dict[str, int], odd: dict[str, int]) -> None:
+    """A host that is missing once, or there once, is no change."""
+    once = discover.settle(stood, stood, odd)
+    assert discover.settle(once, odd, stood) == once == stood
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("exit 3", "ended with code 3"),
+        ("echo 'a b'", "printed 'a b'"),
+        ("echo a:0", "printed 'a:0'"),
+        ("true", "printed no host"),
+    ],
+)
+def test_a_script_that_gives_no_answer(tmp_path: Path, script: str, why: str) -> None:
+    path = executable(tmp_path / "hosts.sh", script)
+    with pytest.raises(discover.NoAnswer, match=why):
+        discover.ask(str(path))
+
+
+def test_what_a_script_last_said_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, state = executable(tmp_path / "hosts.sh", "echo a:2; echo b"), tmp_path / "state.json"
+    assert discover.main(state, str(path)) == 0
+    executable(path, "exit 1")
+    assert discover.main(state, str(path)) == 0
+    said = capsys.readouterr()
+    assert said.out == "a:2\nb:1\n" * 2
+    assert "its last good answer stands" in said.err
+
+
+def test_a_lease_counts_changes_and_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch = Watch()
+    assert watch.look({"a": {"beats": 1}, "b": {"beats": 7}}, 10) == []
+    for beats in range(2, 14):
+        now += 1
+        lost = watch.look({"a": {"beats": beats}, "b": {"beats": 7}}, 10)
+    assert lost == ["b"]
+    now += 60  # this process was frozen, and nothing can be said of the others
+    assert watch.look({"a": {"beats": 13}, "b": {"beats": 7}}, 10) == []
+
+
+def test_the_server_where_ranks_meet() -> None:
+    server = Server("127.0.0.1", {"a:0": "0,2,0,1,0,2"})
+    url = f"http://127.0.0.1:{server.port}"
+    try:
+        put = urllib.request.Request(f"{url}/global/0", data=b"where", method="PUT")
+        assert urllib.request.urlopen(put).status == 200
+        assert urllib.request.urlopen(f"{url}/global/0").read() == b"where"
+        assert urllib.request.urlopen(f"{url}/rank_and_size/a:0").read() == b"0,2,0,1,0,2"
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{url}/global/1")
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--elastic"], "takes its hosts from one of"),
+        (["--elastic", "--discovery", "nowhere"], "there is no such file"),
+        (["--elastic", "-H", "localhost:2", "--min-np", "3"], "--min-np 3 is more than the 2 slots"),
+        (["--elastic", "-H", "localhost:2", "--min-np", "2", "--max-np", "1"], "--max-np 1 is less than --min-np 2"),
+        (["--elastic", "-np", "2", "-H", "localhost:2"], "--elastic takes --min-np and --max-np"),
+        (["--elastic", "-H", "localhost:2", "--launcher", "mpirun"], "needs --launcher horovodrun"),
+        (["--elastic", "-H", "localhost:2", "--relaunch", "2"], "--relaunch needs --run-dir"),
+        (["-np", "2", "--min-np", "1"], "--min-np 1 goes with --elastic"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(options: list[str], expected: str) -> None:
+    result = CliRunner().invoke(command, [*options, "digits"])
+    assert isinstance(result.exception, UserError)
+    assert expected in str(result.exception)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    script = executable(tmp_path / "hosts.sh", "echo localhost:2")
+    options = ["--elastic", "--min-np", "1", "--max-np", "4", "--discovery", str(script), "--dry-run", "digits"]
+    said = CliRunner().invoke(command, options, catch_exceptions=False).output
+    assert "--min-np 1 --max-np 4 --blacklist-cooldown-range 10 300 --host-discovery-script" in said
+    assert "--network-interfaces lo" in said
+    assert said.rstrip().endswith("hvdtrain train digits")
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
