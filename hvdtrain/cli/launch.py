@@ -201,7 +201,7 @@ def start_elastic(
     if nic is None:
         nic = interface_to(elastic.now())
     environ = rank_environment(os.environ, launcher, "gloo")
-    check_train_arguments(args)
+    check_train_arguments(args, elastic=True)
     if relaunch and not any(arg == "--run-dir" or arg.startswith("--run-dir=") for arg in args):
         raise UserError("--relaunch needs --run-dir: the folder whose checkpoints the job goes on from")
 
@@ -228,11 +228,11 @@ def nobody_reads() -> int:
     return EXIT_FAILED
 
 
-def check_train_arguments(args: list[str]) -> None:
+def check_train_arguments(args: list[str], elastic: bool = False) -> None:
     """Refuse a mistake in the arguments of `hvdtrain train` before any rank starts.
 
     Raises UserError or a click error.
     """
     from hvdtrain.cli.train import check_arguments
 
-    check_arguments(args)
+    check_arguments(args, elastic)

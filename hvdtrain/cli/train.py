@@ -51,6 +51,8 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     try:
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
+        if member is not None:
+            refuse_elastic(arguments)
         if arguments.given.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
         world = begin(member)
@@ -73,6 +75,15 @@ def arguments_of(args: list[str]) -> options.Arguments:
     return options.parse(load(spec), spec, rest)
 
 
-def check_arguments(args: list[str]) -> None:
+def refuse_elastic(arguments: options.Arguments) -> None:
+    """Raise UserError for what would not mean the same in each world of an elastic run."""
+    if "batch_per_rank" in arguments.given:
+        raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
+
+
+def check_arguments(args: list[str], elastic: bool = False) -> None:
     """What `hvdtrain launch` checks before any rank starts: RECIPE and its options. Raises UserError."""
-    options.check(arguments_of(args))
+    arguments = arguments_of(args)
+    options.check(arguments)
+    if elastic:
+        refuse_elastic(arguments)

@@ -26,6 +26,7 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
 MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
 MESSAGES = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
 POLL = 0.02  # seconds
+EAGER = 10.0  # seconds that it polls so often
 PREFLIGHT = 10.0  # seconds for all of a plan to say that they follow it
 PATIENCE = 60.0  # seconds that the first generation waits for slots that do not come
 LOST = "the others went on without this member: it was frozen, or out of reach"
@@ -194,7 +195,8 @@ class Membership:
                 line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
                 if line[0] == self.member or time.monotonic() - complete_since > PROPOSER:
                     return self._propose(number, line, present)
-            time.sleep(POLL)
+            # Others may train for long, or be too few, before there is a place for this one.
+            time.sleep(POLL if time.monotonic() - began < EAGER else 10 * POLL)
 
     def _propose(self, number: int, line: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
         members = places(line, present)

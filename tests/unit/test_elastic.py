@@ -116,10 +116,11 @@ def test_the_server_where_ranks_meet() -> None:
         (["--elastic", "-H", "localhost:2", "--launcher", "mpirun"], "needs --launcher horovodrun"),
         (["--elastic", "-H", "localhost:2", "--relaunch", "2"], "--relaunch needs --run-dir"),
         (["-np", "2", "--min-np", "1"], "--min-np 1 goes with --elastic"),
+        (["--elastic", "-H", "localhost:2", "digits", "--batch-per-rank", "8"], "an elastic run takes --batch-size"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(options: list[str], expected: str) -> None:
-    result = CliRunner().invoke(command, [*options, "digits"])
+    result = CliRunner().invoke(command, options if "digits" in options else [*options, "digits"])
     assert isinstance(result.exception, UserError)
     assert expected in str(result.exception)
 
