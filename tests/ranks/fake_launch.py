@@ -14,4 +14,4 @@ if __name__ == "__main__":
     environ = rank_environment(os.environ, launcher, controller)
     rank = [sys.executable, str(Path(__file__).with_name("fake_rank.py")), *arguments]
     line = command_line(launcher, controller, placed, rank, environ)
-    sys.exit(run(line, environ, placed, grace=float(grace)))
+    sys.exit(run(line, environ, placed, grace=float(grace))[0])
