@@ -229,7 +229,7 @@ def test_a_launcher_that_fails_by_itself_is_shown() -> None:
         "import os, sys; from hvdtrain.launch.command import *; from hvdtrain.launch.run import run;"
         "from hvdtrain.launch.hosts import Host; hosts = [Host('localhost', 1)];"
         "env = rank_environment(os.environ, 'mpirun', 'mpi');"
-        "sys.exit(run(command_line('mpirun', 'mpi', hosts, ['/no/such/program'], env), env, hosts))"
+        "sys.exit(run(command_line('mpirun', 'mpi', hosts, ['/no/such/program'], env), env, hosts)[0])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
