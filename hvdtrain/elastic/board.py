@@ -47,10 +47,14 @@ class Board:
     def pulses(self) -> dict[str, Any]:
         return self._listed(PULSES, "")
 
-    def assignment(self, host: str, local_rank: int) -> int:
-        """This slot's rank in horovodrun's own list, -1 where it is in it no more; waits for all its other slots."""
+    def assignment(self, host: str, local_rank: int) -> tuple[int, int]:
+        """This slot's rank in horovodrun's own list, and the list's length; (-1, ...) where it is in it no more.
+
+        Waits for all other slots of the list.
+        """
         text = self._request("GET", f"/rank_and_size/{host}:{local_rank}", timeout=None)
-        return int((text or b"-1").split(b",")[0])
+        rank, size, *_ = (text or b"-1,-1").split(b",")
+        return int(rank), int(size)
 
     def _listed(self, scope: str, prefix: str) -> dict[str, Any]:
         found = json.loads(self._request("GET", f"/{scope}/{prefix}*") or b"{}")

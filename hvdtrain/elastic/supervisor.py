@@ -76,6 +76,7 @@ class Supervisor:
         self.name = f"{self.slot.host}:{self.slot.local_rank}:{secrets.token_hex(3)}"
         self.lease = float(environ.get("HVDTRAIN_LEASE", LEASE))
         self.watch = Watch()
+        self.size = self.slot.size  # of horovodrun's list of slots, when it was last asked
         self.started = self.beats = self.failed_starts = 0
         self.drained = False  # told to go, by horovodrun or by a signal
         self.removed = False  # by horovodrun
@@ -147,7 +148,8 @@ class Supervisor:
         """Once a second: give a sign of life, look for the others', and see to rounds and newcomers."""
         self.beats += 1
         verdict = self.board.fact("verdict")
-        self.board.pulse(self.name, {"beats": self.beats, "member": self.worker.member, "host": self.slot.host})
+        sign = {"beats": self.beats, "member": self.worker.member, "host": self.slot.host, "size": self.size}
+        self.board.pulse(self.name, sign)
         pulses = self.board.pulses()
         lost = self.watch.look(pulses, self.lease)
         for name in lost:
@@ -179,7 +181,10 @@ class Supervisor:
 
     def ask_horovodrun(self) -> None:
         with contextlib.suppress(BoardLost):
-            if self.board.assignment(self.slot.host, self.slot.local_rank) < 0:
+            rank, size = self.board.assignment(self.slot.host, self.slot.local_rank)
+            if rank >= 0:
+                self.size = size
+            else:
                 self.removed = self.drained = True
                 self.tell(b"d")
 

@@ -22,7 +22,7 @@ from tests.ranks.elastic import RECIPE, ElasticJob, losses, verify
 from tests.ranks.harness import train
 
 PAUSE = 0.25  # seconds of a step, about
-HOSTS = ("localhost", "127.0.0.1", "127.0.0.2")
+HOSTS = ("localhost", "127.0.0.1")
 QUIET = (4.0, 20.0)  # seconds between faults
 
 

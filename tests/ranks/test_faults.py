@@ -77,8 +77,9 @@ def test_hosts_come_and_go(tmp_path: Path, reference: Any) -> None:
         job.more(2)
         job.hosts("localhost:1 127.0.0.1:1 203.0.113.9:1")  # of a network that does not exist
         job.more(4)
-        job.hosts("127.0.0.1:1 127.0.0.2:1")
-        job.until(lambda: "127.0.0.2" in job.said() or job.world_size() == 2, "the exchange of two hosts")
+        job.hosts("127.0.0.1:2")  # the first host goes, and in the same second the second grows
+        job.more(2)
+        job.world(2)
         job.end()
     check(job, reference)
 
@@ -187,12 +188,21 @@ def test_survivors_wait_until_they_are_enough(tmp_path: Path, reference: Any) ->
     check(job, reference)
 
 
+def test_a_slot_that_cannot_be_filled_at_the_start(tmp_path: Path, reference: Any) -> None:
+    """The others begin when horovodrun has given it up, and not when their patience ends."""
+    with ElasticJob(tmp_path, "localhost:2 127.0.0.2:1") as job:  # where no sshd listens
+        job.step(1)
+        assert "Process 2 exit with status code 255" in job.said()
+        job.end()
+    check(job, reference)
+
+
 def test_a_notice_while_the_others_regroup(tmp_path: Path, reference: Any) -> None:
     """A worker is killed, another slot is told to go in the same moment, and its supervisor is killed for good."""
-    with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1 127.0.0.2:1", "--pause", "0.2") as job:
+    with ElasticJob(tmp_path, "localhost:2 127.0.0.1:1", "--pause", "0.2") as job:
         job.step(5)
         last = job.supervisor(2)
-        job.kill(1)
+        job.kill(0)
         last.send_signal(signal.SIGTERM)
         job.more(5)
         last.kill()
