@@ -31,6 +31,7 @@ PULSE = 1.0  # seconds between signs of life, and between looks at the others'
 ROUND = 2.0  # seconds between horovodrun's rounds of assignment
 LEASE = 10.0  # seconds without a sign of life, after which a supervisor, or a stopped worker, counts as lost
 NEWCOMERS = 3.0  # seconds that a newcomer which is ready waits for others which are starting
+ALL_KNOW = 5.0  # seconds for all supervisors to hear that the run has ended
 ENDING = 30.0  # seconds for a worker to end once the run is over
 STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
 NOW_AND_THEN = 60.0  # seconds
@@ -86,6 +87,8 @@ class Supervisor:
         self.newcomer_since: float | None = None
         self.asked_generation = 0  # the last that our worker was told to leave for a larger one
         self.lost_since: float | None = None  # when the board stopped answering
+        self.verdict: dict[str, Any] | None = None  # how the run has ended
+        self.ending_since: float | None = None
         self.restart_at: float | None = None  # when a new worker is to be started; there is none until then
         self.worker = self.start()
 
@@ -147,19 +150,22 @@ class Supervisor:
     def pulse(self) -> None:
         """Once a second: give a sign of life, look for the others', and see to rounds and newcomers."""
         self.beats += 1
-        verdict = self.board.fact("verdict")
+        self.verdict = self.board.fact("verdict")
         sign = {"beats": self.beats, "member": self.worker.member, "host": self.slot.host, "size": self.size}
-        self.board.pulse(self.name, sign)
+        self.board.pulse(self.name, {**sign, "ending": self.verdict is not None})
         pulses = self.board.pulses()
         lost = self.watch.look(pulses, self.lease)
         for name in lost:
             if name != self.name:
                 self.board.propose(f"gone-{pulses[name]['member']}", "lost")
         self.end_if_stopped()
-        if verdict is not None:
-            return
         generation, plan = newest_plan(self.board)
         members = [member["id"] for member in plan["members"]] if plan else []
+        if self.verdict is not None:
+            self.ending_since = self.ending_since or time.monotonic()
+            if self.worker.member not in members or time.monotonic() - self.ending_since > ENDING:
+                self.worker.process.kill()  # it was about to join
+            return
         alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
         leader = next((member for member in members if member in alive), min(alive))
         if self.worker.member == leader:
@@ -247,10 +253,23 @@ class Supervisor:
         time.sleep(TICK)
         return None
 
+    def wait_until_all_know(self) -> None:
+        """Where the run has ended: horovodrun ends those that are slower to hear of it, and calls that a failure."""
+        deadline = time.monotonic() + ALL_KNOW
+        while time.monotonic() < deadline:
+            self.pulse()
+            pulses = self.board.pulses()
+            lost = self.watch.look(pulses, self.lease)
+            if self.verdict is None or all(pulse["ending"] or name in lost for name, pulse in pulses.items()):
+                return
+            time.sleep(TICK)
+
     def leave(self, code: int) -> int:
         """Leave when horovodrun's round is over: it takes one that ends in a round for one that is still there."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(BoardLost):
+            self.wait_until_all_know()
         if self.answer is not None:
             self.answer.join(ENDING)
         return code
