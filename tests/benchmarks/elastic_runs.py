@@ -186,8 +186,11 @@ def torchrun(ranks: int, agents: int) -> Iterator[tuple[Training, Callable[[], o
         line += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
         line += ["-m", "tests.benchmarks.elastic_torchrun_rank", str(path), "--pause", str(PAUSE)]
 
+        # Without it, restarted workers did not find each other: Gloo's "Connection refused", again and again.
+        env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
         def start(name: str = "another") -> Job:
-            return jobs.enter_context(Job(line, None, path, path / name))
+            return jobs.enter_context(Job(line, env, path, path / name))
 
         first = start("output")
         for number in range(1, agents):
