@@ -138,6 +138,9 @@ class Supervisor:
 
     def on_signal(self, number: int, frame: object) -> None:
         """SIGUSR1 stops the run (launch sends it); SIGTERM and SIGINT mean this slot alone: its node goes away."""
+        if self.verdict is not None:
+            self.worker.process.kill()
+            os._exit(int(self.verdict["code"]))
         self.drained = self.drained or number != signal.SIGUSR1
         self.tell(b"s" if number == signal.SIGUSR1 else b"d")
 
@@ -267,7 +270,8 @@ class Supervisor:
     def leave(self, code: int) -> int:
         """Leave when horovodrun's round is over: it takes one that ends in a round for one that is still there."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+            # horovodrun has ended meanwhile; its server answers no more, and it kills those that wait for that.
+            signal.signal(number, lambda *_: os._exit(code))
         with contextlib.suppress(BoardLost):
             self.wait_until_all_know()
         if self.answer is not None:
