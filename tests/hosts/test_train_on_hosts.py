@@ -69,9 +69,7 @@ def launched(hosts: Sequence[Host], run_dir: Path, *options: str) -> Iterator[su
         assert not left, left
     finally:
         # Shown if the test fails.
-        print(
-            "running:", *(" ".join(process.cmdline()) for process in at_work(hosts) if process.is_running()), sep="\n"
-        )
+        print("running:", *at_work(hosts), sep="\n")
         process.kill()
         print(*process.communicate(), sep="\n--- stderr\n")
         for left_over in at_work(hosts):
@@ -81,7 +79,12 @@ def launched(hosts: Sequence[Host], run_dir: Path, *options: str) -> Iterator[su
 
 def at_work(hosts: Sequence[Host]) -> list[psutil.Process]:
     """All that runs on the hosts but for their sshd."""
-    return [process for host in hosts for process in host.processes() if process.name() != SSHD]
+    found = []
+    for process in (process for host in hosts for process in host.processes()):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() != SSHD:
+                found.append(process)
+    return found
 
 
 def ranks(host: Host) -> list[psutil.Process]:

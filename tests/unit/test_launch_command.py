@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check_arguments(args: list[str]) -> None:
+def check_arguments(args: list[str], elastic: bool = False) -> None:
     os.environ["OMP_NUM_THREADS"] = "64"  # what importing a recipe does here is not for the ranks
     if "--epoks" in args:
         raise UserError("no option '--epoks'; did you mean '--epochs'?")
