@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from hvdtrain.doctor.preflight import preflight, ssh_options
 from hvdtrain.errors import EXIT_FAILED, UserError
 from hvdtrain.launch.command import command_line, hvdtrain_command, rank_environment
 from hvdtrain.launch.elastic import Elastic, keep_running
@@ -165,6 +166,8 @@ def start(
     if dry_run:
         click.echo(shlex.join(line))
         return 0
+    if args[0] != "doctor":  # which has asked more already
+        preflight([host.name for host in placed], args, nic=nic, ssh=ssh_options(ssh_port))
     try:
         return run(line, environ, placed, ssh_port=ssh_port, grace=grace)[0]
     except BrokenPipeError:
