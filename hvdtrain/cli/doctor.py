@@ -3,35 +3,123 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from hvdtrain.errors import EXIT_FAILED
+from hvdtrain import messages
+from hvdtrain.cli.launch import launch_options, start
+from hvdtrain.cli.rank import leaving_on_failure, quit_at_once, share_cores
+from hvdtrain.collectives.world import rank_from_environment
+from hvdtrain.doctor.findings import Finding, of_host, worst_first
+from hvdtrain.doctor.report import verdict
+from hvdtrain.errors import EXIT_FAILED, UserError
+from hvdtrain.launch.hosts import parse_hosts, read_hostfile
+
+# Of the options that say where ranks run, those that name the hosts: one rank of each is wanted.
+HOSTS = {"ranks", "hosts", "hostfile"}
 
 
 @click.command("doctor", context_settings={"max_content_width": 100})
+@launch_options
 @click.option("--json", "as_json", is_flag=True, help="Print all that was found out as JSON.")
-def command(as_json: bool) -> int:
-    """See what is wrong with this host.
+@click.option("--meet", hidden=True, help="Where a rank that the doctor has started meets it.")
+@click.pass_context
+def command(context: click.Context, /, as_json: bool, meet: str | None, **where: Any) -> int:
+    """See what is wrong with this host, or with several and what joins them.
 
-    What is installed, what the machine has and what of it is left, to be pasted into a message; then what is wrong and
-    what to do about it. The last line is `all fine`, or the worst.
+    \b
+    hvdtrain doctor                           this host, to be pasted into a message
+    hvdtrain doctor -H a:4,b:4 --nic eth0     the hosts of a run, started as `hvdtrain launch` does
 
-    Exit codes: 0 nothing stands in the way of a run; 1 something does.
+    Of several hosts it shows what differs; then, by one rank on each, how busy they are, the round trip and the
+    bandwidth of each link, and an all-reduce over each pair (of more than 6 hosts: of neighbours, and of what is odd).
+    The last line is `all fine`, or the worst: which host or link is bad, and why.
+
+    Exit codes: 0 nothing stands in the way of a run; 1 something does; 2 a mistake in the command line.
     """
+    if meet is not None:
+        return attend(meet, where["nic"]) if rank_from_environment() is not None else launch(meet, **where)
+    if where["ranks"] is not None:
+        raise UserError(f"-np {where['ranks']}: the doctor starts one rank on each host of -H or --hostfile")
+    if where["hosts"] is not None or where["hostfile"] is not None:
+        return several(context, as_json, where)
     from hvdtrain.doctor.facts import Wanted, gather
-    from hvdtrain.doctor.findings import of_host, worst_first
-    from hvdtrain.doctor.report import describe, verdict
+    from hvdtrain.doctor.report import describe
     from hvdtrain.native.cache import wheel_folder
 
     facts = gather(Wanted(("runs", str(wheel_folder()))))
     found = worst_first(of_host(facts))
+    return tell(found, {"facts": facts}, describe(facts), as_json)
+
+
+def several(context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
+    """The doctor of the hosts that are given; the exit code."""
+    from hvdtrain.doctor.between import describe, examine, values
+    from hvdtrain.doctor.preflight import ssh_options
+
+    hosts = [host.name for host in listed(where["hosts"], where["hostfile"])]
+    options = ["-H", ",".join(f"{host}:1" for host in hosts), *given(context)]
+    ssh = ssh_options(where["ssh_port"])
+    answers, measured, found = examine(hosts, nic=where["nic"], ssh=ssh, options=options)
+    return tell(found, values(answers, measured), describe(answers, measured), as_json)
+
+
+def listed(hosts: str | None, hostfile: Path | None) -> Any:
+    """The hosts of -H or --hostfile. Raises UserError."""
+    if hosts is not None and hostfile is not None:
+        raise UserError("give -H or --hostfile, not both")
+    return parse_hosts(hosts) if hosts is not None else read_hostfile(hostfile or Path())
+
+
+def given(context: click.Context) -> list[str]:
+    """The options that say how ranks are started, as they were given."""
+    words = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in HOSTS | {"as_json", "meet"} or context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [parameter.opts[0]] if one is True else [parameter.opts[0], str(one)]
+    return words
+
+
+def tell(found: Sequence[Finding], facts: dict[str, Any], text: str, as_json: bool) -> int:
+    """Print what was found out, and what is wrong; the exit code."""
     if as_json:
         findings = [finding._asdict() for finding in found]
-        click.echo(json.dumps({"facts": facts, "findings": findings, "verdict": verdict(found)}, indent=2))
+        click.echo(json.dumps(facts | {"findings": findings, "verdict": verdict(found)}, indent=2))
     else:
-        click.echo(describe(facts))
+        click.echo(f"{text}\n")
         for finding in found[1:]:
             click.echo(f"{'wrong' if finding.bad else 'warning'}: {finding}")
-        click.echo(f"\n{verdict(found)}")
+        click.echo(verdict(found))
     return EXIT_FAILED if any(finding.bad for finding in found) else 0
+
+
+def launch(meet: str, **where: Any) -> int:
+    """Start a rank on each host; the launcher's exit code."""
+    nic = ["--nic", where["nic"]] if where["nic"] else []
+    return start(["doctor", "--meet", meet, *nic], lambda: None, **where)
+
+
+def attend(meet: str, nic: str | None) -> int:
+    """Be one of the ranks."""
+    from hvdtrain.doctor import peer
+
+    share_cores()
+    rank = rank_from_environment()
+    assert rank is not None
+    messages.send("started", rank=rank, host=socket.gethostname(), pid=os.getpid())
+    address, port, token = meet.split(":")
+    with leaving_on_failure():
+        peer.attend((address, int(port)), token, rank, nic)
+    messages.send("finished", rank=rank, code=0)
+    # Horovod's exit handler would wait for the others.
+    quit_at_once(0)

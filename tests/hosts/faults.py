@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -127,3 +128,11 @@ def loopback_name(host: Host) -> None:
     """As Debian's installer writes it."""
     path = furnish.root(host.first.pid) / "run/etc/hosts"
     path.write_text(path.read_text().replace(f"{host.address} {host.name}\n", f"127.0.1.1 {host.name}\n"))
+
+
+def burners(host: Host, core: int, count: int) -> None:
+    """Keep a core busy, and let the host have no other: its door, and so its ranks, stand on it too."""
+    for process in host.processes():
+        process.cpu_affinity([core])
+    for _ in range(count):
+        host.popen(["taskset", "-c", str(core), sys.executable, "-S", "-c", "while True: pass"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,6 @@ import pytest
 
 from tests.hosts import faults
 from tests.hosts.cluster import Host, cluster
-from tests.hosts.test_train_on_hosts import DIGITS
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
@@ -23,7 +23,7 @@ ENVIRON = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(R
 def hvdtrain(hosts: list[Host], *words: str) -> subprocess.CompletedProcess[str]:
     """A command over hosts, on the first of them."""
     where = ["-H", ",".join(f"{host.name}:1" for host in hosts), "--nic", "eth0"]
-    return hosts[0].run([*HVDTRAIN, words[0], *where, *words[1:]], ENVIRON, cwd=ROOT)
+    return hosts[0].run([*HVDTRAIN, *words, *where], ENVIRON, cwd=ROOT, timeout=110)
 
 
 # What is wrong with each host of one cluster, as a pattern; the first two are well.
@@ -69,11 +69,65 @@ def check_named(lines: list[str]) -> None:
 
 
 def test_launch_names_every_bad_host_before_any_rank_starts(sick: list[Host]) -> None:
-    begin = time.monotonic()
-    done = hvdtrain(sick, "launch", DIGITS)
-    print(time.monotonic() - begin, done.stderr)
+    """So does each command that starts ranks as it does; this one need not import torch to check its arguments."""
+    done = hvdtrain(sick, "bench", "allreduce")
     assert (done.returncode, done.stdout) == (1, "")
     warning, *lines = done.stderr.splitlines()
     assert re.fullmatch(f"hvdtrain: warning: {LATE}", warning)
-    assert lines[0].startswith("hvdtrain: error: ")
     check_named([lines[0].removeprefix("hvdtrain: error: "), *lines[1:]])
+
+
+def test_doctor_names_every_bad_host_and_starts_no_rank(sick: list[Host]) -> None:
+    faults.loopback_name(sick[1])
+    done = hvdtrain(sick, "doctor")
+    assert (done.returncode, done.stderr) == (1, "")
+    *told, verdict = done.stdout.split("\n\n")[-1].splitlines()
+    check_named([verdict, *(line.removeprefix("wrong: ") for line in told if line.startswith("wrong: "))])
+    late, own_name = [line.removeprefix("warning: ") for line in told if line.startswith("warning: ")][::-1]
+    assert re.fullmatch(LATE, late)
+    assert own_name == "host h1: its own name h1 is 127.0.1.1 there: give it its network address in /etc/hosts"
+
+
+def test_a_healthy_cluster_is_all_fine_and_a_slow_link_is_named() -> None:
+    with cluster(4) as hosts:
+        begin = time.monotonic()
+        done = hvdtrain(hosts, "doctor", "--json")
+        print(f"{time.monotonic() - begin:.1f} s, load {os.getloadavg()[0]:.1f}")
+        assert (done.returncode, done.stderr) == (0, "")
+        report = json.loads(done.stdout)
+        assert (report["verdict"], report["findings"]) == ("all fine", [])
+        assert len(report["links"]) == 12 and all(link["bits_per_second"] > 1e8 for link in report["links"])
+        assert len(report["all_reduce"]) == 6 and all(pair["right"] for pair in report["all_reduce"])
+        faults.slow_link(hosts[1], hosts[3], "10mbit")
+        check_verdict(hosts, r"link h1-h3: \d{1,2}(\.\d+)? Mbit/s, the others \d{3,}")
+
+
+def test_a_cut_link_and_a_slow_host_are_named() -> None:
+    with cluster(3) as hosts:
+        faults.slow_cable(hosts[2], "10mbit")
+        check_verdict(hosts, r"host h2: (sends )?\d{1,2}(\.\d+)? Mbit/s, the others \d{3,}")
+        faults.cut_link(hosts[0], hosts[2])
+        # By the hosts that are not the doctor's.
+        check_verdict([hosts[1], hosts[0], hosts[2]], r"link h0-h2: h0 and h2 cannot connect to each other: .*")
+
+
+def test_a_busy_host_is_named() -> None:
+    with cluster(3) as hosts:
+        faults.burners(hosts[2], 1, 4)
+        check_verdict(hosts, r"host h2: it is busy: work takes \d\S* times as long as alone, on the others \d\.\d")
+
+
+def check_verdict(hosts: list[Host], pattern: str) -> None:
+    """The doctor's last line fits, and it names one that is bad."""
+    done = hvdtrain(hosts, "doctor")
+    assert done.returncode == 1, done
+    assert re.fullmatch(pattern, done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_options_that_make_no_sense(sick: list[Host]) -> None:
+    for words, message in (
+        (["-np", "3"], "-np 3: the doctor starts one rank on each host of -H or --hostfile"),
+        (["--hostfile", "nowhere"], "give -H or --hostfile, not both"),
+    ):
+        done = hvdtrain(sick, "doctor", *words)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"hvdtrain: error: {message}\n")

@@ -16,7 +16,10 @@ from hvdtrain.doctor import ask, preflight
 from hvdtrain.doctor.ask import Answer
 from hvdtrain.doctor.facts import Facts, Wanted, disk, gather, way_back
 from hvdtrain.doctor.findings import Finding, of_host, of_hosts, size
+from hvdtrain.doctor.judge import judge, odd_ways
+from hvdtrain.doctor.measure import Measured, Pair, Way, more_pairs, pairs_of, rounds
 from hvdtrain.doctor.nics import routes
+from hvdtrain.doctor.peer import rate
 from hvdtrain.doctor.report import describe, verdict
 from hvdtrain.errors import RunError, UserError
 from tests.ranks.harness import ROOT
@@ -189,3 +192,91 @@ def test_small_things(tmp_path: Path) -> None:
         assert way_back(*server.getsockname()) is None
         port = server.getsockname()[1]
     assert way_back("127.0.0.1", port) == "Connection refused"
+
+
+NAMES = [f"h{number}" for number in range(9)]
+
+
+def ways(hosts: int, changed: dict[Pair, Way]) -> dict[Pair, Way]:
+    """All ways of some hosts at about 1 Gbit/s; those changed given one way round or both."""
+    pairs = [(one, other) for one in range(hosts) for other in range(hosts) if one != other]
+    return {pair: changed.get(pair, Way(1e-4, 9.3e8 - 1e7 * sum(pair))) for pair in pairs}
+
+
+def both(*pairs: Pair, way: Way) -> dict[Pair, Way]:
+    return {ends: way for one, other in pairs for ends in ((one, other), (other, one))}
+
+
+SLOW, LATE, CUT = Way(1e-4, 9.4e6), Way(40e-3, 9e8), Way(error="no answer")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "changed", "expected"),
+    [
+        (4, {}, []),
+        (4, both((1, 3), way=SLOW), ["link h1-h3: 9.4 Mbit/s, the others 900"]),
+        (4, {(1, 3): SLOW}, ["link h1-h3: 9.4 Mbit/s, the others 900"]),
+        (4, both((0, 2), (1, 2), (2, 3), way=SLOW), ["host h2: 9.4 Mbit/s, the others 900"]),
+        (3, both((0, 2), (1, 2), way=SLOW), ["host h2: 9.4 Mbit/s, the others 920"]),
+        (4, {(2, 0): SLOW, (2, 1): SLOW, (2, 3): SLOW}, ["host h2: sends 9.4 Mbit/s, the others 900"]),
+        (4, {(0, 2): SLOW, (1, 2): SLOW, (3, 2): SLOW}, ["host h2: receives 9.4 Mbit/s, the others 900"]),
+        (2, {(0, 1): SLOW}, ["link h0-h1: 9.4 Mbit/s, the others 920"]),
+        (4, both((1, 3), way=LATE), ["link h1-h3: a round trip takes 40 ms, on the others 0.1"]),
+        (
+            4,
+            both((1, 3), way=CUT),
+            ["link h1-h3: h1 and h3 cannot connect to each other: no answer; is there a firewall?"],
+        ),
+        (4, {(3, 1): CUT}, ["link h1-h3: h3 cannot connect to h1: no answer; is there a firewall?"]),
+        (
+            4,
+            both((0, 3), (1, 3), (2, 3), way=CUT) | {(0, 1): SLOW},
+            [
+                "host h3: 6 of its connections fail, the first from h0 to h3: no answer; is there a firewall?",
+                "link h0-h1: 9.4 Mbit/s, the others 910",
+            ],
+        ),
+    ],
+)
+def test_the_bad_host_or_link_is_named(hosts: int, changed: dict[Pair, Way], expected: list[str]) -> None:
+    measured = Measured(dict.fromkeys(range(hosts), 1.1), ways(hosts, changed))
+    assert texts(judge(measured, NAMES)) == expected
+    assert set(odd_ways(measured.ways)) == set(changed)
+
+
+def test_a_busy_host_explains_its_slow_links() -> None:
+    slow = both((0, 2), (1, 2), (2, 3), way=SLOW)
+    measured = Measured({0: 1.0, 1: 1.2, 2: 4.0, 3: 1.1}, ways(4, slow), {(1, 2): (9.0, True), (0, 1): (0.01, True)})
+    expected = ["host h2: it is busy: work takes 4.0 times as long as alone, on the others 1.1"]
+    assert texts(judge(measured, NAMES)) == expected
+    # All are busy alike where hosts share their cores, as in a test.
+    assert judge(Measured(dict.fromkeys(range(4), 4.0), ways(4, {})), NAMES) == []
+
+
+def test_all_reduces_are_judged() -> None:
+    fine = dict.fromkeys(pairs_of(4), (0.001, True))
+    found = judge(Measured({}, ways(4, {}), fine | {(1, 2): (0.5, True), (0, 3): (0.001, False)}, {2: "lost"}), NAMES)
+    assert texts(found) == [
+        "host h2: its rank cannot all-reduce: lost",
+        "link h0-h3: the sum of an all-reduce is wrong",
+        "link h1-h2: an all-reduce takes 500 ms, over the others 1",
+    ]
+    assert [finding.bad for finding in found] == [True, True, False]
+
+
+def test_pairs() -> None:
+    assert len(pairs_of(6)) == 15 and len(pairs_of(7)) == 7 and pairs_of(1) == []
+    for hosts in (2, 5, 6, 9):
+        assert sorted(pair for together in rounds(pairs_of(hosts)) for pair in together) == sorted(pairs_of(hosts))
+        assert all(len({rank for pair in one for rank in pair}) == 2 * len(one) for one in rounds(pairs_of(hosts)))
+    # Link 3-4 of a ring is odd: either end with three of the others, but for what is known.
+    assert more_pairs(9, [(3, 4)], pairs_of(9)) == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 4)]
+    ring = {pair: way for pair, way in ways(9, {}).items() if tuple(sorted(pair)) in pairs_of(9)}
+    assert judge(Measured({}, ring), NAMES) == []
+
+
+def test_a_rate_is_that_of_the_later_part() -> None:
+    # A burst of a megabyte at first, then a megabyte a second.
+    come = [(0.0, 0), (0.01, 1_000_000), *((second / 10, 1_000_000 + second * 100_000) for second in range(1, 11))]
+    assert rate(come) == pytest.approx(8e6)
+    assert rate([(0.0, 0)]) == 0.0 and rate([(0.0, 0), (1.0, 100)]) == pytest.approx(800)

@@ -1,0 +1,37 @@
+"""All-reduces between two ranks at a time, by Horovod, of all pairs in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import horovod.torch as hvd
+import torch
+
+from hvdtrain.collectives import ops, probe
+from hvdtrain.collectives.world import init
+
+NUMBERS = 1 << 16  # of four bytes
+REPEATS = 5
+
+
+def run(pairs: Sequence[tuple[int, int]]) -> dict[str, tuple[float, bool]]:
+    """Start Horovod and reduce over each pair that this rank is in, all ranks in the same order.
+
+    Returns for each such pair, as "0-2": the median seconds, and whether the sum was right. Raises what Horovod raises.
+    """
+    torch.set_num_threads(1)
+    groups = [hvd.ProcessSet(list(pair)) for pair in pairs]
+    hvd.init(process_sets=groups)
+    rank = init().rank
+    results = {}
+    for pair, group in zip(pairs, groups, strict=True):
+        if rank not in pair:
+            continue
+        name = f"pair.{pair[0]}-{pair[1]}"
+        tensor = torch.full((NUMBERS,), float(rank + 1))
+        reduced = ops.wait(ops.all_reduce_async_(tensor, f"{name}.sum", group=group))
+        right = bool((reduced == sum(pair) + 2).all())
+        seconds = probe.all_reduce_seconds(torch.zeros(NUMBERS), name, REPEATS, group)
+        results[f"{pair[0]}-{pair[1]}"] = (statistics.median(seconds), right)
+    return results

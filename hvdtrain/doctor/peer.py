@@ -1,0 +1,126 @@
+"""What one rank of `hvdtrain doctor -H` does: as it is told by the doctor, a JSON line to a command and to an answer.
+
+Links are measured by sockets of its own, before Horovod starts: where a link is cut, Horovod would only hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import statistics
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hvdtrain.doctor.ask import address_of
+
+CONNECT_SECONDS = 2.5
+PINGS = 30
+SKIPPED = 0.4  # of the time of sending: until the connection runs at full speed and the buffers on the way are full
+BURN_SECONDS = 0.1  # of CPU time
+CHUNK = 1 << 18
+ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: what is still to be sent is thrown away
+
+Reply = dict[str, Any]
+
+
+def attend(meeting: tuple[str, int], token: str, rank: int, nic: str | None) -> None:
+    """Join the doctor's meeting and do as told until it is over.
+
+    Raises OSError if the doctor cannot be reached, or is gone.
+    """
+    with socket.create_connection(meeting, 10) as doctor:
+        doctor.settimeout(None)
+        own = (address_of(nic) if nic else None) or doctor.getsockname()[0]
+        with socket.create_server((own, 0)) as door, doctor.makefile("rw") as lines:
+            tell(lines, {"token": token, "rank": rank, "at": door.getsockname()})
+            for line in lines:
+                command = json.loads(line)
+                if command["do"] == "end":
+                    return
+                try:
+                    tell(lines, COMMANDS[command.pop("do")](door, **command))
+                except Exception as error:
+                    tell(lines, {"error": f"{type(error).__name__}: {error}"})
+    raise ConnectionError("the doctor is gone")
+
+
+def tell(lines: Any, reply: Reply) -> None:
+    """Send an answer."""
+    lines.write(json.dumps(reply) + "\n")
+    lines.flush()
+
+
+def burn(_: socket.socket) -> Reply:
+    """How many times longer a piece of work takes than the CPU works on it: 1 on a host with nothing else to do."""
+    begin, used = time.perf_counter(), time.process_time()
+    while time.process_time() - used < BURN_SECONDS:
+        sum(range(1000))
+    return {"ratio": (time.perf_counter() - begin) / (time.process_time() - used)}
+
+
+def link(_: socket.socket, to: tuple[str, int], seconds: float) -> Reply:
+    """Time round trips to another rank, and send to it for so many seconds; that one measures how fast it goes."""
+    try:
+        connection = socket.create_connection((to[0], to[1]), CONNECT_SECONDS)
+    except TimeoutError:
+        return {"error": "no answer"}
+    except OSError as error:
+        return {"error": error.strerror or str(error)}
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        trips = []
+        for _ping in range(PINGS):
+            begin = time.perf_counter()
+            connection.sendall(b"?")
+            if not connection.recv(1):
+                return {"error": "closed by the other side"}
+            trips.append(time.perf_counter() - begin)
+        data, until = bytes(CHUNK), time.monotonic() + seconds
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+        with contextlib.suppress(TimeoutError):
+            while (left := until - time.monotonic()) > 0:
+                connection.settimeout(left)
+                connection.send(data)
+    return {"round trip": statistics.median(trips)}
+
+
+def serve(door: socket.socket) -> Reply:
+    """Answer another rank's round trips, and measure how fast it sends, in bits per second."""
+    door.settimeout(CONNECT_SECONDS + 0.5)
+    try:
+        connection, _ = door.accept()
+    except TimeoutError:
+        return {"error": "nobody came"}
+    with connection:
+        connection.settimeout(CONNECT_SECONDS)
+        for _ in range(PINGS):
+            connection.sendall(connection.recv(1))
+        buffer, total = bytearray(CHUNK), 0
+        come = [(time.perf_counter(), 0)]
+        with contextlib.suppress(ConnectionResetError):
+            while count := connection.recv_into(buffer):
+                total += count
+                come.append((time.perf_counter(), total))
+    return {"rate": rate(come)}
+
+
+def rate(come: list[tuple[float, int]]) -> float:
+    """Bits per second, from when how many bytes had come in all, without the beginning."""
+    begin = come[0][0] + SKIPPED * (come[-1][0] - come[0][0])
+    start = next(index for index, (when, _) in enumerate(come) if when >= begin)
+    start = min(start, max(len(come) - 2, 0))
+    seconds = come[-1][0] - come[start][0]
+    return 8 * (come[-1][1] - come[start][1]) / seconds if seconds > 0 else 0.0
+
+
+def reduce(_: socket.socket, pairs: list[tuple[int, int]]) -> Reply:
+    """All-reduce over each pair of ranks, by Horovod."""
+    from hvdtrain.bench.pairs import run
+
+    return {"reduced": run([(one, other) for one, other in pairs])}
+
+
+COMMANDS: dict[str, Callable[..., Reply]] = {"burn": burn, "link": link, "serve": serve, "reduce": reduce}
