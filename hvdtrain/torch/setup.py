@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import os
 import tempfile
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.errors import UserError
-from hvdtrain.step import Split
+from hvdtrain.step import Split, StepOptions
 from hvdtrain.torch.recipe import Recipe
 
 
@@ -50,6 +52,27 @@ def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
             if problem_of_one:
                 raise UserError(problem_of_one)
     return loaded
+
+
+def set_up(options: StepOptions) -> None:
+    """Prepare this process's torch: its threads, the same bits each time if asked for, no compiler unless asked for."""
+    torch.set_num_threads(options.threads)
+    if options.shards is not None:
+        be_deterministic(options.threads)
+    if not options.compile:
+        leave_out_compiler()
+
+
+def leave_out_compiler() -> None:
+    """Let optimizers be made without importing torch's compiler, a third of what it takes a rank to start.
+
+    Some of their methods are wrapped so that the compiler passes over them; the wrapper looks for the function to call
+    instead here, and imports the compiler to make one only where there is none.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if isinstance(method, FunctionType) and method.__globals__["__name__"] == "torch._compile":
+            inner = inspect.unwrap(method)
+            inner.__dynamo_disable = inner
 
 
 def be_deterministic(threads: int) -> None:

@@ -26,7 +26,7 @@ from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of, sums
-from hvdtrain.torch.setup import be_deterministic, choose_device, load_datasets
+from hvdtrain.torch.setup import choose_device, load_datasets, set_up
 from hvdtrain.torch.shards import ShardExchange
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,9 +37,7 @@ class TorchStep:
 
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
         self.recipe, self.world, self.options = recipe, world, options
-        torch.set_num_threads(options.threads)
-        if options.shards is not None:
-            be_deterministic(options.threads)
+        set_up(options)
         self.device = choose_device(options.device, world.local_rank)
         self.datasets = load_datasets(recipe, world)
         self.examples: dict[Split, int] = {split: len(data) for split, data in self.datasets.items()}
