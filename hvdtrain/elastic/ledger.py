@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ FORMAT = "hvdtrain ledger 1"
 HEADER = re.compile(rf"# {FORMAT} seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
 # 64-bit numbers at most, so that those who read them need not expect others.
 ROW = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
+AGAIN = 1.0  # seconds after which a full disk is tried again
 MOST = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
 
@@ -64,6 +66,7 @@ class Ledger:
         self.from_step, self.rows = from_step, list(rows)
         self.saved = from_step  # up to here this rank knows them to be on disk
         self.error: OSError | None = None  # why the last rows are in memory only: the disk is full
+        self._failed = 0.0  # when that was, by the monotonic clock
         self._folder: Path | None = None
         self._file: int | None = None
 
@@ -110,7 +113,7 @@ class Ledger:
             raise RunError(trouble("the ledger", self._folder or Path(), error)) from error
         if self._file is not None:
             os.close(self._file)
-        self._file, self.error = None, error
+        self._file, self.error, self._failed = None, error, time.monotonic()
 
     def append(self, row: Row) -> None:
         """A step is done. What is written survives the process; `durable` makes it survive the machine.
@@ -121,7 +124,8 @@ class Ledger:
         if self._folder is None:
             return
         if self._file is None:
-            self._begin(self._folder)
+            if time.monotonic() - self._failed > AGAIN:
+                self._begin(self._folder)
             return
         line = b"%d,%d,%d,%d,%d\n" % row
         try:

@@ -426,8 +426,8 @@ def test_a_full_disk_loses_no_row(training: Training) -> None:
     training.step()
     assert writer.error is not None and "No space left" in str(writer.error)
     training.step()
-    assert writer.error is None
     training.save()
+    assert writer.error is None
     verdict = training.verdict()
     assert (verdict.findings, verdict.steps, verdict.segments) == ([], 5, 2)
 
