@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.cli.launch import command
+from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.membership import places
-from hvdtrain.elastic.rendezvous import Server
 from hvdtrain.elastic.supervisor import Watch
 from hvdtrain.errors import UserError
 from hvdtrain.launch import discover
