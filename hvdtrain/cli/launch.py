@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from hvdtrain.doctor.preflight import preflight
 from hvdtrain.errors import EXIT_FAILED, UserError
 from hvdtrain.launch.command import command_line, hvdtrain_command
 from hvdtrain.launch.elastic import Elastic, keep_running
@@ -209,6 +210,8 @@ def start(
         click.echo(shlex.join(line))
         return 0
     known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
+    if launcher != "srun" and args[0] != "doctor":  # srun needs no ssh; the doctor has asked more already
+        preflight([host.name for host in placed], args, nic=nic, ssh=ssh.options())
     try:
         return run(line, environ, known, ssh=ssh, grace=grace)[0]
     except BrokenPipeError:

@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on many ranks."),
     "agent": ("hvdtrain.cli.agent", "Keep a host in the membership folder until it is to be preempted."),
     "ledger": ("hvdtrain.cli.ledger", "See whether a run visited every example exactly once."),
+    "doctor": ("hvdtrain.cli.doctor", "See what is wrong with this host, or with several and what joins them."),
     "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
 }
 

@@ -13,7 +13,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # From the top floor down; files directly in hvdtrain/ are the ground that all stand on.
-FLOORS = ["cli", "launch", "bench", "trainer", "elastic", "torch", "compression", "collectives", "data", "native"]
+FLOORS = [
+    "cli",
+    "launch",
+    "doctor",
+    "bench",
+    "trainer",
+    "elastic",
+    "torch",
+    "compression",
+    "collectives",
+    "data",
+    "native",
+]
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax"}
 SOURCES = sorted(path for path in (ROOT / "hvdtrain").rglob("*.py") if "recipes" not in path.parts)
 
@@ -57,7 +69,7 @@ def test_files_can_be_read_in_one_sitting(path: Path) -> None:
 
 
 LIGHT = ["--help", "list", "launch --help", "horovod --help", "bench --help", "bench step --help", "agent --help"]
-LIGHT += ["ledger --help", "ledger verify --help"]
+LIGHT += ["ledger --help", "ledger verify --help", "doctor --help"]
 
 
 @pytest.mark.parametrize("args", [text.split() for text in LIGHT], ids=LIGHT)

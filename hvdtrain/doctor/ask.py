@@ -1,0 +1,206 @@
+"""The facts of many hosts, asked at the same time: over ssh as the launchers reach them, directly where it is this one.
+
+A host that does not answer is told apart by how it does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
+from hvdtrain.errors import UserError
+
+CONNECT_SECONDS = 5
+# Python may take long to start from a file server that nobody has read from today.
+ANSWER_SECONDS = 30.0
+NO_FOLDER, NO_PYTHON, SSH_FAILED = 93, 94, 255
+FORWARDED = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
+NOTHING_BACK = "ssh brings back nothing"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a host said, or in `wrong` why it said nothing."""
+
+    host: str
+    facts: Facts = field(default_factory=dict)
+    wrong: str | None = None
+    clock: float = 0.0  # seconds that its clock is ahead of this host's, at least; below 0 if behind
+
+
+@dataclass
+class Question:
+    """An ssh that runs."""
+
+    host: str
+    process: subprocess.Popen[bytes]
+    asked: float  # by the clock
+    said: bytearray = field(default_factory=bytearray)
+
+
+def ask(wanted: Mapping[str, Wanted], ssh: Sequence[str] = ()) -> list[Answer]:
+    """Ask each host for the facts wanted of it; the answers in the same order.
+
+    ssh: more options for ssh. Takes about as long as the slowest host, and ANSWER_SECONDS at most.
+    """
+    here = [host for host in wanted if is_here(host)]
+    answers: dict[str, Answer] = {}
+    with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
+        for host in wanted:
+            if host not in here:
+                question = start(host, wanted[host], ssh)
+                undo.callback(end, question.process)
+                assert question.process.stdout is not None
+                selector.register(question.process.stdout, selectors.EVENT_READ, question)
+        for host in here:
+            answers[host] = Answer(host, gather(wanted[host]))
+        for question in finished(selector):
+            answers[question.host] = understand(question)
+        answers |= {
+            host: Answer(host, wrong=f"did not answer within {ANSWER_SECONDS:g} s")
+            for host in wanted
+            if host not in answers
+        }
+    return [answers[host] for host in wanted]
+
+
+def finished(selector: selectors.BaseSelector) -> Iterator[Question]:
+    """The questions of a selector, each when its answer is complete; those that take too long never come."""
+    until = time.monotonic() + ANSWER_SECONDS
+    while selector.get_map() and (left := until - time.monotonic()) > 0:
+        for key, _ in selector.select(left):
+            data = os.read(key.fd, 65536)
+            key.data.said += data
+            if not data:
+                selector.unregister(key.fileobj)
+                yield key.data
+
+
+def start(host: str, wanted: Wanted, ssh: Sequence[str]) -> Question:
+    """Start to ask a host. Raises UserError if there is no ssh."""
+    if shutil.which("ssh") is None:
+        raise UserError(f"host {host!r} is not this one, and there is no ssh on the PATH to reach it")
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "StrictHostKeyChecking=no"]
+    process = subprocess.Popen(
+        ["ssh", *ssh, *options, host, remote_command(wanted)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    return Question(host, process, time.time())
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End an ssh that may still run."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def remote_command(wanted: Wanted) -> str:
+    """What a host's shell is to do: the same Python in the same folder, as the launchers start ranks."""
+    names = [name for name in os.environ if name in FORWARDED or name.startswith("PYTHON")]
+    python = ["env", *(f"{name}={os.environ[name]}" for name in names), sys.executable, "-m", "hvdtrain.doctor.facts"]
+    lines = [
+        f"cd {shlex.quote(working_folder())} 2>/dev/null || exit {NO_FOLDER}",
+        f"test -x {shlex.quote(sys.executable)} || exit {NO_PYTHON}",
+        f"exec {shlex.join([*python, dump(wanted)])}",
+    ]
+    # Whatever the login shell is.
+    return shlex.join(["sh", "-c", "; ".join(lines)])
+
+
+def working_folder() -> str:
+    """This folder, as text."""
+    return os.getcwd()  # noqa: PTH109 - as it is written, not where links lead
+
+
+def understand(question: Question) -> Answer:
+    """The facts in what ssh printed, or why there are none."""
+    come, code = time.time(), question.process.wait()
+    said = question.said.decode(errors="replace")
+    facts = parse(said) if code == 0 else None
+    if facts is None:
+        return Answer(question.host, wrong=why(code, said))
+    # Its clock was read at some time between these two.
+    clock = max(0.0, facts["time"] - come) - max(0.0, question.asked - facts["time"])
+    return Answer(question.host, facts, clock=clock)
+
+
+def why(code: int, said: str) -> str:
+    """Why a host told no facts, from ssh's code and words."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last = lines[-1].removeprefix("ssh: ") if lines else NOTHING_BACK
+    if code == NO_FOLDER:
+        return f"has no folder {working_folder()}, which the ranks start in"
+    if code == NO_PYTHON:
+        return f"has no {sys.executable}: it needs this Python at the same path"
+    if code == SSH_FAILED:
+        if "banner exchange" in said:
+            return "takes connections and does not answer: it hangs, or has no time"
+        if "Permission denied" in said or "Too many authentication failures" in said:
+            return f"lets nobody in by the ssh keys that are here: {last}"
+        return f"cannot be reached: {last}"
+    if re.search(r"No module named '?hvdtrain", said):
+        return f"has no hvdtrain in {sys.executable}, or another one"
+    return f"cannot run {sys.executable}, which ended with code {code}: {last[:300]}"
+
+
+def is_here(name: str) -> bool:
+    """Whether a host's name is this host."""
+    if name in ("localhost", socket.gethostname()):
+        return True
+    try:
+        found = {str(one[4][0]) for one in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    own = {one.address for addresses in psutil.net_if_addrs().values() for one in addresses}
+    return all(address in own or address.startswith("127.") for address in found)
+
+
+def way_to(name: str) -> str | None:
+    """This host's address on the way to another one, None where there is no way."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((name, 9))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def ask_with_way_back(
+    hosts: Sequence[str], nic: str | None, *, full: bool, first: Sequence[str], ssh: Sequence[str]
+) -> list[Answer]:
+    """As `ask`, and whether each host can connect to this one: by the interface `nic`, if given.
+
+    first: folders of the first host, where rank 0 writes.
+    """
+    with socket.create_server(("", 0), backlog=len(hosts) + 16) as door:
+        port, own = door.getsockname()[1], address_of(nic) if nic else None
+        wanted = {}
+        for host in hosts:
+            address = own or way_to(host)
+            folders = first if host == hosts[0] else ()
+            wanted[host] = Wanted(folders, (address, port) if address else None, full)
+        return ask(wanted, ssh)
+
+
+def address_of(nic: str) -> str | None:
+    """The IPv4 address of one of this host's interfaces, None if it has none."""
+    found = [one.address for one in psutil.net_if_addrs().get(nic, []) if one.family == socket.AF_INET]
+    return found[0] if found else None

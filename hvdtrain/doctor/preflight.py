@@ -1,0 +1,44 @@
+"""Before a launch over several hosts: what would make a rank fail, or hang, on one of them, said before any starts."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+
+from hvdtrain.doctor.ask import address_of, ask_with_way_back, is_here
+from hvdtrain.doctor.findings import of_hosts
+from hvdtrain.errors import RunError, UserError
+
+
+def preflight(
+    hosts: Sequence[str], args: Sequence[str] = (), *, nic: str | None = None, ssh: Sequence[str] = ()
+) -> None:
+    """Ask all hosts at once what they have, unless all are this one; warn of what may be harmless.
+
+    args: of the command that ranks will run: its --run-dir must be writable. nic: the interface that they will use.
+    ssh: options for ssh. Takes less than a second where all is well.
+    Raises RunError with a line for each host that cannot take part: that is no mistake in the command line, so it ends
+    as a rank that fails would.
+    """
+    if all(is_here(host) for host in hosts):
+        return
+    if nic and not address_of(nic):
+        raise UserError(f"--nic {nic}: this host has no such interface with an IPv4 address")
+    answers = ask_with_way_back(hosts, nic, full=False, first=run_folder(args), ssh=ssh)
+    found = of_hosts(answers, nic)
+    for finding in found:
+        if not finding.bad:
+            print(f"hvdtrain: warning: {finding}", file=sys.stderr)
+    wrong = [str(finding) for finding in found if finding.bad]
+    if wrong:
+        raise RunError("\n".join(wrong))
+
+
+def run_folder(args: Sequence[str]) -> list[str]:
+    """Where `hvdtrain ARGS` writes, if it is a training."""
+    if args[:1] != ["train"]:
+        return []
+    found = [arg.partition("=")[2] for arg in args if arg.startswith("--run-dir=")]
+    found += [after for arg, after in itertools.pairwise(args) if arg == "--run-dir"]
+    return found[-1:] or ["runs"]

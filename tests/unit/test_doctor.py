@@ -1,0 +1,191 @@
+"""The doctor of one host, and what it makes of facts."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvdtrain.doctor import ask, preflight
+from hvdtrain.doctor.ask import Answer
+from hvdtrain.doctor.facts import Facts, Wanted, disk, gather, way_back
+from hvdtrain.doctor.findings import Finding, of_host, of_hosts, size
+from hvdtrain.doctor.nics import routes
+from hvdtrain.doctor.report import describe, verdict
+from hvdtrain.errors import RunError, UserError
+from tests.ranks.harness import ROOT
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    """This host's, with what may be wrong with it put right."""
+    return gather(Wanted()) | {"own name": ["10.0.0.7"], "load": 0.1, "memory free": 1 << 34}
+
+
+def texts(found: list[Finding]) -> list[str]:
+    return [str(finding) for finding in found]
+
+
+def test_facts_come_quickly_without_torch_and_can_be_told() -> None:
+    code = (
+        "import sys, time, json; from hvdtrain.doctor.facts import Wanted, gather\n"
+        "tries = []\n"
+        "for _ in range(4):\n"
+        "    begin = time.perf_counter()\n"
+        "    facts = gather(Wanted(('runs',)))\n"
+        "    tries.append(time.perf_counter() - begin)\n"
+        "assert not {'torch', 'horovod', 'rich'} & set(sys.modules)\n"
+        "print(min(tries)); print(json.dumps(facts))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    seconds, told = done.stdout.splitlines()
+    assert float(seconds) < 0.5
+    facts = json.loads(told)
+    assert facts["hostname"] == socket.gethostname() and facts["executable"] == sys.executable
+    assert facts["torch"] and facts["wheel"].startswith("horovod0.28.1-torch")
+    assert facts["cores"] and facts["memory"] > facts["memory free"] > 0 and "lo" in facts["interfaces"]
+    assert describe(facts).startswith(f"host        {facts['hostname']} (")
+
+
+def test_doctor_alone(tmp_path: Path) -> None:
+    """Whatever this machine has, the report holds together, and --json says the same."""
+    command = [sys.executable, "-m", "hvdtrain", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    told = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == told.stderr == ""
+    report = json.loads(told.stdout)
+    assert f"torch       {report['facts']['torch']}" in done.stdout
+    assert done.returncode == told.returncode == int(any(finding["bad"] for finding in report["findings"]))
+    assert (report["verdict"] == "all fine") == (not report["findings"])
+    assert done.stdout.splitlines()[-1].startswith(("all fine", "warning: ", "Horovod"))
+
+
+def test_a_healthy_host_is_all_fine(facts: Facts) -> None:
+    assert of_host(facts) == [] and verdict([]) == "all fine"
+    assert of_hosts([Answer("h0", facts), Answer("h1", facts | {"hostname": "h1"})], "lo") == []
+
+
+NOTHING = {"free": 1 << 40, "total": 1 << 41, "wrong": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"horovod wrong": "no torch: pip install torch"}, "no torch: pip install torch"),
+        ({"built with": None}, "warning: Horovod was not built by hvdtrain: over several hosts it may fail; run `hvd"),
+        ({"disks": {"/x": NOTHING | {"free": 4096}}}, "the disk is full: 4 KiB is free in /x"),
+        ({"disks": {"/x": NOTHING | {"wrong": "no inode is left"}}}, "nothing can be written in /x: no inode is left"),
+        ({"shared memory": NOTHING | {"free": 64 << 20}}, "warning: 64 MiB is free in /dev/shm: give the container"),
+        ({"memory free": 1 << 20}, "warning: 1 MiB of memory is free"),
+        ({"load": 999.0}, "warning: it is busy: load 999.0 on "),
+        ({"limits": {"nofile": 256, "memlock": None}}, "warning: 256 files may be open at once: ulimit -n 65536"),
+        ({"infiniband": ["mlx5_0"], "limits": {"nofile": None, "memlock": 65536}}, "warning: InfiniBand, and 64 KiB"),
+        ({"gpus": ["nvidia-smi fails: no driver"]}, "nvidia-smi fails: no driver: mend the driver"),
+        (
+            {"gpus": ["H200"], "driver cuda": "11.4", "torch cuda": "13.0"},
+            "the GPU driver knows CUDA 11.4 at most, torch",
+        ),
+        ({"own name": [], "built with": None, "horovod": None}, "warning: its own name does not resolve"),
+    ],
+)
+def test_what_is_wrong_with_one_host_is_told(facts: Facts, changed: dict[str, Any], expected: str) -> None:
+    found = of_host(facts | changed)
+    assert len(found) == 1, found
+    assert verdict(found).startswith(expected)
+
+
+def test_the_odd_host_is_named(facts: Facts) -> None:
+    other = facts | {"torch": "2.9.0+cu128", "horovod wrong": "Horovod is built for another torch"}
+    well, odd = [Answer(f"h{number}", facts | {"torch": "2.14.1+cu130"}) for number in range(4)], Answer("h7", other)
+    expected = "host h7: torch 2.9.0, the other 4 have 2.14.1"
+    assert texts(of_hosts([*well, odd])) == texts(of_hosts([odd, *well])) == [expected]
+    # Of two hosts nobody knows which is right: the first one counts.
+    assert texts(of_hosts([well[0], odd])) == ["host h7: torch 2.9.0, h0 has 2.14.1"]
+    # A patch of Python makes no difference, a wheel does; one finding for one host.
+    same, wheel = Answer("h8", facts | {"python": "3.11.99"}), Answer("h9", facts | {"wheel": "w", "mpi": "MPICH 4"})
+    python = {"python": "3.11.1"}
+    found = of_hosts([Answer("h0", facts | python), Answer("h1", facts | python), same, wheel])
+    assert [finding.where for finding in found if "Python" not in finding.text] == ["host h9"]
+    assert "MPICH 4, the other 3 have" in found[0].text
+
+
+def test_the_worst_comes_first(facts: Facts) -> None:
+    found = of_hosts(
+        [
+            Answer("h0", facts, clock=-3.5),
+            Answer("h1", facts | {"way back": "no answer within 3 s"}),
+            Answer("h2", facts | {"own name": ["127.0.1.1"], "hostname": "h2"}),
+            Answer("h3", wrong="cannot be reached: No route to host"),
+        ],
+        "lo",
+    )
+    assert texts(found) == [
+        "host h3: cannot be reached: No route to host",
+        "host h1: cannot connect to this host: no answer within 3 s; is there a firewall?",
+        "host h0: its clock is 4 s behind this host's: set it by NTP",
+        "host h2: its own name h2 is 127.0.1.1 there: give it its network address in /etc/hosts",
+    ]
+    assert [finding.bad for finding in found] == [True, True, False, False]
+    assert verdict(found[2:]).startswith("warning: host h0: its clock")
+
+
+def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ahead, expected in ((0.0, 0.0), (100.0, 100.0), (-100.0, -100.0)):
+        text = f"{ask.parse.__module__}: motd\n##hvdtrain-facts {json.dumps({'time': time.time() + ahead})}\nbye\n"
+        with subprocess.Popen(["true"]) as ssh:
+            answer = ask.understand(ask.Question("h1", ssh, time.time() - 0.5, bytearray(text.encode())))  # type: ignore[arg-type]
+        assert answer.clock == pytest.approx(expected, abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "expected"),
+    [
+        (
+            255,
+            "ssh: Could not resolve hostname h9: Name or service not known\n",
+            "cannot be reached: Could not resolve",
+        ),
+        (255, "Connection timed out during banner exchange\r\nConnection to h9 port 22 timed out\r\n", "takes connec"),
+        (127, "sh: 1: no\n", "cannot run "),
+        (1, "python: No module named hvdtrain.doctor.facts\n", "has no hvdtrain in "),
+        (1, "(ModuleNotFoundError: No module named 'hvdtrain')\n", "has no hvdtrain in "),
+        (93, "", f"has no folder {Path.cwd()}, which the ranks start in"),
+    ],
+)
+def test_what_ssh_says_is_understood(code: int, said: str, expected: str) -> None:
+    assert ask.why(code, said).startswith(expected)
+
+
+def test_preflight_leaves_this_host_alone_and_knows_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask.subprocess, "Popen", None)
+    preflight.preflight(["localhost", socket.gethostname()], nic="lo")
+    with pytest.raises(UserError, match="--nic nic9: this host has no such interface"):
+        preflight.preflight(["h-nowhere"], nic="nic9")
+    assert preflight.run_folder(["bench", "step"]) == []
+    assert preflight.run_folder(["train", "digits"]) == ["runs"]
+    assert preflight.run_folder(["train", "digits", "--run-dir", "a", "--lr", "1"]) == ["a"]
+    assert preflight.run_folder(["train", "digits", "--run-dir=b"]) == ["b"]
+
+
+def test_preflight_names_a_host_that_does_not_resolve() -> None:
+    with pytest.raises(RunError, match=r"^host nowhere\.invalid: cannot be reached: \S.*$"):
+        preflight.preflight(["localhost", "nowhere.invalid"])
+
+
+def test_small_things(tmp_path: Path) -> None:
+    sizes = [size(count) for count in (0, 1000, 1023 << 10, 64 << 20, 3 << 40)]
+    assert sizes == ["0 B", "1000 B", "1023 KiB", "64 MiB", "3 TiB"]
+    lines = ["Iface ...", "eth0 00000000 010200C0 3 0 0 0 00000000 0", "eth0 000200C0 00000000 1 0 0 0 00FFFFFF 0"]
+    if sys.byteorder == "little":
+        assert routes("\n".join(lines)) == ["default via 192.0.2.1 dev eth0", "192.0.2.0/24 dev eth0"]
+    assert disk(tmp_path / "not" / "there") == disk(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert way_back(*server.getsockname()) is None
+        port = server.getsockname()[1]
+    assert way_back("127.0.0.1", port) == "Connection refused"
