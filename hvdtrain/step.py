@@ -13,7 +13,7 @@ from hvdtrain.collectives.world import World
 
 Split = Literal["train", "eval"]
 Ids = NDArray[np.int64]
-TOLD = 5  # numbers that each rank tells the others in a step
+TOLD = 7  # numbers that each rank tells the others in a step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,7 +237,7 @@ def on_ranks(
     if rank_from_environment() is None:
         if where["ranks"] == 1:
             raise UserError("-np 1: there is nothing to exchange; expected 2 ranks or more")
-        if where["ranks"] is None and where["hosts"] is None and where["hostfile"] is None:
+        if where["ranks"] is None and not any(where[name] for name in ("hosts", "hostfile", "source")):
             where["ranks"] = 2
         return start(["bench", str(context.command.name), *own_arguments(context)], check, **where)
     share_cores()

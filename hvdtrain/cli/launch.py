@@ -11,14 +11,17 @@ from typing import Any, TypeVar
 
 import click
 
-from hvdtrain.doctor.preflight import preflight, ssh_options
+from hvdtrain.doctor.preflight import preflight
 from hvdtrain.errors import EXIT_FAILED, UserError
-from hvdtrain.launch.command import command_line, hvdtrain_command, rank_environment
+from hvdtrain.launch.command import command_line, hvdtrain_command
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.elastic import command_line as elastic_command_line
-from hvdtrain.launch.hosts import parse_hosts, place, read_hostfile
-from hvdtrain.launch.network import interface_to
+from hvdtrain.launch.environment import rank_environment
+from hvdtrain.launch.hosts import place
 from hvdtrain.launch.run import run
+from hvdtrain.launch.schedulers import KNOWN_BY, given
+from hvdtrain.launch.ssh import Ssh
+from hvdtrain.network import interface_to, is_here
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,22 +40,44 @@ WHERE = (
         help="Hosts, a line each: `host slots=4`, `host:4` or `host`; # starts a comment.",
     ),
     click.option(
+        "--from",
+        "source",
+        type=click.Choice([*KNOWN_BY, "auto"]),
+        help="Hosts: those of the batch job that this runs in; auto finds out of which kind it is.",
+    ),
+    click.option(
         "--launcher",
-        type=click.Choice(["horovodrun", "mpirun"]),
+        type=click.Choice(["horovodrun", "mpirun", "srun"]),
         default="horovodrun",
         show_default=True,
-        help="What starts the ranks. mpirun is Open MPI 5 or later.",
+        help="What starts the ranks. mpirun is Open MPI 5 or later; srun is Slurm's, and needs no ssh.",
     ),
     click.option(
         "--controller",
         type=click.Choice(["gloo", "mpi"]),
-        help="How ranks on CPUs talk. Default: gloo; under mpirun always mpi.",
+        help="How ranks on CPUs talk. Default: gloo; under mpirun always mpi, under srun always gloo.",
     ),
-    click.option("--nic", metavar="NAME", help="The network interface to use; it has this name on every host."),
+    click.option(
+        "--nic",
+        metavar="NAME",
+        help="The network interface to use; it has this name on every host. Default: the one that leads to the others.",
+    ),
     click.option("--ssh-port", type=click.IntRange(1, 65535), metavar="N", help="The port of ssh on the other hosts."),
+    click.option(
+        "--ssh-identity",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The private key for ssh. ~/.ssh/config counts in any case.",
+    ),
+    click.option(
+        "--env", "extra", multiple=True, metavar="NAME", help="Hand this variable on to the ranks. Can be repeated."
+    ),
     click.option("--dry-run", is_flag=True, help="Print the exact command line, and start nothing."),
 )
-WHERE_NAMES = ("ranks", "hosts", "hostfile", "launcher", "controller", "nic", "ssh_port", "dry_run")
+WHERE_NAMES = (
+    *("ranks", "hosts", "hostfile", "source", "launcher", "controller", "nic"),
+    *("ssh_port", "ssh_identity", "extra", "dry_run"),
+)
 
 
 def launch_options(function: F) -> F:
@@ -108,17 +133,25 @@ def command(
     """Start `hvdtrain train RECIPE` on many ranks and hosts.
 
     Launch options stand before RECIPE; all that follows RECIPE goes to `hvdtrain train` as it is, after a check here.
-    The other hosts are reached by ssh, without a password, and have this Python and this folder at the same paths.
+    The other hosts are reached by ssh, without a password, and have this Python and this folder at the same paths. This
+    host need not be among those of -H.
 
     \b
     hvdtrain launch -np 4 digits --epochs 5              four ranks on this host
     hvdtrain launch -H a:8,b:8 --nic eth0 digits         sixteen ranks on two hosts
     hvdtrain launch --hostfile hosts --launcher mpirun digits --resume
+    hvdtrain launch --from slurm --launcher srun digits  in a job script, a rank for each task
     hvdtrain launch --elastic --min-np 1 --max-np 8 --discovery ./hosts.sh --relaunch 5 digits
 
-    Each line that a rank prints appears as `[rank] line`. horovodrun hands all environment variables on to the ranks;
-    mpirun hands those on whose names begin with HVDTRAIN_, HOROVOD_, NCCL_, GLOO_, UCX_, OMP_, MKL_, MALLOC_, PYTHON,
-    PYTORCH_ or TORCH_, and PATH and LD_LIBRARY_PATH.
+    Ranks on this host alone have its whole environment. Over several hosts, and under srun, ranks get the variables
+    whose names begin with HVDTRAIN_, HOROVOD_, NCCL_, GLOO_, UCX_, OMP_, MKL_, MALLOC_, PYTHON, PYTORCH_ or TORCH_, and
+    PATH, LD_LIBRARY_PATH, VIRTUAL_ENV, GLIBC_TUNABLES and CUBLAS_WORKSPACE_CONFIG; of others those that --env names,
+    such as --env HF_HOME. Secrets stay here. horovodrun shows the values that it hands on to all users of the hosts, in
+    the list of processes; mpirun and srun do not.
+
+    With --from, hosts and slots are those of the job: Slurm's tasks (or its GPUs, where no tasks were asked for), the
+    lines of the file of PBS or LSF, the slots of Grid Engine. An LSF host that can only launch is left out. Under srun,
+    within a job, --from slurm is the default; outside of one, -np is enough, and Slurm chooses the nodes.
 
     Ctrl-C or SIGTERM lets the ranks finish their step and save; a second one ends them at once.
 
@@ -141,10 +174,13 @@ def start(
     ranks: int | None,
     hosts: str | None,
     hostfile: Path | None,
+    source: str | None,
     launcher: str,
     controller: str | None,
     nic: str | None,
     ssh_port: int | None,
+    ssh_identity: Path | None,
+    extra: Sequence[str],
     dry_run: bool,
     grace: float = 30.0,
 ) -> int:
@@ -152,24 +188,32 @@ def start(
 
     check: called before any rank starts; raises UserError for a mistake in args.
     """
-    if hosts is not None and hostfile is not None:
-        raise UserError("give -H or --hostfile, not both")
     if launcher == "mpirun" and controller == "gloo":
-        raise UserError("--controller gloo needs --launcher horovodrun; under mpirun it is mpi")
+        raise UserError("--controller gloo needs --launcher horovodrun or srun; under mpirun it is mpi")
+    if launcher == "srun" and controller == "mpi":
+        raise UserError("--controller mpi needs --launcher horovodrun or mpirun; under srun it is gloo")
+    if launcher == "srun" and hosts is None and hostfile is None and "SLURM_JOB_NODELIST" in os.environ:
+        source = source or "slurm"
+    ssh = Ssh(ssh_port, ssh_identity)
+    ssh.check()
     controller = "mpi" if launcher == "mpirun" else controller or "gloo"
-    listed = parse_hosts(hosts) if hosts is not None else read_hostfile(hostfile) if hostfile is not None else []
-    placed = place(listed, ranks)
+    placed = place(given(hosts, hostfile, source, os.environ), ranks)
+    away = launcher == "srun" or not all(is_here(host.name) for host in placed)
+    if away and nic is None and launcher != "srun":
+        nic = interface_to(host.name for host in placed)
     # Before the check: importing the recipe may change this process's environment.
-    environ = rank_environment(os.environ, launcher, controller)
+    environ = rank_environment(os.environ, launcher, controller, away=away, extra=extra)
     check()
-    line = command_line(launcher, controller, placed, hvdtrain_command(args), environ, nic=nic, ssh_port=ssh_port)
+    command = hvdtrain_command(args)
+    line = command_line(launcher, controller, placed, command, environ, nic=nic, ssh=ssh, extra=extra)
     if dry_run:
         click.echo(shlex.join(line))
         return 0
-    if args[0] != "doctor":  # which has asked more already
-        preflight([host.name for host in placed], args, nic=nic, ssh=ssh_options(ssh_port))
+    known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
+    if launcher != "srun" and args[0] != "doctor":  # srun needs no ssh; the doctor has asked more already
+        preflight([host.name for host in placed], args, nic=nic, ssh=ssh.options())
     try:
-        return run(line, environ, placed, ssh_port=ssh_port, grace=grace)[0]
+        return run(line, environ, known, ssh=ssh, grace=grace)[0]
     except BrokenPipeError:
         return nobody_reads()
 
@@ -184,10 +228,13 @@ def start_elastic(
     ranks: int | None,
     hosts: str | None,
     hostfile: Path | None,
+    source: str | None,
     launcher: str,
     controller: str | None,
     nic: str | None,
     ssh_port: int | None,
+    ssh_identity: Path | None,
+    extra: Sequence[str],
     dry_run: bool,
     grace: float,
 ) -> int:
@@ -196,14 +243,17 @@ def start_elastic(
         raise UserError("--elastic needs --launcher horovodrun and --controller gloo: MPI ends a job that loses a rank")
     if ranks is not None:
         raise UserError(f"-np {ranks} is a fixed number; --elastic takes --min-np and --max-np")
-    if (discovery is not None) + (hosts is not None) + (hostfile is not None) != 1:
-        raise UserError("--elastic takes its hosts from one of --discovery, -H and --hostfile: give one")
-    listed = parse_hosts(hosts) if hosts is not None else read_hostfile(hostfile) if hostfile is not None else []
+    if (discovery is not None) + (hosts is not None) + (hostfile is not None) + (source is not None) != 1:
+        raise UserError("--elastic takes its hosts from one of --discovery, -H, --hostfile and --from: give one")
+    ssh = Ssh(ssh_port, ssh_identity)
+    ssh.check()
+    listed = given(hosts, hostfile, source, os.environ)
     elastic = Elastic(least, most, discovery, listed)
     elastic.check()
     if nic is None:
         nic = interface_to(elastic.now())
-    environ = rank_environment(os.environ, launcher, "gloo")
+    away = discovery is not None or not all(is_here(host.name) for host in listed)
+    environ = rank_environment(os.environ, launcher, "gloo", away=away, extra=extra)
     check_train_arguments(args, elastic=True)
     if relaunch and not any(arg == "--run-dir" or arg.startswith("--run-dir=") for arg in args):
         raise UserError("--relaunch needs --run-dir: the folder whose checkpoints the job goes on from")
@@ -212,15 +262,15 @@ def start_elastic(
         return hvdtrain_command(["train", *args, *(["--resume"] if resume and "--resume" not in args else [])])
 
     if dry_run:
-        line = elastic_command_line(elastic, command(False), Path("hosts.json"), nic=nic, ssh_port=ssh_port)
+        line = elastic_command_line(elastic, command(False), Path("hosts.json"), nic=nic, ssh=ssh)
         click.echo(shlex.join(line))
         return 0
 
     def launch(line: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
-        return run(line, environ, [], ssh_port=ssh_port, grace=grace, elastic=True)
+        return run(line, environ, [], ssh=ssh, grace=grace, elastic=True)
 
     try:
-        return keep_running(launch, elastic, command, environ, nic=nic, ssh_port=ssh_port, relaunch=relaunch)
+        return keep_running(launch, elastic, command, environ, nic=nic, ssh=ssh, relaunch=relaunch)
     except BrokenPipeError:
         return nobody_reads()
 

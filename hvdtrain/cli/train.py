@@ -79,6 +79,11 @@ def refuse_elastic(arguments: options.Arguments) -> None:
     """Raise UserError for what would not mean the same in each world of an elastic run."""
     if "batch_per_rank" in arguments.given:
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
+    from hvdtrain.compression.spec import parse
+
+    compression = arguments.given.get("compression", "none")
+    if parse(compression).momentum:
+        raise UserError(f"--compression {compression}: no momentum in an elastic run, which may come down to one rank")
 
 
 def check_arguments(args: list[str], elastic: bool = False) -> None:

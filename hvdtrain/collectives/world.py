@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hvdtrain.collectives import srun
+from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.errors import UserError
 from hvdtrain.native import installed
 
@@ -17,7 +19,9 @@ RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK
 FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
 M_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
-LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+serving: dict[str, Server | None] = {}  # keeps srun's server alive
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def rank_from_environment() -> int | None:
     for name in RANK_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return None
+    return int(os.environ["SLURM_PROCID"]) if srun.tasks() > 1 else None
 
 
 def local_size_from_environment() -> int:
@@ -44,34 +48,50 @@ def local_size_from_environment() -> int:
     for name in LOCAL_SIZE_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return 1
+    return int(srun.place(os.environ)["HOROVOD_LOCAL_SIZE"]) if srun.tasks() > 1 else 1
 
 
 def init(comm: Any = None) -> World:
     """Initialize Horovod and return this process's place.
 
     comm: an mpi4py communicator to train on a part of a larger MPI job, or None for all ranks that were launched.
-    A process started by no launcher is a world of one and needs no MPI.
+    A process started by no launcher is a world of one and needs no MPI; tasks that srun started without a PMI library
+    meet by Slurm's variables.
 
-    Raises UserError if Horovod is not built for the installed torch, or Slurm started tasks that do not see each other.
+    Raises UserError if Horovod is not built for the installed torch, there is no such interface as HOROVOD_GLOO_IFACE,
+    or Slurm started tasks that do not see each other; RunError if tasks of srun do not meet.
     """
     installed.require()
     # One tensor, one collective: without fusion a bucket is reduced in place, and always in the same order of
     # addition, which a fused buffer's changing contents would not give.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     keep_freed_memory()
-    if comm is None and rank_from_environment() is None:
+    if comm is None and srun.tasks() > 1 and not any(name in os.environ for name in RANK_VARIABLES):
+        environment, serving["here"] = srun.meet(os.environ)
+        os.environ.update(environment)
+    elif comm is None and rank_from_environment() is None:
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
+    check_interface()
     import horovod.torch as hvd
 
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if comm is None and world.size == 1 and tasks > 1:
-        raise UserError(f"srun started {tasks} tasks that do not see each other: use `srun --mpi=pmix`, or mpirun")
+    if comm is None and world.size == 1 and srun.tasks() > 1 and "HOROVOD_RANK" not in os.environ:
+        raise UserError(f"srun started {srun.tasks()} tasks that do not see each other: use `srun --mpi=none`")
     return world
+
+
+def check_interface() -> None:
+    """Raise UserError where this host has no interface of the name that Horovod was told."""
+    name = os.environ.get("HOROVOD_GLOO_IFACE")
+    there = [interface for _, interface in socket.if_nameindex()]
+    if name and name not in there:
+        raise UserError(
+            f"{socket.gethostname()} has no network interface {name!r}, only {', '.join(there)}; Horovod needs one of "
+            "the same name on every host (--nic), mpirun takes several (--launcher mpirun --nic eth0,eth1)"
+        )
 
 
 def enter(environment: Mapping[str, str]) -> World:

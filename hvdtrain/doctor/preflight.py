@@ -42,8 +42,3 @@ def run_folder(args: Sequence[str]) -> list[str]:
     found = [arg.partition("=")[2] for arg in args if arg.startswith("--run-dir=")]
     found += [after for arg, after in itertools.pairwise(args) if arg == "--run-dir"]
     return found[-1:] or ["runs"]
-
-
-def ssh_options(port: int | None) -> list[str]:
-    """The options by which ssh reaches the hosts."""
-    return ["-p", str(port)] if port else []

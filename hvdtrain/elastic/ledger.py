@@ -6,9 +6,9 @@ begins after step k supersedes what earlier ones say of later steps: those steps
 
 from __future__ import annotations
 
-import io
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from hvdtrain.data.order import Ids
 from hvdtrain.errors import RunError, UserError
-from hvdtrain.files import write_atomically
+from hvdtrain.files import NO_ROOM, trouble, write_new
 
 FORMAT = "hvdtrain ledger 1"
 HEADER = re.compile(rf"# {FORMAT} seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
 # 64-bit numbers at most, so that those who read them need not expect others.
 ROW = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
+AGAIN = 1.0  # seconds after which a full disk is tried again
 MOST = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
 
@@ -63,9 +64,11 @@ class Ledger:
         """from_step: the step after which the run starts or resumes; `rows` are those since then."""
         self.seed, self.examples, self.batch = seed, examples, batch
         self.from_step, self.rows = from_step, list(rows)
-        self._saved = from_step  # up to here `durable` was promised
+        self.saved = from_step  # up to here this rank knows them to be on disk
+        self.error: OSError | None = None  # why the last rows are in memory only: the disk is full
+        self._failed = 0.0  # when that was, by the monotonic clock
         self._folder: Path | None = None
-        self._file: io.FileIO | None = None
+        self._file: int | None = None
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Ledger:
@@ -78,57 +81,96 @@ class Ledger:
         return {**sizes, "from_step": self.from_step, "rows": [list(row) for row in self.rows]}
 
     def open_for_writing(self, folder: Path) -> None:
-        """Write from here on, to a new segment that begins with the rows in memory. Raises RunError."""
+        """Write from here on, to a new segment that begins with the rows in memory.
+
+        Raises RunError for what more room on the disk would not mend.
+        """
         self.close()
         self._folder = folder
+        self._begin(folder)
+
+    def _begin(self, folder: Path) -> None:
         first = self.from_step + 1
         header = f"# {FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
         lines = [header, ",".join(Row._fields), *(",".join(map(str, row)) for row in self.rows)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"segment-{max(numbered(folder), default=0) + 1:06}.csv"
-            write_atomically(path, ("\n".join(lines) + "\n").encode())
-            self._file = path.open("ab", buffering=0)
+            while True:
+                path = folder / f"segment-{max(numbered(folder), default=0) + 1:06}.csv"
+                try:
+                    write_new(path, ("\n".join(lines) + "\n").encode())
+                    break
+                except FileExistsError:  # another writer was faster
+                    continue
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self.error = None
         except OSError as error:
-            raise RunError(f"cannot write the ledger in {folder}: {error.strerror}") from error
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        """Leave this segment as it is: the next step tries a new one, with all that is in memory."""
+        if error.errno not in NO_ROOM:
+            raise RunError(trouble("the ledger", self._folder or Path(), error)) from error
+        if self._file is not None:
+            os.close(self._file)
+        self._file, self.error, self._failed = None, error, time.monotonic()
 
     def append(self, row: Row) -> None:
-        """A step is done. What is written survives the process; `durable` makes it survive the machine."""
-        if self._saved > self.from_step:
-            # Only now: that this step took place tells that the rank that writes has outlived its `durable`.
-            self.rows = [old for old in self.rows if old.step > self._saved]
-            self.from_step = self._saved
+        """A step is done. What is written survives the process; `durable` makes it survive the machine.
+
+        Where the disk has no room, `error` says so, and the row is written with a later one.
+        """
         self.rows.append(row)
+        if self._folder is None:
+            return
         if self._file is None:
+            if time.monotonic() - self._failed > AGAIN:
+                self._begin(self._folder)
             return
         line = b"%d,%d,%d,%d,%d\n" % row
         try:
-            whole = self._file.write(line) == len(line)
+            if os.write(self._file, line) < len(line):
+                raise OSError(NO_ROOM[0], os.strerror(NO_ROOM[0]))
         except OSError as error:
-            raise RunError(f"cannot write the ledger in {self._folder}: {error.strerror}") from error
-        if not whole:
-            raise RunError(f"cannot write the ledger in {self._folder}: no space left on device")
+            self._fail(error)
 
     def durable(self) -> None:
-        """Before a checkpoint is saved, on all ranks: what was appended need not be kept in memory any longer."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        """Before a checkpoint is saved, on the rank that writes: all rows survive the machine.
+
+        Raises OSError where the disk has no room, RunError for what else goes wrong.
+        """
+        if self._folder is not None:
+            if self._file is None:
+                self._begin(self._folder)
+            try:
+                if self._file is not None:
+                    os.fsync(self._file)
+            except OSError as error:  # rows may be lost that were written
+                self._fail(error)
+            if self.error is not None:
+                raise self.error
         if self.rows:
-            self._saved = self.rows[-1].step
+            self.saved = self.rows[-1].step
+
+    def forget(self, step: int) -> None:
+        """The rank that writes has told the others its `saved`: rows up to there need not be kept in memory."""
+        if step > self.from_step:
+            self.rows = [row for row in self.rows if row.step > step]
+            self.from_step, self.saved = step, max(self.saved, step)
 
     def rollback(self, step: int) -> None:
         """All ranks go on after this step: later ones are undone."""
         undone = step < self.from_step or any(row.step > step for row in self.rows)
         self.rows = [row for row in self.rows if row.step <= step]
-        self.from_step, self._saved = min(self.from_step, step), min(self._saved, step)
+        self.from_step, self.saved = min(self.from_step, step), min(self.saved, step)
         if undone and self._folder is not None:
             self.open_for_writing(self._folder)
 
     def close(self) -> None:
         """Write no longer."""
         if self._file is not None:
-            self._file.close()
-        self._folder = self._file = None
+            os.close(self._file)
+        self._folder = self._file = self.error = None
 
     def __enter__(self) -> Ledger:
         return self

@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.board import Board, BoardLost
-from hvdtrain.elastic.rendezvous import Server
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
 
 MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name

@@ -10,6 +10,7 @@ worker again, ends a frozen one, and writes on the board who is gone.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import select
@@ -90,6 +91,7 @@ class Supervisor:
         self.verdict: dict[str, Any] | None = None  # how the run has ended
         self.ending_since: float | None = None
         self.restart_at: float | None = None  # when a new worker is to be started; there is none until then
+        self.told_again = False  # to go, when there was no worker any more
         self.worker = self.start()
 
     def start(self) -> Worker:
@@ -141,7 +143,9 @@ class Supervisor:
         if self.verdict is not None:
             self.worker.process.kill()
             os._exit(int(self.verdict["code"]))
-        self.drained = self.drained or number != signal.SIGUSR1
+        if number != signal.SIGUSR1:
+            self.told_again = self.drained and self.restart_at is not None
+            self.drained = True
         self.tell(b"s" if number == signal.SIGUSR1 else b"d")
 
     def tell(self, message: bytes) -> None:
@@ -155,7 +159,7 @@ class Supervisor:
         self.beats += 1
         self.verdict = self.board.fact("verdict")
         sign = {"beats": self.beats, "member": self.worker.member, "host": self.slot.host, "size": self.size}
-        self.board.pulse(self.name, {**sign, "ending": self.verdict is not None})
+        self.board.pulse(self.name, {**sign, "ending": self.verdict is not None, "drained": self.drained})
         pulses = self.board.pulses()
         lost = self.watch.look(pulses, self.lease)
         for name in lost:
@@ -170,7 +174,8 @@ class Supervisor:
                 self.worker.process.kill()  # it was about to join
             return
         alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
-        leader = next((member for member in members if member in alive), min(alive))
+        working = (alive - self.board.facts("gone-").keys()) or alive
+        leader = next((member for member in members if member in working), min(working))
         if self.worker.member == leader:
             if time.monotonic() - self.round_began >= ROUND and (self.answer is None or not self.answer.is_alive()):
                 self.round_began = time.monotonic()
@@ -229,6 +234,10 @@ class Supervisor:
         if verdict is not None:
             return int(verdict["code"])
         if self.drained or code == EXIT_REQUEUE:
+            self.drained = True
+            if not self.removed and not self.told_again and self.host_goes_on():
+                self.restart_at = math.inf
+                return None
             # Never 0 while horovodrun counts on this slot: it would take that for the end of the run.
             return 0 if self.removed else EXIT_REQUEUE
         if self.restart_at is not None:
@@ -243,6 +252,13 @@ class Supervisor:
         os.close(self.worker.messages)
         self.restart_at = time.monotonic() + (NOW_AND_THEN if self.failed_starts >= STARTS else 0)
         return None
+
+    def host_goes_on(self) -> bool:
+        """Whether other slots of this host are to train on: horovodrun would end them if this supervisor left."""
+        pulses = self.board.pulses()
+        lost = self.watch.look(pulses, self.lease)
+        others = [pulse for name, pulse in pulses.items() if name != self.name and name not in lost]
+        return any(pulse["host"] == self.slot.host and not pulse["drained"] for pulse in others)
 
     def on_lost_board(self, ended: int | None) -> int | None:
         """horovodrun is gone: the worker saves and ends, while it can."""

@@ -12,8 +12,9 @@ import numpy as np
 
 from hvdtrain.data.order import Ids, permutation
 from hvdtrain.elastic.ledger import Row, Segment, hashes, numbered, read_segment
-from hvdtrain.errors import UserError
+from hvdtrain.errors import RunError, UserError
 
+SEEDS = 1 << 64  # how many there are
 NAMED = 10  # ids, of however many there are
 
 
@@ -87,11 +88,25 @@ class Replayed(NamedTuple):
 
 
 def verify(run_dir: Path) -> Verdict:
-    """Replay a run's ledger. Raises UserError where there is none or a segment's header is damaged."""
+    """Replay a run's ledger.
+
+    Raises UserError where there is none or a segment's header is damaged, RunError where a header says what cannot be.
+    """
     paths = numbered(run_dir / "ledger")
     if not paths:
         raise UserError(f"{run_dir} has no ledger: there is no {run_dir / 'ledger'}/segment-000001.csv")
     segments = [read_segment(path) for path in paths.values()]
+    for segment in segments:
+        if segment.seed >= SEEDS or segment.examples >= SEEDS:
+            raise RunError(f"{segment.name} is of no run: seed {segment.seed}, {segment.examples} examples")
+    try:
+        return _replay(paths, segments)
+    except MemoryError:
+        most = max(segments, key=lambda segment: segment.examples)
+        raise RunError(f"{most.name}: {most.examples} examples are more than this machine has memory for") from None
+
+
+def _replay(paths: dict[int, Path], segments: list[Segment]) -> Verdict:
     findings = [
         Finding("file", f"segment-{number:06}.csv is missing") for number in range(1, max(paths)) if number not in paths
     ]

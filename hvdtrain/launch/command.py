@@ -1,4 +1,4 @@
-"""The one exact command line that starts the ranks, and the environment that it runs in."""
+"""The one exact command line that starts the ranks."""
 
 from __future__ import annotations
 
@@ -7,39 +7,16 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from hvdtrain.errors import UserError
-from hvdtrain.launch.hosts import Host, host_text
-
-# mpirun gives remote ranks only the variables that it is told to; horovodrun gives them all.
-OURS = ("HVDTRAIN_", "HOROVOD_", "NCCL_", "GLOO_", "UCX_")
-FORWARDED = (*OURS, "OMP_", "MKL_", "MALLOC_", "PYTHON", "PYTORCH_", "TORCH_")
-FORWARDED_NAMES = {"PATH", "LD_LIBRARY_PATH"}
+from hvdtrain.launch.environment import bin_folder, forwarded
+from hvdtrain.launch.hosts import Host, host_of_each_rank, host_text
+from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
 
 
 def hvdtrain_command(args: Sequence[str]) -> list[str]:
     """What each rank runs: this Python and `hvdtrain ARGS`."""
     return [sys.executable, "-m", "hvdtrain", *args]
-
-
-def rank_environment(environ: Mapping[str, str], launcher: str, controller: str) -> dict[str, str]:
-    """The environment for the launcher and its ranks, from this process's."""
-    env = dict(environ)
-    # This Python's tools come first: the virtual environment need not be active.
-    env["PATH"] = os.pathsep.join([str(bin_folder()), *filter(None, [env.get("PATH")])])
-    env["HVDTRAIN_LAUNCH"] = "1"
-    env["PYTHONUNBUFFERED"] = "1"
-    if (launcher, controller) == ("horovodrun", "gloo"):
-        # horovodrun sets it for the ranks; itself unbuffered, it would mix long lines of different ranks.
-        del env["PYTHONUNBUFFERED"]
-    # horovodrun stops reading a rank whose output is not UTF-8, whatever the locale of the rank's host.
-    env["PYTHONIOENCODING"] = "utf-8:backslashreplace"
-    # A rank whose peer died says so in a line of C++; that is no news where the cause is shown.
-    env.setdefault("HOROVOD_LOG_LEVEL", "fatal")
-    # With LSF's job id, horovodrun asks LSF for things that it does not need here, and fails.
-    env.pop("LSB_JOBID", None)
-    return env
 
 
 def command_line(
@@ -50,22 +27,25 @@ def command_line(
     environ: Mapping[str, str],
     *,
     nic: str | None = None,
-    ssh_port: int | None = None,
+    ssh: Ssh = AS_CONFIGURED,
+    extra: Sequence[str] = (),
 ) -> list[str]:
     """The command line by which `launcher` runs `command` once in each slot of `hosts`.
 
-    `environ` is what the launcher will run in: mpirun is told which of its variables to forward.
-    Raises UserError if there is no such launcher.
+    `environ` is what the launcher will run in: mpirun is told which of its variables to forward, those named in `extra`
+    among them. Raises UserError if there is no such launcher.
     """
     program = find_program(launcher)
+    if launcher == "srun":
+        return [program, *srun_options(hosts, environ, nic), *command]
     where = ["-np", str(sum(host.slots for host in hosts)), "-H", host_text(hosts)]
     if launcher == "mpirun":
         root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        options = ["--bind-to", "none", "--map-by", "slot", *root, "--tag-output", *mpi_daemons(nic, ssh_port)]
+        options = ["--bind-to", "none", "--map-by", "slot", *root, "--tag-output", *mpi_daemons(nic, ssh)]
         if nic:
             options += ["--mca", "btl_tcp_if_include", nic]
             options += ["-x", f"NCCL_SOCKET_IFNAME={nic}"]
-        for name in forwarded(environ):
+        for name in forwarded(environ, extra):
             if not (nic and name == "NCCL_SOCKET_IFNAME"):
                 options += ["-x", name]
         return [program, *where, *options, *command]
@@ -74,30 +54,46 @@ def command_line(
         nic = None  # horovodrun takes the loopback then, and fails if told of another interface
     if nic:
         options += ["--network-interfaces", nic]
-    if ssh_port:
-        options += ["--ssh-port", str(ssh_port)]
+    options += horovodrun_ssh(ssh)
     if controller == "mpi":
-        # Open MPI 5 fails on horovodrun's own single-dash binding options, and overlooks its way to give the ssh port.
+        # Open MPI 5 fails on horovodrun's own single-dash binding options, and overlooks its way to give ssh's options.
         options.append("--binding-args=--bind-to none --map-by slot")
-        daemons = mpi_daemons(nic, ssh_port)
+        daemons = mpi_daemons(nic, ssh)
         if daemons:
             options.append(f"--mpi-args={shlex.join(daemons)}")
     return [program, *where, *options, *command]
 
 
-def mpi_daemons(nic: str | None, ssh_port: int | None) -> list[str]:
-    """Open MPI 5's options for how its daemons reach each other: the network interface and the ssh port."""
+def horovodrun_ssh(ssh: Ssh) -> list[str]:
+    """horovodrun's options for ssh."""
+    port = ["--ssh-port", str(ssh.port)] if ssh.port else []
+    return port + (["--ssh-identity-file", str(ssh.identity)] if ssh.identity else [])
+
+
+def mpi_daemons(nic: str | None, ssh: Ssh) -> list[str]:
+    """Open MPI 5's options for how its daemons reach each other: the network interface, and ssh's options."""
     options = []
     if nic and nic != "lo":  # which they refuse
         options += ["--prtemca", "oob_tcp_if_include", nic]
-    if ssh_port:
-        options += ["--prtemca", "plm_ssh_args", f"-p {ssh_port}"]
+    if ssh.options():
+        options += ["--prtemca", "plm_ssh_args", " ".join(ssh.options())]
     return options
 
 
-def forwarded(environ: Mapping[str, str]) -> list[str]:
-    """The names of the variables that ranks on other hosts need."""
-    return sorted(name for name in environ if name in FORWARDED_NAMES or name.startswith(FORWARDED))
+def srun_options(hosts: Sequence[Host], environ: Mapping[str, str], nic: str | None) -> list[str]:
+    """srun's options for a rank in each slot; where Slurm is to choose the nodes, the only host is called localhost.
+
+    The ranks get all of `environ`, by Slurm's own way, and find each other by Gloo: no PMI library is needed.
+    """
+    options = [f"--ntasks={sum(host.slots for host in hosts)}"]
+    if [host.name for host in hosts] != ["localhost"]:
+        # A name for each rank: the only form that allows different slots.
+        names = ",".join(host_of_each_rank(hosts))
+        options += [f"--nodes={len(hosts)}", "--distribution=arbitrary", f"--nodelist={names}"]
+    if "SLURM_CPUS_PER_TASK" in environ:  # which steps do not take over from their job since Slurm 22.05
+        options.append(f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}")
+    names = f",HOROVOD_GLOO_IFACE={nic},NCCL_SOCKET_IFNAME={nic}" if nic else ""
+    return [*options, "--mpi=none", "--label", "--kill-on-bad-exit=1", f"--export=ALL{names}"]
 
 
 def find_program(name: str) -> str:
@@ -107,11 +103,7 @@ def find_program(name: str) -> str:
     """
     found = shutil.which(name, path=str(bin_folder())) or shutil.which(name)
     if not found:
-        remedy = "; `hvdtrain horovod build` installs it" if name == "horovodrun" else ""
+        remedies = {"horovodrun": "; `hvdtrain horovod build` installs it", "srun": "; it is a part of Slurm"}
+        remedy = remedies.get(name, "")
         raise UserError(f"{name} is neither beside {sys.executable} nor on the PATH{remedy}")
     return found
-
-
-def bin_folder() -> Path:
-    """The folder of this Python: a virtual environment's own, not that of the Python that it links to."""
-    return Path(sys.executable).parent

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from hvdtrain.launch import discover
-from hvdtrain.launch.command import find_program
+from hvdtrain.launch.command import find_program, horovodrun_ssh
 from hvdtrain.launch.hosts import Host, host_text
+from hvdtrain.launch.ssh import Ssh
 
 COOL_DOWN = (10, 300)  # seconds, least and most, until a host on which a process was lost is tried again
 BACK_OFF = (2.0, 60.0)  # seconds before the first relaunch, doubled each time, and the most
@@ -53,9 +54,7 @@ class Elastic:
             raise UserError(f"--discovery {self.discovery} {error}") from None
 
 
-def command_line(
-    elastic: Elastic, command: Sequence[str], state: Path, *, nic: str | None, ssh_port: int | None
-) -> list[str]:
+def command_line(elastic: Elastic, command: Sequence[str], state: Path, *, nic: str | None, ssh: Ssh) -> list[str]:
     """The command line by which horovodrun runs `command` in each slot of the hosts that there are.
 
     state: a file for what the discovery script last said.
@@ -70,7 +69,7 @@ def command_line(
     else:
         options += ["-H", host_text(elastic.hosts)]
     options += ["--network-interfaces", nic or "lo"]
-    options += ["--ssh-port", str(ssh_port)] if ssh_port else []
+    options += horovodrun_ssh(ssh)
     return [find_program("horovodrun"), "--gloo", *options, *command]
 
 
@@ -81,7 +80,7 @@ def keep_running(
     environ: Mapping[str, str],
     *,
     nic: str | None,
-    ssh_port: int | None,
+    ssh: Ssh,
     relaunch: int,
 ) -> int:
     """Launch the job, and again up to `relaunch` times where it is lost as a whole; the last exit code.
@@ -93,7 +92,7 @@ def keep_running(
     for attempt in range(relaunch + 1):
         with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
             state = Path(folder) / "hosts.json"
-            line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh_port=ssh_port)
+            line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh=ssh)
             code, final = launch(line, environ)
         if final or code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunch:
             break

@@ -11,6 +11,7 @@ from hvdtrain.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
 LONGEST = 100_000  # slots: more is a slip of the keyboard
+MAX_SLOTS = ("max_slots", "max-slots")
 
 
 class Host(NamedTuple):
@@ -33,29 +34,39 @@ def parse_hosts(text: str) -> list[Host]:
 def read_hostfile(path: Path) -> list[Host]:
     """The hosts of a file with lines `host slots=N`, `host:N` or `host`; `#` starts a comment.
 
+    Open MPI's `max_slots=M` may follow, which is at least N: there are never more ranks than slots.
     Raises UserError for what `parse_hosts` refuses, naming the line; for a file without hosts or that cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--hostfile {path}: {reason}") from None
     hosts = []
     for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        where = f"{path} line {number}"
-        if not words:
-            continue
-        host = parse_host(words[0], where)
-        if len(words) > 1:
-            if len(words) > 2 or not words[1].startswith("slots=") or ":" in words[0]:
-                raise UserError(f"{where}: {' '.join(words)!r} is not `host slots=N`, `host:N` or `host`")
-            host = parse_host(f"{host.name}:{words[1].removeprefix('slots=')}", where)
-        hosts.append((where, host))
+        text = line.partition("#")[0].strip()
+        if text:
+            where = f"{path} line {number}"
+            hosts.append((where, parse_line(text, where)))
     if not hosts:
         raise UserError(f"--hostfile {path}: there is no host in it")
     refuse_duplicates(hosts)
     return [host for _, host in hosts]
+
+
+def parse_line(text: str, where: str) -> Host:
+    """The host of a line of a host file. Raises UserError."""
+    name, *words = re.sub(r"\s*=\s*", "=", text).split()
+    host = parse_host(name, where)
+    told = dict(word.partition("=")[::2] for word in words)
+    if len(told) < len(words) or not set(told) <= {"slots", *MAX_SLOTS} or ("slots" in told and ":" in name):
+        raise UserError(f"{where}: {text!r} is not `host slots=N`, `host:N` or `host`")
+    if "slots" in told:
+        host = parse_host(f"{host.name}:{told['slots']}", where)
+    for most in (told[key] for key in MAX_SLOTS if key in told):
+        if parse_host(f"{host.name}:{most}", where).slots < host.slots:
+            raise UserError(f"{where}: max_slots={most} is less than the {host.slots} slots of host {host.name!r}")
+    return host
 
 
 def parse_host(text: str, where: str) -> Host:
@@ -68,6 +79,9 @@ def parse_host(text: str, where: str) -> Host:
     name, colon, slots = text.partition(":")
     if not text:
         raise UserError(f"{where}: a host is empty; expected host:slots,host:slots")
+    if "@" in name:
+        user, _, host = name.partition("@")
+        raise UserError(f"{where}: {name!r} names a user: write `Host {host}` and `User {user}` into ~/.ssh/config")
     if not NAME.match(name):
         raise UserError(f"{where}: {name!r} is not a host name or IPv4 address")
     if not colon:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hvdtrain import messages
 
 # horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
-PREFIX = re.compile(rb"\[(?:([^\]\s]*),)?(\d+)\]<(stdout|stderr|stddiag)>:")
+PREFIX = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")
+# srun: " 0: text", the number as wide as the largest one.
+SRUN_PREFIX = re.compile(rb" *(?P<rank>\d+): ?")
+SRUN_PIECE = 1024  # bytes: srun breaks longer lines there, and shows each piece as a line
 END = re.compile(rb"[\r\n]")
 
 
@@ -27,11 +31,13 @@ class Lines:
     A carriage return ends a line too, so that a rank's own progress bar comes through as it moves.
     """
 
-    def __init__(self, stream: str) -> None:
+    def __init__(self, stream: str, prefix: re.Pattern[bytes] = PREFIX) -> None:
         self.stream = stream
+        self.prefix = prefix
         self.buffer = bytearray()
         self.searched = 0  # so much of the buffer has no line end
         self.owner: tuple[int | None, str] = (None, stream)  # of text that goes on after a carriage return
+        self.pieces: dict[int, bytes] = {}  # of each rank's line that srun broke
         self.returned: set[tuple[int | None, str]] = set()  # whose last line ended with a carriage return
 
     def feed(self, data: bytes) -> Iterator[Line]:
@@ -47,16 +53,27 @@ class Lines:
             yield from self.line(bytes(self.buffer), b"\n")
             self.buffer.clear()
             self.searched = 0
+        if not data:
+            for rank, raw in self.pieces.items():
+                yield Line(rank, self.stream, raw.decode("utf-8", errors="replace"))
+            self.pieces.clear()
 
     def line(self, raw: bytes, end: bytes) -> Iterator[Line]:
         """The line in `raw`, unless it is only half of a two-byte line end."""
-        prefix = PREFIX.match(raw)
+        prefix = self.prefix.match(raw)
         if prefix:
-            job, rank, stream = prefix.groups()
+            part = prefix.groupdict()
             raw = raw[prefix.end() :]
-            if job is not None:
+            if part.get("job") is not None:
                 raw = raw.removeprefix(b" ")
-            self.owner = (int(rank), "stdout" if stream == b"stdout" else "stderr")
+            stream = part.get("stream", self.stream.encode())
+            self.owner = (int(part["rank"]), "stdout" if stream == b"stdout" else "stderr")
+            if self.prefix is SRUN_PREFIX:
+                whole = self.pieces.pop(self.owner[0], b"") + raw
+                if len(raw) == SRUN_PIECE:
+                    self.pieces[self.owner[0]] = whole
+                    return
+                raw = whole
         owner = self.owner
         half = not raw and (end == b"\r" or owner in self.returned)
         if end == b"\r":
@@ -82,11 +99,15 @@ class Death(NamedTuple):
     code: int
 
 
+# The system's words for each signal.
+WORDS = {str(signal.strsignal(number)): number for number in signal.valid_signals() if signal.strsignal(number)}
 # Each in the launcher's own words, joined by single spaces.
 DEATHS = re.compile(
     r"\bProcess (?P<rank>\d+) exit with status code (?P<code>\d+)\."  # horovodrun
     r"|process rank (?P<rank2>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"  # Open MPI
     r"|Process name: \[[^\]]*,(?P<rank3>\d+)\] Exit code: (?P<code3>\d+)"  # Open MPI
+    r"|srun: error: \S+: tasks? (?P<rank4>\d+)[-,\d]*: "
+    rf"(?:Exited with exit code (?P<code4>\d+)|(?P<words>{'|'.join(map(re.escape, WORDS))}))"
 )
 
 
@@ -95,8 +116,9 @@ def deaths(lines: list[str]) -> list[Death]:
     found = []
     for match in DEATHS.finditer(" ".join(" ".join(lines).split())):
         part = match.groupdict()
-        rank = part["rank"] or part["rank2"] or part["rank3"]
-        code = 128 + int(part["signal"]) if part["signal"] else int(part["code"] or part["code3"])
+        rank = part["rank"] or part["rank2"] or part["rank3"] or part["rank4"]
+        number = WORDS[part["words"]] if part["words"] else int(part["signal"] or 0)
+        code = 128 + number if number else int(part["code"] or part["code3"] or part["code4"])
         found.append(Death(int(rank), code))
     return found
 

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
-from hvdtrain.launch.output import Line, Lines, take_message
+from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
 from hvdtrain.launch.report import Report, elastic_outcome, outcome
 from hvdtrain.launch.screen import Screen
+from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
 
 SSH_SECONDS = 10  # to end ranks on another host, at most
 
@@ -30,14 +33,15 @@ class Job:
     guard: subprocess.Popen[bytes]
     life: contextlib.ExitStack  # closes the pipe that keeps it alive
     report: Report
-    ssh_port: int | None
+    ssh: Ssh
     grace: float
+    launcher: str = ""  # its name
     screen: Screen = field(default_factory=Screen)
     asked: int | None = None  # the signal by which the user asked for a stop
     deadline: float | None = None  # of the stop, by the monotonic clock
     ended: bool = False  # by us, before its time
     elastic: bool = False
-    ssh: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    calls: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of ssh
 
 
 def run(
@@ -45,7 +49,7 @@ def run(
     environ: Mapping[str, str],
     hosts: Sequence[Host],
     *,
-    ssh_port: int | None = None,
+    ssh: Ssh = AS_CONFIGURED,
     grace: float = 30.0,
     elastic: bool = False,
 ) -> tuple[int, bool]:
@@ -58,8 +62,8 @@ def run(
     Raises BrokenPipeError if nobody reads the output any more.
     """
     with signals() as (received, woken):
-        job = start(line, environ, Report(host_of_each_rank(hosts)), ssh_port, grace)
-        job.elastic = elastic
+        job = start(line, environ, Report(host_of_each_rank(hosts)), ssh, grace)
+        job.launcher, job.elastic = Path(line[0]).name, elastic
         with job.guard:
             try:
                 attend(job, received, woken)
@@ -69,7 +73,7 @@ def run(
                 job.guard.wait()
                 end_remote_ranks(job)
     judge = elastic_outcome if elastic else outcome
-    verdict, text = judge(job.report, Path(line[0]).name, job.guard.returncode, job.asked)
+    verdict, text = judge(job.report, job.launcher, job.guard.returncode, job.asked)
     # What rank 0 has saved is saved, even if the others had to be ended.
     if job.ended and job.asked and job.report.finished.get(0) != EXIT_REQUEUE:
         verdict, text = 128 + job.asked, text if job.report.failed else ""
@@ -81,7 +85,7 @@ def run(
     return verdict, bool(job.asked or job.report.failed)
 
 
-def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh_port: int | None, grace: float) -> Job:
+def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh: Ssh, grace: float) -> Job:
     """Start the launcher under a guard, which ends it with all its children when our end of a pipe closes."""
     pipe, life = os.pipe()
     guard = subprocess.Popen(
@@ -97,12 +101,13 @@ def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh_p
     os.close(pipe)
     closing = contextlib.ExitStack()
     closing.callback(os.close, life)
-    return Job(guard, closing, report, ssh_port, grace)
+    return Job(guard, closing, report, ssh, grace)
 
 
 def attend(job: Job, received: list[int], woken: int) -> None:
     """Show what comes and act on signals until the guard has ended and all its output is shown."""
-    streams = [(job.guard.stdout, Lines("stdout")), (job.guard.stderr, Lines("stderr"))]
+    prefix = SRUN_PREFIX if job.launcher == "srun" else PREFIX
+    streams = [(job.guard.stdout, Lines("stdout", prefix)), (job.guard.stderr, Lines("stderr", prefix))]
     with selectors.DefaultSelector() as selector:
         selector.register(woken, selectors.EVENT_READ)
         for pipe, lines in streams:
@@ -184,13 +189,18 @@ def end(job: Job) -> None:
 
 
 def end_remote_ranks(job: Job) -> None:
-    """Kill the ranks on other hosts that have not said that they end: the guard reaches only this host's."""
+    """Kill the ranks on other hosts that have not said that they end: the guard reaches only this host's.
+
+    srun ends its ranks when it is ended, and Slurm does if it cannot.
+    """
+    if job.launcher == "srun":
+        return
     said = set(job.report.finished) | {message["rank"] for message in job.report.failed}
     here = socket.gethostname()
     left = [rank for rank, told in job.report.started.items() if rank not in said and told.get("host") != here]
     signal_ranks(job, "KILL", left)
     deadline = time.monotonic() + SSH_SECONDS
-    for process in job.ssh:
+    for process in job.calls:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -199,7 +209,15 @@ def end_remote_ranks(job: Job) -> None:
 
 
 def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
-    """Send a signal to ranks: directly on this host, by one ssh, that is not waited for, for each other host."""
+    """Send a signal to ranks: directly on this host, by one ssh, that is not waited for, for each other host.
+
+    Under srun it goes to all ranks, as SIGUSR1, which is the one of those asking for a stop that srun hands on.
+    """
+    if job.launcher == "srun":
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(job.guard.pid).children():
+                child.send_signal(signal.SIGUSR1)
+        return
     remote: dict[str, list[str]] = {}
     for rank in ranks:
         told = job.report.started[rank]
@@ -210,17 +228,16 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
             # The name by which we were told to reach the host; its own may mean nothing here.
             host = job.report.hosts[rank] if rank < len(job.report.hosts) else str(told.get("host"))
             remote.setdefault(host, []).append(str(told["pid"]))
-    port = ["-p", str(job.ssh_port)] if job.ssh_port else []
     for host, pids in remote.items():
         process = subprocess.Popen(
-            ["ssh", *port, "-o", "BatchMode=yes", host, "kill", f"-{name}", *pids],
+            ["ssh", *job.ssh.options(), "-o", "BatchMode=yes", host, "kill", f"-{name}", *pids],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             # A rank that is already gone is no error.
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        job.ssh.append(process)
+        job.calls.append(process)
 
 
 def wait_seconds(job: Job) -> float | None:

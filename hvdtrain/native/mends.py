@@ -113,6 +113,16 @@ def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
             "codecs.getincrementaldecoder('utf8')()",
             "codecs.getincrementaldecoder('utf8')('replace')",
         ),
+        # horovodrun imports torch, in a process of its own, only to ask whether there is Gloo.
+        Mend(
+            "horovod/common/util.py",
+            "        built_fn = lambda ext: ext.gloo_built()\n"
+            "        result = _check_extension_lambda(\n"
+            "            ext_base_name, built_fn, 'built with Gloo', verbose)\n"
+            "        if result is not None:\n"
+            "            return result\n",
+            "        return True\n",
+        ),
         # What is needed to build is given by hvdtrain; setuptools must not fetch eggs.
         Mend("setup.py", "setup_requires=require_list if is_build_action() else []", "setup_requires=[]"),
         # The record of the build goes into the wheel.

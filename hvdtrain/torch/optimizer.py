@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Callable, Iterable
@@ -41,6 +42,7 @@ def DistributedOptimizer(
     - `synchronize()` before `step()` (to clip, say) needs no `skip_synchronize()`;
     - `GradScaler.unscale_(optimizer)` waits for the gradients by itself: whoever reads `param_groups` does;
     - a parameter that no rank used keeps `grad` None;
+    - hooks of `step()` run once per step;
     - state and defaults of the optimizer that is wrapped are kept.
 
     compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
@@ -66,6 +68,7 @@ def DistributedOptimizer(
     body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
     body |= {
         "exchange": None,
+        "inner_step": _inner_step(optimizer),
         "waited": 0.0,
         "wire_bytes": 0,
         "stock_synchronize": body["synchronize"],
@@ -142,7 +145,23 @@ def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None
         raise ValueError("step(closure) would evaluate gradients that are not reduced; call backward() before step()")
     self.synchronize()
     self._synchronized = False
-    return super(self.__class__, self).step(closure)  # type: ignore[no-any-return]
+    step, without_grad = self.inner_step
+    with torch.no_grad() if without_grad else contextlib.nullcontext():
+        return step(self, closure)  # type: ignore[no-any-return]
+
+
+def _inner_step(optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Any], bool]:
+    """The step of the optimizer's class without what torch wraps around it, and whether that turns gradients off.
+
+    Ours is wrapped already: its hooks would run twice. And the other wrapper imports torch's compiler, which takes as
+    long as half of what a rank needs to start.
+    """
+    step: Any = type(optimizer).step
+    without_grad = False
+    while hasattr(step, "__wrapped__") and step.__globals__["__name__"] == torch.optim.Optimizer.__module__:
+        without_grad |= step.__code__.co_name == "_use_grad" and not optimizer.defaults["differentiable"]
+        step = step.__wrapped__
+    return step, without_grad
 
 
 def _zero_grad(self: Any, set_to_none: bool = True) -> None:

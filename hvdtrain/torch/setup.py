@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import inspect
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
-from hvdtrain.errors import UserError
-from hvdtrain.step import Split
+from hvdtrain.compression.spec import Spec
+from hvdtrain.errors import RunError, UserError
+from hvdtrain.step import Split, StepOptions
 from hvdtrain.torch.recipe import Recipe
+
+NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, of the operation that it names before
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
@@ -52,6 +60,27 @@ def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
     return loaded
 
 
+def set_up(options: StepOptions) -> None:
+    """Prepare this process's torch: its threads, the same bits each time if asked for, no compiler unless asked for."""
+    torch.set_num_threads(options.threads)
+    if options.shards is not None:
+        be_deterministic(options.threads)
+    if not options.compile:
+        leave_out_compiler()
+
+
+def leave_out_compiler() -> None:
+    """Let optimizers be made without importing torch's compiler, a third of what it takes a rank to start.
+
+    Some of their methods are wrapped so that the compiler passes over them; the wrapper looks for the function to call
+    instead here, and imports the compiler to make one only where there is none.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if isinstance(method, FunctionType) and method.__globals__["__name__"] == "torch._compile":
+            inner = inspect.unwrap(method)
+            inner.__dynamo_disable = inner
+
+
 def be_deterministic(threads: int) -> None:
     """From now on, let the same operations on the same numbers give the same bits in this process.
 
@@ -62,6 +91,31 @@ def be_deterministic(threads: int) -> None:
     torch.backends.cudnn.benchmark = False
     # numpy's and scikit-learn's threads too, with which a recipe may make its data.
     threadpool_limits(threads)
+
+
+def names_refusals(function: Function) -> Function:
+    """Make torch's refusal of an operation, once `be_deterministic` was called, a RunError that names it."""
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            operation, refused, _ = str(error).partition(NOT_DETERMINISTIC)
+            if not refused:
+                raise
+            text = f"{operation} has no deterministic form in torch on this device: "
+            raise RunError(f"{text}use another operation, or leave out --deterministic") from None
+
+    return named  # type: ignore[return-value]
+
+
+def check_momentum(spec: Spec, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Raise UserError where compression's momentum would be a second one, or none."""
+    if spec.momentum and any(group.get("momentum") for group in optimizer.param_groups):
+        raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
+    if spec.momentum and world.size == 1:
+        raise UserError(f"compression {spec.text!r}: its momentum needs two ranks or more; one exchanges nothing")
 
 
 def choose_device(wanted: str | None, local_rank: int) -> torch.device:

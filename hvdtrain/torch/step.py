@@ -26,7 +26,7 @@ from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of, sums
-from hvdtrain.torch.setup import be_deterministic, choose_device, load_datasets
+from hvdtrain.torch.setup import check_momentum, choose_device, load_datasets, names_refusals, set_up
 from hvdtrain.torch.shards import ShardExchange
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,9 +37,7 @@ class TorchStep:
 
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
         self.recipe, self.world, self.options = recipe, world, options
-        torch.set_num_threads(options.threads)
-        if options.shards is not None:
-            be_deterministic(options.threads)
+        set_up(options)
         self.device = choose_device(options.device, world.local_rank)
         self.datasets = load_datasets(recipe, world)
         self.examples: dict[Split, int] = {split: len(data) for split, data in self.datasets.items()}
@@ -52,11 +50,7 @@ class TorchStep:
         self.inner = inner = recipe.optimizer(self.model.parameters())
         if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
             raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
-        spec = parse(options.compression)
-        if spec.momentum and any(group.get("momentum") for group in inner.param_groups):
-            raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
-        if spec.momentum and world.size == 1:
-            raise UserError(f"compression {spec.text!r}: its momentum needs two ranks or more; one exchanges nothing")
+        check_momentum(parse(options.compression), inner, world)
         self._news: list[str] = []
         self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
         self.optimizer: Any = self._wrap()
@@ -104,6 +98,7 @@ class TorchStep:
             self.bucketed.advisor.tell = self._news.append
         return optimizer
 
+    @names_refusals
     def _try_out(self) -> list[torch.Tensor]:
         """Score two examples in training mode and undo it: sets `metrics`, and returns the buffers that changed."""
         buffers = list(self.model.buffers())
@@ -140,6 +135,7 @@ class TorchStep:
         self._begun = True
         self.buffers.begin()
 
+    @names_refusals
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         seed_all(seed)
         with self._autocast():
@@ -214,6 +210,7 @@ class TorchStep:
     def learning_rate(self) -> float:
         return self.base_lrs[0]
 
+    @names_refusals
     @torch.no_grad()
     def evaluate(self, batch: Any, count: int) -> NDArray[np.float64]:
         model = self.forward

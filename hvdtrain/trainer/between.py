@@ -13,6 +13,7 @@ from hvdtrain.data import order
 from hvdtrain.elastic.ledger import Ledger
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import RunError, UserError
+from hvdtrain.files import NO_ROOM, trouble
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import Agreed, Step
@@ -54,16 +55,28 @@ def evaluate(run: Run, step: Step, at: Position) -> None:
     at.evaluated = at.step
 
 
-def save(run: Run, step: Step, at: Position) -> None:
-    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on."""
+def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) -> None:
+    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on.
+
+    Where the disk has no room it warns, and the next checkpoint is tried again; but raises RunError, on all ranks, for
+    one that `must` be: it is what the run leaves behind.
+    """
     state = step.state()
-    run.ledger.durable()
+    error = None
     if run.world.rank == 0:
         try:
+            report.write_rows()
+            run.ledger.durable()  # a checkpoint without the rows before it would lose them
             checkpoint.save(run.folder, at, state, run.name)
             checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
-        except OSError as error:
-            raise RunError(f"cannot write step {at.step}'s checkpoint in {run.folder}: {error.strerror}") from error
+        except OSError as problem:
+            error = trouble(f"step {at.step}'s checkpoint", run.folder, problem)
+            if not must and problem.errno not in NO_ROOM:
+                raise RunError(error) from problem
+            if not must:
+                report.warn(f"{error}; training goes on, the next one is tried again")
+    if must and (error := ops.broadcast_json(error, "save")):
+        raise RunError(error)
 
 
 def resume(step: Step, folder: Path, name: str, world: World) -> Position:

@@ -18,7 +18,8 @@ from hvdtrain.collectives.world import World
 from hvdtrain.data import order
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.elastic.membership import Gone, Membership
-from hvdtrain.errors import EXIT_REQUEUE, RunError, UserError, nearest
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
+from hvdtrain.files import trouble
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import Step
@@ -29,7 +30,7 @@ from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import open_ledger, run_folder, step_options, versions
-from hvdtrain.trainer.signals import FED, HASHES, LEAVING, REGROUP, STOP, StopRequest
+from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
 Ending = Literal["finished", "stopped", "regroup"]
@@ -94,7 +95,7 @@ def train(
                 continue
             break
         finished = ending == "finished"
-        summary = report.summary(
+        summary = report.measured(
             {
                 "recipe": name,
                 "framework": recipe.framework,
@@ -115,11 +116,17 @@ def train(
                 "versions": versions(),
             }
         )
-        report.lines(describe_end(summary, run.folder))
-    code = 0 if finished else EXIT_REQUEUE
-    messages.send("finished", rank=world.rank, code=code)
+        failed = None
+        try:
+            report.write_summary(summary)
+            report.lines(describe_end(summary, run.folder))
+        except OSError as problem:
+            failed = trouble("summary.json", run.folder, problem)
+    code = EXIT_FAILED if failed else 0 if finished else EXIT_REQUEUE
+    if not failed:
+        messages.send("finished", rank=world.rank, code=code)
     # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
-    end(world, membership, code)
+    end(world, membership, code, failed)
     return summary
 
 
@@ -174,6 +181,8 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             start = time.perf_counter()
             mine = list(itertools.chain.from_iterable(shards))
             told = stop.tell()
+            if world.rank == 0:
+                told[KEPT], told[HELD] = run.ledger.saved, report.behind
             step.begin([len(chunks) for chunks in shards], sum(map(len, mine)) / count, told)
             for chunk in mine:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
@@ -197,6 +206,9 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 report.advice(step.exchange_report()["advisor"])
 
             epoch = at.epoch + 1
+            # Only now: that this step took place tells that rank 0 has outlived its writing.
+            run.ledger.forget(int(agreed.told[KEPT]))
+            report.behind = int(agreed.told[HELD])
             run.ledger.append(Row(at.step + 1, epoch, at.offset, int(agreed.told[FED]), int(agreed.told[HASHES])))
             at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]), plan.examples)
             last, epoch_ends = at.step == plan.total_steps, at.offset == 0
@@ -211,9 +223,10 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 evaluate(run, step, at)
                 report.evaluation(at, epoch)
             if last or stopping or leaving or due(at.step, options.checkpoint_every, epoch_ends):
-                save(run, step, at)
+                save(run, step, at, report, must=last or stopping)
                 saved = at.step
             report.flush()
+            report.look_for_room(run.ledger)
             if last:
                 break
             if stopping:
@@ -225,19 +238,22 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
     if at.evaluated != at.step or not at.eval:
         evaluate(run, step, at)
     if saved != at.step:
-        save(run, step, at)
+        save(run, step, at, report, must=True)
     return "finished"
 
 
-def end(world: World, membership: Membership | None, code: int) -> None:
-    """Wait for the other ranks, all of which are done."""
+def end(world: World, membership: Membership | None, code: int, error: str | None) -> None:
+    """Wait for the other ranks, all of which are done. Raises RunError on all where one has an error."""
     if membership is not None and world.rank == 0:
-        membership.end(code)
+        membership.end(code, error or "")
     try:
-        ops.barrier("end")
+        errors = ops.gather_json(error, "end")
     except ops.PeersLost:
         if membership is None or not membership.over():
             raise
+        errors = [error]
+    if found := next(filter(None, errors), None):
+        raise RunError(found)
 
 
 def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:

@@ -65,6 +65,8 @@ class RunOptions:
         for name in ("seed", "workers", "skip_nonfinite"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if self.seed >= 1 << 64:
+            raise ValueError(f"--seed is {self.seed}; it must be below 2^64")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"--clip-norm is {self.clip_norm}; it must be above 0")
         if self.ema is not None and not 0 < self.ema < 1:

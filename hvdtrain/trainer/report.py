@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hvdtrain import messages
-from hvdtrain.files import write_atomically, write_json
+from hvdtrain.elastic.ledger import Ledger
+from hvdtrain.files import NO_ROOM, Growing, trouble, write_json
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.tensorboard import EventWriter
@@ -38,6 +39,9 @@ class Reporter:
         self._since: list[tuple[int, float, float]] = []  # (examples, seconds, waited) since the last row
         self._row: dict[str, float] = {}  # of the last step
         self.recent: list[dict[str, float | None]] = []  # rows, the last of which may not be in the file
+        self.behind = 0  # rows that rank 0 could not write, the disk being full
+        self._full = False
+        self._advice: dict[str, Any] | None = None  # that is still to be written
         self._due = False
         self._last_sent = 0.0
         self._bar: Progress | None = None
@@ -51,11 +55,11 @@ class Reporter:
         if not active:
             return
         metrics = run_dir / "metrics.jsonl"
-        written = _cut_rows(metrics, from_step) if from_step and metrics.exists() else 0
-        self._rows = metrics.open("a" if from_step else "w", buffering=1)
-        for row in self.recent:
-            if int(row["step"] or 0) > written:
-                self._rows.write(json.dumps(row) + "\n")
+        written = _cut_rows(metrics, from_step) if metrics.exists() else 0
+        self._rows = Growing(metrics)
+        missing = [row for row in self.recent if int(row["step"] or 0) > written]
+        self._rows.write("".join(json.dumps(row) + "\n" for row in missing).encode())
+        self.behind = len(missing) if self._rows.error else 0
         self._events = EventWriter(run_dir / "tensorboard")
         if self.talks and sys.stderr.isatty() and not messages.launched():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -71,14 +75,39 @@ class Reporter:
             else:
                 print(line, flush=True)
 
+    def warn(self, line: str) -> None:
+        """Tell people of trouble, also with --quiet. On rank 0."""
+        if self._bar is not None:
+            self._bar.console.print(f"hvdtrain: warning: {line}", highlight=False, markup=False)
+        else:
+            print(f"hvdtrain: warning: {line}", file=sys.stderr, flush=True)
+
+    def look_for_room(self, ledger: Ledger) -> None:
+        """Tell people when rows begin to wait for room on the disk, and when all are written. Called once a step."""
+        errors = [("the ledger", ledger.error), ("metrics.jsonl", self._rows.error if self.active else None)]
+        found = next(((what, error) for what, error in errors if error is not None), None)
+        if found and not self._full:
+            self.warn(f"{trouble(found[0], self.run_dir, found[1])}; rows wait in memory, training goes on")
+        elif self._full and not found:
+            self.warn(f"{self.run_dir} has room again: all rows are written")
+        self._full = found is not None
+
     def graph(self, graph: bytes | None) -> None:
         if self.active and graph is not None:
             self._events.graph(graph)
 
     def advice(self, advice: dict[str, Any] | None) -> None:
         """What `--compression auto` measured and chose, for the run folder."""
-        if self.active and advice is not None:
-            write_json(self.run_dir / "advisor.json", advice)
+        self._advice = advice if self.active else None
+
+    def write_rows(self) -> None:
+        """Write the row of this step, if it is due, and all that waits for room. Raises OSError where there is none."""
+        self.flush()
+        if self.active:
+            self._rows.flush()
+            self.behind = self.behind if self._rows.error else 0
+            if self._rows.error is not None:
+                raise self._rows.error
 
     def step(
         self, at: Position, epoch: int, lr: float, values: dict[str, float], batch: int, seconds: float, waited: float
@@ -121,32 +150,43 @@ class Reporter:
         self.lines([f"epoch {epoch}  step {at.step}/{self.steps}  train loss {at.train_loss:.4f}  eval {shown}"])
 
     def flush(self) -> None:
-        """Write the row of this step, if it is due. Called once a step, after everything else of the step."""
+        """Write the row of this step, if it is due. Called once a step, when its values are complete."""
         if not self._due:
             return
         # JSON has no NaN.
         row = {name: value if math.isfinite(value) else None for name, value in self._row.items()}
-        self.recent = [*self.recent[1 - RECENT :], row]
+        self.recent = [*self.recent, row][-RECENT - self.behind :]
         if self.active:
-            self._rows.write(json.dumps(row) + "\n")
+            self._rows.write((json.dumps(row) + "\n").encode())
+            self.behind = self.behind + 1 if self._rows.error else 0
             self._events.scalars(
                 int(self._row["step"]), {k: v for k, v in self._row.items() if k not in ("step", "samples")}
             )
         self._since.clear()
         self._due = False
+        if self._advice is not None:
+            try:
+                write_json(self.run_dir / "advisor.json", self._advice)
+                self._advice = None
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
 
-    def summary(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Complete the summary with what was measured; rank 0 writes it to summary.json."""
+    def measured(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The summary, completed with what was measured."""
         seconds = self.train_seconds
-        values |= {
+        return values | {
             "samples_per_second": self.train_samples / seconds if seconds else 0.0,
             "step_seconds_median": statistics.median(self.step_seconds) if self.step_seconds else 0.0,
             "comm_seconds_median": statistics.median(self.comm_seconds) if self.comm_seconds else 0.0,
         }
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Rank 0 writes summary.json, the last thing of a run. Raises OSError, also where rows still wait for room."""
         if self.active:
-            shown = {name: value if math.isfinite(value) else None for name, value in values["eval"].items()}
-            write_json(self.run_dir / "summary.json", {**values, "eval": shown})
-        return values
+            self.write_rows()
+            shown = {name: value if math.isfinite(value) else None for name, value in summary["eval"].items()}
+            write_json(self.run_dir / "summary.json", {**summary, "eval": shown})
 
     def __enter__(self) -> Reporter:
         return self
@@ -178,17 +218,20 @@ def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _cut_rows(path: Path, last_step: int) -> int:
-    """Drop rows after the step that is resumed from, and a torn last line; the step of the last row kept, or 0."""
-    last = 0
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > last_step:
-            break
-        kept.append(line + "\n")
-        last = row["step"]
-    write_atomically(path, "".join(kept).encode())
+    """Drop rows after the step that is resumed from, and a torn last line; the step of the last row kept, or 0.
+
+    In place, for which a full disk has room.
+    """
+    last = kept = 0
+    with path.open("rb+") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            known = isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last_step
+            if not known or not line.endswith(b"\n"):
+                break
+            last, kept = row["step"], kept + len(line)
+        file.truncate(kept)
     return last

@@ -13,7 +13,7 @@ from typing import Any
 from hvdtrain import __version__
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
-from hvdtrain.elastic.ledger import MOST, Ledger
+from hvdtrain.elastic.ledger import MOST, Ledger, numbered
 from hvdtrain.errors import UserError
 from hvdtrain.files import write_json
 from hvdtrain.step import StepOptions
@@ -79,8 +79,10 @@ def open_ledger(
         raise UserError(f"a ledger cannot tell {plan.batch_size} examples a step, {MOST} at most: add --no-ledger")
     ledger = known or Ledger(options.seed, plan.examples, plan.batch_size, at.step)
     ledger.rollback(at.step)
-    if options.ledger and world.rank == 0:
+    if world.rank == 0 and (options.ledger or (known is None and numbered(folder / "ledger"))):
         ledger.open_for_writing(folder / "ledger")
+        if not options.ledger:  # the segment, which has no rows, takes back the steps that are undone
+            ledger.close()
     return ledger
 
 

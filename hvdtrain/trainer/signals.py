@@ -15,8 +15,9 @@ from hvdtrain.step import TOLD
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Places among what ranks tell each other in a step: how many of them were asked to stop the run, to leave it, to
-# regroup; how many ids they fed to the model, and the sum of these ids' hashes.
-STOP, LEAVING, REGROUP, FED, HASHES = range(TOLD)
+# regroup; how many ids they fed to the model, and the sum of these ids' hashes; and by rank 0, which writes: up to
+# which step the ledger is on disk for good, and how many rows of metrics.jsonl are not, for want of room.
+STOP, LEAVING, REGROUP, FED, HASHES, KEPT, HELD = range(TOLD)
 
 
 class StopRequest:

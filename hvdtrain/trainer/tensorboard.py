@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from hvdtrain.files import Growing
 
 
 class EventWriter:
-    """Scalars by step, and the model's graph."""
+    """Scalars by step, and the model's graph. What a full disk does not take is written later."""
 
     def __init__(self, folder: Path) -> None:
-        self._writer = EventFileWriter(str(folder))
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads the files of a folder by name; the time in it is whole seconds.
+        now, who = time.time_ns(), f"{socket.gethostname()}.{os.getpid()}"
+        self._file = Growing(folder / f"events.out.tfevents.{now // 10**9:010}.{who}.{now % 10**9}")
+        self._records = RecordWriter(self._file)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._add(Event(wall_time=time.time(), step=step, summary=summary))
 
     def graph(self, graph: bytes) -> None:
         """graph: a serialized GraphDef."""
-        self._writer.add_event(Event(wall_time=time.time(), graph_def=graph))
+        self._add(Event(wall_time=time.time(), graph_def=graph))
+
+    def _add(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.flush()
+        self._file.close()

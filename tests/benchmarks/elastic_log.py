@@ -45,15 +45,15 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.path = path
         self.seen: list[Seen] = []
-        self.reopened: list[float] = []  # when the file was replaced
+        self.reopened: list[float] = []  # when the file was opened again, which cuts it to what is to stand
         self.ended = threading.Event()
 
     def run(self) -> None:
-        inode = size = 0
+        size = changed = 0
         while not self.ended.wait(EVERY):
             try:
                 stat = self.path.stat()
-                if (stat.st_ino, stat.st_size) == (inode, size):
+                if (stat.st_mtime_ns, stat.st_size) == (changed, size):
                     continue
                 now = time.monotonic()
                 with self.path.open("rb") as file:
@@ -62,9 +62,9 @@ class Watch(threading.Thread):
                 row = json.loads(text[: text.rindex(b"\n")].split(b"\n")[-1])
             except (FileNotFoundError, ValueError):  # not there yet, or half a row
                 continue
-            grown = stat.st_ino == inode and stat.st_size > size
-            if inode and stat.st_ino != inode:
+            grown = stat.st_size > size
+            if changed and not grown:
                 self.reopened.append(now)
-            inode, size = stat.st_ino, stat.st_size
+            size, changed = stat.st_size, stat.st_mtime_ns
             if not self.seen or grown or row["step"] > self.seen[-1].row["step"]:
                 self.seen.append(Seen(now, row))

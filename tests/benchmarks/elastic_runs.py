@@ -140,7 +140,7 @@ class Hvdtrain(Training):
         return self.job.worker(rank)
 
     def parts(self, since: float, end: float, world: Any) -> Found:
-        """What the time consists of; metrics.jsonl is replaced between the state's arrival and the first step."""
+        """What the time consists of; metrics.jsonl is cut between the state's arrival and the first step."""
         *_, met, state = self.worlds()[world - 1]
         again = next((at for at in self.watch.reopened if since < at < end), None)
         if again is None:

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from hvdtrain.launch.command import command_line, rank_environment
+from hvdtrain.launch.command import command_line
+from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import parse_hosts
 from hvdtrain.launch.run import run
 

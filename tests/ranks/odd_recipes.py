@@ -123,3 +123,12 @@ class Column(Exact):
     def score(self, model, batch):
         scores = super().score(model, batch)
         return {"loss": scores["loss"], "lr": scores["within"]}
+
+
+@dataclass(kw_only=True)
+class Scattered(Exact):
+    """With an operation that has no deterministic form."""
+
+    def score(self, model, batch):
+        torch.zeros(5).put_(torch.tensor([0]), torch.ones(1))
+        return super().score(model, batch)

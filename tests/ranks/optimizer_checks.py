@@ -280,6 +280,38 @@ def check_schedulers_and_closures():
         raise AssertionError("no error")
 
 
+class Own(torch.optim.SGD):
+    """An optimizer whose step is its own, with torch's inside."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.5)
+
+
+def check_a_step_is_torchs_and_its_hooks_run_once():
+    for cls, scale in ((torch.optim.SGD, 1), (Own, 0.5), (torch.optim.Adam, None)):
+        model, plain = make_model(), make_model()
+        ours, theirs = wrap(model, cls(model.parameters(), lr=0.1)), cls(plain.parameters(), lr=0.1)
+        ran = []
+        ours.register_step_pre_hook(lambda *_, ran=ran: ran.append("before"))
+        ours.register_step_post_hook(lambda *_, ran=ran: ran.append("after"))
+        before = [p.detach().clone() for p in plain.parameters()]
+        for net in (model, plain):
+            loss_of(net, torch.ones(4, *examples(0)[1].shape[1:], dtype=torch.float64)).backward()
+        gradients = [p.grad.clone() for p in plain.parameters()]
+        ours.step()
+        theirs.step()
+        assert cls is Own or ran == ["before", "after"]  # torch itself runs them again for a step within a step
+        same(model, plain)
+        for p, old, gradient in zip(plain.parameters(), before, gradients, strict=True):
+            assert scale is None or torch.allclose(p, (old - 0.1 * gradient) * scale, rtol=1e-14)
+        assert all(p.requires_grad and p.grad_fn is None for p in model.parameters())
+        ours.exchange and ours.exchange.close()
+
+
 for check_name, check in list(globals().items()):
     if check_name.startswith("check_"):
         check()

@@ -119,3 +119,11 @@ def test_the_plan_says_so(tmp_path: Path) -> None:
     done = run("alone", 1, command)
     assert "batch     128 global = 1 rank x 12 passes x at most 11\n" in done.stdout
     assert "gradient  deterministic 12 virtual shards, compression none, amp off\n" in done.stdout
+
+
+def test_an_operation_that_has_no_deterministic_form_is_named(tmp_path: Path) -> None:
+    recipe = f"{Path(__file__).parent / 'odd_recipes.py'}:Scattered"
+    done = run("alone", 1, [*HVDTRAIN, "train", recipe, "--run-dir", str(tmp_path / "run"), "--deterministic"])
+    assert done.returncode == 1
+    assert done.stderr.startswith("hvdtrain: error: put_ has no deterministic form in torch on this device")
+    assert done.stderr.count("\n") == 1

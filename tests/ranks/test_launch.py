@@ -227,6 +227,7 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
     script = (
         "import os, sys; from hvdtrain.launch.command import *; from hvdtrain.launch.run import run;"
+        "from hvdtrain.launch.environment import rank_environment;"
         "from hvdtrain.launch.hosts import Host; hosts = [Host('localhost', 1)];"
         "env = rank_environment(os.environ, 'mpirun', 'mpi');"
         "sys.exit(run(command_line('mpirun', 'mpi', hosts, ['/no/such/program'], env), env, hosts)[0])"

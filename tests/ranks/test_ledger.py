@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -88,3 +89,12 @@ def test_no_ledger(tmp_path: Path) -> None:
     done = run("alone", 1, [*HVDTRAIN, "ledger", "verify", str(tmp_path / "run")])
     assert done.returncode == 2
     assert "has no ledger" in done.stderr
+
+
+def test_resuming_without_the_ledger_takes_back_what_is_undone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("alone", 1, EXACT, folder, "--steps", "12", "--batch-size", "50", "--checkpoint-every", "5")
+    shutil.rmtree(folder / "checkpoints" / "step-12")
+    assert train("alone", 1, EXACT, folder, "--resume", "--no-ledger", "--steps", "15")["resumed_from"] == 10
+    line = "exactly once: 0 epochs x 1003 examples and 500 examples of epoch 1, which is not complete, 10 steps"
+    assert verified(folder) == f"{line} (2 segments)"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks.disk import small_disk
 from tests.ranks.harness import HVDTRAIN, ROOT, Job, launcher, rows, run, train, wait_for_step
 
 # Dropout, AdamW's moments, EMA, a loss scale and batch norm all have state that a resume must bring back.
@@ -159,3 +160,22 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     best = f"step-{min(losses, key=losses.__getitem__)}"
     assert kept == {"step-45", "step-50", best, "best"}
     assert (folder / "checkpoints" / "best").resolve().name == best
+
+
+def test_a_disk_that_is_full_at_the_end(tmp_path: Path) -> None:
+    """What a run leaves behind cannot be written: it fails and says so; resumed, nothing is lost."""
+    recipe = [str(ROOT / "tests" / "ranks" / "slow_recipe.py"), "--pause", "0.05", "--epochs", "2", "--log-every", "1"]
+    with small_disk(tmp_path / "run", 2) as disk:
+        options = ["--run-dir", str(disk.path), "--checkpoint-every", "5"]
+        with Job([*HVDTRAIN, "launch", "-np", "2", *recipe, *options]) as job:
+            wait_for_step(disk.path, 6)
+            disk.fill()
+            done = job.finish()
+        assert done.returncode == 1
+        assert "cannot write step 24's checkpoint" in done.stderr and "No space left on device" in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        disk.empty()
+        train("horovodrun", 2, recipe[0], disk.path, "--resume")
+        assert [row["step"] for row in rows(disk.path)] == list(range(1, 25))
+        verified = run("alone", 1, [*HVDTRAIN, "ledger", "verify", str(disk.path)])
+        assert verified.stdout.startswith("exactly once: 2 epochs x "), verified.stdout

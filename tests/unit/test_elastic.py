@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.cli.launch import command
+from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.membership import places
-from hvdtrain.elastic.rendezvous import Server
 from hvdtrain.elastic.supervisor import Watch
 from hvdtrain.errors import UserError
 from hvdtrain.launch import discover
@@ -117,6 +117,10 @@ def test_the_server_where_ranks_meet() -> None:
         (["--elastic", "-H", "localhost:2", "--relaunch", "2"], "--relaunch needs --run-dir"),
         (["-np", "2", "--min-np", "1"], "--min-np 1 goes with --elastic"),
         (["--elastic", "-H", "localhost:2", "digits", "--batch-per-rank", "8"], "an elastic run takes --batch-size"),
+        (
+            ["--elastic", "-H", "localhost:2", "digits", "--compression", "topk,momentum=0.9"],
+            "--compression topk,momentum=0.9: no momentum in an elastic run, which may come down to one rank",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(options: list[str], expected: str) -> None:

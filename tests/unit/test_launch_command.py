@@ -11,22 +11,27 @@ import pytest
 
 from hvdtrain.cli.main import main
 from hvdtrain.errors import UserError
-from hvdtrain.launch.command import find_program, forwarded, rank_environment
+from hvdtrain.launch.command import find_program
+from hvdtrain.launch.environment import forwarded, rank_environment
 
 TRAIN = "BIN/python -m hvdtrain train digits"
 OPTIONS = "--bind-to none --map-by slot"
 DAEMONS = "--prtemca oob_tcp_if_include eth0 --prtemca plm_ssh_args '-p 2222'"
 FORWARD = "-x HOROVOD_LOG_LEVEL -x HVDTRAIN_LAUNCH -x OMP_NUM_THREADS -x PATH -x PYTHONIOENCODING -x PYTHONUNBUFFERED"
+ADDRESSES = {"localhost": "127.0.0.1", "a": "10.213.0.1", "b": "10.213.0.2"}
+SRUN = "--mpi=none --label --kill-on-bad-exit=1 --export=ALL"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Python's folder with both launchers, a plain environment, and a `hvdtrain train` that notes what it checks."""
-    for name in ("python", "horovodrun", "mpirun"):
+    for name in ("python", "horovodrun", "mpirun", "srun", "key"):
         (tmp_path / name).touch(0o755)
     train = ModuleType("hvdtrain.cli.train")
     train.check_arguments = check_arguments  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hvdtrain.cli.train", train)
+    monkeypatch.setattr("hvdtrain.network.address", ADDRESSES.__getitem__)
+    monkeypatch.setattr("hvdtrain.cli.launch.interface_to", lambda hosts: "ib0")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HOME": "/home/me"})
@@ -58,7 +63,9 @@ def launch(arguments: str) -> int:
         ),
         (
             "-np 5 -H a:4,b:4 --controller mpi --dry-run digits --schedule 'warmup:1ep cosine'",
-            f"BIN/horovodrun -np 5 -H a:4,b:1 --mpi '--binding-args={OPTIONS}' {TRAIN} --schedule 'warmup:1ep cosine'",
+            "BIN/horovodrun -np 5 -H a:4,b:1 --mpi --network-interfaces ib0 "
+            f"'--binding-args={OPTIONS}' '--mpi-args=--prtemca oob_tcp_if_include ib0' "
+            f"{TRAIN} --schedule 'warmup:1ep cosine'",
         ),
         (
             "-H a:1,b:1 --controller mpi --nic eth0 --ssh-port 2222 --dry-run digits",
@@ -74,10 +81,61 @@ def launch(arguments: str) -> int:
             f"BIN/mpirun -np 2 -H a:1,b:1 {OPTIONS} --tag-output {DAEMONS} "
             f"--mca btl_tcp_if_include eth0 -x NCCL_SOCKET_IFNAME=eth0 {FORWARD} {TRAIN}",
         ),
+        (
+            "-H a:1,b:2 --ssh-identity BIN/key --dry-run digits",
+            f"BIN/horovodrun -np 3 -H a:1,b:2 --gloo --network-interfaces ib0 --ssh-identity-file BIN/key {TRAIN}",
+        ),
+        (
+            "-H a:1,b:1 --launcher mpirun --ssh-port 2222 --ssh-identity BIN/key --env HOME --dry-run digits",
+            f"BIN/mpirun -np 2 -H a:1,b:1 {OPTIONS} --tag-output --prtemca oob_tcp_if_include ib0 "
+            "--prtemca plm_ssh_args '-p 2222 -i BIN/key' --mca btl_tcp_if_include ib0 -x NCCL_SOCKET_IFNAME=ib0 "
+            f"-x HOME {FORWARD} {TRAIN}",
+        ),
+        ("--launcher srun -np 2 --dry-run digits", f"BIN/srun --ntasks=2 {SRUN} {TRAIN}"),
+        (
+            "--launcher srun -H a:2,b:1 --nic eth0 --dry-run digits",
+            "BIN/srun --ntasks=3 --nodes=2 --distribution=arbitrary --nodelist=a,a,b "
+            f"{SRUN},HOROVOD_GLOO_IFACE=eth0,NCCL_SOCKET_IFNAME=eth0 {TRAIN}",
+        ),
+        (
+            "--elastic --min-np 2 -H a:2,b:2 --ssh-port 2222 --ssh-identity BIN/key --dry-run digits",
+            "BIN/horovodrun --gloo -np 2 --min-np 2 --blacklist-cooldown-range 10 300 -H a:2,b:2 "
+            f"--network-interfaces ib0 --ssh-port 2222 --ssh-identity-file BIN/key {TRAIN}",
+        ),
     ],
 )
 def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, line: str) -> None:
-    assert launch(arguments) == 0
+    assert launch(arguments.replace("BIN", str(folder))) == 0
+    assert capsys.readouterr().out == line.replace("BIN", str(folder)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "line"),
+    [
+        (
+            "--from slurm",
+            {"SLURM_JOB_NODELIST": "a,b", "SLURM_TASKS_PER_NODE": "2,1"},
+            f"BIN/horovodrun -np 3 -H a:2,b:1 --gloo --network-interfaces ib0 {TRAIN}",
+        ),
+        (
+            "--launcher srun",
+            {"SLURM_JOB_NODELIST": "a,b", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_CPUS_PER_TASK": "4"},
+            "BIN/srun --ntasks=4 --nodes=2 --distribution=arbitrary --nodelist=a,a,b,b --cpus-per-task=4 "
+            f"{SRUN} {TRAIN}",
+        ),
+        (
+            "--from auto",
+            {"PBS_NODEFILE": "BIN/nodes"},
+            f"BIN/horovodrun -np 3 -H a:2,b:1 --gloo --network-interfaces ib0 {TRAIN}",
+        ),
+    ],
+)
+def test_dry_run_in_a_job(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, variables: dict[str, str], line: str
+) -> None:
+    (folder / "nodes").write_text("a\na\nb\n")
+    os.environ.update({name: value.replace("BIN", str(folder)) for name, value in variables.items()})
+    assert launch(f"{arguments} --dry-run digits") == 0
     assert capsys.readouterr().out == line.replace("BIN", str(folder)) + "\n"
 
 
@@ -101,8 +159,26 @@ def test_mpirun_as_root(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         ("-H a:2 --hostfile f digits", "give -H or --hostfile, not both"),
         (
             "-np 2 --launcher mpirun --controller gloo digits",
-            "--controller gloo needs --launcher horovodrun; under mpirun it is mpi",
+            "--controller gloo needs --launcher horovodrun or srun; under mpirun it is mpi",
         ),
+        (
+            "-np 2 --launcher srun --controller mpi digits",
+            "--controller mpi needs --launcher horovodrun or mpirun; under srun it is gloo",
+        ),
+        ("-np 2 --env NONE digits", "--env NONE: there is no such variable in the environment"),
+        (
+            "-np 2 --env A=b digits",
+            "--env A=b: there is no such variable in the environment; give the name alone, its value is taken from the "
+            "environment",
+        ),
+        ("-np 2 --ssh-identity /none digits", "--ssh-identity /none: there is no such file"),
+        ("-np 2 --from slurm digits", "--from slurm: SLURM_JOB_NODELIST is not set: this is not within such a job"),
+        (
+            "--from auto digits",
+            "--from auto: none is set of SLURM_JOB_NODELIST (slurm), PBS_NODEFILE (pbs), LSB_DJOB_HOSTFILE (lsf), "
+            "PE_HOSTFILE (sge)",
+        ),
+        ("-H a:2 --from auto digits", "give -H or --from, not both"),
         ("-np 2", "Missing argument 'RECIPE'."),
         ("-np 2 --dry-run digits --epoks 3", "no option '--epoks'; did you mean '--epochs'?"),
     ],
@@ -139,6 +215,22 @@ def test_environment_of_the_ranks(folder: Path) -> None:
     assert "LSB_JOBID" not in env
     assert env["SECRET"] == "x"
     assert "NCCL_DEBUG" in forwarded(env) and "SECRET" not in forwarded(env)
+    assert "SECRET" not in rank_environment({"PATH": "/bin", "SECRET": "x"}, "horovodrun", "gloo", away=True)
+    over = {
+        "SECRET": "x",
+        "OTHER": "y",
+        "SSH_AUTH_SOCK": "s",
+        "OMPI_MCA_a": "1",
+        "SLURM_JOB_ID": "7",
+        "VIRTUAL_ENV": "v",
+    }
+    gloo = rank_environment(over, "horovodrun", "gloo", away=True, extra=["OTHER"])
+    assert gloo.keys() & over.keys() == {"OTHER", "SSH_AUTH_SOCK", "VIRTUAL_ENV"}
+    mpi = rank_environment(over, "mpirun", "mpi", away=True, extra=["OTHER"])
+    assert mpi.keys() & over.keys() == over.keys() - {"SECRET"}
+    assert {"OTHER", "VIRTUAL_ENV"} <= set(forwarded(mpi, ["OTHER"])) and "SLURM_JOB_ID" not in forwarded(
+        mpi, ["OTHER"]
+    )
     assert "PYTHONUNBUFFERED" not in rank_environment({"PYTHONUNBUFFERED": "1"}, "horovodrun", "gloo")
 
 

@@ -53,15 +53,22 @@ def test_wrong_hosts(text: str, error: str) -> None:
 
 def test_hostfile(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
-    path.write_text("# my hosts\n\na slots=4\n  b:2  # the small one\nc\n")
-    assert read_hostfile(path) == [Host("a", 4), Host("b", 2), Host("c", 1)]
+    path.write_bytes(b"\xef\xbb\xbf# my hosts\r\n\r\na slots=4\r\n  b:2  # the small one\nc\n10.0.0.7\tslots = 3\n")
+    assert read_hostfile(path) == [Host("a", 4), Host("b", 2), Host("c", 1), Host("10.0.0.7", 3)]
+    path.write_text("a slots=2 max_slots=4\nb max-slots = 2 slots =2\nc:2 max_slots=2\n")
+    assert host_text(read_hostfile(path)) == "a:2,b:2,c:2"
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
         ("a\n\nb slots=x\n", "{path} line 3: 'x' slots for host 'b'; expected a whole number above 0"),
-        ("a slots = 4\n", "{path} line 1: 'a slots = 4' is not `host slots=N`, `host:N` or `host`"),
+        ("a max_slots=2 slots=4", "{path} line 1: max_slots=2 is less than the 4 slots of host 'a'"),
+        ("a slots=4 cpus=8", "{path} line 1: 'a slots=4 cpus=8' is not `host slots=N`, `host:N` or `host`"),
+        (
+            "\nme@a slots=4",
+            "{path} line 2: 'me@a' names a user: write `Host a` and `User me` into ~/.ssh/config",
+        ),
         ("a 4\n", "{path} line 1: 'a 4' is not `host slots=N`, `host:N` or `host`"),
         ("a:1 slots=2\n", "{path} line 1: 'a:1 slots=2' is not `host slots=N`, `host:N` or `host`"),
         ("a\nb\na slots=2\n", "{path} line 3: host 'a' is given twice"),

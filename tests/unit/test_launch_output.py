@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.output import Death, Line, Lines, deaths, take_message
+from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths, take_message
 from hvdtrain.launch.report import Report, outcome
 from hvdtrain.launch.screen import info
 
@@ -55,6 +55,20 @@ def test_a_line_without_end_is_not_searched_again_and_again() -> None:
     assert len(line.text) == 20_000_000
 
 
+def test_lines_of_srun() -> None:
+    """It breaks a line after 1024 bytes, and gives each piece the rank's number."""
+    parser = Lines("stderr", SRUN_PREFIX)
+    data = b" 0: a\n10: " + b"x" * 1024 + b"\n 0: \n10: y\nsrun: error: n1\n 0: 1: b\n10: " + b"z" * 1024 + b"\n"
+    assert [*parser.feed(data), *parser.feed(b"")] == [
+        Line(0, "stderr", "a"),
+        Line(0, "stderr", ""),
+        Line(10, "stderr", "x" * 1024 + "y"),
+        Line(None, "stderr", "srun: error: n1"),
+        Line(0, "stderr", "1: b"),
+        Line(10, "stderr", "z" * 1024),
+    ]
+
+
 def test_take_message() -> None:
     text = '##hvdtrain {"kind": "started", "rank": 0}'
     message = {"kind": "started", "rank": 0}
@@ -84,10 +98,23 @@ RuntimeError: Horovod detected that one or more processes exited with non-zero s
 Process name: 1
 Exit code: 137"""
 
+SRUN = """\
+srun: error: n1: task 1: Segmentation fault (core dumped)
+srun: launch/slurm: _step_signal: Terminating StepId=4.0
+srun: error: n0: tasks 0,2: Terminated
+srun: error: n2: tasks 3-4: Exited with exit code 2
+srun: Force Terminated StepId=4.0"""
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(MPI_KILLED, [Death(1, 137)]), (MPI_CODE, [Death(2, 3)]), (HOROVODRUN, [Death(1, 137), Death(0, 143)]), ("", [])],
+    [
+        (SRUN, [Death(1, 139), Death(0, 143), Death(3, 2)]),
+        (MPI_KILLED, [Death(1, 137)]),
+        (MPI_CODE, [Death(2, 3)]),
+        (HOROVODRUN, [Death(1, 137), Death(0, 143)]),
+        ("", []),
+    ],
 )
 def test_deaths(text: str, expected: list[Death]) -> None:
     assert deaths(text.splitlines()) == expected

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.cli.main import main
 from hvdtrain.data import order
-from hvdtrain.elastic.ledger import MOST, Ledger, Row, hash_sum, hashes, numbered
+from hvdtrain.elastic.ledger import MOST, Ledger, Row, hash_sum, hashes, numbered, read_segment
 from hvdtrain.elastic.verify import Verdict, verify
 from hvdtrain.errors import RunError, UserError
 
@@ -71,14 +74,15 @@ class Training:
             mine = fed[slice(*order.bounds(len(fed), rank, 3))]
             told = [told[0] + len(mine), told[1] + hash_sum(mine)]
         row = Row(len(self.position), epoch + 1, offset, *told)
+        kept = self.ranks[0].saved
         for ledger in self.ranks:
+            ledger.forget(kept)
             ledger.append(row)
         end = offset + len(ids)
         self.position.append((epoch, end) if end < self.examples else (epoch + 1, 0))
 
     def save(self) -> None:
-        for ledger in self.ranks:
-            ledger.durable()
+        self.ranks[0].durable()
         self.note_synced()
         self.saved = len(self.position) - 1
 
@@ -409,11 +413,35 @@ def test_a_ledger_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot write the ledger in .*file/ledger: Not a directory"):
         Ledger(0, 10, 2).open_for_writing(tmp_path / "file" / "ledger")
-    ledger = Ledger(0, 10, 2)
-    ledger.open_for_writing(tmp_path / "ledger")
-    ledger.close()
-    with Path("/dev/full").open("ab", buffering=0) as ledger._file, pytest.raises(RunError, match="No space left"):
+
+
+def test_a_full_disk_loses_no_row(training: Training) -> None:
+    """What cannot be written is in the next segment; a checkpoint has to wait."""
+    writer = training.ranks[0]
+    for _ in range(3):
+        training.step()
+    assert writer._file is not None
+    os.close(writer._file)
+    writer._file = os.open("/dev/full", os.O_WRONLY)
+    training.step()
+    assert writer.error is not None and "No space left" in str(writer.error)
+    training.step()
+    training.save()
+    assert writer.error is None
+    verdict = training.verdict()
+    assert (verdict.findings, verdict.steps, verdict.segments) == ([], 5, 2)
+
+
+def test_two_writers_never_take_the_same_segment(tmp_path: Path) -> None:
+    """Twenty at the same time have twenty segments, all whole."""
+    ledgers = [Ledger(0, 10, 2) for _ in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda ledger: ledger.open_for_writing(tmp_path), ledgers))
+    for ledger in ledgers:
         ledger.append(Row(1, 1, 0, 2, 3))
+        ledger.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"segment-{n:06}.csv" for n in range(1, 21)]
+    assert all(len(read_segment(path).rows) == 1 for path in tmp_path.iterdir())
 
 
 @given(ids=st.lists(st.integers(0, 2**40), unique=True, min_size=1), ranks=st.integers(1, 5))
@@ -470,4 +498,13 @@ def test_no_ledger_and_damaged_headers(whole: Training, capsys: pytest.CaptureFi
         assert command(capsys, "verify", str(whole.run_dir)) == (2, "", f"hvdtrain: error: {damaged}\n")
     with pytest.raises(UserError):
         verify(whole.run_dir)
+    for wrong in (
+        "seed=18446744073709551616",
+        "seed=0 examples=100000000000000000000",
+        "seed=0 examples=10000000000000000",
+    ):
+        whole.last.write_text(re.sub("seed=0 examples=100" if "ex" in wrong else "seed=0", wrong, text))
+        code, out, error = command(capsys, "verify", str(whole.run_dir))
+        assert (code, out, error.count("\n")) == (1, "", 1)
+        assert error.startswith("hvdtrain: error: segment-00000")
     assert command(capsys) == (2, "", "hvdtrain: error: `hvdtrain ledger` needs a command: verify\n")

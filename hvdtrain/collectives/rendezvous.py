@@ -1,4 +1,4 @@
-"""Where the ranks of one generation find each other: a server for Horovod's own HTTP store, one for each generation.
+"""Where ranks find each other: a server for Horovod's own HTTP store, in an elastic run one for each generation.
 
 Nothing that an earlier generation left behind is in it, and it listens on one address only.
 """
@@ -14,10 +14,13 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: str, assignments: dict[str, str]) -> None:
-        """assignments: Horovod's answers to `/rank_and_size/host:local_rank`."""
+    def __init__(self, address: str, assignments: dict[str, str], port: int = 0) -> None:
+        """assignments: Horovod's answers to `/rank_and_size/host:local_rank`. port: 0 for any.
+
+        Raises OSError if the port is taken.
+        """
         self.values = {f"/rank_and_size/{slot}": text.encode() for slot, text in assignments.items()}
-        super().__init__((address, 0), Handler)
+        super().__init__((address, port), Handler)
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
