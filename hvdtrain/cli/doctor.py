@@ -6,7 +6,6 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,10 +18,11 @@ from hvdtrain.collectives.world import rank_from_environment
 from hvdtrain.doctor.findings import Finding, of_host, worst_first
 from hvdtrain.doctor.report import verdict
 from hvdtrain.errors import EXIT_FAILED, UserError
-from hvdtrain.launch.hosts import parse_hosts, read_hostfile
+from hvdtrain.launch.schedulers import given
+from hvdtrain.launch.ssh import Ssh
 
 # Of the options that say where ranks run, those that name the hosts: one rank of each is wanted.
-HOSTS = {"ranks", "hosts", "hostfile"}
+HOSTS = {"ranks", "hosts", "hostfile", "source"}
 
 
 @click.command("doctor", context_settings={"max_content_width": 100})
@@ -46,9 +46,12 @@ def command(context: click.Context, /, as_json: bool, meet: str | None, **where:
     if meet is not None:
         return attend(meet, where["nic"]) if rank_from_environment() is not None else launch(meet, **where)
     if where["ranks"] is not None:
-        raise UserError(f"-np {where['ranks']}: the doctor starts one rank on each host of -H or --hostfile")
-    if where["hosts"] is not None or where["hostfile"] is not None:
-        return several(context, as_json, where)
+        raise UserError(f"-np {where['ranks']}: the doctor starts one rank on each host that it is given")
+    if where["launcher"] == "srun":
+        raise UserError("--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun")
+    hosts = given(where["hosts"], where["hostfile"], where["source"], os.environ)
+    if hosts:
+        return several([host.name for host in hosts], context, as_json, where)
     from hvdtrain.doctor.facts import Wanted, gather
     from hvdtrain.doctor.report import describe
     from hvdtrain.native.cache import wheel_folder
@@ -58,26 +61,18 @@ def command(context: click.Context, /, as_json: bool, meet: str | None, **where:
     return tell(found, {"facts": facts}, describe(facts), as_json)
 
 
-def several(context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
-    """The doctor of the hosts that are given; the exit code."""
+def several(hosts: list[str], context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
+    """The doctor of some hosts; the exit code."""
     from hvdtrain.doctor.between import describe, examine, values
-    from hvdtrain.doctor.preflight import ssh_options
 
-    hosts = [host.name for host in listed(where["hosts"], where["hostfile"])]
-    options = ["-H", ",".join(f"{host}:1" for host in hosts), *given(context)]
-    ssh = ssh_options(where["ssh_port"])
-    answers, measured, found = examine(hosts, nic=where["nic"], ssh=ssh, options=options)
+    ssh = Ssh(where["ssh_port"], where["ssh_identity"])
+    ssh.check()
+    options = ["-H", ",".join(f"{host}:1" for host in hosts), *options_of(context)]
+    answers, measured, found = examine(hosts, nic=where["nic"], ssh=ssh.options(), options=options)
     return tell(found, values(answers, measured), describe(answers, measured), as_json)
 
 
-def listed(hosts: str | None, hostfile: Path | None) -> Any:
-    """The hosts of -H or --hostfile. Raises UserError."""
-    if hosts is not None and hostfile is not None:
-        raise UserError("give -H or --hostfile, not both")
-    return parse_hosts(hosts) if hosts is not None else read_hostfile(hostfile or Path())
-
-
-def given(context: click.Context) -> list[str]:
+def options_of(context: click.Context) -> list[str]:
     """The options that say how ranks are started, as they were given."""
     words = []
     for parameter in context.command.params:

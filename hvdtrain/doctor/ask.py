@@ -18,10 +18,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import psutil
-
 from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
 from hvdtrain.errors import UserError
+from hvdtrain.network import address, address_of, is_here
 
 CONNECT_SECONDS = 5
 # Python may take long to start from a file server that nobody has read from today.
@@ -161,25 +160,13 @@ def why(code: int, said: str) -> str:
     return f"cannot run {sys.executable}, which ended with code {code}: {last[:300]}"
 
 
-def is_here(name: str) -> bool:
-    """Whether a host's name is this host."""
-    if name in ("localhost", socket.gethostname()):
-        return True
-    try:
-        found = {str(one[4][0]) for one in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
-    except OSError:
-        return False
-    own = {one.address for addresses in psutil.net_if_addrs().values() for one in addresses}
-    return all(address in own or address.startswith("127.") for address in found)
-
-
 def way_to(name: str) -> str | None:
     """This host's address on the way to another one, None where there is no way."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((name, 9))  # sends nothing
+            probe.connect((address(name), 9))  # sends nothing
             return str(probe.getsockname()[0])
-    except OSError:
+    except (OSError, UserError):
         return None
 
 
@@ -188,19 +175,12 @@ def ask_with_way_back(
 ) -> list[Answer]:
     """As `ask`, and whether each host can connect to this one: by the interface `nic`, if given.
 
-    first: folders of the first host, where rank 0 writes.
+    first: folders of the first host, where rank 0 writes. Raises UserError if this host has no such interface.
     """
     with socket.create_server(("", 0), backlog=len(hosts) + 16) as door:
         port, own = door.getsockname()[1], address_of(nic) if nic else None
         wanted = {}
         for host in hosts:
-            address = own or way_to(host)
-            folders = first if host == hosts[0] else ()
-            wanted[host] = Wanted(folders, (address, port) if address else None, full)
+            back = own or way_to(host)
+            wanted[host] = Wanted(first if host == hosts[0] else (), (back, port) if back else None, full)
         return ask(wanted, ssh)
-
-
-def address_of(nic: str) -> str | None:
-    """The IPv4 address of one of this host's interfaces, None if it has none."""
-    found = [one.address for one in psutil.net_if_addrs().get(nic, []) if one.family == socket.AF_INET]
-    return found[0] if found else None

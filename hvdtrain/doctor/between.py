@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain.doctor import measure
-from hvdtrain.doctor.ask import Answer, address_of, ask_with_way_back, is_here, way_to
+from hvdtrain.doctor.ask import Answer, ask_with_way_back, way_to
 from hvdtrain.doctor.findings import Finding, of_hosts, worst_first
 from hvdtrain.doctor.judge import judge, megabits, odd_ways
 from hvdtrain.doctor.measure import Measured
 from hvdtrain.doctor.meeting import meeting
 from hvdtrain.doctor.report import table
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import RunError
+from hvdtrain.network import address_of, is_here
 
 
 def examine(
@@ -21,16 +22,15 @@ def examine(
     """Ask hosts for their facts; if all can take part in a run, start a rank on each and measure.
 
     options: `hvdtrain doctor`'s own, which start a rank on each of the hosts.
-    Returns the hosts' answers, what was measured, and what is wrong, the worst first.
+    Returns the hosts' answers, what was measured, and what is wrong, the worst first. Raises UserError if this host has
+    no interface `nic`.
     """
-    if nic and not address_of(nic):
-        raise UserError(f"--nic {nic}: this host has no such interface with an IPv4 address")
     answers = ask_with_way_back(hosts, nic, full=True, first=["runs"], ssh=ssh)
     found, measured = of_hosts(answers, nic), Measured()
     if len(hosts) > 1 and not any(finding.bad for finding in found):
         # This host's address on the way to the others.
         beyond = next((host for host in hosts if not is_here(host)), hosts[0])
-        address = (address_of(nic) if nic else None) or way_to(beyond)
+        address = address_of(nic) if nic else way_to(beyond)
         assert address is not None
         try:
             measured = between(hosts, address, options)

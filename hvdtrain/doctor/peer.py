@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hvdtrain.doctor.ask import address_of
+from hvdtrain.network import address_of
 
 CONNECT_SECONDS = 2.5
 PINGS = 30
@@ -33,7 +33,7 @@ def attend(meeting: tuple[str, int], token: str, rank: int, nic: str | None) -> 
     """
     with socket.create_connection(meeting, 10) as doctor:
         doctor.settimeout(None)
-        own = (address_of(nic) if nic else None) or doctor.getsockname()[0]
+        own = address_of(nic) if nic else doctor.getsockname()[0]
         with socket.create_server((own, 0)) as door, doctor.makefile("rw") as lines:
             tell(lines, {"token": token, "rank": rank, "at": door.getsockname()})
             for line in lines:

@@ -6,9 +6,10 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from hvdtrain.doctor.ask import address_of, ask_with_way_back, is_here
+from hvdtrain.doctor.ask import ask_with_way_back
 from hvdtrain.doctor.findings import of_hosts
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import RunError
+from hvdtrain.network import is_here
 
 
 def preflight(
@@ -19,12 +20,10 @@ def preflight(
     args: of the command that ranks will run: its --run-dir must be writable. nic: the interface that they will use.
     ssh: options for ssh. Takes less than a second where all is well.
     Raises RunError with a line for each host that cannot take part: that is no mistake in the command line, so it ends
-    as a rank that fails would.
+    as a rank that fails would. Raises UserError if this host has no interface `nic`.
     """
     if all(is_here(host) for host in hosts):
         return
-    if nic and not address_of(nic):
-        raise UserError(f"--nic {nic}: this host has no such interface with an IPv4 address")
     answers = ask_with_way_back(hosts, nic, full=False, first=run_folder(args), ssh=ssh)
     found = of_hosts(answers, nic)
     for finding in found:

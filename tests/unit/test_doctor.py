@@ -166,9 +166,9 @@ def test_what_ssh_says_is_understood(code: int, said: str, expected: str) -> Non
 
 
 def test_preflight_leaves_this_host_alone_and_knows_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask.subprocess, "Popen", None)
+    monkeypatch.setattr(ask, "start", None)
     preflight.preflight(["localhost", socket.gethostname()], nic="lo")
-    with pytest.raises(UserError, match="--nic nic9: this host has no such interface"):
+    with pytest.raises(UserError, match="has no network interface 'nic9' with an IPv4 address"):
         preflight.preflight(["h-nowhere"], nic="nic9")
     assert preflight.run_folder(["bench", "step"]) == []
     assert preflight.run_folder(["train", "digits"]) == ["runs"]
