@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hvdtrain.doctor.findings import Finding, worst_first
-from hvdtrain.doctor.measure import BUSY, Measured, Pair, Way
+from hvdtrain.doctor.measure import Measured, Pair, Way, busy_ranks
 
 SLOWER = 5.0  # times, than the others, is odd: a cable that fell back to a lower speed is ten times slower
 LATE_SECONDS = 1e-3  # a longer round trip is odd if it is that much more, too
@@ -57,14 +57,6 @@ def judge(measured: Measured, hosts: Sequence[str]) -> list[Finding]:
     explained = {frozenset(pair) for pair in [*cut, *slower, *later]}
     found += reduced(measured, hosts, explained, busy)
     return worst_first(found)
-
-
-def busy_ranks(ratios: Mapping[int, float]) -> list[int]:
-    """The ranks whose work takes far longer than that of half of them."""
-    if len(ratios) < 2:
-        return []
-    usual = statistics.median_low(ratios.values())
-    return [rank for rank, ratio in ratios.items() if ratio > BUSY * max(usual, 1.0)]
 
 
 def tell(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvdtrain.doctor.meeting import Meeting
@@ -79,11 +80,18 @@ def measure_busy(room: Meeting, ranks: Sequence[int]) -> dict[int, float]:
     replies = room.tell({rank: {"do": "burn"} for rank in ranks}, LINK_SECONDS)
     found = {rank: float(reply.get("ratio", 0.0)) for rank, reply in replies.items()}
     for _ in range(TRIES):
-        for rank, ratio in found.items():
-            if ratio > BUSY:
-                again = room.tell({rank: {"do": "burn"}}, LINK_SECONDS)[rank].get("ratio", ratio)
-                found[rank] = min(ratio, float(again))
+        for rank in busy_ranks(found):
+            again = room.tell({rank: {"do": "burn"}}, LINK_SECONDS)[rank].get("ratio", found[rank])
+            found[rank] = min(found[rank], float(again))
     return found
+
+
+def busy_ranks(ratios: Mapping[int, float]) -> list[int]:
+    """The ranks whose work takes far longer than that of half of them."""
+    if len(ratios) < 2:
+        return []
+    usual = statistics.median_low(ratios.values())
+    return [rank for rank, ratio in ratios.items() if ratio > BUSY * max(usual, 1.0)]
 
 
 def measure_ways(room: Meeting, pairs: Sequence[Pair], seconds: float = SEND_SECONDS[0]) -> dict[Pair, Way]:
