@@ -155,7 +155,7 @@ def why(code: int, said: str) -> str:
         if "Permission denied" in said or "Too many authentication failures" in said:
             return f"lets nobody in by the ssh keys that are here: {last}"
         return f"cannot be reached: {last}"
-    if re.search(r"No module named '?hvdtrain", said):
+    if re.search(r"No module named '?hvdtrain|cannot import name '\w+' from 'hvdtrain", said):
         return f"has no hvdtrain in {sys.executable}, or another one"
     return f"cannot run {sys.executable}, which ended with code {code}: {last[:300]}"
 

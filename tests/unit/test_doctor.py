@@ -158,6 +158,7 @@ def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.Mon
         (127, "sh: 1: no\n", "cannot run "),
         (1, "python: No module named hvdtrain.doctor.facts\n", "has no hvdtrain in "),
         (1, "(ModuleNotFoundError: No module named 'hvdtrain')\n", "has no hvdtrain in "),
+        (1, "ImportError: cannot import name 'Wanted' from 'hvdtrain.doctor.facts' (x.py)\n", "has no hvdtrain in "),
         (93, "", f"has no folder {Path.cwd()}, which the ranks start in"),
     ],
 )
