@@ -18,7 +18,7 @@ from hvdtrain.network import address_of
 
 CONNECT_SECONDS = 2.5
 PINGS = 30
-SKIPPED = 0.4  # of the time of sending: until the connection runs at full speed and the buffers on the way are full
+SKIPPED = 0.1  # of the time of sending: until the connection runs at full speed, and what waits on the way is full
 BURN_SECONDS = 0.1  # of CPU time
 CHUNK = 1 << 18
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: what is still to be sent is thrown away
