@@ -47,6 +47,8 @@ def command(context: click.Context, /, as_json: bool, meet: str | None, **where:
         return attend(meet, where["nic"]) if rank_from_environment() is not None else launch(meet, **where)
     if where["ranks"] is not None:
         raise UserError(f"-np {where['ranks']}: the doctor starts one rank on each host that it is given")
+    if where["dry_run"]:
+        raise UserError("--dry-run: the doctor changes nothing; leave it out")
     if where["launcher"] == "srun":
         raise UserError("--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun")
     hosts = given(where["hosts"], where["hostfile"], where["source"], os.environ)

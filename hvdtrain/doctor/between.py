@@ -45,13 +45,12 @@ def between(hosts: Sequence[str], address: str, options: Sequence[str]) -> Measu
     count, pairs = len(hosts), measure.pairs_of(len(hosts))
     with meeting(hosts, address, options) as room:
         measured = Measured(measure.measure_busy(room, range(count)), measure.measure_ways(room, pairs))
-        odd = odd_ways(measured.ways)
-        measure.measure_again(room, measured.ways, odd)
-        if odd := odd_ways(measured.ways):
-            more = measure.more_pairs(count, odd, pairs)
-            if count > measure.ALL_PAIRS and more:
-                measured.ways |= measure.measure_ways(room, more)
-                measure.measure_again(room, measured.ways, odd_ways(measured.ways))
+        measure.measure_again(room, measured.ways, odd_ways(measured.ways))
+        more = measure.more_pairs(count, odd_ways(measured.ways), pairs)
+        if more:
+            measured.ways |= measure.measure_ways(room, more)
+            odd = [way for way in odd_ways(measured.ways) if (min(way), max(way)) in more]
+            measure.measure_again(room, measured.ways, odd)
         if not any(way.error for way in measured.ways.values()):
             # Horovod would not start: it connects all to all.
             measure.reduce(room, count, sorted({(min(way), max(way)) for way in measured.ways}), measured)

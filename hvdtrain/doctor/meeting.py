@@ -37,7 +37,8 @@ class Meeting:
         until = time.monotonic() + COME_SECONDS
         self.server.settimeout(0.2)
         while len(self.lines) < ranks and launcher.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(TimeoutError, ValueError, KeyError):
+            # Anybody may connect, and say anything.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 self.take(self.server.accept()[0])
         return [rank for rank in range(ranks) if rank not in self.lines]
 
