@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -130,9 +131,11 @@ def loopback_name(host: Host) -> None:
     path.write_text(path.read_text().replace(f"{host.address} {host.name}\n", f"127.0.1.1 {host.name}\n"))
 
 
-def burners(host: Host, core: int, count: int) -> None:
+def burners(host: Host, count: int) -> None:
     """Keep a core busy, and let the host have no other: its door, and so its ranks, stand on it too."""
-    for process in host.processes():
-        process.cpu_affinity([core])
+    core = [max(os.sched_getaffinity(0))]
     for _ in range(count):
-        host.popen(["taskset", "-c", str(core), sys.executable, "-S", "-c", "while True: pass"])
+        # Sessions of their own: the kernel may share a core evenly between sessions.
+        host.popen([sys.executable, "-S", "-c", "while True: pass"], start_new_session=True)
+    for process in host.processes():
+        process.cpu_affinity(core)

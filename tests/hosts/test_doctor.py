@@ -113,7 +113,7 @@ def test_a_cut_link_and_a_slow_host_are_named() -> None:
 
 def test_a_busy_host_is_named() -> None:
     with cluster(3) as hosts:
-        faults.burners(hosts[2], 1, 4)
+        faults.burners(hosts[2], 4)
         check_verdict(hosts, r"host h2: it is busy: work takes \d\S* times as long as alone, on the others \d\.\d")
 
 
