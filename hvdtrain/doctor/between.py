@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain.doctor import measure
+from hvdtrain.doctor import measure, report
 from hvdtrain.doctor.ask import Answer, ask_with_way_back, way_to
 from hvdtrain.doctor.findings import Finding, of_hosts, worst_first
 from hvdtrain.doctor.judge import judge, megabits, odd_ways
 from hvdtrain.doctor.measure import Measured
 from hvdtrain.doctor.meeting import meeting
-from hvdtrain.doctor.report import table
 from hvdtrain.errors import RunError
 from hvdtrain.network import address_of, is_here
 
@@ -60,9 +59,10 @@ def between(hosts: Sequence[str], address: str, options: Sequence[str]) -> Measu
 def describe(answers: Sequence[Answer], measured: Measured) -> str:
     """What differs between the hosts, and what was measured."""
     hosts = [answer.host for answer in answers]
-    differ = table(answers)
-    well = sum(not answer.wrong for answer in answers)
-    lines = [differ or f"{well} hosts with nothing that differs" if well > 1 else f"{well} host answered"]
+    well = [answer for answer in answers if not answer.wrong]
+    if len(well) == 1:
+        return report.describe(well[0].facts)
+    lines = [report.table(answers) or f"{len(well)} hosts with nothing that differs"]
     if measured.busy:
         ratios = (f"{hosts[rank]} {ratio:.2f}" for rank, ratio in measured.busy.items())
         lines += ["", f"work takes, times as long as alone: {', '.join(ratios)}"]
