@@ -62,6 +62,8 @@ def describe(answers: Sequence[Answer], measured: Measured) -> str:
     well = [answer for answer in answers if not answer.wrong]
     if len(well) == 1:
         return report.describe(well[0].facts)
+    if not well:
+        return "no host answers"
     lines = [report.table(answers) or f"{len(well)} hosts with nothing that differs"]
     if measured.busy:
         ratios = (f"{hosts[rank]} {ratio:.2f}" for rank, ratio in measured.busy.items())
