@@ -80,7 +80,8 @@ def measure_busy(room: Meeting, ranks: Sequence[int]) -> dict[int, float]:
     replies = room.tell({rank: {"do": "burn"} for rank in ranks}, LINK_SECONDS)
     found = {rank: float(reply.get("ratio", 0.0)) for rank, reply in replies.items()}
     for _ in range(TRIES):
-        for rank in busy_ranks(found):
+        # Hosts that share cores keep each other busy, as long as they work at the same time.
+        for rank in [rank for rank, ratio in found.items() if ratio > BUSY]:
             again = room.tell({rank: {"do": "burn"}}, LINK_SECONDS)[rank].get("ratio", found[rank])
             found[rank] = min(found[rank], float(again))
     return found
