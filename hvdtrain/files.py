@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what may be otherwise a little later
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # from file systems without hard links
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -27,8 +28,13 @@ def write_new(path: Path, data: bytes) -> None:
     _write_whole(beside, data)
     try:
         path.hardlink_to(beside)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666))  # empty for a moment
+        beside.replace(path)
     finally:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

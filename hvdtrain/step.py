@@ -107,5 +107,8 @@ class Step(Protocol):
     def news(self) -> list[str]:
         """Lines for people since the last call: what the advisor measured and chose."""
 
+    def checksums(self) -> dict[str, int]:
+        """Of each tensor of the model's state, by name: a 64-bit number that all of its bits go into."""
+
     def graph(self) -> bytes | None:
         """The model as a TensorBoard GraphDef, or None for batches that cannot be traced. Raises what tracing does."""

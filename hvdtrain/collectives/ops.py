@@ -103,6 +103,15 @@ def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
     return [json.loads(joined[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
+def gather_array(values: NDArray[Any], name: str) -> NDArray[Any]:
+    """(ranks, *shape): every rank's array, in the order of ranks, on every rank; shapes and types are the same."""
+    if hvd.size() == 1:
+        return values[None]
+    data = torch.from_numpy(values.reshape(-1).copy())
+    gathered: NDArray[Any] = wait(all_gather_async(data, name)).numpy()
+    return gathered.reshape((hvd.size(), *values.shape))
+
+
 def sum_float64(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     """The sum over ranks of a small float64 array."""
     if hvd.size() == 1:

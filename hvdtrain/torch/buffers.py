@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hvdtrain.collectives import ops
-from hvdtrain.errors import UserError
+from hvdtrain.errors import RunError, UserError
 
 
 class BufferMean:
@@ -55,3 +55,11 @@ def refuse_changing(model: torch.nn.Module, changing: list[torch.Tensor]) -> Non
                 f"--deterministic: training changes the buffer {name!r} of a {layer}, which depends on the number of "
                 "ranks; use a layer without such buffers, GroupNorm for instance"
             )
+
+
+def refuse_nonfinite(model: torch.nn.Module, changing: list[torch.Tensor]) -> None:
+    """Raise RunError if a parameter, or a buffer that training changes, is not finite."""
+    buffers = [(name, b) for name, b in model.named_buffers() if any(b is other for other in changing)]
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        if not torch.isfinite(tensor).all():
+            raise RunError(f"{name} is not finite; no checkpoint was written")

@@ -16,10 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.compression.spec import parse
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import UserError
 from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
-from hvdtrain.torch.buffers import BufferMean, refuse_changing
+from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite
+from hvdtrain.torch.checksums import checksums
 from hvdtrain.torch.data import batches, seed_all, to_device
 from hvdtrain.torch.exchange import Exchange
 from hvdtrain.torch.graph import trace
@@ -246,11 +247,7 @@ class TorchStep:
 
     def _written(self, carried: dict[str, Any] | None) -> bytes:
         """The state with the exchange's part of it."""
-        changing = {id(b) for b in self.buffers.buffers}
-        buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) in changing]
-        for name, tensor in [*self.model.named_parameters(), *buffers]:
-            if not torch.isfinite(tensor).all():
-                raise RunError(f"{name} is not finite; no checkpoint was written")
+        refuse_nonfinite(self.model, self.buffers.buffers)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if carried is not None:
             state["exchange"] = carried
@@ -299,6 +296,9 @@ class TorchStep:
     def news(self) -> list[str]:
         news, self._news[:] = list(self._news), []
         return news
+
+    def checksums(self) -> dict[str, int]:
+        return checksums(self.model)
 
     def graph(self) -> bytes | None:
         ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)

@@ -19,6 +19,7 @@ from hvdtrain.recipe import Recipe
 from hvdtrain.step import Agreed, Step
 from hvdtrain.trainer import checkpoint
 from hvdtrain.trainer.checkpoint import Position
+from hvdtrain.trainer.diagnose import Diagnosis
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan
 from hvdtrain.trainer.report import Reporter
@@ -36,6 +37,7 @@ class Run:
     folder: Path
     membership: Membership | None
     ledger: Ledger
+    diagnosis: Diagnosis | None
 
 
 def due(step: int, every: int | None, epoch_ends: bool) -> bool:

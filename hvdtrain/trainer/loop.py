@@ -25,6 +25,7 @@ from hvdtrain.recipe import Recipe
 from hvdtrain.step import Step
 from hvdtrain.trainer.between import Run, due, evaluate, resume, save, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
+from hvdtrain.trainer.diagnose import Diagnosis
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
@@ -56,10 +57,12 @@ def train(
     report, at, resumed_from = Reporter(options), None, None
     ledger: Ledger | None = None
     with StopRequest(membership) as stop, report, contextlib.ExitStack() as files:
+        diagnosis: Diagnosis | None = None
         while True:
             try:
                 if membership is not None:
                     known: dict[str, Any] = {"rows": report.recent, "ledger": ledger and ledger.state()}
+                    known["diagnosis"] = diagnosis.history() if diagnosis is not None else []
                     files.close()
                     world, at, known = join(membership, step, at, known)
                     messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
@@ -72,7 +75,10 @@ def train(
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder, world))
-                run = Run(name, recipe, options, world, plan, folder, membership, ledger)
+                if options.diagnose:
+                    earlier = known["diagnosis"] if membership is not None else []
+                    diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
+                run = Run(name, recipe, options, world, plan, folder, membership, ledger, diagnosis)
                 report.open(run.folder, plan.total_steps, active=world.rank == 0, from_step=at.step)
                 if membership is None or not membership.changes:
                     introduce(run, step, at, report)
@@ -161,7 +167,7 @@ def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
 
 def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> Ending:
     """Train from `at` on, moving it along, until the plan is done, or all agreed to stop or to regroup."""
-    plan, options, world, membership = run.plan, run.options, run.world, run.membership
+    plan, options, world, membership, diagnosis = run.plan, run.options, run.world, run.membership, run.diagnosis
     saved = at.step or None
     if at.step and at.evaluated != at.step and due(at.step, options.eval_every, at.offset == 0):
         evaluate(run, step, at)
@@ -176,6 +182,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             parts.append((len(ids), bounds[0][0] if bounds else 0, shards))
         parts = parts[: plan.total_steps - at.step]
         batches = step.load("train", [chunk for *_, shards in parts for chunks in shards for chunk in chunks], at.epoch)
+        batches = diagnosis.timed(batches) if diagnosis is not None else batches
 
         for count, first, shards in parts:
             start = time.perf_counter()
@@ -193,6 +200,8 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 step.micro_batch(batch, len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
             agreed = step.exchange()
+            if diagnosis is not None:
+                diagnosis.exchanged(start, agreed.waited)
             lr_factor = plan.schedule.factor(plan.position(at))
             if agreed.nonfinite:
                 skip_or_end(run, agreed, at, report)
@@ -219,6 +228,8 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             stopping = agreed.told[STOP] > 0 or bool(
                 leaving and membership and membership.too_few(world.size - leaving)
             )
+            if diagnosis is not None and (last or stopping or diagnosis.due(at.step)):
+                report.lines(diagnosis.compare(step, at.step, ends=last or stopping))
             if last or due(at.step, options.eval_every, epoch_ends):
                 evaluate(run, step, at)
                 report.evaluation(at, epoch)

@@ -52,6 +52,11 @@ class RunOptions:
         "the maths",
     )
     workers: int = option(0, "processes per rank that load data; 0: the rank itself")
+    diagnose: bool = option(
+        False,
+        "compare ranks every --log-every steps, 10 at least: whom the others wait for and why, and whether their "
+        "weights are the same; the run ends where they are not",
+    )
     quiet: bool = option(False, "no progress and no plan on the terminal")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,41 @@
+"""Which replica is no longer the others', from the checksums of all ranks' tensors. No collectives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Replicas that are not the same."""
+
+    tensor: str  # the first that differs, in the model's order
+    ranks: list[int]  # whose tensor is not that of most ranks; all, where no more than half have the same
+    majority: bool
+    tensors: int  # how many differ
+
+
+def digest(checksums: Mapping[str, int]) -> int:
+    """One number, 64 bits with a sign, of all names and checksums."""
+    seen = hashlib.blake2b(repr(list(checksums.items())).encode(), digest_size=8)
+    return int.from_bytes(seen.digest(), "little", signed=True)
+
+
+def find_drift(checksums: Sequence[Mapping[str, int]]) -> Drift | None:
+    """What differs between the replicas, or None. checksums: of each rank, by name.
+
+    A tensor that only some ranks have differs.
+    Of two ranks, and wherever no more than half agree, nobody can say which is right.
+    """
+    names = dict.fromkeys(name for own in checksums for name in own)
+    differing = [name for name in names if len({own.get(name) for own in checksums}) > 1]
+    if not differing:
+        return None
+    values = [own.get(differing[0]) for own in checksums]
+    ((most, count),) = Counter(values).most_common(1)
+    majority = 2 * count > len(values)
+    ranks = [rank for rank, value in enumerate(values) if not majority or value != most]
+    return Drift(differing[0], ranks, majority, len(differing))

@@ -1,0 +1,69 @@
+"""Which rank the others wait for, and why, from the times of all ranks' steps. No collectives."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What the time between the ends of two exchanges goes to: loading batches; forward and backward, until the last
+# gradient is ready; waiting for the exchange; and all between the steps: the update, reports, evaluations, checkpoints.
+PARTS = ("data", "compute", "wait", "between")
+WAIT = PARTS.index("wait")
+OWN = [place for place in range(len(PARTS)) if place != WAIT]
+FEWEST = 8  # steps that can tell
+SHARE = 0.1  # of a step: what a straggler costs at least
+# What is taken for chance: less than the median is beyond zero by this many median deviations; or more than one step in
+# ten cost less than half of the median. Either alone lets chance through about once in 500 intervals of ten steps.
+DEVIATIONS = 3.0
+UNLIKE = 0.1
+
+Times = NDArray[np.float64]  # (steps, ranks, PARTS): seconds
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The rank that waits least while the others wait."""
+
+    rank: int
+    cost: float  # seconds a step that the others wait longer than it does
+    share: float  # of the step
+    cause: str  # of PARTS: which of its own times is longer than the others'
+    longer: float  # seconds a step, by how much
+
+    def row(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: round(value, 6) if name != "cause" else value for name, value in asdict(self).items()}
+
+
+def name_straggler(times: Times) -> Straggler | None:
+    """The straggler, or None where the steps do not clearly show one.
+
+    Steps are compared one by one, each with the others' median: what slows all ranks alike takes no part, and a step
+    that was slow by chance counts as one step, however slow it was. Named is who costs the others a tenth of the step
+    or more, in the median of the steps and about as much in nearly all of them.
+    """
+    steps, ranks, _ = times.shape
+    if ranks < 2 or steps < FEWEST:
+        return None
+    waits = times[:, :, WAIT]
+    rank = int(np.argmin(np.median(waits, axis=0)))
+    # What at least half of the others wait longer: where one of two others is as slow, none is the straggler.
+    others = np.sort(np.delete(waits, rank, axis=1), axis=1)
+    lost = others[:, (ranks - 2) // 2] - waits[:, rank]
+    cost = float(np.median(lost))
+    step = float(np.median(times.sum(axis=2)))
+    if cost <= 0 or cost < SHARE * step:
+        return None
+    if cost < DEVIATIONS * np.median(np.abs(lost - cost)) or np.sort(lost)[int(UNLIKE * steps)] < cost / 2:
+        return None
+    longer = np.median(excess(times, rank), axis=0)
+    cause = max(OWN, key=lambda part: longer[part])
+    return Straggler(rank, cost, cost / step, PARTS[cause], float(longer[cause]))
+
+
+def excess(times: Times, rank: int) -> NDArray[np.float64]:
+    """(steps, PARTS): how much longer each time of a rank is than the median of the others' in the same step."""
+    return times[:, rank] - np.median(np.delete(times, rank, axis=1), axis=1)

@@ -1,0 +1,98 @@
+"""Run on ranks by test_diagnose.py: one value of one rank's replica is changed by one bit, 20 times."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hvdtrain
+from hvdtrain.collectives import ops
+from hvdtrain.errors import RunError
+from hvdtrain.torch import checksums as sums
+from hvdtrain.torch.checksums import checksums
+from hvdtrain.trainer.diagnose import Diagnosis
+
+BITS = sums.BITS
+
+
+class Odd(nn.Module):
+    """Tensors of many types and shapes, and one that is not in the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64):
+            self.register_parameter(f"p_{str(dtype)[6:]}", nn.Parameter(torch.randn(5, 7, dtype=dtype)))
+        self.images = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm1d(6)
+        self.long = nn.Linear(100, 70)  # more than a block
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("none", torch.zeros(0))
+        self.register_buffer("scratch", torch.full((3,), float(ops.rank())), persistent=False)
+
+
+class OnlyChecksums:
+    """As much of a step as is compared."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def checksums(self) -> dict[str, int]:
+        return checksums(self.model)
+
+
+def flip(tensor: torch.Tensor, place: int, bit: int) -> None:
+    """Change one bit of one value, by hand."""
+    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    values = flat.contiguous().reshape(-1)
+    bits = values.view(BITS[values.element_size()])
+    bits[place % len(bits)] ^= 1 << bit
+    flat.copy_(values.view(flat.shape))
+
+
+if __name__ == "__main__":
+    world = hvdtrain.init()
+    seed, folder = int(sys.argv[1]), Path(sys.argv[2])
+    sums.BLOCK = 1000
+    draw = random.Random(seed)
+    model = Odd()
+    step: Any = OnlyChecksums(model)
+    diagnosis = Diagnosis(world, folder, 10, 0, [])
+    tensors = {name: value for name, value in model.state_dict().items() if value.numel()}
+    before = model.state_dict()
+    for trial in range(20):
+        diagnosis.exchanged(0.0, 0.0)
+        assert diagnosis.compare(step, 2 * trial + 1, ends=False) is not None  # all is the same
+        rank, name, place, bit = draw.randrange(world.size), draw.choice(list(tensors)), draw.randrange(10**6), 0
+        if rank == world.rank:
+            flip(tensors[name], place, bit)
+        diagnosis.exchanged(0.0, 0.0)
+        with pytest.raises(RunError) as found:
+            diagnosis.compare(step, 2 * trial + 2, ends=False)
+        said = f"differ after step {2 * trial + 2}, and were the same after step {2 * trial + 1}: on rank {rank} on "
+        assert said in str(found.value) and f", {name} is not what it is on" in str(found.value), str(found.value)
+        assert "more tensor" not in str(found.value)
+        if rank == world.rank:
+            flip(tensors[name], place, bit)  # as it was
+        print(f"ok {trial}", flush=True)
+    # Places count, and the second of two tensors is not named.
+    if world.rank == 1:
+        with torch.no_grad():
+            model.long.bias.copy_(model.long.bias.flip(0))
+            model.images.bias.add_(1)
+    diagnosis.exchanged(0.0, 0.0)
+    with pytest.raises(RunError, match=r"on rank 1 on \S+, images.bias is not .*; 1 more tensor differs"):
+        diagnosis.compare(step, 50, ends=False)
+    # No majority.
+    if world.rank:
+        with torch.no_grad():
+            model.images.bias.fill_(world.rank)
+    with pytest.raises(RunError, match="no more than half of which agree"):
+        diagnosis.compare(step, 51, ends=False)
+    print("ok all", flush=True)

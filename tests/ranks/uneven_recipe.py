@@ -1,0 +1,122 @@
+"""A recipe whose ranks are slow by turns, or one of whose replicas is changed by hand; who and how is drawn."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from hvdtrain.collectives import ops
+from hvdtrain.torch import Recipe, option
+
+EVERY = 10  # steps of an interval
+PAUSE = 0.01  # seconds of every rank's every pass; they leave the cores to whoever burns
+LONGER = 0.05  # of the slow one's step: several times what a busy machine adds to one
+
+
+def drawn(seed: int, ranks: int, intervals: int) -> list[tuple[int, str, str] | None]:
+    """Who is slow in each interval, in which part and how; None: nobody."""
+    draw = random.Random(seed)
+    slow = [
+        (draw.randrange(ranks), draw.choice(["data", "compute"]), draw.choice(["sleep", "burn"])) for _ in range(20)
+    ]
+    nobody: list[tuple[int, str, str] | None] = [None] * (intervals - len(slow))
+    mixed = [*slow, *nobody]
+    draw.shuffle(mixed)
+    return mixed
+
+
+def spend(seconds: float, how: str) -> None:
+    end = time.perf_counter() + seconds
+    if how == "sleep":
+        time.sleep(seconds)
+    while time.perf_counter() < end:
+        pass
+
+
+class Examples(Dataset[Any]):
+    """16 values and their sum; the first example that is asked for in a step can take long."""
+
+    def __init__(self, recipe: Uneven, split: str) -> None:
+        self.recipe, self.split = recipe, split
+        self.values = torch.randn(240, 16, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: int) -> Any:
+        if self.split == "train":
+            self.recipe.take_long("data")
+        return self.values[i], self.values[i].sum()
+
+
+@dataclass(kw_only=True)
+class Uneven(Recipe):
+    """Least squares by a small network, on ranks of which one is slow."""
+
+    draw: int = option(0, "who is slow is drawn from this")
+    intervals: int = option(0, "of ten steps each, in 20 of which a rank is slow; 0: nobody ever is")
+    batch_size: int = 24
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.passes, self.slowed = 0, {"data": -1, "compute": -1}
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+    def dataset(self, split: str) -> Any:
+        return Examples(self, split)
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=self.lr, momentum=0.9)
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        inputs, targets = batch
+        if model.training and torch.is_grad_enabled():
+            time.sleep(PAUSE)
+            self.take_long("compute")
+            self.passes += 1
+        return {"loss": (model(inputs).squeeze(1) - targets).square()}
+
+    def take_long(self, part: str) -> None:
+        """Once a step, if it is this rank's turn. A step is one pass."""
+        interval = self.passes // EVERY
+        if interval >= self.intervals or self.slowed[part] == self.passes:
+            return
+        self.slowed[part] = self.passes
+        turn = drawn(self.draw, ops.size(), self.intervals)[interval]
+        if turn is not None and turn[:2] == (ops.rank(), part):
+            spend(LONGER, turn[2])
+
+
+@dataclass(kw_only=True)
+class Even(Uneven):
+    """Without batch norm."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+@dataclass(kw_only=True)
+class Drifting(Uneven):
+    """A weight of one rank is changed by as little as can be, at some step."""
+
+    rank: int = option(0, "whose weight")
+    lr: float = 0.0001
+    at_pass: int = option(1, "the forward pass before which, from 1")
+    tensor: str = option("0.weight", "which")
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        if model.training and torch.is_grad_enabled() and (self.passes + 1, ops.rank()) == (self.at_pass, self.rank):
+            with torch.no_grad():
+                values = model.get_parameter(self.tensor).view(-1)
+                # One that will not grow beyond a power of two, where rounding would undo it.
+                place = (torch.frexp(values).mantissa.abs() - 0.7).abs().argmin()
+                values[place] = torch.nextafter(values[place], torch.tensor(torch.inf))
+        return super().score(model, batch)
