@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -37,6 +36,9 @@ class Digits(Recipe):
         )
 
     def dataset(self, split):
+        # Not at the top: `hvdtrain launch` reads the recipe too, and needs no data.
+        from sklearn.datasets import load_digits
+
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
         labels = torch.tensor(digits.target)
