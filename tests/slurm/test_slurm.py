@@ -1,0 +1,141 @@
+"""The job scripts of cluster/slurm, submitted to a real Slurm over real hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.cluster import Host, cluster
+from tests.ranks.elastic import losses, verify
+from tests.ranks.harness import BIN, ROOT, train, wait_for_step
+from tests.slurm.cluster import GRACE, job, slurm, submit, wait_for
+
+pytestmark = [pytest.mark.usefixtures("machine_allows_slurm"), pytest.mark.timeout(240)]
+
+TRAIN = str(ROOT / "cluster" / "slurm" / "train.sbatch")
+RECIPE = str(Path(__file__).with_name("paced_recipe.py"))
+ELASTIC = str(ROOT / "cluster" / "slurm" / "elastic.sbatch")
+OPTIONS = ["--epochs", "3", "--log-every", "1", "--threads", "1"]
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+ENVIRONMENT = {
+    "VENV": os.environ.get("SHIM") or str(BIN.parent),
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[Host]]:
+    with cluster(2) as hosts, slurm(hosts):
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of all steps in a single process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train("alone", 1, "digits", folder, *OPTIONS, cwd=ROOT)
+    return losses(folder)
+
+
+class Submitted:
+    """A job script that was submitted on a host, from the project's folder."""
+
+    def __init__(self, host: Host, folder: Path, *line: str, **environ: str) -> None:
+        self.host, self.run_dir, self.output = host, folder / "run", folder / "output"
+        environ = {**ENVIRONMENT, "RUN_DIR": str(self.run_dir), **environ}
+        self.number = submit(host, environ, ROOT, f"--output={self.output}", *line)
+
+    def know(self, name: str) -> str:
+        return job(self.host, self.number)[name]
+
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else "nothing"
+
+    def step(self, number: int) -> None:
+        """Wait until so many steps are done."""
+        try:
+            wait_for_step(self.run_dir, number)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{job(self.host, self.number)}\n{self.said()}") from None
+
+    def signal(self, name: str) -> None:
+        """As a user does it who wants to have the job saved and queued again."""
+        done = self.host.run(["scancel", "--batch", f"--signal={name}", self.number])
+        assert done.returncode == 0, done.stderr
+
+    def end(self, state: str = "COMPLETED", seconds: float = 100) -> None:
+        """Wait for the end of the job, in this state."""
+        wait_for(lambda: self.know("JobState") in ENDED, seconds, f"end\n{self.said()}")
+        assert self.know("JobState") == state, self.said()
+
+
+def test_a_job_over_two_nodes_is_as_one_process(nodes: list[Host], alone: list[float], tmp_path: Path) -> None:
+    job = Submitted(nodes[0], tmp_path, TRAIN, "digits", *OPTIONS)
+    job.end()
+    summary = json.loads((job.run_dir / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"], summary["resumed_from"]) == (2, len(alone), None)
+    assert losses(job.run_dir) == pytest.approx(alone, rel=1e-5)
+    verify(job.run_dir)
+
+
+def test_a_job_that_is_cancelled_and_one_that_is_queued_again(
+    nodes: list[Host], alone: list[float], tmp_path: Path
+) -> None:
+    """Each step is made once, through a scancel with a second job, and through a requeue of that."""
+    slowly = tmp_path / "slowly"
+    slowly.touch()
+    line = [TRAIN, RECIPE, "--slowly", str(slowly), *OPTIONS]
+    first = Submitted(nodes[0], tmp_path, *line)
+    first.step(2)
+    nodes[0].run(["scancel", first.number])
+    first.end("CANCELLED")
+    (saved,) = (int(path.name.removeprefix("step-")) for path in (first.run_dir / "checkpoints").glob("step-*"))
+    assert first.know("Restarts") == "0"
+    # As one does who prefers ssh.
+    second = Submitted(nodes[0], tmp_path, *line, LAUNCH="--from slurm")
+    second.step(saved + 2)
+    second.signal("USR1")
+    wait_for(lambda: second.know("Restarts") == "1", 60, f"requeue\n{second.said()}")
+    slowly.unlink()
+    second.end()
+    assert second.know("Restarts") == "1"
+    resumed = [int(step) for step in re.findall(r"resumed   at step (\d+)", second.said())]
+    assert resumed[:2] == [0, saved] and saved + 2 <= resumed[2] < len(alone), second.said()
+    assert losses(second.run_dir) == pytest.approx(alone, rel=1e-5)
+    verify(second.run_dir)
+
+
+def test_nodes_that_are_preempted_and_lost(tmp_path: Path) -> None:
+    """The driver stays on the first; of the other three one is preempted, and comes back, and one loses its power."""
+    slowly = tmp_path / "slowly"
+    slowly.touch()
+    environ = {"POOL": "--partition=spot", "NODES": "3", "SLOTS": "1", "GRACE": str(GRACE)}
+    environ |= {"HVDTRAIN_LEASE": "5", "HOROVOD_GLOO_TIMEOUT_SECONDS": "5"}
+    line = ["--partition=safe", ELASTIC, RECIPE, "--slowly", str(slowly), *OPTIONS, "--epochs", "20"]
+    with cluster(4) as hosts, slurm(hosts):
+        job = Submitted(hosts[0], tmp_path, *line, **environ)
+        try:
+            wait_for(lambda: 3 in worlds(job), 80, "world of 3 ranks")
+            submit(hosts[0], {}, tmp_path, "--partition=urgent", "--nodelist=h1", "--output=/dev/null", "--wrap=true")
+            wait_for(lambda: worlds(job)[-1] == 2, 40, "world without the node that is preempted")
+            before = len(worlds(job))
+            hosts[2].down()
+            wait_for(lambda: 2 in worlds(job)[before:], 80, "world with the node that came back, without that lost")
+            slowly.unlink()
+            job.end()
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{job.said()}") from None
+        wait_for(lambda: not hosts[0].run(["squeue", "--noheader"]).stdout, 40, "end of the pool")
+    assert len(losses(job.run_dir)) == 240
+    verify(job.run_dir)
+
+
+def worlds(job: Submitted) -> list[int]:
+    """How many ranks trained together, one world after the other."""
+    return [int(number) for number in re.findall(r"(?:world     |global = )(\d+) rank", job.said())]
