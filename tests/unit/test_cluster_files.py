@@ -1,6 +1,6 @@
 """The files of cluster/: each is sound, says what hvdtrain understands, and does what it says as far as one host shows.
 
-Slurm runs its scripts for real in tests/slurm; test hosts run those for PBS, LSF and MPI there, too.
+Those that launch are run for real by tests/slurm and tests/hosts/test_job_scripts_on_hosts.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ CLUSTER = ROOT / "cluster"
 BIN = Path(sys.executable).parent
 JOBS = ["slurm/train.sbatch", "slurm/elastic.sbatch", "pbs/train.pbs", "lsf/train.lsf", "mpi/train.sh"]
 KUBERNETES = "1.31"
-# What the dry runs below are to say of the two hosts.
-TWO_HOSTS = ["-np", "4", "-H", "node1:2,node2:2"]
 
 
 def test_the_readme_tells_of_every_file() -> None:
@@ -49,39 +47,30 @@ def test_job_scripts_are_sound_and_short(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def dry_run(name: str, *args: str, **environ: str) -> list[str]:
-    """The command line that a job script would launch."""
+def dry_run(name: str, *args: str, **environ: str) -> subprocess.Popen[str]:
+    """Start a job script that is to say what it would launch."""
     line = ["bash", str(CLUSTER / name), *args]
     own = {"VENV": str(BIN.parent), "PYTHONPATH": str(ROOT), "LAUNCH": "--nic eth0 --dry-run"}
-    done = subprocess.run(line, env={**os.environ, **own, **environ}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout)
+    return subprocess.Popen(line, env={**os.environ, **own, **environ}, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("name", ["slurm/train.sbatch", "pbs/train.pbs", "lsf/train.lsf", "mpi/train.sh"])
-def test_job_scripts_launch_on_the_hosts_of_the_job(name: str, tmp_path: Path) -> None:
-    nodes = tmp_path / "nodes"
-    nodes.write_text("node1 slots=2\nnode2 slots=2\n" if name == "mpi/train.sh" else "node1\nnode1\nnode2\nnode2\n")
-    about = {
-        "slurm/train.sbatch": {
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_NTASKS": "4",
-            "SLURM_NTASKS_PER_NODE": "2",
-            "SLURM_TASKS_PER_NODE": "2(x2)",
-        },
-        "pbs/train.pbs": {"PBS_JOBID": "7.server", "PBS_NODEFILE": str(nodes), "RECIPE": "digits"},
-        "lsf/train.lsf": {"LSB_JOBID": "7", "LSB_DJOB_HOSTFILE": str(nodes), "RECIPE": "digits"},
-        "mpi/train.sh": {"HOSTFILE": str(nodes)},
-    }[name]
-    options = ["--epochs", "5"]
-    if "RECIPE" in about:
-        said = dry_run(name, **about, OPTIONS=shlex.join(options))
-    else:
-        said = dry_run(name, "digits", *options, **about)
-    run_dir = "mpi" if name == "mpi/train.sh" else f"{name.partition('/')[0]}-7"
-    train = ["train", "digits", *options, "--run-dir", f"{ROOT}/runs/{run_dir}", "--resume"]
-    assert said[1 : 1 + len(TWO_HOSTS)] == TWO_HOSTS and said[-len(train) :] == train, said
+def test_job_scripts_launch_on_the_hosts_of_the_job(tmp_path: Path) -> None:
+    nodes, hostfile = tmp_path / "nodes", tmp_path / "hostfile"
+    nodes.write_text("node1\nnode1\nnode2\nnode2\n")
+    hostfile.write_text("node1 slots=2\nnode2 slots=2\n")
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    recipe = {"RECIPE": "digits", "OPTIONS": "--epochs 5"}
+    # At the same time: each imports torch.
+    started = {
+        "slurm-7": dry_run("slurm/train.sbatch", "digits", "--epochs", "5", SLURM_JOB_ID="7", **slurm),
+        "pbs-7": dry_run("pbs/train.pbs", PBS_JOBID="7.server", PBS_NODEFILE=str(nodes), **recipe),
+        "lsf-7": dry_run("lsf/train.lsf", LSB_JOBID="7", LSB_DJOB_HOSTFILE=str(nodes), **recipe),
+        "mpi": dry_run("mpi/train.sh", "digits", "--epochs", "5", HOSTFILE=str(hostfile)),
+    }
+    said = {run: shlex.split(process.communicate(timeout=100)[0]) for run, process in started.items()}
+    for run, line in said.items():
+        train = ["train", "digits", "--epochs", "5", "--run-dir", f"{ROOT}/runs/{run}", "--resume"]
+        assert line[1:5] == ["-np", "4", "-H", "node1:2,node2:2"] and line[-len(train) :] == train, line
 
 
 def test_mpi_hostfile_is_understood() -> None:
