@@ -8,7 +8,7 @@
 
 Options behind it, separated by commas:
 
-    warmup=N          the first N steps are dense
+    warmup=N          the first N steps are dense; 0, for powersgd 100
     min=N             parameters with fewer values, and those with fewer than two axes, stay dense; 8192
     feedback=on|off   the error-feedback memory; each method has its own habit
     momentum=X        topk: momentum correction, in place of the optimizer's own momentum
@@ -33,6 +33,8 @@ from hvdtrain.errors import UserError, nearest
 
 METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
 DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.01", "powersgd": "4"}
+# What training needs at its beginning to end as well as dense (tests/benchmarks/accuracy.py).
+WARMUP = {"powersgd": "100"}
 OPTIONS = ("warmup", "min", "feedback", "momentum")
 
 
@@ -99,7 +101,7 @@ def parse(text: str) -> Spec:
         text=text,
         method=method,
         argument=argument,
-        warmup=int(_number(values, "warmup", "0", text)),
+        warmup=int(_number(values, "warmup", WARMUP.get(method, "0"), text)),
         min=int(_number(values, "min", "8192", text)),
         feedback=None if feedback is None else feedback == "on",
         momentum=momentum,

@@ -209,7 +209,7 @@ def cost_of(exchange: Exchange, place: int, method: str, repeats: int = 3) -> Co
 
 def _way(exchange: Exchange, place: int, method: str) -> tuple[Spec, str, Key]:
     """A method for a bucket, with the exchange's own options: spec, argument and key."""
-    spec = replace(parse(method), feedback=exchange.spec.feedback, momentum=exchange.spec.momentum)
+    spec = replace(parse(method), feedback=exchange.spec.feedback, momentum=exchange.spec.momentum, warmup=0)
     return spec, spec.argument, Key(exchange.seed, 0, place, ops.rank(exchange.group))
 
 

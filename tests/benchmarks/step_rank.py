@@ -40,7 +40,7 @@ def wrapped(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 
     hvdtrain.init()
     compression = way.partition(":")[2] or "none"
-    return model, DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+    return model, DistributedOptimizer(optimizer, model.named_parameters(), compression=f"{compression},warmup=0")
 
 
 def in_ddp(model: nn.Module, fp16: bool) -> nn.Module:

@@ -131,7 +131,7 @@ def step_seconds(device: torch.device, rank: int, size: int, model: str, way: st
         exchange: Any
         exchange, _, spec = way.partition(":")
         optimizer = DistributedOptimizer(
-            optimizer, task.model.named_parameters(), compression=spec or "none", exchange=exchange
+            optimizer, task.model.named_parameters(), compression=f"{spec or 'none'},warmup=0", exchange=exchange
         )
     task.model = parallel
     seconds = []

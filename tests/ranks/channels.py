@@ -19,7 +19,10 @@ numbers = itertools.count(1)
 
 def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None) -> Channel:
     """A channel as the exchange makes it. number: its name and its randomness; one that no other has, if not given."""
-    spec, key = parse(text), Key(0, 0, next(numbers) if number is None else number, ops.rank())
+    spec, key = (
+        parse(text if "warmup" in text else f"{text},warmup=0"),
+        Key(0, 0, next(numbers) if number is None else number, ops.rank()),
+    )
     codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
     flat = torch.zeros(sum(n * m for n, m in shapes))
     options = {"feedback": spec.feedback, "warmup": spec.warmup, "momentum": spec.momentum}

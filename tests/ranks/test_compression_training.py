@@ -11,7 +11,7 @@ import torch
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
-SPECS = ["onebit,min=100", "topk:0.05,min=100", "powersgd:2,min=100", "qsgd:4bit,min=100"]
+SPECS = ["onebit,min=100", "topk:0.05,min=100", "powersgd:2,min=100,warmup=0", "qsgd:4bit,min=100"]
 
 
 def saved(run_dir: Path, step: int) -> dict[str, object]:

@@ -54,7 +54,7 @@ def traffic(make: Callable[[], nn.Module], compression: str, steps: int, interfa
     torch.manual_seed(0)
     model = make()
     optimizer: Any = DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1e-4), model.named_parameters(), compression=compression
+        torch.optim.SGD(model.parameters(), lr=1e-4), model.named_parameters(), compression=f"{compression},warmup=0"
     )
     parameters = list(model.parameters())
     made = torch.Generator().manual_seed(ops.rank())

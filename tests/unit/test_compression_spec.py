@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
         ("topk", Spec("topk", "topk", "0.01")),
         ("topk:1", Spec("topk:1", "topk", "1")),
         ("randomk:1e-3", Spec("randomk:1e-3", "randomk", "1e-3")),
-        ("powersgd", Spec("powersgd", "powersgd", "4")),
+        ("powersgd", Spec("powersgd", "powersgd", "4", warmup=100)),
         ("powersgd:2,warmup=100,min=0", Spec("powersgd:2,warmup=100,min=0", "powersgd", "2", warmup=100, min=0)),
         ("int8,feedback=off", Spec("int8,feedback=off", "int8", "", feedback=False)),
         ("bf16,feedback=on", Spec("bf16,feedback=on", "bf16", "", feedback=True)),
@@ -33,7 +33,13 @@ CPU = torch.device("cpu")
         ("onebit,momentum=0", Spec("onebit,momentum=0", "onebit", "")),
         (
             "powersgd:4,layer.fc=2,layer.fc.out=none",
-            Spec("powersgd:4,layer.fc=2,layer.fc.out=none", "powersgd", "4", layers={"fc": "2", "fc.out": "none"}),
+            Spec(
+                "powersgd:4,layer.fc=2,layer.fc.out=none",
+                "powersgd",
+                "4",
+                warmup=100,
+                layers={"fc": "2", "fc.out": "none"},
+            ),
         ),
         ("int8,layer.x=none", Spec("int8,layer.x=none", "int8", "", layers={"x": "none"})),
     ],
