@@ -210,7 +210,9 @@ def start(
         click.echo(shlex.join(line))
         return 0
     known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
-    if launcher != "srun" and args[0] != "doctor":  # srun needs no ssh; the doctor has asked more already
+    # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
+    by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
+    if by_ssh and args[0] != "doctor":
         preflight([host.name for host in placed], args, nic=nic, ssh=ssh.options())
     try:
         return run(line, environ, known, ssh=ssh, grace=grace)[0]
