@@ -126,7 +126,6 @@ def check_verdict(hosts: list[Host], pattern: str) -> None:
 
 def test_options_that_make_no_sense(sick: list[Host]) -> None:
     for words, message in (
-        (["--dry-run"], "No such option: --dry-run"),
         (["--hostfile", "nowhere"], "give -H or --hostfile, not both"),
         (["--launcher", "srun"], "--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun"),
     ):
