@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -41,6 +40,9 @@ class MLP(Recipe):
         )
 
     def dataset(self, split):
+        # Not at the top: `hvdtrain launch` reads the recipe too, and needs no data.
+        from sklearn.datasets import load_breast_cancer
+
         data = load_breast_cancer()
         inputs = torch.tensor(data.data, dtype=torch.float32)
         labels = torch.tensor(data.target, dtype=torch.float32)

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -203,17 +204,22 @@ def start(
         nic = interface_to(host.name for host in placed)
     # Before the check: importing the recipe may change this process's environment.
     environ = rank_environment(os.environ, launcher, controller, away=away, extra=extra)
-    check()
+    names = [host.name for host in placed]
+    # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
+    by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
+    ask_hosts = away and not dry_run and by_ssh and args[0] != "doctor"
+    # The check imports the recipe, and so torch: seconds, in which the hosts can answer.
+    with ThreadPoolExecutor(1) as beside:
+        asked = beside.submit(preflight, names, args, nic=nic, ssh=ssh.options()) if ask_hosts else None
+        check()
+    if asked is not None:
+        asked.result()
     command = hvdtrain_command(args)
     line = command_line(launcher, controller, placed, command, environ, nic=nic, ssh=ssh, extra=extra)
     if dry_run:
         click.echo(shlex.join(line))
         return 0
     known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
-    # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
-    by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
-    if by_ssh and args[0] != "doctor":
-        preflight([host.name for host in placed], args, nic=nic, ssh=ssh.options())
     try:
         return run(line, environ, known, ssh=ssh, grace=grace)[0]
     except BrokenPipeError:

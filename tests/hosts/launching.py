@@ -34,6 +34,8 @@ def launched(
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        # The hosts share this machine's cores, which Open MPI does not know.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
         **(env or {}),
     }
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -1,4 +1,4 @@
-"""`--diagnose` on real ranks: the straggler and the drifted rank are named 20 times of 20, and nobody without cause."""
+"""`--diagnose` on real ranks: the straggler and the drifted rank are named 20 times of 20, and nobody else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def diagnosed(run_dir: Path) -> dict[str, Any]:
 
 
 def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
-    """In each interval of one run another rank is slow, in its data or its compute, asleep or busy; in five none is."""
+    """In each interval of one run another rank is slow, in its data or its compute, asleep or busy; in five all are."""
     seed = random.randrange(10**6)
     print(f"drawn from {seed}")
     folder = tmp_path / "run"

@@ -16,11 +16,11 @@ from hvdtrain.torch import Recipe, option
 
 EVERY = 10  # steps of an interval
 PAUSE = 0.01  # seconds of every rank's every pass; they leave the cores to whoever burns
-LONGER = 0.05  # of the slow one's step: several times what a busy machine adds to one
+LONGER = 0.08  # of the slow one's step: several times what a busy machine adds to one
 
 
 def drawn(seed: int, ranks: int, intervals: int) -> list[tuple[int, str, str] | None]:
-    """Who is slow in each interval, in which part and how; None: nobody."""
+    """Who is slow in each interval, in which part and how; None: all alike."""
     draw = random.Random(seed)
     slow = [
         (draw.randrange(ranks), draw.choice(["data", "compute"]), draw.choice(["sleep", "burn"])) for _ in range(20)
@@ -60,7 +60,7 @@ class Uneven(Recipe):
     """Least squares by a small network, on ranks of which one is slow."""
 
     draw: int = option(0, "who is slow is drawn from this")
-    intervals: int = option(0, "of ten steps each, in 20 of which a rank is slow; 0: nobody ever is")
+    intervals: int = option(0, "of ten steps each, in 20 of which one rank is slow, in the others all; 0: nobody")
     batch_size: int = 24
     lr: float = 0.01
 
@@ -91,7 +91,9 @@ class Uneven(Recipe):
             return
         self.slowed[part] = self.passes
         turn = drawn(self.draw, ops.size(), self.intervals)[interval]
-        if turn is not None and turn[:2] == (ops.rank(), part):
+        if turn is None and part == "compute":
+            spend(LONGER, "sleep")
+        elif turn is not None and turn[:2] == (ops.rank(), part):
             spend(LONGER, turn[2])
 
 

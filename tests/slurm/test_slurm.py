@@ -12,7 +12,7 @@ import pytest
 from tests.hosts.cluster import Host, cluster
 from tests.ranks.elastic import losses, verify
 from tests.ranks.harness import BIN, ROOT, train, wait_for_step
-from tests.slurm.cluster import GRACE, job, slurm, submit, wait_for
+from tests.slurm.cluster import GRACE, job, missing, slurm, submit, wait_for
 
 pytestmark = [pytest.mark.usefixtures("machine_allows_slurm"), pytest.mark.timeout(400)]
 
@@ -111,7 +111,7 @@ def test_a_job_that_is_cancelled_and_one_that_is_queued_again(
 
 
 def test_nodes_that_are_preempted_and_lost(tmp_path: Path) -> None:
-    """The driver stays on the first; of the other three one is preempted, and comes back, and one loses its power."""
+    """Of three nodes one is preempted, and comes back, and one loses its power; then the driver is queued again."""
     slowly = tmp_path / "slowly"
     slowly.touch()
     environ = {"POOL": "--partition=spot", "NODES": "3", "SLOTS": "1", "GRACE": str(GRACE)}
@@ -126,11 +126,15 @@ def test_nodes_that_are_preempted_and_lost(tmp_path: Path) -> None:
             before = len(worlds(job))
             hosts[2].down()
             wait_for(lambda: 2 in worlds(job)[before:], 120, "world with the node that came back, without that lost")
+            # The time of the driver ends, too.
+            job.signal("USR1")
+            wait_for(lambda: job.know("Restarts") == "1", 60, "requeue")
             slowly.unlink()
             job.end()
         except AssertionError as error:
             raise AssertionError(f"{error}\n{job.said()}") from None
         wait_for(lambda: not hosts[0].run(["squeue", "--noheader"]).stdout, 40, "end of the pool")
+    assert re.findall(r"resumed   at step [1-9]", job.said())
     assert len(losses(job.run_dir)) == 240
     verify(job.run_dir)
 
@@ -138,3 +142,9 @@ def test_nodes_that_are_preempted_and_lost(tmp_path: Path) -> None:
 def worlds(job: Submitted) -> list[int]:
     """How many ranks trained together, one world after the other."""
     return [int(number) for number in re.findall(r"(?:world     |global = )(\d+) rank", job.said())]
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing() is None
+    monkeypatch.setattr("tests.hosts.furnish.SYSTEM_PATH", "")
+    assert missing() == "Slurm needs the program munged (package munge)"
