@@ -21,8 +21,9 @@ from hvdtrain.errors import EXIT_FAILED, UserError
 from hvdtrain.launch.schedulers import given
 from hvdtrain.launch.ssh import Ssh
 
-# Of the options that say where ranks run, those that name the hosts: one rank of each is wanted.
-HOSTS = {"ranks", "hosts", "hostfile", "source"}
+# Of the options that say where ranks run: those that have no use here, and those that name the hosts.
+UNUSED = {"ranks", "dry_run"}
+HOSTS = {"hosts", "hostfile", "source"}
 
 
 @click.command("doctor", context_settings={"max_content_width": 100})
@@ -45,10 +46,6 @@ def command(context: click.Context, /, as_json: bool, meet: str | None, **where:
     """
     if meet is not None:
         return attend(meet, where["nic"]) if rank_from_environment() is not None else launch(meet, **where)
-    if where["ranks"] is not None:
-        raise UserError(f"-np {where['ranks']}: the doctor starts one rank on each host that it is given")
-    if where["dry_run"]:
-        raise UserError("--dry-run: the doctor changes nothing; leave it out")
     if where["launcher"] == "srun":
         raise UserError("--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun")
     hosts = given(where["hosts"], where["hostfile"], where["source"], os.environ)
@@ -61,6 +58,9 @@ def command(context: click.Context, /, as_json: bool, meet: str | None, **where:
     facts = gather(Wanted(("runs", str(wheel_folder()))))
     found = worst_first(of_host(facts))
     return tell(found, {"facts": facts}, describe(facts), as_json)
+
+
+command.params = [parameter for parameter in command.params if parameter.name not in UNUSED]
 
 
 def several(hosts: list[str], context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
@@ -103,7 +103,7 @@ def tell(found: Sequence[Finding], facts: dict[str, Any], text: str, as_json: bo
 def launch(meet: str, **where: Any) -> int:
     """Start a rank on each host; the launcher's exit code."""
     nic = ["--nic", where["nic"]] if where["nic"] else []
-    return start(["doctor", "--meet", meet, *nic], lambda: None, **where)
+    return start(["doctor", "--meet", meet, *nic], lambda: None, ranks=None, dry_run=False, **where)
 
 
 def attend(meet: str, nic: str | None) -> int:

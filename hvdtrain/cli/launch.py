@@ -205,8 +205,9 @@ def start(
     # Before the check: importing the recipe may change this process's environment.
     environ = rank_environment(os.environ, launcher, controller, away=away, extra=extra)
     names = [host.name for host in placed]
-    # srun needs no ssh; the doctor has asked more already.
-    ask_hosts = away and not dry_run and launcher != "srun" and args[0] != "doctor"
+    # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
+    by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
+    ask_hosts = away and not dry_run and by_ssh and args[0] != "doctor"
     # The check imports the recipe, and so torch: seconds, in which the hosts can answer.
     with ThreadPoolExecutor(1) as beside:
         asked = beside.submit(preflight, names, args, nic=nic, ssh=ssh.options()) if ask_hosts else None

@@ -126,8 +126,6 @@ def check_verdict(hosts: list[Host], pattern: str) -> None:
 
 def test_options_that_make_no_sense(sick: list[Host]) -> None:
     for words, message in (
-        (["-np", "3"], "-np 3: the doctor starts one rank on each host that it is given"),
-        (["--dry-run"], "--dry-run: the doctor changes nothing; leave it out"),
         (["--hostfile", "nowhere"], "give -H or --hostfile, not both"),
         (["--launcher", "srun"], "--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun"),
     ):
