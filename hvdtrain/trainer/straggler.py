@@ -15,8 +15,8 @@ WAIT = PARTS.index("wait")
 OWN = [place for place in range(len(PARTS)) if place != WAIT]
 FEWEST = 8  # steps that can tell
 SHARE = 0.1  # of a step: what a straggler costs at least
-# This part of the steps may cost less than half of the median. Nine of ten steps that agree come by chance alone once in some
-# hundreds of intervals of ten, where steps vary by a third of their length, and never in long ones.
+# The part of the steps that may cost less than half of the median. Nine of ten steps that agree come by chance once in
+# some hundreds of intervals of ten, where steps vary by a third of their length, and never in long ones.
 UNLIKE = 0.1
 
 Times = NDArray[np.float64]  # (steps, ranks, PARTS): seconds

@@ -23,6 +23,7 @@ def diagnosed(run_dir: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.timeout(240)
 def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
     """In each interval of one run another rank is slow, in its data or its compute, asleep or busy; in five all are."""
     seed = random.randrange(10**6)
@@ -31,7 +32,7 @@ def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
     command = [*HVDTRAIN, "train", f"{RECIPE}:Uneven", "--run-dir", str(folder), "--diagnose", "--threads", "1"]
     command += ["--steps", str(INTERVALS * EVERY), "--draw", str(seed), "--intervals", str(INTERVALS)]
     command += ["--eval-every", "1000"]
-    done = run("horovodrun", RANKS, command)
+    done = run("horovodrun", RANKS, command, timeout=200)  # a fifth of that where nothing else runs
     assert done.returncode == 0, done.stdout + done.stderr
     found = diagnosed(folder)
     expected = [turn and turn[:2] for turn in drawn(seed, RANKS, INTERVALS)]
