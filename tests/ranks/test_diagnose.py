@@ -23,6 +23,7 @@ def diagnosed(run_dir: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.timeout(240)
 def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
     """In each interval of one run another rank is slow, in its data or its compute, asleep or busy; in five all are."""
     seed = random.randrange(10**6)
@@ -31,7 +32,7 @@ def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
     command = [*HVDTRAIN, "train", f"{RECIPE}:Uneven", "--run-dir", str(folder), "--diagnose", "--threads", "1"]
     command += ["--steps", str(INTERVALS * EVERY), "--draw", str(seed), "--intervals", str(INTERVALS)]
     command += ["--eval-every", "1000"]
-    done = run("horovodrun", RANKS, command)
+    done = run("horovodrun", RANKS, command, timeout=200)  # a fifth of that where nothing else runs
     assert done.returncode == 0, done.stdout + done.stderr
     found = diagnosed(folder)
     expected = [turn and turn[:2] for turn in drawn(seed, RANKS, INTERVALS)]
@@ -127,7 +128,7 @@ def test_virtual_shards_and_the_same_bits_with_and_without(tmp_path: Path) -> No
 
 
 def test_an_elastic_run_is_diagnosed_world_by_world(tmp_path: Path) -> None:
-    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.15", "--epochs", "5", "--diagnose") as job:
+    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4", "--epochs", "4", "--diagnose") as job:
         job.step(11)
         job.hosts("localhost:1 127.0.0.1:1")
         job.world(2)
@@ -137,4 +138,4 @@ def test_an_elastic_run_is_diagnosed_world_by_world(tmp_path: Path) -> None:
     (earlier,) = found["earlier_worlds"]
     assert (earlier["first_step"], earlier["ranks"], earlier["named"]) == (1, 1, {})
     assert earlier["last_step"] >= 10 and found["first_step"] > earlier["last_step"]
-    assert len(found["hosts"]) == 2 and found["last_step"] == 60 and len(found["end"]["seconds"]) == 2
+    assert len(found["hosts"]) == 2 and found["last_step"] == 48 and len(found["end"]["seconds"]) == 2

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
+from hvdtrain.errors import RunError
 from hvdtrain.torch import checksums
+from hvdtrain.torch.buffers import refuse_nonfinite
 from hvdtrain.trainer.drift import Drift, digest, find_drift
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
@@ -58,3 +60,14 @@ def test_a_checksum_tells_every_bit_and_place(dtype: torch.dtype, monkeypatch: p
 def test_a_checksum_of_nothing() -> None:
     assert int(checksums.checksum(torch.zeros(0))) == 0
     assert checksums.checksums(torch.nn.ReLU()) == {}
+
+
+def test_what_is_not_finite_is_named() -> None:
+    """A parameter, and a buffer only where training changes it."""
+    model = torch.nn.BatchNorm1d(2)
+    mean = model.running_mean
+    assert mean is not None
+    mean[1] = torch.inf
+    refuse_nonfinite(model, [])
+    with pytest.raises(RunError, match="running_mean is not finite; no checkpoint was written"):
+        refuse_nonfinite(model, [mean])
