@@ -21,7 +21,9 @@ class SlowDigits(Digits):  # type: ignore[misc]
     """digits, slowly."""
 
     pause: float = option(0.05, "seconds that each pass takes longer")
-    fault: str = option("", "a file: init-crash or init-hang in it makes the next model fail to build; score-N a score")
+    fault: str = option(
+        "", "a file that says what to do next: init-crash, init-hang, score-once, score-always, sync-..."
+    )
     epochs: int = 6
 
     def model(self) -> torch.nn.Module:
@@ -29,7 +31,18 @@ class SlowDigits(Digits):  # type: ignore[misc]
             os._exit(9)
         if self.said("init-hang"):
             time.sleep(3600)
-        return super().model()  # type: ignore[no-any-return]
+        model: torch.nn.Module = super().model()
+        model.register_state_dict_pre_hook(self.hand_over)  # type: ignore[no-untyped-call]
+        return model
+
+    def hand_over(self, *_: object) -> None:
+        """Before the state is written, for a checkpoint or for the others."""
+        if self.said("sync-crash"):
+            Path(self.fault).unlink()
+            os._exit(9)
+        if self.said("sync-wait"):
+            Path(self.fault).unlink()
+            time.sleep(3)
 
     def score(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         if model.training:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from tests.ranks.disk import small_disk
 from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses, verify
 from tests.ranks.harness import train
 
@@ -70,19 +76,36 @@ def test_all_workers_are_killed(tmp_path: Path, reference: Any) -> None:
 
 
 def test_hosts_come_and_go(tmp_path: Path, reference: Any) -> None:
-    """Added, removed, both at once; one that cannot be reached harms nobody."""
-    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4") as job:
+    """Added, removed, both at once; one that cannot be reached harms nobody, nor does a clock that is set back."""
+    env, set_clock_back = clock_of("127.0.0.1", tmp_path)
+    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4", env=env) as job:
         job.step(3)
         job.hosts("localhost:1 127.0.0.1:1")
         job.world(2)
-        job.more(2)
+        set_clock_back()
         job.hosts("localhost:1 127.0.0.1:1 203.0.113.9:1")  # of a network that does not exist
-        job.more(4)
+        job.more(round(1.5 * LEASE / 0.4))
+        assert job.said().count("world     ") == 1
         job.hosts("127.0.0.1:2")  # the first host goes, and in the same second the second grows
         job.more(2)
         job.world(2)
         job.end()
     check(job, reference)
+
+
+def clock_of(host: str, folder: Path) -> tuple[dict[str, str], Callable[[], None]]:
+    """An environment in which a host's workers and supervisors have a clock of their own; what sets that back."""
+    preload, switch = folder / "clock.so", folder / "set-back"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", preload, Path(__file__).with_name("clock.c"), "-ldl"], check=True)
+    env = {"LD_PRELOAD": str(preload), "HVDTRAIN_TEST_CLOCK": str(switch), "HVDTRAIN_TEST_CLOCK_HOST": host}
+
+    def set_back() -> None:
+        switch.touch()
+        here = {**os.environ, **env, "HOROVOD_HOSTNAME": host}
+        told = subprocess.run([sys.executable, "-c", "import time; print(time.time())"], env=here, capture_output=True)
+        assert time.time() - float(told.stdout) > 3500, told.stderr
+
+    return env, set_back
 
 
 def test_a_notice_costs_no_step(tmp_path: Path, reference: Any) -> None:
@@ -95,6 +118,12 @@ def test_a_notice_costs_no_step(tmp_path: Path, reference: Any) -> None:
         job.world(2)
         job.more(3)
         assert not psutil.pid_exists(leaving)
+        # One slot of two: its host's other one goes on undisturbed.
+        job.supervisor(1).send_signal(signal.SIGTERM)
+        job.world(1)
+        stays = job.worker(0)
+        job.more(10)
+        assert stays.is_running() and job.worker(0) == stays
         job.end()
     check(job, reference)
 
@@ -242,3 +271,39 @@ def test_compression_through_a_fault(tmp_path: Path, reference: Any) -> None:
     assert len(losses(job.run_dir)) == EPOCHS * STEPS
     assert job.summary()["eval"]["accuracy"] > reference[1]["eval"]["accuracy"] - 0.05
     verify(job.run_dir)
+
+
+def test_a_failure_while_the_state_is_handed_over(tmp_path: Path, reference: Any) -> None:
+    """The rank that gives it dies; later one that takes it, while it waits for it."""
+    with ElasticJob(tmp_path, "localhost:3", "--pause", "0.4", "--checkpoint-every", "1000") as job:
+        job.step(3)
+        job.fault.write_text("sync-crash")
+        job.kill(1)
+        job.until(lambda: not job.fault.exists(), "failure in the hand-over")
+        job.world(1)
+        job.fault.write_text("sync-wait")  # when others join
+        job.until(lambda: not job.fault.exists(), "hand-over")
+        gives = job.worker(0)
+        next(p for p in job.processes() if "HVDTRAIN_MEMBER" in p.environ() and p != gives).kill()
+        job.end()
+    check(job, reference)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, reference: Any) -> None:
+    """Checkpoints fail and rows wait, also where another rank becomes rank 0; with room again all is written."""
+    with (
+        small_disk(tmp_path / "run", 2) as disk,
+        ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "4", "--pause", "0.2") as job,
+    ):
+        job.step(6)
+        disk.fill()
+        job.until(lambda: "cannot write step 12's checkpoint" in job.said(), "second failed checkpoint")
+        job.kill(0)
+        job.until(lambda: "cannot write step 20's checkpoint" in job.said(), "failed checkpoint of another rank")
+        assert not list(job.run_dir.glob("**/.*"))
+        disk.empty()
+        job.until(lambda: "has room again" in job.said(), "rows that were waiting")
+        job.end()
+        check(job, reference)
+        assert re.search(r"No space left on device \(\d+ KiB free\); training goes on", job.said())
+        assert "rows wait in memory" in job.said()
