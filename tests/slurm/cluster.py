@@ -1,6 +1,6 @@
 """A real Slurm on the hosts of a cluster: a controller on the first, slurmd on all, and nothing of it on disk.
 
-Partitions: `all`, the default; `safe`, the first host; `spot`, the others, whose jobs are requeued, 8 seconds after a
+Partitions: `all`, the default; `safe`, the first host; `spot`, the others, whose jobs are requeued, 5 seconds after a
 notice, for those of `urgent`. A host that does not answer for 5 s is down, and a requeued job waits for 5 s, not for
 minutes.
 """
@@ -18,7 +18,7 @@ from tests.hosts import cluster as machine
 from tests.hosts import furnish
 from tests.hosts.cluster import Host
 
-GRACE = 8  # seconds from the notice of a preemption to the end
+GRACE = 5  # seconds from the notice of a preemption to the end
 PROGRAMS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm"}
 SETTINGS = "/etc/slurm"
 MUNGE = [f"--{name}-file=/run/munge/{name}" for name in ("key", "pid", "log", "seed")]
