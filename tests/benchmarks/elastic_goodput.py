@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from tests.benchmarks.elastic_log import METRICS
-from tests.benchmarks.elastic_runs import NAMES, Hvdtrain, folder
+from tests.benchmarks.elastic_runs import NAMES, Fails, Hvdtrain, folder
 from tests.ranks.elastic import ElasticJob, verify
 from tests.ranks.harness import rows
 
@@ -98,7 +98,7 @@ def replay(scale: float) -> dict[str, Any]:
         slots, began = set(FIRST), time.monotonic()
         history = [Slots(0.0, len(slots))]
         for second, slot, what in TRACE:
-            time.sleep(max(0.0, began + second / scale - time.monotonic()))
+            wait(run, began + second / scale)
             worker = worker_on(run, NAMES[slot]) if what == "lost" else None
             (slots.add if what == "join" else slots.remove)(slot)
             run.job.hosts(hosts_of(tuple(sorted(slots))))
@@ -108,7 +108,7 @@ def replay(scale: float) -> dict[str, Any]:
             print(
                 f"  {history[-1].at:6.1f} s  {what:5} {NAMES[slot]:9} {len(slots)} slots", file=sys.stderr, flush=True
             )
-        time.sleep(max(0.0, began + LENGTH / scale - time.monotonic()))
+        wait(run, began + LENGTH / scale)
         length = time.monotonic() - began
         seen, steps = list(run.watch.seen), run.steps()
         run.job.process.send_signal(signal.SIGINT)
@@ -120,6 +120,16 @@ def replay(scale: float) -> dict[str, Any]:
         for one, step in zip(seen, steps, strict=False)
     ]
     return {"length": length, "slots": history, "done": done}
+
+
+def wait(run: Hvdtrain, until: float) -> None:
+    """Raises Fails where the run ends meanwhile: all slots that trained have left before those that came could join."""
+    while time.monotonic() < until:
+        if run.job.process.poll() is not None:
+            raise Fails(
+                f"the run ended with {run.job.process.returncode}; with a smaller --scale slots have time to join"
+            )
+        time.sleep(0.02)
 
 
 def worker_on(run: Hvdtrain, host: str) -> psutil.Process | None:

@@ -81,8 +81,7 @@ def added_and_removed(job: Stock) -> None:
 
 def come_and_go(job: Stock) -> None:
     job.hosts(listed(2))
-    job.steps(5)
-    time.sleep(5)
+    time.sleep(8)
     job.hosts(listed(3))
 
 
