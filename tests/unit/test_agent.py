@@ -110,7 +110,7 @@ def test_a_signal_is_a_notice_and_a_later_one_the_end(start: Start, folder: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1])
 def test_slurm_ends_at_the_deadline(start: Start, folder: Path, number: int) -> None:
-    process = start("slurm", "--grace", "2", boot=None, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
+    process = start("slurm", "--grace", "4", boot=None, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
     process.send_signal(number)
     assert wait_draining(folder).boot_id == f"{this_life({})}+17.1"
     time.sleep(1.1)
