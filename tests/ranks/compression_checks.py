@@ -407,7 +407,7 @@ def check_quality():
     """Each method by default comes as near to the least loss as dense; onebit and topk need their feedback for it."""
     if SIZE != 2:
         return
-    for seed in range(3):
+    for seed in range(2):
         for text in ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "powersgd"):
             left = excess(f"{text},min=1", 0.3, 300, seed)
             assert left < 0.003, (text, seed, left)
