@@ -90,7 +90,7 @@ def main() -> int:
         expected, found = losses(folder / "alone"), losses(job.run_dir)
         assert len(found) == len(expected), f"{len(found)} of {len(expected)} steps; seed {options.seed}"
         verify(job.run_dir)
-        # At this constant learning rate, two undisturbed ranks differ from one by 3e-5 after 24 steps: float32's rounding.
+        # At this constant learning rate, two undisturbed ranks differ from one by 3e-5 after 24 steps: by rounding.
         # A batch that is lost or made twice would show in the second digit.
         np.testing.assert_allclose(found[:24], expected[:24], rtol=1e-4)
         changes = job.summary()["membership_changes"]
