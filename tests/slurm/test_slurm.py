@@ -83,6 +83,19 @@ def test_a_job_over_two_nodes_is_as_one_process(nodes: list[Host], alone: list[f
     verify(job.run_dir)
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)], ids=lambda shape: f"{shape[0]} nodes x {shape[1]}")
+def test_srun_trains_digits_as_one_process(shape: tuple[int, int], tmp_path: Path) -> None:
+    options = ["--epochs", "10", "--log-every", "1", "--threads", "1"]
+    train("alone", 1, "digits", tmp_path / "alone", *options, cwd=ROOT)
+    with cluster(shape[0]) as hosts, slurm(hosts):
+        where = [f"--nodes={shape[0]}", f"--ntasks-per-node={shape[1]}"]
+        job = Submitted(hosts[0], tmp_path, *where, TRAIN, "digits", *options)
+        job.end()
+    summary = json.loads((job.run_dir / "summary.json").read_text())
+    assert summary["world_size"] == 4 and summary["eval"]["accuracy"] >= 0.97
+    assert losses(job.run_dir) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
 def test_a_job_that_is_cancelled_and_one_that_is_queued_again(
     nodes: list[Host], alone: list[float], tmp_path: Path
 ) -> None:
