@@ -95,7 +95,7 @@ class ElasticJob(Job):
 
     def kill_any(self) -> None:
         """Kill some worker."""
-        next(p for p in self.processes() if "HVDTRAIN_MEMBER" in p.environ()).kill()
+        self.those(lambda process: "HVDTRAIN_MEMBER" in process.environ())[0].kill()
 
     def world(self, size: int, timeout: float = 40) -> None:
         """Wait until as many ranks as this train together."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,7 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for left in self.processes():
-            left.kill()
+        self.kill_processes(self.processes())
         self.process.communicate()
 
     def finish(self, timeout: float = 100) -> subprocess.CompletedProcess[str]:
@@ -77,15 +78,13 @@ class Job:
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            for left in self.processes():
-                left.kill()
+            self.kill_processes(self.processes())
             out, err = self.process.communicate()
             raise AssertionError(f"no end within {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}") from None
         deadline = time.monotonic() + 5
         while (left_over := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for left in left_over:
-            left.kill()
+        self.kill_processes(left_over)
         assert not left_over, f"left running: {left_over}\n{out}\n{err}"
         return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
 
@@ -102,11 +101,22 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The job's living ranks: the processes that run `hvdtrain train` themselves."""
+        return self.those(lambda process: process.cmdline()[1:4] == ["-m", "hvdtrain", "train"])
+
+    def those(self, which: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+        """The living processes of this job of which that holds."""
         found = []
         for process in self.processes():
-            if process.cmdline()[1:4] == ["-m", "hvdtrain", "train"]:
-                found.append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                if which(process):
+                    found.append(process)
         return found
+
+    def kill_processes(self, processes: Iterable[psutil.Process]) -> None:
+        """Kill those of the processes that are still there."""
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def run(

@@ -132,10 +132,7 @@ def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
     """All save and end with 75; resumed, the run goes on as if nothing had been."""
     with ElasticJob(tmp_path, "localhost:2", least=2, launch=[]) as job:
         job.step(5)
-        for process in job.processes():
-            if "hvdtrain.launch" not in " ".join(process.cmdline()) and is_supervisor(process):
-                process.send_signal(signal.SIGTERM)
-                break
+        job.those(is_supervisor)[0].send_signal(signal.SIGTERM)
         job.end(75)
     steps = len(losses(job.run_dir))
     assert steps < EPOCHS * STEPS
@@ -185,10 +182,7 @@ def test_a_driver_that_is_killed(tmp_path: Path, reference: Any) -> None:
     """`hvdtrain launch` starts the job again from its newest checkpoint."""
     with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "5", launch=["--relaunch", "2"]) as job:
         job.step(8)
-        driver = next(
-            p for p in job.processes() if p.name() == "horovodrun" or "bin/horovodrun" in " ".join(p.cmdline()[:2])
-        )
-        driver.kill()
+        job.those(lambda process: "bin/horovodrun" in " ".join(process.cmdline()[:2]))[0].kill()
         job.end()
     assert "relaunch 1 of 2" in job.said()
     check(job, reference)
@@ -284,7 +278,7 @@ def test_a_failure_while_the_state_is_handed_over(tmp_path: Path, reference: Any
         job.fault.write_text("sync-wait")  # when others join
         job.until(lambda: not job.fault.exists(), "hand-over")
         gives = job.worker(0)
-        next(p for p in job.processes() if "HVDTRAIN_MEMBER" in p.environ() and p != gives).kill()
+        job.those(lambda process: "HVDTRAIN_MEMBER" in process.environ() and process != gives)[0].kill()
         job.end()
     check(job, reference)
 
