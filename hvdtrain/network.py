@@ -64,6 +64,16 @@ def address_of(interface: str) -> str:
     raise UserError(f"{socket.gethostname()} has no network interface {interface!r} with an IPv4 address")
 
 
+def own_address_to(name: str) -> str:
+    """This host's IPv4 address on the way to another one. Raises UserError where there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address(name), 9))  # sends nothing
+        except OSError as error:
+            raise UserError(f"there is no route to host {name!r}: {error.strerror}") from None
+        return str(probe.getsockname()[0])
+
+
 def ssh_name(name: str) -> str:
     """The name that ssh's configuration has for a host; the same name where there is no other, or no ssh."""
     try:
@@ -76,12 +86,7 @@ def ssh_name(name: str) -> str:
 
 def _route(name: str) -> str:
     """The interface by which packets to a host leave."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address(name), 9))  # sends nothing
-        except OSError as error:
-            raise UserError(f"there is no route to host {name!r}: {error.strerror}") from None
-        own = probe.getsockname()[0]
+    own = own_address_to(name)
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address == own for one in addresses):
             return interface

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
 from hvdtrain.errors import UserError
-from hvdtrain.network import address, address_of, is_here
+from hvdtrain.network import address_of, is_here, own_address_to
 
 CONNECT_SECONDS = 5
 # Python may take long to start from a file server that nobody has read from today.
@@ -163,10 +163,8 @@ def why(code: int, said: str) -> str:
 def way_to(name: str) -> str | None:
     """This host's address on the way to another one, None where there is no way."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address(name), 9))  # sends nothing
-            return str(probe.getsockname()[0])
-    except (OSError, UserError):
+        return own_address_to(name)
+    except UserError:
         return None
 
 

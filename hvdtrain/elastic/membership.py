@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.board import Board, BoardLost
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
+from hvdtrain.network import address_of
 
 MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
 MESSAGES = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
@@ -296,11 +295,11 @@ def places(line: Sequence[str], present: Mapping[str, Any]) -> list[dict[str, An
 
 
 def own_address(interface: str, fallback: str) -> str:
-    """This host's IPv4 address on an interface."""
-    for address in psutil.net_if_addrs().get(interface, []):
-        if address.family.name == "AF_INET":
-            return str(address.address)
-    return fallback
+    """This host's IPv4 address on an interface; `fallback` where it has none."""
+    try:
+        return address_of(interface)
+    except UserError:
+        return fallback
 
 
 def from_environment() -> Membership | None:

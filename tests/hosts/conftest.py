@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests.hosts.cluster import missing
+from tests.ranks.harness import skip_or_fail
 
 
 @pytest.fixture(scope="session")
 def machine_allows_clusters() -> None:
     """What every test with a cluster begins with."""
-    why = missing()
-    if why and os.environ.get("CI") == "true":
-        pytest.fail(f"{why} (and CI=true)")
-    if why:
-        pytest.skip(why)
+    skip_or_fail(missing())

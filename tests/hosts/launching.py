@@ -12,13 +12,20 @@ from pathlib import Path
 import psutil
 
 from tests.hosts.cluster import Host
-from tests.ranks.harness import BIN, HVDTRAIN, ROOT
+from tests.ranks.elastic import losses
+from tests.ranks.harness import BIN, HVDTRAIN, ROOT, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
 HOROVODRUN = ["--launcher", "horovodrun"]
 HOROVODRUN_MPI = ["--launcher", "horovodrun", "--controller", "mpi"]
 MPIRUN = ["--launcher", "mpirun"]
 SSHD = "sshd"
+
+
+def losses_alone(folder: Path, *options: str) -> list[float]:
+    """The losses of all steps of digits in a single process."""
+    train("alone", 1, DIGITS, folder, *options, "--threads", "1")
+    return losses(folder)
 
 
 @contextmanager

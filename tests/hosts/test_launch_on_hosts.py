@@ -15,8 +15,18 @@ import pytest
 
 from tests.hosts import furnish
 from tests.hosts.cluster import Host, cluster
-from tests.hosts.launching import DIGITS, HOROVODRUN, HOROVODRUN_MPI, MPIRUN, at_work, end, launched, ranks
-from tests.ranks.harness import rows, train, wait_for_step
+from tests.hosts.launching import (
+    DIGITS,
+    HOROVODRUN,
+    HOROVODRUN_MPI,
+    MPIRUN,
+    at_work,
+    end,
+    launched,
+    losses_alone,
+    ranks,
+)
+from tests.ranks.harness import rows, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -35,10 +45,7 @@ ALIAS = """Host far
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of all steps in a single process."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    train("alone", 1, DIGITS, folder, *TEN_EPOCHS, "--threads", "1")
-    return [row["loss"] for row in rows(folder)]
+    return losses_alone(tmp_path_factory.mktemp("alone") / "run", *TEN_EPOCHS)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.cluster import Host, cluster
-from tests.hosts.launching import DIGITS, HOROVODRUN, MPIRUN, end, launched, ranks
-from tests.ranks.harness import rows, train, wait_for_step
+from tests.hosts.launching import DIGITS, HOROVODRUN, MPIRUN, end, launched, losses_alone, ranks
+from tests.ranks.harness import rows, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -21,10 +21,7 @@ TWO_EPOCHS = ["--epochs", "2", "--log-every", "1"]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of all steps in a single process."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    train("alone", 1, DIGITS, folder, *TWO_EPOCHS, "--threads", "1")
-    return [row["loss"] for row in rows(folder)]
+    return losses_alone(tmp_path_factory.mktemp("alone") / "run", *TWO_EPOCHS)
 
 
 @pytest.fixture(scope="module")

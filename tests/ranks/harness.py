@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,14 @@ class Job:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def skip_or_fail(why: str | None) -> None:
+    """Skip a test because of what this machine lacks, if anything; on CI nothing may be lacking."""
+    if why and os.environ.get("CI") == "true":
+        pytest.fail(f"{why} (and CI=true)")
+    if why:
+        pytest.skip(why)
 
 
 def run(
