@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvdtrain import cores
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.probe import settle
 from hvdtrain.collectives.world import World
@@ -96,7 +96,7 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
     """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
     if recipe.framework != "torch":
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
-    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(options.threads or cores.per_rank(world.local_size))
     device = choose_device(options.device, world.local_rank)
     data = load_datasets(recipe, world)["train"]
     count = options.batch_per_rank or max(1, recipe.batch_size // world.size)

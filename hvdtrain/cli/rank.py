@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NoReturn
 
-from hvdtrain import messages
+from hvdtrain import cores, messages
 from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
 from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
@@ -19,8 +19,7 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
 
 def share_cores() -> None:
     """Set OMP_NUM_THREADS, unless it is, to this rank's share of its host's cores: before torch is imported."""
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_from_environment())))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores.per_rank(local_size_from_environment())))
 
 
 def begin(member: Membership | None = None) -> World:
@@ -30,6 +29,7 @@ def begin(member: Membership | None = None) -> World:
     """
     world = init()
     if member is not None:
+        cores.bind(member.slot.local_rank, member.slot.local_size)
         return replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
     messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
     return world

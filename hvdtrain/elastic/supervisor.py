@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdtrain import cores
 from hvdtrain.elastic.board import Board, BoardLost
 from hvdtrain.elastic.membership import MEMBER, MESSAGES, Slot, newest_plan
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
@@ -106,8 +107,7 @@ class Supervisor:
         environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
         # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
         environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
-        cores = len(os.sched_getaffinity(0))
-        environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.slot.local_size)))
+        environ.setdefault("OMP_NUM_THREADS", str(cores.per_rank(self.slot.local_size)))
         process = subprocess.Popen(self.command, env=environ, pass_fds=[reading])
         os.close(reading)
         return Worker(process, member, os.pidfd_open(process.pid), writing)

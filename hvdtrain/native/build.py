@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hvdtrain.errors import RunError, UserError
-from hvdtrain.native import cache, installed, mends, source
+from hvdtrain.native import cache, installed, mend, source
 from hvdtrain.native.log import first_error, run_logged
 from hvdtrain.native.plan import Plan
 from hvdtrain.native.progress import Report
@@ -49,7 +49,7 @@ def build(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
         source.fetch_tools(work / "tools", log, env)
         report("fetching Horovod's source", 0)
         tree = source.fetch_source(work / "source", log, env)
-        mends.apply(tree, plan.mends())
+        mend.apply(tree, plan.mends())
         record = {"key": plan.key(), **plan.ingredients()}
         (tree / "horovod" / installed.RECORD).write_text(json.dumps(record, indent=2) + "\n")
         report("configuring Horovod", 0)

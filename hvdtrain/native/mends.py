@@ -1,23 +1,10 @@
-"""The changes to Horovod's released source without which it does not build, or not work, today.
-
-Each one names the text it replaces, which must stand in its file exactly once: another Horovod, or a mend already
-made, stops the build instead of giving a library that is nearly right.
-"""
+"""The changes to Horovod's released source without which it does not build, or not work, today."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from hvdtrain.errors import RunError
-
-
-@dataclass(frozen=True)
-class Mend:
-    file: str
-    old: str
-    new: str
+from hvdtrain.native.mend import Mend
 
 
 def mends(standard: str, *, nccl: bool, rpath: Sequence[str]) -> list[Mend]:
@@ -83,6 +70,7 @@ def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
             "        idle_cycles = 0;\n",
         ),
         *for_elastic(),
+        *for_gloo(),
         # Python 3.12 has no distutils.
         Mend(
             torch_cmake,
@@ -250,6 +238,34 @@ def for_elastic() -> list[Mend]:
     ]
 
 
+def for_gloo() -> list[Mend]:
+    """What makes Gloo's all-to-all and all-gather twice as fast where the network is what limits them.
+
+    A rank tells its peer that it waits for data on the connection by which it sends its own. Told behind megabytes of
+    them, the peer sends only when they are through, and the link is used in one direction at a time.
+    """
+    send = "out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
+    receive = "out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
+    part = "in->send(\n        sendRank, slot, inOffsetPerRank[sendRank], inLengthPerRank[sendRank]);\n"
+    other = "out->recv(\n        recvRank, slot, outOffsetPerRank[recvRank], outLengthPerRank[recvRank]);\n"
+    loop, then = "  for (int i = 1; i < worldSize; i++) {\n", "    int sendRank = (myRank + i) % worldSize;\n"
+    whence = "    int recvRank = (myRank + worldSize - i) % worldSize;\n"
+    gather, alltoall = (f"third_party/gloo/gloo/{name}.cc" for name in ("allgatherv", "alltoallv"))
+    return [
+        Mend(
+            gather,
+            f"    if (i == 0) {{\n      {send}      {receive}",
+            f"    if (i == 0) {{\n      {receive}      {send}",
+        ),
+        Mend(gather, f"timeout);\n    {send}    {receive}", f"timeout);\n    {receive}    {send}"),
+        Mend(
+            alltoall,
+            f"{loop}{then}{whence}    {part}    {other}  }}\n",
+            f"{loop}{whence}    {other}  }}\n{loop}{then}    {part}  }}\n",
+        ),
+    ]
+
+
 def for_no_cuda() -> list[Mend]:
     """What a build without NCCL needs: Horovod takes up CUDA whenever torch has it and an nvcc is to be seen."""
     return [
@@ -270,21 +286,3 @@ def for_no_cuda() -> list[Mend]:
 def cmake_text(text: str) -> str:
     """Text as it stands between double quotes in CMake."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
-
-
-def apply(folder: Path, changes: Sequence[Mend]) -> None:
-    """Make the changes in an unpacked source.
-
-    Raises:
-        RunError: a file is missing, or does not hold the expected text exactly once.
-    """
-    for change in changes:
-        path = folder / change.file
-        if not path.is_file():
-            raise RunError(f"Horovod's source has no {change.file}: this is not the release that hvdtrain can mend")
-        text = path.read_text()
-        count = text.count(change.old)
-        if count != 1:
-            first = change.old.strip().splitlines()[0]
-            raise RunError(f"Horovod's {change.file}: expected {first!r} once, found it {count} times")
-        path.write_text(text.replace(change.old, change.new))

@@ -17,6 +17,7 @@ from typing import Any
 from hvdtrain.errors import RunError
 from hvdtrain.native import installed, mends
 from hvdtrain.native.cuda import Nccl, Toolkit, find_nccl, find_toolkit
+from hvdtrain.native.mend import Mend
 from hvdtrain.native.mpi import Mpi, find_mpi
 from hvdtrain.native.torchinfo import Torch, TorchBuild, ask_torch, require_torch
 
@@ -37,7 +38,7 @@ class Plan:
     archs: tuple[str, ...]
     cpu_flags: str
 
-    def mends(self) -> list[mends.Mend]:
+    def mends(self) -> list[Mend]:
         """The changes to Horovod's source that this build needs."""
         return mends.mends(self.torch.standard, nccl=self.nccl is not None, rpath=self.rpath())
 

@@ -201,10 +201,11 @@ class Exchange:
         # All second rounds are under way before any is waited for.
         for bucket in self.buckets:
             bucket.channel.turn()
-        if len(self.flags.flat):
-            self.flags.finish()
+        # In the order in which they were sent: what has arrived is decoded while a slower rank sends its last.
         for bucket in self.buckets:
             bucket.channel.finish()
+        if len(self.flags.flat):
+            self.flags.finish()
         self.waited = time.perf_counter() - begin
         compressed = self.compressed
         # All memories or none: a step with anything that is not finite is not made.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import os
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
-from hvdtrain import __version__
+from hvdtrain import __version__, cores
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.elastic.ledger import MOST, Ledger, numbered
@@ -27,7 +26,7 @@ PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 def step_options(options: RunOptions, world: World) -> StepOptions:
     """The framework's options, with the number of threads resolved on this host."""
     # Sums within an operation depend on the number of threads.
-    default = 1 if options.deterministic else max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    default = 1 if options.deterministic else cores.per_rank(world.local_size)
     return StepOptions(
         seed=options.seed,
         device=options.device,

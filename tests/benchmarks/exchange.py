@@ -7,7 +7,8 @@ ResNet-18, 16 images of 64x64 per rank, two ranks (or --ranks) with one thread e
 on a host of its own, joined by links of that rate (needs root). Ways take turns, and each round begins with another.
 
 A way is one of none (no exchange), horovod (stock), ddp, ddp-fp16, bucketed (hvdtrain's), bucketed:SPEC with a
-compression; behind it +channels-last, +malloc (glibc keeps freed memory) or +NAME=VALUE, an environment variable.
+compression; behind it +channels-last, +malloc (glibc keeps freed memory), +bound or +unbound (each
+rank to its share of the host's cores, as hvdtrain does itself, or not) or +NAME=VALUE, an environment variable.
 """
 
 from __future__ import annotations
@@ -44,12 +45,16 @@ def measure(way: str, options: argparse.Namespace, hosts: Sequence[Host]) -> dic
     for modifier in more:
         if modifier == "channels-last":
             line.append("--channels-last")
+        elif modifier in ("bound", "unbound"):
+            line += ["--cores", "own" if modifier == "bound" else "any"]
         elif modifier == "malloc":
             env |= MALLOC
         else:
             variable, equals, value = modifier.partition("=")
             if not equals:
-                raise SystemExit(f"{way}: +{modifier} is none of +channels-last, +malloc, +NAME=VALUE")
+                raise SystemExit(
+                    f"{way}: +{modifier} is none of +channels-last, +malloc, +bound, +unbound, +NAME=VALUE"
+                )
             env[variable] = value
     text = by_horovodrun(line, options.ranks, hosts, env, 60 + SLOWEST * (unmeasured + options.steps))
     if options.show:

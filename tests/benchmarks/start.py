@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hvdtrain.cores import USABLE
 from hvdtrain.launch import command
 from tests.hosts.cluster import Host, cluster, missing
 
@@ -20,14 +21,15 @@ ROOT = Path(__file__).parents[2]
 def machines(rate: str | None, ranks: int) -> Iterator[list[Host]]:
     """The hosts of `ranks` ranks: none, which means this host's loopback, or a host for each where there is a rate.
 
-    rate: what each host can send, as tc writes it (1gbit, 100mbit). Such hosts need root.
+    rate: what each host can send, as tc writes it (1gbit, 100mbit). Such hosts need root. Each has cores of its own, as
+    hosts have, where there are enough.
     """
     if not rate:
         yield []
         return
     if lack := missing():
         raise SystemExit(f"--rate: {lack}")
-    with cluster(ranks, rate) as hosts:
+    with cluster(ranks, rate, own_cores=ranks <= len(USABLE)) as hosts:
         yield hosts
 
 

@@ -1,6 +1,6 @@
 """One rank of a step-time benchmark: ResNet-18, 16 images of 64x64 per rank.
 
-    python -m tests.benchmarks.step_rank WAY [--steps N] [--channels-last]
+    python -m tests.benchmarks.step_rank WAY [--steps N] [--channels-last] [--cores own|any]
 
 WAY: none (no communication), horovod (stock DistributedOptimizer), ddp, ddp-fp16, bucketed (hvdtrain's), or
 bucketed:SPEC with a compression. Started by horovodrun, also for DDP, which takes its rank from Horovod's variables.
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torchvision.models import resnet18
+
+from hvdtrain import cores
 
 BATCH, SIDE = 16, 64
 
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("way")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--cores", choices=["own", "any"], help="keep to this rank's share of the cores, or not")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -70,6 +73,10 @@ def main() -> None:
         images = images.contiguous(memory_format=torch.channels_last)
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = wrapped(options.way, model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    if options.cores == "own":
+        cores.bind(*(int(os.environ[f"HOROVOD_LOCAL_{what}"]) for what in ("RANK", "SIZE")))
+    elif options.cores == "any":
+        os.sched_setaffinity(0, cores.USABLE)
     seconds = []
     for _ in range(options.steps):
         begin = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from hvdtrain.cores import USABLE, share
 from tests.hosts import furnish
 from tests.hosts.namespaces import NETWORK, members, start_first, start_in
 
@@ -125,17 +126,25 @@ class Host:
 
 @contextlib.contextmanager
 def cluster(
-    n: int, rate: str | None = None, *, latency: str = "50ms", loopback_names: bool = False
+    n: int,
+    rate: str | None = None,
+    *,
+    latency: str = "50ms",
+    loopback_names: bool = False,
+    own_cores: bool = False,
 ) -> Iterator[list[Host]]:
     """Hosts h0, h1, ... joined by a switch; `rate` (as tc writes it: 1gbit) limits what each of them sends.
 
     With `loopback_names`, a host's own name is 127.0.1.1 there, as Debian's installer writes it.
+    With `own_cores`, each host has an equal part of the machine's cores to itself; one at least.
     What is not shaped goes as fast as the machine copies. `latency` is the longest that a packet may wait to be sent.
     Afterwards nothing is left, whether the block ends, raises, or this process is killed.
     Raises RuntimeError, naming what failed, where the machine cannot do it; see `missing`.
     """
     if not 0 < n <= MOST:
         raise ValueError(f"{n} hosts; expected 1 to {MOST}")
+    if own_cores and n > len(USABLE):
+        raise ValueError(f"{n} hosts with cores of their own; this machine has {len(USABLE)} cores")
     with contextlib.ExitStack() as undo:
         switch = start_first("switch")
         undo.callback(end_switch, switch)
@@ -145,6 +154,8 @@ def cluster(
         for number in range(n):
             host = Host(f"h{number}", f"{PREFIX}{number + 1}", start_first(f"h{number}"), switch.pid)
             undo.callback(host.down)
+            if own_cores:
+                os.sched_setaffinity(host.first.pid, share(sorted(USABLE), number, n))
             hosts.append(host)
         keys = []
         for host in hosts:

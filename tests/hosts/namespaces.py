@@ -34,7 +34,9 @@ def start_first(name: str) -> subprocess.Popen[bytes]:
 
 
 def start_in(pid: int, command: Sequence[str], kinds: int = HOST, **options: Any) -> subprocess.Popen[Any]:
-    """Start a command in the namespaces of process `pid`; `options` are Popen's."""
+    """Start a command in the namespaces of process `pid`, and on its cores; `options` are Popen's."""
+
+    cores = os.sched_getaffinity(pid)
 
     def enter() -> None:
         # A thread that shares its working directory with others may not change its mounts.
@@ -44,6 +46,7 @@ def start_in(pid: int, command: Sequence[str], kinds: int = HOST, **options: Any
             call("setns", target, kinds)
         finally:
             os.close(target)
+        os.sched_setaffinity(0, cores)
 
     options.setdefault("cwd", os.getcwd())  # noqa: PTH109 - as text; entering mounts leads to their root
     return start(enter, command, **options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain.cores import USABLE
 from tests.hosts.cluster import Host, cluster, missing
 from tests.hosts.namespaces import living_in
-from tests.ranks.harness import ROOT
+from tests.ranks.harness import ROOT, skip_or_fail
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -250,3 +253,13 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing() == "clusters of namespaces need the program ip (package iproute2)"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert missing() == "clusters of namespaces need root"
+
+
+def test_hosts_with_cores_of_their_own() -> None:
+    if len(USABLE) < 2:
+        skip_or_fail("two hosts with cores of their own need two cores")
+    ask = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    with cluster(2, own_cores=True) as hosts:
+        first = json.loads(hosts[0].run(ask).stdout)
+        second = json.loads(ssh(hosts[0], "h1", shlex.join(ask)).stdout)
+    assert first and second and set(first) | set(second) == USABLE and not set(first) & set(second)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.errors import RunError
-from hvdtrain.native.mends import Mend, apply, cmake_text, mends
+from hvdtrain.native.mend import Mend, apply
+from hvdtrain.native.mends import cmake_text, mends
 
 
 def source_of(folder: Path, changes: list[Mend]) -> Path:
