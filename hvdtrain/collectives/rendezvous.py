@@ -8,9 +8,14 @@ from __future__ import annotations
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+WAIT = 1.0  # seconds; Gloo asks again, every 10 ms, until its own time is up
+
 
 class Server(ThreadingHTTPServer):
-    """Keeps what is PUT to /scope/key. It lives until `end`, for Gloo's later contexts (process sets)."""
+    """Keeps what is PUT to /scope/key. It lives until `end`, for Gloo's later contexts (process sets).
+
+    A GET for what is not there yet is answered when it comes, or by 404 after WAIT.
+    """
 
     daemon_threads = True
 
@@ -20,6 +25,7 @@ class Server(ThreadingHTTPServer):
         Raises OSError if the port is taken.
         """
         self.values = {f"/rank_and_size/{slot}": text.encode() for slot, text in assignments.items()}
+        self.changed = threading.Condition()
         super().__init__((address, port), Handler)
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -28,6 +34,10 @@ class Server(ThreadingHTTPServer):
         return int(self.server_address[1])
 
     def end(self) -> None:
+        """Answer nobody any more. Returns at once; the port is free some 50 ms later."""
+        threading.Thread(target=self._end, daemon=True).start()
+
+    def _end(self) -> None:
         self.shutdown()
         self.server_close()
 
@@ -36,10 +46,16 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._answer(self.server.values.get(self.path))
+        with self.server.changed:
+            self.server.changed.wait_for(lambda: self.path in self.server.values, WAIT)
+            value = self.server.values.get(self.path)
+        self._answer(value)
 
     def do_PUT(self) -> None:
-        self.server.values[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        value = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.changed:
+            self.server.values[self.path] = value
+            self.server.changed.notify_all()
         self._answer(b"")
 
     def do_DELETE(self) -> None:

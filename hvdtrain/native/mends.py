@@ -239,10 +239,12 @@ def for_elastic() -> list[Mend]:
 
 
 def for_gloo() -> list[Mend]:
-    """What makes Gloo's all-to-all and all-gather twice as fast where the network is what limits them.
+    """What makes Gloo's exchanges twice as fast where the network limits them, and its coming and going quick.
 
     A rank tells its peer that it waits for data on the connection by which it sends its own. Told behind megabytes of
-    them, the peer sends only when they are through, and the link is used in one direction at a time.
+    them, the peer sends only when they are through, and the link is used in one direction at a time: so it is told
+    first. And whoever closes a connection waits for the loop that watches all of them to come round, which it did
+    every 10 ms: a tenth of a second to leave 3 peers, seconds to leave 60. Now it is woken.
     """
     send = "out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
     receive = "out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
@@ -250,19 +252,19 @@ def for_gloo() -> list[Mend]:
     other = "out->recv(\n        recvRank, slot, outOffsetPerRank[recvRank], outLengthPerRank[recvRank]);\n"
     loop, then = "  for (int i = 1; i < worldSize; i++) {\n", "    int sendRank = (myRank + i) % worldSize;\n"
     whence = "    int recvRank = (myRank + worldSize - i) % worldSize;\n"
-    gather, alltoall = (f"third_party/gloo/gloo/{name}.cc" for name in ("allgatherv", "alltoallv"))
+    names = ("allgatherv", "alltoallv", "transport/tcp/loop")
+    gather, alltoall, watching = (f"third_party/gloo/gloo/{name}.cc" for name in names)
+    first, woken = "    if (i == 0) {\n", "    defer([] {});\n"
     return [
-        Mend(
-            gather,
-            f"    if (i == 0) {{\n      {send}      {receive}",
-            f"    if (i == 0) {{\n      {receive}      {send}",
-        ),
+        Mend(gather, f"{first}      {send}      {receive}", f"{first}      {receive}      {send}"),
         Mend(gather, f"timeout);\n    {send}    {receive}", f"timeout);\n    {receive}    {send}"),
         Mend(
             alltoall,
             f"{loop}{then}{whence}    {part}    {other}  }}\n",
             f"{loop}{whence}    {other}  }}\n{loop}{then}    {part}  }}\n",
         ),
+        Mend(watching, "    cv_.wait(lock);\n", f"{woken}    cv_.wait(lock);\n"),
+        Mend(watching, "    done_ = true;\n", f"    done_ = true;\n{woken}"),
     ]
 
 
