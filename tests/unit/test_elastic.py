@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,11 @@ def test_the_server_where_ranks_meet() -> None:
         assert urllib.request.urlopen(f"{url}/rank_and_size/a:0").read() == b"0,2,0,1,0,2"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{url}/global/1")
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(lambda: urllib.request.urlopen(f"{url}/global/2").read())
+            time.sleep(0.1)  # of WAIT, which is 1 s
+            urllib.request.urlopen(urllib.request.Request(f"{url}/global/2", data=b"late", method="PUT"))
+            assert asked.result(10) == b"late"
     finally:
         server.end()
 

@@ -1,0 +1,52 @@
+"""Gloo's exchanges use a link in both directions at once, as its all-reduce does."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from tests.hosts.cluster import cluster
+from tests.ranks.harness import BIN, ROOT
+
+pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
+
+RATE, SIZE = 100e6 / 8, 2_000_000  # bytes a second of the link; bytes that each rank sends
+
+RANK = f"""
+import json, time, hvdtrain, torch
+from hvdtrain.collectives import ops
+world = hvdtrain.init()
+x = torch.zeros({SIZE}, dtype=torch.uint8)
+ways = {{
+    "all-to-all": lambda: ops.all_to_all_async(torch.zeros(2 * {SIZE}, dtype=torch.uint8), "parts"),
+    "all-gather": lambda: ops.all_gather_async(x, "sums"),
+    "all-reduce": lambda: ops.all_reduce_async_(x.view(torch.float32), "sum"),
+}}
+took = {{}}
+for name, way in ways.items():
+    for _ in range(3):
+        begin = time.perf_counter()
+        ops.wait(way())
+        took[name] = time.perf_counter() - begin
+if world.rank == 0:
+    print("TOOK" + json.dumps(took), flush=True)
+"""
+
+
+def test_both_directions_at_once() -> None:
+    """One after the other they take the link's time twice; the link is what these hosts wait for."""
+    with cluster(2, "100mbit") as hosts:
+        done = hosts[0].run(
+            [str(BIN / "horovodrun"), "-np", "2", "--gloo", "-H", "h0:1,h1:1", "--network-interfaces", "eth0"]
+            + [sys.executable, "-c", RANK],
+            {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            timeout=60,
+            cwd=ROOT,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    took = json.loads(done.stdout.split("TOOK", 1)[1].splitlines()[0])
+    for way, seconds in took.items():
+        assert 0.8 * SIZE / RATE < seconds < 1.6 * SIZE / RATE, (way, took)

@@ -1,0 +1,48 @@
+"""Ranks keep to their own cores, unless somebody else has chosen some."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from hvdtrain import cores
+from tests.ranks.harness import launcher, run, skip_or_fail
+
+ASK = """
+import json, os, sys, threading, hvdtrain
+world = hvdtrain.init()
+seen = []
+thread = threading.Thread(target=lambda: seen.append(sorted(os.sched_getaffinity(0))))
+thread.start(), thread.join()
+assert seen == [sorted(os.sched_getaffinity(0))]
+print(f"CORES{json.dumps(seen[0])}", flush=True)
+"""
+
+
+def asked(kind: str, ranks: int, *before: str) -> list[set[int]]:
+    """The cores of each rank, in no order."""
+    done = run("alone", 1, [*before, *launcher(kind, ranks), sys.executable, "-c", ASK])
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [set(json.loads(part.partition("]")[0] + "]")) for part in done.stdout.split("CORES")[1:]]
+    assert len(found) == ranks, done.stdout
+    return found
+
+
+@pytest.mark.parametrize("kind", ["horovodrun", "mpirun"])
+def test_ranks_share_the_cores(kind: str) -> None:
+    if len(cores.USABLE) < 2 or len(cores.USABLE) != os.cpu_count() or cores.GPU_DRIVER.exists():
+        skip_or_fail("ranks are bound where there are two cores, all of them usable, and no GPU")
+    first, second = asked(kind, 2)
+    assert first and second and first | second == cores.USABLE and not first & second
+
+
+def test_left_where_they_are() -> None:
+    """One rank has all cores; more ranks than cores are not bound; nor is who was told a core to be on."""
+    assert asked("alone", 1) == [cores.USABLE]
+    assert asked("horovodrun", len(cores.USABLE) + 1) == [cores.USABLE] * (len(cores.USABLE) + 1)
+    if len(cores.USABLE) > 1:
+        one = min(cores.USABLE)
+        assert asked("horovodrun", 2, "taskset", "-c", str(one)) == [{one}] * 2
