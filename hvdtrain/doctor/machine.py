@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from hvdtrain import cores
 from hvdtrain.doctor.facts import Facts, disk, first_line, text_of
 from hvdtrain.native.cuda import find_nccl
 from hvdtrain.native.mpi import find_mpi
@@ -33,7 +34,7 @@ def facts() -> Facts:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "cores usable": len(os.sched_getaffinity(0)),
+        "cores usable": len(cores.USABLE),
         "cores allowed": core_limit(),
         "load": os.getloadavg()[0],
         "memory": memory.total,
