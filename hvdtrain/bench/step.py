@@ -56,7 +56,7 @@ def measure(work: Workload, way: str, steps: int) -> tuple[float, float, list[in
     elif way == STOCK:
         optimizer = distributed(work, model, exchange="horovod")
     else:
-        optimizer = distributed(work, model, way)
+        optimizer = distributed(work, model, f"{way},warmup=0")
     ops.barrier("bench.step")
     taken, sent = [], []
     for _ in range(WARM_UP + steps):

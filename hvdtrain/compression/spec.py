@@ -8,7 +8,7 @@
 
 Options behind it, separated by commas:
 
-    warmup=N          the first N steps are dense; 0, for powersgd 100
+    warmup=N          the first N steps are dense; 0, for topk, randomk and powersgd 100
     min=N             parameters with fewer values, and those with fewer than two axes, stay dense; 8192
     feedback=on|off   the error-feedback memory; each method has its own habit
     momentum=X        topk: momentum correction, in place of the optimizer's own momentum
@@ -34,7 +34,7 @@ from hvdtrain.errors import UserError, nearest
 METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
 DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.01", "powersgd": "4"}
 # What training needs at its beginning to end as well as dense (tests/benchmarks/accuracy.py).
-WARMUP = {"powersgd": "100"}
+WARMUP = {"topk": "100", "randomk": "100", "powersgd": "100"}
 OPTIONS = ("warmup", "min", "feedback", "momentum")
 
 

@@ -29,7 +29,7 @@ SPECS = [
     "topk:0.05,momentum=0.9",
     "randomk:0.1",
     "randomk:0.1,feedback=off",
-    "powersgd:2,warmup=0",
+    "powersgd:2",
 ]
 # All that can remember.
 MINDFUL = [text if "momentum" in text else f"{text},feedback=on" for text in SPECS if "off" not in text]
@@ -244,7 +244,7 @@ def check_not_finite_through_the_optimizer():
     """All gradients of a compressed bucket's parameters or none: every rank skips the same step."""
     for text in SPECS:
         model = Crossed((torch.float64, torch.bfloat16))  # torch unscales no float16
-        optimizer = wrap(model, 0.002, f"{text},min=1")
+        optimizer = wrap(model, 0.002, f"{text},min=1,warmup=0")
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for step in range(4):
             optimizer.zero_grad()
@@ -276,6 +276,8 @@ def small_model():
 def train(compression, steps, make=small_model, momentum=0.0, lr=0.05, **options):
     """The parameters after each step."""
     model = make()
+    if "warmup" not in compression:
+        compression += ",warmup=0"
     optimizer = wrap(model, lr, compression, momentum, **options)
     passes = options.get("backward_passes_per_step", 1)
     seen = []
@@ -339,7 +341,7 @@ def check_lossless_limits():
         torch.manual_seed(2)
         return square()
 
-    coded = train("powersgd:8,min=64,warmup=0", 10, fixed)[-1]
+    coded = train("powersgd:8,min=64", 10, fixed)[-1]
     assert_close(coded, train("none", 10, fixed)[-1], 1e-4)
 
 
@@ -364,7 +366,7 @@ def check_accumulation_is_one_backward():
 def check_clipping_after_synchronize():
     for text in SPECS:
         model = small_model()
-        optimizer = wrap(model, 0.05, f"{text},min=1")
+        optimizer = wrap(model, 0.05, f"{text},min=1,warmup=0")
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model, inputs_of(step)).backward()
@@ -412,7 +414,7 @@ def check_quality():
             left = excess(f"{text},min=1", 0.3, 300, seed)
             assert left < 0.003, (text, seed, left)
         for text in ("onebit", "topk"):
-            left = excess(f"{text},min=1,feedback=off", 0.3, 300, seed)
+            left = excess(f"{text},min=1,feedback=off,warmup=0", 0.3, 300, seed)
             assert left > 0.03, (text, seed, left)
     # A value is sent once in 100 steps.
     left = excess("randomk,min=1", 0.05, 1500, 0)
