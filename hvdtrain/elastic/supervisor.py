@@ -177,9 +177,10 @@ class Supervisor:
         working = (alive - self.board.facts("gone-").keys()) or alive
         leader = next((member for member in members if member in working), min(working))
         if self.worker.member == leader:
-            if time.monotonic() - self.round_began >= ROUND and (self.answer is None or not self.answer.is_alive()):
+            # Also while it waits for an answer itself: that may be for a slot which has answered all there was to.
+            if time.monotonic() - self.round_began >= ROUND:
                 self.round_began = time.monotonic()
-                self.board.propose(f"round-{self.round + 1}", True)
+                self.board.propose(f"round-{self.newest_round() + 1}", True)
             self.ask_for_newcomers(generation, members, alive)
         self.take_part()
 
@@ -187,15 +188,19 @@ class Supervisor:
         """Answer horovodrun's newest round, in a thread: it may wait for a slot that never comes."""
         if self.answer is not None and self.answer.is_alive():
             return
-        newest = max((int(number) for number in self.board.facts("round-")), default=0)
+        newest = self.newest_round()
         if newest > self.round and not self.removed:
             self.round = newest
             self.answer = threading.Thread(target=self.ask_horovodrun, daemon=True)
             self.answer.start()
 
+    def newest_round(self) -> int:
+        return max((int(number) for number in self.board.facts("round-")), default=0)
+
     def ask_horovodrun(self) -> None:
         with contextlib.suppress(BoardLost):
             rank, size = self.board.assignment(self.slot.host, self.slot.local_rank)
+            self.round = self.newest_round()  # all slots answered at once, whatever the round that each was in
             if rank >= 0:
                 self.size = size
             else:

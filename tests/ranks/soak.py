@@ -73,7 +73,9 @@ def main() -> int:
         train("alone", 1, RECIPE, folder / "alone", "--pause", "0", "--log-every", "1", "--threads", "1", *common)
         (folder / "job").mkdir()
         began, faults = time.monotonic(), 0
-        with ElasticJob(folder / "job", "localhost:2", *common, "--pause", str(PAUSE)) as job:
+        # A run that all are told to leave goes on; a host that was drained may come back after a while.
+        again = ["--relaunch", "1000"]
+        with ElasticJob(folder / "job", "localhost:2", *common, "--pause", str(PAUSE), launch=again) as job:
             job.step(3)
             while job.process.poll() is None:
                 time.sleep(chance.uniform(*QUIET))

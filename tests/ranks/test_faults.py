@@ -93,6 +93,22 @@ def test_hosts_come_and_go(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
+def test_a_newcomer_that_became_first_is_removed(tmp_path: Path, reference: Any) -> None:
+    """It leads the rounds in which horovodrun's list is asked for, and has begun to ask later than the others."""
+    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4") as job:
+        job.step(3)
+        job.hosts("localhost:2")
+        job.world(2)
+        job.kill(0)
+        job.world(1)
+        job.world(2)
+        job.more(2)
+        job.hosts("localhost:1")
+        job.world(1)
+        job.end()
+    check(job, reference)
+
+
 def clock_of(host: str, folder: Path) -> tuple[dict[str, str], Callable[[], None]]:
     """An environment in which a host's workers and supervisors have a clock of their own; what sets that back."""
     preload, switch = folder / "clock.so", folder / "set-back"
