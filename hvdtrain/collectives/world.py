@@ -53,7 +53,7 @@ def local_size_from_environment() -> int:
 
 
 def init(comm: Any = None) -> World:
-    """Initialize Horovod, bind this process to its share of the host's cores, and return its place.
+    """Initialize Horovod, without MPI bind this process to its share of the host's cores, and return its place.
 
     comm: an mpi4py communicator to train on a part of a larger MPI job, or None for all ranks that were launched.
     A process started by no launcher is a world of one and needs no MPI; tasks that srun started without a PMI library
@@ -79,7 +79,8 @@ def init(comm: Any = None) -> World:
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
-    cores.bind(world.local_rank, world.local_size)
+    if not hvd.mpi_enabled():  # MPI has options of its own for it, and its ranks take a whole core to wait
+        cores.bind(world.local_rank, world.local_size)
     if comm is None and world.size == 1 and srun.tasks() > 1 and "HOROVOD_RANK" not in os.environ:
         raise UserError(f"srun started {srun.tasks()} tasks that do not see each other: use `srun --mpi=none`")
     return world
