@@ -232,7 +232,7 @@ def test_a_slot_that_cannot_be_filled_at_the_start(tmp_path: Path, reference: An
     """The others begin when horovodrun has given it up, and not when their patience ends."""
     with ElasticJob(tmp_path, "localhost:2 127.0.0.2:1") as job:  # where no sshd listens
         job.step(1)
-        assert re.search(r"Process \d exit with status code 255", job.said())  # in whatever order horovodrun took the hosts
+        assert re.search(r"Process \d exit with status code 255", job.said())  # horovodrun takes hosts in any order
         job.end()
     check(job, reference)
 
