@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import pytest
 
+from tests.benchmarks.start import by_horovodrun
 from tests.hosts.cluster import cluster
-from tests.ranks.harness import BIN, ROOT
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -39,14 +38,7 @@ if world.rank == 0:
 def test_both_directions_at_once() -> None:
     """One after the other they take the link's time twice; the link is what these hosts wait for."""
     with cluster(2, "100mbit") as hosts:
-        done = hosts[0].run(
-            [str(BIN / "horovodrun"), "-np", "2", "--gloo", "-H", "h0:1,h1:1", "--network-interfaces", "eth0"]
-            + [sys.executable, "-c", RANK],
-            {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            timeout=60,
-            cwd=ROOT,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    took = json.loads(done.stdout.split("TOOK", 1)[1].splitlines()[0])
+        said = by_horovodrun([sys.executable, "-c", RANK], 2, hosts, {}, 60)
+    took = json.loads(said.split("TOOK", 1)[1].splitlines()[0])
     for way, seconds in took.items():
         assert 0.8 * SIZE / RATE < seconds < 1.6 * SIZE / RATE, (way, took)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import pytest
 
+from tests.benchmarks.start import by_horovodrun
 from tests.hosts.cluster import cluster
-from tests.ranks.harness import BIN, ROOT
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -25,22 +24,10 @@ STEP_BYTES = 5000
 @pytest.mark.parametrize("number", [2, 3])
 def test_what_is_counted_is_what_the_kernel_carries(number: int) -> None:
     with cluster(number) as hosts:
-        where = ["-H", ",".join(f"{host.name}:1" for host in hosts), "--network-interfaces", "eth0"]
         rank = [sys.executable, "-m", "tests.ranks.wire_rank", "small", *SPECS]
-        done = hosts[0].run(
-            [str(BIN / "horovodrun"), "-np", str(number), "--gloo", *where]
-            + [*rank, "--steps", str(STEPS), "--interface", "eth0"],
-            {
-                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "HOROVOD_CYCLE_TIME": str(CYCLE_MS),
-            },
-            timeout=90,
-            cwd=ROOT,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = json.loads(done.stdout.split("WIRE", 1)[1].splitlines()[0])
+        rank += ["--steps", str(STEPS), "--interface", "eth0"]
+        said = by_horovodrun(rank, number, hosts, {"HOROVOD_CYCLE_TIME": str(CYCLE_MS)}, 90)
+    seen = json.loads(said.split("WIRE", 1)[1].splitlines()[0])
     assert len(seen) == number
     for host, table in enumerate(seen):
         for spec, row in table.items():

@@ -43,12 +43,7 @@ def applied(compression: str) -> torch.Tensor:
 
 
 exact = sum(shares(step, rank).double() for step in range(20) for rank in MEMBERS) / len(MEMBERS)
-for compression, tolerance in (
-    ("none", 1e-5),
-    ("fp16,min=1", 2e-2),
-    ("int8,min=1", 0.1),
-    ("topk:1,min=1", 1e-5),
-):
+for compression, tolerance in (("none", 1e-5), ("fp16,min=1", 2e-2), ("int8,min=1", 0.1), ("topk:1,min=1", 1e-5)):
     torch.testing.assert_close(applied(f"{compression},warmup=0").double(), exact, rtol=0, atol=tolerance)
 for compression in ("powersgd:30,min=1", "randomk:1,min=1"):  # of full rank, all values: nothing is left behind
     torch.testing.assert_close(applied(f"{compression},warmup=0").double(), exact, rtol=0, atol=1e-3)
