@@ -17,10 +17,15 @@ from hvdtrain.compression.spec import make_codec, parse
 numbers = itertools.count(1)
 
 
+def at_once(text: str) -> str:
+    """A specification without a warm-up, unless it has one of its own."""
+    return text if "warmup" in text else f"{text},warmup=0"
+
+
 def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None) -> Channel:
     """A channel as the exchange makes it. number: its name and its randomness; one that no other has, if not given."""
     spec, key = (
-        parse(text if "warmup" in text else f"{text},warmup=0"),
+        parse(at_once(text)),
         Key(0, 0, next(numbers) if number is None else number, ops.rank()),
     )
     codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))

@@ -12,7 +12,7 @@ import hvdtrain
 from hvdtrain.collectives import ops
 from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.torch import DistributedOptimizer, buckets
-from tests.ranks.channels import channel, exchange, gradient, summed
+from tests.ranks.channels import at_once, channel, exchange, gradient, summed
 
 warnings.simplefilter("error")
 WORLD = hvdtrain.init()
@@ -276,9 +276,7 @@ def small_model():
 def train(compression, steps, make=small_model, momentum=0.0, lr=0.05, **options):
     """The parameters after each step."""
     model = make()
-    if "warmup" not in compression:
-        compression += ",warmup=0"
-    optimizer = wrap(model, lr, compression, momentum, **options)
+    optimizer = wrap(model, lr, at_once(compression), momentum, **options)
     passes = options.get("backward_passes_per_step", 1)
     seen = []
     for step in range(steps):
