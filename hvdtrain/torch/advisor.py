@@ -28,7 +28,9 @@ CANDIDATES = ("fp16", "int8", "onebit", "topk:0.01", "powersgd:4")
 METHODS = ("none", *CANDIDATES)
 SETTLE = 3  # steps after a change that are not measured
 TRIAL = 6  # steps measured of each choice in a round
-ROUNDS = 2
+# After each round but the last, what took longer than this times the best is out: who is far behind costs no more,
+# and who is close is looked at until noise has evened out.
+MARGINS = (1.5, 1.2, 1.1, 1.1)
 WATCH = 100  # steps between looks at whether the choice still pays; twice as many after each that was in vain
 SLOWER = 1.02  # than none, and it is time to look
 TRIED = 3  # choices tried at most, besides none
@@ -109,16 +111,23 @@ class Advisor:
         predicted = {choice: modelled(choice) + rest for choice in shortlist(modelled, len(places))}
         hopeful = [c for c in predicted if c != none and predicted[c] < HOPEFUL * statistics.median(plain)][:TRIED]
         seconds: dict[Choice, list[float]] = {choice: [] for choice in hopeful} | {none: plain}
+        measured: dict[Choice, float] = {}
+        left = [*hopeful, none]
         # In turns, so that a machine or network that drifts favours none of them.
-        for choice in (*hopeful, none) * ROUNDS if hopeful else ():
-            self._assign(choice)
-            seconds[choice] += yield from self._steps(TRIAL)
-        measured = {choice: statistics.median(values) for choice, values in seconds.items()}
-        chosen = min(measured, key=lambda choice: measured[choice])
+        for margin in (*MARGINS, 1.0):
+            for choice in left if len(left) > 1 else ():
+                if not measured and choice == none:
+                    continue  # just measured
+                self._assign(choice)
+                seconds[choice] += yield from self._steps(TRIAL)
+            measured = {choice: statistics.median(values) for choice, values in seconds.items()}
+            best = min(measured[choice] for choice in left)
+            left = [choice for choice in left if measured[choice] <= margin * best]
+        chosen = left[0]
         if measured[chosen] > GAIN * measured[none]:
             chosen = none
         self._assign(chosen)
-        self._report(network, costs, predicted, measured, chosen)
+        self._report(network, costs, predicted, seconds, chosen)
         yield from self._watch(chosen, measured[none])
 
     def _watch(self, chosen: Choice, baseline: float) -> Generator[None, None, None]:
@@ -152,11 +161,12 @@ class Advisor:
         network: probe.Network,
         costs: dict[tuple[int, str], Cost],
         predicted: dict[Choice, float],
-        measured: dict[Choice, float],
+        seconds: dict[Choice, list[float]],
         chosen: Choice,
     ) -> None:
-        """Set `advice`, and tell it in a table."""
+        """Set `advice`, and tell it in a table. seconds: of the steps measured of each choice."""
         none = self._none
+        measured = {choice: statistics.median(values) for choice, values in seconds.items()}
         rows: list[dict[str, Any]] = []
         for choice in sorted(predicted, key=lambda choice: measured.get(choice, predicted[choice])):
             parts = [costs[place, method] for place, method in zip(self._places, choice, strict=True)]
@@ -168,6 +178,7 @@ class Advisor:
                     "decode_seconds": sum(part.decode for part in parts),
                     "predicted_step_seconds": predicted[choice],
                     "measured_step_seconds": measured.get(choice),
+                    "measured_steps": len(seconds.get(choice, [])),
                 }
             )
         others = {choice: seconds for choice, seconds in measured.items() if choice != none}
@@ -192,8 +203,8 @@ class Advisor:
         for row in rows:
             columns = [row[name] * 1e3 for name in ("encode_seconds", "decode_seconds", "predicted_step_seconds")]
             shares = f"{columns[0]:9.1f}  {columns[1]:9.1f}  {columns[2]:12.1f}"
-            seconds = row["measured_step_seconds"]
-            measured_ms = f"{seconds * 1e3:11.1f}" if seconds else "          -"
+            step = row["measured_step_seconds"]
+            measured_ms = f"{step * 1e3:11.1f}" if step else "          -"
             self.tell(f"          {shown(row['choice']):16} {row['wire_bytes'] / 1e6:7.2f}  {shares}  {measured_ms}")
         self.tell(f"advisor   takes {shown(chosen)}: {reason}")
 

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="measured steps a turn")
-    parser.add_argument("--settle", type=int, default=120, help="steps before those, for bucketed:auto to choose in")
+    parser.add_argument("--settle", type=int, default=200, help="steps before those, for bucketed:auto to choose in")
     parser.add_argument("--ways", type=listed, default=DEFAULT)
     parser.add_argument("--against", type=listed, help="the ways that ratios are to; default: all")
     parser.add_argument("--rate", help="of the links between hosts: 1gbit, 100mbit, ...; default: loopback")
