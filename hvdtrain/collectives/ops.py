@@ -57,7 +57,7 @@ def wait(handle: Handle) -> torch.Tensor:
     pause = 20e-6
     while not arrived(handle):
         time.sleep(pause)
-        pause = min(2 * pause, 1e-3)
+        pause = min(2 * pause, 0.2e-3)
     output = hvd.synchronize(handle)
     # An all-to-all also returns the sizes received.
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

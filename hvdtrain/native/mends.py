@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hvdtrain.native.cycle import for_the_cycle
 from hvdtrain.native.mend import Mend
 
 
@@ -43,32 +44,7 @@ def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
             "  auto dev = CreateDevice(device_attr);\n\n"
             "  global_ctx = global_context.ctx;\n",
         ),
-        # The background thread asks the other ranks every millisecond whether there is anything to do, an eighth of a
-        # core's time; after ten times of nothing, every fifth will do. All ranks see the same, and slow down together.
-        Mend(
-            "horovod/common/operations.cc",
-            "  auto sleep_duration = state.last_cycle_start +\n"
-            "                        std::chrono::microseconds(long(\n"
-            "                            state.parameter_manager.CycleTimeMs() * 1000.)) -\n"
-            "                        start_time;\n",
-            "  static int idle_cycles = 0;\n"
-            "  double cycle_ms = state.parameter_manager.CycleTimeMs();\n"
-            "  if (idle_cycles > 10) {\n"
-            "    cycle_ms = std::max(cycle_ms, 5.);\n"
-            "  }\n"
-            "  ++idle_cycles;\n"
-            "  auto sleep_duration = state.last_cycle_start +\n"
-            "                        std::chrono::microseconds(long(cycle_ms * 1000.)) -\n"
-            "                        start_time;\n",
-        ),
-        Mend(
-            "horovod/common/operations.cc",
-            "      int global_rank = state.global_controller->GetRank();\n"
-            "      for (auto& response : response_list.responses()) {\n",
-            "      int global_rank = state.global_controller->GetRank();\n"
-            "      for (auto& response : response_list.responses()) {\n"
-            "        idle_cycles = 0;\n",
-        ),
+        *for_the_cycle(),
         *for_elastic(),
         *for_gloo(),
         # Python 3.12 has no distutils.
