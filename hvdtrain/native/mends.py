@@ -220,7 +220,9 @@ def for_gloo() -> list[Mend]:
     A rank tells its peer that it waits for data on the connection by which it sends its own. Told behind megabytes of
     them, the peer sends only when they are through, and the link is used in one direction at a time: so it is told
     first. And whoever closes a connection waits for the loop that watches all of them to come round, which it did
-    every 10 ms: a tenth of a second to leave 3 peers, seconds to leave 60. Now it is woken.
+    every 10 ms: a tenth of a second to leave 3 peers, seconds to leave 60. Now it is woken. And a connection that
+    another thread works on it leaves for the next time round, which is at once; where both have one core, it kept the
+    other from finishing for milliseconds. Now it pauses.
     """
     send = "out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);\n"
     receive = "out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);\n"
@@ -231,7 +233,11 @@ def for_gloo() -> list[Mend]:
     names = ("allgatherv", "alltoallv", "transport/tcp/loop")
     gather, alltoall, watching = (f"third_party/gloo/gloo/{name}.cc" for name in names)
     first, woken = "    if (i == 0) {\n", "    defer([] {});\n"
+    pair, busy = "third_party/gloo/gloo/transport/tcp/pair.cc", "std::try_to_lock);\n  if (!lock) {\n"
+    pause = "    std::this_thread::sleep_for(std::chrono::microseconds(20));\n"
     return [
+        Mend(pair, busy, busy + pause),
+        Mend(pair, "#include <sstream>\n", "#include <chrono>\n#include <sstream>\n#include <thread>\n"),
         Mend(gather, f"{first}      {send}      {receive}", f"{first}      {receive}      {send}"),
         Mend(gather, f"timeout);\n    {send}    {receive}", f"timeout);\n    {receive}    {send}"),
         Mend(

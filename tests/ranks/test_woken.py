@@ -1,0 +1,33 @@
+"""Horovod's background thread is woken by what is handed to it, instead of looking for it in each cycle."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.ranks.harness import run
+
+SUMS = 20
+CYCLE = 1.0  # seconds; if nobody were woken, each sum would take one or more
+SCRIPT = f"""
+import time, torch, hvdtrain
+from hvdtrain.collectives import ops
+world = hvdtrain.init()
+begin = time.perf_counter()
+for i in range({SUMS}):
+    total = ops.wait(ops.all_reduce_async_(torch.full((3,), float(world.rank + i)), f"woken.{{i % 2}}"))
+    assert total.tolist() == [sum(range(world.size)) + world.size * i] * 3, total
+print("took", time.perf_counter() - begin, flush=True)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sums_do_not_wait_for_a_cycle(ranks: int) -> None:
+    env = {"HOROVOD_CYCLE_TIME": str(CYCLE * 1000)}
+    done = run("horovodrun", ranks, [sys.executable, "-c", SCRIPT], env=env)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    seconds = [float(line.split("took")[1]) for line in output.splitlines() if "took" in line]
+    assert len(seconds) == ranks, output
+    assert max(seconds) < SUMS * CYCLE / 4, output
