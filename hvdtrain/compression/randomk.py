@@ -17,7 +17,7 @@ class RandomK:
     unbiased: multiply by 1 / ratio, so that the mean is right, for use without error feedback.
     """
 
-    ratio: float = 0.01
+    ratio: float = 0.1
     unbiased: bool = False
     collective: Collective = "sum"
     block: int = 1
