@@ -33,6 +33,7 @@ $(VENV)/.installed: pyproject.toml
 # About half an hour on a quiet machine; the shaped links need root. tests/benchmarks/accuracy.py and time_to_accuracy.py take hours.
 bench: setup
 	$(BIN)/python -m tests.benchmarks.step_overhead
+	$(BIN)/python -m tests.benchmarks.latency
 	$(BIN)/python -m tests.benchmarks.exchange
 	$(BIN)/python -m tests.benchmarks.exchange --rate 1gbit --ways none,horovod,ddp,ddp-fp16,bucketed,bucketed:powersgd:4,bucketed:auto
 	$(BIN)/python -m tests.benchmarks.exchange --rate 100mbit --rounds 1 --ways bucketed,bucketed:powersgd:4,bucketed:auto
