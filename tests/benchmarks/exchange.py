@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.start import by_horovodrun, machines
+from tests.benchmarks.start import by_horovodrun, machines, told
 from tests.hosts.cluster import Host
 
 # Keeps memory that is freed: gradients and activations of each step otherwise cost thousands of page faults.
@@ -59,7 +59,7 @@ def measure(way: str, options: argparse.Namespace, hosts: Sequence[Host]) -> dic
     text = by_horovodrun(line, options.ranks, hosts, env, 60 + SLOWEST * (unmeasured + options.steps))
     if options.show:
         print(f"--- {way}\n{text}", flush=True)
-    result: dict[str, Any] = json.loads(text.split("RESULT", 1)[1].splitlines()[0])
+    result: dict[str, Any] = told(text)
     result["seconds"] = result["seconds"][unmeasured:]
     return result
 

@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from tests.benchmarks.start import by_horovodrun, machines
+from tests.benchmarks.start import by_horovodrun, machines, told
 
 WORK = (0, 1, 10, 60)  # products of 300 x 300 matrices between two all-reduces
 TIMES = 150
@@ -60,7 +60,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for way, threshold in WAYS.items():
                 text = by_horovodrun(line, 2, hosts, {"HOROVOD_FUSION_THRESHOLD": threshold}, 120)
-                results[way].append(json.loads(text.split("RESULT", 1)[1].splitlines()[0]))
+                results[way].append(told(text))
     print("| products before | " + " | ".join(map(str, WORK)) + " |")
     print("|---" * (1 + len(WORK)) + "|")
     for way, rounds in results.items():

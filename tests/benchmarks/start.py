@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.cores import USABLE
 from hvdtrain.launch import command
@@ -74,6 +76,11 @@ def run(line: Sequence[str], hosts: Sequence[Host], environ: Mapping[str, str], 
     if done.returncode:
         raise RuntimeError(f"{' '.join(line)} failed:\n{done.stdout}\n{done.stderr}")
     return str(done.stdout)
+
+
+def told(text: str, mark: str = "RESULT") -> Any:
+    """What a rank has printed as JSON behind a mark, in what all of them printed."""
+    return json.loads(text.split(mark, 1)[1].splitlines()[0])
 
 
 def free_port() -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.results import Results
-from tests.benchmarks.start import ROOT, by_horovodrun, by_hvdtrain, machines
+from tests.benchmarks.start import ROOT, by_horovodrun, by_hvdtrain, machines, told
 from tests.hosts.cluster import Host
 
 RECIPE = ROOT / "tests" / "benchmarks" / "cifar_shaped.py"
@@ -39,7 +39,7 @@ def by_ddp(way: str, seed: int, options: argparse.Namespace, hosts: Sequence[Hos
     line += ["--eval-every", str(options.eval_every)] + (["--fp16"] if way == "ddp-fp16" else [])
     line += ["--epochs", str(options.epochs)] if options.epochs else []
     text = by_horovodrun(line, 2, hosts, {}, LONGEST)
-    result = json.loads(text.split("RESULT", 1)[1].splitlines()[0])
+    result = told(text)
     seconds = result["seconds"]
     curve = [(sum(seconds[:step]), accuracy) for step, accuracy in result["evaluations"]]
     return {"curve": curve, "step_seconds": statistics.median(seconds)}

@@ -8,11 +8,10 @@ It is the mean of steps of a real exchange on this host, over Gloo; a rank recei
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 
-from tests.benchmarks.start import by_horovodrun
+from tests.benchmarks.start import by_horovodrun, told
 
 SPECS = "none,fp16,bf16,int8,onebit,qsgd:4bit,randomk:0.1,powersgd:4,topk:0.01"
 STEPS = 2  # powersgd sends one of two sides in turns
@@ -23,7 +22,7 @@ def megabytes(model: str, specs: Sequence[str], ranks: int) -> dict[str, float]:
     """MB that a rank sends in a step, by method."""
     line = [sys.executable, "-m", "tests.ranks.wire_rank", model, *specs, "--steps", str(STEPS)]
     text = by_horovodrun(line, ranks, [], {}, LIMIT)
-    seen = json.loads(text.split("WIRE", 1)[1].splitlines()[0])
+    seen = told(text, "WIRE")
     return {spec: seen[0][spec]["counted"] / STEPS / 1e6 for spec in specs}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 
-from tests.benchmarks.start import by_horovodrun
+from tests.benchmarks.start import by_horovodrun, told
 from tests.hosts.cluster import cluster
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
@@ -39,6 +38,6 @@ def test_both_directions_at_once() -> None:
     """One after the other they take the link's time twice; the link is what these hosts wait for."""
     with cluster(2, "100mbit") as hosts:
         said = by_horovodrun([sys.executable, "-c", RANK], 2, hosts, {}, 60)
-    took = json.loads(said.split("TOOK", 1)[1].splitlines()[0])
+    took = told(said, "TOOK")
     for way, seconds in took.items():
         assert 0.8 * SIZE / RATE < seconds < 1.6 * SIZE / RATE, (way, took)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 
-from tests.benchmarks.start import by_horovodrun
+from tests.benchmarks.start import by_horovodrun, told
 from tests.hosts.cluster import cluster
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
@@ -27,7 +26,7 @@ def test_what_is_counted_is_what_the_kernel_carries(number: int) -> None:
         rank = [sys.executable, "-m", "tests.ranks.wire_rank", "small", *SPECS]
         rank += ["--steps", str(STEPS), "--interface", "eth0"]
         said = by_horovodrun(rank, number, hosts, {"HOROVOD_CYCLE_TIME": str(CYCLE_MS)}, 90)
-    seen = json.loads(said.split("WIRE", 1)[1].splitlines()[0])
+    seen = told(said, "WIRE")
     assert len(seen) == number
     for host, table in enumerate(seen):
         for spec, row in table.items():
