@@ -118,7 +118,8 @@ class Drifting(Uneven):
         if model.training and torch.is_grad_enabled() and (self.passes + 1, ops.rank()) == (self.at_pass, self.rank):
             with torch.no_grad():
                 values = model.get_parameter(self.tensor).view(-1)
-                # One that will not grow beyond a power of two, where rounding would undo it.
-                place = (torch.frexp(values).mantissa.abs() - 0.7).abs().argmin()
+                # The one with most room below its next power of two: beyond that, rounding could undo it.
+                mantissa, exponent = torch.frexp(values)
+                place = torch.ldexp(1 - mantissa.abs(), exponent).argmax()
                 values[place] = torch.nextafter(values[place], torch.tensor(torch.inf))
         return super().score(model, batch)
