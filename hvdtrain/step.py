@@ -31,7 +31,7 @@ class StepOptions:
     compression: str = "none"
     exchange: Literal["bucketed", "horovod"] = "bucketed"
     exact_residuals: bool = False
-    bucket_mib: float = 25.0
+    bucket_mib: float | None = None  # None: as suits the device
     shards: int | None = None  # deterministic: gradients are computed and added by so many virtual shards
 
 

@@ -13,9 +13,10 @@ def for_the_cycle() -> list[Mend]:
     pace is everyone's. Now:
 
     - After ten times of nothing it asks every 5 ms.
-    - With Gloo and nothing to fuse (hvdtrain's exchange), it is woken by what is handed to it; and while it has
-      something that others have not, it does not sleep but blocks in the asking, for those who have nothing, until
-      they are woken. (MPI would spin there.)
+    - With Gloo and nothing to fuse (hvdtrain's exchange), it is woken by what is handed to it, and otherwise asks
+      every 50 ms; while it has something that others have not, it does not sleep but blocks in the asking, for those
+      who have nothing, until they are woken. (MPI would spin there.) Where there are several process sets it asks every
+      5 ms: whoever belongs to two of them, and is asked in one, answers late in the other.
     """
     operations, queue = "horovod/common/operations.cc", "horovod/common/tensor_queue"
     sleep = "    std::this_thread::sleep_for(sleep_duration);\n"
@@ -23,6 +24,7 @@ def for_the_cycle() -> list[Mend]:
         "      int global_rank = state.global_controller->GetRank();\n"
         "      for (auto& response : response_list.responses()) {\n"
     )
+    shut_down = "    horovod_global.timeline.Shutdown();\n    horovod_global.shut_down = true;\n"
     one = "  tensor_table_.emplace(e.tensor_name, std::move(e));\n"
     several = "    message_queue_.push(std::move(messages[i]));\n  }\n"
     return [
@@ -36,12 +38,14 @@ def for_the_cycle() -> list[Mend]:
             "  double cycle_ms = state.parameter_manager.CycleTimeMs();\n"
             "  bool at_once = state.control_operation == LibType::GLOO &&\n"
             "                 state.parameter_manager.TensorFusionThresholdBytes() == 0;\n"
-            "  bool waiting = false;\n"
-            "  for (auto process_set_id : state.process_set_table.Ids()) {\n"
-            "    waiting |= state.process_set_table.Get(process_set_id).tensor_queue.HasTensors();\n"
-            "  }\n"
-            "  if (at_once && waiting) {\n"
-            "    cycle_ms = std::min(cycle_ms, .2);\n"
+            "  if (at_once) {\n"
+            "    auto process_sets = state.process_set_table.Ids();\n"
+            "    bool waiting = false;\n"
+            "    for (auto id : process_sets) {\n"
+            "      waiting |= state.process_set_table.Get(id).tensor_queue.HasTensors();\n"
+            "    }\n"
+            "    cycle_ms = waiting ? std::min(cycle_ms, .2)\n"
+            "                       : std::max(cycle_ms, process_sets.size() > 1 ? 5. : 50.);\n"
             "  } else if (idle_cycles > 10) {\n"
             "    cycle_ms = std::max(cycle_ms, 5.);\n"
             "  }\n"
@@ -58,6 +62,7 @@ def for_the_cycle() -> list[Mend]:
             "    } else {\n"
             "  " + sleep + "    }\n  }\n  state.last_cycle_start",
         ),
+        Mend(operations, shut_down, shut_down + "    doorbell.Ring();\n"),
         Mend(operations, responses, responses + "        idle_cycles = 0;\n"),
         Mend(
             f"{queue}.h",

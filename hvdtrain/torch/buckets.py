@@ -14,10 +14,11 @@ from hvdtrain.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
 FIRST_BUCKET_BYTES = 1 << 20
-BUCKET_BYTES = 25 << 20
-# Of what a codec may carry: two rounds overlap better in pieces, and Gloo's all-to-all and all-gather are half as fast
-# beyond some 4 MiB that a rank sends at once.
-CODED_BUCKET_BYTES = 8 << 20
+# On CPUs the second bucket should be there when the first has been sent: at 1 Gbit/s, with 25 MiB, the network waited
+# for it up to 50 ms of a step. And two rounds (of codecs) overlap better in pieces.
+CPU_BUCKET_BYTES = 8 << 20
+# NCCL cuts what it is given into as many parts as there are ranks: more at once is faster. Codecs give it less.
+GPU_BUCKET_BYTES = 25 << 20
 # Horovod reduces no other floating type; bfloat16 travels as float32.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
 
@@ -77,9 +78,12 @@ def check(named: Named, spec: Spec) -> None:
 
 
 def make_buckets(
-    named: Named, spec: Spec, seed: int, group: ops.Group, average: bool, bucket_bytes: int = BUCKET_BYTES
+    named: Named, spec: Spec, seed: int, group: ops.Group, average: bool, bucket_bytes: int | None
 ) -> list[Bucket]:
-    """Buckets of one dtype, device and codec each. named: in the order in which backward finishes them."""
+    """Buckets of one dtype, device and codec each. named: in the order in which backward finishes them.
+
+    bucket_bytes: of one, about; None: as suits the device and, on a GPU, the codec.
+    """
     groups: dict[tuple[torch.dtype, torch.device, str | None], Named] = {}
     for name, p in named:
         argument = spec.argument_for(name, p.numel(), p.dim())
@@ -87,8 +91,9 @@ def make_buckets(
         dtype = WIRE_DTYPES.get(p.dtype, torch.float32) if argument is None else torch.float32
         groups.setdefault((dtype, p.device, argument), []).append((name, p))
     buckets: list[Bucket] = []
-    for (dtype, _, argument), members in groups.items():
-        most = bucket_bytes if argument is None else min(bucket_bytes, CODED_BUCKET_BYTES)
+    for (dtype, device, argument), members in groups.items():
+        plain_on_gpu = device.type == "cuda" and argument is None
+        most = bucket_bytes or (GPU_BUCKET_BYTES if plain_on_gpu else CPU_BUCKET_BYTES)
         limit = min(FIRST_BUCKET_BYTES, most)
         while members:
             count, taken = 0, 0

@@ -13,7 +13,7 @@ import torch
 from hvdtrain.collectives import ops
 from hvdtrain.compression.channel import Channel, Plain
 from hvdtrain.compression.spec import Spec
-from hvdtrain.torch.buckets import BUCKET_BYTES, Bucket, Named, check, make_buckets
+from hvdtrain.torch.buckets import Bucket, Named, check, make_buckets
 
 # What a sparse gradient adds to its flag instead of 1; float16 holds the sum for a thousand ranks.
 SPARSE = 1 / 1024
@@ -41,7 +41,7 @@ class Exchange:
         spec: Spec,
         seed: int = 0,
         group: ops.Group = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         self.average, self.spec, self.seed, self.group, self.bucket_bytes = average, spec, seed, group, bucket_bytes
         self.passes = 1

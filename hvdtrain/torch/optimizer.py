@@ -15,7 +15,7 @@ from horovod.torch import optimizer as horovod_optimizer
 from hvdtrain.collectives import ops
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
-from hvdtrain.torch.buckets import BUCKET_BYTES, Named
+from hvdtrain.torch.buckets import Named
 from hvdtrain.torch.exchange import Exchange
 from hvdtrain.torch.shards import ShardExchange
 
@@ -30,7 +30,7 @@ def DistributedOptimizer(
     exchange: Literal["bucketed", "horovod"] = "bucketed",
     seed: int = 0,
     process_set: hvd.ProcessSet | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     shards: int | None = None,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
@@ -46,7 +46,8 @@ def DistributedOptimizer(
     - state and defaults of the optimizer that is wrapped are kept.
 
     compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
-    process_set: the ranks that train this model together; None: all. bucket_bytes: about as much is sent at once.
+    process_set: the ranks that train this model together; None: all. bucket_bytes: about as much is sent at once; None:
+    8 MiB on CPUs, 25 MiB on GPUs.
     exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
     shards: sum over so many virtual shards of the batch, the same bits on any number of ranks; only with average=False,
     and the caller says through `exchange.begin` and `exchange.passed` what belongs to which (`hvdtrain.torch.shards`).

@@ -89,7 +89,7 @@ class TorchStep:
             compression=self.options.compression,
             exchange=self.options.exchange,
             seed=self.options.seed,
-            bucket_bytes=int(self.options.bucket_mib * 2**20),
+            bucket_bytes=None if self.options.bucket_mib is None else int(self.options.bucket_mib * 2**20),
             shards=self.options.shards,
         )
         exchange = optimizer.exchange

@@ -35,7 +35,9 @@ class RunOptions:
         "with options, e.g. powersgd:4,warmup=100,min=8192; auto: measured while training, none included",
     )
     exchange: Literal["bucketed", "horovod"] = option("bucketed", "flat buckets, or Horovod's own, for comparison")
-    bucket_mib: float = option(25.0, "MiB of gradients that are sent together; the first bucket has 1 at most")
+    bucket_mib: float | None = option(
+        None, "MiB of gradients that are sent together; default: 8, between GPUs 25; the first bucket has 1 at most"
+    )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
     )
@@ -65,7 +67,7 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        if not self.bucket_mib > 0:
+        if self.bucket_mib is not None and not self.bucket_mib > 0:
             raise ValueError(f"--bucket-mib is {self.bucket_mib}; it must be above 0")
         for name in ("seed", "workers", "skip_nonfinite"):
             if getattr(self, name) < 0:

@@ -36,7 +36,7 @@ MINDFUL = [text if "momentum" in text else f"{text},feedback=on" for text in SPE
 SHAPES = [(40, 25), (7, 30), (1, 13)]
 N = sum(n * m for n, m in SHAPES)
 # Many small buckets, so that their order matters.
-buckets.FIRST_BUCKET_BYTES, buckets.BUCKET_BYTES = 300, 2500
+buckets.FIRST_BUCKET_BYTES, buckets.CPU_BUCKET_BYTES = 300, 2500
 
 
 def debts(c):
