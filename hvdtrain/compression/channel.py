@@ -144,9 +144,13 @@ class Channel(Way):
         x = self.flat if self.spare is None else self.spare
         self._begin(x)
         collective = self.codec.collective
-        payload = self.codec.encode(self._rows(x) if collective == "exchange" else x, self._key)
+        taking = self.codec if isinstance(self.codec, PowerSgd) and self.spare is not None else None
+        if taking is not None:
+            payload = taking.take(x)
+        else:
+            payload = self.codec.encode(self._rows(x) if collective == "exchange" else x, self._key)
         # The network is busy while the residual is worked out; a sum is made in place, so of a copy.
-        sent = payload.clone() if collective == "sum" and self.residual is not None else payload
+        sent = payload.clone() if collective == "sum" and self.residual is not None and taking is None else payload
         if collective == "exchange":
             # Its own part stays here.
             self.wire_bytes = payload[0].numel() * (self.size - 1)
@@ -157,7 +161,7 @@ class Channel(Way):
         else:
             self.wire_bytes = payload.numel() * (self.size - 1)
             self._handle = ops.all_gather_async(sent, f"{self.name}.gather", self.group)
-        if self.spare is not None:
+        if self.spare is not None and taking is None:
             self._take_away(payload, self.spare)
 
     def _take_away(self, payload: Tensor, x: Tensor) -> None:

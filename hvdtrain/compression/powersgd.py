@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hvdtrain.compression.codec import Collective, Key, decode_by_adding
 
+# Values of a block that is multiplied twice while it lies in a core's cache.
+BLOCK = 1 << 18
+
 
 class PowerSgd:
     """Matrices of a bucket as products of rank `rank`, with the last step's factor as the basis of the next.
@@ -37,6 +40,10 @@ class PowerSgd:
         parts = torch.split(x, [n * m for n, m in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
+    def sides(self, x: Tensor) -> list[Tensor]:
+        """The matrices as the basis' transpose is multiplied with them: X' on the basis Q, X on the basis P."""
+        return [matrix.T if self.left else matrix for matrix in self.matrices(x)]
+
     def factors(self, payload: Tensor) -> list[Tensor]:
         """The payload as matrices (n, r) or (m, r), column by column: many times faster to multiply than by rows."""
         rows = [(n if self.left else m, r) for (n, m), r in zip(self.shapes, self.ranks, strict=True)]
@@ -45,8 +52,23 @@ class PowerSgd:
 
     def encode(self, x: Tensor, key: Key) -> Tensor:
         """(n,) -> (sum of n r or m r,) float32"""
-        sides = [matrix.T if self.left else matrix for matrix in self.matrices(x.float())]
+        sides = self.sides(x.float())
         return torch.cat([(basis.T @ side).flatten() for side, basis in zip(sides, self.basis, strict=True)])
+
+    def take(self, x: Tensor) -> Tensor:
+        """`encode`, and leave in x, (n,) float32, what the payload does not send.
+
+        On a CPU block by block, so that x comes from memory once: half of the time of one after the other.
+        """
+        payload = []
+        for side, basis in zip(self.sides(x), self.basis, strict=True):
+            width = side.shape[1] if x.is_cuda else -(-BLOCK // side.shape[0])
+            parts = []
+            for block in side.split(width, dim=1):
+                parts.append(basis.T @ block)
+                block.addmm_(basis, parts[-1], alpha=-1)
+            payload.append(torch.cat(parts, dim=1).flatten())
+        return torch.cat(payload)
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return decode_by_adding(self, payload, n, key)

@@ -257,6 +257,18 @@ def test_powersgd_projects_in_turns() -> None:
             np.testing.assert_allclose(basis.numpy() @ (basis.numpy().T @ factor), factor, atol=1e-4)
 
 
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("block", [1, 100, 1 << 18])
+def test_powersgd_takes_in_blocks_what_it_encodes(block: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvdtrain.compression.powersgd.BLOCK", block)
+    codec = powersgd(left)
+    x = values(3)
+    rest = x.clone()
+    taken, sent = codec.take(rest), codec.encode(x, KEY)
+    torch.testing.assert_close(taken, sent, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rest, x - codec.decode(sent, N, KEY), rtol=1e-5, atol=1e-5)
+
+
 def test_powersgd_finds_a_matrix_of_its_rank() -> None:
     """Of a matrix of rank r, two steps find all."""
     made = torch.Generator().manual_seed(0)
