@@ -64,7 +64,7 @@ class PowerSgd:
         for side, basis in zip(self.sides(x), self.basis, strict=True):
             width = side.shape[1] if x.is_cuda else -(-BLOCK // side.shape[0])
             parts = []
-            for block in side.split(width, dim=1):
+            for block in torch.split(side, width, dim=1):
                 parts.append(basis.T @ block)
                 block.addmm_(basis, parts[-1], alpha=-1)
             payload.append(torch.cat(parts, dim=1).flatten())
