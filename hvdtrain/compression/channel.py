@@ -144,13 +144,13 @@ class Channel(Way):
         x = self.flat if self.spare is None else self.spare
         self._begin(x)
         collective = self.codec.collective
-        taking = self.codec if isinstance(self.codec, PowerSgd) and self.spare is not None else None
-        if taking is not None:
-            payload = taking.take(x)
+        rest = self.spare  # what the payload is still to be taken from
+        if isinstance(self.codec, PowerSgd) and rest is not None:
+            payload, rest = self.codec.take(rest), None
         else:
             payload = self.codec.encode(self._rows(x) if collective == "exchange" else x, self._key)
         # The network is busy while the residual is worked out; a sum is made in place, so of a copy.
-        sent = payload.clone() if collective == "sum" and self.residual is not None and taking is None else payload
+        sent = payload.clone() if collective == "sum" and rest is not None else payload
         if collective == "exchange":
             # Its own part stays here.
             self.wire_bytes = payload[0].numel() * (self.size - 1)
@@ -161,8 +161,8 @@ class Channel(Way):
         else:
             self.wire_bytes = payload.numel() * (self.size - 1)
             self._handle = ops.all_gather_async(sent, f"{self.name}.gather", self.group)
-        if self.spare is not None and taking is None:
-            self._take_away(payload, self.spare)
+        if rest is not None:
+            self._take_away(payload, rest)
 
     def _take_away(self, payload: Tensor, x: Tensor) -> None:
         """Leave in x what the payload does not send."""
