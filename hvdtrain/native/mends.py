@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hvdtrain.native.cycle import for_the_cycle
+from hvdtrain.native.elastic import for_elastic
 from hvdtrain.native.mend import Mend
 
 
@@ -127,90 +128,6 @@ def for_every_build(standard: str, rpath: Sequence[str]) -> list[Mend]:
             "set_target_properties(${PYTORCH_TARGET_LIB} PROPERTIES BUILD_WITH_INSTALL_RPATH ON\n"
             f'    INSTALL_RPATH "{cmake_text(";".join(rpath))}")\n',
         ),
-    ]
-
-
-def for_elastic() -> list[Mend]:
-    """What elastic runs need (hvdtrain/elastic)."""
-    operations, server = "horovod/common/operations.cc", "horovod/runner/http/http_server.py"
-    remote = "horovod/runner/util/remote.py"
-    failed = (
-        "    } catch (const std::exception& ex) {\n"
-        '      LOG(ERROR) << "Horovod could not be initialized: " << ex.what();\n'
-        "      state.process_set_table.Finalize(global_gloo_context, SHUT_DOWN_ERROR);\n"
-        "      global_gloo_context.Finalize();\n"
-        "      state.shut_down = true;\n"
-        "      state.initialization_failed = true;\n"
-        "      return;\n"
-        "    }\n"
-    )
-    return [
-        # A peer that dies while ranks find each other is an error of hvd.init(), which can be called again, and not
-        # the end of all the others' processes.
-        Mend(
-            operations,
-            "    global_gloo_context.Initialize(ParseGlooIface());\n",
-            "    try {\n      global_gloo_context.Initialize(ParseGlooIface());\n" + failed,
-        ),
-        Mend(
-            operations,
-            "    // Initializes global controller\n"
-            "    state.process_set_table.Initialize(global_gloo_context);\n  }\n#endif",
-            "    // Initializes global controller\n"
-            "    try {\n      state.process_set_table.Initialize(global_gloo_context);\n" + failed + "  }\n#endif",
-        ),
-        Mend(
-            operations,
-            "    horovod_global.initialization_done = false;\n    horovod_global.background_thread =\n",
-            "    horovod_global.initialization_done = false;\n"
-            "    horovod_global.initialization_failed = false;\n"
-            "    horovod_global.background_thread =\n",
-        ),
-        # A process set's contexts are never marked as enabled, and so never closed: ranks that wait for one which has
-        # left after an error would hear of it when their time is up.
-        Mend(
-            "horovod/common/gloo/gloo_context.cc",
-            "  if (!enabled_) {\n    return;\n  }\n\n  global_ctx.reset();\n",
-            "  global_ctx.reset();\n",
-        ),
-        # horovodrun's key-value server keeps hvdtrain's keys when it assigns ranks anew, takes the first value only of
-        # those that are facts, and lists keys by their beginning.
-        Mend(
-            server,
-            "        with self.cache_lock:\n            self.cache.clear()\n",
-            "        with self.cache_lock:\n"
-            "            for scope in [scope for scope in self.cache if not scope.startswith('hvdtrain.')]:\n"
-            "                del self.cache[scope]\n",
-        ),
-        Mend(
-            server,
-            "            scope_dict[key] = value\n",
-            "            if scope != 'hvdtrain.facts' or key not in scope_dict:\n"
-            "                scope_dict[key] = value\n",
-        ),
-        Mend(
-            server,
-            "            return self.server.cache.get(scope, {}).get(key)\n",
-            "            values = self.server.cache.get(scope, {})\n"
-            "            if scope.startswith('hvdtrain.') and key.endswith('*'):\n"
-            "                found = {k: v.decode() for k, v in values.items() if k.startswith(key[:-1])}\n"
-            "                return json.dumps(found).encode()\n"
-            "            return values.get(key)\n",
-        ),
-        # A host that has lost its power or its network says nothing: ssh asks, and gives up after fifteen seconds. One
-        # that cannot be reached must not hold up a round of assignment for the minutes that TCP tries.
-        Mend(
-            remote,
-            "'ssh -o PasswordAuthentication=no -o StrictHostKeyChecking=no'",
-            "'ssh -o PasswordAuthentication=no -o StrictHostKeyChecking=no "
-            "-o ServerAliveInterval=5 -o ServerAliveCountMax=3'",
-        ),
-        Mend(
-            remote,
-            "if timeout_s is not None else ''",
-            "if timeout_s is not None else '-o ConnectTimeout=10'",
-        ),
-        Mend(server, "import collections\nimport logging\n", "import collections\nimport json\nimport logging\n"),
     ]
 
 

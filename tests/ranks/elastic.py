@@ -115,7 +115,10 @@ class ElasticJob(Job):
 
     def end(self, code: int = 0, timeout: float = 100) -> None:
         """Wait for the end of the run, with this exit code, and for the end of all it started."""
-        done = self.finish(timeout)
+        try:
+            done = self.finish(timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
         assert done.returncode == code, f"exit {done.returncode}\n{self.said()}"
 
     def summary(self) -> dict[str, Any]:
