@@ -119,13 +119,16 @@ class Channel(Way):
         self._received = flat
 
     def adds_up(self, step: int) -> bool:
-        """Whether whoever has the share in pieces should add the residual to them, into `spare`, in one go."""
-        return self.residual is not None and self.velocity is None and step >= self.warmup
+        """Whether whoever has the share in pieces should add the residual to them, into `spare`, in one go.
+
+        With powersgd by its `take`, matrix by matrix.
+        """
+        return self.residual is not None and self.velocity is None and self.owed is None and step >= self.warmup
 
     def start(self, step: int, added_up: bool = False) -> None:
         """Encode the share and the residual and start the first collective; in the warm-up one of all values.
 
-        added_up: they stand in `spare` already (`adds_up`), and not in flat.
+        added_up: they were added up (`adds_up`), and are not in flat.
         """
         self._kept.clear()
         self._dense = step < self.warmup
@@ -145,8 +148,8 @@ class Channel(Way):
         self._begin(x)
         collective = self.codec.collective
         rest = self.spare  # what the payload is still to be taken from
-        if isinstance(self.codec, PowerSgd) and rest is not None:
-            payload, rest = self.codec.take(rest), None
+        if added_up and isinstance(self.codec, PowerSgd):
+            payload, rest = self.codec.taken(), None
         else:
             payload = self.codec.encode(self._rows(x) if collective == "exchange" else x, self._key)
         # The network is busy while the residual is worked out; a sum is made in place, so of a copy.

@@ -35,6 +35,7 @@ class PowerSgd:
             torch.randn(m, r, generator=generator, device=device) for (_, m), r in zip(shapes, self.ranks, strict=True)
         ]
         self.basis = [orthonormal(factor) for factor in drawn]
+        self._taken: dict[int, Tensor] = {}
 
     def matrices(self, x: Tensor) -> list[Tensor]:
         parts = torch.split(x, [n * m for n, m in self.shapes])
@@ -55,20 +56,28 @@ class PowerSgd:
         sides = self.sides(x.float())
         return torch.cat([(basis.T @ side).flatten() for side, basis in zip(sides, self.basis, strict=True)])
 
-    def take(self, x: Tensor) -> Tensor:
-        """`encode`, and leave in x, (n,) float32, what the payload does not send.
+    def take(self, number: int, total: Tensor, residual: Tensor, gradient: Tensor) -> None:
+        """Set one matrix' total to residual + gradient less what of it is sent, and keep that for `taken`.
 
-        On a CPU block by block, so that x comes from memory once: for ResNet-18 in 8 ms, not 13.
+        All are (n, m), total and residual float32. On a CPU block by block, so that everything comes from memory once.
         """
-        payload = []
-        for side, basis in zip(self.sides(x), self.basis, strict=True):
-            width = side.shape[1] if x.is_cuda else -(-BLOCK // side.shape[0])
-            parts = []
-            for block in torch.split(side, width, dim=1):
-                parts.append(basis.T @ block)
-                block.addmm_(basis, parts[-1], alpha=-1)
-            payload.append(torch.cat(parts, dim=1).flatten())
-        return torch.cat(payload)
+        n, m = self.shapes[number]
+        basis = self.basis[number]
+        across = 0 if self.left else 1
+        width = (n, m)[across] if total.is_cuda else -(-BLOCK // (m, n)[across])
+        parts = []
+        for x, old, new in zip(*(torch.split(y, width, across) for y in (total, residual, gradient)), strict=True):
+            torch.add(old, new, out=x)
+            side = x.T if self.left else x
+            parts.append(basis.T @ side)
+            side.addmm_(basis, parts[-1], alpha=-1)
+        self._taken[number] = torch.cat(parts, dim=1).flatten()
+
+    def taken(self) -> Tensor:
+        """What `take` took of all matrices: as `encode` has it."""
+        payload = torch.cat([self._taken[number] for number in range(len(self.shapes))])
+        self._taken.clear()
+        return payload
 
     def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
         return decode_by_adding(self, payload, n, key)

@@ -9,6 +9,7 @@ import torch
 from hvdtrain.collectives import ops
 from hvdtrain.compression.channel import Channel, Plain
 from hvdtrain.compression.codec import Key
+from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.compression.spec import Spec, covers, make_codec
 from hvdtrain.errors import UserError
 
@@ -41,19 +42,25 @@ class Bucket:
 
     def put(self, index: int, gradient: torch.Tensor | None, step: int) -> None:
         """Take in the gradient of the parameter with that index; None: it has none on this rank, which is zero."""
-        channel = self.channel
-        if isinstance(channel, Channel) and channel.adds_up(step):
-            # In one go through memory: the gradient and what has not been sent of those before it.
-            assert channel.residual is not None and channel.spare is not None
-            residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.spare))
+        channel, view = self.channel, self.views[index]
+        if not (isinstance(channel, Channel) and channel.adds_up(step)):
             if gradient is None:
-                total.copy_(residual)
-            else:
-                torch.add(residual, gradient, out=total)
-        elif gradient is None:
-            self.views[index].zero_()
-        elif gradient is not self.views[index]:
-            self.views[index].copy_(gradient)
+                view.zero_()
+            elif gradient is not view:
+                view.copy_(gradient)
+            return
+        # In one go through memory: the gradient and what has not been sent of those before it.
+        assert channel.residual is not None and channel.spare is not None
+        residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.spare))
+        if gradient is None:
+            gradient = view.zero_()
+        if isinstance(channel.codec, PowerSgd):
+            if gradient.stride() != view.stride():
+                gradient = view.copy_(gradient)
+            n, m = channel.codec.shapes[index]
+            channel.codec.take(index, *(x.as_strided((n, m), (m, 1)) for x in (total, residual, gradient)))
+        else:
+            torch.add(residual, gradient, out=total)
 
     def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
         if memory not in self.memory_views:

@@ -11,6 +11,7 @@ from torch import nn
 import hvdtrain
 from hvdtrain.collectives import ops
 from hvdtrain.compression.powersgd import PowerSgd
+from hvdtrain.compression.spec import parse
 from hvdtrain.torch import DistributedOptimizer, buckets
 from tests.ranks.channels import at_once, channel, exchange, gradient, summed
 
@@ -401,6 +402,35 @@ def excess(compression, lr, steps, seed):
         optimizer.step()
     loss = (whole @ model.weight.detach().double().T - targets).square().mean()
     return float((loss - least) / (targets.square().mean() - least))
+
+
+def check_gradients_as_they_come():
+    """Piece by piece, of any memory format or missing, a bucket sends and keeps what it does of all at once."""
+    shapes, made = [(8, 3, 3, 3), (6, 5), (16, 4, 1, 1)], torch.Generator().manual_seed(RANK)
+    named = [(f"p{i}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
+    named[0][1].data = named[0][1].data.to(memory_format=torch.channels_last)
+    for text in MINDFUL:
+        if "momentum" in text:
+            continue
+        spec = parse(f"{at_once(text)},min=1")
+        buckets.FIRST_BUCKET_BYTES, before = 1 << 20, buckets.FIRST_BUCKET_BYTES
+        pieces, whole = (buckets.make_buckets(named, spec, 0, None, False, None) for _ in range(2))
+        buckets.FIRST_BUCKET_BYTES = before
+        assert len(pieces) == len(whole) == 1
+        for step in range(4):
+            for i, view in enumerate(whole[0].views):
+                gradient = torch.randn(shapes[i], generator=made)
+                gradient = gradient.to(memory_format=torch.channels_last) if i == 0 and step % 2 else gradient
+                view.copy_(gradient if (i + step) % 4 else torch.zeros(()))
+                pieces[0].put(i, gradient if (i + step) % 4 else None, step)
+            for bucket, added_up in ((pieces[0], True), (whole[0], False)):
+                assert bucket.channel.adds_up(step)
+                bucket.channel.start(step, added_up)
+                bucket.channel.turn()
+                bucket.channel.finish()
+                bucket.channel.commit()
+            assert_close(pieces[0].channel.flat, whole[0].channel.flat, 1e-5)
+            assert_close(pieces[0].channel.residual, whole[0].channel.residual, 1e-5)
 
 
 def check_quality():

@@ -1,6 +1,6 @@
 """A rank leaves while the other hands over sum after sum: each of them ends, with an error. Round after round.
 
-    leaving_checks.py FOLDER ROUNDS    on two ranks; the folder is where they tell each other what they did
+leaving_checks.py FOLDER ROUNDS    on two ranks; the folder is where they tell each other what they did
 """
 
 import os

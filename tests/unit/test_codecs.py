@@ -272,10 +272,13 @@ def test_powersgd_projects_in_turns() -> None:
 def test_powersgd_takes_in_blocks_what_it_encodes(block: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvdtrain.compression.powersgd.BLOCK", block)
     codec = powersgd(left)
-    x = values(3)
-    rest = x.clone()
-    taken, sent = codec.take(rest), codec.encode(x, KEY)
-    torch.testing.assert_close(taken, sent, rtol=1e-5, atol=1e-5)
+    residual, gradient, rest = values(3), values(4), torch.full((N,), math.nan)
+    parts = zip(*(codec.matrices(flat) for flat in (rest, residual, gradient)), strict=True)
+    for number, matrices in reversed(list(enumerate(parts))):  # in any order
+        codec.take(number, *matrices)
+    x = residual + gradient
+    sent = codec.encode(x, KEY)
+    torch.testing.assert_close(codec.taken(), sent, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rest, x - codec.decode(sent, N, KEY), rtol=1e-5, atol=1e-5)
 
 
