@@ -145,7 +145,7 @@ def make_codec(spec: Spec, argument: str, shapes: list[tuple[int, int]], key: Ke
     if spec.method == "powersgd":
         return PowerSgd(int(argument), shapes, key, device)
     if spec.method == "randomk":
-        return RandomK(float(argument), unbiased=spec.feedback is False)
+        return RandomK(float(argument), unbiased=spec.feedback is not True)
     if spec.method == "topk":
         return TopK(float(argument))
     if spec.method == "qsgd":

@@ -17,7 +17,7 @@ from hvdtrain.compression.randomk import RandomK
 from hvdtrain.compression.spec import make_codec, parse
 
 SPECS = ["fp16", "bf16", "int8", "onebit", "qsgd:2bit", "qsgd:4bit", "qsgd:8bit"]
-SPECS += ["topk:0.01", "randomk:0.01", "randomk:0.01,feedback=off", "powersgd:4"]
+SPECS += ["topk:0.01", "randomk:0.01", "randomk:0.01,feedback=on", "powersgd:4"]
 KEY = Key(seed=3, step=5, bucket=2, rank=1)
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 1024, 512

@@ -29,11 +29,11 @@ SPECS = [
     "topk:0.05",
     "topk:0.05,momentum=0.9",
     "randomk:0.1",
-    "randomk:0.1,feedback=off",
+    "randomk:0.1,feedback=on",
     "powersgd:2",
 ]
 # All that can remember.
-MINDFUL = [text if "momentum" in text else f"{text},feedback=on" for text in SPECS if "off" not in text]
+MINDFUL = [text if "momentum" in text else f"{text},feedback=on" for text in SPECS if "feedback" not in text]
 SHAPES = [(40, 25), (7, 30), (1, 13)]
 N = sum(n * m for n, m in SHAPES)
 # Many small buckets, so that their order matters.
@@ -92,7 +92,7 @@ def check_nothing_is_lost():
 
 def check_debts_stay_small():
     """Over 100 steps of unit gradients, in a bucket that is mostly padding too."""
-    limits = {"int8": 0.1, "onebit": 30, "topk:0.05": 60, "randomk:0.1": 60, "powersgd:2": 60}
+    limits = {"int8": 0.1, "onebit": 30, "topk:0.05": 60, "randomk:0.1,feedback=on": 60, "powersgd:2": 60}
     for text, limit in limits.items():
         for shapes in (SHAPES, [(10, 10)]):
             c = channel(text, shapes)
@@ -108,7 +108,7 @@ def check_debts_stay_small():
 def check_unbiased_over_ranks():
     """The sum of what arrives has the right mean: over both rounds of rounding."""
     shapes, trials = [(16, 64)], 250
-    for text in ("qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.25,feedback=off"):
+    for text in ("qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.25"):
         c = channel(text, shapes)
         mine = torch.rand(1024, generator=torch.Generator().manual_seed(RANK)) * 2 - 1
         exact = torch.from_numpy(summed(mine))
@@ -183,7 +183,7 @@ def check_wire_bytes():
                 assert expected <= 2 * (SIZE - 1) / SIZE * payload + 2 * (SIZE - 1) * per_block[method]
             elif method == "topk:0.05":
                 expected = (SIZE - 1) * math.ceil(0.05 * n) * 6
-            elif method == "randomk:0.1":
+            elif method.startswith("randomk:0.1"):
                 expected = ring(4 * math.ceil(n / 10))
             else:
                 sides = [(rows, columns)[step] * min(2, rows, columns) for rows, columns in SHAPES]
@@ -332,7 +332,7 @@ def check_an_excepted_layer_is_dense():
 
 def check_lossless_limits():
     plain = train("none", 10)
-    for text in ("topk:1", "randomk:1", "randomk:1,feedback=off"):
+    for text in ("topk:1", "randomk:1", "randomk:1,feedback=on"):
         assert_close(train(f"{text},min=1", 10)[-1], plain[-1], 1e-5)
     square = lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))  # noqa: E731
 
@@ -438,15 +438,12 @@ def check_quality():
     if SIZE != 2:
         return
     for seed in range(2):
-        for text in ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "powersgd"):
+        for text in ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd"):
             left = excess(f"{text},min=1", 0.3, 300, seed)
             assert left < 0.003, (text, seed, left)
         for text in ("onebit", "topk"):
             left = excess(f"{text},min=1,feedback=off,warmup=0", 0.3, 300, seed)
             assert left > 0.03, (text, seed, left)
-    # A value is sent once in 100 steps.
-    left = excess("randomk,min=1", 0.05, 1500, 0)
-    assert left < 0.02, left
 
 
 only = sys.argv[1:]

