@@ -38,7 +38,7 @@ from hvdtrain.torch.advisor import cost_of
 from hvdtrain.torch.exchange import Exchange
 from hvdtrain.trainer.options import RunOptions
 
-METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.1", "powersgd:4")
+METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.25", "powersgd:4")
 PLAIN = 6  # steps with a method's buckets before it compresses; the last four tell when each bucket is ready
 RECORDED = 4  # steps whose gradients are compared: an even number, for methods that send one of two factors in turns
 # Bytes a second: 10 Mbit/s to 100 Gbit/s, twenty to the decade.

@@ -19,7 +19,7 @@ class RandomK:
     (digits with min=64: 98.6 % as with none, and with feedback 91.2; tests/benchmarks/accuracy.py).
     """
 
-    ratio: float = 0.1
+    ratio: float = 0.25
     unbiased: bool = False
     collective: Collective = "sum"
     block: int = 1

@@ -3,7 +3,7 @@
     none fp16 bf16 int8 onebit      no argument
     auto                            measured while training, none included (hvdtrain.torch.advisor)
     qsgd:4bit                       bits a value: 2, 4 or 8
-    topk:0.01  randomk:0.1          part of the values that is sent
+    topk:0.01  randomk:0.25         part of the values that is sent
     powersgd:4                      rank of the factors
 
 Options behind it, separated by commas:
@@ -32,7 +32,7 @@ from hvdtrain.compression.topk import TopK
 from hvdtrain.errors import UserError, nearest
 
 METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
-DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.1", "powersgd": "4"}
+DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.25", "powersgd": "4"}
 # What training needs at its beginning to end as well as dense (tests/benchmarks/accuracy.py).
 WARMUP = {"topk": "100", "randomk": "100", "powersgd": "100"}
 OPTIONS = ("warmup", "min", "feedback", "momentum")

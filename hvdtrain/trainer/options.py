@@ -31,7 +31,7 @@ class RunOptions:
     )
     compression: str = option(
         "none",
-        "gradient compression: none, fp16, bf16, int8, onebit, qsgd:4bit, topk:0.01, randomk:0.1, powersgd:4; "
+        "gradient compression: none, fp16, bf16, int8, onebit, qsgd:4bit, topk:0.01, randomk:0.25, powersgd:4; "
         "with options, e.g. powersgd:4,warmup=100,min=8192; auto: measured while training, none included",
     )
     exchange: Literal["bucketed", "horovod"] = option("bucketed", "flat buckets, or Horovod's own, for comparison")

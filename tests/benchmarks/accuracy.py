@@ -28,7 +28,7 @@ RECIPES = {
     "digits": ROOT / "recipes" / "digits.py",
     "cifar_shaped": ROOT / "tests" / "benchmarks" / "cifar_shaped.py",
 }
-METHODS = ["none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.1", "powersgd:4"]
+METHODS = ["none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.25", "powersgd:4"]
 WITHOUT_FEEDBACK = [f"{method},feedback=off" for method in ("int8", "onebit", "topk:0.01", "powersgd:4")]
 LONGEST = 3600  # seconds of a run
 NEVER = "1000000000"  # in steps

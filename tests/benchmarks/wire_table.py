@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from tests.benchmarks.start import by_horovodrun, told
 
-SPECS = "none,fp16,bf16,int8,onebit,qsgd:4bit,randomk:0.1,powersgd:4,topk:0.01"
+SPECS = "none,fp16,bf16,int8,onebit,qsgd:4bit,randomk:0.25,powersgd:4,topk:0.01"
 STEPS = 2  # powersgd sends one of two sides in turns
 LIMIT = 600.0  # seconds for one number of ranks
 

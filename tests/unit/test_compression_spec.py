@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
         ("qsgd:2bit", Spec("qsgd:2bit", "qsgd", "2bit")),
         ("topk", Spec("topk", "topk", "0.01", warmup=100)),
         ("topk:1", Spec("topk:1", "topk", "1", warmup=100)),
-        ("randomk", Spec("randomk", "randomk", "0.1", warmup=100)),
+        ("randomk", Spec("randomk", "randomk", "0.25", warmup=100)),
         ("randomk:1e-3", Spec("randomk:1e-3", "randomk", "1e-3", warmup=100)),
         ("powersgd", Spec("powersgd", "powersgd", "4", warmup=100)),
         ("powersgd:2,warmup=100,min=0", Spec("powersgd:2,warmup=100,min=0", "powersgd", "2", warmup=100, min=0)),
