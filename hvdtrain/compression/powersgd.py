@@ -6,12 +6,14 @@ PowerSGD (Vogels et al., 1905.13727) sends both factors of X ~ P Q' one after th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hvdtrain.compression.codec import Collective, Key, decode_by_adding
 
-# Values of a block that is multiplied twice while it lies in a core's cache.
+# Values of a block of rows that is gone through several times while it lies in a core's cache.
 BLOCK = 1 << 18
 
 
@@ -59,19 +61,23 @@ class PowerSgd:
     def take(self, number: int, total: Tensor, residual: Tensor, gradient: Tensor) -> None:
         """Set one matrix' total to residual + gradient less what of it is sent, and keep that for `taken`.
 
-        All are (n, m), total and residual float32. On a CPU block by block, so that everything comes from memory once.
+        All are (n, m), total and residual float32. On a CPU block by block, so that they come from memory once.
         """
-        n, m = self.shapes[number]
         basis = self.basis[number]
-        across = 0 if self.left else 1
-        width = (n, m)[across] if total.is_cuda else -(-BLOCK // (m, n)[across])
-        parts = []
-        for x, old, new in zip(*(torch.split(y, width, across) for y in (total, residual, gradient)), strict=True):
-            torch.add(old, new, out=x)
-            side = x.T if self.left else x
-            parts.append(basis.T @ side)
-            side.addmm_(basis, parts[-1], alpha=-1)
-        self._taken[number] = torch.cat(parts, dim=1).flatten()
+        if self.left:
+            parts = []
+            for x, old, new in in_blocks(total, residual, gradient):
+                torch.add(old, new, out=x)
+                parts.append(basis.T @ x.T)
+                x.T.addmm_(basis, parts[-1], alpha=-1)
+            factor = torch.cat(parts, dim=1)
+        else:
+            factor = total.new_zeros(basis.shape[1], total.shape[1])
+            for x, old, new, part in in_blocks(total, residual, gradient, basis):
+                torch.add(old, new, out=x)
+                factor.addmm_(part.T, x)
+            total.addmm_(basis, factor, alpha=-1)
+        self._taken[number] = factor.flatten()
 
     def taken(self) -> Tensor:
         """What `take` took of all matrices: as `encode` has it."""
@@ -85,12 +91,21 @@ class PowerSgd:
     def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
         for matrix, factor, basis in zip(self.matrices(total), self.factors(payload), self.basis, strict=True):
             left, right = (factor, basis) if self.left else (basis, factor)
-            matrix.addmm_(left, right.T, beta=0 if fresh else 1, alpha=alpha)
+            for block, part in in_blocks(matrix, left):
+                if fresh:  # which BLAS does twice as slowly, with beta=0
+                    block.zero_()
+                block.addmm_(part, right.T, alpha=alpha)
 
     def advance(self, total: Tensor) -> None:
         """Take what all ranks sent together as the next step's basis."""
         self.basis = [orthonormal(factor) for factor in self.factors(total)]
         self.left = not self.left
+
+
+def in_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each matrix (n, any) after the other: on a CPU blocks of the first one's size, on a GPU all."""
+    rows = len(matrices[0]) if matrices[0].is_cuda else -(-BLOCK // matrices[0].shape[1])
+    return zip(*(torch.split(matrix, rows) for matrix in matrices), strict=True)
 
 
 def orthonormal(factor: Tensor) -> Tensor:
