@@ -93,6 +93,7 @@ class Supervisor:
         self.ending_since: float | None = None
         self.restart_at: float | None = None  # when a new worker is to be started; there is none until then
         self.told_again = False  # to go, when there was no worker any more
+        self.absent_since: float | None = None  # answers no round any more, so that horovodrun goes on without it
         self.worker = self.start()
 
     def start(self) -> Worker:
@@ -172,6 +173,7 @@ class Supervisor:
             self.ending_since = self.ending_since or time.monotonic()
             if self.worker.member not in members or time.monotonic() - self.ending_since > ENDING:
                 self.worker.process.kill()  # it was about to join
+            self.take_part()  # in a round that began before the end, and that a slot may leave in
             return
         alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
         working = (alive - self.board.facts("gone-").keys()) or alive
@@ -186,7 +188,7 @@ class Supervisor:
 
     def take_part(self) -> None:
         """Answer horovodrun's newest round, in a thread: it may wait for a slot that never comes."""
-        if self.answer is not None and self.answer.is_alive():
+        if self.absent_since is not None or (self.answer is not None and self.answer.is_alive()):
             return
         newest = self.newest_round()
         if newest > self.round and not self.removed:
@@ -232,6 +234,7 @@ class Supervisor:
 
     def on_end(self, code: int) -> int | None:
         """The worker has ended: the exit code to leave with, or None where another one is to be started."""
+        called = self.newest_round() > self.round  # asked before the verdict: see may_leave
         member = self.worker.member
         if self.restart_at is None:
             self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
@@ -240,11 +243,10 @@ class Supervisor:
             return int(verdict["code"])
         if self.drained or code == EXIT_REQUEUE:
             self.drained = True
-            if not self.removed and not self.told_again and self.host_goes_on():
-                self.restart_at = math.inf
-                return None
-            # Never 0 while horovodrun counts on this slot: it would take that for the end of the run.
-            return 0 if self.removed else EXIT_REQUEUE
+            if self.removed:
+                return 0  # and never before: horovodrun would take that for the end of the run
+            self.restart_at = math.inf
+            return EXIT_REQUEUE if self.told_again or self.may_leave(called) else None
         if self.restart_at is not None:
             return None
         plans = self.board.facts("plan-").values()
@@ -257,6 +259,19 @@ class Supervisor:
         os.close(self.worker.messages)
         self.restart_at = time.monotonic() + (NOW_AND_THEN if self.failed_starts >= STARTS else 0)
         return None
+
+    def may_leave(self, called: bool) -> bool:
+        """Whether horovodrun will notice before the run ends that this slot is gone: else it counts that as a failure.
+
+        It notices in a round. So this slot leaves when a new one has begun, `called`, while the run goes on: the others
+        all answer that one before they end.
+        """
+        if self.host_goes_on():
+            self.absent_since = None
+            return False
+        self.absent_since = self.absent_since or time.monotonic()
+        answering = self.answer is not None and self.answer.is_alive()
+        return (called and not answering) or time.monotonic() - self.absent_since > ENDING
 
     def host_goes_on(self) -> bool:
         """Whether other slots of this host are to train on: horovodrun would end them if this supervisor left."""

@@ -112,7 +112,7 @@ def replay(scale: float) -> dict[str, Any]:
         length = time.monotonic() - began
         seen, steps = list(run.watch.seen), run.steps()
         run.job.process.send_signal(signal.SIGINT)
-        run.job.end(75)
+        run.job.end(75, hurry=False)
         verify(run.job.run_dir)
         losses = {row["step"]: row["loss"] for row in rows(run.job.run_dir)}
     done = [

@@ -113,8 +113,13 @@ class ElasticJob(Job):
             assert self.process.poll() is None, f"ended before {what}\n{self.said()}"
             time.sleep(0.05)
 
-    def end(self, code: int = 0, timeout: float = 100) -> None:
-        """Wait for the end of the run, with this exit code, and for the end of all it started."""
+    def end(self, code: int = 0, timeout: float = 100, hurry: bool = True) -> None:
+        """Wait for the end of the run, with this exit code, and for the end of all it started.
+
+        There are no more faults: if none waits to be taken, the rest of the steps need no pause.
+        """
+        if hurry and not self.fault.exists():
+            self.fault.write_text("hurry")
         try:
             done = self.finish(timeout)
         except AssertionError as error:
