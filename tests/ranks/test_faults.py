@@ -144,6 +144,17 @@ def test_a_notice_costs_no_step(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
+@pytest.mark.parametrize("seconds", [0, 0.6])
+def test_a_notice_just_before_the_end(tmp_path: Path, reference: Any, seconds: float) -> None:
+    """What a slot that leaves by itself ends with is horovodrun's failure only if the run ends in the same round."""
+    with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1") as job:
+        job.step(8)
+        job.supervisor(1).send_signal(signal.SIGTERM)
+        time.sleep(seconds)
+        job.end()
+    check(job, reference)
+
+
 def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
     """All save and end with 75; resumed, the run goes on as if nothing had been."""
     with ElasticJob(tmp_path, "localhost:2", least=2, launch=[]) as job:
