@@ -92,9 +92,7 @@ class PowerSgd:
         for matrix, factor, basis in zip(self.matrices(total), self.factors(payload), self.basis, strict=True):
             left, right = (factor, basis) if self.left else (basis, factor)
             for block, part in in_blocks(matrix, left):
-                if fresh:  # which BLAS does twice as slowly, with beta=0
-                    block.zero_()
-                block.addmm_(part, right.T, alpha=alpha)
+                block.addmm_(part, right.T, beta=0 if fresh else 1, alpha=alpha)
 
     def advance(self, total: Tensor) -> None:
         """Take what all ranks sent together as the next step's basis."""
