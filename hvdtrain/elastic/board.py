@@ -1,7 +1,7 @@
 """The board: what the members of an elastic run write for each other, kept by horovodrun's own key-value server.
 
 Facts are written once: who writes first has said it, and who comes later reads that. So any member may propose what
-all will do, and all do the same. Pulses are overwritten, each by its own writer.
+all will do, and all do the same. Pulses are overwritten, each by its own writer, and so is the newest round's number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import http.client
 import json
 from typing import Any
 
-FACTS, PULSES = "hvdtrain.facts", "hvdtrain.pulses"
+FACTS, PULSES, ROUNDS = "hvdtrain.facts", "hvdtrain.pulses", "hvdtrain.rounds"
 TIMEOUT = 10.0  # seconds for an answer of the server
 
 
@@ -46,6 +46,14 @@ class Board:
 
     def pulses(self) -> dict[str, Any]:
         return self._listed(PULSES, "")
+
+    def newest_round(self) -> int:
+        """The newest of horovodrun's rounds of assignment that all slots were called to; 0: there was none."""
+        return int(self._value(f"/{ROUNDS}/newest") or 0)
+
+    def call_round(self, number: int) -> None:
+        """Call all slots to a round of assignment, which each answers by `assignment`."""
+        self._request("PUT", f"/{ROUNDS}/newest", json.dumps(number).encode())
 
     def assignment(self, host: str, local_rank: int) -> tuple[int, int]:
         """This slot's rank in horovodrun's own list, and the list's length; (-1, ...) where it is in it no more.

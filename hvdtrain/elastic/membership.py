@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.board import Board, BoardLost
@@ -135,8 +135,12 @@ class Membership:
     def leave_if_asked(self) -> None:
         """Leave at the end of a generation, if this member was asked to. Raises Gone then."""
         if self.leaving:
-            self.board.propose(f"gone-{self.member}", "left")
-            raise Gone("left, as it was asked to", EXIT_REQUEUE)
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Tell the others that this member is gone, and raise Gone."""
+        self.board.propose(f"gone-{self.member}", "left")
+        raise Gone("left, as it was asked to", EXIT_REQUEUE)
 
     def next_place(self, step: int) -> Place:
         """Form the next generation with whoever is there; returns when all of it say that they follow its plan.
@@ -170,7 +174,11 @@ class Membership:
                 )
 
     def _plan(self, number: int, step: int) -> dict[str, Any]:
-        """The plan of a generation, proposed by this member if it is the one to."""
+        """The plan of a generation, proposed by this member if it is the one to.
+
+        A member that is asked to leave or to stop meanwhile leaves, if it has no state. One that has makes a generation
+        with those who are there, however few: at the end of a step, they all save.
+        """
         board, began, complete_since = self.board, time.monotonic(), None
         about = {"step": step, "host": self.slot.host, "slot": self.slot.local_rank, "joined": self.joined}
         board.propose(f"here-{number}-{self.member}", about)
@@ -181,6 +189,10 @@ class Membership:
                 return dict(plan)
             if (verdict := board.fact("verdict")) is not None:
                 raise Gone("the run has ended", int(verdict["code"]))
+            self.hear()
+            asked = self.leaving or self.stopping
+            if asked and not self.joined:
+                self.leave()
             here, gone = board.facts(f"here-{number}-"), board.facts("gone-")
             if self.member in gone:
                 raise Gone(LOST, EXIT_FAILED)
@@ -191,7 +203,7 @@ class Membership:
                 # horovodrun's newest list lacks slots that could not be filled.
                 expected = min((pulse["size"] for pulse in board.pulses().values()), default=self.slot.size)
                 complete = len(here) >= expected or time.monotonic() - began > PATIENCE
-            if complete and len(present) >= self.slot.least:
+            if complete and (asked or len(present) >= self.slot.least):
                 complete_since = complete_since or time.monotonic()
                 line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
                 if line[0] == self.member or time.monotonic() - complete_since > PROPOSER:

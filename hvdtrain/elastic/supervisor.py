@@ -94,6 +94,7 @@ class Supervisor:
         self.restart_at: float | None = None  # when a new worker is to be started; there is none until then
         self.told_again = False  # to go, when there was no worker any more
         self.absent_since: float | None = None  # answers no round any more, so that horovodrun goes on without it
+        self.leaving = False  # and needs to hear no more
         self.worker = self.start()
 
     def start(self) -> Worker:
@@ -160,12 +161,13 @@ class Supervisor:
         self.beats += 1
         self.verdict = self.board.fact("verdict")
         sign = {"beats": self.beats, "member": self.worker.member, "host": self.slot.host, "size": self.size}
-        self.board.pulse(self.name, {**sign, "ending": self.verdict is not None, "drained": self.drained})
-        pulses = self.board.pulses()
+        knows = self.verdict is not None or self.leaving
+        self.board.pulse(self.name, {**sign, "ending": knows, "drained": self.drained})
+        pulses, gone = self.board.pulses(), set(self.board.facts("gone-"))
         lost = self.watch.look(pulses, self.lease)
-        for name in lost:
-            if name != self.name:
-                self.board.propose(f"gone-{pulses[name]['member']}", "lost")
+        for member in {pulses[name]["member"] for name in lost if name != self.name} - gone:
+            self.board.propose(f"gone-{member}", "lost")
+            gone.add(member)
         self.end_if_stopped()
         generation, plan = newest_plan(self.board)
         members = [member["id"] for member in plan["members"]] if plan else []
@@ -176,13 +178,13 @@ class Supervisor:
             self.take_part()  # in a round that began before the end, and that a slot may leave in
             return
         alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
-        working = (alive - self.board.facts("gone-").keys()) or alive
+        working = (alive - gone) or alive
         leader = next((member for member in members if member in working), min(working))
         if self.worker.member == leader:
             # Also while it waits for an answer itself: that may be for a slot which has answered all there was to.
             if time.monotonic() - self.round_began >= ROUND:
                 self.round_began = time.monotonic()
-                self.board.propose(f"round-{self.newest_round() + 1}", True)
+                self.board.call_round(self.board.newest_round() + 1)
             self.ask_for_newcomers(generation, members, alive)
         self.take_part()
 
@@ -190,19 +192,16 @@ class Supervisor:
         """Answer horovodrun's newest round, in a thread: it may wait for a slot that never comes."""
         if self.absent_since is not None or (self.answer is not None and self.answer.is_alive()):
             return
-        newest = self.newest_round()
+        newest = self.board.newest_round()
         if newest > self.round and not self.removed:
             self.round = newest
             self.answer = threading.Thread(target=self.ask_horovodrun, daemon=True)
             self.answer.start()
 
-    def newest_round(self) -> int:
-        return max((int(number) for number in self.board.facts("round-")), default=0)
-
     def ask_horovodrun(self) -> None:
         with contextlib.suppress(BoardLost):
             rank, size = self.board.assignment(self.slot.host, self.slot.local_rank)
-            self.round = self.newest_round()  # all slots answered at once, whatever the round that each was in
+            self.round = self.board.newest_round()  # all slots answered at once, whatever the round that each was in
             if rank >= 0:
                 self.size = size
             else:
@@ -234,7 +233,9 @@ class Supervisor:
 
     def on_end(self, code: int) -> int | None:
         """The worker has ended: the exit code to leave with, or None where another one is to be started."""
-        called = self.newest_round() > self.round  # asked before the verdict: see may_leave
+        answering = self.answer is not None and self.answer.is_alive()
+        # Both asked before the verdict: see may_leave.
+        called = not answering and self.board.newest_round() > self.round
         member = self.worker.member
         if self.restart_at is None:
             self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
@@ -243,10 +244,9 @@ class Supervisor:
             return int(verdict["code"])
         if self.drained or code == EXIT_REQUEUE:
             self.drained = True
-            if self.removed:
-                return 0  # and never before: horovodrun would take that for the end of the run
             self.restart_at = math.inf
-            return EXIT_REQUEUE if self.told_again or self.may_leave(called) else None
+            # Never 0: horovodrun would take that for the end of the run, where it counts on this slot, or does again.
+            return EXIT_REQUEUE if self.removed or self.told_again or self.may_leave(called) else None
         if self.restart_at is not None:
             return None
         plans = self.board.facts("plan-").values()
@@ -270,24 +270,26 @@ class Supervisor:
             self.absent_since = None
             return False
         self.absent_since = self.absent_since or time.monotonic()
-        answering = self.answer is not None and self.answer.is_alive()
-        return (called and not answering) or time.monotonic() - self.absent_since > ENDING
+        return called or time.monotonic() - self.absent_since > ENDING
 
     def host_goes_on(self) -> bool:
-        """Whether other slots of this host are to train on: horovodrun would end them if this supervisor left."""
-        pulses = self.board.pulses()
+        """Whether another slot of this host has a worker, or will: horovodrun ends it if this supervisor leaves."""
+        pulses, gone = self.board.pulses(), self.board.facts("gone-")
         lost = self.watch.look(pulses, self.lease)
         others = [pulse for name, pulse in pulses.items() if name != self.name and name not in lost]
-        return any(pulse["host"] == self.slot.host and not pulse["drained"] for pulse in others)
+        return any(
+            pulse["host"] == self.slot.host and not (pulse["drained"] and pulse["member"] in gone) for pulse in others
+        )
 
     def on_lost_board(self, ended: int | None) -> int | None:
-        """horovodrun is gone: the worker saves and ends, while it can."""
-        if ended is not None:
-            return EXIT_REQUEUE
+        """horovodrun does not answer; if it is gone, the worker saves and ends, while it can."""
         now = time.monotonic()
         self.lost_since = self.lost_since or now
-        self.tell(b"s")
-        if now - self.lost_since > ENDING:
+        if now - self.lost_since > self.lease:
+            if ended is not None:
+                return EXIT_REQUEUE
+            self.tell(b"s")
+        if now - self.lost_since > self.lease + ENDING:
             self.worker.process.kill()
         time.sleep(TICK)
         return None
@@ -308,6 +310,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             # horovodrun has ended meanwhile; its server answers no more, and it kills those that wait for that.
             signal.signal(number, lambda *_: os._exit(code))
+        self.leaving = True
         with contextlib.suppress(BoardLost):
             self.wait_until_all_know()
         if self.answer is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.collectives import ops
-from hvdtrain.compression.channel import Channel
+from hvdtrain.compression.channel import Channel, Plain
 from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.torch.buckets import Bucket
 from hvdtrain.torch.exchange import Exchange
@@ -38,6 +38,7 @@ def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
             for name, basis in zip(bucket.names, channel.codec.basis, strict=True):
                 state["bases"][name] = (channel.codec.left, basis)
     if exact:
+        state["buckets"] = [bucket.names for bucket in exchange.buckets]
         state["ranks"] = gather_exactly(exchange)
     return state
 
@@ -93,15 +94,16 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
     exchange.steps = state["steps"]
     if not exchange.buckets:
         exchange.build(state["order"])
-    own_state = state["ranks"][ops.rank(exchange.group)] if len(state["ranks"]) == exchange.size else {}
+    same_ranks = len(state["ranks"]) == exchange.size
+    own_state = state["ranks"][ops.rank(exchange.group)] if same_ranks else {}
+    names = state.get("buckets", [])  # of the parameters in each, when it was saved
     for number, bucket in enumerate(exchange.buckets):
         channel = bucket.channel
         exact = {memory: own_state.get(f"{number}.{memory}") for memory in EXACT}
-        fits = all((getattr(channel, m, None) is not None) == (exact[m] is not None) for m in EXACT if m != "owed")
-        if own_state and fits:
+        if own_state and names[number : number + 1] == [bucket.names] and fits(channel, exact):
             for memory, saved in exact.items():
                 if saved is not None:
-                    setattr(channel, memory, saved.to(channel.flat.device))
+                    setattr(channel, memory, saved.to(channel.flat.device, copy=True))
         else:
             debt = share(bucket, state["debts"], "residual", exchange.size)
             if isinstance(channel, Channel) and channel.velocity is not None:
@@ -110,11 +112,28 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
                 channel.residual.copy_(debt)
             elif debt.any():
                 channel.owed = debt
-        saved_bases = [state["bases"][name] for name in bucket.names if name in state["bases"]]
-        codec = channel.codec if isinstance(channel, Channel) else None
-        if isinstance(codec, PowerSgd) and len(saved_bases) == len(bucket.names):
-            codec.left = saved_bases[0][0]
-            codec.basis = [basis.to(channel.flat.device) for _, basis in saved_bases]
+        if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
+            load_bases(channel.codec, [state["bases"].get(name) for name in bucket.names], channel.flat.device)
+
+
+def fits(channel: Channel | Plain, exact: dict[str, Tensor | None]) -> bool:
+    """Whether the channel has the memories that were saved, in the same sizes; it may owe something, or nothing."""
+    sizes = [
+        [None if held is None else len(held) for held in (getattr(channel, memory, None), exact[memory])]
+        for memory in EXACT
+        if memory != "owed"
+    ]
+    return all(own == saved for own, saved in sizes)
+
+
+def load_bases(codec: PowerSgd, saved: list[tuple[bool, Tensor] | None], device: torch.device) -> None:
+    """Take over all matrices' bases; none, if one is missing or of another rank or side."""
+    left = saved[0][0] if saved[0] is not None else codec.left
+    shapes = [(m if left else n, rank) for (n, m), rank in zip(codec.shapes, codec.ranks, strict=True)]
+    bases = [basis for side, basis in filter(None, saved) if side == left]
+    if [tuple(basis.shape) for basis in bases] == shapes:
+        codec.left = left
+        codec.basis = [basis.to(device) for basis in bases]
 
 
 def share(bucket: Bucket, debts: dict[str, Tensor], memory: str, ranks: int) -> Tensor:

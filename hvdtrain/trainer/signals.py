@@ -55,6 +55,8 @@ class StopRequest:
             self.membership.leaving = True
         else:
             self.requested = True
+            if self.membership is not None:
+                self.membership.stopping = True  # it may be waiting for others
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for number, handler in self._before.items():

@@ -13,6 +13,8 @@ from hvdtrain.collectives import ops
 from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.compression.spec import parse
 from hvdtrain.torch import DistributedOptimizer, buckets
+from hvdtrain.torch import memories as state_of
+from hvdtrain.torch.exchange import SPARSE, Exchange
 from tests.ranks.channels import at_once, channel, exchange, gradient, summed
 
 warnings.simplefilter("error")
@@ -431,6 +433,57 @@ def check_gradients_as_they_come():
                 bucket.channel.commit()
             assert_close(pieces[0].channel.flat, whole[0].channel.flat, 1e-5)
             assert_close(pieces[0].channel.residual, whole[0].channel.residual, 1e-5)
+
+
+def check_what_was_saved_fits_or_is_shared():
+    """Another method, rank or size of buckets takes over all debts, and only such memories as it has itself."""
+    changes = [
+        ("int8", "int8", 200),
+        ("int8", "onebit", 700),
+        ("topk:0.1", "topk:0.1", 200),
+        ("topk:0.1", "int8", 700),
+        ("powersgd:2", "powersgd:3", 700),
+        ("powersgd:2", "powersgd:2", 200),
+        ("powersgd:2", "powersgd:2", 700),
+    ]
+    for before, after, bucket_bytes in changes if SIZE > 1 else []:
+        states = []
+        for text, size in ((before, 700), (after, bucket_bytes)):
+            model = nn.Sequential(small_model(), nn.Linear(3, 40), nn.Linear(40, 3))
+            optimizer = wrap(model, 0.05, f"{text},min=1,warmup=0", bucket_bytes=size)
+            if states:
+                state_of.load(optimizer.exchange, states[0])
+                states.append(state_of.gather(optimizer.exchange, exact=True))
+            for step in range(3):
+                optimizer.zero_grad()
+                loss_of(model, inputs_of(step)).backward()
+                optimizer.step()
+            assert_same_on_all(f"{before} to {after}", *model.parameters())
+            if not states:
+                states.append(state_of.gather(optimizer.exchange, exact=True))
+        old, new = states
+        assert any(debt.any() for debt in old["debts"].values())
+        for name, debt in old["debts"].items():
+            torch.testing.assert_close(new["debts"][name], debt)
+        if (before, 700) == (after, bucket_bytes):
+            assert all(torch.equal(new["bases"][name][1], basis) for name, (_, basis) in old["bases"].items())
+            mine = zip(new["ranks"][RANK].values(), old["ranks"][RANK].values(), strict=True)
+            assert all(torch.equal(one, other) for one, other in mine)
+
+
+def check_one_dense_gradient_among_many_ranks():
+    """A mean of flags, times the ranks, is not quite their sum; it is no sparse gradient for that."""
+    p = nn.Parameter(torch.ones(4, 3))
+    own = Exchange([("p", p)], True, parse("none"))
+    p.sum().backward()
+    own.finish()
+    for ranks in range(1, 900):
+        for flag, layout in ((1, torch.strided), (SPARSE, torch.sparse_coo), (ranks * SPARSE, torch.sparse_coo)):
+            own.size = ranks
+            own.buckets[0].flags.fill_(flag).div_(ranks)
+            own._set_gradients(own.buckets[0], committed=False)
+            assert p.grad.layout == layout, (ranks, flag)
+    own.close()
 
 
 def check_quality():
