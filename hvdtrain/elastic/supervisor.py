@@ -306,13 +306,13 @@ class Supervisor:
             time.sleep(TICK)
 
     def leave(self, code: int) -> int:
-        """Leave when horovodrun's round is over: it takes one that ends in a round for one that is still there."""
+        """Leave. With 0 when horovodrun's round is over: it takes one that ends in a round for one that is there."""
         for number in (signal.SIGTERM, signal.SIGINT):
             # horovodrun has ended meanwhile; its server answers no more, and it kills those that wait for that.
             signal.signal(number, lambda *_: os._exit(code))
         self.leaving = True
         with contextlib.suppress(BoardLost):
             self.wait_until_all_know()
-        if self.answer is not None:
+        if self.answer is not None and code == 0:
             self.answer.join(ENDING)
         return code

@@ -25,6 +25,8 @@ class Report:
         self.hosts = hosts
         self.started: dict[int, dict[str, Any]] = {}
         self.finished: dict[int, int] = {}
+        self.running: set[int] = set()  # of an elastic run's newest generation, as far as is known
+        self.over_since: float | None = None  # when the last of them finished, by the monotonic clock
         self.failed: list[dict[str, Any]] = []
         self.launcher: deque[str] = deque(maxlen=KEEP_LINES)
         self.held: deque[tuple[float, Line]] = deque()
@@ -37,10 +39,15 @@ class Report:
             return
         if kind == "started" and isinstance(message.get("pid"), int):
             self.started[rank] = message
+            self.over_since = None
+            self.running = {other for other in self.running if other < message.get("size", rank)} | {rank}
         elif kind == "finished":
             self.finished[rank] = int(message.get("code") or 0)
+            self.running.discard(rank)
+            self.over_since = None if self.running else time.monotonic()
         elif kind == "failed":
             self.failed.append(message)
+            self.running.discard(rank)
 
     def hear(self, line: Line) -> None:
         """Note what a rank's MPI library says of another: it aborts its own rank, which is all that mpirun sees."""

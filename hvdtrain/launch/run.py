@@ -24,6 +24,7 @@ from hvdtrain.launch.screen import Screen
 from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
 
 SSH_SECONDS = 10  # to end ranks on another host, at most
+OVER_SECONDS = 10  # for horovodrun to end when all ranks of an elastic run have
 
 
 @dataclass
@@ -125,6 +126,9 @@ def attend(job: Job, received: list[int], woken: int) -> None:
             if job.deadline is not None and time.monotonic() >= job.deadline and not job.ended:
                 job.screen.note(f"the ranks have not ended within {job.grace:g} s: ending them")
                 end(job)
+            if (over := over_at(job)) is not None and time.monotonic() >= over and not job.ended:
+                job.screen.note("all ranks have ended, and horovodrun waits for others: ending it")
+                end(job)
             for line in job.report.due():
                 job.screen.line(line)
         for pipe, lines in streams:
@@ -169,14 +173,15 @@ def on_signal(job: Job, number: int) -> None:
     """Ask for a graceful stop the first time, if there is a rank to ask; otherwise end everything."""
     if job.ended:
         return
-    rank = job.report.started.get(0)
-    if job.asked is None and rank and not job.report.failed:
+    # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
+    asked = sorted(job.report.running) if job.elastic else [0] if 0 in job.report.started else []
+    if job.asked is None and asked and (job.elastic or not job.report.failed):
         job.asked = number
         job.deadline = time.monotonic() + job.grace
         job.screen.note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
-        if 0 not in job.report.finished:
+        if job.elastic or 0 not in job.report.finished:
             # In an elastic run SIGTERM means one rank alone.
-            signal_ranks(job, "USR1" if job.elastic else "TERM", [0])
+            signal_ranks(job, "USR1" if job.elastic else "TERM", asked)
         return
     job.asked = number
     end(job)
@@ -242,8 +247,15 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
 
 def wait_seconds(job: Job) -> float | None:
     """How long to wait for output or a signal before something else is due."""
-    times = [at for at in (None if job.ended else job.deadline, job.report.next_due()) if at is not None]
+    ends = [] if job.ended else [job.deadline, over_at(job)]
+    times = [at for at in (*ends, job.report.next_due()) if at is not None]
     return max(0.0, min(times) - time.monotonic()) if times else None
+
+
+def over_at(job: Job) -> float | None:
+    """When horovodrun should have ended, as all ranks of an elastic run have."""
+    since = job.report.over_since
+    return since + OVER_SECONDS if job.elastic and since is not None else None
 
 
 @contextlib.contextmanager

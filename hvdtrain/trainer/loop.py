@@ -65,7 +65,7 @@ def train(
                     known["diagnosis"] = diagnosis.history() if diagnosis is not None else []
                     files.close()
                     world, at, known = join(membership, step, at, known)
-                    messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
+                    messages.send("started", rank=world.rank, size=world.size, host=world.host, pid=os.getpid())
                 if at is None:
                     folder, at = begin(step, options, name, config, world, membership)
                     resumed_from = at.step or None

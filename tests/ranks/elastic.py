@@ -72,6 +72,12 @@ class ElasticJob(Job):
         """Wait for so many more steps."""
         self.step(self.done() + steps)
 
+    def stands_still(self, seconds: float) -> bool:
+        """Whether no step was done for so long; for as long nothing else is done either."""
+        done = self.done()
+        time.sleep(seconds)
+        return self.done() == done
+
     def said(self) -> str:
         return self.output.read_text()
 

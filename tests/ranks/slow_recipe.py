@@ -20,7 +20,7 @@ Digits: Any = load("digits")
 class SlowDigits(Digits):  # type: ignore[misc]
     """digits, slowly."""
 
-    pause: float = option(0.05, "seconds that each pass takes longer, until the fault file says hurry")
+    pause: float = option(0.05, "seconds that each pass takes longer, until the fault file says hurry, or slow")
     fault: str = option(
         "", "a file that says what to do next: init-crash, init-hang, score-once, score-always, sync-..."
     )
@@ -46,7 +46,7 @@ class SlowDigits(Digits):  # type: ignore[misc]
 
     def score(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         if model.training:
-            time.sleep(0 if self.said("hurry") else self.pause)
+            time.sleep(0 if self.said("hurry") else 6 if self.said("slow") else self.pause)
             if self.said("score-once"):
                 Path(self.fault).unlink(missing_ok=True)
                 raise ValueError("a fault on purpose, once")

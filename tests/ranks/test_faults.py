@@ -168,6 +168,60 @@ def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
+@pytest.mark.parametrize("by", ["notice", "stop"])
+def test_a_stop_while_too_few_are_left(tmp_path: Path, reference: Any, by: str) -> None:
+    """The one that waits for others with the state makes one more step alone, and saves."""
+    with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1", least=2, launch=[]) as job:
+        job.step(8)
+        stays, dies = job.those(is_supervisor)
+        worker = dies.children()[0]
+        dies.kill()
+        worker.kill()
+        job.until(lambda: job.stands_still(2), "wait for others")
+        done = job.done()
+        if by == "notice":
+            stays.send_signal(signal.SIGTERM)
+        else:
+            job.process.send_signal(signal.SIGINT)
+        job.end(75, timeout=25)
+    assert len(losses(job.run_dir)) == done + 1
+    with ElasticJob(tmp_path, "localhost:2", "--resume", least=2, launch=[]) as job:
+        job.end()
+    check(job, reference)
+
+
+def test_notices_to_both_slots_of_the_only_host(tmp_path: Path, reference: Any) -> None:
+    """The slot that is done waits for the other's step, of 6 s: when it ends, horovodrun ends its host within 5 s."""
+    with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "1000", launch=[]) as job:
+        job.step(8)
+        first, second = job.those(is_supervisor)
+        second.send_signal(signal.SIGTERM)
+        job.until(lambda: not second.children(), "leaving")
+        job.fault.write_text("slow")
+        job.until(lambda: job.stands_still(1), "slow step")
+        done = job.done()
+        first.send_signal(signal.SIGTERM)
+        job.end(75, hurry=False)
+    # The step that was under way, or the one after it, if it had told already.
+    assert done < len(losses(job.run_dir)) <= done + 2
+    job.fault.unlink()
+    with ElasticJob(tmp_path, "localhost:2", "--resume", launch=[]) as job:
+        job.end()
+    check(job, reference)
+
+
+def test_a_driver_that_says_nothing_for_a_while(tmp_path: Path, reference: Any) -> None:
+    """Longer than a request to it waits; it takes more than one without an answer to end the run."""
+    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.4") as job:
+        job.step(8)
+        job.process.send_signal(signal.SIGSTOP)
+        time.sleep(11)
+        job.process.send_signal(signal.SIGCONT)
+        job.more(10)
+        job.end()
+    check(job, reference)
+
+
 def is_supervisor(process: psutil.Process) -> bool:
     env = process.environ()
     return (

@@ -198,6 +198,30 @@ def test_outcome(
     assert outcome(report, "horovodrun", code, asked) == expected
 
 
+def test_who_runs_in_an_elastic_run() -> None:
+    """The newest generation's ranks, whatever became of those before it; it is over when the last one has finished."""
+    report = Report([])
+
+    def say(kind: str, rank: int, **more: int) -> None:
+        report.take({"kind": kind, "rank": rank, **more})
+
+    for rank in range(3):
+        say("started", rank, size=3, pid=10 + rank)
+    say("finished", 2, code=75)
+    say("failed", 0)  # its worker is started again
+    assert report.running == {1} and report.over_since is None
+    say("finished", 1, code=75)
+    assert report.running == set() and report.over_since is not None
+    for rank in range(3):
+        say("started", rank, size=3, pid=20 + rank)
+    assert report.over_since is None
+    # Ranks 0 and 2 are killed, and rank 1 goes on alone.
+    say("started", 0, size=1, pid=21)
+    assert report.running == {0} and report.started[0]["pid"] == 21
+    say("finished", 0, code=0)
+    assert report.over_since is not None
+
+
 def test_the_launchers_lines_are_held_back_and_dropped_if_a_rank_explains_them() -> None:
     line = Line(None, "stderr", "some help")
     report = Report(["a"])
