@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.board import Board, BoardLost
+from hvdtrain.elastic.places import places
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
 from hvdtrain.network import address_of
 
@@ -281,29 +282,6 @@ def newest_plan(board: Board) -> tuple[int, dict[str, Any] | None]:
     plans = board.facts("plan-")
     newest = max((int(number) for number in plans), default=0)
     return newest, plans.get(str(newest))
-
-
-def places(line: Sequence[str], present: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The members with their ranks: those of a host follow each other, hosts and members in the order of the line."""
-    hosts: dict[str, list[str]] = {}
-    for member in line:
-        hosts.setdefault(present[member]["host"], []).append(member)
-    members: list[dict[str, Any]] = []
-    for number, (host, own) in enumerate(hosts.items()):
-        for local_rank, member in enumerate(own):
-            with_as_many = [i for i, others in enumerate(hosts.values()) if len(others) > local_rank]
-            members.append(
-                {
-                    "id": member,
-                    "host": host,
-                    "rank": len(members),
-                    "local_rank": local_rank,
-                    "local_size": len(own),
-                    "cross_rank": with_as_many.index(number),
-                    "cross_size": len(with_as_many),
-                }
-            )
-    return members
 
 
 def own_address(interface: str, fallback: str) -> str:

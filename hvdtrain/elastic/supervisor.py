@@ -19,13 +19,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvdtrain import cores
 from hvdtrain.elastic.board import Board, BoardLost
 from hvdtrain.elastic.membership import MEMBER, MESSAGES, Slot, newest_plan
+from hvdtrain.elastic.watch import Watch
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
 
 TICK = 0.25  # seconds
@@ -48,25 +49,6 @@ class Worker:
     pidfd: int
     messages: int  # the writing end of a pipe to it
     stopped_since: float | None = None  # by the monotonic clock
-
-
-@dataclass
-class Watch:
-    """When the others' pulses last changed, by this process's monotonic clock: no clock of theirs counts."""
-
-    seen: dict[str, tuple[int, float]] = field(default_factory=dict)
-    looked: float = 0.0
-
-    def look(self, pulses: Mapping[str, Any], lease: float) -> list[str]:
-        """The supervisors that have given no sign of life for so long."""
-        now = time.monotonic()
-        if now - self.looked > lease / 2:  # this process was frozen itself: it knows nothing of the others
-            self.seen.clear()
-        self.looked = now
-        for key, pulse in pulses.items():
-            if key not in self.seen or self.seen[key][0] != pulse["beats"]:
-                self.seen[key] = (pulse["beats"], now)
-        return [key for key, (_, since) in self.seen.items() if now - since > lease]
 
 
 class Supervisor:

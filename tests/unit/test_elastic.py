@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hvdtrain.cli.launch import command
 from hvdtrain.collectives.rendezvous import Server
-from hvdtrain.elastic.membership import places
-from hvdtrain.elastic.supervisor import Watch
+from hvdtrain.elastic.places import places
+from hvdtrain.elastic.watch import Watch
 from hvdtrain.errors import UserError
 from hvdtrain.launch import discover
 
