@@ -212,7 +212,7 @@ def watch(source: Source, deliver: Callable[[Notice], object], name: str) -> Non
             answered, failures = True, 0
             if notice is not None:
                 deliver(notice)
-        time.sleep(min(source.pause * 2.0**failures, max(source.pause, LONGEST_PAUSE)))
+        time.sleep(min(source.pause * 2.0 ** min(failures, 10), max(source.pause, LONGEST_PAUSE)))
 
 
 def kind_of(error: Exception) -> str:

@@ -46,8 +46,7 @@ class Report:
             self.running.discard(rank)
             self.over_since = None if self.running else time.monotonic()
         elif kind == "failed":
-            self.failed.append(message)
-            self.running.discard(rank)
+            self.failed.append(message)  # maybe a newcomer's, which calls itself rank 0 until it has joined
 
     def hear(self, line: Line) -> None:
         """Note what a rank's MPI library says of another: it aborts its own rank, which is all that mpirun sees."""

@@ -76,7 +76,8 @@ def run(
     judge = elastic_outcome if elastic else outcome
     verdict, text = judge(job.report, job.launcher, job.guard.returncode, job.asked)
     # What rank 0 has saved is saved, even if the others had to be ended.
-    if job.ended and job.asked and job.report.finished.get(0) != EXIT_REQUEUE:
+    saved = job.report.over_since is not None if elastic else job.report.finished.get(0) == EXIT_REQUEUE
+    if job.ended and job.asked and not saved:
         verdict, text = 128 + job.asked, text if job.report.failed else ""
     else:
         for held in job.report.due(last=True):
@@ -175,6 +176,9 @@ def on_signal(job: Job, number: int) -> None:
         return
     # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
     asked = sorted(job.report.running) if job.elastic else [0] if 0 in job.report.started else []
+    if over_at(job) is not None:
+        end(job)
+        return
     if job.asked is None and asked and (job.elastic or not job.report.failed):
         job.asked = number
         job.deadline = time.monotonic() + job.grace
