@@ -167,18 +167,22 @@ class Supervisor:
             if time.monotonic() - self.round_began >= ROUND:
                 self.round_began = time.monotonic()
                 self.board.call_round(self.board.newest_round() + 1)
-            self.ask_for_newcomers(generation, members, alive)
+            self.ask_for_newcomers(generation, members, alive, gone)
         self.take_part()
 
     def take_part(self) -> None:
         """Answer horovodrun's newest round, in a thread: it may wait for a slot that never comes."""
-        if self.absent_since is not None or (self.answer is not None and self.answer.is_alive()):
-            return
-        newest = self.board.newest_round()
-        if newest > self.round and not self.removed:
+        if self.absent_since is None and not self.removed and (newest := self.unanswered()):
             self.round = newest
             self.answer = threading.Thread(target=self.ask_horovodrun, daemon=True)
             self.answer.start()
+
+    def unanswered(self) -> int:
+        """The newest round, where this slot has not answered it and waits in no other one either; else 0."""
+        if self.answer is not None and self.answer.is_alive():
+            return 0
+        newest = self.board.newest_round()
+        return newest if newest > self.round else 0
 
     def ask_horovodrun(self) -> None:
         with contextlib.suppress(BoardLost):
@@ -190,9 +194,8 @@ class Supervisor:
                 self.removed = self.drained = True
                 self.tell(b"d")
 
-    def ask_for_newcomers(self, generation: int, members: list[str], alive: set[str]) -> None:
+    def ask_for_newcomers(self, generation: int, members: list[str], alive: set[str], gone: set[str]) -> None:
         """Tell our worker, and so all, to form a larger generation when newcomers are ready."""
-        gone = self.board.facts("gone-")
         ready = {m for m in self.board.facts(f"here-{generation + 1}-") if m not in gone and m not in members}
         if not members or not ready or self.asked_generation == generation:
             self.newcomer_since = None
@@ -215,16 +218,15 @@ class Supervisor:
 
     def on_end(self, code: int) -> int | None:
         """The worker has ended: the exit code to leave with, or None where another one is to be started."""
-        answering = self.answer is not None and self.answer.is_alive()
-        # Both asked before the verdict: see may_leave.
-        called = not answering and self.board.newest_round() > self.round
+        going = self.drained or code == EXIT_REQUEUE
+        called = going and bool(self.unanswered())  # asked before the verdict: see may_leave
         member = self.worker.member
         if self.restart_at is None:
             self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
         verdict = self.board.fact("verdict")
         if verdict is not None:
             return int(verdict["code"])
-        if self.drained or code == EXIT_REQUEUE:
+        if going:
             self.drained = True
             self.restart_at = math.inf
             # Never 0: horovodrun would take that for the end of the run, where it counts on this slot, or does again.

@@ -174,18 +174,18 @@ def on_signal(job: Job, number: int) -> None:
     """Ask for a graceful stop the first time, if there is a rank to ask; otherwise end everything."""
     if job.ended:
         return
-    # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
-    asked = sorted(job.report.running) if job.elastic else [0] if 0 in job.report.started else []
-    if over_at(job) is not None:
+    if over_at(job) is not None:  # nobody is left to ask
         end(job)
         return
-    if job.asked is None and asked and (job.elastic or not job.report.failed):
+    # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
+    ranks = sorted(job.report.running) if job.elastic else [0] if 0 in job.report.started else []
+    if job.asked is None and ranks and (job.elastic or not job.report.failed):
         job.asked = number
         job.deadline = time.monotonic() + job.grace
         job.screen.note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
         if job.elastic or 0 not in job.report.finished:
             # In an elastic run SIGTERM means one rank alone.
-            signal_ranks(job, "USR1" if job.elastic else "TERM", asked)
+            signal_ranks(job, "USR1" if job.elastic else "TERM", ranks)
         return
     job.asked = number
     end(job)

@@ -62,14 +62,7 @@ def own(exchange: Exchange) -> dict[str, Any]:
 def keep(exchange: Exchange, state: dict[str, Any]) -> None:
     """Take back this rank's own debts, in another world than the one in which `own` found them."""
     for bucket in exchange.buckets:
-        channel = bucket.channel
-        debt = share(bucket, state["debts"], "residual", 1)
-        if isinstance(channel, Channel) and channel.velocity is not None:
-            channel.velocity.copy_(share(bucket, state["debts"], "velocity", 1))
-        if isinstance(channel, Channel) and channel.residual is not None:
-            channel.residual.copy_(debt)
-        elif debt.any():
-            channel.owed = debt
+        take_share(bucket, state["debts"], 1)
 
 
 def gather_exactly(exchange: Exchange) -> list[dict[str, Tensor]]:
@@ -105,25 +98,18 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
                 if saved is not None:
                     setattr(channel, memory, saved.to(channel.flat.device, copy=True))
         else:
-            debt = share(bucket, state["debts"], "residual", exchange.size)
-            if isinstance(channel, Channel) and channel.velocity is not None:
-                channel.velocity.copy_(share(bucket, state["debts"], "velocity", exchange.size))
-            if isinstance(channel, Channel) and channel.residual is not None:
-                channel.residual.copy_(debt)
-            elif debt.any():
-                channel.owed = debt
+            take_share(bucket, state["debts"], exchange.size)
         if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
             load_bases(channel.codec, [state["bases"].get(name) for name in bucket.names], channel.flat.device)
 
 
 def fits(channel: Channel | Plain, exact: dict[str, Tensor | None]) -> bool:
     """Whether the channel has the memories that were saved, in the same sizes; it may owe something, or nothing."""
-    sizes = [
-        [None if held is None else len(held) for held in (getattr(channel, memory, None), exact[memory])]
-        for memory in EXACT
-        if memory != "owed"
-    ]
-    return all(own == saved for own, saved in sizes)
+
+    def length(memory: Tensor | None) -> int | None:
+        return None if memory is None else len(memory)
+
+    return all(length(getattr(channel, name, None)) == length(exact[name]) for name in EXACT if name != "owed")
 
 
 def load_bases(codec: PowerSgd, saved: list[tuple[bool, Tensor] | None], device: torch.device) -> None:
@@ -134,6 +120,18 @@ def load_bases(codec: PowerSgd, saved: list[tuple[bool, Tensor] | None], device:
     if [tuple(basis.shape) for basis in bases] == shapes:
         codec.left = left
         codec.basis = [basis.to(device) for basis in bases]
+
+
+def take_share(bucket: Bucket, debts: dict[str, Tensor], ranks: int) -> None:
+    """Give the bucket a rank's share of what so many ranks together have; it owes what it has no memory for."""
+    channel = bucket.channel
+    debt = share(bucket, debts, "residual", ranks)
+    if isinstance(channel, Channel) and channel.velocity is not None:
+        channel.velocity.copy_(share(bucket, debts, "velocity", ranks))
+    if isinstance(channel, Channel) and channel.residual is not None:
+        channel.residual.copy_(debt)
+    elif debt.any():
+        channel.owed = debt
 
 
 def share(bucket: Bucket, debts: dict[str, Tensor], memory: str, ranks: int) -> Tensor:
