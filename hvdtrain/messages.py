@@ -4,10 +4,11 @@ A rank started by `hvdtrain launch` (HVDTRAIN_LAUNCH=1) writes such a line to it
 launcher brings to the launching host. The line is one write of MARK and a JSON object; launch takes it out of the
 output. Kinds:
 
-    started   {rank, host, pid}                         once, when Horovod is initialized
-    progress  {step, steps, epoch, loss, rate, text}    rank 0, a few times a second at most
-    failed    {rank, host, code, error, traceback}      once, when the rank ends badly; traceback may be ""
-    finished  {rank, code}                              once, at the end: code is 0 or 75
+    started   {rank, host, pid}                            once, when Horovod is initialized; in an elastic run also
+              {..., size, reach}                           for each generation; reach: what horovodrun calls the host
+    progress  {step, steps, epoch, loss, rate, text}       rank 0, a few times a second at most
+    failed    {rank, host, pid, code, error, traceback}    once, when the rank ends badly; traceback may be ""
+    finished  {rank, code}                                 once, at the end: code is 0 or 75
 """
 
 from __future__ import annotations

@@ -144,11 +144,11 @@ def command(
     hvdtrain launch --from slurm --launcher srun digits  in a job script, a rank for each task
     hvdtrain launch --elastic --min-np 1 --max-np 8 --discovery ./hosts.sh --relaunch 5 digits
 
-    Ranks on this host alone have its whole environment. Over several hosts, and under srun, ranks get the variables
+    Ranks on this host alone have your whole environment. Over several hosts, and under srun, ranks get the variables
     whose names begin with HVDTRAIN_, HOROVOD_, NCCL_, GLOO_, UCX_, OMP_, MKL_, MALLOC_, PYTHON, PYTORCH_ or TORCH_, and
     PATH, LD_LIBRARY_PATH, VIRTUAL_ENV, GLIBC_TUNABLES and CUBLAS_WORKSPACE_CONFIG; of others those that --env names,
-    such as --env HF_HOME. Secrets stay here. horovodrun shows the values that it hands on to all users of the hosts, in
-    the list of processes; mpirun and srun do not.
+    such as --env HF_HOME. Secrets stay here. horovodrun shows the values of all these to all users of the hosts, in the
+    list of processes, and mpirun and srun do not; what only ranks on this host alone get is not shown.
 
     With --from, hosts and slots are those of the job: Slurm's tasks (or its GPUs, where no tasks were asked for), the
     lines of the file of PBS or LSF, the slots of Grid Engine. An LSF host that can only launch is left out. Under srun,
@@ -157,7 +157,7 @@ def command(
     Ctrl-C or SIGTERM lets the ranks finish their step and save; a second one ends them at once.
 
     Exit codes: 0 trained; 1 a rank failed, and which one and why is shown; 2 a mistake in the command line;
-    75 saved and to be run again with --resume; 130 or 143 ended at once by Ctrl-C or SIGTERM.
+    75 saved, or not begun, and to be run again with --resume; 130 or 143 ended at once by Ctrl-C or SIGTERM.
     """
     args = [recipe, *train_args]
     if elastic:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
 
 from hvdtrain import __version__
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError, nearest
+from hvdtrain.launch.environment import find_hidden
 
 # name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
 COMMANDS = {
@@ -51,6 +53,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue)."""
+    find_hidden(os.environ)
     try:
         # Commands return their exit code; click returns its own for --help and --version.
         args = sys.argv[1:] if args is None else args

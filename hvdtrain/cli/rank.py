@@ -72,4 +72,4 @@ def quit_at_once(code: int) -> NoReturn:
 def tell_failure(code: int, error: str, trace: str) -> None:
     """Tell the launcher, if there is one, that this rank fails."""
     rank, host = rank_from_environment() or 0, socket.gethostname()
-    messages.send("failed", rank=rank, host=host, code=code, error=error, traceback=trace)
+    messages.send("failed", rank=rank, host=host, pid=os.getpid(), code=code, error=error, traceback=trace)

@@ -15,6 +15,7 @@ from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
+from hvdtrain.trainer.options import refuse_elastic
 
 HELP = """Train a recipe. This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
 
@@ -51,8 +52,6 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     try:
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
-        if member is not None:
-            refuse_elastic(arguments)
         if arguments.given.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
         world = begin(member)
@@ -75,20 +74,9 @@ def arguments_of(args: list[str]) -> options.Arguments:
     return options.parse(load(spec), spec, rest)
 
 
-def refuse_elastic(arguments: options.Arguments) -> None:
-    """Raise UserError for what would not mean the same in each world of an elastic run."""
-    if "batch_per_rank" in arguments.given:
-        raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
-    from hvdtrain.compression.spec import parse
-
-    compression = arguments.given.get("compression", "none")
-    if parse(compression).momentum:
-        raise UserError(f"--compression {compression}: no momentum in an elastic run, which may come down to one rank")
-
-
 def check_arguments(args: list[str], elastic: bool = False) -> None:
     """What `hvdtrain launch` checks before any rank starts: RECIPE and its options. Raises UserError."""
     arguments = arguments_of(args)
     options.check(arguments)
     if elastic:
-        refuse_elastic(arguments)
+        refuse_elastic(arguments.given)

@@ -16,7 +16,7 @@ def permutation(examples: int, seed: int, epoch: int) -> Ids:
     Sorts the raw output of Philox (Salmon et al., SC'11), a counter-based generator whose stream numpy keeps fixed,
     so that a run resumed elsewhere sees the same order.
     """
-    keys = np.random.Philox(key=[seed, epoch]).random_raw(examples)
+    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples)
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 

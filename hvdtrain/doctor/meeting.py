@@ -28,9 +28,11 @@ class Meeting:
     def __init__(self, ranks: int) -> None:
         self.token = secrets.token_hex(16)
         self.server = socket.create_server(("", 0), backlog=ranks + 16)
-        self.lines: dict[int, Any] = {}  # the connection of each rank, as a file
+        self.lines: dict[int, Any] = {}  # the connection of each rank, as a file to write to
         self.at: dict[int, tuple[str, int]] = {}  # where other ranks connect to it
         self.sockets: dict[int, socket.socket] = {}
+        self.begun: dict[int, bytes] = {}  # of each rank's next answer, what has come
+        self.commands = 0  # so many were given
 
     def welcome(self, ranks: int, launcher: subprocess.Popen[bytes]) -> list[int]:
         """Wait until all ranks have come; the ranks that have not, when the launcher has ended or it takes too long."""
@@ -56,10 +58,11 @@ class Meeting:
     def tell(self, commands: Mapping[int, Reply], seconds: float) -> dict[int, Reply]:
         """Give each of some ranks a command, and wait for their answers; {"error": ...} where there is none in time."""
         replies: dict[int, Reply] = {}
+        self.commands += 1
         with selectors.DefaultSelector() as selector:
             for rank, command in commands.items():
                 try:
-                    self.lines[rank].write(json.dumps(command) + "\n")
+                    self.lines[rank].write(json.dumps({**command, "number": self.commands}) + "\n")
                     self.lines[rank].flush()
                 except OSError as error:
                     replies[rank] = {"error": f"lost: {error.strerror}"}
@@ -68,17 +71,21 @@ class Meeting:
             until = time.monotonic() + seconds
             while selector.get_map() and (left := until - time.monotonic()) > 0:
                 for key, _ in selector.select(left):
-                    selector.unregister(key.fileobj)
-                    replies[key.data] = self.hear(key.data)
+                    for reply in self.hear(key.data):
+                        # One to an earlier command, which came too late, is none.
+                        if reply.pop("number") == self.commands:
+                            selector.unregister(key.fileobj)
+                            replies[key.data] = reply
         return {rank: replies.get(rank, {"error": f"no answer within {seconds:g} s"}) for rank in commands}
 
-    def hear(self, rank: int) -> Reply:
-        """A rank's answer."""
+    def hear(self, rank: int) -> list[Reply]:
+        """The answers of a rank that are whole."""
         try:
-            line = self.lines[rank].readline()
-            return dict(json.loads(line)) if line else {"error": "it ended"}
+            data = self.sockets[rank].recv(1 << 16)
+            *lines, self.begun[rank] = (self.begun.get(rank, b"") + data).split(b"\n")
+            return [json.loads(line) for line in lines] if data else [{"error": "it ended", "number": self.commands}]
         except (OSError, ValueError) as error:
-            return {"error": f"lost: {error}"}
+            return [{"error": f"lost: {error}", "number": self.commands}]
 
     def close(self) -> None:
         """Send all ranks home."""

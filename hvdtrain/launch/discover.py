@@ -8,7 +8,9 @@ Standard library only: it starts once a second.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,17 +27,27 @@ class NoAnswer(Exception):
 def ask(script: str) -> dict[str, int]:
     """The script's hosts and their slots; a host without slots has one. Raises NoAnswer."""
     try:
-        done = subprocess.run(
-            [script], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, text=True, errors="replace"
+        process = subprocess.Popen(
+            [script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise NoAnswer(f"took longer than {SECONDS:g} s") from None
     except OSError as error:
         raise NoAnswer(f"cannot be run: {error.strerror}") from None
-    if done.returncode != 0:
-        raise NoAnswer(f"ended with code {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    with process:
+        try:
+            said, complained = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            raise NoAnswer(f"took longer than {SECONDS:g} s") from None
+    if process.returncode != 0:
+        raise NoAnswer(f"ended with code {process.returncode}: {(complained.strip().splitlines() or [''])[-1]}")
     hosts = {}
-    for line in done.stdout.splitlines():
+    for line in said.splitlines():
         if not line.strip():
             continue
         match = LINE.fullmatch(line.strip())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -15,6 +17,7 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from hvdtrain.launch import discover
 from hvdtrain.launch.command import find_program, horovodrun_ssh
 from hvdtrain.launch.hosts import Host, host_text
+from hvdtrain.launch.signals import signals
 from hvdtrain.launch.ssh import Ssh
 
 COOL_DOWN = (10, 300)  # seconds, least and most, until a host on which a process was lost is tried again
@@ -89,14 +92,21 @@ def keep_running(
     or the user asked for the end. command: what each slot runs, given whether it is to resume.
     """
     environ = {**environ, "HVDTRAIN_MIN_NP": str(elastic.least)}
-    for attempt in range(relaunch + 1):
-        with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
-            state = Path(folder) / "hosts.json"
-            line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh=ssh)
-            code, final = launch(line, environ)
-        if final or code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunch:
-            break
-        pause = min(BACK_OFF[0] * 2**attempt, BACK_OFF[1])
-        print(f"hvdtrain: the job was lost: relaunch {attempt + 1} of {relaunch} in {pause:g} s", file=sys.stderr)
-        time.sleep(pause)
-    return code
+    attempt = 0
+    with signals() as (received, woken):  # those that come while no job runs
+        while True:
+            with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
+                state = Path(folder) / "hosts.json"
+                line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh=ssh)
+                code, final = launch(line, environ)
+            if final or code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunch:
+                return code
+            pause = min(BACK_OFF[0] * 2**attempt, BACK_OFF[1])
+            attempt += 1
+            print(f"hvdtrain: the job was lost: relaunch {attempt} of {relaunch} in {pause:g} s", file=sys.stderr)
+            until = time.monotonic() + pause
+            while not received and (left := until - time.monotonic()) > 0:
+                if select.select([woken], [], [], left)[0]:
+                    os.read(woken, 4096)
+            if received:
+                return EXIT_REQUEUE if received[0] == signal.SIGUSR1 else 128 + received[0]

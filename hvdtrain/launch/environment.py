@@ -1,14 +1,15 @@
 """The environment that a launcher runs in, and what of it ranks get: over hosts, only what is on a list.
 
 horovodrun hands all variables that it has to the ranks, on command lines that every user of their hosts can read; so
-it gets no more than they need.
+it gets no more than are on the list. On this host alone ranks get the others from the guard, whose own environment
+only its user can read.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 
 from hvdtrain.errors import UserError
@@ -26,6 +27,8 @@ BASE_NAMES |= {"SSH_AUTH_SOCK", "KRB5CCNAME", "CUDA_VISIBLE_DEVICES"}
 # Settings of mpirun, and by which it and srun know their Slurm job.
 MPI = ("OMPI_", "PMIX_", "PRTE_")
 SLURM = ("SLURM_", "SLURMD_", "SRUN_")
+HIDDEN = "HVDTRAIN_HIDDEN"  # names that horovodrun must not know, and the file in which ranks find their values
+FOUND_IN = "HVDTRAIN_HIDDEN_IN"
 
 
 def rank_environment(
@@ -54,14 +57,30 @@ def rank_environment(
     env["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     # A rank whose peer died says so in a line of C++; that is no news where the cause is shown.
     env.setdefault("HOROVOD_LOG_LEVEL", "fatal")
+    if (launcher, controller) == ("horovodrun", "gloo") and not away and sys.platform == "linux":
+        env[HIDDEN] = " ".join(name for name in env if not kept(name, launcher, controller, ("LD_",)))
     # With LSF's job id, horovodrun asks LSF for things that it does not need here, and fails.
     env.pop("LSB_JOBID", None)
     return env
 
 
-def kept(name: str, launcher: str, controller: str) -> bool:
-    """Whether a variable goes with a run over hosts."""
-    ranks = name in FORWARDED_NAMES or name.startswith(FORWARDED)
+def hide(environ: Mapping[str, str]) -> dict[str, str]:
+    """The guard's environment for horovodrun: without what is not to be shown, but with where ranks find it."""
+    hidden = {HIDDEN, *environ.get(HIDDEN, "").split()}
+    env = {name: value for name, value in environ.items() if name not in hidden}
+    return env | {FOUND_IN: f"/proc/{os.getpid()}/environ"} if HIDDEN in environ else env
+
+
+def find_hidden(environ: MutableMapping[str, str]) -> None:
+    """Complete a rank's environment by what was hidden from horovodrun."""
+    if path := environ.pop(FOUND_IN, None):
+        there = dict(pair.split("=", 1) for pair in os.fsdecode(Path(path).read_bytes()).split("\0") if "=" in pair)
+        environ.update({name: there[name] for name in there.pop(HIDDEN).split()})
+
+
+def kept(name: str, launcher: str, controller: str, more: tuple[str, ...] = ()) -> bool:
+    """Whether a variable goes with a run over hosts; so do those that begin with one of `more`."""
+    ranks = name in FORWARDED_NAMES or name.startswith((*FORWARDED, *more))
     base = name in BASE_NAMES or name.startswith(BASE)
     mpi = controller == "mpi" and name.startswith((*MPI, *SLURM))
     return ranks or base or mpi or (launcher == "srun" and name.startswith(SLURM))

@@ -41,12 +41,24 @@ class Report:
             self.started[rank] = message
             self.over_since = None
             self.running = {other for other in self.running if other < message.get("size", rank)} | {rank}
+            if "size" in message:  # a new generation: what went before has not ended the run
+                self.failed.clear()
         elif kind == "finished":
             self.finished[rank] = int(message.get("code") or 0)
             self.running.discard(rank)
             self.over_since = None if self.running else time.monotonic()
         elif kind == "failed":
-            self.failed.append(message)  # maybe a newcomer's, which calls itself rank 0 until it has joined
+            self.failed.append(message)
+
+    def newcomer(self, message: dict[str, Any]) -> bool:
+        """Whether a message is of a worker that is not yet one of an elastic run's ranks, which go on without it."""
+        pids = {told["pid"] for told in self.started.values()}
+        return message["kind"] == "failed" and bool(pids) and message.get("pid") not in pids
+
+    def host(self, rank: int) -> str:
+        """The name by which this host can reach a rank's; its own name may mean nothing here."""
+        told = self.started[rank]
+        return self.hosts[rank] if rank < len(self.hosts) else str(told.get("reach") or told.get("host"))
 
     def hear(self, line: Line) -> None:
         """Note what a rank's MPI library says of another: it aborts its own rank, which is all that mpirun sees."""
@@ -137,7 +149,8 @@ def lost_text(report: Report, host: str, why: str) -> str:
 
 def failed_first(report: Report, message: dict[str, Any]) -> tuple[int, str]:
     """The code of a rank's failure, and the failure in words."""
-    text = f"error: {report.where(message['rank'])} failed: {message.get('error') or 'it did not say why'}"
+    where = f"rank {message['rank']} on {message['host']}" if message.get("host") else report.where(message["rank"])
+    text = f"error: {where} failed: {message.get('error') or 'it did not say why'}"
     if message.get("traceback"):
         text += f"\n{str(message['traceback']).rstrip()}"
     if len(report.failed) > 1:

@@ -10,19 +10,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
 from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
-from hvdtrain.launch.report import Report, elastic_outcome, outcome
+from hvdtrain.launch.report import SSH_FAILED, Report, elastic_outcome, outcome
 from hvdtrain.launch.screen import Screen
+from hvdtrain.launch.signals import signals
 from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
 
+AS_HOROVODRUN = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]  # which starts ranks on hosts not known yet
 SSH_SECONDS = 10  # to end ranks on another host, at most
 OVER_SECONDS = 10  # for horovodrun to end when all ranks of an elastic run have
 
@@ -39,10 +42,11 @@ class Job:
     launcher: str = ""  # its name
     screen: Screen = field(default_factory=Screen)
     asked: int | None = None  # the signal by which the user asked for a stop
+    told: set[int] = field(default_factory=set)  # the processes that were asked to
     deadline: float | None = None  # of the stop, by the monotonic clock
     ended: bool = False  # by us, before its time
     elastic: bool = False
-    calls: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of ssh
+    calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # of ssh, with the host
 
 
 def run(
@@ -77,7 +81,9 @@ def run(
     verdict, text = judge(job.report, job.launcher, job.guard.returncode, job.asked)
     # What rank 0 has saved is saved, even if the others had to be ended.
     saved = job.report.over_since is not None if elastic else job.report.finished.get(0) == EXIT_REQUEUE
-    if job.ended and job.asked and not saved:
+    if job.ended and job.asked == signal.SIGUSR1 and not (job.report.started or job.report.failed):
+        verdict, text = EXIT_REQUEUE, "no rank had started: there was nothing to save"
+    elif job.ended and job.asked and not saved:
         verdict, text = 128 + job.asked, text if job.report.failed else ""
     else:
         for held in job.report.due(last=True):
@@ -130,6 +136,8 @@ def attend(job: Job, received: list[int], woken: int) -> None:
             if (over := over_at(job)) is not None and time.monotonic() >= over and not job.ended:
                 job.screen.note("all ranks have ended, and horovodrun waits for others: ending it")
                 end(job)
+            for host in unreached(job):
+                job.screen.note(f"{host} cannot be reached by ssh: its ranks do not hear of the stop")
             for line in job.report.due():
                 job.screen.line(line)
         for pipe, lines in streams:
@@ -159,7 +167,7 @@ def handle(job: Job, line: Line) -> None:
             job.screen.progress(message)
         # What ranks say of their end once we end them is no news.
         elif not job.ended:
-            job.report.take(message)
+            take(job, message)
         if not text:
             return
     line = line._replace(text=text)
@@ -168,6 +176,16 @@ def handle(job: Job, line: Line) -> None:
     else:
         job.report.hear(line)
         job.screen.line(line)
+
+
+def take(job: Job, message: dict[str, Any]) -> None:
+    """Note a rank's message, and ask a rank to stop that was not there when all were."""
+    if job.elastic and job.report.newcomer(message):
+        job.screen.note(f"a new worker on {message.get('host')} failed, the others go on: {message.get('error')}")
+        return
+    job.report.take(message)
+    if job.elastic and job.asked and message["kind"] == "started":
+        signal_ranks(job, "USR1", [message["rank"]])
 
 
 def on_signal(job: Job, number: int) -> None:
@@ -206,10 +224,12 @@ def end_remote_ranks(job: Job) -> None:
         return
     said = set(job.report.finished) | {message["rank"] for message in job.report.failed}
     here = socket.gethostname()
-    left = [rank for rank, told in job.report.started.items() if rank not in said and told.get("host") != here]
+    # Of an elastic run's earlier ranks the processes are gone, and their numbers may be others'.
+    known = job.report.running if job.elastic else set(job.report.started)
+    left = [rank for rank in sorted(known - said) if job.report.started[rank].get("host") != here]
     signal_ranks(job, "KILL", left)
     deadline = time.monotonic() + SSH_SECONDS
-    for process in job.calls:
+    for _, process in job.calls:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -230,23 +250,31 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
     remote: dict[str, list[str]] = {}
     for rank in ranks:
         told = job.report.started[rank]
+        if name == "USR1" and told["pid"] in job.told:
+            continue
+        job.told.add(told["pid"])
         if told.get("host") == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(told["pid"], signal.Signals[f"SIG{name}"])
         else:
-            # The name by which we were told to reach the host; its own may mean nothing here.
-            host = job.report.hosts[rank] if rank < len(job.report.hosts) else str(told.get("host"))
-            remote.setdefault(host, []).append(str(told["pid"]))
+            remote.setdefault(job.report.host(rank), []).append(str(told["pid"]))
     for host, pids in remote.items():
         process = subprocess.Popen(
-            ["ssh", *job.ssh.options(), "-o", "BatchMode=yes", host, "kill", f"-{name}", *pids],
+            ["ssh", *job.ssh.options(), *AS_HOROVODRUN, host, "kill", f"-{name}", *pids],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             # A rank that is already gone is no error.
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        job.calls.append(process)
+        job.calls.append((host, process))
+
+
+def unreached(job: Job) -> list[str]:
+    """The hosts that could not be reached, each told once; nobody needs them where all is being ended."""
+    failed = [call for call in job.calls if call[1].poll() == SSH_FAILED and not job.ended]
+    job.calls = [call for call in job.calls if call not in failed]
+    return [host for host, _ in failed]
 
 
 def wait_seconds(job: Job) -> float | None:
@@ -260,28 +288,3 @@ def over_at(job: Job) -> float | None:
     """When horovodrun should have ended, as all ranks of an elastic run have."""
     since = job.report.over_since
     return since + OVER_SECONDS if job.elastic and since is not None else None
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[tuple[list[int], int]]:
-    """Catch the signals that stop: a list that they are added to, and a file to read when one came or a child ended."""
-    received: list[int] = []
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    os.set_blocking(woken, False)
-    handlers = {
-        signal.SIGINT: lambda number, _: received.append(number),
-        signal.SIGTERM: lambda number, _: received.append(number),
-        signal.SIGUSR1: lambda number, _: received.append(number),  # what batch systems send ahead of the end
-        signal.SIGCHLD: lambda number, _: None,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    wakeup = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    try:
-        yield received, woken
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(woken)
-        os.close(wake)

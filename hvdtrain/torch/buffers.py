@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hvdtrain.collectives import ops
@@ -44,6 +46,19 @@ class BufferMean:
         self._handle = None
         for b, mean in zip(self.buffers, torch.split(flat, [b.numel() for b in self.buffers]), strict=True):
             b.copy_((mean if b.is_floating_point() else mean.round()).view(b.shape))
+
+
+def refuse_rebound(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError if a buffer is not the tensor any more that it was: nothing that is held would be the model's."""
+    now = dict(model.named_buffers())
+    for name, b in before.items():
+        if now.get(name) is not b:
+            owner, _, own = name.rpartition(".")
+            layer = type(model.get_submodule(owner)).__name__
+            raise UserError(
+                f"training puts another tensor in the place of the buffer {name!r} of a {layer}, so that it cannot be "
+                f"kept the same on all ranks: change it in place, self.{own}.copy_(...)"
+            )
 
 
 def refuse_changing(model: torch.nn.Module, changing: list[torch.Tensor]) -> None:

@@ -31,7 +31,7 @@ def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
 
     Processes that are alone, as those of an elastic run are at first, take turns by a lock.
 
-    Raises UserError on all ranks where it is raised on one, or where a dataset is empty.
+    Raises UserError on all ranks where it is raised on one, where a dataset is empty, or where ranks' lengths differ.
     """
     loaded: dict[Split, Any] = {}
     lock = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}-{type(recipe).__name__}.lock"
@@ -40,8 +40,14 @@ def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
             fcntl.flock(file, fcntl.LOCK_EX)
         loaded = _load_in_turns(recipe, world)
     for split, dataset in loaded.items():
-        if len(dataset) == 0:
+        lengths = ops.gather_json(len(dataset), f"datasets.{split}")
+        if min(lengths) == 0:
             raise UserError(f"the recipe's {split!r} dataset is empty")
+        if other := next((rank for rank, length in enumerate(lengths) if length != lengths[0]), None):
+            raise UserError(
+                f"the recipe's {split!r} dataset has {lengths[other]} examples on rank {other} and {lengths[0]} on "
+                "rank 0: all ranks need the same data"
+            )
     return loaded
 
 

@@ -19,7 +19,7 @@ from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
 from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
-from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite
+from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite, refuse_rebound
 from hvdtrain.torch.checksums import checksums
 from hvdtrain.torch.data import batches, seed_all, to_device
 from hvdtrain.torch.exchange import Exchange
@@ -27,6 +27,7 @@ from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of, sums
+from hvdtrain.torch.settings import change, settings_of
 from hvdtrain.torch.setup import check_momentum, choose_device, load_datasets, names_refusals, set_up
 from hvdtrain.torch.shards import ShardExchange
 
@@ -54,8 +55,9 @@ class TorchStep:
         check_momentum(parse(options.compression), inner, world)
         self._news: list[str] = []
         self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
-        self.optimizer: Any = self._wrap()
+        self.optimizer = self._wrap()
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.settings = settings_of(self.optimizer.param_groups)
         self.trained = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
         broadcast_state(self.model, self.optimizer)
 
@@ -65,7 +67,6 @@ class TorchStep:
         averaging = get_ema_multi_avg_fn(options.ema) if options.ema is not None else None  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=averaging) if averaging is not None else None
         self.forward: Any = torch.compile(self.model) if options.compile else self.model
-        self.metrics: tuple[str, ...] = ()
         self.buffers = BufferMean(self._try_out(), world.size)
         if options.shards is not None:
             refuse_changing(self.model, self.buffers.buffers)
@@ -73,9 +74,8 @@ class TorchStep:
         self._sums = torch.zeros(len(self.metrics) + TOLD + 1, dtype=torch.float64, device=self.device)
         self._sums_handle: ops.Handle | None = None
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._passes, self._done, self._part = 0, 0, 0.0
+        self._passes, self._done, self._part, self._told = 0, 0, 0.0, np.zeros(TOLD)
         self._begun = self.torn = False  # begun: a step that is not finished
-        self._told = np.zeros(TOLD)
         # Pinned: a GPU takes them from there without waiting.
         self._told_pinned = torch.zeros(TOLD, dtype=torch.float64, pin_memory=self.device.type == "cuda")
 
@@ -102,19 +102,22 @@ class TorchStep:
     @names_refusals
     def _try_out(self) -> list[torch.Tensor]:
         """Score two examples in training mode and undo it: sets `metrics`, and returns the buffers that changed."""
-        buffers = list(self.model.buffers())
-        before = [b.clone() for b in buffers]
-        ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        batch = to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
+        before = {name: (b, b.clone()) for name, b in self.model.named_buffers()}
+        batch = self._two_examples()
         self.model.train()
         with torch.no_grad(), self._autocast():
             scores = self.recipe.score(self.model, batch)
         self.metrics = metrics_of(self.recipe, scores)
-        check(self.recipe, scores, self.metrics, len(ids))
-        changing = [b for b, old in zip(buffers, before, strict=True) if not torch.equal(b, old)]
-        for b, old in zip(buffers, before, strict=True):
+        check(self.recipe, scores, self.metrics, min(2, self.examples["train"]))
+        refuse_rebound(self.model, {name: b for name, (b, _) in before.items()})
+        changing = [b for b, old in before.values() if not torch.equal(b, old)]
+        for b, old in before.values():
             b.copy_(old)
         return changing
+
+    def _two_examples(self) -> Any:
+        ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
+        return to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
@@ -248,7 +251,8 @@ class TorchStep:
     def _written(self, carried: dict[str, Any] | None) -> bytes:
         """The state with the exchange's part of it."""
         refuse_nonfinite(self.model, self.buffers.buffers)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["settings"] = self.settings
         if carried is not None:
             state["exchange"] = carried
         if self.scaler is not None:
@@ -269,11 +273,12 @@ class TorchStep:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            change(self.optimizer.param_groups, self.settings, state.get("settings", self.settings))
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
-            lines = str(error).splitlines()
-            raise UserError(f"the checkpoint is of another model or optimizer: {lines[-1].strip()}") from error
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.torn = False
@@ -301,7 +306,5 @@ class TorchStep:
         return checksums(self.model)
 
     def graph(self) -> bytes | None:
-        ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        batch = to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
         self.model.eval()
-        return trace(self.recipe, self.model, batch)
+        return trace(self.recipe, self.model, self._two_examples())

@@ -70,19 +70,40 @@ def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) ->
             report.write_rows()
             run.ledger.durable()  # a checkpoint without the rows before it would lose them
             checkpoint.save(run.folder, at, state, run.name)
-            checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
         except OSError as problem:
             error = trouble(f"step {at.step}'s checkpoint", run.folder, problem)
             if not must and problem.errno not in NO_ROOM:
                 raise RunError(error) from problem
             if not must:
                 report.warn(f"{error}; training goes on, the next one is tried again")
+        else:
+            try:
+                checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
+            except OSError as problem:
+                report.warn(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
     if must and (error := ops.broadcast_json(error, "save")):
         raise RunError(error)
+    at.saved = at.step
 
 
-def resume(step: Step, folder: Path, name: str, world: World) -> Position:
-    """Take over the newest checkpoint of rank 0's run folder on all ranks; a new Position if there is none."""
+def after_step(
+    run: Run, step: Step, at: Position, report: Reporter, *, stopping: bool = False, leaving: bool = False
+) -> None:
+    """Evaluate and save, where that is due after the step and not done: a rank may have been lost while it was."""
+    last, epoch_ends = at.step >= run.plan.total_steps, at.offset == 0
+    if at.evaluated != at.step and (last or due(at.step, run.options.eval_every, epoch_ends)):
+        evaluate(run, step, at)
+        report.evaluation(at, at.epoch + (not epoch_ends))
+    if at.saved != at.step and (last or stopping or leaving or due(at.step, run.options.checkpoint_every, epoch_ends)):
+        save(run, step, at, report, must=last or stopping)
+    report.flush()
+
+
+def resume(step: Step, folder: Path, name: str, world: World, seed: int) -> Position:
+    """Take over the newest checkpoint of rank 0's run folder on all ranks; a new Position if there is none.
+
+    Raises UserError for one that cannot be gone on from.
+    """
     found, error = None, None
     if world.rank == 0:
         try:
@@ -92,10 +113,12 @@ def resume(step: Step, folder: Path, name: str, world: World) -> Position:
     error, position = ops.broadcast_json([error, vars(found[0]) if found else None], "resume.position")
     if error:
         raise UserError(error)
-    if position is None:
-        return Position()
-    step.load_state(ops.broadcast_bytes(found[1] if found else None, "resume.state"))
-    return Position(**position)
+    at = Position(**(position or {}))
+    at.take_order(step.examples["train"], seed)
+    if position is not None:
+        step.load_state(ops.broadcast_bytes(found[1] if found else None, "resume.state"))
+        at.saved = at.step
+    return at
 
 
 def skip_or_end(run: Run, agreed: Agreed, at: Position, report: Reporter) -> None:

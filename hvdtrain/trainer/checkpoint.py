@@ -31,9 +31,27 @@ class Position:
     skipped_nonfinite: int = 0
     eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     evaluated: int = 0  # the step after which that was
+    saved: int = 0  # the step of the last checkpoint
+    examples: int = 0  # of an epoch; with the seed, what the order is drawn from
+    seed: int = 0
 
-    def advance(self, count: int, loss_sum: float | None, examples: int) -> None:
-        """A step consumed `count` of the epoch's `examples`; their losses add up to `loss_sum`, None if skipped."""
+    def take_order(self, examples: int, seed: int) -> None:
+        """Let the order be that of `examples` examples and a seed.
+
+        Raises UserError in mid-epoch if it was begun in another order: some examples would come twice, others never.
+        """
+        if self.offset and self.examples == 0 and self.offset < examples:  # of an hvdtrain that did not write it
+            self.examples, self.seed = examples, seed
+        if self.offset and (examples, seed) != (self.examples, self.seed):
+            begun = f"{self.examples or 'more'} examples" + (f" by --seed {self.seed}" if self.seed != seed else "")
+            raise UserError(
+                f"the checkpoint is at example {self.offset} of an epoch of {begun}, and the training data is now "
+                f"{examples} examples" + (f" by --seed {seed}" if self.seed != seed else "") + ": resume with the same"
+            )
+        self.examples, self.seed = examples, seed
+
+    def advance(self, count: int, loss_sum: float | None) -> None:
+        """A step consumed `count` of the epoch's examples; their losses add up to `loss_sum`, None if skipped."""
         self.step += 1
         self.samples += count
         self.offset += count
@@ -41,7 +59,7 @@ class Position:
             self.epoch_loss_sum += loss_sum
             self.epoch_loss_count += count
             self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
-        if self.offset == examples:
+        if self.offset == self.examples:
             self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
 
 
@@ -77,7 +95,10 @@ def listed(run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> None:
-    """Remove all but the last `keep` checkpoints and the best; `checkpoints/best` is a link to that one."""
+    """Remove all but the last `keep` checkpoints and the best; `checkpoints/best` is a link to that one.
+
+    Best is told only of checkpoints that were evaluated themselves.
+    """
     folders = listed(run_dir)
     metric, direction = best
     scored = {path: value for path in folders if (value := _evaluated(path, metric)) is not None}
@@ -130,11 +151,12 @@ def _load(folder: Path, recipe: str) -> tuple[Position, bytes]:
 
 
 def _evaluated(folder: Path, metric: str) -> float | None:
-    """The metric that a checkpoint was evaluated to; None for none, NaN or a folder that cannot be read."""
+    """The metric that this checkpoint was evaluated to; None for none, NaN or a folder that cannot be read."""
     try:
-        value = _read_meta(folder)["position"]["eval"].get(metric)
+        position = _read_meta(folder)["position"]
     except UserError:
         return None
+    value = position["eval"].get(metric) if position["evaluated"] == position["step"] else None
     return None if value is None or math.isnan(value) else float(value)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.errors import RunError
-from hvdtrain.files import write_json
+from hvdtrain.files import trouble, write_json
 from hvdtrain.step import Step
 from hvdtrain.trainer.drift import Drift, digest, find_drift
 from hvdtrain.trainer.straggler import PARTS, Straggler, Times, name_straggler
@@ -45,6 +45,7 @@ class Diagnosis:
         self._intervals: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._named: dict[str, int] = {}  # intervals, by the rank that was named
         self._shown: Any = ""  # who was named in the last table
+        self._unwritten = False  # told that diagnose.json cannot be
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what they take to come is this rank's data time."""
@@ -91,7 +92,7 @@ class Diagnosis:
             self._write(number, drift=drift)
             ops.gather_json(None, "diagnose.written")  # the first rank to leave ends the others
             raise RunError(self._describe(drift, first - 1, number))
-        lines = []
+        lines: list[str] = []
         who = straggler and (straggler.rank, straggler.cause)
         if who != self._shown:
             lines = self._table(times, straggler, f"steps {first} to {number}")
@@ -102,7 +103,7 @@ class Diagnosis:
             named = [f"{rank} in {count}" for rank, count in sorted(self._named.items())]
             if named:
                 lines.append(f"          named in intervals of {self.every} steps: {', '.join(named)}")
-        self._write(number, whole)
+        lines += self._write(number, whole)
         self._rows.clear()
         self._mark = time.perf_counter()
         return lines
@@ -123,9 +124,10 @@ class Diagnosis:
         found = straggler and {"host": self.hosts[straggler.rank], **straggler.row()}
         return {"seconds": [dict(zip(PARTS, row, strict=True)) for row in medians], "straggler": found}
 
-    def _write(self, number: int, whole: Times | None = None, drift: Drift | None = None) -> None:
+    def _write(self, number: int, whole: Times | None = None, drift: Drift | None = None) -> list[str]:
+        """Rank 0 writes diagnose.json; a line for people where it begins to be impossible, which ends no run."""
         if self.world.rank != 0:
-            return
+            return []
         found = None
         if drift is not None:
             ranks = [{"rank": rank, "host": self.hosts[rank]} for rank in drift.ranks]
@@ -134,19 +136,23 @@ class Diagnosis:
         end = None
         if whole is not None:
             end = {"steps": len(whole), **self._told(whole, name_straggler(whole))}
-        write_json(
-            self.path,
-            {
-                "first_step": self.from_step + 1,
-                "last_step": number,
-                "hosts": self.hosts,
-                "end": end,
-                "named": self._named,
-                "intervals": list(self._intervals),
-                "drift": found,
-                "earlier_worlds": self.earlier,
-            },
-        )
+        told = {
+            "first_step": self.from_step + 1,
+            "last_step": number,
+            "hosts": self.hosts,
+            "end": end,
+            "named": self._named,
+            "intervals": list(self._intervals),
+            "drift": found,
+            "earlier_worlds": self.earlier,
+        }
+        before, self._unwritten = self._unwritten, False
+        try:
+            write_json(self.path, told)
+        except OSError as problem:
+            self._unwritten = True
+            return [] if before else [f"diagnose  {trouble(self.path.name, self.path.parent, problem)}"]
+        return []
 
     def _table(self, times: Times, straggler: Straggler | None, steps: str) -> list[str]:
         medians = 1000 * np.median(times, axis=0)

@@ -13,7 +13,7 @@ from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe, checked, fields, make
 from hvdtrain.trainer.loop import train
-from hvdtrain.trainer.options import RunOptions, check_sizes, split
+from hvdtrain.trainer.options import RunOptions, check_sizes, refuse_elastic, split
 
 # Where a run is, not what it is: these are not kept in config.json.
 NOT_KEPT = ("run_dir", "resume")
@@ -48,6 +48,8 @@ def fit_from_command_line(
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
     if given.get("resume"):
         given = merge_saved(Path(given["run_dir"]), name, given, world)
+    if membership is not None:
+        refuse_elastic(given)
     recipe, options = split(cls, given)
     return train(recipe, name, options, config(name, recipe, options), world, membership)
 
@@ -77,6 +79,7 @@ def merge_saved(run_dir: Path, name: str, given: dict[str, Any], world: World) -
     answer = ops.broadcast_json(answer, "config")
     if "error" in answer:
         raise UserError(answer["error"])
-    if "epochs" in given:
-        answer["options"].pop("steps", None)  # which would win
+    for name, winner in (("epochs", "steps"), ("batch_size", "batch_per_rank")):
+        if name in given:
+            answer["options"].pop(winner, None)
     return {**answer["options"], **given}

@@ -23,14 +23,14 @@ from hvdtrain.files import trouble
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import Step
-from hvdtrain.trainer.between import Run, due, evaluate, resume, save, skip_or_end
+from hvdtrain.trainer.between import Run, after_step, resume, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.diagnose import Diagnosis
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
-from hvdtrain.trainer.setup import open_ledger, run_folder, step_options, versions
+from hvdtrain.trainer.setup import open_ledger, run_folder, step_options, versions, write_config
 from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
@@ -54,6 +54,8 @@ def train(
     module, cls = STEPS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
     check_best(recipe, step.metrics)
+    if membership is not None and (theirs := membership.board.propose("examples", step.examples)) != step.examples:
+        raise UserError(f"this worker's datasets have {step.examples} examples, and those of the run's others {theirs}")
     report, at, resumed_from = Reporter(options), None, None
     ledger: Ledger | None = None
     with StopRequest(membership) as stop, report, contextlib.ExitStack() as files:
@@ -65,9 +67,11 @@ def train(
                     known["diagnosis"] = diagnosis.history() if diagnosis is not None else []
                     files.close()
                     world, at, known = join(membership, step, at, known)
-                    messages.send("started", rank=world.rank, size=world.size, host=world.host, pid=os.getpid())
+                    about = {"rank": world.rank, "size": world.size, "host": world.host, "pid": os.getpid()}
+                    messages.send("started", **about, reach=membership.slot.host)
+                begins = at is None
                 if at is None:
-                    folder, at = begin(step, options, name, config, world, membership)
+                    folder, at = begin(step, options, name, world, membership)
                     resumed_from = at.step or None
                     ledger = None
                 elif membership is not None:
@@ -75,6 +79,8 @@ def train(
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder, world))
+                if begins:
+                    write_config(folder, config, world)
                 if options.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
                     diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
@@ -137,15 +143,18 @@ def train(
 
 
 def begin(
-    step: Step, options: RunOptions, name: str, config: dict[str, Any], world: World, membership: Membership | None
+    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None
 ) -> tuple[Path, Position]:
     """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
     if membership is not None and (known := membership.board.fact("folder")):  # all that had a state are gone
-        return Path(known), resume(step, Path(known), name, world)
+        return Path(known), resume(step, Path(known), name, world, options.seed)
     if membership is not None and membership.generation > 1 and options.run_dir is not None:
         options = replace(options, resume=True)  # the first generation came so far as to make it
-    folder = run_folder(options, name, config, world)
-    at = resume(step, folder, name, world) if options.resume else Position()
+    folder = run_folder(options, name, world)
+    if options.resume:
+        at = resume(step, folder, name, world, options.seed)
+    else:
+        at = Position(examples=step.examples["train"], seed=options.seed)
     if membership is not None:
         membership.board.propose("folder", str(folder.absolute()))
     return folder, at
@@ -168,9 +177,8 @@ def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
 def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> Ending:
     """Train from `at` on, moving it along, until the plan is done, or all agreed to stop or to regroup."""
     plan, options, world, membership, diagnosis = run.plan, run.options, run.world, run.membership, run.diagnosis
-    saved = at.step or None
-    if at.step and at.evaluated != at.step and due(at.step, options.eval_every, at.offset == 0):
-        evaluate(run, step, at)
+    if at.step:
+        after_step(run, step, at, report)
     own = range(*order.bounds(plan.shards, world.rank, world.size))
     while at.step < plan.total_steps:
         # Of each step left in the epoch: how many examples in all, the place of this rank's first, and of each of this
@@ -219,8 +227,8 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             run.ledger.forget(int(agreed.told[KEPT]))
             report.behind = int(agreed.told[HELD])
             run.ledger.append(Row(at.step + 1, epoch, at.offset, int(agreed.told[FED]), int(agreed.told[HASHES])))
-            at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]), plan.examples)
-            last, epoch_ends = at.step == plan.total_steps, at.offset == 0
+            at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]))
+            last = at.step == plan.total_steps
             values = means(step.metrics, agreed.sums, count) | details
             report.step(at, epoch, plan.lr * lr_factor, values, count, seconds, agreed.waited)
             leaving = int(agreed.told[LEAVING])
@@ -230,13 +238,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             )
             if diagnosis is not None and (last or stopping or diagnosis.due(at.step)):
                 report.lines(diagnosis.compare(step, at.step, ends=last or stopping))
-            if last or due(at.step, options.eval_every, epoch_ends):
-                evaluate(run, step, at)
-                report.evaluation(at, epoch)
-            if last or stopping or leaving or due(at.step, options.checkpoint_every, epoch_ends):
-                save(run, step, at, report, must=last or stopping)
-                saved = at.step
-            report.flush()
+            after_step(run, step, at, report, stopping=stopping, leaving=leaving > 0)
             report.look_for_room(run.ledger)
             if last:
                 break
@@ -246,10 +248,6 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             if membership is not None and (leaving or agreed.told[REGROUP]):
                 membership.leave_if_asked()
                 return "regroup"
-    if at.evaluated != at.step or not at.eval:
-        evaluate(run, step, at)
-    if saved != at.step:
-        save(run, step, at, report, must=True)
     return "finished"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,17 @@ class RunOptions:
             raise ValueError("--deterministic with --batch-per-rank: the batch depends on the ranks; give --batch-size")
         if self.compile:
             raise ValueError("--deterministic with --compile: what is compiled depends on what a rank sees first")
+
+
+def refuse_elastic(given: Mapping[str, Any]) -> None:
+    """Raise UserError for options that would not mean the same in each world of an elastic run."""
+    if given.get("batch_per_rank"):
+        raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
+    from hvdtrain.compression.spec import parse  # with which torch comes
+
+    compression = given.get("compression", "none")
+    if parse(compression).momentum:
+        raise UserError(f"--compression {compression}: no momentum in an elastic run, which may come down to one rank")
 
 
 def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]:

@@ -143,7 +143,9 @@ class Reporter:
             messages.send("progress", step=number, steps=self.steps, epoch=epoch, loss=loss, rate=rate, text="")
 
     def evaluation(self, at: Position, epoch: int) -> None:
-        """After an evaluation: `at.eval`."""
+        """After an evaluation: `at.eval`. The row of its step may have been another rank's, which was lost."""
+        if self._row.get("step") != at.step:
+            self._row = {"step": at.step, "epoch": epoch, "samples": at.samples}
         self._row |= {f"eval_{name}": value for name, value in at.eval.items()}
         self._due = True
         shown = "  ".join(f"{name} {value:.4f}" for name, value in at.eval.items())

@@ -44,8 +44,8 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
     )
 
 
-def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: World) -> Path:
-    """Rank 0's run folder, made and with its config.json written; every rank learns its path.
+def run_folder(options: RunOptions, name: str, world: World) -> Path:
+    """Rank 0's run folder, made; every rank learns its path.
 
     Raises UserError on all ranks where the folder holds another run or cannot be written.
     """
@@ -57,7 +57,6 @@ def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: Wo
         else:
             try:
                 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-                write_json(folder / "config.json", config)
                 answer = {"folder": str(folder)}
             except OSError as error:
                 answer = {"error": f"run folder {folder} cannot be written: {error.strerror}"}
@@ -65,6 +64,18 @@ def run_folder(options: RunOptions, name: str, config: dict[str, Any], world: Wo
     if "error" in answer:
         raise UserError(answer["error"])
     return Path(answer["folder"])
+
+
+def write_config(folder: Path, config: dict[str, Any], world: World) -> None:
+    """Rank 0 writes config.json, once nothing is left to refuse. Raises UserError on all ranks where it cannot."""
+    error = None
+    if world.rank == 0:
+        try:
+            write_json(folder / "config.json", config)
+        except OSError as problem:
+            error = f"run folder {folder} cannot be written: {problem.strerror}"
+    if error := ops.broadcast_json(error, "config.written"):
+        raise UserError(error)
 
 
 def open_ledger(

@@ -83,6 +83,8 @@ class Stateful(Noisy):
     """With everything that has a state; a step lasts as long as HVDTRAIN_TEST_STEP_SECONDS says."""
 
     width: int = option(8, "units of the hidden layer")
+    decay: float = option(0.01, "weight decay")
+    fewer: int = option(0, "training examples that are missing")
     batch_size: int = 30
 
     def model(self):
@@ -90,7 +92,11 @@ class Stateful(Noisy):
         return nn.Sequential(*layers, nn.Linear(self.width, 1)).double()
 
     def optimizer(self, params):
-        return torch.optim.AdamW(params, lr=self.lr)
+        return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.decay)
+
+    def dataset(self, split):
+        whole = super().dataset(split)
+        return whole if split == "eval" else torch.utils.data.Subset(whole, range(len(whole) - self.fewer))
 
     def score(self, model, batch):
         time.sleep(float(os.environ.get("HVDTRAIN_TEST_STEP_SECONDS", "0")))

@@ -116,6 +116,37 @@ class WrongBest(Exact):
     best = ("withing", "max")
 
 
+class RunningMean(nn.Module):
+    """Keeps a running mean by putting a new tensor in the old one's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, inputs):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * inputs.detach().mean()
+        return inputs - self.mean
+
+
+@dataclass(kw_only=True)
+class Rebinds(Exact):
+    """With a buffer that does not stay the same tensor."""
+
+    def model(self):
+        return nn.Sequential(RunningMean(), super().model())
+
+
+@dataclass(kw_only=True)
+class RankData(Exact):
+    """On each rank one example more than on the one before."""
+
+    def dataset(self, split):
+        import horovod.torch as hvd
+
+        return torch.utils.data.Subset(super().dataset(split), range(100 + hvd.rank()))
+
+
 @dataclass(kw_only=True)
 class Column(Exact):
     """Names a metric as a column of metrics.jsonl."""

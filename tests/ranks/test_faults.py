@@ -348,6 +348,17 @@ def test_compression_through_a_fault(tmp_path: Path, reference: Any) -> None:
     verify(job.run_dir)
 
 
+def test_a_failure_in_the_last_checkpoint(tmp_path: Path, reference: Any) -> None:
+    """Those that are left have no step to make, and still evaluate and save."""
+    with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "1000") as job:
+        job.step(5)
+        job.fault.write_text("sync-crash")
+        job.end()
+    check(job, reference)
+    assert job.summary()["membership_changes"] >= 1
+    assert (job.run_dir / "checkpoints" / f"step-{EPOCHS * STEPS}" / "meta.json").exists()
+
+
 def test_a_failure_while_the_state_is_handed_over(tmp_path: Path, reference: Any) -> None:
     """The rank that gives it dies; later one that takes it, while it waits for it."""
     with ElasticJob(tmp_path, "localhost:3", "--pause", "0.4", "--checkpoint-every", "1000") as job:

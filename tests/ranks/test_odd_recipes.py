@@ -80,9 +80,20 @@ def test_sparse_gradients_agree_on_any_number_of_ranks(option: str, tmp_path: Pa
         ("Forgets", "Forgets.score must always return the same scores: first loss, within, now loss"),
         ("WrongBest", "WrongBest.best: there is no metric 'withing'; did you mean 'within'?"),
         ("Column", "Column.score: 'lr' is a column of metrics.jsonl; rename it"),
+        (
+            "Rebinds",
+            "training puts another tensor in the place of the buffer '0.mean' of a RunningMean, so that it cannot be "
+            "kept the same on all ranks: change it in place, self.mean.copy_(...)",
+        ),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(recipe: str, error: str, tmp_path: Path) -> None:
     command = [*HVDTRAIN, "train", f"{ODD}:{recipe}", "--run-dir", str(tmp_path / "run"), "--steps", "3"]
     done = run("alone", 1, command)
     assert (done.returncode, done.stderr) == (2, f"hvdtrain: error: {error}\n")
+
+
+def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
+    done = run("horovodrun", 2, [*HVDTRAIN, "train", f"{ODD}:RankData", "--run-dir", str(tmp_path / "run")])
+    assert done.returncode != 0
+    assert "the recipe's 'train' dataset has 101 examples on rank 1 and 100 on rank 0: all ranks need" in done.stderr

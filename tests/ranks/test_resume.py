@@ -151,6 +151,63 @@ def test_resume_where_there_is_nothing_starts_at_step_0(tmp_path: Path) -> None:
     assert "resumed   at step 0: no checkpoint yet" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("changed", "now"),
+    [(["--seed", "5"], "999 examples by --seed 5"), (["--fewer", "9"], "990 examples"), (["--fewer", "500"], "499 ex")],
+)
+def test_another_order_in_mid_epoch_is_refused(
+    changed: list[str], now: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """After 60 steps of 30 it stands at 780 of 999. The refused run leaves the folder as it was."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder, symlinks=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    resume = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume", "--steps", "70"]
+    done = run("horovodrun", 2, [*resume, *changed])
+    assert done.returncode != 0
+    begun = "999 examples" + (" by --seed 0" if "--seed" in changed else "")
+    text = f"the checkpoint is at example 780 of an epoch of {begun}, and the training data is now {now}"
+    assert text in done.stderr and ": resume with the same" in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_setting_of_the_optimizer_that_is_given_anew(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder, symlinks=True)
+    train("alone", 1, RECIPE, folder, "--resume", "--steps", "61", "--decay", "0.5")
+    before, after = (state(folder, step) for step in (60, 61))
+    key = ".optimizer.param_groups.0.weight_decay"
+    assert (before[key], after[key]) == (0.01, 0.5)
+    assert after[".optimizer.state.0.step"] == before[".optimizer.state.0.step"] + 1
+    # Resumed once more without it, it stays.
+    train("alone", 1, RECIPE, folder, "--resume", "--steps", "62")
+    assert state(folder, 62)[key] == 0.5
+
+
+def test_a_batch_size_takes_the_place_of_a_batch_per_rank(tmp_path: Path) -> None:
+    train("alone", 1, RECIPE, tmp_path / "run", "--batch-per-rank", "10", "--steps", "3")
+    assert train("alone", 1, RECIPE, tmp_path / "run", "--resume", "--batch-size", "20", "--steps", "5")["steps"] == 5
+    assert rows(tmp_path / "run")[-1]["samples"] == 3 * 10 + 2 * 20
+
+
+def test_the_best_is_one_that_was_evaluated_itself(tmp_path: Path) -> None:
+    """The checkpoints of steps 6 and 9 hold the evaluation of step 4 and 8."""
+    folder = tmp_path / "run"
+    train("alone", 1, RECIPE, folder, "--steps", "10", "--checkpoint-every", "3", "--eval-every", "4")
+    assert (folder / "checkpoints" / "best").resolve().name == "step-10"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    with small_disk(folder / "checkpoints" / "step-1", 1):
+        command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--steps", "6", "--checkpoint-every", "2"]
+        done = run("alone", 1, [*command, "--keep", "1"])
+    assert done.returncode == 0, done.stderr
+    assert "warning: old checkpoints cannot be removed: " in done.stderr
+    assert "step-6" in {path.name for path in (folder / "checkpoints").iterdir()}
+
+
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train("alone", 1, RECIPE, folder, "--steps", "50", "--checkpoint-every", "5", "--eval-every", "5", "--keep", "2")

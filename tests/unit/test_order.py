@@ -39,3 +39,8 @@ def test_epochs_and_seeds_differ_and_the_order_is_for_ever() -> None:
     assert first != order.permutation(10, 0, 1).tolist() != order.permutation(10, 1, 1).tolist()
     # A change here breaks every run that is resumed.
     assert first == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+
+
+def test_no_two_seeds_share_an_order() -> None:
+    seeds = [0, 1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
+    assert len({tuple(order.permutation(50, seed, epoch)) for seed in seeds for epoch in (0, 1)}) == 2 * len(seeds)

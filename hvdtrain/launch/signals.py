@@ -1,0 +1,33 @@
+"""Signals to `hvdtrain launch`: caught, and acted on where it waits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[tuple[list[int], int]]:
+    """Catch the signals that stop: a list that they are added to, and a file to read when one came or a child ended."""
+    received: list[int] = []
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    handlers = {
+        signal.SIGINT: lambda number, _: received.append(number),
+        signal.SIGTERM: lambda number, _: received.append(number),
+        signal.SIGUSR1: lambda number, _: received.append(number),  # what batch systems send ahead of the end
+        signal.SIGCHLD: lambda number, _: None,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    wakeup = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        yield received, woken
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(woken)
+        os.close(wake)
