@@ -149,7 +149,9 @@ def lost_text(report: Report, host: str, why: str) -> str:
 
 def failed_first(report: Report, message: dict[str, Any]) -> tuple[int, str]:
     """The code of a rank's failure, and the failure in words."""
-    where = f"rank {message['rank']} on {message['host']}" if message.get("host") else report.where(message["rank"])
+    where = report.where(message["rank"])
+    if not report.hosts and message.get("host"):  # of an elastic run, where ranks have been other workers
+        where = f"rank {message['rank']} on {message['host']}"
     text = f"error: {where} failed: {message.get('error') or 'it did not say why'}"
     if message.get("traceback"):
         text += f"\n{str(message['traceback']).rstrip()}"

@@ -1,6 +1,7 @@
 """Recipes that use what other recipes leave alone, or do it wrong."""
 
 import math
+import os
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from hvdtrain.torch import Recipe, option
-from tests.ranks.exact_recipe import EVAL, TRAIN, Exact
+from tests.ranks.exact_recipe import EVAL, TRAIN, Exact, Stateful
 
 Pair = namedtuple("Pair", ["inputs", "targets"])
 
@@ -135,6 +136,16 @@ class Rebinds(Exact):
 
     def model(self):
         return nn.Sequential(RunningMean(), super().model())
+
+
+@dataclass(kw_only=True)
+class TellsSecret(Stateful):
+    """Prints a variable of its environment, in which it finds its data, say."""
+
+    def dataset(self, split):
+        if split == "train":
+            print(f"secret {os.environ.get('SECRET_OF_TEST')}", flush=True)
+        return super().dataset(split)
 
 
 @dataclass(kw_only=True)

@@ -8,11 +8,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.ranks.harness import HVDTRAIN, Job
 
 HERE = Path(__file__).parent
 LAUNCHERS = [("horovodrun", "gloo"), ("horovodrun", "mpi"), ("mpirun", "mpi")]
@@ -56,7 +58,7 @@ class Launched:
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("LAUNCH_TEST") == self.token
+                ours = process.environ().get("HVDTRAIN_LAUNCH_TEST") == self.token
             except (psutil.AccessDenied, psutil.NoSuchProcess):
                 continue
             if ours and process.status() != psutil.STATUS_ZOMBIE:
@@ -70,7 +72,7 @@ def launched(
 ) -> Iterator[Launched]:
     """Two ranks of fake_rank.py under launch; afterwards nothing of it may run."""
     token = uuid.uuid4().hex
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "LAUNCH_TEST": token}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HVDTRAIN_LAUNCH_TEST": token}
     if path:
         environ["PATH"] = f"{path}{os.pathsep}{environ['PATH']}"
     command = [sys.executable, str(HERE / "fake_launch.py"), launcher, controller, str(grace), "localhost:2", mode]
@@ -190,11 +192,15 @@ def test_the_grace_period_ends() -> None:
 
 
 @pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
-def test_a_signal_before_the_ranks_have_started_ends_at_once(launcher: str, controller: str) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_before_the_ranks_have_started_ends_at_once(
+    launcher: str, controller: str, number: int, code: int
+) -> None:
+    """By that of a batch system, ahead of the end of its time, the job is to be run again."""
     with launched(launcher, controller, "early") as job:
         job.wait_for("not started")
-        job.process.send_signal(signal.SIGTERM)
-        assert job.wait() == 143
+        job.process.send_signal(number)
+        assert job.wait() == code
     assert "stopping:" not in job.err
 
 
@@ -213,7 +219,7 @@ def test_launch_killed_leaves_nothing(launcher: str, controller: str) -> None:
 def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
     # The ranks claim to be elsewhere, and this ssh runs its command here.
     ssh = tmp_path / "ssh"
-    ssh.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nshift 3\nexec env "$@"\n')
+    ssh.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nshift 5\nexec env "$@"\n')
     ssh.chmod(0o755)
     with launched("mpirun", "mpi", "remote", path=tmp_path) as job:
         job.wait_for("[0] sum 2")
@@ -221,7 +227,7 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 75
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls in [[f"-o BatchMode=yes localhost kill -TERM {pid}"] for pid in pids]
+    assert calls in [[f"-o BatchMode=yes -o StrictHostKeyChecking=no localhost kill -TERM {pid}"] for pid in pids]
 
 
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
@@ -236,3 +242,22 @@ def test_a_launcher_that_fails_by_itself_is_shown() -> None:
     assert done.returncode == 1
     assert "Executable: /no/such/program" in done.stderr
     assert "hvdtrain: error: mpirun ended with code " in done.stderr
+
+
+def test_nothing_secret_is_in_the_list_of_processes(tmp_path: Path) -> None:
+    """Ranks on this host have the launcher's whole environment, which horovodrun would write on command lines."""
+    recipe, secret = f"{HERE / 'odd_recipes.py'}:TellsSecret", uuid.uuid4().hex
+    shown = set()
+    line = [*HVDTRAIN, "launch", "-np", "2", recipe, "--run-dir", str(tmp_path / "run"), "--steps", "200"]
+    with Job(line, env={"SECRET_OF_TEST": secret, "HVDTRAIN_TEST_STEP_SECONDS": "0.01"}) as job:
+        while job.process.poll() is None:
+            for process in psutil.process_iter():
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    shown.add(" ".join(process.cmdline()))
+            time.sleep(0.1)
+        done = job.finish()
+    assert done.returncode == 0, done.stderr
+    assert f"[0] secret {secret}" in done.stdout and f"[1] secret {secret}" in done.stdout
+    assert any("bin/horovodrun" in text for text in shown)
+    assert any("HVDTRAIN_TEST_MARK=" in text for text in shown)  # as what is not hidden is
+    assert not [text for text in shown if secret in text]

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from hvdtrain.doctor.facts import Facts, Wanted, disk, gather, way_back
 from hvdtrain.doctor.findings import Finding, of_host, of_hosts, size
 from hvdtrain.doctor.judge import judge, odd_ways
 from hvdtrain.doctor.measure import Measured, Pair, Way, more_pairs, pairs_of, rounds
+from hvdtrain.doctor.meeting import Meeting
 from hvdtrain.doctor.nics import routes
-from hvdtrain.doctor.peer import rate
+from hvdtrain.doctor.peer import COMMANDS, attend, rate
 from hvdtrain.doctor.report import describe, verdict
 from hvdtrain.errors import RunError, UserError
 from tests.ranks.harness import ROOT
@@ -263,6 +265,30 @@ def test_all_reduces_are_judged() -> None:
         "link h1-h2: an all-reduce takes 500 ms, over the others 1",
     ]
     assert [finding.bad for finding in found] == [True, True, False]
+
+
+def test_an_answer_that_comes_too_late_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nap(_: socket.socket) -> dict[str, Any]:
+        time.sleep(0.5)
+        return {"slept": True}
+
+    monkeypatch.setitem(COMMANDS, "nap", nap)
+    room = Meeting(1)
+    where = ("127.0.0.1", room.server.getsockname()[1])
+    rank = threading.Thread(target=attend, args=(where, room.token, 0, None))
+    rank.start()
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        assert room.welcome(1, launcher) == []
+        launcher.kill()
+    assert room.tell({0: {"do": "nap"}}, 0.1) == {0: {"error": "no answer within 0.1 s"}}
+    assert list(room.tell({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
+    # Both answers at once.
+    assert "error" in room.tell({0: {"do": "nap"}}, 0.1)[0]
+    time.sleep(1)
+    assert list(room.tell({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
+    room.close()
+    rank.join(10)
+    assert not rank.is_alive()
 
 
 def test_pairs() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -19,6 +24,9 @@ from hvdtrain.elastic.places import places
 from hvdtrain.elastic.watch import Watch
 from hvdtrain.errors import UserError
 from hvdtrain.launch import discover
+from hvdtrain.launch.elastic import Elastic, keep_running
+from hvdtrain.launch.hosts import Host
+from hvdtrain.launch.ssh import AS_CONFIGURED
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
@@ -68,6 +76,34 @@ def test_a_script_that_gives_no_answer(tmp_path: Path, script: str, why: str) ->
     path = executable(tmp_path / "hosts.sh", script)
     with pytest.raises(discover.NoAnswer, match=why):
         discover.ask(str(path))
+
+
+def test_a_script_that_hangs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discover, "SECONDS", 1.0)
+    path = executable(tmp_path / "hosts.sh", f"sleep 61 & echo $! > {tmp_path}/pid; sleep 61")
+    with pytest.raises(discover.NoAnswer, match="took longer than 1 s"):
+        discover.ask(str(path))
+    pid = int((tmp_path / "pid").read_text())
+    until = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_between_two_launches(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The job is not launched again."""
+    launches = []
+
+    def launch(line: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
+        launches.append(line)
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        return 1, False
+
+    fixed = Elastic(1, None, None, [Host("localhost", 1)])
+    assert keep_running(launch, fixed, lambda resume: ["true"], {}, nic=None, ssh=AS_CONFIGURED, relaunch=3) == code
+    assert len(launches) == 1
+    assert "relaunch 1 of 3 in 2 s" in capsys.readouterr().err
 
 
 def test_what_a_script_last_said_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

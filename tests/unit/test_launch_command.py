@@ -1,5 +1,6 @@
 """`hvdtrain launch` up to the command line that it would run."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from hvdtrain.cli.main import main
 from hvdtrain.errors import UserError
 from hvdtrain.launch.command import find_program
-from hvdtrain.launch.environment import forwarded, rank_environment
+from hvdtrain.launch.environment import find_hidden, forwarded, rank_environment
 
 TRAIN = "BIN/python -m hvdtrain train digits"
 OPTIONS = "--bind-to none --map-by slot"
@@ -232,6 +233,21 @@ def test_environment_of_the_ranks(folder: Path) -> None:
         mpi, ["OTHER"]
     )
     assert "PYTHONUNBUFFERED" not in rank_environment({"PYTHONUNBUFFERED": "1"}, "horovodrun", "gloo")
+
+
+def test_what_horovodrun_is_not_to_show() -> None:
+    here = rank_environment({"SECRET": "x=\n", "LD_BIND_NOW": "1", "NCCL_DEBUG": "INFO"}, "horovodrun", "gloo")
+    script = "import json, os; from hvdtrain.launch.environment import hide; print(json.dumps(hide(os.environ)))"
+    script += "; open(0).read()"
+    line = [sys.executable, "-c", script]
+    with subprocess.Popen(line, env=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guard:
+        assert guard.stdin is not None and guard.stdout is not None
+        shown = json.loads(guard.stdout.readline())
+        assert "SECRET" not in shown and (shown["LD_BIND_NOW"], shown["NCCL_DEBUG"]) == ("1", "INFO")
+        find_hidden(shown)
+        guard.stdin.close()
+    del here["HVDTRAIN_HIDDEN"]
+    assert {name: shown[name] for name in here} == here
 
 
 def test_launch_imports_no_framework() -> None:

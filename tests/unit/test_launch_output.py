@@ -1,14 +1,19 @@
 """What the launchers print, taken apart, and the verdict on it."""
 
+import contextlib
 import json
 import signal
+import socket
+import subprocess
 from typing import Any
 
 import pytest
 
 from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths, take_message
 from hvdtrain.launch.report import Report, outcome
+from hvdtrain.launch.run import Job, take, unreached
 from hvdtrain.launch.screen import info
+from hvdtrain.launch.ssh import AS_CONFIGURED
 
 
 def lines(*chunks: bytes, stream: str = "stdout") -> list[Line]:
@@ -208,7 +213,8 @@ def test_who_runs_in_an_elastic_run() -> None:
     for rank in range(3):
         say("started", rank, size=3, pid=10 + rank)
     say("finished", 2, code=75)
-    say("failed", 0)  # maybe a newcomer's, so it says nothing of the members
+    newcomer = {"kind": "failed", "rank": 0, "pid": 13}
+    assert report.newcomer(newcomer) and not report.newcomer({**newcomer, "pid": 10})
     assert report.running == {0, 1} and report.over_since is None
     say("finished", 1, code=75)
     say("finished", 0, code=75)
@@ -216,11 +222,38 @@ def test_who_runs_in_an_elastic_run() -> None:
     for rank in range(3):
         say("started", rank, size=3, pid=20 + rank)
     assert report.over_since is None
-    # Ranks 0 and 2 are killed, and rank 1 goes on alone.
+    say("failed", 0, pid=20)
+    assert len(report.failed) == 1
+    # Ranks 0 and 2 are gone, and rank 1 goes on alone: what rank 0 failed of has not ended the run.
     say("started", 0, size=1, pid=21)
+    assert report.failed == []
     assert report.running == {0} and report.started[0]["pid"] == 21
     say("finished", 0, code=0)
     assert report.over_since is not None
+
+
+def test_a_failure_before_anybody_has_started_is_the_runs() -> None:
+    assert not Report([]).newcomer(failed(0, "no such file", 2))
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
+    with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
+        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, elastic=elastic, asked=signal.SIGINT)
+        started = {"kind": "started", "rank": 0, "size": 1, "host": socket.gethostname(), "pid": rank.pid}
+        take(job, started)
+        assert (rank.poll() or rank.wait(10)) == -signal.SIGUSR1 if elastic else rank.poll() is None
+        rank.kill()
+
+
+def test_a_host_that_ssh_does_not_reach_is_told_once() -> None:
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
+        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30)
+        job.calls = [("far", subprocess.Popen(["sh", "-c", "exit 255"])), ("near", subprocess.Popen(["false"]))]
+        for _, call in job.calls:
+            call.wait()
+        assert unreached(job) == ["far"]
+        assert unreached(job) == []
 
 
 def test_the_launchers_lines_are_held_back_and_dropped_if_a_rank_explains_them() -> None:
