@@ -21,6 +21,7 @@ from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import place
 from hvdtrain.launch.run import run
 from hvdtrain.launch.schedulers import KNOWN_BY, given
+from hvdtrain.launch.signals import Caught
 from hvdtrain.launch.ssh import Ssh
 from hvdtrain.network import interface_to, is_here
 
@@ -274,8 +275,8 @@ def start_elastic(
         click.echo(shlex.join(line))
         return 0
 
-    def launch(line: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
-        return run(line, environ, [], ssh=ssh, grace=grace, elastic=True)
+    def launch(line: list[str], environ: Mapping[str, str], caught: Caught) -> tuple[int, bool]:
+        return run(line, environ, [], ssh=ssh, grace=grace, elastic=True, caught=caught)
 
     try:
         return keep_running(launch, elastic, command, environ, nic=nic, ssh=ssh, relaunch=relaunch)

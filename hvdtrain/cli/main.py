@@ -53,8 +53,8 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue)."""
-    find_hidden(os.environ)
     try:
+        find_hidden(os.environ)
         # Commands return their exit code; click returns its own for --help and --version.
         args = sys.argv[1:] if args is None else args
         code = cli.main(args or ["--help"], prog_name="hvdtrain", standalone_mode=False)

@@ -26,14 +26,13 @@ class Way:
         self.name, self.flat, self.average, self.group = name, flat, average, group
         self.size = ops.size(group)
         self.waited = 0.0  # seconds that `turn` and `finish` of the last step waited
-        self.owed: Tensor | None = None  # (n,): what an earlier way over the ranks had not sent yet; sent once
+        self.owed: Tensor | None = None  # (n,): what an earlier way over the ranks had not sent; sent until it counts
         self._handle: ops.Handle | None = None
 
     def _begin(self, x: Tensor) -> None:
         self.waited = 0.0
         if self.owed is not None:
             x += self.owed
-            self.owed = None
 
     def _wait(self) -> Tensor:
         """What the collective under way has brought."""

@@ -41,8 +41,10 @@ def ask(script: str) -> dict[str, int]:
     with process:
         try:
             said, complained = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             raise NoAnswer(f"took longer than {SECONDS:g} s") from None
     if process.returncode != 0:
         raise NoAnswer(f"ended with code {process.returncode}: {(complained.strip().splitlines() or [''])[-1]}")

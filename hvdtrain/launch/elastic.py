@@ -17,7 +17,7 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from hvdtrain.launch import discover
 from hvdtrain.launch.command import find_program, horovodrun_ssh
 from hvdtrain.launch.hosts import Host, host_text
-from hvdtrain.launch.signals import signals
+from hvdtrain.launch.signals import Caught, signals
 from hvdtrain.launch.ssh import Ssh
 
 COOL_DOWN = (10, 300)  # seconds, least and most, until a host on which a process was lost is tried again
@@ -77,7 +77,7 @@ def command_line(elastic: Elastic, command: Sequence[str], state: Path, *, nic: 
 
 
 def keep_running(
-    launch: Callable[[list[str], Mapping[str, str]], tuple[int, bool]],
+    launch: Callable[[list[str], Mapping[str, str], Caught], tuple[int, bool]],
     elastic: Elastic,
     command: Callable[[bool], list[str]],
     environ: Mapping[str, str],
@@ -88,17 +88,18 @@ def keep_running(
 ) -> int:
     """Launch the job, and again up to `relaunch` times where it is lost as a whole; the last exit code.
 
-    launch: runs a command line in an environment; the exit code, and whether that is final: a rank said why it failed,
-    or the user asked for the end. command: what each slot runs, given whether it is to resume.
+    launch: runs a command line in an environment, heeding signals that are caught; the exit code, and whether that is
+    final: a rank said why it failed, or the user asked for the end. command: what each slot runs, given whether it is
+    to resume.
     """
     environ = {**environ, "HVDTRAIN_MIN_NP": str(elastic.least)}
     attempt = 0
-    with signals() as (received, woken):  # those that come while no job runs
+    with signals() as (received, woken):
         while True:
             with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
                 state = Path(folder) / "hosts.json"
                 line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh=ssh)
-                code, final = launch(line, environ)
+                code, final = launch(line, environ, (received, woken))
             if final or code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunch:
                 return code
             pause = min(BACK_OFF[0] * 2**attempt, BACK_OFF[1])

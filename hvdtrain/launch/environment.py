@@ -27,6 +27,8 @@ BASE_NAMES |= {"SSH_AUTH_SOCK", "KRB5CCNAME", "CUDA_VISIBLE_DEVICES"}
 # Settings of mpirun, and by which it and srun know their Slurm job.
 MPI = ("OMPI_", "PMIX_", "PRTE_")
 SLURM = ("SLURM_", "SLURMD_", "SRUN_")
+# What is read when a program or a library is loaded, before ranks find what is hidden.
+AT_LOADING = ("LD_", "GOMP_", "KMP_", "TCMALLOC_", "COVERAGE_")
 HIDDEN = "HVDTRAIN_HIDDEN"  # names that horovodrun must not know, and the file in which ranks find their values
 FOUND_IN = "HVDTRAIN_HIDDEN_IN"
 
@@ -57,10 +59,10 @@ def rank_environment(
     env["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     # A rank whose peer died says so in a line of C++; that is no news where the cause is shown.
     env.setdefault("HOROVOD_LOG_LEVEL", "fatal")
-    if (launcher, controller) == ("horovodrun", "gloo") and not away and sys.platform == "linux":
-        env[HIDDEN] = " ".join(name for name in env if not kept(name, launcher, controller, ("LD_",)))
     # With LSF's job id, horovodrun asks LSF for things that it does not need here, and fails.
     env.pop("LSB_JOBID", None)
+    if (launcher, controller) == ("horovodrun", "gloo") and not away and sys.platform == "linux":
+        env[HIDDEN] = " ".join(name for name in env if not kept(name, launcher, controller, AT_LOADING))
     return env
 
 
@@ -72,10 +74,12 @@ def hide(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_hidden(environ: MutableMapping[str, str]) -> None:
-    """Complete a rank's environment by what was hidden from horovodrun."""
+    """Complete a rank's environment by what was hidden from horovodrun. Raises UserError if the guard has ended."""
     if path := environ.pop(FOUND_IN, None):
+        if not Path(path).exists():
+            raise UserError("the `hvdtrain launch` that started this rank has ended")
         there = dict(pair.split("=", 1) for pair in os.fsdecode(Path(path).read_bytes()).split("\0") if "=" in pair)
-        environ.update({name: there[name] for name in there.pop(HIDDEN).split()})
+        environ.update({name: there[name] for name in there[HIDDEN].split()})
 
 
 def kept(name: str, launcher: str, controller: str, more: tuple[str, ...] = ()) -> bool:

@@ -18,6 +18,14 @@ SSH_FAILED = 255  # ssh's own code, also where a signal ended the command: it do
 CONSEQUENCE = "HorovodInternalError"
 
 
+Process = tuple[Any, Any]  # host and process id
+
+
+def process_of(message: dict[str, Any]) -> Process:
+    """Whom a message is from."""
+    return message.get("host"), message.get("pid")
+
+
 class Report:
     """What has been said so far in one run; `hosts` is the host name of each rank."""
 
@@ -41,8 +49,9 @@ class Report:
             self.started[rank] = message
             self.over_since = None
             self.running = {other for other in self.running if other < message.get("size", rank)} | {rank}
-            if "size" in message:  # a new generation: what went before has not ended the run
-                self.failed.clear()
+            if "size" in message:  # of a generation: ranks that it has not any more failed without ending the run
+                self.started = {rank: told for rank, told in self.started.items() if rank < message["size"]}
+                self.failed = [failure for failure in self.failed if process_of(failure) in self.processes()]
         elif kind == "finished":
             self.finished[rank] = int(message.get("code") or 0)
             self.running.discard(rank)
@@ -52,8 +61,11 @@ class Report:
 
     def newcomer(self, message: dict[str, Any]) -> bool:
         """Whether a message is of a worker that is not yet one of an elastic run's ranks, which go on without it."""
-        pids = {told["pid"] for told in self.started.values()}
-        return message["kind"] == "failed" and bool(pids) and message.get("pid") not in pids
+        known = self.processes()
+        return message["kind"] == "failed" and bool(known) and process_of(message) not in known
+
+    def processes(self) -> set[Process]:
+        return {process_of(told) for told in self.started.values()}
 
     def host(self, rank: int) -> str:
         """The name by which this host can reach a rank's; its own name may mean nothing here."""

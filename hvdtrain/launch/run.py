@@ -20,9 +20,9 @@ import psutil
 from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
 from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
-from hvdtrain.launch.report import SSH_FAILED, Report, elastic_outcome, outcome
+from hvdtrain.launch.report import SSH_FAILED, Process, Report, elastic_outcome, outcome, process_of
 from hvdtrain.launch.screen import Screen
-from hvdtrain.launch.signals import signals
+from hvdtrain.launch.signals import Caught, signals
 from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
 
 AS_HOROVODRUN = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]  # which starts ranks on hosts not known yet
@@ -42,7 +42,8 @@ class Job:
     launcher: str = ""  # its name
     screen: Screen = field(default_factory=Screen)
     asked: int | None = None  # the signal by which the user asked for a stop
-    told: set[int] = field(default_factory=set)  # the processes that were asked to
+    too_early: bool = False  # for any rank to be asked
+    told: set[Process] = field(default_factory=set)  # that were asked to
     deadline: float | None = None  # of the stop, by the monotonic clock
     ended: bool = False  # by us, before its time
     elastic: bool = False
@@ -57,16 +58,18 @@ def run(
     ssh: Ssh = AS_CONFIGURED,
     grace: float = 30.0,
     elastic: bool = False,
+    caught: Caught | None = None,
 ) -> tuple[int, bool]:
     """Run a launcher's command line in an environment until it ends.
 
     Returns the exit code, and whether somebody has said why: a rank that failed, or the user who asked for a stop.
 
     The first SIGINT, SIGTERM or SIGUSR1 asks rank 0 to stop and save; a second one, or the end of the grace, ends all.
+    caught: signals that the caller has caught; what comes while this cleans up is left in it.
     Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
     Raises BrokenPipeError if nobody reads the output any more.
     """
-    with signals() as (received, woken):
+    with contextlib.nullcontext(caught) if caught else signals() as (received, woken):
         job = start(line, environ, Report(host_of_each_rank(hosts)), ssh, grace)
         job.launcher, job.elastic = Path(line[0]).name, elastic
         with job.guard:
@@ -81,7 +84,7 @@ def run(
     verdict, text = judge(job.report, job.launcher, job.guard.returncode, job.asked)
     # What rank 0 has saved is saved, even if the others had to be ended.
     saved = job.report.over_since is not None if elastic else job.report.finished.get(0) == EXIT_REQUEUE
-    if job.ended and job.asked == signal.SIGUSR1 and not (job.report.started or job.report.failed):
+    if job.asked == signal.SIGUSR1 and job.too_early:
         verdict, text = EXIT_REQUEUE, "no rank had started: there was nothing to save"
     elif job.ended and job.asked and not saved:
         verdict, text = 128 + job.asked, text if job.report.failed else ""
@@ -205,6 +208,7 @@ def on_signal(job: Job, number: int) -> None:
             # In an elastic run SIGTERM means one rank alone.
             signal_ranks(job, "USR1" if job.elastic else "TERM", ranks)
         return
+    job.too_early = job.asked is None and not ranks and not job.report.failed
     job.asked = number
     end(job)
 
@@ -250,9 +254,9 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
     remote: dict[str, list[str]] = {}
     for rank in ranks:
         told = job.report.started[rank]
-        if name == "USR1" and told["pid"] in job.told:
+        if name == "USR1" and process_of(told) in job.told:
             continue
-        job.told.add(told["pid"])
+        job.told.add(process_of(told))
         if told.get("host") == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(told["pid"], signal.Signals[f"SIG{name}"])

@@ -7,9 +7,11 @@ import os
 import signal
 from collections.abc import Iterator
 
+Caught = tuple[list[int], int]
+
 
 @contextlib.contextmanager
-def signals() -> Iterator[tuple[list[int], int]]:
+def signals() -> Iterator[Caught]:
     """Catch the signals that stop: a list that they are added to, and a file to read when one came or a child ended."""
     received: list[int] = []
     woken, wake = os.pipe()

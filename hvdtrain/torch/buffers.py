@@ -49,10 +49,13 @@ class BufferMean:
 
 
 def refuse_rebound(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    """Raise UserError if a buffer is not the tensor any more that it was: nothing that is held would be the model's."""
-    now = dict(model.named_buffers())
+    """Raise UserError if a buffer is not the tensor any more that it was: nothing that is held would be the model's.
+
+    Those that are not part of the state are caches, and free.
+    """
+    now, persistent = dict(model.named_buffers()), model.state_dict().keys()
     for name, b in before.items():
-        if now.get(name) is not b:
+        if now.get(name) is not b and name in persistent:
             owner, _, own = name.rpartition(".")
             layer = type(model.get_submodule(owner)).__name__
             raise UserError(

@@ -208,12 +208,13 @@ class Exchange:
         if len(self.flags.flat):
             self.flags.finish()
         self.waited = time.perf_counter() - begin
-        compressed = self.compressed
         # All memories or none: a step with anything that is not finite is not made.
-        committed = bool(compressed) and all(bucket.channel.finite() for bucket in self.buckets)
-        for bucket in compressed if committed else ():
-            assert isinstance(bucket.channel, Channel)
-            bucket.channel.commit()
+        remembers = bool(self.compressed) or any(bucket.channel.owed is not None for bucket in self.buckets)
+        committed = remembers and all(bucket.channel.finite() for bucket in self.buckets)
+        for bucket in self.buckets if committed else ():
+            bucket.channel.owed = None
+            if isinstance(bucket.channel, Channel):
+                bucket.channel.commit()
         for bucket in self.buckets:
             self._set_gradients(bucket, committed)
             bucket.sent = False

@@ -26,6 +26,11 @@ def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
     exact: also each rank's own memories, so that the same number of ranks goes on to the bit; O(ranks x model).
     """
     state: dict[str, Any] = {"steps": exchange.steps, "order": exchange.order, "debts": {}, "bases": {}, "ranks": []}
+    # What was owed in another world, newcomers to this one do not owe.
+    owing = [bucket.channel.owed is not None for bucket in exchange.buckets]
+    for bucket, *owes in zip(exchange.buckets, *ops.gather_json(owing, "memories.owing", exchange.group), strict=True):
+        if any(owes) and bucket.channel.owed is None:
+            bucket.channel.owed = torch.zeros_like(bucket.channel.flat)
     for number, bucket in enumerate(exchange.buckets):
         channel = bucket.channel
         velocity = channel.velocity if isinstance(channel, Channel) else None

@@ -60,7 +60,6 @@ class TorchStep:
         self.settings = settings_of(self.optimizer.param_groups)
         self.trained = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
         broadcast_state(self.model, self.optimizer)
-
         self.scaler = torch.amp.GradScaler(self.device.type) if options.amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=self.device))  # it starts here also where there are no examples
@@ -239,7 +238,8 @@ class TorchStep:
         if self._begun:
             self.skip()
         if self.bucketed is not None:
-            self._carried = memories.own(self.bucketed)
+            if self._carried is None or self.bucketed.buckets:  # else the state was to come into a world that broke
+                self._carried = memories.own(self.bucketed)
             self.bucketed.close()
         self._sums_handle = None
         self.world = world

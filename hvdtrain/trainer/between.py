@@ -58,13 +58,13 @@ def evaluate(run: Run, step: Step, at: Position) -> None:
 
 
 def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) -> None:
-    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and go on.
+    """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and wait for it.
 
     Where the disk has no room it warns, and the next checkpoint is tried again; but raises RunError, on all ranks, for
     one that `must` be: it is what the run leaves behind.
     """
     state = step.state()
-    error = None
+    error, final = None, must
     if run.world.rank == 0:
         try:
             report.write_rows()
@@ -72,18 +72,19 @@ def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) ->
             checkpoint.save(run.folder, at, state, run.name)
         except OSError as problem:
             error = trouble(f"step {at.step}'s checkpoint", run.folder, problem)
-            if not must and problem.errno not in NO_ROOM:
-                raise RunError(error) from problem
-            if not must:
+            final = must or problem.errno not in NO_ROOM
+            if not final:
                 report.warn(f"{error}; training goes on, the next one is tried again")
         else:
             try:
                 checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
             except OSError as problem:
                 report.warn(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
-    if must and (error := ops.broadcast_json(error, "save")):
+    # The next step would wait for rank 0 as well.
+    error, final = ops.broadcast_json([error, final], "save")
+    if error and final:
         raise RunError(error)
-    at.saved = at.step
+    at.saved = at.saved if error else at.step
 
 
 def after_step(

@@ -82,9 +82,13 @@ def save(run_dir: Path, position: Position, state: bytes, recipe: str) -> Path:
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     beside.rename(folder)
     sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -156,7 +160,7 @@ def _evaluated(folder: Path, metric: str) -> float | None:
         position = _read_meta(folder)["position"]
     except UserError:
         return None
-    value = position["eval"].get(metric) if position["evaluated"] == position["step"] else None
+    value = position["eval"].get(metric) if position.get("evaluated") == position["step"] else None
     return None if value is None or math.isnan(value) else float(value)
 
 

@@ -79,7 +79,7 @@ def merge_saved(run_dir: Path, name: str, given: dict[str, Any], world: World) -
     answer = ops.broadcast_json(answer, "config")
     if "error" in answer:
         raise UserError(answer["error"])
-    for name, winner in (("epochs", "steps"), ("batch_size", "batch_per_rank")):
-        if name in given:
-            answer["options"].pop(winner, None)
+    for option, other in (("epochs", "steps"), ("batch_size", "batch_per_rank"), ("batch_size", "scale_lr")):
+        if option in given:
+            answer["options"].pop(other, None)
     return {**answer["options"], **given}

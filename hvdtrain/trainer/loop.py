@@ -233,8 +233,8 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             report.step(at, epoch, plan.lr * lr_factor, values, count, seconds, agreed.waited)
             leaving = int(agreed.told[LEAVING])
             # The second: too few would be left to go on.
-            stopping = agreed.told[STOP] > 0 or bool(
-                leaving and membership and membership.too_few(world.size - leaving)
+            stopping = bool(
+                agreed.told[STOP] > 0 or (leaving and membership and membership.too_few(world.size - leaving))
             )
             if diagnosis is not None and (last or stopping or diagnosis.due(at.step)):
                 report.lines(diagnosis.compare(step, at.step, ends=last or stopping))

@@ -43,7 +43,7 @@ class RunOptions:
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
     )
     checkpoint_every: int | None = option(None, "steps between checkpoints; default: once an epoch. Also at the end")
-    keep: int = option(3, "checkpoints to keep, besides the best")
+    keep: int = option(3, "checkpoints to keep, besides the best of those at whose step there was an evaluation")
     eval_every: int | None = option(None, "steps between evaluations; default: once an epoch. Also at the end")
     log_every: int = option(10, "steps between rows of metrics.jsonl")
     ledger: bool = option(True, "write down which examples each step consumed, for `hvdtrain ledger verify`")

@@ -143,11 +143,14 @@ class Reporter:
             messages.send("progress", step=number, steps=self.steps, epoch=epoch, loss=loss, rate=rate, text="")
 
     def evaluation(self, at: Position, epoch: int) -> None:
-        """After an evaluation: `at.eval`. The row of its step may have been another rank's, which was lost."""
-        if self._row.get("step") != at.step:
-            self._row = {"step": at.step, "epoch": epoch, "samples": at.samples}
-        self._row |= {f"eval_{name}": value for name, value in at.eval.items()}
-        self._due = True
+        """After an evaluation: `at.eval`. One that is made up for goes into its step's row, if that was this run's."""
+        if self.recent and self.recent[-1]["step"] == at.step:
+            self._row = {name: math.nan if value is None else value for name, value in self.recent.pop().items()}
+            if self.active:
+                _cut_rows(self.run_dir / "metrics.jsonl", at.step - 1)
+        if self._row.get("step") == at.step:
+            self._row |= {f"eval_{name}": value for name, value in at.eval.items()}
+            self._due = True
         shown = "  ".join(f"{name} {value:.4f}" for name, value in at.eval.items())
         self.lines([f"epoch {epoch}  step {at.step}/{self.steps}  train loss {at.train_loss:.4f}  eval {shown}"])
 

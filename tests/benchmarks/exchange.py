@@ -3,8 +3,9 @@
     python -m tests.benchmarks.exchange [--rounds 3] [--steps 20] [--ways none,horovod,ddp,bucketed] [--json FILE]
     python -m tests.benchmarks.exchange --rate 1gbit --ways none,ddp,ddp-fp16,bucketed,bucketed:powersgd:4,bucketed:auto
 
-ResNet-18, 16 images of 64x64 per rank, two ranks (or --ranks) with one thread each: on this host, or with --rate each
-on a host of its own, joined by links of that rate (needs root). Ways take turns, and each round begins with another.
+ResNet-18, 16 images of 64x64 per rank (or --images), two ranks (or --ranks) with one thread each: on this host, or with
+--rate each on a host of its own, joined by links of that rate (needs root). Ways take turns, and each round begins with
+another.
 
 A way is one of none (no exchange), horovod (stock), ddp, ddp-fp16, bucketed (hvdtrain's), bucketed:SPEC with a
 compression; behind it +channels-last, +malloc (glibc keeps freed memory), +bound or +unbound (each
@@ -41,6 +42,7 @@ def measure(way: str, options: argparse.Namespace, hosts: Sequence[Host]) -> dic
     name, *more = way.split("+")
     unmeasured = WARM_UP + (options.settle if name.startswith("bucketed:auto") else 0)
     line = [sys.executable, "-m", "tests.benchmarks.step_rank", name, "--steps", str(unmeasured + options.steps)]
+    line += ["--images", str(options.images)]
     env: dict[str, str] = {}
     for modifier in more:
         if modifier == "channels-last":
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--against", type=listed, help="the ways that ratios are to; default: all")
     parser.add_argument("--rate", help="of the links between hosts: 1gbit, 100mbit, ...; default: loopback")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--images", type=int, default=16, help="per rank; fewer make the network matter more")
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     parser.add_argument("--show", action="store_true", help="show what the ranks print")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """One rank of a step-time benchmark: ResNet-18, 16 images of 64x64 per rank.
 
-    python -m tests.benchmarks.step_rank WAY [--steps N] [--channels-last] [--cores own|any]
+    python -m tests.benchmarks.step_rank WAY [--steps N] [--images 16] [--channels-last] [--cores own|any]
 
 WAY: none (no communication), horovod (stock DistributedOptimizer), ddp, ddp-fp16, bucketed (hvdtrain's), or
 bucketed:SPEC with a compression. Started by horovodrun, also for DDP, which takes its rank from Horovod's variables.
@@ -23,7 +23,7 @@ from torchvision.models import resnet18
 
 from hvdtrain import cores
 
-BATCH, SIDE = 16, 64
+SIDE = 64
 
 
 def wrapped(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
@@ -62,13 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("way")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--cores", choices=["own", "any"], help="keep to this rank's share of the cores, or not")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: nn.Module = resnet18(num_classes=10)
-    images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(10, (BATCH,))
+    images, labels = torch.randn(options.images, 3, SIDE, SIDE), torch.randint(10, (options.images,))
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
         model = model.to(memory_format=torch.channels_last)

@@ -471,6 +471,24 @@ def check_what_was_saved_fits_or_is_shared():
             assert all(torch.equal(one, other) for one, other in mine)
 
 
+def check_what_only_some_ranks_owe():
+    """As in a world with newcomers, which owe nothing: it is saved, and sent until a step counts."""
+    p = nn.Parameter(torch.ones(4, 3))
+    own = Exchange([("p", p)], False, parse("none"))
+    p.sum().backward()
+    own.finish()
+    if RANK == 0:
+        own.buckets[0].channel.owed = torch.cat([torch.ones(12), torch.zeros(1)])
+    saved = state_of.gather(own, exact=True)
+    assert torch.equal(saved["debts"]["p.residual"], torch.ones(12))
+    for factor, expected in ((math.inf, math.inf), (1, SIZE + 1), (1, SIZE)):
+        p.grad = None
+        (factor * p).sum().backward()
+        own.finish()
+        assert torch.equal(p.grad, torch.full((4, 3), float(expected)))
+    own.close()
+
+
 def check_one_dense_gradient_among_many_ranks():
     """A mean of flags, times the ranks, is not quite their sum; it is no sparse gradient for that."""
     p = nn.Parameter(torch.ones(4, 3))

@@ -185,7 +185,7 @@ def test_a_setting_of_the_optimizer_that_is_given_anew(uninterrupted: Path, tmp_
 
 
 def test_a_batch_size_takes_the_place_of_a_batch_per_rank(tmp_path: Path) -> None:
-    train("alone", 1, RECIPE, tmp_path / "run", "--batch-per-rank", "10", "--steps", "3")
+    train("alone", 1, RECIPE, tmp_path / "run", "--batch-per-rank", "10", "--scale-lr", "linear", "--steps", "3")
     assert train("alone", 1, RECIPE, tmp_path / "run", "--resume", "--batch-size", "20", "--steps", "5")["steps"] == 5
     assert rows(tmp_path / "run")[-1]["samples"] == 3 * 10 + 2 * 20
 

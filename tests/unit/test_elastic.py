@@ -26,6 +26,7 @@ from hvdtrain.errors import UserError
 from hvdtrain.launch import discover
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.hosts import Host
+from hvdtrain.launch.signals import Caught
 from hvdtrain.launch.ssh import AS_CONFIGURED
 
 
@@ -90,14 +91,20 @@ def test_a_script_that_hangs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("seconds", [0, 0.3])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_between_two_launches(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """The job is not launched again."""
+def test_a_signal_between_two_launches(
+    number: int, code: int, seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the lost job is cleaned up, or in the pause after it: the job is not launched again."""
     launches = []
 
-    def launch(line: list[str], environ: Mapping[str, str]) -> tuple[int, bool]:
+    def launch(line: list[str], environ: Mapping[str, str], caught: Caught) -> tuple[int, bool]:
         launches.append(line)
-        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        if seconds:
+            threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+        else:
+            os.kill(os.getpid(), number)
         return 1, False
 
     fixed = Elastic(1, None, None, [Host("localhost", 1)])

@@ -236,9 +236,10 @@ def test_environment_of_the_ranks(folder: Path) -> None:
 
 
 def test_what_horovodrun_is_not_to_show() -> None:
-    here = rank_environment({"SECRET": "x=\n", "LD_BIND_NOW": "1", "NCCL_DEBUG": "INFO"}, "horovodrun", "gloo")
-    script = "import json, os; from hvdtrain.launch.environment import hide; print(json.dumps(hide(os.environ)))"
-    script += "; open(0).read()"
+    environ = {"SECRET": "x=\n", "LD_BIND_NOW": "1", "NCCL_DEBUG": "INFO", "LSB_JOBID": "7"}
+    here = rank_environment(environ, "horovodrun", "gloo")
+    script = "import json, os; from hvdtrain.launch.environment import hide; "
+    script += "print(json.dumps(hide(os.environ)), flush=True); open(0).read()"
     line = [sys.executable, "-c", script]
     with subprocess.Popen(line, env=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guard:
         assert guard.stdin is not None and guard.stdout is not None
@@ -247,6 +248,8 @@ def test_what_horovodrun_is_not_to_show() -> None:
         find_hidden(shown)
         guard.stdin.close()
     del here["HVDTRAIN_HIDDEN"]
+    with pytest.raises(UserError, match="that started this rank has ended"):
+        find_hidden({"HVDTRAIN_HIDDEN_IN": f"/proc/{guard.pid}/environ"})
     assert {name: shown[name] for name in here} == here
 
 
