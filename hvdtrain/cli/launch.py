@@ -21,7 +21,7 @@ from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import place
 from hvdtrain.launch.run import run
 from hvdtrain.launch.schedulers import KNOWN_BY, given
-from hvdtrain.launch.signals import Caught
+from hvdtrain.launch.signals import Caught, requeued
 from hvdtrain.launch.ssh import Ssh
 from hvdtrain.network import interface_to, is_here
 
@@ -161,12 +161,14 @@ def command(
     75 saved, or not begun, and to be run again with --resume; 130 or 143 ended at once by Ctrl-C or SIGTERM.
     """
     args = [recipe, *train_args]
-    if elastic:
-        return start_elastic(args, least or 1, most, discovery, relaunch, **where)
-    for name, value in (("--min-np", least), ("--max-np", most), ("--discovery", discovery), ("--relaunch", relaunch)):
-        if value:
-            raise UserError(f"{name} {value} goes with --elastic")
-    return start(["train", *args], lambda: check_train_arguments(args), **where)
+    with requeued():
+        if elastic:
+            return start_elastic(args, least or 1, most, discovery, relaunch, **where)
+        only = (("--min-np", least), ("--max-np", most), ("--discovery", discovery), ("--relaunch", relaunch))
+        for name, value in only:
+            if value:
+                raise UserError(f"{name} {value} goes with --elastic")
+        return start(["train", *args], lambda: check_train_arguments(args), **where)
 
 
 def start(

@@ -8,6 +8,7 @@ for, and ranks may finish buckets in any order.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -33,6 +34,14 @@ class Way:
         self.waited = 0.0
         if self.owed is not None:
             x += self.owed
+
+    def commit(self, unused: Sequence[tuple[int, int]] = ()) -> None:
+        """A step is made with what was sent: it is owed no more, but for the places that nobody uses."""
+        owed, self.owed = self.owed, None
+        if owed is not None and unused:
+            self.owed = torch.zeros_like(owed)
+            for begin, end in unused:
+                self.owed[begin:end] = owed[begin:end]
 
     def _wait(self) -> Tensor:
         """What the collective under way has brought."""
@@ -212,14 +221,23 @@ class Channel(Way):
         checked = self._received if self.codec.collective == "sum" else self.flat
         return bool(torch.isfinite(checked.sum(dtype=torch.float32)))
 
-    def commit(self) -> None:
-        """Take over the step's memories. Not called where any bucket's sum is not finite: no step is made then."""
+    def commit(self, unused: Sequence[tuple[int, int]] = ()) -> None:
+        """Take over the step's memories. Not called where any bucket's sum is not finite: no step is made then.
+
+        unused: where in flat what was decoded is not used by anyone; all ranks together owe it again.
+        """
         if isinstance(self.codec, PowerSgd) and not self._dense:
             self.codec.advance(self._received)
         if not self._dense:
             self.residual, self.spare = self.spare, self.residual
         for name, memory in self._kept.items():
             setattr(self, name, memory)
+        if self.residual is None:
+            super().commit(unused)
+            return
+        self.owed = None
+        for begin, end in unused:
+            self.residual[begin:end] += self.flat[begin:end] / (1 if self.average else self.size)
 
     def debt(self) -> Tensor | None:
         """(n,) what this rank's shares still have to send, and the sum of the part that it owns; or None."""
@@ -231,11 +249,6 @@ class Channel(Way):
             mine = debt[begin : begin + self.part]
             mine += self.owned[: len(mine)]
         return debt
-
-    def owe(self, begin: int, end: int) -> None:
-        """What was decoded of flat[begin:end] is not used by anyone: all ranks together owe it again."""
-        if self.residual is not None:
-            self.residual[begin:end] += self.flat[begin:end] / (1 if self.average else self.size)
 
     def _rows(self, flat: Tensor) -> Tensor:
         """(n,) -> (size, part). The last block is filled up with its own values again, what is behind it with zeros.

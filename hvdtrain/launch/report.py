@@ -118,8 +118,9 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
         return failed_first(report, causes[0])
     if EXIT_REQUEUE in report.finished.values():
         return EXIT_REQUEUE, ""  # the ranks agree on it, when the state is saved
-    if asked and Death(0, 128 + signal.SIGTERM) in fell:
-        return 128 + asked, "rank 0 ended on the signal, without saving"
+    if asked and any(Death(0, 128 + number) in fell for number in (signal.SIGTERM, signal.SIGUSR1)):
+        code = EXIT_REQUEUE if asked == signal.SIGUSR1 else 128 + asked
+        return code, "rank 0 ended on the signal: it had not begun, and there was nothing to save"
     if silent:
         others = f"\n{count_others(len(report.failed))}" if report.failed else ""
         return silent_death(report, silent[0], others)

@@ -20,7 +20,7 @@ import psutil
 from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
 from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
-from hvdtrain.launch.report import SSH_FAILED, Process, Report, elastic_outcome, outcome, process_of
+from hvdtrain.launch.report import SSH_FAILED, Process, Report, elastic_outcome, failure_text, outcome, process_of
 from hvdtrain.launch.screen import Screen
 from hvdtrain.launch.signals import Caught, signals
 from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
@@ -183,10 +183,13 @@ def handle(job: Job, line: Line) -> None:
 
 def take(job: Job, message: dict[str, Any]) -> None:
     """Note a rank's message, and ask a rank to stop that was not there when all were."""
-    if job.elastic and job.report.newcomer(message):
-        job.screen.note(f"a new worker on {message.get('host')} failed, the others go on: {message.get('error')}")
-        return
-    job.report.take(message)
+    outlived = [message]
+    if not (job.elastic and job.report.newcomer(message)):
+        before = job.report.failed
+        job.report.take(message)
+        outlived = [failure for failure in before if failure not in job.report.failed]
+    for failure in outlived:
+        job.screen.note(f"a worker on {failure.get('host')} failed, the others go on: {failure_text(failure)}")
     if job.elastic and job.asked and message["kind"] == "started":
         signal_ranks(job, "USR1", [message["rank"]])
 

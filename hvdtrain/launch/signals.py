@@ -5,9 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
+from hvdtrain.errors import EXIT_REQUEUE
+
 Caught = tuple[list[int], int]
+
+
+@contextlib.contextmanager
+def requeued() -> Iterator[None]:
+    """While nothing runs yet, SIGUSR1, which batch systems send ahead of the end, ends this process with 75."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(EXIT_REQUEUE))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @contextlib.contextmanager

@@ -211,10 +211,6 @@ class Exchange:
         # All memories or none: a step with anything that is not finite is not made.
         remembers = bool(self.compressed) or any(bucket.channel.owed is not None for bucket in self.buckets)
         committed = remembers and all(bucket.channel.finite() for bucket in self.buckets)
-        for bucket in self.buckets if committed else ():
-            bucket.channel.owed = None
-            if isinstance(bucket.channel, Channel):
-                bucket.channel.commit()
         for bucket in self.buckets:
             self._set_gradients(bucket, committed)
             bucket.sent = False
@@ -226,11 +222,10 @@ class Exchange:
 
     def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
         used = (bucket.flags if bucket.coded or not self.average else bucket.flags * self.size).tolist()
-        if committed and isinstance(bucket.channel, Channel) and 0 in used:
-            ends = list(itertools.accumulate(p.numel() for p in bucket.params))
-            for end, p, ranks in zip(ends, bucket.params, used, strict=True):
-                if ranks == 0:
-                    bucket.channel.owe(end - p.numel(), end)
+        if committed:
+            ends = list(itertools.accumulate(p.numel() for p in bucket.params)) if 0 in used else []
+            places = zip(ends, bucket.params, used, strict=False)
+            bucket.channel.commit([(end - p.numel(), end) for end, p, ranks in places if ranks == 0])
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
                 p.grad = None

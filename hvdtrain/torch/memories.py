@@ -6,6 +6,7 @@ so their sum is saved, by parameter, and divided among the ranks that load it, h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,23 +26,16 @@ def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
 
     exact: also each rank's own memories, so that the same number of ranks goes on to the bit; O(ranks x model).
     """
-    state: dict[str, Any] = {"steps": exchange.steps, "order": exchange.order, "debts": {}, "bases": {}, "ranks": []}
     # What was owed in another world, newcomers to this one do not owe.
     owing = [bucket.channel.owed is not None for bucket in exchange.buckets]
     for bucket, *owes in zip(exchange.buckets, *ops.gather_json(owing, "memories.owing", exchange.group), strict=True):
         if any(owes) and bucket.channel.owed is None:
             bucket.channel.owed = torch.zeros_like(bucket.channel.flat)
-    for number, bucket in enumerate(exchange.buckets):
-        channel = bucket.channel
-        velocity = channel.velocity if isinstance(channel, Channel) else None
-        for memory, own in (("residual", channel.debt()), ("velocity", velocity)):
-            if own is not None:
-                handle = ops.all_reduce_async_(own.clone(), f"memories.{number}.{memory}", group=exchange.group)
-                parts = by_parameter(bucket, ops.wait(handle))
-                state["debts"] |= {f"{name}.{memory}": part for name, part in parts.items()}
-        if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
-            for name, basis in zip(bucket.names, channel.codec.basis, strict=True):
-                state["bases"][name] = (channel.codec.left, basis)
+
+    def summed(own: Tensor, name: str) -> Tensor:
+        return ops.wait(ops.all_reduce_async_(own.clone(), f"memories.{name}", group=exchange.group))
+
+    state = collected(exchange, summed)
     if exact:
         state["buckets"] = [bucket.names for bucket in exchange.buckets]
         state["ranks"] = gather_exactly(exchange)
@@ -50,13 +44,18 @@ def gather(exchange: Exchange, exact: bool) -> dict[str, Any]:
 
 def own(exchange: Exchange) -> dict[str, Any]:
     """This rank's part of the state, without asking the others, some of which may be gone."""
+    return collected(exchange, lambda own, name: own)
+
+
+def collected(exchange: Exchange, of_all: Callable[[Tensor, str], Tensor]) -> dict[str, Any]:
+    """The state but for what is exact; of_all: a memory of this rank, by name, as it is to stand there."""
     state: dict[str, Any] = {"steps": exchange.steps, "order": exchange.order, "debts": {}, "bases": {}, "ranks": []}
-    for bucket in exchange.buckets:
+    for number, bucket in enumerate(exchange.buckets):
         channel = bucket.channel
         velocity = channel.velocity if isinstance(channel, Channel) else None
         for memory, held in (("residual", channel.debt()), ("velocity", velocity)):
             if held is not None:
-                parts = by_parameter(bucket, held)
+                parts = by_parameter(bucket, of_all(held, f"{number}.{memory}"))
                 state["debts"] |= {f"{name}.{memory}": part for name, part in parts.items()}
         if isinstance(channel, Channel) and isinstance(channel.codec, PowerSgd):
             for name, basis in zip(bucket.names, channel.codec.basis, strict=True):
@@ -114,7 +113,9 @@ def fits(channel: Channel | Plain, exact: dict[str, Tensor | None]) -> bool:
     def length(memory: Tensor | None) -> int | None:
         return None if memory is None else len(memory)
 
-    return all(length(getattr(channel, name, None)) == length(exact[name]) for name in EXACT if name != "owed")
+    return length(exact["owed"]) in (None, len(channel.flat)) and all(
+        length(getattr(channel, name, None)) == length(exact[name]) for name in EXACT if name != "owed"
+    )
 
 
 def load_bases(codec: PowerSgd, saved: list[tuple[bool, Tensor] | None], device: torch.device) -> None:

@@ -284,9 +284,9 @@ class TorchStep:
         self.torn = False
         if self.bucketed is not None and "exchange" in state:
             memories.load(self.bucketed, state["exchange"])
-            if self._carried is not None:
+            if self._carried is not None and not state["exchange"]["debts"]:  # a checkpoint has those of all ranks
                 memories.keep(self.bucketed, self._carried)
-                self._carried = None
+            self._carried = None
 
     def wire_bytes(self) -> int:
         if self.world.size == 1:

@@ -63,23 +63,25 @@ def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) ->
     Where the disk has no room it warns, and the next checkpoint is tried again; but raises RunError, on all ranks, for
     one that `must` be: it is what the run leaves behind.
     """
-    state = step.state()
-    error, final = None, must
-    if run.world.rank == 0:
-        try:
+    error, final = None, True
+    try:
+        state = step.state()
+        if run.world.rank == 0:
             report.write_rows()
             run.ledger.durable()  # a checkpoint without the rows before it would lose them
             checkpoint.save(run.folder, at, state, run.name)
+    except RunError as problem:
+        error = str(problem)
+    except OSError as problem:
+        error = trouble(f"step {at.step}'s checkpoint", run.folder, problem)
+        final = must or problem.errno not in NO_ROOM
+        if not final:
+            report.warn(f"{error}; training goes on, the next one is tried again")
+    if run.world.rank == 0 and not error:
+        try:
+            checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
         except OSError as problem:
-            error = trouble(f"step {at.step}'s checkpoint", run.folder, problem)
-            final = must or problem.errno not in NO_ROOM
-            if not final:
-                report.warn(f"{error}; training goes on, the next one is tried again")
-        else:
-            try:
-                checkpoint.prune(run.folder, run.options.keep, run.recipe.best)
-            except OSError as problem:
-                report.warn(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
+            report.warn(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
     # The next step would wait for rank 0 as well.
     error, final = ops.broadcast_json([error, final], "save")
     if error and final:

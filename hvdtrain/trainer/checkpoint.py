@@ -82,13 +82,9 @@ def save(run_dir: Path, position: Position, state: bytes, recipe: str) -> Path:
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
         raise
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -54,18 +54,22 @@ class Reporter:
         self.recent = [row for row in self.recent if int(row["step"] or 0) <= from_step]
         if not active:
             return
-        metrics = run_dir / "metrics.jsonl"
-        written = _cut_rows(metrics, from_step) if metrics.exists() else 0
-        self._rows = Growing(metrics)
-        missing = [row for row in self.recent if int(row["step"] or 0) > written]
-        self._rows.write("".join(json.dumps(row) + "\n" for row in missing).encode())
-        self.behind = len(missing) if self._rows.error else 0
+        self._open_rows(from_step)
         self._events = EventWriter(run_dir / "tensorboard")
         if self.talks and sys.stderr.isatty() and not messages.launched():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("training", total=steps, completed=from_step)
             self._bar.start()
+
+    def _open_rows(self, last_step: int) -> None:
+        """Open metrics.jsonl, cut after a step; what is missing before it is written again."""
+        metrics = self.run_dir / "metrics.jsonl"
+        written = _cut_rows(metrics, last_step) if metrics.exists() else 0
+        self._rows = Growing(metrics)
+        missing = [row for row in self.recent if int(row["step"] or 0) > written]
+        self._rows.write("".join(json.dumps(row) + "\n" for row in missing).encode())
+        self.behind = len(missing) if self._rows.error else 0
 
     def lines(self, lines: Sequence[str]) -> None:
         """Tell people something."""
@@ -147,7 +151,8 @@ class Reporter:
         if self.recent and self.recent[-1]["step"] == at.step:
             self._row = {name: math.nan if value is None else value for name, value in self.recent.pop().items()}
             if self.active:
-                _cut_rows(self.run_dir / "metrics.jsonl", at.step - 1)
+                self._rows.close()
+                self._open_rows(at.step - 1)
         if self._row.get("step") == at.step:
             self._row |= {f"eval_{name}": value for name, value in at.eval.items()}
             self._due = True

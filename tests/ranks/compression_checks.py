@@ -472,20 +472,29 @@ def check_what_was_saved_fits_or_is_shared():
 
 
 def check_what_only_some_ranks_owe():
-    """As in a world with newcomers, which owe nothing: it is saved, and sent until a step counts."""
-    p = nn.Parameter(torch.ones(4, 3))
-    own = Exchange([("p", p)], False, parse("none"))
-    p.sum().backward()
+    """As in a world with newcomers, which owe nothing: it is saved, and sent until a step counts that uses it."""
+    used, rare = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))
+    own = Exchange([("used", used), ("rare", rare)], False, parse("none"))
+    (used.sum() + rare.sum()).backward()
     own.finish()
+    assert len(own.buckets) == 1
     if RANK == 0:
-        own.buckets[0].channel.owed = torch.cat([torch.ones(12), torch.zeros(1)])
+        own.buckets[0].channel.owed = torch.cat([torch.ones(17), torch.zeros(2)])
     saved = state_of.gather(own, exact=True)
-    assert torch.equal(saved["debts"]["p.residual"], torch.ones(12))
-    for factor, expected in ((math.inf, math.inf), (1, SIZE + 1), (1, SIZE)):
-        p.grad = None
-        (factor * p).sum().backward()
+    assert torch.equal(saved["debts"]["used.residual"], torch.ones(12))
+    # A step that is not made; one that does not use all; one that does; one with nothing owed.
+    steps = [
+        (math.inf, True, (math.inf, math.inf)),
+        (1, False, (SIZE + 1, 0)),
+        (1, True, (SIZE, SIZE + 1)),
+        (1, True, (SIZE, SIZE)),
+    ]
+    for factor, with_rare, sums in steps:
+        used.grad = rare.grad = None
+        (factor * (used.sum() + (rare.sum() if with_rare else 0))).backward()
         own.finish()
-        assert torch.equal(p.grad, torch.full((4, 3), float(expected)))
+        assert torch.equal(used.grad, torch.full((4, 3), float(sums[0])))
+        assert torch.equal(rare.grad, torch.full((5,), float(sums[1]))) if with_rare else rare.grad is None
     own.close()
 
 

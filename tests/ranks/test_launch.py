@@ -261,3 +261,20 @@ def test_nothing_secret_is_in_the_list_of_processes(tmp_path: Path) -> None:
     assert any("bin/horovodrun" in text for text in shown)
     assert any("HVDTRAIN_TEST_MARK=" in text for text in shown)  # as what is not hidden is
     assert not [text for text in shown if secret in text]
+
+
+@pytest.mark.parametrize("seconds", [0, 2, 4, 7])
+def test_a_batch_systems_signal_at_any_time(seconds: float, tmp_path: Path) -> None:
+    """While launch reads the recipe, while the ranks do, and in training: the job is to be run again."""
+    options = ["--run-dir", str(tmp_path / "run"), "--epochs", "1000"]
+    with Job([*HVDTRAIN, "launch", "-np", "2", str(HERE / "slow_recipe.py"), *options]) as job:
+        status = Path(f"/proc/{job.process.pid}/status")
+        caught = 1 << (signal.SIGUSR1 - 1)
+        until = time.monotonic() + 20
+        while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & caught:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(seconds)
+        job.process.send_signal(signal.SIGUSR1)
+        done = job.finish()
+    assert done.returncode == 75, done.stderr

@@ -188,7 +188,14 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             "Process 0 exit with status code 143.",
             1,
             signal.SIGINT,
-            (130, "rank 0 ended on the signal, without saving"),
+            (130, "rank 0 ended on the signal: it had not begun, and there was nothing to save"),
+        ),
+        (
+            [],
+            "Process 0 exit with status code 138.",
+            1,
+            signal.SIGUSR1,
+            (75, "rank 0 ended on the signal: it had not begun, and there was nothing to save"),
         ),
     ],
 )
@@ -232,8 +239,19 @@ def test_who_runs_in_an_elastic_run() -> None:
     assert report.over_since is not None
 
 
-def test_a_failure_before_anybody_has_started_is_the_runs() -> None:
-    assert not Report([]).newcomer(failed(0, "no such file", 2))
+def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anybody has started it may be the run's; from then on it is a newcomer's."""
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
+        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, elastic=True)
+        first = {**failed(1, "no such file", 2), "pid": 5}
+        take(job, first)
+        assert job.report.failed == [first] and capsys.readouterr().err == ""
+        take(job, {"kind": "started", "rank": 0, "size": 1, "host": "h0", "pid": 7})
+        take(job, {**failed(0, "boom", traceback="where\n"), "host": "h2", "pid": 7})
+        assert job.report.failed == []
+    told = capsys.readouterr().err
+    assert "a worker on h1 failed, the others go on: no such file\n" in told
+    assert "a worker on h2 failed, the others go on: boom\nwhere\n" in told
 
 
 @pytest.mark.parametrize("elastic", [True, False])
