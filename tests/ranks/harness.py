@@ -79,9 +79,11 @@ class Job:
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
+            stacks = self.stacks()
             self.kill_processes(self.processes())
             out, err = self.process.communicate()
-            raise AssertionError(f"no end within {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}") from None
+            text = f"no end within {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}\n--- stacks\n{stacks}"
+            raise AssertionError(text) from None
         deadline = time.monotonic() + 5
         while (left_over := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -99,6 +101,16 @@ class Job:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+    def stacks(self) -> str:
+        """Where each of its processes is: what hangs may not hang again."""
+        told = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                told.append(f"{process.pid}, child of {process.ppid()}: {' '.join(process.cmdline())[:200]}")
+                dump = [str(BIN / "py-spy"), "dump", "--nonblocking", "--pid", str(process.pid)]
+                told.append(subprocess.run(dump, capture_output=True, text=True, timeout=30).stdout)  # none of a shell
+        return "\n".join(told)
 
     def ranks(self) -> list[psutil.Process]:
         """The job's living ranks: the processes that run `hvdtrain train` themselves."""
