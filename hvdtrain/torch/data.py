@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,8 +58,25 @@ def with_ids(examples: Sequence[tuple[int, Any]]) -> tuple[Ids, Any]:
     return np.array([i for i, _ in examples], dtype=np.int64), default_collate([example for _, example in examples])
 
 
+def wait_until_others_sleep(seconds: float = 2.0) -> None:
+    """Return when all other threads of this process sleep, or after so long; before it is forked.
+
+    Horovod's thread, as it lets go of a tensor, takes a lock of Python's that a process forked in that moment waits for
+    for ever. It sleeps when all that was handed to it is done.
+    """
+    own, tasks, until = threading.get_native_id(), Path("/proc/self/task"), time.monotonic() + seconds
+    while time.monotonic() < until and tasks.exists():
+        others = [task / "stat" for task in tasks.iterdir() if int(task.name) != own]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has ended: look again
+            if not any(stat.read_text().rpartition(")")[2].split()[0] == "R" for stat in others):
+                return
+        time.sleep(0.001)
+
+
 def batches(dataset: Any, chunks: Sequence[Ids], entropy: Sequence[int], workers: int) -> Iterator[tuple[Ids, Any]]:
     """The ids and the collated batches of these chunks, in order, loaded by `workers` processes or in this one."""
+    if workers:
+        wait_until_others_sleep()
     loader = DataLoader(
         SeededExamples(dataset, entropy),
         batch_sampler=[chunk.tolist() for chunk in chunks],
