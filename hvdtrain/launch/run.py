@@ -183,8 +183,9 @@ def handle(job: Job, line: Line) -> None:
 
 def take(job: Job, message: dict[str, Any]) -> None:
     """Note a rank's message, and ask a rank to stop that was not there when all were."""
-    outlived = [message]
-    if not (job.elastic and job.report.newcomer(message)):
+    if job.elastic and job.report.newcomer(message):
+        outlived = [message]
+    else:
         before = job.report.failed
         job.report.take(message)
         outlived = [failure for failure in before if failure not in job.report.failed]

@@ -223,8 +223,8 @@ class Exchange:
     def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
         used = (bucket.flags if bucket.coded or not self.average else bucket.flags * self.size).tolist()
         if committed:
-            ends = list(itertools.accumulate(p.numel() for p in bucket.params)) if 0 in used else []
-            places = zip(ends, bucket.params, used, strict=False)
+            ends = itertools.accumulate(p.numel() for p in bucket.params)
+            places = zip(ends, bucket.params, used, strict=True)
             bucket.channel.commit([(end - p.numel(), end) for end, p, ranks in places if ranks == 0])
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
