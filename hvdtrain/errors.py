@@ -10,11 +10,21 @@ EXIT_USER = 2  # the user's mistake, found before any rank starts
 EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of sysexits.h)
 
 
-class UserError(Exception):
+class KnownError(Exception):
+    """A failure whose text is all that a user needs to read.
+
+    origin: the rank on which it happened, if all ranks raise it together (`hvdtrain.collectives.ops.all_or_none`).
+    The text then names that rank where it matters, and nobody has to add it.
+    """
+
+    origin: int | None = None
+
+
+class UserError(KnownError):
     """A user's mistake: shown as one line on standard error, exit 2, no traceback."""
 
 
-class RunError(Exception):
+class RunError(KnownError):
     """A run that failed for a reason that needs no traceback: shown as it is, exit 1."""
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import horovod.torch as hvd
 import numpy as np
@@ -13,6 +15,9 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from numpy.typing import NDArray
 
+from hvdtrain.errors import KnownError, RunError, UserError
+
+T = TypeVar("T")
 Handle = int
 Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
 PeersLost = HorovodInternalError  # what collectives raise when another rank is gone, or has left
@@ -111,6 +116,77 @@ def gather_array(values: NDArray[Any], name: str) -> NDArray[Any]:
     data = torch.from_numpy(values.reshape(-1).copy())
     gathered: NDArray[Any] = wait(all_gather_async(data, name)).numpy()
     return gathered.reshape((hvd.size(), *values.shape))
+
+
+def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:
+    """Call `function` on the root only, and return its result, or raise its error, on every rank alike.
+
+    Args:
+        name: of the collective.
+        function: returns a value that JSON can hold; every rank returns it as JSON gives it back.
+        root: the rank that calls `function`.
+
+    Raises:
+        UserError, RunError: what the root's `function` raised, with its text, on all ranks.
+        Any other error of `function` is raised on the root as it is, and as a RunError that names it on the others.
+    """
+    value, error = _attempt(function) if hvd.rank() == root else (None, None)
+    answer = broadcast_json([value, _described(error)], name, root)
+    if answer[1] is not None:
+        raise _agreed_error(answer[1], root, error, named=False)
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def all_or_none(name: str, function: Callable[[], T]) -> T:
+    """Call `function` on every rank and return this rank's result; if it raises on any rank, raise on all of them.
+
+    All ranks raise the error of the first rank that has one, which the text names with its host, unless `function`
+    raised the same text on all ranks.
+
+    Args:
+        name: of the collective.
+        function: what each rank does; it takes part in no collective that a failed rank would not reach.
+
+    Raises:
+        UserError, RunError: the first rank's.
+        Any other error of `function` is raised as it is on that rank, and as a RunError that names it on the others.
+    """
+    value, error = _attempt(function)
+    failures = gather_json(_described(error), name)
+    failed = [rank for rank, failure in enumerate(failures) if failure is not None]
+    if failed:
+        alike = all(failure is not None and failure[:2] == failures[0][:2] for failure in failures)
+        raise _agreed_error(failures[failed[0]], failed[0], error, named=not alike)
+    return value  # type: ignore[return-value]
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Either the result or the error of a function; a lost peer ends this rank's part in the collective at once."""
+    try:
+        return function(), None
+    except PeersLost:
+        raise
+    except Exception as error:
+        return None, error
+
+
+def _described(error: Exception | None) -> tuple[str, str, str] | None:
+    """An error as its class, its text and the host it is from, to be sent to other ranks."""
+    return None if error is None else (type(error).__name__, str(error), socket.gethostname())
+
+
+def _agreed_error(failure: list[str], origin: int, own: Exception | None, *, named: bool) -> Exception:
+    """What this rank raises for a failure on `origin`: the same on every rank if its class is a known one."""
+    kind, text, host = failure
+    if kind not in ("UserError", "RunError"):
+        if own is not None and hvd.rank() == origin:
+            return own
+        text, named = f"{kind}: {text}", True
+    text = f"rank {origin} on {host}: {text}" if named else text
+    error: KnownError = UserError(text) if kind == "UserError" else RunError(text)
+    error.origin = origin
+    error.__cause__ = own
+    return error
 
 
 def sum_float64(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from hvdtrain.step import Split, StepOptions
 from hvdtrain.torch.recipe import Recipe
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, of the operation that it names before
+SPLITS: tuple[Split, ...] = ("train", "eval")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -53,16 +54,17 @@ def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
 
 def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
     loaded: dict[Split, Any] = {}
-    for turn in (True, False):
-        error = None
-        if (world.local_rank == 0) == turn:
-            try:
-                loaded = {"train": recipe.dataset("train"), "eval": recipe.dataset("eval")}
-            except UserError as problem:
-                error = str(problem)
-        for problem_of_one in ops.gather_json(error, "datasets"):
-            if problem_of_one:
-                raise UserError(problem_of_one)
+
+    def load() -> None:
+        for split in SPLITS:
+            loaded[split] = recipe.dataset(split)
+
+    if world.local_rank == 0:
+        ops.all_or_none("datasets.first", load)
+        ops.all_or_none("datasets.others", lambda: None)
+    else:
+        ops.all_or_none("datasets.first", lambda: None)
+        ops.all_or_none("datasets.others", load)
     return loaded
 
 

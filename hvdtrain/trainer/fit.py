@@ -47,7 +47,7 @@ def fit_from_command_line(
 ) -> dict[str, Any]:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
     if given.get("resume"):
-        given = merge_saved(Path(given["run_dir"]), name, given, world)
+        given = merge_saved(Path(given["run_dir"]), name, given)
     if membership is not None:
         refuse_elastic(given)
     recipe, options = split(cls, given)
@@ -61,25 +61,28 @@ def config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
 
 
-def merge_saved(run_dir: Path, name: str, given: dict[str, Any], world: World) -> dict[str, Any]:
+def merge_saved(run_dir: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Options of rank 0's config.json, overridden by those given now; the same on every rank.
 
     Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
     """
-    answer: dict[str, Any] = {"options": {}}
-    if world.rank == 0 and (run_dir / "config.json").exists():
-        try:
-            saved = json.loads((run_dir / "config.json").read_bytes())
-            if saved["recipe"] == name:
-                answer = {"options": dict(saved["options"])}
-            else:
-                answer = {"error": f"{run_dir} is a run of recipe {saved['recipe']!r}, not of {name!r}"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            answer = {"error": f"{run_dir / 'config.json'} cannot be read: {error}"}
-    answer = ops.broadcast_json(answer, "config")
-    if "error" in answer:
-        raise UserError(answer["error"])
+    options = ops.on_root("config", lambda: saved_options(run_dir, name))
     for option, other in (("epochs", "steps"), ("batch_size", "batch_per_rank"), ("batch_size", "scale_lr")):
         if option in given:
-            answer["options"].pop(other, None)
-    return {**answer["options"], **given}
+            options.pop(other, None)
+    return {**options, **given}
+
+
+def saved_options(run_dir: Path, name: str) -> dict[str, Any]:
+    """The options in a run folder's config.json; none if there is no such file. Raises UserError."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_bytes())
+        recipe, options = saved["recipe"], dict(saved["options"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if recipe != name:
+        raise UserError(f"{run_dir} is a run of recipe {recipe!r}, not of {name!r}")
+    return options

@@ -80,7 +80,7 @@ def train(
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder, world))
                 if begins:
-                    write_config(folder, config, world)
+                    write_config(folder, config)
                 if options.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
                     diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
@@ -150,7 +150,7 @@ def begin(
         return Path(known), resume(step, Path(known), name, world, options.seed)
     if membership is not None and membership.generation > 1 and options.run_dir is not None:
         options = replace(options, resume=True)  # the first generation came so far as to make it
-    folder = run_folder(options, name, world)
+    folder = run_folder(options, name)
     if options.resume:
         at = resume(step, folder, name, world, options.seed)
     else:

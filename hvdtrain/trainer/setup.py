@@ -44,38 +44,35 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
     )
 
 
-def run_folder(options: RunOptions, name: str, world: World) -> Path:
-    """Rank 0's run folder, made; every rank learns its path.
+def run_folder(options: RunOptions, name: str) -> Path:
+    """Make rank 0's run folder; every rank learns its path.
 
-    Raises UserError on all ranks where the folder holds another run or cannot be written.
+    Raises UserError on all ranks if the folder holds another run or cannot be written.
     """
-    answer: dict[str, str] = {}
-    folder = options.run_dir or unused(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if world.rank == 0:
+
+    def make_folder() -> str:
+        folder = options.run_dir or unused(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
         if not options.resume and (folder / "config.json").exists():
-            answer = {"error": f"run folder {folder} already holds a run: add --resume to go on, or name another"}
-        else:
-            try:
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-                answer = {"folder": str(folder)}
-            except OSError as error:
-                answer = {"error": f"run folder {folder} cannot be written: {error.strerror}"}
-    answer = ops.broadcast_json(answer, "run_folder")
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return Path(answer["folder"])
+            raise UserError(f"run folder {folder} already holds a run: add --resume to go on, or name another")
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
+        return str(folder)
+
+    return Path(ops.on_root("run_folder", make_folder))
 
 
-def write_config(folder: Path, config: dict[str, Any], world: World) -> None:
-    """Rank 0 writes config.json, once nothing is left to refuse. Raises UserError on all ranks where it cannot."""
-    error = None
-    if world.rank == 0:
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Rank 0 writes config.json, once nothing is left to refuse. Raises UserError on all ranks if it cannot."""
+
+    def write() -> None:
         try:
             write_json(folder / "config.json", config)
-        except OSError as problem:
-            error = f"run folder {folder} cannot be written: {problem.strerror}"
-    if error := ops.broadcast_json(error, "config.written"):
-        raise UserError(error)
+        except OSError as error:
+            raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
+
+    ops.on_root("config.written", write)
 
 
 def open_ledger(
