@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 
 import click
 
-from hvdtrain import __version__
+from hvdtrain import __version__, streams
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError, nearest
 from hvdtrain.launch.environment import find_hidden
 
@@ -23,6 +24,10 @@ COMMANDS = {
     "doctor": ("hvdtrain.cli.doctor", "See what is wrong with this host, or with several and what joins them."),
     "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
 }
+
+
+# What these are for is not what they print.
+OUTPUT_IS_OPTIONAL = ("train", "launch", "agent")
 
 
 class LazyGroup(click.Group):
@@ -53,11 +58,14 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue)."""
+    streams.install()
     try:
         find_hidden(os.environ)
         # Commands return their exit code; click returns its own for --help and --version.
         args = sys.argv[1:] if args is None else args
         code = cli.main(args or ["--help"], prog_name="hvdtrain", standalone_mode=False)
+        if not code and args[:1] not in ([name] for name in OUTPUT_IS_OPTIONAL):
+            check_output()
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         fail(str(error), EXIT_USER)
@@ -67,6 +75,15 @@ def main(args: list[str] | None = None) -> None:
         fail(str(error), EXIT_FAILED)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
+
+
+def check_output() -> None:
+    """End with 1 if not all of standard output could be written; without a message if its reader has left."""
+    lost = streams.dropped().get("stdout")
+    if lost is not None and lost.error == os.strerror(errno.EPIPE):
+        sys.exit(EXIT_FAILED)
+    if lost is not None:
+        fail(f"{lost.size} bytes of output could not be written: {lost.error}", EXIT_FAILED)
 
 
 def fail(message: str, code: int) -> None:

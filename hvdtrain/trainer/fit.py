@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from hvdtrain import streams
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World, init, leave
 from hvdtrain.elastic.membership import Membership
@@ -35,7 +36,8 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     world = init(comm)
     try:
         name = type(recipe).__name__.lower()
-        return train(recipe, name, options, config(name, recipe, options), world)
+        with streams.installed():
+            return train(recipe, name, options, config(name, recipe, options), world)
     finally:
         if comm is not None:
             # So that the next training can have another communicator; MPI itself goes on.

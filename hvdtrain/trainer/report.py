@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hvdtrain import messages
+from hvdtrain import messages, streams
 from hvdtrain.elastic.ledger import Ledger
 from hvdtrain.files import NO_ROOM, Growing, trouble, write_json
 from hvdtrain.trainer.checkpoint import Position
@@ -195,8 +195,9 @@ class Reporter:
         """Rank 0 writes summary.json, the last thing of a run. Raises OSError, also where rows still wait for room."""
         if self.active:
             self.write_rows()
+            lost = {name: {"bytes": lost.size, "error": lost.error} for name, lost in streams.dropped().items()}
             shown = {name: value if math.isfinite(value) else None for name, value in summary["eval"].items()}
-            write_json(self.run_dir / "summary.json", {**summary, "eval": shown})
+            write_json(self.run_dir / "summary.json", {**summary, "eval": shown, "output_dropped": lost})
 
     def __enter__(self) -> Reporter:
         return self
