@@ -131,7 +131,10 @@ def step_seconds(device: torch.device, rank: int, size: int, model: str, way: st
         exchange: Any
         exchange, _, spec = way.partition(":")
         optimizer = DistributedOptimizer(
-            optimizer, task.model.named_parameters(), compression=f"{spec or 'none'},warmup=0", exchange=exchange
+            optimizer,
+            task.model.named_parameters(),
+            compression=f"{spec},warmup=0" if spec else "none",
+            exchange=exchange,
         )
     task.model = parallel
     seconds = []
