@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hvdtrain import nodelist
 from hvdtrain.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
-LONGEST = 100_000  # slots: more is a slip of the keyboard
+MOST_SLOTS = 1024  # of a host: more is a mistake, such as a port
+MOST_HOSTS = 10_000
 MAX_SLOTS = ("max_slots", "max-slots")
 
 
@@ -24,9 +27,13 @@ class Host(NamedTuple):
 def parse_hosts(text: str) -> list[Host]:
     """The hosts of `a:4,b:4`; a host without slots takes one rank.
 
-    Raises UserError for an empty item, a bad name or number, an IPv6 address, and a host given twice.
+    Raises UserError for an empty item, a bad name or number, an IPv6 address, a host given twice, and too many hosts.
     """
-    hosts = [parse_host(item.strip(), f"-H {text}") for item in text.split(",")]
+    refuse_host_list(text, f"-H {text}")
+    items = text.split(",")
+    if len(items) > MOST_HOSTS:
+        raise UserError(f"-H has {len(items)} hosts; expected at most {MOST_HOSTS}")
+    hosts = [parse_host(item.strip(), f"-H {text}") for item in items]
     refuse_duplicates((f"-H {text}", host) for host in hosts)
     return hosts
 
@@ -50,6 +57,8 @@ def read_hostfile(path: Path) -> list[Host]:
             hosts.append((where, parse_line(text, where)))
     if not hosts:
         raise UserError(f"--hostfile {path}: there is no host in it")
+    if len(hosts) > MOST_HOSTS:
+        raise UserError(f"--hostfile {path} has {len(hosts)} hosts; expected at most {MOST_HOSTS}")
     refuse_duplicates(hosts)
     return [host for _, host in hosts]
 
@@ -74,8 +83,11 @@ def parse_host(text: str, where: str) -> Host:
 
     Raises UserError for a bad name or number, and an IPv6 address.
     """
-    if text.count(":") > 1 or "[" in text:
+    refuse_host_list(text, where)
+    if is_ipv6(text) or text.count(":") > 2:
         raise UserError(f"{where}: {text!r} looks like an IPv6 address, which Horovod cannot use; give a name or IPv4")
+    if text.count(":") == 2:
+        raise UserError(f"{where}: {text!r} has two colons; expected host:slots (--ssh-port takes a port)")
     name, colon, slots = text.partition(":")
     if not text:
         raise UserError(f"{where}: a host is empty; expected host:slots,host:slots")
@@ -86,18 +98,44 @@ def parse_host(text: str, where: str) -> Host:
         raise UserError(f"{where}: {name!r} is not a host name or IPv4 address")
     if not colon:
         return Host(name, 1)
-    if not (slots.isascii() and slots.isdigit() and 0 < int(slots[:9]) <= LONGEST):
+    if not (slots.isascii() and slots.isdigit() and int(slots[:9]) > 0):
         raise UserError(f"{where}: {slots!r} slots for host {name!r}; expected a whole number above 0")
+    if int(slots[:9]) > MOST_SLOTS:
+        raise UserError(
+            f"{where}: {slots} slots for host {name!r}; expected at most {MOST_SLOTS} (--ssh-port takes a port)"
+        )
     return Host(name, int(slots))
+
+
+def is_ipv6(text: str) -> bool:
+    """Whether a text is an IPv6 address, in brackets or not, with or without `:slots` after the brackets."""
+    address = text[1:].partition("]")[0] if text.startswith("[") else text
+    try:
+        return isinstance(ipaddress.ip_address(address), ipaddress.IPv6Address)
+    except ValueError:
+        return False
+
+
+def refuse_host_list(text: str, where: str) -> None:
+    """Raise UserError for Slurm's short form of several names, `node[01-03]`, with the names written out."""
+    if "[" not in text or is_ipv6(text):
+        return
+    try:
+        names = nodelist.nodes(re.sub(r":\d+", "", text).replace(" ", ""), where)
+    except UserError:
+        names = []
+    written = f"{','.join(names[:3])}{',...' if len(names) > 3 else ''}" if names else "node01,node02"
+    raise UserError(f"{where}: {text!r} is a list in brackets; write each name: {written} (--from slurm reads lists)")
 
 
 def refuse_duplicates(hosts: Iterable[tuple[str, Host]]) -> None:
     """Raise UserError, naming the place, for the first host given twice."""
     seen = set()
     for where, host in hosts:
-        if host.name in seen:
+        name = host.name.lower().rstrip(".")  # as DNS compares names
+        if name in seen:
             raise UserError(f"{where}: host {host.name!r} is given twice")
-        seen.add(host.name)
+        seen.add(name)
 
 
 def place(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
