@@ -1,23 +1,30 @@
 """A discovery script between horovodrun and the user's: it answers in time, and only what can be relied on.
 
-Run as `python -m hvdtrain.launch.discover STATE SCRIPT` once a second. A script that fails, hangs, or prints what is
-no host leaves the last good answer standing; a host counts as come, or as gone, when two answers in turn say so.
+Run as `python -m hvdtrain.launch.discover STATE SCRIPT` once a second. A script that fails, hangs, floods, or prints
+what is not a host leaves the last good answer standing; a host counts as come, or as gone, when two answers in turn say
+so. Run as `python -m hvdtrain.launch.discover --hosts a:2,b:2` it prints this fixed list, a host a line.
 Standard library only: it starts once a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-SECONDS = 5.0  # for the script to answer
-LINE = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([1-9]\d*))?", re.ASCII)
+from hvdtrain.launch.hosts import MOST_HOSTS, MOST_SLOTS
+
+SECONDS = 5.0  # for the script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it
+MOST_BYTES = 1 << 20  # that are read of the script's output, and of its errors
+LINE = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([1-9]\d{0,8}))?", re.ASCII)
 
 
 class NoAnswer(Exception):
@@ -26,36 +33,71 @@ class NoAnswer(Exception):
 
 def ask(script: str) -> dict[str, int]:
     """The script's hosts and their slots; a host without slots has one. Raises NoAnswer."""
+    seconds = float(os.environ.get("HVDTRAIN_DISCOVERY_SECONDS", SECONDS))
     try:
         process = subprocess.Popen(
             [script],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
-    except OSError as error:
-        raise NoAnswer(f"cannot be run: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise NoAnswer(f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
     with process:
         try:
-            said, complained = process.communicate(timeout=SECONDS)
+            said, complained = read_output(process, time.monotonic() + seconds)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            raise NoAnswer(f"took longer than {SECONDS:g} s") from None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise NoAnswer(f"took longer than {seconds:g} s") from None
+            raise
     if process.returncode != 0:
         raise NoAnswer(f"ended with code {process.returncode}: {(complained.strip().splitlines() or [''])[-1]}")
+    return parse_answer(said)
+
+
+def read_output(process: subprocess.Popen[bytes], deadline: float) -> tuple[str, str]:
+    """What a process prints on standard output and standard error until it ends.
+
+    Raises NoAnswer after MOST_BYTES of either, subprocess.TimeoutExpired at the deadline.
+    """
+    assert process.stdout is not None and process.stderr is not None
+    output = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as selector:
+        for pipe in output:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(process.args, left)
+            for key, _ in selector.select(left):
+                data = os.read(key.fd, 65536)
+                if not data:
+                    selector.unregister(key.fileobj)
+                output[key.fileobj] += data  # type: ignore[index]
+                if len(output[key.fileobj]) > MOST_BYTES:  # type: ignore[index]
+                    raise NoAnswer(f"printed more than {MOST_BYTES >> 20} MiB")
+    process.wait(max(0.0, deadline - time.monotonic()))
+    said, complained = (bytes(data).decode(errors="replace") for data in output.values())
+    return said, complained
+
+
+def parse_answer(said: str) -> dict[str, int]:
+    """The hosts that a script printed, and their slots. Raises NoAnswer."""
     hosts = {}
     for line in said.splitlines():
         if not line.strip():
             continue
         match = LINE.fullmatch(line.strip())
         if not match:
-            raise NoAnswer(f"printed {line.strip()!r}, which is neither `host` nor `host:slots`")
+            raise NoAnswer(f"printed {line.strip()[:200]!r}, which is neither `host` nor `host:slots`")
         hosts[match[1]] = int(match[2] or 1)
+        if hosts[match[1]] > MOST_SLOTS:
+            raise NoAnswer(f"printed {line.strip()!r}: more than {MOST_SLOTS} slots for a host")
+        if len(hosts) > MOST_HOSTS:
+            raise NoAnswer(f"printed more than {MOST_HOSTS} hosts")
     if not hosts:
         raise NoAnswer("printed no host")
     return hosts
@@ -77,7 +119,12 @@ def settle(standing: Mapping[str, int], last: Mapping[str, int] | None, now: Map
 def main(state_file: Path, script: str) -> int:
     state = json.loads(state_file.read_text()) if state_file.exists() else {"standing": {}, "last": None}
     try:
-        now = ask(script)
+        try:
+            now = ask(script)
+        except NoAnswer:
+            raise
+        except Exception as error:  # whatever it is, horovodrun must get an answer
+            raise NoAnswer(f"failed: {type(error).__name__}: {error}") from error
         state = {"standing": settle(state["standing"], state["last"], now), "last": now}
         beside = state_file.with_name(f".{state_file.name}.new")
         beside.write_text(json.dumps(state))
@@ -92,4 +139,7 @@ def main(state_file: Path, script: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    if sys.argv[1] == "--hosts":
+        print(sys.argv[2].replace(",", "\n"))
+    else:
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

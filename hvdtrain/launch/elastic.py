@@ -65,12 +65,13 @@ def command_line(elastic: Elastic, command: Sequence[str], state: Path, *, nic: 
     options = ["-np", str(elastic.least), "--min-np", str(elastic.least)]
     options += ["--max-np", str(elastic.most)] if elastic.most is not None else []
     options += ["--blacklist-cooldown-range", *map(str, COOL_DOWN)]
+    script = [sys.executable, "-m", "hvdtrain.launch.discover"]
     if elastic.discovery is not None:
-        script = [sys.executable, "-m", "hvdtrain.launch.discover", str(state), str(elastic.discovery.absolute())]
-        # horovodrun hands it to a shell.
-        options += ["--host-discovery-script", shlex.join(script)]
-    else:
-        options += ["-H", host_text(elastic.hosts)]
+        script += [str(state), str(elastic.discovery.absolute())]
+    else:  # horovodrun's -H fails in its elastic mode
+        script += ["--hosts", host_text(elastic.hosts)]
+    # horovodrun hands it to a shell.
+    options += ["--host-discovery-script", shlex.join(script)]
     options += ["--network-interfaces", nic or "lo"]
     options += horovodrun_ssh(ssh)
     return [find_program("horovodrun"), "--gloo", *options, *command]

@@ -81,7 +81,7 @@ def test_a_script_that_gives_no_answer(tmp_path: Path, script: str, why: str) ->
 
 
 def test_a_script_that_hangs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discover, "SECONDS", 1.0)
+    monkeypatch.setenv("HVDTRAIN_DISCOVERY_SECONDS", "1")
     path = executable(tmp_path / "hosts.sh", f"sleep 61 & echo $! > {tmp_path}/pid; sleep 61")
     with pytest.raises(discover.NoAnswer, match="took longer than 1 s"):
         discover.ask(str(path))

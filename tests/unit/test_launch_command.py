@@ -100,7 +100,8 @@ def launch(arguments: str) -> int:
         ),
         (
             "--elastic --min-np 2 -H a:2,b:2 --ssh-port 2222 --ssh-identity BIN/key --dry-run digits",
-            "BIN/horovodrun --gloo -np 2 --min-np 2 --blacklist-cooldown-range 10 300 -H a:2,b:2 "
+            "BIN/horovodrun --gloo -np 2 --min-np 2 --blacklist-cooldown-range 10 300 "
+            "--host-discovery-script 'BIN/python -m hvdtrain.launch.discover --hosts a:2,b:2' "
             f"--network-interfaces ib0 --ssh-port 2222 --ssh-identity-file BIN/key {TRAIN}",
         ),
     ],
