@@ -1,18 +1,107 @@
-"""A rank's share of its host's cores."""
+"""A rank's share of its host's cores: how many there are to share, and how many threads a rank uses."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 USABLE = frozenset(os.sched_getaffinity(0))  # by this process, before `bind` gave it its share
 GPU_DRIVER = Path("/dev/nvidiactl")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+THREADS = "OMP_NUM_THREADS"
+THREADS_SOURCE = "HVDTRAIN_THREADS_SOURCE"  # set together with THREADS if hvdtrain chose it, not the user
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads a rank uses, and who chose that."""
+
+    count: int
+    source: str
+
+
+def cpu_quota(own: Path = OWN_CGROUPS, mounted: Path = CGROUPS) -> float | None:
+    """How many cores' worth of time this process's control groups allow it; None if they set no limit.
+
+    Reads `cpu.max` (cgroup v2) or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (v1) of its group and of all groups that
+    contain it, the smallest of which counts. A container sees its own group as the root, or at the host's path, which
+    is not mounted in it.
+    """
+    quotas = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" and not controllers:
+                hierarchies = [mounted, mounted / "unified"]
+            elif "cpu" in controllers.split(","):
+                hierarchies = [mounted / controllers, mounted / "cpu"]
+            else:
+                continue
+            for root in hierarchies:
+                group = root / path.strip("/").removeprefix("../")
+                for folder in (group, *group.parents):
+                    if folder.is_relative_to(root) and (quota := quota_of_group(folder)) is not None:
+                        quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def quota_of_group(folder: Path) -> float | None:
+    """The cores that one control group allows, or None if it sets no limit or does not exist."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return int(quota) / int(period) if quota not in ("max", "-1") else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+QUOTA = cpu_quota()
+
+
+def available() -> float:
+    """How many cores this process may use: by its affinity mask and its control groups' quota."""
+    return len(USABLE) if QUOTA is None else min(len(USABLE), QUOTA)
+
+
+def has_quota() -> bool:
+    """Whether this process may use less than all of its cores' time."""
+    return available() < len(USABLE)
 
 
 def per_rank(local_size: int) -> int:
-    """How many cores each of `local_size` ranks on this host has to itself; 1 where there are fewer cores."""
-    return max(1, len(USABLE) // local_size)
+    """How many cores each of `local_size` ranks on this host has to itself; 1 if there are fewer cores."""
+    return max(1, int(available() / local_size))
+
+
+def choose_threads(local_size: int, environ: Mapping[str, str] = os.environ) -> Threads:
+    """How many threads each of `local_size` ranks on this host uses, unless --threads gives a number.
+
+    By OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK if the ranks' tasks fit into the cores, else an even share of them.
+    """
+    given = environ.get(THREADS, "").split(",")[0].strip()
+    if given.isascii() and given.isdigit() and int(given) > 0:
+        return Threads(int(given), environ.get(THREADS_SOURCE, THREADS))
+    per_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    if per_task.isascii() and per_task.isdigit() and 0 < int(per_task) * local_size <= available():
+        return Threads(int(per_task), "SLURM_CPUS_PER_TASK")
+    what = f"the CPU quota of {available():g} cores" if has_quota() else f"the host's {len(USABLE)} cores"
+    shared = f", shared by {local_size} ranks" if local_size > 1 else ""
+    return Threads(per_rank(local_size), f"{what}{shared}")
+
+
+def set_threads(local_size: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set OMP_NUM_THREADS to what `choose_threads` says, and note where the number is from."""
+    chosen = choose_threads(local_size, environ)
+    if chosen.source != THREADS:
+        environ[THREADS_SOURCE] = chosen.source
+    environ[THREADS] = environ[THREADS] if chosen.source == THREADS else str(chosen.count)
 
 
 def bind(local_rank: int, local_size: int) -> None:
@@ -20,9 +109,10 @@ def bind(local_rank: int, local_size: int) -> None:
 
     Ranks that the scheduler moves about get into each other's way, and all wait for the one that lost
     (tests/benchmarks/exchange.py, +unbound). Left as it is where somebody has chosen cores already (taskset, Slurm, a
-    container), where ranks outnumber the cores, and beside GPUs, whose nearest cores are better than even shares.
+    container), under a CPU quota, which does not say which cores, where ranks outnumber the cores, and beside GPUs,
+    whose nearest cores are better than even shares.
     """
-    if local_size > 1 and local_size <= len(USABLE) == os.cpu_count() and not GPU_DRIVER.exists():
+    if 1 < local_size <= len(USABLE) == os.cpu_count() and not has_quota() and not GPU_DRIVER.exists():
         os.sched_setaffinity(0, share(sorted(USABLE, key=place), local_rank, local_size))
 
 

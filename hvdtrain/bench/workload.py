@@ -96,7 +96,7 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
     """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
     if recipe.framework != "torch":
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
-    torch.set_num_threads(options.threads or cores.per_rank(world.local_size))
+    torch.set_num_threads(options.threads or cores.choose_threads(world.local_size).count)
     device = choose_device(options.device, world.local_rank)
     data = load_datasets(recipe, world)["train"]
     count = options.batch_per_rank or max(1, recipe.batch_size // world.size)

@@ -19,7 +19,7 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
 
 def share_cores() -> None:
     """Set OMP_NUM_THREADS, unless it is, to this rank's share of its host's cores: before torch is imported."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores.per_rank(local_size_from_environment())))
+    cores.set_threads(local_size_from_environment())
 
 
 def begin(member: Membership | None = None) -> World:

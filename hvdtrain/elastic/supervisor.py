@@ -91,7 +91,7 @@ class Supervisor:
         environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
         # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
         environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
-        environ.setdefault("OMP_NUM_THREADS", str(cores.per_rank(self.slot.local_size)))
+        cores.set_threads(self.slot.local_size, environ)
         process = subprocess.Popen(self.command, env=environ, pass_fds=[reading])
         os.close(reading)
         return Worker(process, member, os.pidfd_open(process.pid), writing)

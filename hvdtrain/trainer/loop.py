@@ -30,7 +30,7 @@ from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
-from hvdtrain.trainer.setup import open_ledger, run_folder, step_options, versions, write_config
+from hvdtrain.trainer.setup import open_ledger, resolve_threads, run_folder, step_options, versions, write_config
 from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
 
 STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
@@ -162,8 +162,13 @@ def begin(
 
 def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
     """Tell people what will be done."""
+    threads = resolve_threads(run.options, run.world.local_size)
     report.lines(
-        [f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {run.folder}", *describe(run.plan, run.options)]
+        [
+            f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {run.folder}",
+            *describe(run.plan, run.options),
+            f"threads   {threads.count} per rank, from {threads.source}",
+        ]
     )
     if run.options.resume:
         report.lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])

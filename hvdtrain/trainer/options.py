@@ -51,8 +51,8 @@ class RunOptions:
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
     threads: int | None = option(
         None,
-        "CPU threads per rank; default: the host's cores, divided among its ranks; with --deterministic 1, and part of "
-        "the maths",
+        "CPU threads per rank; default: OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or the host's cores (a container's CPU "
+        "quota), divided among its ranks; with --deterministic 1, and part of the maths",
     )
     workers: int = option(0, "processes per rank that load data; 0: the rank itself")
     diagnose: bool = option(

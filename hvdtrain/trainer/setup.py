@@ -12,6 +12,7 @@ from typing import Any
 from hvdtrain import __version__, cores
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
+from hvdtrain.cores import Threads
 from hvdtrain.elastic.ledger import MOST, Ledger, numbered
 from hvdtrain.errors import UserError
 from hvdtrain.files import write_json
@@ -25,12 +26,10 @@ PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 def step_options(options: RunOptions, world: World) -> StepOptions:
     """The framework's options, with the number of threads resolved on this host."""
-    # Sums within an operation depend on the number of threads.
-    default = 1 if options.deterministic else cores.per_rank(world.local_size)
     return StepOptions(
         seed=options.seed,
         device=options.device,
-        threads=options.threads or default,
+        threads=resolve_threads(options, world.local_size).count,
         workers=options.workers,
         amp=options.amp,
         clip_norm=options.clip_norm,
@@ -42,6 +41,14 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
         exact_residuals=options.checkpoint_residuals == "exact",
         shards=options.virtual_shards if options.deterministic else None,
     )
+
+
+def resolve_threads(options: RunOptions, local_size: int) -> Threads:
+    """How many threads each rank of this host uses, and who chose that."""
+    if options.threads is not None:
+        return Threads(options.threads, "--threads")
+    # Sums within an operation depend on the number of threads.
+    return Threads(1, "--deterministic") if options.deterministic else cores.choose_threads(local_size)
 
 
 def run_folder(options: RunOptions, name: str) -> Path:
