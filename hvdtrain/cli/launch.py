@@ -14,13 +14,14 @@ import click
 
 from hvdtrain.doctor.preflight import preflight
 from hvdtrain.errors import EXIT_FAILED, UserError
-from hvdtrain.launch.command import command_line, hvdtrain_command
+from hvdtrain.launch.command import check_home, command_line, hvdtrain_command
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.elastic import command_line as elastic_command_line
 from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import place
 from hvdtrain.launch.run import run
 from hvdtrain.launch.schedulers import KNOWN_BY, given
+from hvdtrain.launch.screen import announce, count_ranks
 from hvdtrain.launch.signals import Caught, requeued
 from hvdtrain.launch.ssh import Ssh
 from hvdtrain.network import interface_to, is_here
@@ -201,6 +202,8 @@ def start(
     ssh = Ssh(ssh_port, ssh_identity)
     ssh.check()
     controller = "mpi" if launcher == "mpirun" else controller or "gloo"
+    if controller == "mpi":
+        check_home(os.environ)
     placed = place(given(hosts, hostfile, source, os.environ), ranks)
     away = launcher == "srun" or not all(is_here(host.name) for host in placed)
     if away and nic is None and launcher != "srun":
@@ -211,6 +214,8 @@ def start(
     # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
     by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
     ask_hosts = away and not dry_run and by_ssh and args[0] != "doctor"
+    if not dry_run:
+        announce(count_ranks(sum(host.slots for host in placed)), launcher, names)
     # The check imports the recipe, and so torch: seconds, in which the hosts can answer.
     with ThreadPoolExecutor(1) as beside:
         asked = beside.submit(preflight, names, args, nic=nic, ssh=ssh.options()) if ask_hosts else None
@@ -265,6 +270,9 @@ def start_elastic(
         nic = interface_to(elastic.now())
     away = discovery is not None or not all(is_here(host.name) for host in listed)
     environ = rank_environment(os.environ, launcher, "gloo", away=away, extra=extra)
+    if not dry_run:
+        where = [str(discovery)] if discovery else [host.name for host in listed]
+        announce(f"{least} {f'to {most}' if most else 'or more'} elastic ranks", launcher, where)
     check_train_arguments(args, elastic=True)
     if relaunch and not any(arg == "--run-dir" or arg.startswith("--run-dir=") for arg in args):
         raise UserError("--relaunch needs --run-dir: the folder whose checkpoints the job goes on from")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import signal
 import socket
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,7 @@ from hvdtrain.native import installed
 
 # What launchers leave in the environment of a rank.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+PMIX_SERVER = re.compile(r"tcp4://([\d.]+):(\d{1,9})")
 FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
 M_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
@@ -74,8 +78,11 @@ def init(comm: Any = None) -> World:
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
     check_interface()
+    if comm is None and "HOROVOD_RANK" not in os.environ:
+        refuse_stale_pmix(os.environ)
     import horovod.torch as hvd
 
+    restore_hangup()
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
@@ -84,6 +91,32 @@ def init(comm: Any = None) -> World:
     if comm is None and world.size == 1 and srun.tasks() > 1 and "HOROVOD_RANK" not in os.environ:
         raise UserError(f"srun started {srun.tasks()} tasks that do not see each other: use `srun --mpi=none`")
     return world
+
+
+def refuse_stale_pmix(environ: Mapping[str, str]) -> None:
+    """Raise UserError for a PMIx server that mpirun or Slurm named in the environment and that has ended.
+
+    A shell, a tmux or a container that was started within an MPI job keeps the variables when the job has ended, and
+    MPI's own error ("I couldn't find that topic", code 14) does not mention them.
+    """
+    for name, value in sorted(environ.items()):
+        if name.startswith("PMIX_SERVER_URI") and (match := PMIX_SERVER.search(value)):
+            try:
+                socket.create_connection((match[1], int(match[2])), timeout=5).close()
+            except (ConnectionRefusedError, OverflowError):
+                raise UserError(
+                    f"{name} names the server of an MPI job that has ended ({match[0]}): start this with mpirun or "
+                    "hvdtrain launch, or unset the variables whose names begin with PMIX_ and OMPI_"
+                ) from None
+            except OSError:
+                return  # MPI knows better
+            return
+
+
+def restore_hangup() -> None:
+    """Undo that importing horovod.torch replaces what SIGHUP does in this process, behind Python's back."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
 
 
 def check_interface() -> None:

@@ -23,15 +23,13 @@ from hvdtrain.elastic.members import (
 )
 from hvdtrain.elastic.notices import Notice, Source, say, watch
 from hvdtrain.errors import UserError
+from hvdtrain.signals import SAME_STOP, ignores_hangup
 
 # Which signals are a notice; under the others they end the agent, or mean nothing.
 NOTICES = {
     "signal": (signal.SIGTERM, signal.SIGUSR1),
     "slurm": (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1),
 }
-# A launcher may send a signal to a process and again to its group, and Slurm sends two: within so many seconds after
-# the notice they are the same one.
-SAME_SIGNAL = 1.0
 RETRY = 1.0  # seconds after which a notice that could not be written is tried again
 
 
@@ -65,7 +63,7 @@ class Agent:
     def run(self, source: Source | None) -> None:
         """Return when the host is deregistered."""
         for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *NOTICES.get(self.host.source, ())}:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            if number != signal.SIGHUP or not ignores_hangup():
                 signal.signal(number, self._on_signal)
         self._adopt()
         if source is not None:
@@ -91,7 +89,7 @@ class Agent:
         elif (
             number == signal.SIGTERM
             and self.host.source != "slurm"  # which sends it again at the end of its grace
-            and time.monotonic() - self._noticed > SAME_SIGNAL
+            and time.monotonic() - self._noticed > SAME_STOP
         ):
             self._inbox.put(None)
 

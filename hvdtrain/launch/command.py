@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import sys
@@ -94,6 +95,18 @@ def srun_options(hosts: Sequence[Host], environ: Mapping[str, str], nic: str | N
         options.append(f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}")
     names = f",HOROVOD_GLOO_IFACE={nic},NCCL_SOCKET_IFNAME={nic}" if nic else ""
     return [*options, "--mpi=none", "--label", "--kill-on-bad-exit=1", f"--export=ALL{names}"]
+
+
+def check_home(environ: Mapping[str, str]) -> None:
+    """Raise UserError if Open MPI would not find a home directory: it says so in a line among many others, and ends."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        if not environ.get("HOME"):
+            raise UserError(
+                f"mpirun needs a home directory: HOME is not set, and user {os.getuid()} has no entry in the password "
+                "database; set HOME to a folder, or use --launcher horovodrun --controller gloo"
+            ) from None
 
 
 def find_program(name: str) -> str:

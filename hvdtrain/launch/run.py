@@ -24,6 +24,7 @@ from hvdtrain.launch.report import SSH_FAILED, Process, Report, elastic_outcome,
 from hvdtrain.launch.screen import Screen
 from hvdtrain.launch.signals import Caught, signals
 from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
+from hvdtrain.signals import SAME_STOP
 
 AS_HOROVODRUN = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]  # which starts ranks on hosts not known yet
 SSH_SECONDS = 10  # to end ranks on another host, at most
@@ -42,6 +43,7 @@ class Job:
     launcher: str = ""  # its name
     screen: Screen = field(default_factory=Screen)
     asked: int | None = None  # the signal by which the user asked for a stop
+    asked_at: float = 0.0  # when, by the monotonic clock
     too_early: bool = False  # for any rank to be asked
     told: set[Process] = field(default_factory=set)  # that were asked to
     deadline: float | None = None  # of the stop, by the monotonic clock
@@ -64,7 +66,8 @@ def run(
 
     Returns the exit code, and whether somebody has said why: a rank that failed, or the user who asked for a stop.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks rank 0 to stop and save; a second one, or the end of the grace, ends all.
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks rank 0 to stop and save; another one, more than a second later, or
+    the end of the grace, ends all.
     caught: signals that the caller has caught; what comes while this cleans up is left in it.
     Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
     Raises BrokenPipeError if nobody reads the output any more.
@@ -196,8 +199,12 @@ def take(job: Job, message: dict[str, Any]) -> None:
 
 
 def on_signal(job: Job, number: int) -> None:
-    """Ask for a graceful stop the first time, if there is a rank to ask; otherwise end everything."""
-    if job.ended:
+    """Ask for a graceful stop the first time, if there is a rank to ask; otherwise end everything.
+
+    Those within SAME_STOP seconds after the first are the same stop.
+    """
+    now = time.monotonic()
+    if job.ended or (job.asked is not None and now - job.asked_at <= SAME_STOP):
         return
     if over_at(job) is not None:  # nobody is left to ask
         end(job)
@@ -205,8 +212,8 @@ def on_signal(job: Job, number: int) -> None:
     # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
     ranks = sorted(job.report.running) if job.elastic else [0] if 0 in job.report.started else []
     if job.asked is None and ranks and (job.elastic or not job.report.failed):
-        job.asked = number
-        job.deadline = time.monotonic() + job.grace
+        job.asked, job.asked_at = number, now
+        job.deadline = now + job.grace
         job.screen.note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
         if job.elastic or 0 not in job.report.finished:
             # In an elastic run SIGTERM means one rank alone.

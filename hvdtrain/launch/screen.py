@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,16 @@ class Screen:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+def count_ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
+
+
+def announce(what: str, launcher: str, hosts: Sequence[str]) -> None:
+    """Print what is being started, at once: the check and the ranks take seconds before they print anything."""
+    where = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+    print(f"hvdtrain: starting {what} with {launcher} on {where} ...", file=sys.stderr, flush=True)
 
 
 def new_bar() -> Progress:

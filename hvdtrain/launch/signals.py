@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from hvdtrain.errors import EXIT_REQUEUE
+from hvdtrain.signals import ignores_hangup
 
 Caught = tuple[list[int], int]
 
@@ -34,8 +35,11 @@ def signals() -> Iterator[Caught]:
         signal.SIGINT: lambda number, _: received.append(number),
         signal.SIGTERM: lambda number, _: received.append(number),
         signal.SIGUSR1: lambda number, _: received.append(number),  # what batch systems send ahead of the end
+        signal.SIGHUP: lambda number, _: received.append(number),  # the terminal is closed
         signal.SIGCHLD: lambda number, _: None,
     }
+    if ignores_hangup():
+        del handlers[signal.SIGHUP]
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     wakeup = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdtrain.elastic.membership import Membership
+from hvdtrain.signals import SAME_STOP, ignores_hangup
 from hvdtrain.step import TOLD
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Places among what ranks tell each other in a step: how many of them were asked to stop the run, to leave it, to
 # regroup; how many ids they fed to the model, and the sum of these ids' hashes; and by rank 0, which writes: up to
 # which step the ledger is on disk for good, and how many rows of metrics.jsonl are not, for want of room.
@@ -21,10 +23,11 @@ STOP, LEAVING, REGROUP, FED, HASHES, KEPT, HELD = range(TOLD)
 
 
 class StopRequest:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 ask for a stop; a second SIGINT interrupts at once.
+    """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop; a second SIGINT interrupts at once.
 
-    In an elastic run SIGTERM and SIGINT mean this rank alone, which leaves the others; SIGUSR1 stops them all. What the
-    rank's supervisor says counts as well.
+    A SIGINT within a second of another signal is the same stop. SIGHUP means that the terminal was closed; nohup lets
+    it be ignored, and so it stays then. In an elastic run SIGUSR1 stops all ranks, and the others mean this rank alone,
+    which leaves. What the rank's supervisor says counts as well.
 
     In a thread other than the main one, which cannot take signals, it never asks.
     """
@@ -32,6 +35,7 @@ class StopRequest:
     def __init__(self, membership: Membership | None = None) -> None:
         self.membership = membership
         self.requested = False
+        self._requested_at = 0.0  # when, by the monotonic clock
         self._before: dict[int, Any] = {}
 
     def tell(self) -> NDArray[np.float64]:
@@ -45,12 +49,17 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            for number in SIGNALS:
+                if number != signal.SIGHUP or not ignores_hangup():
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.requested and number == signal.SIGINT and now - self._requested_at > SAME_STOP:
             raise KeyboardInterrupt
+        if not self.requested:
+            self._requested_at = now
         if self.membership is not None and number != signal.SIGUSR1:
             self.membership.leaving = True
         else:
