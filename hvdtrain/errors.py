@@ -28,6 +28,20 @@ class RunError(KnownError):
     """A run that failed for a reason that needs no traceback: shown as it is, exit 1."""
 
 
+class RecipeError(KnownError):
+    """An error in a recipe's own code: its text in one line that names the method, and the recipe's traceback, exit 1.
+
+    trace: as Python prints it, without the frames of hvdtrain and torch; "" if no others are in it.
+    """
+
+    def __init__(self, text: str, trace: str = "") -> None:
+        super().__init__(text, trace)  # both, to be pickled by a loader's worker
+        self.text, self.trace = text, trace
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def nearest(value: str, valid: Iterable[str]) -> str:
     """The end of an error message: which valid name is nearest, or which there are."""
     names = sorted(valid)

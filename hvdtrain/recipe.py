@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from hvdtrain.errors import UserError, nearest
+from hvdtrain.recipe_errors import in_recipe
 
 
 def option(default: Any, help: str) -> Any:
@@ -119,7 +120,8 @@ def make(cls: type[Any], values: dict[str, Any]) -> Any:
         if name not in known:
             raise UserError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
         values = {**values, name: checked(known[name], value)}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with in_recipe(cls, "__post_init__()"):
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise UserError(str(error)) from error

@@ -10,7 +10,7 @@ import sys
 import click
 
 from hvdtrain import __version__, streams
-from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError, nearest
+from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RecipeError, RunError, UserError, nearest
 from hvdtrain.launch.environment import find_hidden
 
 # name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
@@ -71,6 +71,9 @@ def main(args: list[str] | None = None) -> None:
         fail(str(error), EXIT_USER)
     except click.ClickException as error:
         fail(error.format_message(), EXIT_USER)
+    except RecipeError as error:
+        click.echo(error.trace, err=True, nl=False)
+        fail(str(error), EXIT_FAILED)
     except RunError as error:
         fail(str(error), EXIT_FAILED)
     except (click.Abort, KeyboardInterrupt):

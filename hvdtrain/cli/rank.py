@@ -14,7 +14,7 @@ from typing import NoReturn
 from hvdtrain import cores, messages
 from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
 from hvdtrain.elastic.membership import Gone, Membership
-from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RunError, UserError
+from hvdtrain.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, UserError
 
 
 def share_cores() -> None:
@@ -42,23 +42,27 @@ def leaving_on_failure(member: Membership | None = None) -> Iterator[None]:
         yield
     except Gone as gone:
         quit_at_once(gone.code)
-    except (UserError, RunError) as error:
+    except KnownError as error:
+        code = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
         if member is not None and member.joined:
-            member.end(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error))
-        leave(EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, str(error), "")
+            member.end(code, str(error))
+        leave(code, str(error), error.trace if isinstance(error, RecipeError) else "", error.origin)
     except KeyboardInterrupt:
         leave(130, "interrupted", "")
     except Exception as error:
         leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def leave(code: int, error: str, trace: str) -> NoReturn:
-    """End this rank at once, saying why; the launcher, or the broken connection, ends the others."""
-    tell_failure(code, error, trace)
+def leave(code: int, error: str, trace: str, origin: int | None = None) -> NoReturn:
+    """End this rank at once, reporting why; the launcher, or the broken connection, ends the others.
+
+    origin: the rank on which it happened, if all ranks end with this error; that rank alone prints the traceback.
+    """
+    tell_failure(code, error, trace, origin)
     if not messages.launched():
         rank = rank_from_environment()
-        prefix = f"rank {rank} on {socket.gethostname()}: " if rank is not None else ""
-        print(f"{trace}hvdtrain: error: {prefix}{error}", file=sys.stderr)
+        prefix = f"rank {rank} on {socket.gethostname()}: " if rank is not None and origin is None else ""
+        print(f"{trace if origin in (None, rank or 0) else ''}hvdtrain: error: {prefix}{error}", file=sys.stderr)
     quit_at_once(code)
 
 
@@ -69,7 +73,8 @@ def quit_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def tell_failure(code: int, error: str, trace: str) -> None:
-    """Tell the launcher, if there is one, that this rank fails."""
+def tell_failure(code: int, error: str, trace: str, origin: int | None = None) -> None:
+    """Report to the launcher, if there is one, that this rank fails."""
     rank, host = rank_from_environment() or 0, socket.gethostname()
-    messages.send("failed", rank=rank, host=host, pid=os.getpid(), code=code, error=error, traceback=trace)
+    fields = {"code": code, "error": error, "traceback": trace, "origin": origin}
+    messages.send("failed", rank=rank, host=host, pid=os.getpid(), **fields)

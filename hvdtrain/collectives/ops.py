@@ -15,7 +15,7 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from numpy.typing import NDArray
 
-from hvdtrain.errors import KnownError, RunError, UserError
+from hvdtrain.errors import KnownError, RecipeError, RunError, UserError
 
 T = TypeVar("T")
 Handle = int
@@ -127,7 +127,7 @@ def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:
         root: the rank that calls `function`.
 
     Raises:
-        UserError, RunError: what the root's `function` raised, with its text, on all ranks.
+        UserError, RunError, RecipeError: what the root's `function` raised, with its text, on all ranks.
         Any other error of `function` is raised on the root as it is, and as a RunError that names it on the others.
     """
     value, error = _attempt(function) if hvd.rank() == root else (None, None)
@@ -148,7 +148,7 @@ def all_or_none(name: str, function: Callable[[], T]) -> T:
         function: what each rank does; it takes part in no collective that a failed rank would not reach.
 
     Raises:
-        UserError, RunError: the first rank's.
+        UserError, RunError, RecipeError: the first rank's.
         Any other error of `function` is raised as it is on that rank, and as a RunError that names it on the others.
     """
     value, error = _attempt(function)
@@ -170,20 +170,27 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _described(error: Exception | None) -> tuple[str, str, str] | None:
-    """An error as its class, its text and the host it is from, to be sent to other ranks."""
-    return None if error is None else (type(error).__name__, str(error), socket.gethostname())
+def _described(error: Exception | None) -> tuple[str, str, str, str] | None:
+    """An error as its class, its text, its recipe's traceback and the host it is from, to be sent to other ranks."""
+    if error is None:
+        return None
+    trace = error.trace if isinstance(error, RecipeError) else ""
+    return type(error).__name__, str(error), trace, socket.gethostname()
 
 
 def _agreed_error(failure: list[str], origin: int, own: Exception | None, *, named: bool) -> Exception:
     """What this rank raises for a failure on `origin`: the same on every rank if its class is a known one."""
-    kind, text, host = failure
-    if kind not in ("UserError", "RunError"):
+    kind, text, trace, host = failure
+    if kind not in ("UserError", "RunError", "RecipeError"):
         if own is not None and hvd.rank() == origin:
             return own
         text, named = f"{kind}: {text}", True
     text = f"rank {origin} on {host}: {text}" if named else text
-    error: KnownError = UserError(text) if kind == "UserError" else RunError(text)
+    error: KnownError
+    if kind == "RecipeError":
+        error = RecipeError(text, trace)
+    else:
+        error = UserError(text) if kind == "UserError" else RunError(text)
     error.origin = origin
     error.__cause__ = own
     return error

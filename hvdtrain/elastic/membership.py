@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.board import Board, BoardLost
 from hvdtrain.elastic.places import places
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RecipeError, RunError, UserError
 from hvdtrain.network import address_of
 
 MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
@@ -252,10 +252,13 @@ class Membership:
             time.sleep(POLL)
         return False
 
-    def report_error(self, step: int, text: str) -> None:
-        """Tell and write down an error of the recipe, so that the run ends when it comes again at the same step."""
-        print(f"hvdtrain: an error after step {step}, which is tried once more:", file=sys.stderr)
-        traceback.print_exc()
+    def report_error(self, step: int, error: Exception) -> None:
+        """Publish and print an error of the recipe, so that the run ends when it comes again at the same step."""
+        if isinstance(error, RecipeError):
+            text, trace = str(error), error.trace
+        else:
+            text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        print(f"{trace}hvdtrain: retrying once after an error after step {step}: {text}", file=sys.stderr)
         self.board.propose(f"error-{self.generation}-{self.member}", {"step": step, "text": text})
 
     def _repeated_error(self) -> str | None:

@@ -165,10 +165,12 @@ def failed_first(report: Report, message: dict[str, Any]) -> tuple[int, str]:
     where = report.where(message["rank"])
     if not report.hosts and message.get("host"):  # of an elastic run, where ranks have been other workers
         where = f"rank {message['rank']} on {message['host']}"
-    text = f"error: {where} failed: {message.get('error') or 'it did not say why'}"
+    agreed = isinstance(message.get("origin"), int)  # all ranks end with this error, which names a rank if need be
+    failed = "" if agreed else f"{where} failed: "
+    text = f"error: {failed}{message.get('error') or 'it did not say why'}"
     if message.get("traceback"):
         text += f"\n{str(message['traceback']).rstrip()}"
-    if len(report.failed) > 1:
+    if len(report.failed) > 1 and not agreed:
         text += f"\n{count_others(len(report.failed) - 1)}"
     code = message.get("code")
     return (code if isinstance(code, int) and 0 < code < 256 else EXIT_FAILED), text

@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
@@ -18,7 +18,8 @@ from threadpoolctl import threadpool_limits
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.compression.spec import Spec
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import RecipeError, RunError, UserError
+from hvdtrain.recipe_errors import in_recipe, name_call
 from hvdtrain.step import Split, StepOptions
 from hvdtrain.torch.recipe import Recipe
 
@@ -57,7 +58,9 @@ def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
 
     def load() -> None:
         for split in SPLITS:
-            loaded[split] = recipe.dataset(split)
+            with in_recipe(recipe, f"dataset({split!r})"):
+                loaded[split] = recipe.dataset(split)
+            check_dataset(recipe, split, loaded[split])
 
     if world.local_rank == 0:
         ops.all_or_none("datasets.first", load)
@@ -66,6 +69,39 @@ def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
         ops.all_or_none("datasets.first", lambda: None)
         ops.all_or_none("datasets.others", load)
     return loaded
+
+
+def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
+    """Raise UserError unless a recipe's dataset has len() and [i]."""
+    call = name_call(recipe, f"dataset({split!r})")
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UserError(f"{call} returned {type(dataset).__name__}; expected a map-style dataset, with len() and [i]")
+    with in_recipe(recipe, f"dataset({split!r}).__len__()"):
+        len(dataset)
+
+
+def make_model(recipe: Recipe) -> torch.nn.Module:
+    """The recipe's model. Raises UserError if that is something else, RecipeError for what the recipe raises."""
+    with in_recipe(recipe, "model()"):
+        model = recipe.model()
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(
+            f"{name_call(recipe, 'model()')} returned {type(model).__name__}; expected a torch.nn.Module"
+            + (": does it lack a return?" if model is None else "")
+        )
+    return model
+
+
+def make_optimizer(recipe: Recipe, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimizer. Raises UserError if that is something else, RecipeError for what the recipe raises."""
+    with in_recipe(recipe, "optimizer()"):
+        optimizer = recipe.optimizer(params)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"{name_call(recipe, 'optimizer()')} returned {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+            + (": does it lack a return?" if optimizer is None else "")
+        )
+    return optimizer
 
 
 def set_up(options: StepOptions) -> None:
@@ -108,8 +144,9 @@ def names_refusals(function: Function) -> Function:
     def named(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except RuntimeError as error:
-            operation, refused, _ = str(error).partition(NOT_DETERMINISTIC)
+        except (RuntimeError, RecipeError) as error:
+            cause = error.__cause__ if isinstance(error, RecipeError) else error
+            operation, refused, _ = str(cause).partition(NOT_DETERMINISTIC)
             if not refused:
                 raise
             text = f"{operation} has no deterministic form in torch on this device: "

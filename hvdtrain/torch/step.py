@@ -17,6 +17,7 @@ from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
+from hvdtrain.recipe_errors import in_recipe
 from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
 from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite, refuse_rebound
@@ -28,7 +29,15 @@ from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of, sums
 from hvdtrain.torch.settings import change, settings_of
-from hvdtrain.torch.setup import check_momentum, choose_device, load_datasets, names_refusals, set_up
+from hvdtrain.torch.setup import (
+    check_momentum,
+    choose_device,
+    load_datasets,
+    make_model,
+    make_optimizer,
+    names_refusals,
+    set_up,
+)
 from hvdtrain.torch.shards import ShardExchange
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,10 +55,11 @@ class TorchStep:
 
         seed_all([options.seed])
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model = recipe.model().to(self.device)
+        self.model = ops.all_or_none("model", lambda: make_model(recipe)).to(self.device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=self.format)
-        self.inner = inner = recipe.optimizer(self.model.parameters())
+        self.inner = ops.all_or_none("optimizer", lambda: make_optimizer(recipe, self.model.parameters()))
+        inner = self.inner
         if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
             raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
         check_momentum(parse(options.compression), inner, world)
@@ -105,7 +115,7 @@ class TorchStep:
         batch = self._two_examples()
         self.model.train()
         with torch.no_grad(), self._autocast():
-            scores = self.recipe.score(self.model, batch)
+            scores = self._score(self.model, batch)
         self.metrics = metrics_of(self.recipe, scores)
         check(self.recipe, scores, self.metrics, min(2, self.examples["train"]))
         refuse_rebound(self.model, {name: b for name, (b, _) in before.items()})
@@ -122,6 +132,10 @@ class TorchStep:
         if self.options.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, AMP_DTYPES[self.options.amp])
+
+    def _score(self, model: Any, batch: Any) -> Any:
+        with in_recipe(self.recipe, "score()"):
+            return self.recipe.score(model, batch)
 
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
         return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
@@ -142,7 +156,7 @@ class TorchStep:
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         seed_all(seed)
         with self._autocast():
-            scores = self.recipe.score(self.forward, to_device(batch, self.device, self.format))
+            scores = self._score(self.forward, to_device(batch, self.device, self.format))
         check(self.recipe, scores, self.metrics, count)
         loss = scores["loss"]
         self._sums[: len(self.metrics)] += sums(scores, self.metrics)
@@ -152,7 +166,7 @@ class TorchStep:
             # The forward passes are over: sums and buffers travel while backward computes.
             self._start_small()
         objective = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum() * weight
-        (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
+        (self.scaler.scale(objective) if self.scaler is not None else objective).backward()
         if self.shards is not None:
             self.shards.passed()
 
@@ -223,7 +237,7 @@ class TorchStep:
                 averaged.copy_(current)
         model.eval()
         with self._autocast():
-            scores = self.recipe.score(model, to_device(batch, self.device, self.format))
+            scores = self._score(model, to_device(batch, self.device, self.format))
         check(self.recipe, scores, self.metrics, count)
         return sums(scores, self.metrics).cpu().numpy()
 

@@ -98,7 +98,7 @@ def train(
                 if membership is None:
                     raise
                 if not isinstance(error, ops.PeersLost):  # it may not come again
-                    membership.report_error(at.step if at is not None else 0, f"{type(error).__name__}: {error}")
+                    membership.report_error(at.step if at is not None else 0, error)
                 if step.torn:
                     at = None
                 report.close()

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import KnownError
 from tests.ranks.harness import Job, launcher
 
 T = TypeVar("T")
@@ -112,8 +112,8 @@ class KeptWorld:
         timeout: float = 60,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-    ) -> list[UserError | RunError]:
-        """Call a function as `run` does that must raise UserError or RunError on every rank, and return these.
+    ) -> list[KnownError]:
+        """Call a function as `run` does that must raise a KnownError on every rank, and return these.
 
         The world stays: all ranks raised, so no rank waits for another.
 
@@ -121,7 +121,7 @@ class KeptWorld:
             RanksFailed: a rank returned, raised something else, died, or did not end in time.
         """
         replies = self._call(Request(function, args, env or {}, str(cwd) if cwd else None), timeout)
-        found = [reply.error for reply in replies if reply and isinstance(reply.error, (UserError, RunError))]
+        found = [reply.error for reply in replies if reply and isinstance(reply.error, KnownError)]
         if len(found) < self.size:
             self._fail(function, replies, timeout)
         return found
