@@ -19,6 +19,8 @@ import os
 import sys
 from typing import Any
 
+from hvdtrain.strict_json import encode_json
+
 MARK = "##hvdtrain "
 
 
@@ -31,7 +33,7 @@ def send(kind: str, **fields: Any) -> None:
     """Write one message to standard output, if `hvdtrain launch` reads it."""
     if launched():
         sys.stdout.flush()
-        sys.stdout.write(f"{MARK}{json.dumps({'kind': kind, **fields})}\n")
+        sys.stdout.write(f"{MARK}{encode_json({'kind': kind, **fields})}\n")
         sys.stdout.flush()
 
 

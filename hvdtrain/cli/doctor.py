@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from hvdtrain.doctor.report import verdict
 from hvdtrain.errors import EXIT_FAILED, UserError
 from hvdtrain.launch.schedulers import given
 from hvdtrain.launch.ssh import Ssh
+from hvdtrain.strict_json import encode_json
 
 # Of the options that say where ranks run: those that have no use here, and those that name the hosts.
 UNUSED = {"ranks", "dry_run"}
@@ -91,7 +91,7 @@ def tell(found: Sequence[Finding], facts: dict[str, Any], text: str, as_json: bo
     """Print what was found out, and what is wrong; the exit code."""
     if as_json:
         findings = [finding._asdict() for finding in found]
-        click.echo(json.dumps(facts | {"findings": findings, "verdict": verdict(found)}, indent=2))
+        click.echo(encode_json(facts | {"findings": findings, "verdict": verdict(found)}, indent=2))
     else:
         click.echo(f"{text}\n")
         for finding in found[1:]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from hvdtrain.errors import EXIT_FAILED, UserError
+from hvdtrain.strict_json import encode_json
 
 
 @click.group("ledger", invoke_without_command=True)
@@ -38,5 +38,5 @@ def verify(run_dir: Path, as_json: bool) -> int:
     from hvdtrain.elastic.verify import verify as replay
 
     verdict = replay(run_dir)
-    click.echo(json.dumps(verdict.as_json(), indent=2) if as_json else "\n".join(verdict.lines()))
+    click.echo(encode_json(verdict.as_json(), indent=2) if as_json else "\n".join(verdict.lines()))
     return 0 if verdict.exactly_once else EXIT_FAILED

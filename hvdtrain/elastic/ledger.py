@@ -6,6 +6,8 @@ begins after step k supersedes what earlier ones say of later steps: those steps
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import time
@@ -18,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdtrain.data.order import Ids
-from hvdtrain.errors import RunError, UserError
-from hvdtrain.files import NO_ROOM, trouble, write_new
+from hvdtrain.errors import UserError
+from hvdtrain.files import is_same_file, write_new
 
 FORMAT = "hvdtrain ledger 1"
 HEADER = re.compile(rf"# {FORMAT} seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
 # 64-bit numbers at most, so that those who read them need not expect others.
 ROW = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
-AGAIN = 1.0  # seconds after which a full disk is tried again
+AGAIN = 1.0  # seconds after which a segment that cannot be written is tried again
 MOST = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
 
@@ -65,10 +67,11 @@ class Ledger:
         self.seed, self.examples, self.batch = seed, examples, batch
         self.from_step, self.rows = from_step, list(rows)
         self.saved = from_step  # up to here this rank knows them to be on disk
-        self.error: OSError | None = None  # why the last rows are in memory only: the disk is full
+        self.error: OSError | None = None  # why the last rows are in memory only
         self._failed = 0.0  # when that was, by the monotonic clock
         self._folder: Path | None = None
-        self._file: int | None = None
+        self._file: int | None = None  # the segment that is written to
+        self._path: Path | None = None  # its path
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Ledger:
@@ -81,10 +84,7 @@ class Ledger:
         return {**sizes, "from_step": self.from_step, "rows": [list(row) for row in self.rows]}
 
     def open_for_writing(self, folder: Path) -> None:
-        """Write from here on, to a new segment that begins with the rows in memory.
-
-        Raises RunError for what more room on the disk would not mend.
-        """
+        """Write from here on, to a new segment that begins with the rows in memory; `error` says if it cannot be."""
         self.close()
         self._folder = folder
         self._begin(folder)
@@ -94,7 +94,7 @@ class Ledger:
         header = f"# {FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
         lines = [header, ",".join(Row._fields), *(",".join(map(str, row)) for row in self.rows)]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # no parents: a run folder that was deleted is not made again
             while True:
                 path = folder / f"segment-{max(numbered(folder), default=0) + 1:06}.csv"
                 try:
@@ -103,22 +103,21 @@ class Ledger:
                 except FileExistsError:  # another writer was faster
                     continue
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-            self.error = None
+            self._path, self.error = path, None
         except OSError as error:
             self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        """Leave this segment as it is: the next step tries a new one, with all that is in memory."""
-        if error.errno not in NO_ROOM:
-            raise RunError(trouble("the ledger", self._folder or Path(), error)) from error
+        """Leave this segment as it is: a later step tries a new one, with all that is in memory."""
         if self._file is not None:
-            os.close(self._file)
+            with contextlib.suppress(OSError):
+                os.close(self._file)
         self._file, self.error, self._failed = None, error, time.monotonic()
 
     def append(self, row: Row) -> None:
         """A step is done. What is written survives the process; `durable` makes it survive the machine.
 
-        Where the disk has no room, `error` says so, and the row is written with a later one.
+        If it cannot be written now, `error` says why, and the row is written with a later one.
         """
         self.rows.append(row)
         if self._folder is None:
@@ -130,14 +129,14 @@ class Ledger:
         line = b"%d,%d,%d,%d,%d\n" % row
         try:
             if os.write(self._file, line) < len(line):
-                raise OSError(NO_ROOM[0], os.strerror(NO_ROOM[0]))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._fail(error)
 
     def durable(self) -> None:
         """Before a checkpoint is saved, on the rank that writes: all rows survive the machine.
 
-        Raises OSError where the disk has no room, RunError for what else goes wrong.
+        Raises OSError if they cannot be written now.
         """
         if self._folder is not None:
             if self._file is None:
@@ -151,6 +150,10 @@ class Ledger:
                 raise self.error
         if self.rows:
             self.saved = self.rows[-1].step
+
+    def in_place(self) -> bool:
+        """Whether the segment that is written to, if there is one, is still where it was made."""
+        return self._file is None or self._path is None or is_same_file(self._path, os.fstat(self._file))
 
     def forget(self, step: int) -> None:
         """The rank that writes has told the others its `saved`: rows up to there need not be kept in memory."""

@@ -13,7 +13,7 @@ from hvdtrain.data import order
 from hvdtrain.elastic.ledger import Ledger
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import RunError, UserError
-from hvdtrain.files import NO_ROOM, trouble
+from hvdtrain.files import trouble
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import Agreed, Step
@@ -60,21 +60,22 @@ def evaluate(run: Run, step: Step, at: Position) -> None:
 def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) -> None:
     """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and wait for it.
 
-    Where the disk has no room it warns, and the next checkpoint is tried again; but raises RunError, on all ranks, for
-    one that `must` be: it is what the run leaves behind.
+    If it cannot be written, whatever the error, it warns, and the next one is tried again; but it raises RunError,
+    on all ranks, for one that `must` be: it is what the run leaves when it ends.
     """
-    error, final = None, True
+    error, final, what = None, True, "metrics.jsonl"
     try:
         state = step.state()
         if run.world.rank == 0:
             report.write_rows()
+            what = "the ledger"
             run.ledger.durable()  # a checkpoint without the rows before it would lose them
+            what = "its files"
             checkpoint.save(run.folder, at, state, run.name)
     except RunError as problem:
         error = str(problem)
     except OSError as problem:
-        error = trouble(f"step {at.step}'s checkpoint", run.folder, problem)
-        final = must or problem.errno not in NO_ROOM
+        error, final = trouble(f"step {at.step}'s checkpoint ({what})", run.folder, problem), must
         if not final:
             report.warn(f"{error}; training goes on, the next one is tried again")
     if run.world.rank == 0 and not error:
@@ -113,13 +114,13 @@ def resume(step: Step, folder: Path, name: str, world: World, seed: int) -> Posi
             found = checkpoint.load_newest(folder, name)
         except UserError as problem:
             error = str(problem)
-    error, position = ops.broadcast_json([error, vars(found[0]) if found else None], "resume.position")
+    error, position = ops.broadcast_json([error, vars(found.position) if found else None], "resume.position")
     if error:
         raise UserError(error)
     at = Position(**(position or {}))
     at.take_order(step.examples["train"], seed)
     if position is not None:
-        step.load_state(ops.broadcast_bytes(found[1] if found else None, "resume.state"))
+        step.load_state(ops.broadcast_bytes(found.state if found else None, "resume.state"))
         at.saved = at.step
     return at
 

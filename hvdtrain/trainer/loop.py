@@ -19,7 +19,6 @@ from hvdtrain.data import order
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
-from hvdtrain.files import trouble
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import Step
@@ -78,14 +77,14 @@ def train(
                     folder, report.recent = Path(membership.board.fact("folder")), known["rows"]
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
-                ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder, world))
+                ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder))
                 if begins:
                     write_config(folder, config)
                 if options.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
                     diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
                 run = Run(name, recipe, options, world, plan, folder, membership, ledger, diagnosis)
-                report.open(run.folder, plan.total_steps, active=world.rank == 0, from_step=at.step)
+                report.open(run.folder, plan.total_steps, at, active=world.rank == 0)
                 if membership is None or not membership.changes:
                     introduce(run, step, at, report)
                 else:
@@ -128,12 +127,9 @@ def train(
                 "versions": versions(),
             }
         )
-        failed = None
-        try:
-            report.write_summary(summary)
+        failed = report.write_summary(summary)
+        if not failed:
             report.lines(describe_end(summary, run.folder))
-        except OSError as problem:
-            failed = trouble("summary.json", run.folder, problem)
     code = EXIT_FAILED if failed else 0 if finished else EXIT_REQUEUE
     if not failed:
         messages.send("finished", rank=world.rank, code=code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import statistics
 import sys
@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hvdtrain import messages, streams
 from hvdtrain.elastic.ledger import Ledger
-from hvdtrain.files import NO_ROOM, Growing, trouble, write_json
+from hvdtrain.files import NO_ROOM, BufferedAppender, trouble, write_json
+from hvdtrain.strict_json import encode_json
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
+from hvdtrain.trainer.rows import cut_rows
 from hvdtrain.trainer.tensorboard import EventWriter
 
 RECENT = 20  # rows that every rank remembers
@@ -39,37 +41,50 @@ class Reporter:
         self._since: list[tuple[int, float, float]] = []  # (examples, seconds, waited) since the last row
         self._row: dict[str, float] = {}  # of the last step
         self.recent: list[dict[str, float | None]] = []  # rows, the last of which may not be in the file
-        self.behind = 0  # rows that rank 0 could not write, the disk being full
-        self._full = False
+        self.behind = 0  # rows that rank 0 could not write
+        self._at = Position()  # of the last step; its rows are counted here
+        self._failing: OSError | None = None  # why rows wait, as people were told
         self._advice: dict[str, Any] | None = None  # that is still to be written
+        self._advice_error: OSError | None = None
         self._due = False
         self._last_sent = 0.0
         self._bar: Progress | None = None
 
-    def open(self, run_dir: Path, steps: int, *, active: bool, from_step: int) -> None:
-        """Begin, or go on after a step; `active` on rank 0."""
+    def open(self, run_dir: Path, steps: int, at: Position, *, active: bool) -> None:
+        """Begin, or continue after a step; `active` on rank 0."""
         self.close()
-        self.run_dir, self.steps, self.active = run_dir, steps, active
+        self.run_dir, self.steps, self.active, self._at = run_dir, steps, active, at
         self.talks = active and not self.quiet
-        self.recent = [row for row in self.recent if int(row["step"] or 0) <= from_step]
+        self.recent = [row for row in self.recent if int(row["step"] or 0) <= at.step]
         if not active:
             return
-        self._open_rows(from_step)
+        self._open_rows(at.step)
         self._events = EventWriter(run_dir / "tensorboard")
         if self.talks and sys.stderr.isatty() and not messages.launched():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("training", total=steps, completed=from_step)
+            self._task = self._bar.add_task("training", total=steps, completed=at.step)
             self._bar.start()
 
     def _open_rows(self, last_step: int) -> None:
         """Open metrics.jsonl, cut after a step; what is missing before it is written again."""
-        metrics = self.run_dir / "metrics.jsonl"
-        written = _cut_rows(metrics, last_step) if metrics.exists() else 0
-        self._rows = Growing(metrics)
-        missing = [row for row in self.recent if int(row["step"] or 0) > written]
-        self._rows.write("".join(json.dumps(row) + "\n" for row in missing).encode())
-        self.behind = len(missing) if self._rows.error else 0
+        rows, path, recent = self._at.rows, self.run_dir / "metrics.jsonl", list(self.recent)
+
+        def cut() -> bytes:
+            found = cut_rows(path, last_step)
+            missing = [row for row in recent if int(row["step"] or 0) > found.last]
+            if missing:
+                found.kept, found.last = found.kept + len(missing), int(missing[-1]["step"] or 0)
+            text, gap = found.describe(last_step, rows)
+            if gap:
+                self.warn(f"metrics.jsonl: {text}")
+            elif text:
+                self.lines([f"metrics   {text}"])
+            return b"".join(encode_row(row) for row in missing)
+
+        self._rows = BufferedAppender(path, cut)
+        self._rows.flush()
+        self.behind = len(recent) if self._rows.error else 0
 
     def lines(self, lines: Sequence[str]) -> None:
         """Tell people something."""
@@ -87,14 +102,18 @@ class Reporter:
             print(f"hvdtrain: warning: {line}", file=sys.stderr, flush=True)
 
     def look_for_room(self, ledger: Ledger) -> None:
-        """Tell people when rows begin to wait for room on the disk, and when all are written. Called once a step."""
-        errors = [("the ledger", ledger.error), ("metrics.jsonl", self._rows.error if self.active else None)]
+        """Report when rows begin to wait because a file cannot be written, and when all are written. Once a step."""
+        errors = [("the ledger", ledger.error)]
+        if self.active:
+            errors += [("metrics.jsonl", self._rows.error), ("tensorboard", self._events.file.error)]
+            errors += [("advisor.json", self._advice_error)]
         found = next(((what, error) for what, error in errors if error is not None), None)
-        if found and not self._full:
+        if found and self._failing is None:
             self.warn(f"{trouble(found[0], self.run_dir, found[1])}; rows wait in memory, training goes on")
-        elif self._full and not found:
-            self.warn(f"{self.run_dir} has room again: all rows are written")
-        self._full = found is not None
+        elif self._failing is not None and not found:
+            again = "has room" if self._failing.errno in NO_ROOM else "can be written"
+            self.warn(f"{self.run_dir} {again} again: all rows are written")
+        self._failing = found[1] if found else None
 
     def graph(self, graph: bytes | None) -> None:
         if self.active and graph is not None:
@@ -105,18 +124,26 @@ class Reporter:
         self._advice = advice if self.active else None
 
     def write_rows(self) -> None:
-        """Write the row of this step, if it is due, and all that waits for room. Raises OSError where there is none."""
+        """Write the row of this step, if it is due, and all that waits, to survive the machine.
+
+        Raises OSError if that is not possible now.
+        """
         self.flush()
         if self.active:
-            self._rows.flush()
-            self.behind = self.behind if self._rows.error else 0
-            if self._rows.error is not None:
-                raise self._rows.error
+            with contextlib.suppress(OSError):  # these are not worth a checkpoint
+                self._events.file.sync()
+            self._rows.sync()
+            self.behind = 0
+
+    def in_place(self) -> bool:
+        """Whether metrics.jsonl is still where it was opened."""
+        return not self.active or self._rows.in_place()
 
     def step(
         self, at: Position, epoch: int, lr: float, values: dict[str, float], batch: int, seconds: float, waited: float
     ) -> None:
         """After a step of `batch` examples. epoch: from 1. values: loss, metrics and what the update reports."""
+        self._at = at
         self.step_seconds.append(seconds)
         self.comm_seconds.append(waited)
         self.train_seconds += seconds
@@ -148,7 +175,9 @@ class Reporter:
 
     def evaluation(self, at: Position, epoch: int) -> None:
         """After an evaluation: `at.eval`. One that is made up for goes into its step's row, if that was this run's."""
+        self._at = at
         if self.recent and self.recent[-1]["step"] == at.step:
+            at.rows = at.rows and at.rows - 1
             self._row = {name: math.nan if value is None else value for name, value in self.recent.pop().items()}
             if self.active:
                 self._rows.close()
@@ -163,11 +192,12 @@ class Reporter:
         """Write the row of this step, if it is due. Called once a step, when its values are complete."""
         if not self._due:
             return
-        # JSON has no NaN.
         row = {name: value if math.isfinite(value) else None for name, value in self._row.items()}
         self.recent = [*self.recent, row][-RECENT - self.behind :]
+        if self._at.rows is not None:
+            self._at.rows += 1
         if self.active:
-            self._rows.write((json.dumps(row) + "\n").encode())
+            self._rows.write(encode_row(row))
             self.behind = self.behind + 1 if self._rows.error else 0
             self._events.scalars(
                 int(self._row["step"]), {k: v for k, v in self._row.items() if k not in ("step", "samples")}
@@ -177,10 +207,9 @@ class Reporter:
         if self._advice is not None:
             try:
                 write_json(self.run_dir / "advisor.json", self._advice)
-                self._advice = None
+                self._advice = self._advice_error = None
             except OSError as error:
-                if error.errno not in NO_ROOM:
-                    raise
+                self._advice_error = error
 
     def measured(self, values: dict[str, Any]) -> dict[str, Any]:
         """The summary, completed with what was measured."""
@@ -191,13 +220,19 @@ class Reporter:
             "comm_seconds_median": statistics.median(self.comm_seconds) if self.comm_seconds else 0.0,
         }
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Rank 0 writes summary.json, the last thing of a run. Raises OSError, also where rows still wait for room."""
-        if self.active:
+    def write_summary(self, summary: dict[str, Any]) -> str | None:
+        """Rank 0 writes summary.json, the last thing of a run. Returns why it cannot be, or a row cannot, if so."""
+        if not self.active:
+            return None
+        what = "metrics.jsonl"
+        try:
             self.write_rows()
+            what = "summary.json"
             lost = {name: {"bytes": lost.size, "error": lost.error} for name, lost in streams.dropped().items()}
-            shown = {name: value if math.isfinite(value) else None for name, value in summary["eval"].items()}
-            write_json(self.run_dir / "summary.json", {**summary, "eval": shown, "output_dropped": lost})
+            write_json(self.run_dir / what, {**summary, "output_dropped": lost})
+        except OSError as error:
+            return trouble(what, self.run_dir, error)
+        return None
 
     def __enter__(self) -> Reporter:
         return self
@@ -228,21 +263,6 @@ def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
     ]
 
 
-def _cut_rows(path: Path, last_step: int) -> int:
-    """Drop rows after the step that is resumed from, and a torn last line; the step of the last row kept, or 0.
-
-    In place, for which a full disk has room.
-    """
-    last = kept = 0
-    with path.open("rb+") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            known = isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last_step
-            if not known or not line.endswith(b"\n"):
-                break
-            last, kept = row["step"], kept + len(line)
-        file.truncate(kept)
-    return last
+def encode_row(row: dict[str, float | None]) -> bytes:
+    """A line of metrics.jsonl."""
+    return f"{encode_json(row)}\n".encode()

@@ -15,7 +15,7 @@ from hvdtrain.collectives.world import World
 from hvdtrain.cores import Threads
 from hvdtrain.elastic.ledger import MOST, Ledger, numbered
 from hvdtrain.errors import UserError
-from hvdtrain.files import write_json
+from hvdtrain.files import FOR_OWNER, trouble, write_json
 from hvdtrain.step import StepOptions
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
@@ -75,28 +75,33 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
     def write() -> None:
         try:
-            write_json(folder / "config.json", config)
+            write_json(folder / "config.json", config, FOR_OWNER)  # options may hold secrets
         except OSError as error:
             raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
 
     ops.on_root("config.written", write)
 
 
-def open_ledger(
-    known: Ledger | None, options: RunOptions, plan: Plan, at: Position, folder: Path, world: World
-) -> Ledger:
+def open_ledger(known: Ledger | None, options: RunOptions, plan: Plan, at: Position, folder: Path) -> Ledger:
     """This rank's ledger of the steps after `at`, which rank 0 writes; of an earlier world's, if it is known.
 
-    Raises UserError for a batch too large for it.
+    Raises UserError for a batch too large for it, and on all ranks if it cannot be written when the run starts.
     """
     if options.ledger and plan.batch_size > MOST:
         raise UserError(f"a ledger cannot tell {plan.batch_size} examples a step, {MOST} at most: add --no-ledger")
     ledger = known or Ledger(options.seed, plan.examples, plan.batch_size, at.step)
     ledger.rollback(at.step)
-    if world.rank == 0 and (options.ledger or (known is None and numbered(folder / "ledger"))):
+
+    def begin_segment() -> None:
+        if not options.ledger and (known is not None or not numbered(folder / "ledger")):
+            return
         ledger.open_for_writing(folder / "ledger")
+        if known is None and ledger.error is not None:
+            raise UserError(trouble("the ledger", folder, ledger.error))
         if not options.ledger:  # the segment, which has no rows, takes back the steps that are undone
             ledger.close()
+
+    ops.on_root("ledger", begin_segment)
     return ledger
 
 

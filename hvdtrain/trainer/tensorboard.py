@@ -11,18 +11,23 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from hvdtrain.files import Growing
+from hvdtrain.files import BufferedAppender
 
 
 class EventWriter:
-    """Scalars by step, and the model's graph. What a full disk does not take is written later."""
+    """Scalars by step, and the model's graph. What cannot be written now is written later."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         # TensorBoard reads the files of a folder by name; the time in it is whole seconds.
         now, who = time.time_ns(), f"{socket.gethostname()}.{os.getpid()}"
-        self._file = Growing(folder / f"events.out.tfevents.{now // 10**9:010}.{who}.{now % 10**9}")
-        self._records = RecordWriter(self._file)
+        name = f"events.out.tfevents.{now // 10**9:010}.{who}.{now % 10**9}"
+
+        def make_folder() -> bytes:
+            folder.mkdir(exist_ok=True)
+            return b""
+
+        self.file = BufferedAppender(folder / name, make_folder)
+        self._records = RecordWriter(self.file)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -37,5 +42,5 @@ class EventWriter:
         self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        self._file.flush()
-        self._file.close()
+        self.file.flush()
+        self.file.close()

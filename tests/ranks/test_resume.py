@@ -109,16 +109,16 @@ def broken(folder: Path, kind: str) -> str:
     meta = json.loads((newest / "meta.json").read_text())
     if kind == "truncated":
         (newest / "state").write_bytes(data[: len(data) // 2])
-        return f"{newest} is truncated: state has {len(data) // 2} of {len(data)} bytes"
+        return f"{newest} is damaged: its state has {len(data) // 2} of {len(data)} bytes"
     if kind == "flipped":
         (newest / "state").write_bytes(data[:999] + bytes([data[999] ^ 1]) + data[1000:])
         return f"{newest} is damaged: the checksum of its state is wrong"
     if kind == "no meta":
         (newest / "meta.json").unlink()
-        return f"{newest} is no checkpoint of hvdtrain: its meta.json cannot be read"
+        return f"{newest} is damaged: its meta.json cannot be read: No such file or directory"
     meta["format"] = "another"
     (newest / "meta.json").write_text(json.dumps(meta))
-    return f"{newest} is no checkpoint of this hvdtrain: expected format 'hvdtrain checkpoint 1'"
+    return f"{newest} is damaged: its meta.json is not of the format 'hvdtrain checkpoint 2'"
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "no meta", "foreign"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from hvdtrain.cli.main import main
 from hvdtrain.data import order
 from hvdtrain.elastic.ledger import MOST, Ledger, Row, hash_sum, hashes, numbered, read_segment
 from hvdtrain.elastic.verify import Verdict, verify
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import UserError
 
 Ids = order.Ids
 Fault = Callable[[Ids], Ids]
@@ -409,10 +411,37 @@ def test_rows_are_forgotten_only_when_a_step_shows_that_they_are_durable(trainin
     assert training.ranks[0].from_step == 1
 
 
-def test_a_ledger_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"cannot write the ledger in .*file/ledger: Not a directory"):
-        Ledger(0, 10, 2).open_for_writing(tmp_path / "file" / "ledger")
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EIO])
+def test_rows_that_cannot_be_written_wait(training: Training, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = training.ranks[0]
+    training.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("hvdtrain.elastic.ledger.os.write", lambda *_: fail(number))
+        patch.setattr("hvdtrain.elastic.ledger.write_new", lambda *_: fail(number))
+        training.step()
+        assert writer.error is not None and writer.error.errno == number
+        with pytest.raises(OSError):
+            training.save()
+    training.save()
+    verdict = training.verdict()
+    assert (writer.error, verdict.findings, verdict.steps, verdict.segments) == (None, [], 2, 2)
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_ledger_in_a_run_folder_that_was_deleted_is_not_made_again(tmp_path: Path) -> None:
+    ledger = Ledger(0, 10, 2)
+    ledger.open_for_writing(tmp_path / "deleted" / "ledger")
+    assert isinstance(ledger.error, FileNotFoundError)
+    (tmp_path / "run").mkdir()
+    ledger.open_for_writing(tmp_path / "run" / "ledger")
+    assert ledger.error is None and ledger.in_place()
+    shutil.rmtree(tmp_path / "run")
+    assert not ledger.in_place()
+    ledger.append(Row(1, 1, 0, 2, 3))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_loses_no_row(training: Training) -> None:
