@@ -70,5 +70,5 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
-    whole = isinstance(step, int) and not isinstance(step, bool) and step > 0 and line.endswith(b"\n")
-    return step if whole else None
+    whole = line.startswith(b"{") and line.endswith(b"}\n") and b"\r" not in line
+    return step if whole and isinstance(step, int) and not isinstance(step, bool) and step > 0 else None

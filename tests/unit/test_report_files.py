@@ -155,7 +155,7 @@ def test_rows_up_to_the_checkpoint_are_kept(content: list[bytes], left: list[byt
     assert cut_rows(path, 2) == Cut(cut.kept, cut.last, 0, 0)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=500)
 @given(content=st.binary(max_size=60), step=st.integers(0, 5))
 def test_any_bytes_are_cut_to_rows_in_order(content: bytes, step: int, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
