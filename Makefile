@@ -1,17 +1,32 @@
-# Two commands: `make demo` trains digits on 2 ranks, `make test` runs lint and all tests. Both set up .venv first.
+# `make demo` trains digits on 2 ranks. Each target sets up .venv first.
+# make check      lint, types, and the tests that start no rank: about a minute
+# make test       all tests but the slow ones: what CI runs
+# make test-slow  the slow ones: full matrices of what `make test` tests in part
+# make soak       half an hour of random faults in an elastic run
+# make bench      the benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # These two must match each other; Horovod is built for the one that is installed.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint setup bench soak clean
+# Processes of pytest. Many tests wait more than they compute, so more than there are cores.
+JOBS ?= 4
+PYTEST := $(BIN)/python -m pytest --quiet -n $(JOBS) --dist loadgroup --durations=20
+
+.PHONY: demo check test test-slow lint setup bench soak clean
 
 demo: setup
 	@$(BIN)/hvdtrain launch -np 2 digits
 
+check: lint
+	$(PYTEST) -m unit
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

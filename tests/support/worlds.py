@@ -5,6 +5,8 @@
                         ---->    rank 1: f(x)  /  Horovod initialized once
       [f(x), f(x)]      <----
 
+A test that runs on ranks as a whole is decorated with `on_ranks(2, 3)`.
+
 Starting a rank takes about 3 s of CPU time, and a call on ranks that are there some milliseconds. Requests and replies
 are pickles over a Unix socket in a folder that only this user can enter.
 
@@ -16,6 +18,8 @@ time limit: what is left of a collective that one rank began could spoil the nex
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import pickle
 import selectors
 import shutil
@@ -28,6 +32,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import pytest
 
 from hvdtrain.errors import KnownError
 from tests.ranks.harness import Job, launcher
@@ -70,13 +76,21 @@ class KeptWorld:
         printed: by rank, what the last call wrote to stdout and stderr.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, env: Mapping[str, str] | None = None) -> None:
+        """size: the number of ranks. env: added to the environment that they are started in."""
         self.size = size
+        self._env = dict(env or {})
         self.printed: list[str] = []
         self._stack: contextlib.ExitStack | None = None
         self._job: Job | None = None
         self._ranks: list[socket.socket] = []
         self._log = Path()
+
+    def __enter__(self) -> KeptWorld:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run(
         self,
@@ -168,7 +182,7 @@ class KeptWorld:
             self._log = folder / "output"
             kind = "alone" if self.size == 1 else "horovodrun"
             rank = [sys.executable, "-m", "tests.support.world_rank", str(folder / "socket")]
-            self._job = stack.enter_context(Job([*launcher(kind, self.size), *rank], output=self._log))
+            self._job = stack.enter_context(Job([*launcher(kind, self.size), *rank], self._env, output=self._log))
             connections: dict[int, socket.socket] = {}
             deadline = time.monotonic() + START_SECONDS
             while len(connections) < self.size:
@@ -210,6 +224,39 @@ class KeptWorlds:
     def close(self) -> None:
         for world in self._worlds.values():
             world.close()
+
+
+def on_ranks(*sizes: int, timeout: float = 60) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a test that runs on every rank of kept worlds of these sizes, one report line for each size.
+
+    Its parameters are those of a test, fixtures included, and must be picklable.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        module, name = function.__module__, function.__name__
+
+        def test(worlds: KeptWorlds, ranks: int, **kwargs: Any) -> None:
+            worlds[ranks].run(call_on_rank, module, name, kwargs, timeout=timeout)
+
+        own = list(inspect.signature(function).parameters.values())
+        given = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in ("worlds", "ranks")
+            if name not in {parameter.name for parameter in own}
+        ]
+        test.__signature__ = inspect.Signature([*given, *own])  # type: ignore[attr-defined]
+        test.__name__, test.__qualname__ = name, function.__qualname__
+        test.__module__, test.__doc__ = module, function.__doc__
+        test.on_rank = function  # type: ignore[attr-defined]
+        ids = [f"{size} rank{'s' * (size > 1)}" for size in sizes]
+        return pytest.mark.parametrize("ranks", sizes, ids=ids)(test)
+
+    return decorate
+
+
+def call_on_rank(module: str, name: str, kwargs: dict[str, Any]) -> None:
+    """Call the function that `on_ranks` decorated."""
+    getattr(importlib.import_module(module), name).on_rank(**kwargs)
 
 
 def send(connection: socket.socket, data: bytes) -> None:
