@@ -130,10 +130,13 @@ class Advisor:
         self._report(network, costs, predicted, seconds, chosen)
         yield from self._watch(chosen, measured[none])
 
-    def _watch(self, chosen: Choice, baseline: float) -> Generator[None, None, None]:
-        """Go back to none, once, if the choice has become slower than none is now."""
+    def _watch(self, chosen: Choice, baseline: float, interval: int = WATCH) -> Generator[None, None, None]:
+        """Go back to none, once, if the choice has become slower than none is now.
+
+        interval: steps until the first look.
+        """
         assert self.advice is not None
-        interval, none = WATCH, self._none
+        none = self._none
         while chosen != none:
             seconds = statistics.median((yield from self._steps(interval, skip=0)))
             if seconds <= SLOWER * baseline:

@@ -248,6 +248,7 @@ def on_ranks(*sizes: int, timeout: float = 60) -> Callable[[Callable[..., None]]
         test.__name__, test.__qualname__ = name, function.__qualname__
         test.__module__, test.__doc__ = module, function.__doc__
         test.on_rank = function  # type: ignore[attr-defined]
+        test.pytestmark = list(getattr(function, "pytestmark", []))  # type: ignore[attr-defined]
         ids = [f"{size} rank{'s' * (size > 1)}" for size in sizes]
         return pytest.mark.parametrize("ranks", sizes, ids=ids)(test)
 

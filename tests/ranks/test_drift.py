@@ -1,9 +1,9 @@
-"""Run on ranks by test_diagnose.py: one value of one rank's replica is changed by one bit, 20 times."""
+"""`--diagnose` names the rank and the tensor of which one bit was changed."""
 
 from __future__ import annotations
 
+import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ from torch import nn
 import hvdtrain
 from hvdtrain.collectives import ops
 from hvdtrain.errors import RunError
-from hvdtrain.torch import checksums as sums
-from hvdtrain.torch.checksums import checksums
+from hvdtrain.torch.checksums import BITS, BLOCK, checksums
 from hvdtrain.trainer.diagnose import Diagnosis
-
-BITS = sums.BITS
+from tests.support.worlds import on_ranks
 
 
 class Odd(nn.Module):
@@ -31,7 +29,7 @@ class Odd(nn.Module):
             self.register_parameter(f"p_{str(dtype)[6:]}", nn.Parameter(torch.randn(5, 7, dtype=dtype)))
         self.images = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         self.norm = nn.BatchNorm1d(6)
-        self.long = nn.Linear(100, 70)  # more than a block
+        self.long = nn.Linear(1000, 2 * BLOCK // 1000)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("none", torch.zeros(0))
         self.register_buffer("scratch", torch.full((3,), float(ops.rank())), persistent=False)
@@ -56,16 +54,17 @@ def flip(tensor: torch.Tensor, place: int, bit: int) -> None:
     flat.copy_(values.view(flat.shape))
 
 
-if __name__ == "__main__":
+@on_ranks(3)
+@pytest.mark.parametrize("seed", [random.randrange(10**6)], ids=["seed"])
+def test_one_bit_is_named_20_times_of_20(seed: int, tmp_path: Path) -> None:
+    """One bit of one value of a random tensor of a random rank."""
+    print(f"drawn from {seed}")
     world = hvdtrain.init()
-    seed, folder = int(sys.argv[1]), Path(sys.argv[2])
-    sums.BLOCK = 1000
     draw = random.Random(seed)
     model = Odd()
     step: Any = OnlyChecksums(model)
-    diagnosis = Diagnosis(world, folder, 10, 0, [])
+    diagnosis = Diagnosis(world, tmp_path, 10, 0, [])
     tensors = {name: value for name, value in model.state_dict().items() if value.numel()}
-    before = model.state_dict()
     for trial in range(20):
         diagnosis.exchanged(0.0, 0.0)
         assert diagnosis.compare(step, 2 * trial + 1, ends=False) is not None  # all is the same
@@ -80,8 +79,14 @@ if __name__ == "__main__":
         assert "more tensor" not in str(found.value)
         if rank == world.rank:
             flip(tensors[name], place, bit)  # as it was
-        print(f"ok {trial}", flush=True)
-    # Places count, and the second of two tensors is not named.
+
+
+@on_ranks(3)
+def test_two_tensors_and_no_majority(tmp_path: Path) -> None:
+    """The order of values counts, the second of two tensors is not named, and nobody is if no two ranks agree."""
+    world, model = hvdtrain.init(), Odd()
+    step: Any = OnlyChecksums(model)
+    diagnosis = Diagnosis(world, tmp_path, 10, 0, [])
     if world.rank == 1:
         with torch.no_grad():
             model.long.bias.copy_(model.long.bias.flip(0))
@@ -89,10 +94,12 @@ if __name__ == "__main__":
     diagnosis.exchanged(0.0, 0.0)
     with pytest.raises(RunError, match=r"on rank 1 on \S+, images.bias is not .*; 1 more tensor differs"):
         diagnosis.compare(step, 50, ends=False)
-    # No majority.
     if world.rank:
         with torch.no_grad():
             model.images.bias.fill_(world.rank)
     with pytest.raises(RunError, match="no more than half of which agree"):
         diagnosis.compare(step, 51, ends=False)
-    print("ok all", flush=True)
+    if world.rank == 0:
+        drift = json.loads((tmp_path / "diagnose.json").read_text())["drift"]
+        assert (drift["step"], drift["tensor"], drift["majority"], drift["tensors"]) == (51, "images.bias", False, 2)
+        assert [row["rank"] for row in drift["ranks"]] == [0, 1, 2]
