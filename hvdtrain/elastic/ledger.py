@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdtrain.data import order
 from hvdtrain.data.order import Ids
 from hvdtrain.errors import UserError
 from hvdtrain.files import is_same_file, write_new
 
-FORMAT = "hvdtrain ledger 1"
-HEADER = re.compile(rf"# {FORMAT} seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
+FORMAT = f"hvdtrain ledger {order.VERSION}"  # its number is that of the order that rows are ranges of
+HEADER = re.compile(r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
 # 64-bit numbers at most, so that those who read them need not expect others.
 ROW = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
 AGAIN = 1.0  # seconds after which a segment that cannot be written is tried again
@@ -191,6 +192,7 @@ class Segment:
     examples: int
     batch: int
     first_step: int
+    order: int  # version
     rows: list[Row]
     unreadable: list[int]  # numbers of lines that are no rows
 
@@ -211,11 +213,11 @@ def read_segment(path: Path) -> Segment:
     # What stands behind the last end of a line is torn, or nothing.
     if header is None or len(lines) < 3 or lines[1] != ",".join(Row._fields):
         raise UserError(f"{path} is no segment of a ledger of this hvdtrain: expected a header of format {FORMAT!r}")
-    seed, examples, batch, first_step = map(int, header.groups())
+    version, seed, examples, batch, first_step = map(int, header.groups())
     rows, unreadable = [], []
     for number, line in enumerate(lines[2:-1], start=3):
         if found := ROW.fullmatch(line):
             rows.append(Row(*map(int, found.groups())))
         else:
             unreadable.append(number)
-    return Segment(path.name, seed, examples, batch, first_step, rows, unreadable)
+    return Segment(path.name, seed, examples, batch, first_step, version, rows, unreadable)

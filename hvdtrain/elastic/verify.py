@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvdtrain.data.order import Ids, permutation
+from hvdtrain.data.order import BLOCK, MAX_EXAMPLES, Ids, Order
 from hvdtrain.elastic.ledger import Row, Segment, hashes, numbered, read_segment
 from hvdtrain.errors import RunError, UserError
 
@@ -18,8 +18,34 @@ SEEDS = 1 << 64  # how many there are
 NAMED = 10  # ids, of however many there are
 
 
-class Order(NamedTuple):
-    """An epoch's order."""
+@dataclass(frozen=True)
+class EpochOrder:
+    """An epoch's order, by the version of hvdtrain.data.order that the run drew it with."""
+
+    examples: int
+    seed: int
+    epoch: int  # from 1
+    version: int
+
+    def hash_sum(self, begin: int, end: int) -> int:
+        """The sum of the hashes of the ids at positions [begin, end)."""
+        total = 0
+        for number in range(begin // BLOCK, -(-end // BLOCK)):
+            sums, first = _block_sums(self, number), number * BLOCK
+            total += int(sums[min(end - first, BLOCK)] - sums[max(begin - first, 0)])
+        return total
+
+    def whole(self) -> WholeOrder:
+        """All of it in memory: only a ledger with something wrong in it takes that."""
+        return _whole(self)
+
+    def ids(self, begin: int, end: int) -> Ids:
+        """The ids at positions [begin, end)."""
+        return _drawn(self).ids(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
+
+
+class WholeOrder(NamedTuple):
+    """An epoch's order, its hashes and their sums."""
 
     ids: Ids  # (examples,)
     hashes: Ids  # (examples,): of these ids
@@ -27,11 +53,29 @@ class Order(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def epoch_order(examples: int, seed: int, epoch: int) -> Order:
-    """The order of an epoch, which is counted from 1."""
-    ids = permutation(examples, seed, epoch - 1)
+def _drawn(order: EpochOrder) -> Order:
+    return Order(order.examples, order.seed, order.epoch - 1)
+
+
+@lru_cache(maxsize=2)
+def _sorted_philox(order: EpochOrder) -> Ids:
+    """The order of version 1, (examples,): Philox's output (Salmon et al., SC'11), sorted."""
+    key = np.array([order.seed, order.epoch - 1], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(order.examples), kind="stable").astype(np.int64)
+
+
+@lru_cache(maxsize=16)
+def _block_sums(order: EpochOrder, number: int) -> Ids:
+    """(BLOCK + 1,) at most: the sums of the hashes of a block's ids before each of its positions."""
+    ids = order.ids(number * BLOCK, min((number + 1) * BLOCK, order.examples))
+    return np.concatenate([[0], np.cumsum(hashes(ids).astype(np.int64))])
+
+
+@lru_cache(maxsize=2)
+def _whole(order: EpochOrder) -> WholeOrder:
+    ids = order.ids(0, order.examples)
     drawn = hashes(ids).astype(np.int64)
-    return Order(ids, drawn, np.concatenate([[0], np.cumsum(drawn)]))
+    return WholeOrder(ids, drawn, np.concatenate([[0], np.cumsum(drawn)]))
 
 
 @dataclass(frozen=True)
@@ -81,8 +125,7 @@ class Replayed(NamedTuple):
     """A row and the ids that its step fed to the model, as far as is known."""
 
     row: Row
-    seed: int
-    examples: int
+    order: EpochOrder
     missing: Ids  # of those that the row names, these were not fed
     extra: Ids  # besides those that the row names, these were fed
 
@@ -97,7 +140,7 @@ def verify(run_dir: Path) -> Verdict:
         raise UserError(f"{run_dir} has no ledger: there is no {run_dir / 'ledger'}/segment-000001.csv")
     segments = [read_segment(path) for path in paths.values()]
     for segment in segments:
-        if segment.seed >= SEEDS or segment.examples >= SEEDS:
+        if segment.seed >= SEEDS or segment.examples > MAX_EXAMPLES:
             raise RunError(f"{segment.name} is of no run: seed {segment.seed}, {segment.examples} examples")
     try:
         return _replay(paths, segments)
@@ -120,7 +163,7 @@ def _replay(paths: dict[int, Path], segments: list[Segment]) -> Verdict:
         findings += found
         steps.append(one)
     last = steps[-1] if steps else None
-    rest = (last.row.offset + last.row.fed) % last.examples if last else 0
+    rest = (last.row.offset + last.row.fed) % last.order.examples if last else 0
     epochs: dict[int, list[Replayed]] = {}
     for one in steps:
         epochs.setdefault(one.row.epoch, []).append(one)
@@ -155,7 +198,7 @@ def in_order(row: Row, segment: Segment, before: Replayed | None) -> Iterator[Fi
     place = (1, 0)
     if before is not None:
         place = (before.row.epoch, before.row.offset + before.row.fed)
-        if place[1] == before.examples:
+        if place[1] == before.order.examples:
             place = (place[0] + 1, 0)
     if (row.epoch, row.offset) != place:
         text = f"step {row.step} begins at example {row.offset} of epoch {row.epoch}'s order"
@@ -166,18 +209,18 @@ def in_order(row: Row, segment: Segment, before: Replayed | None) -> Iterator[Fi
 def check_ids(row: Row, segment: Segment, after: Row | None) -> tuple[Replayed, list[Finding]]:
     """Whether the ids that were fed are those that the row names; if not, which are, where that can be told."""
     none = np.empty(0, np.int64)
-    as_named = Replayed(row, segment.seed, segment.examples, none, none)
+    order = EpochOrder(segment.examples, segment.seed, row.epoch, segment.order)
+    as_named = Replayed(row, order, none, none)
     end = row.offset + row.fed
     if row.epoch < 1 or row.step < 1 or row.fed < 1 or row.offset >= segment.examples:
         text = f"step {row.step}: {row.fed} examples from {row.offset} of epoch {row.epoch}'s order"
         text += f", which has {segment.examples}, cannot be"
         return as_named, [Finding("ids", text, row.step, row.epoch)]
-    order = epoch_order(segment.examples, segment.seed, row.epoch)
     planned = planned_end(row, segment, after)
-    as_told = end <= segment.examples and order.before[end] - order.before[row.offset] == row.hash_sum
+    as_told = end <= segment.examples and order.hash_sum(row.offset, end) == row.hash_sum
     if as_told and (after is not None or end == planned):  # else the next row tells whether the end is right
         return as_named, []
-    explained = explain(order, row, planned)
+    explained = explain(order.whole(), row, planned)
     step = f"step {row.step} (epoch {row.epoch})"
     if explained is None:
         text = f"{step}: the {row.fed} ids that were fed are not those of the order, and cannot be told"
@@ -189,7 +232,7 @@ def check_ids(row: Row, segment: Segment, after: Row | None) -> tuple[Replayed, 
     finding = Finding("ids", f"{step}: {', '.join(what)}", row.step, row.epoch, *few)
     # From here on the row stands for what it should have fed, so that the next one follows on it.
     row = row._replace(fed=planned - row.offset)
-    return Replayed(row, segment.seed, segment.examples, missing, extra), [finding]
+    return Replayed(row, order, missing, extra), [finding]
 
 
 def planned_end(row: Row, segment: Segment, after: Row | None) -> int:
@@ -202,7 +245,7 @@ def planned_end(row: Row, segment: Segment, after: Row | None) -> int:
     return min(row.offset + segment.batch, segment.examples)
 
 
-def explain(order: Order, row: Row, end: int) -> tuple[Ids, Ids] | None:
+def explain(order: WholeOrder, row: Row, end: int) -> tuple[Ids, Ids] | None:
     """Ids that were not fed, and ids that were fed besides, which make up for what the ranks told.
 
     What can go wrong once: neighbours in the order (such as a rank's part) left out or fed twice, or one id in the
@@ -231,12 +274,14 @@ def explain(order: Order, row: Row, end: int) -> tuple[Ids, Ids] | None:
 
 def check_epoch(epoch: int, steps: list[Replayed], complete: bool) -> Iterator[Finding]:
     """Ids that an epoch did not visit, or visited several times; of an incomplete one, up to where it has come."""
-    visits = np.zeros(max(one.examples for one in steps), np.int64)
+    reach = steps[-1].order.examples if complete else max(one.row.offset + one.row.fed for one in steps)
+    if covers_once(steps, reach):
+        return
+    visits = np.zeros(max(one.order.examples for one in steps), np.int32)
     for one in steps:
         visits[ids_of(one)] += 1
         visits[one.extra] += 1
         visits[one.missing] -= 1
-    reach = steps[-1].examples if complete else max(one.row.offset + one.row.fed for one in steps)
     due = whole_order(steps[-1])[:reach]
     missing, repeated = np.sort(due[visits[due] < 1]), np.flatnonzero(visits > 1)
     what = []
@@ -256,9 +301,21 @@ def check_epoch(epoch: int, steps: list[Replayed], complete: bool) -> Iterator[F
         yield Finding("epoch", text, None, epoch, missing[:NAMED].tolist(), repeated[:NAMED].tolist())
 
 
+def covers_once(steps: list[Replayed], reach: int) -> bool:
+    """Whether the steps fed what they name, all of one order, whose first `reach` positions they name once each."""
+    at = 0
+    for one in steps:
+        if one.order != steps[0].order or one.row.epoch < 1 or one.row.offset != at:
+            return False
+        if len(one.missing) or len(one.extra):
+            return False
+        at += one.row.fed
+    return at == reach <= steps[0].order.examples
+
+
 def whole_order(one: Replayed) -> Ids:
     """The order of a step's epoch; no ids where there is no such epoch."""
-    return epoch_order(one.examples, one.seed, one.row.epoch).ids if one.row.epoch > 0 else np.empty(0, np.int64)
+    return one.order.whole().ids if one.row.epoch > 0 else np.empty(0, np.int64)
 
 
 def ids_of(one: Replayed) -> Ids:

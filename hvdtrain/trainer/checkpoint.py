@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hvdtrain.data import order
 from hvdtrain.errors import UserError
 from hvdtrain.files import sync_folder, write_atomically
 from hvdtrain.strict_json import integer, number, parse_json, seal, take
@@ -24,7 +25,7 @@ from hvdtrain.strict_json import integer, number, parse_json, seal, take
 FORMAT = "hvdtrain checkpoint 2"
 # Read as well: meta.json has no checksum of its own, and lacks fields of Position that came later.
 FORMAT_1 = "hvdtrain checkpoint 1"
-FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows")
+FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version")
 NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
@@ -50,21 +51,25 @@ class Position:
     examples: int = 0  # of an epoch; with the seed, what the order is drawn from
     seed: int = 0
     rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
+    order_version: int = 1  # of hvdtrain.data.order, that drew it; 1 also if it was not written
 
     def take_order(self, examples: int, seed: int) -> None:
         """Let the order be that of `examples` examples and a seed.
 
         Raises UserError in mid-epoch if it was begun in another order: some examples would come twice, others never.
         """
-        if self.offset and self.examples == 0 and self.offset < examples:  # of an hvdtrain that did not write it
-            self.examples, self.seed = examples, seed
+        if self.offset and self.order_version != order.VERSION:
+            raise UserError(
+                f"the checkpoint is at example {self.offset} of an epoch that another version of hvdtrain shuffled "
+                "differently: resume from a checkpoint at the end of an epoch, or with that version"
+            )
         if self.offset and (examples, seed) != (self.examples, self.seed):
-            begun = f"{self.examples or 'more'} examples" + (f" by --seed {self.seed}" if self.seed != seed else "")
+            begun = f"{self.examples} examples" + (f" by --seed {self.seed}" if self.seed != seed else "")
             raise UserError(
                 f"the checkpoint is at example {self.offset} of an epoch of {begun}, and the training data is now "
                 f"{examples} examples" + (f" by --seed {seed}" if self.seed != seed else "") + ": resume with the same"
             )
-        self.examples, self.seed = examples, seed
+        self.examples, self.seed, self.order_version = examples, seed, order.VERSION
 
     def advance(self, count: int, loss_sum: float | None) -> None:
         """A step consumed `count` of the epoch's examples; their losses add up to `loss_sum`, None if skipped."""

@@ -150,7 +150,8 @@ def begin(
     if options.resume:
         at = resume(step, folder, name, world, options.seed)
     else:
-        at = Position(examples=step.examples["train"], seed=options.seed)
+        at = Position()
+        at.take_order(step.examples["train"], options.seed)
     if membership is not None:
         membership.board.propose("folder", str(folder.absolute()))
     return folder, at

@@ -233,7 +233,7 @@ def test_the_summary_says_what_is_not_complete(whole: Training) -> None:
 
 def test_a_missing_step_is_found(whole: Training) -> None:
     edit(whole.last, lambda lines: lines.pop(2 + 4))  # step 10 begins at 32 of epoch 2
-    ids = np.sort(order.permutation(100, 0, 1)[32:48]).tolist()
+    ids = np.sort(order.Order(100, 0, 1).ids(32, 48)).tolist()
     assert found(whole, "step") == ["step 10 is missing"]
     assert found(whole, "place") == ["step 11 begins at example 48 of epoch 2's order, expected 32 of epoch 2"]
     (epoch,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
@@ -246,7 +246,7 @@ def test_a_missing_step_is_found(whole: Training) -> None:
 
 def test_a_repeated_step_is_found(whole: Training) -> None:
     edit(whole.last, lambda lines: lines.insert(7, lines[6]))
-    ids = np.sort(order.permutation(100, 0, 1)[32:48]).tolist()
+    ids = np.sort(order.Order(100, 0, 1).ids(32, 48)).tolist()
     assert found(whole, "step") == ["step 10 comes again after step 10"]
     (epoch,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
     assert (epoch.epoch, epoch.missing, epoch.repeated) == (2, [], ids[:10])
@@ -278,7 +278,7 @@ def test_any_number_changed_is_found(whole: Training, column: int) -> None:
 
 def test_ids_swapped_between_steps_are_found(whole: Training) -> None:
     """Each id was visited once, but not where the order says."""
-    first, second = order.permutation(100, 0, 2)[32:48], order.permutation(100, 0, 2)[48:64]
+    first, second = order.Order(100, 0, 2).ids(32, 48), order.Order(100, 0, 2).ids(48, 64)
     a, b = int(first[3]), int(second[5])
     whole.step(lambda ids: np.where(ids == a, b, ids))
     whole.step(lambda ids: np.where(ids == b, a, ids))
@@ -290,7 +290,7 @@ def test_ids_swapped_between_steps_are_found(whole: Training) -> None:
 
 
 def test_an_id_consumed_twice_is_found(whole: Training) -> None:
-    again = int(order.permutation(100, 0, 2)[3])
+    again = int(order.Order(100, 0, 2).ids(0, 100)[3])
     whole.step(lambda ids: np.append(ids, again))
     whole.step()
     assert found(whole, "ids") == [f"step 17 (epoch 3): id {again} fed besides"]
@@ -303,7 +303,7 @@ def test_a_ranks_part_left_out_is_named(whole: Training, steps: int) -> None:
     for _ in range(steps):
         whole.step()
     epoch, offset = whole.position[-1]
-    part = order.permutation(100, 0, epoch)[offset + 6 : offset + 11]
+    part = order.Order(100, 0, epoch).ids(0, 100)[offset + 6 : offset + 11]
     if steps == 5:
         assert (epoch, offset) == (3, 0)
     whole.step(lambda ids: ids[~np.isin(ids, part)])
@@ -316,7 +316,7 @@ def test_a_ranks_part_left_out_is_named(whole: Training, steps: int) -> None:
 
 
 def test_the_last_id_of_a_step_left_out_is_found(whole: Training) -> None:
-    left = int(order.permutation(100, 0, 2)[47])
+    left = int(order.Order(100, 0, 2).ids(0, 100)[47])
     whole.step(lambda ids: ids[:-1])
     assert found(whole, "ids") == [f"step 17 (epoch 3): id {left} not fed"]
     whole.step()
@@ -520,9 +520,9 @@ def test_no_ledger_and_damaged_headers(whole: Training, capsys: pytest.CaptureFi
     assert command(capsys, "verify", str(empty)) == (2, "", error)
     text = whole.last.read_text()
     damaged = (
-        f"{whole.last} is no segment of a ledger of this hvdtrain: expected a header of format 'hvdtrain ledger 1'"
+        f"{whole.last} is no segment of a ledger of this hvdtrain: expected a header of format 'hvdtrain ledger 2'"
     )
-    for wrong in (text.replace("ledger 1", "ledger 9"), text.replace("seed=0", "seed="), text[:20], "", text[70:]):
+    for wrong in (text.replace("ledger 2", "ledger 9"), text.replace("seed=0", "seed="), text[:20], "", text[70:]):
         whole.last.write_text(wrong)
         assert command(capsys, "verify", str(whole.run_dir)) == (2, "", f"hvdtrain: error: {damaged}\n")
     with pytest.raises(UserError):

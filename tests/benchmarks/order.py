@@ -1,0 +1,96 @@
+"""The order of examples: time and memory to the first step, and per id, against numpy's permutation.
+
+    python -m tests.benchmarks.order
+
+One process, one thread. `--accuracy SEEDS` also trains digits in the order of either, and compares the accuracies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import tracemalloc
+from unittest import mock
+
+import numpy as np
+
+from hvdtrain.data import order
+
+BATCH = 128
+
+
+def first_step(examples: int) -> tuple[float, float]:
+    """Seconds and MiB until the ids of the first step are there."""
+    begin = time.perf_counter()
+    next(order.steps(examples, BATCH, 0, 0))
+    seconds = time.perf_counter() - begin
+    tracemalloc.start()
+    next(order.steps(examples, BATCH, 0, 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return seconds, peak / 2**20
+
+
+def nanoseconds_per_id(examples: int, steps: int) -> float:
+    """Of the steps of an epoch, one after the other."""
+    batches = order.steps(examples, BATCH, 0, 0)
+    begin = time.perf_counter()
+    count = sum(len(next(batches)) for _ in range(steps))
+    return (time.perf_counter() - begin) / count * 1e9
+
+
+def numpy_per_id(examples: int) -> float:
+    generator = np.random.default_rng(0)
+    begin = time.perf_counter()
+    generator.permutation(examples)
+    return (time.perf_counter() - begin) / examples * 1e9
+
+
+def digits_accuracies(seeds: int) -> tuple[list[float], list[float]]:
+    """Final accuracies of digits, trained in this order and in numpy's shuffle."""
+    import tempfile
+
+    import hvdtrain
+    from hvdtrain.finder import load
+
+    class Shuffled(order.Order):
+        def __init__(self, examples: int, seed: int, epoch: int) -> None:
+            super().__init__(examples, seed, epoch)
+            self._shuffled = np.random.default_rng([seed, epoch]).permutation(examples)
+
+        def ids(self, begin: int, end: int) -> order.Ids:
+            return self._shuffled[begin:end]
+
+    def accuracy(seed: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            summary = hvdtrain.fit(load("digits")(), run_dir=f"{folder}/run", seed=seed, quiet=True, ledger=False)
+        return float(summary["eval"]["accuracy"])
+
+    ours = [accuracy(seed) for seed in range(seeds)]
+    with mock.patch.object(order, "Order", Shuffled):
+        return ours, [accuracy(seed) for seed in range(seeds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accuracy", type=int, default=0, metavar="SEEDS")
+    options = parser.parse_args()
+    for examples in (10**3, 10**6, 10**9, 10**12):
+        seconds, mib = first_step(examples)
+        each = statistics.median(nanoseconds_per_id(examples, min(2000, examples // BATCH)) for _ in range(5))
+        step = each * BATCH / 1e3
+        print(f"{examples:>16,} examples: first step after {seconds * 1e3:.2f} ms, {mib:.2f} MiB; {each:.0f} ns per id")
+        print(f"{'':>16} {step:.1f} us per step of {BATCH}")
+    whole = statistics.median(nanoseconds_per_id(10**7, 10**7 // BATCH) for _ in range(3))
+    print(f"all of 10^7: {whole:.0f} ns per id; numpy's permutation {numpy_per_id(10**7):.0f} ns per id")
+    if options.accuracy:
+        ours, numpys = digits_accuracies(options.accuracy)
+        for name, found in (("this order", ours), ("numpy", numpys)):
+            print(
+                f"digits, {name}: {statistics.mean(found):.4f} +- {statistics.stdev(found):.4f} of {len(found)} seeds"
+            )
+
+
+if __name__ == "__main__":
+    main()
