@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.errors import UserError, nearest
 from hvdtrain.recipe import Recipe
+from hvdtrain.recipe_classes import Leads, read_classes
+from hvdtrain.recipe_source import RecipeSource, import_source, read_source
 
 SHIPPED = Path(__file__).parent / "recipes"
 if not SHIPPED.is_dir():  # an editable install: the recipes lie beside the package
@@ -39,31 +37,23 @@ def find_all() -> list[Found]:
     for folder in folders():
         for path in sorted(folder.glob("*.py")):
             if not path.name.startswith("_"):
-                for recipe in read_classes(path):
+                for recipe in find_in_file(path):
                     found.setdefault(recipe.name, recipe)
     return sorted(found.values(), key=lambda recipe: recipe.name)
 
 
-def read_classes(path: Path) -> list[Found]:
-    """The recipe classes defined in a file, without running it. A file that does not parse has none."""
+def find_in_file(path: Path) -> list[Found]:
+    """The recipe classes in a file, without running it. A file that cannot be read or does not parse has none."""
     try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
+        source = read_source(path)
+        seen = read_classes(source)
+    except UserError:
         return []
-    framework = ""
-    known: dict[str, str] = {}  # class name: summary
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hvdtrain."):
-            framework = node.module.split(".")[1]
-        if isinstance(node, ast.ClassDef):
-            bases = {base.id if isinstance(base, ast.Name) else getattr(base, "attr", "") for base in node.bases}
-            if "Recipe" in bases or bases & set(known):
-                summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                known[node.name] = summary
-    default = default_class(path, list(known))
+    recipes = [cls for cls in seen if cls.leads == Leads.RECIPE]
+    default = default_class(path, [cls.name for cls in recipes])
     return [
-        Found(path.stem if name == default else f"{path.stem}:{name}", framework, summary, path)
-        for name, summary in known.items()
+        Found(path.stem if cls.name == default else f"{path.stem}:{cls.name}", cls.framework, cls.summary, path)
+        for cls in recipes
     ]
 
 
@@ -75,18 +65,60 @@ def default_class(path: Path, names: list[str]) -> str | None:
     return next((name for name in names if name.lower() == stem), None)
 
 
-def load(spec: str) -> type[Recipe]:
-    """The recipe class for `digits`, `digits:Wide`, `my/recipe.py` or `my/recipe.py:ClassName`.
+def split_spec(spec: str) -> tuple[str, str]:
+    """RECIPE as a name or path, and the class named after its last colon: "" if there is none.
 
-    Raises UserError where there is none, saying the nearest.
+    A path may have colons of its own: what follows the last one is a class only if the path does not exist as it is.
     """
-    where, _, class_name = spec.partition(":")
+    where, colon, class_name = spec.rpartition(":")
+    return (where, class_name) if colon and class_name.isidentifier() and not Path(spec).is_file() else (spec, "")
+
+
+def find_source(spec: str) -> RecipeSource:
+    """Read the source of `digits`, `my/recipe.py` or one of these with `:ClassName`, without running it.
+
+    Raises UserError if there is no such file, or it does not parse.
+    """
+    where, _ = split_spec(spec)
     path = Path(where)
     if path.suffix != ".py" and path.name == where:
         path = _by_name(where)
     if not path.is_file():
         raise UserError(f"no recipe file {where!r}")
-    classes = _classes(path)
+    if path.suffix != ".py":
+        raise UserError(f"{path} is not a Python file: the name of a recipe's file ends in .py")
+    return read_source(path)
+
+
+def load(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
+    """Import the recipe class for `digits`, `digits:Wide`, `my/recipe.py` or `my/recipe.py:ClassName`.
+
+    A file without a class that could be a recipe is not run.
+
+    Args:
+        spec: RECIPE.
+        source: what to import; None: the file that `spec` names.
+
+    Raises:
+        UserError: there is no such file or class, saying the nearest; or the import fails.
+    """
+    source = source or find_source(spec)
+    where, class_name = split_spec(spec)
+    path = source.shown
+    possible = [cls.name for cls in read_classes(source)]
+    if not possible:
+        raise UserError(
+            f"{path} defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, or name another file "
+            "(`hvdtrain list` shows the recipes that are found by name)"
+        )
+    if class_name and class_name not in possible:
+        raise UserError(f"{path} has no recipe class {class_name!r}{nearest(class_name, possible)}")
+    module = import_source(source)
+    classes = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == source.module
+    }
     if class_name:
         if class_name not in classes:
             raise UserError(f"{path} has no recipe class {class_name!r}{nearest(class_name, classes)}")
@@ -104,27 +136,3 @@ def _by_name(name: str) -> Path:
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
     raise UserError(f"no recipe {name!r}{nearest(name, {recipe.path.stem for recipe in find_all()})}")
-
-
-def _classes(path: Path) -> dict[str, type[Recipe]]:
-    """Import the file and take the recipe classes that it defines itself, in their order."""
-    module_name = f"hvdtrain_recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path.absolute())
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    # A recipe may import its neighbours, as a script may.
-    if str(path.absolute().parent) not in sys.path:
-        sys.path.append(str(path.absolute().parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        where = f"{path}:{lines[-1]}" if lines else f"{path}"
-        raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module_name
-    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from hvdtrain.errors import UserError, nearest
-from hvdtrain.recipe_errors import in_recipe
+from hvdtrain.recipe_errors import describe_error, in_recipe
 
 
 def option(default: Any, help: str) -> Any:
@@ -61,8 +63,24 @@ def fields(cls: type) -> list[Field]:
     """
     if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
         raise UserError(f"recipe class {cls.__name__} has fields but is no dataclass: add @dataclass(kw_only=True)")
-    hints = typing.get_type_hints(cls)
-    return [_field(cls, field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+    return [_field(cls, field, resolve_hint(cls, field)) for field in dataclasses.fields(cls) if field.init]
+
+
+def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:
+    """The type of one field; what else the class annotates may name types that exist for a type checker only.
+
+    Raises UserError if it cannot be resolved at run time.
+    """
+    owner = next((base for base in cls.__mro__ if field.name in inspect.get_annotations(base)), cls)
+    holder = type("Hints", (), {"__annotations__": {field.name: field.type}})
+    module = sys.modules.get(owner.__module__)
+    try:
+        return typing.get_type_hints(holder, vars(module) if module else {}, dict(vars(owner)))[field.name]
+    except Exception as error:  # whatever the text of an annotation does
+        raise UserError(
+            f"the type {field.type!r} of {cls.__name__}.{field.name} cannot be resolved: {describe_error(error)}; "
+            "import what it names outside of `if TYPE_CHECKING`"
+        ) from error
 
 
 def _field(cls: type, field: dataclasses.Field[Any], hint: Any) -> Field:

@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdtrain.collectives.world import World
+from hvdtrain.errors import UserError
+from hvdtrain.recipe import Recipe
 
 Split = Literal["train", "eval"]
 Ids = NDArray[np.int64]
+FRAMEWORKS = {"torch": ("hvdtrain.torch.step", "TorchStep")}  # module and class of each one's Step
 TOLD = 7  # numbers that each rank tells the others in a step
 
 
@@ -45,6 +48,16 @@ class Agreed:
     # These two are this rank's own:
     nonfinite_here: bool
     waited: float  # seconds waited for communication
+
+
+def check_framework(recipe: type[Recipe]) -> None:
+    """Raise UserError if no Step is known for a recipe's framework."""
+    if recipe.framework not in FRAMEWORKS:
+        names = ", ".join(map(repr, FRAMEWORKS))
+        raise UserError(
+            f"{recipe.__name__}.framework is {recipe.framework!r}; expected {names}: derive the recipe from "
+            "hvdtrain.torch.Recipe"
+        )
 
 
 class Step(Protocol):

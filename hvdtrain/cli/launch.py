@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -216,12 +215,9 @@ def start(
     ask_hosts = away and not dry_run and by_ssh and args[0] != "doctor"
     if not dry_run:
         announce(count_ranks(sum(host.slots for host in placed)), launcher, names)
-    # The check imports the recipe, and so torch: seconds, in which the hosts can answer.
-    with ThreadPoolExecutor(1) as beside:
-        asked = beside.submit(preflight, names, args, nic=nic, ssh=ssh.options()) if ask_hosts else None
-        check()
-    if asked is not None:
-        asked.result()
+    check()  # first: a mistake in the arguments is reported before any host was asked
+    if ask_hosts:
+        preflight(names, args, nic=nic, ssh=ssh.options())
     command = hvdtrain_command(args)
     line = command_line(launcher, controller, placed, command, environ, nic=nic, ssh=ssh, extra=extra)
     if dry_run:

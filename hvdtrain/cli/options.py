@@ -10,6 +10,7 @@ import click
 
 from hvdtrain import schedule
 from hvdtrain.errors import UserError, nearest
+from hvdtrain.finder import split_spec
 from hvdtrain.recipe import Field, Recipe, fields
 from hvdtrain.trainer.options import RunOptions, split
 
@@ -66,7 +67,7 @@ class Arguments:
 
 def recipe_name(spec: str) -> str:
     """`digits`, `digits:Wide`, `my/recipe.py:Class` as a name without folders."""
-    where, _, cls = spec.partition(":")
+    where, cls = split_spec(spec)
     stem = where.rsplit("/", 1)[-1].removesuffix(".py")
     return f"{stem}:{cls}" if cls else stem
 
@@ -98,7 +99,9 @@ def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
 def check(arguments: Arguments) -> None:
     """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
     from hvdtrain.compression import spec
+    from hvdtrain.step import check_framework
 
+    check_framework(arguments.cls)
     recipe, run = split(arguments.cls, arguments.given)
     schedule.parse(recipe.schedule, 1000, 10)
     spec.parse(run.compression)

@@ -21,7 +21,7 @@ from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
-from hvdtrain.step import Step
+from hvdtrain.step import FRAMEWORKS, Step, check_framework
 from hvdtrain.trainer.between import Run, after_step, resume, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.diagnose import Diagnosis
@@ -32,7 +32,6 @@ from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import open_ledger, resolve_threads, run_folder, step_options, versions, write_config
 from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
 
-STEPS = {"torch": ("hvdtrain.torch.step", "TorchStep")}
 Ending = Literal["finished", "stopped", "regroup"]
 
 
@@ -50,7 +49,8 @@ def train(
     run, whose worlds come and go; `world` is then this process alone.
     Raises UserError for what a user can mend before the first step, RunError for a loss that is not finite.
     """
-    module, cls = STEPS[recipe.framework]
+    check_framework(type(recipe))
+    module, cls = FRAMEWORKS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
     check_best(recipe, step.metrics)
     if membership is not None and (theirs := membership.board.propose("examples", step.examples)) != step.examples:

@@ -22,7 +22,7 @@ FILES = {
         """,
     "none.py": "x = 1",
     "broken.py": "def",
-    "missing_import.py": "import no_such_module_here",
+    "missing_import.py": "import no_such_module_here\nclass Mine(no_such_module_here.Base): ...",
     "bare.py": """
         from hvdtrain.torch import Recipe
         class Bare(Recipe):
@@ -55,7 +55,11 @@ CASES = [
     (["train", "no/such.py"], "no recipe file 'no/such.py'"),
     (["train", f"{DIGITS}:Digit"], f"{DIGITS} has no recipe class 'Digit'; did you mean 'Digits'?"),
     (["train", "two.py"], "two.py defines several recipes: name one, two.py:First or two.py:Second"),
-    (["train", "none.py"], "none.py defines no recipe: subclass hvdtrain.torch.Recipe"),
+    (
+        ["train", "none.py"],
+        "none.py defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, or name another file "
+        "(`hvdtrain list` shows the recipes that are found by name)",
+    ),
     (
         ["train", "missing_import.py"],
         re.compile(r"missing_import\.py:1 cannot be imported: ModuleNotFoundError: No module .*"),
@@ -143,7 +147,7 @@ def test_one_line_and_exit_2(
     with pytest.raises(SystemExit) as left:
         main(args)
     assert left.value.code == 2
-    error = capsys.readouterr().err
+    error = re.sub(r"\Ahvdtrain: starting .*\n", "", capsys.readouterr().err)  # of launch
     if isinstance(message, str):
         assert error == f"hvdtrain: error: {message}\n"
     else:

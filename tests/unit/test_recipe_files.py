@@ -1,0 +1,305 @@
+"""Nothing that is not a recipe is run, whatever its shape; what can be one is, by any path or name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvdtrain import finder
+from hvdtrain.cli.main import main
+from hvdtrain.cli.options import recipe_name
+from hvdtrain.errors import UserError
+from hvdtrain.finder import load
+from hvdtrain.recipe import fields
+
+MARK = "import pathlib\npathlib.Path({mark!r}).touch()\n"
+# The marker is written by every file of a case; (files, is it run and a recipe).
+RECIPE = "from hvdtrain.torch import Recipe\nclass Mine(Recipe): pass\n"
+BASE = "from hvdtrain.torch import Recipe\nclass Base(Recipe): pass\n"
+NOT_RECIPES = {
+    "a script": {"mine.py": "print('hello')\n"},
+    "an empty file": {"mine.py": ""},
+    "a torch module": {
+        "mine.py": "import torch\nfrom torch import nn\nclass A(nn.Module): pass\nclass B(torch.nn.Module): pass\n"
+    },
+    "a class without bases": {"mine.py": "class Recipe: pass\nclass Mine(Recipe): pass\n"},
+    "Recipe imported and not used": {"mine.py": "from hvdtrain.torch import Recipe, option\nclass Mine: pass\n"},
+    "Recipe in a comment": {"mine.py": "# class Mine(Recipe)\n'''class Mine(Recipe): pass'''\n"},
+    "stdlib bases": {
+        "mine.py": "import collections, enum\nfrom typing import Generic, NamedTuple, TypeVar\nT = TypeVar('T')\n"
+        "class A(enum.Enum): X = 1\nclass B(NamedTuple): x: int\nclass C(Generic[T]): pass\nclass D(list[int]): pass\n"
+        "class E(collections.namedtuple('P', 'a b')): pass\nclass F(Exception): pass\n"
+    },
+    "a Recipe of another package's": {
+        "mine.py": "from recipes_of import Recipe\n",
+        "recipes_of.py": "class Recipe: pass\n",
+    },
+    "a neighbour's class": {
+        "mine.py": "from base import Base\nclass Mine(Base): pass\n",
+        "base.py": "class Base: pass\n",
+    },
+    "a neighbour's class by its module": {
+        "mine.py": "import base as b\nclass Mine(b.Base): pass\n",
+        "base.py": "import torch\nclass Base(torch.nn.Module): pass\n",
+    },
+    "a package's class": {
+        "mine.py": "from pkg import Base\nclass Mine(Base): pass\n",
+        "pkg/__init__.py": "from .inner import Base\n",
+        "pkg/inner.py": "class Base(object): pass\n",
+    },
+    "a circle": {
+        "mine.py": "from base import Base\nclass Mine(Base): pass\n",
+        "base.py": "from mine import Mine\nclass Base(Mine): pass\n",
+    },
+    "a class that derives from itself": {"mine.py": "class Mine(Mine): pass\n"},
+    "an own class in a function": {
+        "mine.py": "from hvdtrain.torch import Recipe\ndef f():\n    class Mine(Recipe): pass\n"
+    },
+    "hvdtrain's other names": {
+        "mine.py": "import hvdtrain.torch\nclass Mine(hvdtrain.torch.DistributedOptimizer): pass\n"
+    },
+    "a star of torch": {"mine.py": "from torch.nn import *\nclass Mine(Module): pass\n"},
+}
+RECIPES = {
+    "directly": {"mine.py": RECIPE},
+    "by the package": {"mine.py": "import hvdtrain.torch\nclass Mine(hvdtrain.torch.Recipe): pass\n"},
+    "by an alias of the package": {"mine.py": "import hvdtrain.torch as ht\nclass Mine(ht.Recipe): pass\n"},
+    "from hvdtrain": {"mine.py": "from hvdtrain import torch as ht\nclass Mine(ht.Recipe): pass\n"},
+    "by its inner module": {"mine.py": "from hvdtrain.torch.recipe import Recipe as R\nclass Mine(R): pass\n"},
+    "by an assigned name": {"mine.py": "from hvdtrain.torch import Recipe\nBase = Recipe\nclass Mine(Base): pass\n"},
+    "by two classes": {"mine.py": BASE + "class Mixin: pass\nclass Mine(Mixin, Base): pass\n"},
+    "in if and try": {
+        "mine.py": "try:\n    from hvdtrain.torch import Recipe\nexcept ImportError:\n    Recipe = object\n"
+        "if True:\n    class Mine(Recipe): pass\n"
+    },
+    "a neighbour": {"mine.py": "from base import Base\nclass Mine(Base): pass\n", "base.py": BASE},
+    "a neighbour's module": {"mine.py": "import base\nclass Mine(base.Base): pass\n", "base.py": BASE},
+    "a neighbour's star": {"mine.py": "from base import *\nclass Mine(Base): pass\n", "base.py": BASE},
+    "a neighbour of a neighbour": {
+        "mine.py": "from base import Base as B\nclass Mine(B): pass\n",
+        "base.py": "from deep import Base\n",
+        "deep.py": BASE,
+    },
+    "a relative import": {"mine.py": "from .base import Base\nclass Mine(Base): pass\n", "base.py": BASE},
+    "a relative module": {"mine.py": "from . import base\nclass Mine(base.Base): pass\n", "base.py": BASE},
+    "a package": {
+        "mine.py": "from pkg import Base\nclass Mine(Base): pass\n",
+        "pkg/__init__.py": "from .inner import Base\n",
+        "pkg/inner.py": "from . import deep\nBase = deep.Base\n",
+        "pkg/deep.py": BASE,
+    },
+    "a package's module": {
+        "mine.py": "import pkg.inner\nclass Mine(pkg.inner.Base): pass\n",
+        "pkg/__init__.py": "",
+        "pkg/inner.py": BASE,
+    },
+    "a folder without __init__": {
+        "mine.py": "from parts.base import Base\nclass Mine(Base): pass\n",
+        "parts/base.py": BASE,
+    },
+    "a call": {"mine.py": "from hvdtrain.torch import Recipe\ndef make(): return Recipe\nclass Mine(make()): pass\n"},
+    "an expression": {"mine.py": "from hvdtrain.torch import Recipe\nBASES = [Recipe]\nclass Mine(BASES[0]): pass\n"},
+    "a class in a class": {
+        "mine.py": "from hvdtrain.torch import Recipe\nclass O:\n    class I(Recipe): pass\nclass Mine(O.I): pass\n"
+    },
+    "a loop's variable": {
+        "mine.py": "from hvdtrain.torch import Recipe\nfor B in [Recipe]: pass\nclass Mine(B): pass\n"
+    },
+    "an installed package": {"mine.py": "from acme.training import Base\nclass Mine(Base): pass\n"},
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_imports(tmp_path: Path) -> Iterator[None]:
+    before, path, finders = set(sys.modules), list(sys.path), list(sys.meta_path)
+    yield
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    sys.path[:], sys.meta_path[:] = path, finders
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    """Write a case's files, each of which makes the marker when it is run."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(MARK.format(mark=str(folder / "ran")) + text)
+    return folder / "mine.py"
+
+
+@pytest.mark.parametrize("case", NOT_RECIPES)
+def test_what_is_not_a_recipe_is_refused_and_not_run(tmp_path: Path, case: str) -> None:
+    path = write(tmp_path, NOT_RECIPES[case])
+    with pytest.raises(UserError) as refused:
+        load(str(path))
+    assert str(refused.value).startswith(f"{path} defines no recipe, and was not run: subclass")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_what_is_a_recipe_is_loaded(tmp_path: Path, case: str) -> None:
+    path = write(tmp_path, RECIPES[case])
+    if case == "an installed package":
+        site = tmp_path / "site"
+        write(site, {"acme/__init__.py": "", "acme/training.py": BASE})
+        sys.path.append(str(site))
+    assert load(f"{path}:Mine").__name__ == "Mine"
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["launch", "-np", "2"], ["launch", "-np", "2", "--dry-run"]])
+def test_commands_refuse_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    path = write(tmp_path, {"mine.py": "print('side effect')\n"})
+    with pytest.raises(SystemExit) as left:
+        main([*command, str(path), "--epochs", "1"])
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        f"hvdtrain: error: {path} defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, or name another "
+        "file (`hvdtrain list` shows the recipes that are found by name)"
+    )
+    assert "side effect" not in out and not (tmp_path / "ran").exists()
+
+
+def test_list_never_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(
+        tmp_path / "recipes", {"mine.py": RECIPE, "other.py": "from base import Base\nclass Other(Base):\n    'Doc.'\n"}
+    )
+    write(tmp_path / "recipes", {"base.py": BASE, "script.py": "1 / 0\n", "broken.py": "def\n"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["list"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"mine", "other", "base", "digits"} <= set(listed) and not {"script", "broken"} & set(listed)
+    assert [found.summary for found in finder.find_all() if found.name == "other"] == ["Doc."]
+    assert [found.framework for found in finder.find_all() if found.name == "other"] == ["torch"]
+    assert not (tmp_path / "recipes" / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nclass Mine(:\n", "mine.py cannot be imported: SyntaxError: invalid syntax (line 4)"),
+        ("x = '\0'\n", "mine.py cannot be imported: SyntaxError: source code string cannot contain null bytes"),
+        ("x = (\n", "mine.py cannot be imported: SyntaxError: '(' was never closed (line 3)"),
+    ],
+)
+def test_a_file_that_does_not_parse_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, {"mine.py": text})
+    with pytest.raises(UserError) as refused:
+        load(str(path))
+    assert str(refused.value) == f"{tmp_path}/{message}"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("text")
+    with pytest.raises(UserError, match=r"mine.txt is not a Python file: the name of a recipe's file ends in .py$"):
+        load(str(tmp_path / "mine.txt"))
+    with pytest.raises(UserError, match=r"^no recipe file '/no/such:file.py'$"):
+        load("/no/such:file.py")
+    path = write(tmp_path, {"mine.py": RECIPE})
+    with pytest.raises(UserError, match=r"has no recipe class 'Min'; did you mean 'Mine'\?$"):
+        load(f"{path}:Min")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_path_may_have_colons(tmp_path: Path) -> None:
+    path = write(tmp_path / "run:1", {"mine.py": BASE + "class Mine(Base): pass\n"})
+    assert load(str(path)).__name__ == "Mine"
+    assert load(f"{path}:Base").__name__ == "Base"
+    assert recipe_name(str(path)) == "mine" and recipe_name(f"{path}:Base") == "mine:Base"
+    assert recipe_name("digits:Wide") == "digits:Wide" and recipe_name("a/b/digits.py") == "digits"
+    odd = tmp_path / "a:b.py"
+    odd.write_text(RECIPE)
+    assert load(str(odd)).__name__ == "Mine" and load(f"{odd}:Mine").__name__ == "Mine"
+
+
+def test_relative_imports_in_a_package_reach_its_other_modules(tmp_path: Path) -> None:
+    package = tmp_path / "outer" / "inner"
+    write(package, {"mine.py": "from .sizes import N\nfrom ..common import M\nfrom . import K\n" + RECIPE})
+    write(package, {"sizes.py": "from .. import common\nN = 4 + common.M\n", "__init__.py": "K = 2\n"})
+    write(package.parent, {"__init__.py": "", "common.py": "M = 3\n"})
+    module = sys.modules[load(str(package / "mine.py")).__module__]
+    assert (module.N, module.M, module.K) == (7, 3, 2)
+
+
+def test_neighbours_of_one_recipe_are_not_those_of_another(tmp_path: Path) -> None:
+    for folder, size in (("a", 1), ("b", 2)):
+        write(tmp_path / folder, {"mine.py": f"import sizes\n{RECIPE}    N = sizes.N\n", "sizes.py": f"N = {size}\n"})
+        text = (
+            (tmp_path / folder / "mine.py").read_text().replace("class Mine(Recipe): pass\n", "class Mine(Recipe):\n")
+        )
+        (tmp_path / folder / "mine.py").write_text(text)
+    assert [load(str(tmp_path / folder / "mine.py")).N for folder in "aba"] == [1, 2, 1]  # type: ignore[attr-defined]
+
+
+def test_an_edit_between_two_loads_is_seen(tmp_path: Path) -> None:
+    path = write(tmp_path, {"mine.py": "from sizes import N\n" + RECIPE, "sizes.py": "N = 1\n"})
+    assert sys.modules[load(str(path)).__module__].N == 1
+    write(tmp_path, {"sizes.py": "N = 2\n"})
+    assert sys.modules[load(str(path)).__module__].N == 2
+
+
+TYPE_CHECKING = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+from hvdtrain.torch import Recipe
+if TYPE_CHECKING:
+    from collections import OrderedDict as Table
+@dataclass(kw_only=True)
+class Mine(Recipe):
+    cache: ClassVar[Table] = None
+    size: int | None = None
+    name: {type} = "a"
+"""
+
+
+def test_only_the_hints_of_fields_are_resolved(tmp_path: Path) -> None:
+    cls = load(str(tmp_path / _typed(tmp_path, "str")))
+    assert [(f.name, f.type, f.optional) for f in fields(cls)][-2:] == [("size", int, True), ("name", str, False)]
+
+
+def test_a_hint_that_cannot_be_resolved_is_one_line(tmp_path: Path) -> None:
+    cls = load(str(tmp_path / _typed(tmp_path, "Table")))
+    with pytest.raises(UserError) as refused:
+        fields(cls)
+    assert str(refused.value) == (
+        "the type 'Table' of Mine.name cannot be resolved: NameError: name 'Table' is not defined; import what it "
+        "names outside of `if TYPE_CHECKING`"
+    )
+
+
+def _typed(folder: Path, kind: str) -> str:
+    (folder / "typed.py").write_text(TYPE_CHECKING.replace("{type}", kind))
+    return "typed.py"
+
+
+def test_an_unknown_framework_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "from dataclasses import dataclass\nimport hvdtrain.recipe\n@dataclass(kw_only=True)\n"
+    path = write(tmp_path, {"mine.py": f"{text}class Mine(hvdtrain.recipe.Recipe):\n    framework = 'jax'\n"})
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(path)])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "hvdtrain: error: Mine.framework is 'jax'; expected 'torch': derive the recipe from hvdtrain.torch.Recipe\n"
+    )
+
+
+def test_launch_reports_a_typo_before_any_host_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("hvdtrain.cli.launch.preflight", lambda *args, **kwargs: asked.append(args))
+    with pytest.raises(SystemExit) as left:
+        main(["launch", "-H", "192.0.2.1:1,192.0.2.2:1", "--nic", "lo", "digits", "--epocs", "1"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith("hvdtrain: error: no option --epocs; did you mean '--epochs'?\n")
+    assert not asked
