@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
+from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
+from tests.support.worlds import KeptWorld, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
 EXACT = Path(__file__).parent / "exact_recipe.py"
 
 
 @pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-5), ("bf16", 2e-2), ("fp16", 3e-3)])
-def test_two_ranks_equal_one(amp: str, tolerance: float, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(amp: str, tolerance: float, world1: KeptWorld, world2: KeptWorld, tmp_path: Path) -> None:
     """24 steps of digits; each rank of two takes 3 passes a step, the one alone takes 6: same micro-batches' size."""
     options = ["--steps", "24", "--log-every", "1", "--clip-norm", "0.5", "--micro-batch", "22", "--amp", amp]
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
-    train("alone", 1, DIGITS, alone, *options, "--threads", "1")
-    train("horovodrun", 2, DIGITS, ranks, *options, "--threads", "1")
+    train(world1, DIGITS, alone, *options, "--threads", "1")
+    train(world2, DIGITS, ranks, *options, "--threads", "1")
     pairs = list(zip(rows(alone), rows(ranks), strict=True))
     assert len(pairs) == 24
     for one, two in pairs:
@@ -31,11 +32,11 @@ def test_two_ranks_equal_one(amp: str, tolerance: float, tmp_path: Path) -> None
     assert ("loss_scale" in pairs[0][0]) == (amp == "fp16")
 
 
-def test_overflow_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
+def test_overflow_on_one_rank_skips_the_step_on_all(world2: KeptWorld, tmp_path: Path) -> None:
     """fp16: the last rank's gradients overflow in step 6; the loss itself is finite."""
     folder = tmp_path / "run"
     env = {"HVDTRAIN_TEST_OVERFLOW_STEP": "6"}
-    train("horovodrun", 2, f"{EXACT}:Overflow", folder, "--steps", "9", "--amp", "fp16", "--log-every", "1", env=env)
+    train(world2, f"{EXACT}:Overflow", folder, "--steps", "9", "--amp", "fp16", "--log-every", "1", env=env)
     # The first steps find out the scale.
     assert [row["skipped"] for row in rows(folder)][3:] == [0, 0, 0, 1, 0, 0]
     scales = [row["loss_scale"] for row in rows(folder)]
@@ -51,12 +52,11 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_names_the_one(kind: str, t
     assert f"the loss is not finite at step 4 (epoch 1), on rank 1 on {host}; lower --lr" in done.stderr
 
 
-def test_skip_nonfinite_skips_so_many_and_no_more(tmp_path: Path) -> None:
+def test_skip_nonfinite_skips_so_many_and_no_more(world2: KeptWorld, tmp_path: Path) -> None:
     env = {"HVDTRAIN_TEST_NAN": "1:3"}
     folder = tmp_path / "run"
     summary = train(
-        "horovodrun",
-        2,
+        world2,
         f"{EXACT}:Overflow",
         folder,
         "--steps",

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ranks.harness import HVDTRAIN, ROOT, run, train
+from tests.ranks.harness import HVDTRAIN, ROOT, run
+from tests.support.worlds import KeptWorld, refusal, train
 
 MNIST = str(ROOT / "recipes" / "mnist.py")
 CIFAR10 = str(ROOT / "recipes" / "cifar10.py")
@@ -54,17 +55,17 @@ def write_cifar10(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
-def test_mnist_trains_on_idx_files(net: str, tmp_path: Path) -> None:
+def test_mnist_trains_on_idx_files(net: str, world2: KeptWorld, tmp_path: Path) -> None:
     write_mnist(tmp_path / "data")
     options = ["--data-dir", str(tmp_path / "data"), "--net", net, "--epochs", "8", "--batch-size", "20"]
-    summary = train("horovodrun", 2, MNIST, tmp_path / "run", *options)
+    summary = train(world2, MNIST, tmp_path / "run", *options)
     assert summary["samples_seen"] == 8 * 200
     assert summary["synthetic"] is False
     assert summary["eval"]["accuracy"] > 0.5  # 0.1 by chance
 
 
 @pytest.mark.parametrize("net", ["cnn", "resnet18"])
-def test_cifar10_trains_on_its_pickles(net: str, tmp_path: Path) -> None:
+def test_cifar10_trains_on_its_pickles(net: str, world2: KeptWorld, tmp_path: Path) -> None:
     sums = write_cifar10(tmp_path / "data")
     # The recipe as it is, but for the sums of the true files.
     recipe = tmp_path / "small_cifar10.py"
@@ -82,22 +83,24 @@ def test_cifar10_trains_on_its_pickles(net: str, tmp_path: Path) -> None:
     epochs = {"cnn": 8, "resnet18": 1}[net]
     options = ["--data-dir", str(tmp_path / "data"), "--net", net, "--epochs", str(epochs), "--batch-size", "40"]
     options += ["--lr", "0.02", "--channels-last", "--threads", "1"]
-    summary = train("horovodrun", 2, str(recipe), tmp_path / "run", *options)
+    summary = train(world2, str(recipe), tmp_path / "run", *options)
     assert summary["samples_seen"] == epochs * 200
     if net == "cnn":
         assert summary["eval"]["accuracy"] > 0.2  # 0.1 by chance
 
 
-def test_augmentation_does_not_depend_on_the_ranks_or_loader_processes(tmp_path: Path) -> None:
+def test_augmentation_does_not_depend_on_the_ranks_or_loader_processes(
+    world1: KeptWorld, world3: KeptWorld, tmp_path: Path
+) -> None:
     options = ["--synthetic", "--steps", "3", "--batch-size", "12", "--log-every", "1", "--eval-every", "100"]
     losses = []
-    for name, kind, ranks, more in (
-        ("alone", "alone", 1, []),
-        ("workers", "alone", 1, ["--workers", "2"]),
-        ("ranks", "horovodrun", 3, []),
+    for name, world, more in (
+        ("alone", world1, []),
+        ("workers", world1, ["--workers", "2"]),
+        ("ranks", world3, []),
     ):
         recipe = str(Path(__file__).parent / "augmented_recipe.py")
-        losses.append(train(kind, ranks, recipe, tmp_path / name, *options, *more)["train_loss"])
+        losses.append(train(world, recipe, tmp_path / name, *options, *more)["train_loss"])
     assert losses[1] == losses[0]
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
@@ -109,16 +112,13 @@ def test_augmentation_does_not_depend_on_the_ranks_or_loader_processes(tmp_path:
         (CIFAR10, "no whole CIFAR-10 in {data}/cifar-10-batches-py: --download fetches it where there is a network"),
     ],
 )
-def test_missing_files_are_explained(recipe: str, error: str, tmp_path: Path) -> None:
-    command = [*HVDTRAIN, "train", recipe, "--data-dir", str(tmp_path), "--run-dir", str(tmp_path / "run")]
-    done = run("alone", 1, command)
-    assert done.returncode == 2
-    assert done.stderr.startswith("hvdtrain: error: " + error.format(data=tmp_path))
-    assert len(done.stderr.splitlines()) == 1
-    # Cut off in the middle, as by a broken copy.
+def test_missing_files_are_explained(recipe: str, error: str, world1: KeptWorld, tmp_path: Path) -> None:
+    text = refusal(world1, recipe, tmp_path / "run", "--data-dir", str(tmp_path))
+    assert text.startswith(error.format(data=tmp_path)) and "\n" not in text
+    # Other files than the recipe's, as by a broken copy.
     if recipe == CIFAR10:
         write_cifar10(tmp_path)
-        assert run("alone", 1, command).returncode == 2
+        assert refusal(world1, recipe, tmp_path / "run", "--data-dir", str(tmp_path)) == text
 
 
 def test_mnist_files_may_not_be_left_compressed(tmp_path: Path) -> None:

@@ -9,28 +9,35 @@ import pytest
 import torch
 
 from hvdtrain.data import order
-from tests.ranks.harness import ROOT, rows, train
+from tests.ranks import harness
+from tests.ranks.harness import ROOT, rows
+from tests.support.worlds import KeptWorld, KeptWorlds, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
 EXACT = f"{Path(__file__).parent / 'exact_recipe.py'}:Exact"
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def alone(world1: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """digits in a single process: the rows of every step."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    summary = train("alone", 1, DIGITS, folder, "--log-every", "1", "--threads", "1")
+    summary = train(world1, DIGITS, folder, "--log-every", "1", "--threads", "1")
     assert summary["eval"]["accuracy"] >= 0.97
     return rows(folder)
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks"), [("horovodrun", 2), ("horovodrun", 3), ("horovodrun", 4), ("mpirun", 2), ("horovodrun-mpi", 2)]
+    ("kind", "ranks"),
+    [("kept", 2), ("kept", 3), ("kept", 4), ("horovodrun", 2), ("mpirun", 2), ("horovodrun-mpi", 2)],
 )
 def test_digits_is_the_same_on_any_number_of_ranks(
-    kind: str, ranks: int, alone: list[dict[str, float]], tmp_path: Path
+    kind: str, ranks: int, worlds: KeptWorlds, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    summary = train(kind, ranks, DIGITS, tmp_path / "run", "--log-every", "1", "--threads", "1")
+    options = ["--log-every", "1", "--threads", "1"]
+    if kind == "kept":
+        summary = train(worlds[ranks], DIGITS, tmp_path / "run", *options)
+    else:
+        summary = harness.train(kind, ranks, DIGITS, tmp_path / "run", *options)
     assert summary["world_size"] == ranks
     assert summary["samples_seen"] == 20 * 1437
     assert summary["eval"]["accuracy"] >= 0.97
@@ -62,10 +69,11 @@ def reference(epochs: int) -> tuple[list[float], dict[str, float]]:
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(1, []), (3, []), (3, ["--micro-batch", "2"])])
-def test_ragged_batches_equal_a_float64_reference(ranks: int, options: list[str], tmp_path: Path) -> None:
+def test_ragged_batches_equal_a_float64_reference(
+    ranks: int, options: list[str], worlds: KeptWorlds, tmp_path: Path
+) -> None:
     """1,003 examples in batches of 7 on 3 ranks: the last batch has 2 examples, so a rank has none."""
-    kind = "alone" if ranks == 1 else "horovodrun"
-    summary = train(kind, ranks, EXACT, tmp_path / "run", "--epochs", "2", "--log-every", "1", *options)
+    summary = train(worlds[ranks], EXACT, tmp_path / "run", "--epochs", "2", "--log-every", "1", *options)
     losses, metrics = reference(2)
     found = [row["loss"] for row in rows(tmp_path / "run")]
     assert len(found) == 2 * 144
@@ -75,13 +83,13 @@ def test_ragged_batches_equal_a_float64_reference(ranks: int, options: list[str]
     assert summary["train_loss"] == pytest.approx(epoch_mean, rel=1e-6)
 
 
-def test_dropout_and_batch_norm_agree_over_ranks_and_repeat(tmp_path: Path) -> None:
+def test_dropout_and_batch_norm_agree_over_ranks_and_repeat(world3: KeptWorld, tmp_path: Path) -> None:
     """Randomness and running statistics: ranks end with one state, and a second run gives the same one."""
     states = []
     for name in ("first", "second"):
         folder = tmp_path / name
         recipe = f"{Path(__file__).parent / 'exact_recipe.py'}:Noisy"
-        train("horovodrun", 3, recipe, folder, "--epochs", "1", env={"HVDTRAIN_TEST_OUT": str(folder)})
+        train(world3, recipe, folder, "--epochs", "1", env={"HVDTRAIN_TEST_OUT": str(folder)})
         per_rank = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
         for other in per_rank[1:]:
             assert other.keys() == per_rank[0].keys()

@@ -302,3 +302,9 @@ def train_here(recipe: str, run_dir: Path, options: tuple[str, ...]) -> dict[str
 def train(world: KeptWorld, recipe: str, run_dir: Path, *options: str, **kwargs: Any) -> dict[str, Any]:
     """Train on a kept world as `tests.ranks.harness.train` does on ranks of its own, and return rank 0's summary."""
     return world.run(train_here, recipe, run_dir, options, **kwargs)[0]
+
+
+def refusal(world: KeptWorld, recipe: str, run_dir: Path, *options: str, **kwargs: Any) -> str:
+    """Train on a kept world, which all ranks must refuse by a KnownError with the same text, and return that."""
+    (text,) = {str(error) for error in world.errors(train_here, recipe, run_dir, options, **kwargs)}
+    return text
