@@ -6,11 +6,13 @@ import errno
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 import click
 
 from hvdtrain import __version__, streams
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RecipeError, RunError, UserError, nearest
+from hvdtrain.exits import end_process
 from hvdtrain.launch.environment import find_hidden
 
 # name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
@@ -57,7 +59,20 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue)."""
+    """Run the command line and leave with its exit code: 0, 1 (failed), 2 (user's mistake), 75 (requeue).
+
+    As a program of its own, without `args`, end whatever a recipe has left running.
+    """
+    try:
+        run(args)
+    except SystemExit as end:
+        if args is None:
+            end_process(end.code if isinstance(end.code, int) else EXIT_FAILED)
+        raise
+
+
+def run(args: list[str] | None) -> NoReturn:
+    """Run the command line and raise SystemExit with its exit code."""
     streams.install()
     try:
         find_hidden(os.environ)
@@ -89,7 +104,7 @@ def check_output() -> None:
         fail(f"{lost.size} bytes of output could not be written: {lost.error}", EXIT_FAILED)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """End with a message on standard error."""
     click.echo(f"hvdtrain: error: {message}", err=True)
     sys.exit(code)

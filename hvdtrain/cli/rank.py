@@ -15,6 +15,8 @@ from hvdtrain import cores, messages
 from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
 from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, UserError
+from hvdtrain.exits import end_children
+from hvdtrain.recipe_errors import recipe_traceback
 
 
 def share_cores() -> None:
@@ -47,6 +49,8 @@ def leaving_on_failure(member: Membership | None = None) -> Iterator[None]:
         if member is not None and member.joined:
             member.end(code, str(error))
         leave(code, str(error), error.trace if isinstance(error, RecipeError) else "", error.origin)
+    except SystemExit as leaving:  # of code that is not one of the recipe's methods: a hook, a library
+        leave(EXIT_FAILED, f"sys.exit({leaving.code!r}) was called in the run", recipe_traceback(leaving))
     except KeyboardInterrupt:
         leave(130, "interrupted", "")
     except Exception as error:
@@ -67,9 +71,10 @@ def leave(code: int, error: str, trace: str, origin: int | None = None) -> NoRet
 
 
 def quit_at_once(code: int) -> NoReturn:
-    """End this process without Horovod's exit handler, which would wait for the other ranks."""
+    """End this process and its children without Horovod's exit handler, which would wait for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
+    end_children()
     os._exit(code)
 
 

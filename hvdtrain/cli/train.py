@@ -71,7 +71,12 @@ def arguments_of(args: list[str]) -> options.Arguments:
     if spec.startswith("-"):
         raise UserError(f"RECIPE comes first and its options after it: hvdtrain train RECIPE {spec} ...")
     share_cores()  # before the recipe imports torch, and so for every library it brings
-    return options.parse(load(spec), spec, rest)
+    try:
+        cls = load(spec)
+    except SystemExit as leaving:
+        text = f"{spec} called sys.exit({leaving.code!r}) when it was imported"
+        raise UserError(f"{text}: put what it runs under `if __name__ == '__main__':`") from None
+    return options.parse(cls, spec, rest)
 
 
 def check_arguments(args: list[str], elastic: bool = False) -> None:

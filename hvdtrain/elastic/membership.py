@@ -273,11 +273,18 @@ class Membership:
         self.board.propose("verdict", {"code": code, "error": error})
 
     def over(self) -> bool:
-        """Whether somebody has said that the run has ended; also where nobody can say it any more."""
+        """Whether the run has ended; also if nobody is left who could know."""
         try:
             return self.board.fact("verdict") is not None
         except BoardLost:
             return True
+
+    def verdict(self) -> dict[str, Any] | None:
+        """How the run has ended, {code, error}; None if it has not or nobody is left who could know."""
+        try:
+            return self.board.fact("verdict")  # type: ignore[no-any-return]
+        except BoardLost:
+            return None
 
 
 def newest_plan(board: Board) -> tuple[int, dict[str, Any] | None]:

@@ -105,6 +105,7 @@ WORDS = {str(signal.strsignal(number)): number for number in signal.valid_signal
 DEATHS = re.compile(
     r"\bProcess (?P<rank>\d+) exit with status code (?P<code>\d+)\."  # horovodrun
     r"|process rank (?P<rank2>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"  # Open MPI
+    r"|due to process rank (?P<rank5>\d+) with PID \d+ on node \S+ exiting improperly"  # Open MPI, of code 0
     r"|Process name: \[[^\]]*,(?P<rank3>\d+)\] Exit code: (?P<code3>\d+)"  # Open MPI
     r"|srun: error: \S+: tasks? (?P<rank4>\d+)[-,\d]*: "
     rf"(?:Exited with exit code (?P<code4>\d+)|(?P<words>{'|'.join(map(re.escape, WORDS))}))"
@@ -116,9 +117,9 @@ def deaths(lines: list[str]) -> list[Death]:
     found = []
     for match in DEATHS.finditer(" ".join(" ".join(lines).split())):
         part = match.groupdict()
-        rank = part["rank"] or part["rank2"] or part["rank3"] or part["rank4"]
+        rank = part["rank"] or part["rank2"] or part["rank3"] or part["rank4"] or part["rank5"]
         number = WORDS[part["words"]] if part["words"] else int(part["signal"] or 0)
-        code = 128 + number if number else int(part["code"] or part["code3"] or part["code4"])
+        code = 128 + number if number else int(part["code"] or part["code3"] or part["code4"] or 0)
         found.append(Death(int(rank), code))
     return found
 

@@ -34,7 +34,7 @@ class Report:
         self.started: dict[int, dict[str, Any]] = {}
         self.finished: dict[int, int] = {}
         self.running: set[int] = set()  # of an elastic run's newest generation, as far as is known
-        self.over_since: float | None = None  # when the last of them finished, by the monotonic clock
+        self.over_since: float | None = None  # when the last rank finished, by the monotonic clock
         self.failed: list[dict[str, Any]] = []
         self.launcher: deque[str] = deque(maxlen=KEEP_LINES)
         self.held: deque[tuple[float, Line]] = deque()
@@ -55,7 +55,8 @@ class Report:
         elif kind == "finished":
             self.finished[rank] = int(message.get("code") or 0)
             self.running.discard(rank)
-            self.over_since = None if self.running else time.monotonic()
+            over = len(self.finished) == len(self.hosts) if self.hosts else not self.running
+            self.over_since = time.monotonic() if over else None
         elif kind == "failed":
             self.failed.append(message)
 
@@ -113,6 +114,8 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
     fell = deaths(list(report.launcher))
     # A launcher ends the other ranks with SIGTERM once one has failed.
     silent = [death for death in fell if death.rank not in spoke and death.code != 128 + signal.SIGTERM]
+    # No launcher reports a rank that ended with code 0; the others have lost it all the same.
+    vanished = sorted(set(report.started) - spoke - {death.rank for death in fell})
     causes = [message for message in report.failed if CONSEQUENCE not in failure_text(message)]
     if causes:
         return failed_first(report, causes[0])
@@ -121,19 +124,18 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
     if asked and any(Death(0, 128 + number) in fell for number in (signal.SIGTERM, signal.SIGUSR1)):
         code = EXIT_REQUEUE if asked == signal.SIGUSR1 else 128 + asked
         return code, "rank 0 ended on the signal: it had not begun, and there was nothing to save"
+    others = f"\n{count_others(len(report.failed))}" if report.failed else ""
     if silent:
-        others = f"\n{count_others(len(report.failed))}" if report.failed else ""
         return silent_death(report, silent[0], others)
     gone = lost_host(list(report.launcher))
     if gone and len(report.finished) < len(report.hosts):
         return EXIT_FAILED, lost_text(report, gone, "the connection to the host failed")
     if report.peer and code and len(report.finished) < len(report.hosts):
         return EXIT_FAILED, lost_text(report, report.peer, "it ended, or its host did, without a message")
+    if vanished and (report.failed or code == 0):
+        return silent_death(report, Death(vanished[0], 0), others)
     if report.failed:
         return failed_first(report, report.failed[0])
-    unfinished = sorted(set(report.started) - set(report.finished))
-    if code == 0 and unfinished:
-        return EXIT_FAILED, f"error: {launcher} ended before {report.where(unfinished[0])} had finished"
     if code == 0:
         return 0, ""
     if report.hosts and len(report.finished) == len(report.hosts):
@@ -143,11 +145,11 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
 
 def elastic_outcome(report: Report, launcher: str, code: int, asked: int | None = None) -> tuple[int, str]:
     """As `outcome`, of an elastic run: ranks may have been lost on the way, what counts is how the last ones ended."""
+    if report.failed:  # by a rank that the others have not outlived
+        return failed_first(report, report.failed[0])
     codes = set(report.finished.values())
     if codes:
         return (0 if 0 in codes else EXIT_REQUEUE), ""
-    if report.failed:
-        return failed_first(report, report.failed[0])
     if asked:
         return 128 + asked, ""
     return EXIT_FAILED, f"error: {launcher} ended with code {code}, and all ranks with it"
@@ -186,6 +188,7 @@ def silent_death(report: Report, death: Death, others: str) -> tuple[int, str]:
         code = EXIT_USER if death.code == EXIT_USER else EXIT_FAILED
         over_ssh = death.code == SSH_FAILED and len(set(report.hosts)) > 1
         hint = ": over ssh, that is a rank killed by a signal, or a lost connection" if over_ssh else ""
+        hint = " before it had finished" if death.code == 0 else hint
         return code, f"error: {where} ended with code {death.code} and no message{hint}{others}"
     try:
         name = signal.Signals(number).name

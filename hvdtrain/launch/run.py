@@ -28,7 +28,7 @@ from hvdtrain.signals import SAME_STOP
 
 AS_HOROVODRUN = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]  # which starts ranks on hosts not known yet
 SSH_SECONDS = 10  # to end ranks on another host, at most
-OVER_SECONDS = 10  # for horovodrun to end when all ranks of an elastic run have
+OVER_SECONDS = 10  # for the launcher to end when all ranks have
 
 
 @dataclass
@@ -85,6 +85,8 @@ def run(
                 end_remote_ranks(job)
     judge = elastic_outcome if elastic else outcome
     verdict, text = judge(job.report, job.launcher, job.guard.returncode, job.asked)
+    if job.ended and job.report.over_since is not None:  # nothing of what the launcher was waiting for matters
+        text = text if job.report.failed else ""
     # What rank 0 has saved is saved, even if the others had to be ended.
     saved = job.report.over_since is not None if elastic else job.report.finished.get(0) == EXIT_REQUEUE
     if job.asked == signal.SIGUSR1 and job.too_early:
@@ -140,7 +142,7 @@ def attend(job: Job, received: list[int], woken: int) -> None:
                 job.screen.note(f"the ranks have not ended within {job.grace:g} s: ending them")
                 end(job)
             if (over := over_at(job)) is not None and time.monotonic() >= over and not job.ended:
-                job.screen.note("all ranks have ended, and horovodrun waits for others: ending it")
+                job.screen.note(f"all ranks have finished, and {job.launcher} waits for others: ending it")
                 end(job)
             for host in unreached(job):
                 job.screen.note(f"{host} cannot be reached by ssh: its ranks do not hear of the stop")
@@ -300,6 +302,6 @@ def wait_seconds(job: Job) -> float | None:
 
 
 def over_at(job: Job) -> float | None:
-    """When horovodrun should have ended, as all ranks of an elastic run have."""
+    """When the launcher should have ended, as all ranks have."""
     since = job.report.over_since
-    return since + OVER_SECONDS if job.elastic and since is not None else None
+    return since + OVER_SECONDS if since is not None else None

@@ -47,7 +47,7 @@ def train(
 
     name: what the recipe is called in the run folder. config: what config.json shall hold. membership: of an elastic
     run, whose worlds come and go; `world` is then this process alone.
-    Raises UserError for what a user can mend before the first step, RunError for a loss that is not finite.
+    Raises UserError for what a user can fix before the first step, RunError for a loss that is not finite.
     """
     check_framework(type(recipe))
     module, cls = FRAMEWORKS[recipe.framework]
@@ -131,10 +131,9 @@ def train(
         if not failed:
             report.lines(describe_end(summary, run.folder))
     code = EXIT_FAILED if failed else 0 if finished else EXIT_REQUEUE
-    if not failed:
-        messages.send("finished", rank=world.rank, code=code)
     # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
     end(world, membership, code, failed)
+    messages.send("finished", rank=world.rank, code=code)
     return summary
 
 
@@ -262,7 +261,8 @@ def end(world: World, membership: Membership | None, code: int, error: str | Non
     except ops.PeersLost:
         if membership is None or not membership.over():
             raise
-        errors = [error]
+        verdict = membership.verdict()
+        errors = [error or (verdict["error"] if verdict is not None else None)]
     if found := next(filter(None, errors), None):
         raise RunError(found)
 

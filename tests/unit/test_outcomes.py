@@ -1,0 +1,85 @@
+"""Which rank is blamed for the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hvdtrain.launch.output import Line
+from hvdtrain.launch.report import Report, elastic_outcome, outcome
+
+LOST = {"kind": "failed", "code": 1, "error": "HorovodInternalError: shut down", "traceback": ""}
+
+
+def started(rank: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "started", "rank": rank, "host": f"h{rank}", "pid": 100 + rank, **more}
+
+
+def finished(rank: int, code: int = 0) -> dict[str, Any]:
+    return {"kind": "finished", "rank": rank, "code": code}
+
+
+def lost(rank: int) -> dict[str, Any]:
+    return {**LOST, "rank": rank, "host": f"h{rank}", "pid": 100 + rank}
+
+
+def report_of(*messages: dict[str, Any], launcher: str = "", hosts: int = 3) -> Report:
+    report = Report([f"h{rank}" for rank in range(hosts)])
+    for message in messages:
+        report.take(message)
+    for line in launcher.splitlines():
+        report.hold(Line(None, "stderr", line))
+    return report
+
+
+ALL = (started(0), started(1), started(2))
+VANISHED = "error: rank 1 on h1 ended with code 0 and no message before it had finished"
+
+
+@pytest.mark.parametrize(
+    ("report", "code", "expected"),
+    [
+        # os._exit(0): no launcher reports it; rank 2 was ended by the launcher.
+        (
+            report_of(*ALL, lost(0), launcher="Process 2 exit with status code 143."),
+            1,
+            f"{VANISHED}\n(1 other rank failed with it)",
+        ),
+        (report_of(*ALL, lost(0), lost(2)), 1, f"{VANISHED}\n(2 other ranks failed with it)"),
+        (report_of(*ALL, finished(0), finished(2)), 0, VANISHED),
+        # One with a code of its own comes first.
+        (
+            report_of(*ALL, lost(0), launcher="Process 2 exit with status code 5."),
+            1,
+            "error: rank 2 on h2 ended with code 5 and no message\n(1 other rank failed with it)",
+        ),
+        (
+            report_of(
+                *ALL,
+                launcher="prterun has exited due to process rank 1 with PID 7 on node vm exiting\nimproperly. There",
+            ),
+            1,
+            VANISHED,
+        ),
+    ],
+)
+def test_a_rank_that_vanished_comes_before_those_that_lost_it(report: Report, code: int, expected: str) -> None:
+    assert outcome(report, "horovodrun", code) == (1, expected)
+
+
+def test_a_run_is_over_when_all_its_ranks_have_finished() -> None:
+    report = report_of(*ALL, finished(0), finished(2))
+    assert report.over_since is None
+    report.take(finished(1))
+    assert report.over_since is not None
+
+
+def test_a_failure_at_the_end_of_an_elastic_run_beats_the_others_finish() -> None:
+    report = Report([])
+    for rank in range(2):
+        report.take(started(rank, size=2))
+    report.take(finished(1))
+    error = "cannot write summary.json in run: Permission denied"
+    report.take({"kind": "failed", "rank": 0, "host": "h0", "pid": 100, "code": 1, "error": error, "traceback": ""})
+    assert elastic_outcome(report, "horovodrun", 0) == (1, f"error: rank 0 on h0 failed: {error}")
