@@ -6,6 +6,7 @@ output. Kinds:
 
     started   {rank, host, pid}                            once, when Horovod is initialized; in an elastic run also
               {..., size, reach}                           for each generation; reach: what horovodrun calls the host
+    standstill {rank, host, pid, what, collective, where, step, seconds, waits, after}   see hvdtrain.activity
     progress  {step, steps, epoch, loss, rate, text}       rank 0, a few times a second at most
     failed    {rank, host, pid, code, error, traceback,    once, when the rank ends badly; traceback may be ""; origin:
                origin}                                     the rank that caused it, if all ranks end with this error

@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from hvdtrain import activity
 from hvdtrain.cli import options
 from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failure
 from hvdtrain.collectives.world import FUSION_BYTES
@@ -15,6 +16,7 @@ from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
+from hvdtrain.trainer.hang import watch_command
 from hvdtrain.trainer.options import refuse_elastic
 
 HELP = """Train a recipe. This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
@@ -49,11 +51,14 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     if os.environ.get("HOROVOD_ELASTIC") == "1" and membership.MEMBER not in os.environ:
         return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).run()
     member = membership.from_environment()
+    watch_command()
+    activity.enter("importing the recipe", patient=True)
     try:
         arguments = arguments_of([recipe, *args])
         options.check(arguments)
         if arguments.given.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
+        activity.enter("meeting the other ranks", waits=True, patient=True)
         world = begin(member)
     except UserError as error:
         tell_failure(EXIT_USER, str(error), "")

@@ -15,11 +15,13 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from numpy.typing import NDArray
 
+from hvdtrain import activity
 from hvdtrain.errors import KnownError, RecipeError, RunError, UserError
 
 T = TypeVar("T")
 Handle = int
 Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
+_names: dict[Handle, str] = {}  # of collectives that were started and not waited for
 PeersLost = HorovodInternalError  # what collectives raise when another rank is gone, or has left
 
 
@@ -35,17 +37,28 @@ def size(group: Group = None) -> int:
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
     op = hvd.Average if average else hvd.Sum
-    return hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
+    return named(hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set), name)
 
 
 def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start sending part i of a 1-D tensor, in equal parts, to rank i; the parts received come in rank order."""
-    return hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
+    return named(hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start bringing every rank's 1-D tensor to all ranks, one behind the other in rank order."""
-    return hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
+    return named(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
+
+
+def named(handle: Handle, name: str) -> Handle:
+    """Remember what a collective is called, for whoever is found waiting for it."""
+    _names[handle] = name
+    return handle
+
+
+def forget_names() -> None:
+    """Forget collectives that nobody will wait for."""
+    _names.clear()
 
 
 def arrived(handle: Handle) -> bool:
@@ -60,10 +73,13 @@ def wait(handle: Handle) -> torch.Tensor:
     communication thread needs; so ask at intervals first. Not at shorter ones: MPI's threads spin and yield, and each
     yield to this one sets them back (Linux 6.18). At 0.2 ms three ranks on two cores stood still for a minute.
     """
-    pause = 20e-6
-    while not arrived(handle):
-        time.sleep(pause)
-        pause = min(2 * pause, 1e-3)
+    name = _names.pop(handle, "")
+    if not arrived(handle):
+        with activity.waiting(name):
+            pause = 20e-6
+            while not arrived(handle):
+                time.sleep(pause)
+                pause = min(2 * pause, 1e-3)
     output = hvd.synchronize(handle)
     # An all-to-all also returns the sizes received.
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
@@ -72,7 +88,7 @@ def wait(handle: Handle) -> torch.Tensor:
 def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> None:
     """Overwrite a contiguous tensor with that of the root, a rank among all, also where only a group takes part."""
     if size(group) > 1:
-        wait(hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set))
+        wait(named(hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set), name))
 
 
 def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group = None) -> bytes:

@@ -167,5 +167,8 @@ def leave() -> None:
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
+    from hvdtrain.collectives.ops import forget_names
+
     hvd.shutdown()
+    forget_names()
     mpi_ops._handle_map.clear()  # of collectives that will not end

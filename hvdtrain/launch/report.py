@@ -10,6 +10,7 @@ from typing import Any
 
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
 from hvdtrain.launch.output import PEER, Death, Line, deaths, lost_host
+from hvdtrain.launch.standstill import COLLECT, describe_standstill, parse_standstill, state_of
 
 HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
 KEEP_LINES = 1000  # of the launcher's own
@@ -38,6 +39,9 @@ class Report:
         self.failed: list[dict[str, Any]] = []
         self.launcher: deque[str] = deque(maxlen=KEEP_LINES)
         self.held: deque[tuple[float, Line]] = deque()
+        self.standing: dict[Process, dict[str, Any]] = {}  # what ranks reported to be in, as no step is made
+        self.standing_due: float | None = None  # when that is put together, by the monotonic clock
+        self.stuck = ""  # who hangs, as last put together
         self.peer: str | None = None  # the host of a rank that another rank missed first
 
     def take(self, message: dict[str, Any]) -> None:
@@ -59,6 +63,37 @@ class Report:
             self.over_since = time.monotonic() if over else None
         elif kind == "failed":
             self.failed.append(message)
+            if not self.stuck and is_consequence(message):
+                stopped = [(rank, state) for rank, state in self.silent().items() if state]
+                self.stuck = f"{self.where(stopped[0][0])} does not take part: {stopped[0][1]}" if stopped else ""
+        elif kind == "standstill" and parse_standstill(message) is not None:
+            self.standing[process_of(message)] = message
+            self.standing_due = self.standing_due or time.monotonic() + COLLECT
+
+    def silent(self) -> dict[int, str]:
+        """The ranks that have neither ended nor reported what they are in, and why that may be, or ""."""
+        ended = {*self.finished, *(failure["rank"] for failure in self.failed)}
+        unheard = {
+            rank: told
+            for rank, told in self.started.items()
+            if rank not in ended and process_of(told) not in self.standing
+        }
+        return {rank: state_of(*process_of(told)) for rank, told in unheard.items()}
+
+    def standstill(self) -> str:
+        """Put together who hangs and who waits for whom, and begin anew; "" if nobody hangs."""
+        known, reports, after = self.processes(), {}, 0.0
+        for process, message in self.standing.items():
+            stands = parse_standstill(message)
+            if stands is not None:
+                name = self.where(message["rank"]) if process in known else f"a new worker on {process[0]}"
+                reports[name] = stands
+                after = max(after, float(message["after"]))
+        silent = {self.where(rank): why for rank, why in self.silent().items()}
+        text = describe_standstill(reports, silent, after)
+        self.standing, self.standing_due = {}, None
+        self.stuck = text or self.stuck
+        return text
 
     def newcomer(self, message: dict[str, Any]) -> bool:
         """Whether a message is of a worker that is not yet one of an elastic run's ranks, which go on without it."""
@@ -116,9 +151,11 @@ def outcome(report: Report, launcher: str, code: int, asked: int | None = None) 
     silent = [death for death in fell if death.rank not in spoke and death.code != 128 + signal.SIGTERM]
     # No launcher reports a rank that ended with code 0; the others have lost it all the same.
     vanished = sorted(set(report.started) - spoke - {death.rank for death in fell})
-    causes = [message for message in report.failed if CONSEQUENCE not in failure_text(message)]
+    causes = [message for message in report.failed if not is_consequence(message)]
     if causes:
         return failed_first(report, causes[0])
+    if report.failed and report.stuck:
+        return EXIT_FAILED, f"error: {report.stuck}\n{count_others(len(report.failed))}"
     if EXIT_REQUEUE in report.finished.values():
         return EXIT_REQUEUE, ""  # the ranks agree on it, when the state is saved
     if asked and any(Death(0, 128 + number) in fell for number in (signal.SIGTERM, signal.SIGUSR1)):
@@ -196,6 +233,11 @@ def silent_death(report: Report, death: Death, others: str) -> tuple[int, str]:
         name = "unknown"
     hint = "; out of memory, if nobody sent it" if number == signal.SIGKILL else ""
     return EXIT_FAILED, f"error: {where} was killed by signal {number} ({name}){hint}{others}"
+
+
+def is_consequence(message: dict[str, Any]) -> bool:
+    """Whether a rank failed only because another one did, or hung while it waited for another one."""
+    return CONSEQUENCE in failure_text(message) or message.get("waits") is True
 
 
 def failure_text(message: dict[str, Any]) -> str:

@@ -148,6 +148,9 @@ def attend(job: Job, received: list[int], woken: int) -> None:
                 job.screen.note(f"{host} cannot be reached by ssh: its ranks do not hear of the stop")
             for line in job.report.due():
                 job.screen.line(line)
+            standing = job.report.standing_due
+            if standing is not None and time.monotonic() >= standing and (text := job.report.standstill()):
+                job.screen.note(text)
         for pipe, lines in streams:
             while pipe is not None and show(job, pipe.fileno(), lines):
                 pass
@@ -297,7 +300,7 @@ def unreached(job: Job) -> list[str]:
 def wait_seconds(job: Job) -> float | None:
     """How long to wait for output or a signal before something else is due."""
     ends = [] if job.ended else [job.deadline, over_at(job)]
-    times = [at for at in (*ends, job.report.next_due()) if at is not None]
+    times = [at for at in (*ends, job.report.next_due(), job.report.standing_due) if at is not None]
     return max(0.0, min(times) - time.monotonic()) if times else None
 
 

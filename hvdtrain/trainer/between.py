@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hvdtrain import activity
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
@@ -47,12 +48,16 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
 
 def evaluate(run: Run, step: Step, at: Position) -> None:
     """Set `at.eval`, the metrics over the evaluation examples: each example once, on one rank; sums by counts."""
+    activity.enter("loading a batch of the evaluation")
     count = step.examples["eval"]
     first, end = order.bounds(count, run.world.rank, run.world.size)
     sums = np.zeros(len(step.metrics))
     chunks = order.chunks(np.arange(first, end), run.plan.evaluated)
     for chunk, (_, batch) in zip(chunks, step.load("eval", chunks, 0), strict=True):
+        activity.enter("evaluating")
         sums += step.evaluate(batch, len(chunk))
+        activity.enter("loading a batch of the evaluation")
+    activity.enter("evaluating")
     at.eval = means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
     at.evaluated = at.step
 
@@ -99,7 +104,9 @@ def after_step(
         evaluate(run, step, at)
         report.evaluation(at, at.epoch + (not epoch_ends))
     if at.saved != at.step and (last or stopping or leaving or due(at.step, run.options.checkpoint_every, epoch_ends)):
+        activity.enter("saving a checkpoint", patient=True)
         save(run, step, at, report, must=last or stopping)
+    activity.enter("training")
     report.flush()
 
 
@@ -108,6 +115,7 @@ def resume(step: Step, folder: Path, name: str, world: World, seed: int) -> Posi
 
     Raises UserError for one that cannot be gone on from.
     """
+    activity.enter("reading a checkpoint", patient=True)
     found, error = None, None
     if world.rank == 0:
         try:

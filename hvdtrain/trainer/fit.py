@@ -13,6 +13,7 @@ from hvdtrain.collectives.world import World, init, leave
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe, checked, fields, make
+from hvdtrain.trainer.hang import watching
 from hvdtrain.trainer.loop import train
 from hvdtrain.trainer.options import RunOptions, check_sizes, refuse_elastic, split
 
@@ -36,7 +37,7 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     world = init(comm)
     try:
         name = type(recipe).__name__.lower()
-        with streams.installed():
+        with streams.installed(), watching():
             return train(recipe, name, options, config(name, recipe, options), world)
     finally:
         if comm is not None:

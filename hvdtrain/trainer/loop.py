@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hvdtrain import messages
+from hvdtrain import activity, messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
@@ -22,6 +22,7 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, near
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.step import FRAMEWORKS, Step, check_framework
+from hvdtrain.trainer import hang
 from hvdtrain.trainer.between import Run, after_step, resume, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.diagnose import Diagnosis
@@ -50,6 +51,8 @@ def train(
     Raises UserError for what a user can fix before the first step, RunError for a loss that is not finite.
     """
     check_framework(type(recipe))
+    hang.know(world.rank, world.size, options.hang_limit)
+    activity.enter("preparing the model and the datasets", patient=True)
     module, cls = FRAMEWORKS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
     check_best(recipe, step.metrics)
@@ -66,6 +69,7 @@ def train(
                     known["diagnosis"] = diagnosis.history() if diagnosis is not None else []
                     files.close()
                     world, at, known = join(membership, step, at, known)
+                    hang.know(world.rank, world.size, options.hang_limit)
                     about = {"rank": world.rank, "size": world.size, "host": world.host, "pid": os.getpid()}
                     messages.send("started", **about, reach=membership.slot.host)
                 begins = at is None
@@ -105,6 +109,7 @@ def train(
             if ending == "regroup":
                 continue
             break
+        activity.enter("ending the run", patient=True)
         finished = ending == "finished"
         summary = report.measured(
             {
@@ -181,6 +186,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
     if at.step:
         after_step(run, step, at, report)
     own = range(*order.bounds(plan.shards, world.rank, world.size))
+    activity.begin_steps(at.step)
     while at.step < plan.total_steps:
         # Of each step left in the epoch: how many examples in all, the place of this rank's first, and of each of this
         # rank's shards the micro-batches.
@@ -203,14 +209,18 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             for chunk in mine:
                 # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
                 # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
+                activity.enter("loading its batch")
                 ids, batch = next(batches)
+                activity.enter("computing gradients")
                 told[FED] += len(ids)
                 told[HASHES] += hash_sum(ids)
                 step.micro_batch(batch, len(chunk), 1 / count, (options.seed, at.step, first))
                 first += len(chunk)
+            activity.enter("exchanging gradients")
             agreed = step.exchange()
             if diagnosis is not None:
                 diagnosis.exchanged(start, agreed.waited)
+            activity.enter("updating the model")
             lr_factor = plan.schedule.factor(plan.position(at))
             if agreed.nonfinite:
                 skip_or_end(run, agreed, at, report)
@@ -229,6 +239,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             report.behind = int(agreed.told[HELD])
             run.ledger.append(Row(at.step + 1, epoch, at.offset, int(agreed.told[FED]), int(agreed.told[HASHES])))
             at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]))
+            activity.step_done(at.step)
             last = at.step == plan.total_steps
             values = means(step.metrics, agreed.sums, count) | details
             report.step(at, epoch, plan.lr * lr_factor, values, count, seconds, agreed.waited)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe, make, option
 
+HANG_LIMIT = 600.0  # seconds
+
 
 @dataclass(kw_only=True)
 class RunOptions:
@@ -60,6 +62,11 @@ class RunOptions:
         "compare ranks every --log-every steps, 10 at least: whom the others wait for and why, and whether their "
         "weights are the same; the run ends where they are not",
     )
+    hang_limit: float = option(
+        HANG_LIMIT,
+        "end a rank that spends so many seconds in one batch, one score or one update, and say in what; an elastic run "
+        "replaces it. Three times as long before the first step, in a checkpoint, or waiting for others; 0: no limit",
+    )
     quiet: bool = option(False, "no progress and no plan on the terminal")
 
     def __post_init__(self) -> None:
@@ -70,7 +77,7 @@ class RunOptions:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.bucket_mib is not None and not self.bucket_mib > 0:
             raise ValueError(f"--bucket-mib is {self.bucket_mib}; it must be above 0")
-        for name in ("seed", "workers", "skip_nonfinite"):
+        for name in ("seed", "workers", "skip_nonfinite", "hang_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         if self.seed >= 1 << 64:

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from hvdtrain import activity
 from hvdtrain.collectives import ops, world
 from hvdtrain.collectives.world import World
 from hvdtrain.elastic.membership import Membership
@@ -25,7 +26,9 @@ def join(
         began = time.perf_counter()
         # Nothing of the old world may be waited for: some of it is gone.
         world.leave()
-        place = membership.next_place(at.step if at is not None else -1)
+        with activity.doing("waiting for enough ranks", waits=True, endless=True):
+            place = membership.next_place(at.step if at is not None else -1)
+        activity.enter("meeting the other ranks", patient=True)
         try:
             new = world.enter(place.environment())
             step.rejoin(new)
