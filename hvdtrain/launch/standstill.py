@@ -43,7 +43,8 @@ def describe_standstill(reports: Mapping[str, Standstill], silent: Mapping[str, 
         return ""
     busy = {name: stands for name, stands in reports.items() if not stands.waits}
     waiting = {name: stands for name, stands in reports.items() if stands.waits}
-    stuck = {name: stands for name, stands in busy.items() if stands.seconds >= after}
+    # What holds up the others may have begun a little later than they began to wait.
+    stuck = {name: stands for name, stands in busy.items() if stands.seconds >= after / 2}
     if stuck:
         causes = [f"{name} has been {stands} for {stands.seconds:.0f} s" for name, stands in stuck.items()]
     elif silent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -72,7 +73,7 @@ class Ending(Recipe):
 
     def do(self, where: str) -> None:
         member = os.environ.get("HVDTRAIN_MEMBER", "")
-        rank = int(member.partition(":")[2].partition(":")[0] or 0) if member else rank_from_environment() or 0
+        rank = json.loads(member)["slot"]["local_rank"] if member else rank_from_environment() or 0
         if where != self.where or self.on not in (-1, rank) or (self.once and Path(self.once).exists()):
             return
         if self.once:
