@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
+import hvdtrain
+from hvdtrain.finder import load
+from hvdtrain.step import StepOptions
+from hvdtrain.torch.step import TorchStep
+from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
+from tests.support.worlds import KeptWorld, refusal, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
 SPECS = ["onebit,min=100", "topk:0.05,min=100,warmup=0", "powersgd:2,min=100,warmup=0", "qsgd:4bit,min=100"]
@@ -19,70 +24,63 @@ def saved(run_dir: Path, step: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_resume_with_exact_residuals_is_bit_for_bit(spec: str, tmp_path: Path) -> None:
+def test_resume_with_exact_residuals_is_bit_for_bit(spec: str, world2: KeptWorld, tmp_path: Path) -> None:
     options = ["--compression", spec, "--checkpoint-residuals", "exact", "--log-every", "1", "--threads", "1"]
     options += ["--steps", "16", "--checkpoint-every", "10", "--eval-every", "100"]
-    train("horovodrun", 2, DIGITS, tmp_path / "whole", *options)
+    train(world2, DIGITS, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-16")
-    assert train("horovodrun", 2, DIGITS, tmp_path / "resumed", "--resume")["resumed_from"] == 10
+    assert train(world2, DIGITS, tmp_path / "resumed", "--resume")["resumed_from"] == 10
     losses, others = ([row["loss"] for row in rows(tmp_path / name)] for name in ("resumed", "whole"))
     assert losses == others
     weights, expected = (saved(tmp_path / name, 16)["model"] for name in ("resumed", "whole"))
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_the_debt_of_all_ranks_survives_a_change_of_their_number(tmp_path: Path) -> None:
+def test_the_debt_of_all_ranks_survives_a_change_of_their_number(
+    world2: KeptWorld, world3: KeptWorld, tmp_path: Path
+) -> None:
     """Two ranks' residuals, summed, are what three ranks owe together right after resuming."""
     spec = ["--compression", "topk:0.05,min=100,warmup=0", "--threads", "1"]
-    train("horovodrun", 2, DIGITS, tmp_path / "run", *spec, "--steps", "10")
+    train(world2, DIGITS, tmp_path / "run", *spec, "--steps", "10")
     before = saved(tmp_path / "run", 10)["exchange"]["debts"]
     assert max(float(debt.abs().max()) for debt in before.values()) > 0
     shutil.copytree(tmp_path / "run", tmp_path / "more", symlinks=True)
     # Nothing left to train: what was loaded is saved again, under the next step's name.
     shutil.copytree(tmp_path / "more" / "checkpoints" / "step-10", tmp_path / "kept")
-    script = tmp_path / "debt.py"
-    script.write_text(
-        "import sys, torch, hvdtrain\n"
-        "from hvdtrain.finder import load\n"
-        "from hvdtrain.step import StepOptions\n"
-        "from hvdtrain.torch.step import TorchStep\n"
-        "world = hvdtrain.init()\n"
-        f"options = StepOptions(compression={spec[1]!r})\n"
-        f"step = TorchStep(load({DIGITS!r})(), world, options)\n"
-        "step.load_state(open(sys.argv[1], 'rb').read())\n"
-        "state = step.state()\n"
-        "if world.rank == 0:\n"
-        "    open(sys.argv[2], 'wb').write(state)\n"
-    )
-    import sys
-
-    command = [sys.executable, str(script), str(tmp_path / "kept" / "state"), str(tmp_path / "again")]
-    done = run("horovodrun", 3, command)
-    assert done.returncode == 0, done.stderr
+    world3.run(load_and_save, spec[1], tmp_path / "kept" / "state", tmp_path / "again")
     after = torch.load(tmp_path / "again", weights_only=True)["exchange"]["debts"]
     assert after.keys() == before.keys()
     for name, debt in before.items():
         torch.testing.assert_close(after[name], debt)
 
 
-def test_amp_fp16_rescales_the_residuals(tmp_path: Path) -> None:
+def load_and_save(compression: str, saved: Path, again: Path) -> None:
+    world = hvdtrain.init()
+    step = TorchStep(load(DIGITS)(), world, StepOptions(compression=compression))
+    step.load_state(saved.read_bytes())
+    state = step.state()
+    if world.rank == 0:
+        again.write_bytes(state)
+
+
+def test_amp_fp16_rescales_the_residuals(world2: KeptWorld, tmp_path: Path) -> None:
     """The loss scale falls in the first steps and the residuals with it: the run stays close to the dense one."""
     options = ["--amp", "fp16", "--steps", "40", "--log-every", "1", "--clip-norm", "1", "--threads", "1"]
-    dense = train("horovodrun", 2, DIGITS, tmp_path / "dense", *options)
-    coded = train("horovodrun", 2, DIGITS, tmp_path / "coded", *options, "--compression", "int8,min=100")
+    dense = train(world2, DIGITS, tmp_path / "dense", *options)
+    coded = train(world2, DIGITS, tmp_path / "coded", *options, "--compression", "int8,min=100")
     assert coded["eval"]["loss"] == pytest.approx(dense["eval"]["loss"], rel=0.05)
     assert coded["wire_bytes_per_step"] < 0.3 * dense["wire_bytes_per_step"]
     assert coded["compression"] == "int8,min=100"
 
 
 @pytest.mark.parametrize("compression", ["none", "fp16"])
-def test_horovods_own_exchange_trains_alike(compression: str, tmp_path: Path) -> None:
+def test_horovods_own_exchange_trains_alike(compression: str, world2: KeptWorld, tmp_path: Path) -> None:
     options = ["--steps", "24", "--log-every", "1", "--micro-batch", "22", "--clip-norm", "0.5", "--threads", "1"]
     losses = []
     for name, exchange in (("ours", "bucketed"), ("stock", "horovod")):
         more = ["--exchange", exchange, "--compression", compression]
-        train("horovodrun", 2, DIGITS, tmp_path / name, *options, *more)
+        train(world2, DIGITS, tmp_path / name, *options, *more)
         losses.append([row["loss"] for row in rows(tmp_path / name)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5 if compression == "none" else 1e-2)
 
@@ -107,9 +105,8 @@ def test_horovods_own_exchange_trains_alike(compression: str, tmp_path: Path) ->
         ),
     ],
 )
-def test_wrong_specifications(options: list[str], message: str, tmp_path: Path) -> None:
-    done = run("alone", 1, [*HVDTRAIN, "train", DIGITS, "--run-dir", str(tmp_path / "run"), *options])
-    assert (done.returncode, done.stderr) == (2, f"hvdtrain: error: {message}\n")
+def test_wrong_specifications(options: list[str], message: str, world1: KeptWorld, tmp_path: Path) -> None:
+    assert refusal(world1, DIGITS, tmp_path / "run", *options) == message
 
 
 def test_a_layer_that_matches_nothing(tmp_path: Path) -> None:

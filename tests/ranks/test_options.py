@@ -11,31 +11,33 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hvdtrain.step import TOLD
-from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
+from tests.ranks import harness
+from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
+from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
 EXACT = f"{Path(__file__).parent / 'exact_recipe.py'}:Exact"
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("none", 1.0), ("linear", 3.0), ("sqrt", 3**0.5)])
-def test_weak_scaling_is_the_larger_batch_at_the_scaled_rate(scale: str, factor: float, tmp_path: Path) -> None:
+def test_weak_scaling_is_the_larger_batch_at_the_scaled_rate(
+    scale: str, factor: float, world1: KeptWorld, world3: KeptWorld, tmp_path: Path
+) -> None:
     weak = ["--batch-per-rank", "7", "--scale-lr", scale, "--steps", "20", "--log-every", "1"]
-    command = [*HVDTRAIN, "train", EXACT, "--run-dir", str(tmp_path / "weak"), *weak]
-    done = run("horovodrun", 3, command)
-    assert done.returncode == 0, done.stderr
-    assert "batch     21 global (7 x 3 ranks) = 3 ranks x 1 pass x at most 7" in done.stdout
-    assert (f"(times {factor:g}, --scale-lr {scale})" in done.stdout) == (scale != "none")
+    train(world3, EXACT, tmp_path / "weak", *weak)
+    assert "batch     21 global (7 x 3 ranks) = 3 ranks x 1 pass x at most 7" in world3.printed[0]
+    assert (f"(times {factor:g}, --scale-lr {scale})" in world3.printed[0]) == (scale != "none")
     strong = ["--batch-size", "21", "--lr", str(0.003 * factor), "--steps", "20", "--log-every", "1"]
-    train("alone", 1, EXACT, tmp_path / "strong", *strong)
+    train(world1, EXACT, tmp_path / "strong", *strong)
     found, expected = ([[row["loss"], row["lr"]] for row in rows(tmp_path / name)] for name in ("weak", "strong"))
     for row, other in zip(found, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-9)
 
 
-def test_ema_averages_the_weights_and_is_what_is_evaluated(tmp_path: Path) -> None:
+def test_ema_averages_the_weights_and_is_what_is_evaluated(world2: KeptWorld, tmp_path: Path) -> None:
     """Against the average of the weights of every step, from a checkpoint of each."""
     options = ["--steps", "12", "--checkpoint-every", "1", "--keep", "20", "--ema", "0.8"]
-    summary = train("horovodrun", 2, EXACT, tmp_path / "run", *options)
+    summary = train(world2, EXACT, tmp_path / "run", *options)
     average = None
     for step in range(1, 13):
         state = torch.load(tmp_path / "run" / "checkpoints" / f"step-{step}" / "state", weights_only=True)
@@ -50,17 +52,17 @@ def test_ema_averages_the_weights_and_is_what_is_evaluated(tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(240)
-def test_compile_trains_alike(tmp_path: Path) -> None:
+def test_compile_trains_alike(world1: KeptWorld, tmp_path: Path) -> None:
     options = ["--steps", "4", "--log-every", "1", "--batch-size", "64", "--eval-every", "100"]
-    train("alone", 1, DIGITS, tmp_path / "eager", *options)
-    train("alone", 1, DIGITS, tmp_path / "compiled", *options, "--compile", timeout=200)
+    train(world1, DIGITS, tmp_path / "eager", *options)
+    harness.train("alone", 1, DIGITS, tmp_path / "compiled", *options, "--compile", timeout=200)
     losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("eager", "compiled")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_the_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
+def test_the_run_folder_holds_what_it_promises(world2: KeptWorld, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    summary = train("horovodrun", 2, DIGITS, folder, "--epochs", "2", "--width", "8", "--log-every", "5")
+    summary = train(world2, DIGITS, folder, "--epochs", "2", "--width", "8", "--log-every", "5")
     config = json.loads((folder / "config.json").read_text())
     assert config["recipe"] == "digits"
     assert {"width": 8, "epochs": 2, "batch_size": 128, "seed": 0, "amp": "off"}.items() <= config["options"].items()
@@ -86,13 +88,11 @@ def test_the_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     assert any("Conv" in node.op or "conv" in node.name.lower() for node in events.Graph().node)
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    train("alone", 1, EXACT, tmp_path / "run", "--steps", "2")
-    for kind, ranks in (("alone", 1), ("horovodrun", 2)):
-        done = run(kind, ranks, [*HVDTRAIN, "train", EXACT, "--run-dir", str(tmp_path / "run"), "--steps", "2"])
-        assert done.returncode != 0
-        error = f"run folder {tmp_path / 'run'} already holds a run: add --resume to go on, or name another"
-        assert error in done.stderr
+def test_a_folder_with_a_run_is_not_overwritten(worlds: KeptWorlds, tmp_path: Path) -> None:
+    train(worlds[1], EXACT, tmp_path / "run", "--steps", "2")
+    for ranks in (1, 2):
+        text = refusal(worlds[ranks], EXACT, tmp_path / "run", "--steps", "2")
+        assert text == f"run folder {tmp_path / 'run'} already holds a run: add --resume to go on, or name another"
 
 
 def test_threads_divide_the_cores_among_the_ranks(tmp_path: Path) -> None:

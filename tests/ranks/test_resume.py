@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks import harness
 from tests.ranks.disk import small_disk
-from tests.ranks.harness import HVDTRAIN, ROOT, Job, launcher, rows, run, train, wait_for_step
+from tests.ranks.harness import HVDTRAIN, ROOT, Job, launcher, rows, run, wait_for_step
+from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 # Dropout, AdamW's moments, EMA, a loss scale and batch norm all have state that a resume must bring back.
 RECIPE = f"{Path(__file__).parent / 'exact_recipe.py'}:Stateful"
@@ -46,9 +48,9 @@ def assert_same(run_dir: Path, other: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(world2: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train("horovodrun", 2, RECIPE, folder, *OPTIONS)
+    train(world2, RECIPE, folder, *OPTIONS)
     return folder
 
 
@@ -73,7 +75,7 @@ def test_sigterm_in_mid_epoch_and_resume_equals_the_uninterrupted_run(
     assert f"saved; to go on: --resume --run-dir {folder}" in done.stdout
 
     # Only the folder is named: the rest comes from its config.json.
-    resumed = train(kind, 2, RECIPE, folder, "--resume")
+    resumed = harness.train(kind, 2, RECIPE, folder, "--resume")
     assert resumed["resumed_from"] == stopped
     assert resumed["steps"] == 60
     assert [row["step"] for row in rows(folder)] == list(range(1, 61))
@@ -91,12 +93,12 @@ def test_a_rank_alone_exits_75(tmp_path: Path) -> None:
         assert job.finish().returncode == 75
 
 
-def test_a_checkpoint_goes_on_alike_on_another_world_size(tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_alike_on_another_world_size(worlds: KeptWorlds, tmp_path: Path) -> None:
     """Without batch norm and dropout, which see other micro-batches there."""
     recipe, folder = RECIPE.replace("Stateful", "Exact"), tmp_path / "run"
-    train("alone", 1, recipe, tmp_path / "whole", "--steps", "40", "--log-every", "1")
-    train("horovodrun", 2, recipe, folder, "--steps", "20", "--log-every", "1")
-    resumed = train("horovodrun", 3, recipe, folder, "--resume", "--steps", "40")
+    train(worlds[1], recipe, tmp_path / "whole", "--steps", "40", "--log-every", "1")
+    train(worlds[2], recipe, folder, "--steps", "20", "--log-every", "1")
+    resumed = train(worlds[3], recipe, folder, "--resume", "--steps", "40")
     assert (resumed["resumed_from"], resumed["world_size"]) == (20, 3)
     losses, whole = ([row["loss"] for row in rows(path)] for path in (folder, tmp_path / "whole"))
     assert losses == pytest.approx(whole, rel=1e-12)
@@ -122,33 +124,32 @@ def broken(folder: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "no meta", "foreign"])
-def test_a_bad_checkpoint_is_named_and_the_one_before_offered(kind: str, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_named_and_the_one_before_offered(
+    kind: str, uninterrupted: Path, world1: KeptWorld, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder, symlinks=True)
     message = broken(folder, kind)
     newest = folder / "checkpoints" / "step-60"
-    done = run("alone", 1, [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume"])
     offer = f"; step-50 is whole, to resume from it: rm -r {newest}"
-    assert (done.returncode, done.stderr) == (2, f"hvdtrain: error: {message}{offer}\n")
+    assert refusal(world1, RECIPE, folder, "--resume") == message + offer
     shutil.rmtree(newest)
-    assert train("alone", 1, RECIPE, folder, "--resume")["resumed_from"] == 50
+    assert train(world1, RECIPE, folder, "--resume")["resumed_from"] == 50
 
 
-def test_a_checkpoint_of_another_model_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(uninterrupted: Path, world1: KeptWorld, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder, symlinks=True)
     done = run("alone", 1, [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume", "--width", "9"])
     assert done.returncode == 2
     assert "the checkpoint is of another model or optimizer: size mismatch for" in done.stderr
-    done = run("alone", 1, [*HVDTRAIN, "train", str(ROOT / "recipes/mlp.py"), "--run-dir", str(folder), "--resume"])
-    assert done.returncode == 2
-    assert done.stderr == f"hvdtrain: error: {folder} is a run of recipe 'exact_recipe:Stateful', not of 'mlp'\n"
+    text = refusal(world1, str(ROOT / "recipes/mlp.py"), folder, "--resume")
+    assert text == f"{folder} is a run of recipe 'exact_recipe:Stateful', not of 'mlp'"
 
 
-def test_resume_where_there_is_nothing_starts_at_step_0(tmp_path: Path) -> None:
-    done = run("alone", 1, [*HVDTRAIN, "train", RECIPE, "--run-dir", str(tmp_path / "new"), "--resume", "--steps", "2"])
-    assert done.returncode == 0, done.stderr
-    assert "resumed   at step 0: no checkpoint yet" in done.stdout
+def test_resume_where_there_is_nothing_starts_at_step_0(world1: KeptWorld, tmp_path: Path) -> None:
+    train(world1, RECIPE, tmp_path / "new", "--resume", "--steps", "2")
+    assert "resumed   at step 0: no checkpoint yet" in world1.printed[0]
 
 
 @pytest.mark.parametrize(
@@ -156,44 +157,42 @@ def test_resume_where_there_is_nothing_starts_at_step_0(tmp_path: Path) -> None:
     [(["--seed", "5"], "999 examples by --seed 5"), (["--fewer", "9"], "990 examples"), (["--fewer", "500"], "499 ex")],
 )
 def test_another_order_in_mid_epoch_is_refused(
-    changed: list[str], now: str, uninterrupted: Path, tmp_path: Path
+    changed: list[str], now: str, uninterrupted: Path, world2: KeptWorld, tmp_path: Path
 ) -> None:
     """After 60 steps of 30 it stands at 780 of 999. The refused run leaves the folder as it was."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder, symlinks=True)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    resume = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume", "--steps", "70"]
-    done = run("horovodrun", 2, [*resume, *changed])
-    assert done.returncode != 0
+    refused = refusal(world2, RECIPE, folder, "--resume", "--steps", "70", *changed)
     begun = "999 examples" + (" by --seed 0" if "--seed" in changed else "")
     text = f"the checkpoint is at example 780 of an epoch of {begun}, and the training data is now {now}"
-    assert text in done.stderr and ": resume with the same" in done.stderr
+    assert text in refused and ": resume with the same" in refused
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_setting_of_the_optimizer_that_is_given_anew(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_setting_of_the_optimizer_that_is_given_anew(uninterrupted: Path, world1: KeptWorld, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder, symlinks=True)
-    train("alone", 1, RECIPE, folder, "--resume", "--steps", "61", "--decay", "0.5")
+    train(world1, RECIPE, folder, "--resume", "--steps", "61", "--decay", "0.5")
     before, after = (state(folder, step) for step in (60, 61))
     key = ".optimizer.param_groups.0.weight_decay"
     assert (before[key], after[key]) == (0.01, 0.5)
     assert after[".optimizer.state.0.step"] == before[".optimizer.state.0.step"] + 1
     # Resumed once more without it, it stays.
-    train("alone", 1, RECIPE, folder, "--resume", "--steps", "62")
+    train(world1, RECIPE, folder, "--resume", "--steps", "62")
     assert state(folder, 62)[key] == 0.5
 
 
-def test_a_batch_size_takes_the_place_of_a_batch_per_rank(tmp_path: Path) -> None:
-    train("alone", 1, RECIPE, tmp_path / "run", "--batch-per-rank", "10", "--scale-lr", "linear", "--steps", "3")
-    assert train("alone", 1, RECIPE, tmp_path / "run", "--resume", "--batch-size", "20", "--steps", "5")["steps"] == 5
+def test_a_batch_size_takes_the_place_of_a_batch_per_rank(world1: KeptWorld, tmp_path: Path) -> None:
+    train(world1, RECIPE, tmp_path / "run", "--batch-per-rank", "10", "--scale-lr", "linear", "--steps", "3")
+    assert train(world1, RECIPE, tmp_path / "run", "--resume", "--batch-size", "20", "--steps", "5")["steps"] == 5
     assert rows(tmp_path / "run")[-1]["samples"] == 3 * 10 + 2 * 20
 
 
-def test_the_best_is_one_that_was_evaluated_itself(tmp_path: Path) -> None:
+def test_the_best_is_one_that_was_evaluated_itself(world1: KeptWorld, tmp_path: Path) -> None:
     """The checkpoints of steps 6 and 9 hold the evaluation of step 4 and 8."""
     folder = tmp_path / "run"
-    train("alone", 1, RECIPE, folder, "--steps", "10", "--checkpoint-every", "3", "--eval-every", "4")
+    train(world1, RECIPE, folder, "--steps", "10", "--checkpoint-every", "3", "--eval-every", "4")
     assert (folder / "checkpoints" / "best").resolve().name == "step-10"
 
 
@@ -208,9 +207,9 @@ def test_an_old_checkpoint_that_cannot_be_removed(tmp_path: Path) -> None:
     assert "step-6" in {path.name for path in (folder / "checkpoints").iterdir()}
 
 
-def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_last_checkpoints_and_the_best_are_kept(world1: KeptWorld, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train("alone", 1, RECIPE, folder, "--steps", "50", "--checkpoint-every", "5", "--eval-every", "5", "--keep", "2")
+    train(world1, RECIPE, folder, "--steps", "50", "--checkpoint-every", "5", "--eval-every", "5", "--keep", "2")
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     losses = {row["step"]: row["eval_loss"] for row in rows(folder) if "eval_loss" in row}
     assert len(losses) == 10
@@ -219,7 +218,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (folder / "checkpoints" / "best").resolve().name == best
 
 
-def test_a_disk_that_is_full_at_the_end(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_end(world2: KeptWorld, tmp_path: Path) -> None:
     """What a run leaves behind cannot be written: it fails and says so; resumed, nothing is lost."""
     recipe = [str(ROOT / "tests" / "ranks" / "slow_recipe.py"), "--pause", "0.05", "--epochs", "2", "--log-every", "1"]
     with small_disk(tmp_path / "run", 2) as disk:
@@ -232,7 +231,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path) -> None:
         assert "cannot write step 24's checkpoint" in done.stderr and "No space left on device" in done.stderr
         assert "Traceback" not in done.stdout + done.stderr
         disk.empty()
-        train("horovodrun", 2, recipe[0], disk.path, "--resume")
+        train(world2, recipe[0], disk.path, "--resume")
         assert [row["step"] for row in rows(disk.path)] == list(range(1, 25))
         verified = run("alone", 1, [*HVDTRAIN, "ledger", "verify", str(disk.path)])
         assert verified.stdout.startswith("exactly once: 2 epochs x "), verified.stdout
