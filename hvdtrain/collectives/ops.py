@@ -191,7 +191,8 @@ def _described(error: Exception | None) -> tuple[str, str, str, str] | None:
     if error is None:
         return None
     trace = error.trace if isinstance(error, RecipeError) else ""
-    return type(error).__name__, str(error), trace, socket.gethostname()
+    known = next((kind for kind in (UserError, RunError, RecipeError) if isinstance(error, kind)), type(error))
+    return known.__name__, str(error), trace, socket.gethostname()
 
 
 def _agreed_error(failure: list[str], origin: int, own: Exception | None, *, named: bool) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shlex
 import signal
@@ -19,6 +20,7 @@ from hvdtrain.launch.command import find_program, horovodrun_ssh
 from hvdtrain.launch.hosts import Host, host_text
 from hvdtrain.launch.signals import Caught, signals
 from hvdtrain.launch.ssh import Ssh
+from hvdtrain.trainer.lease import RELAUNCH
 
 COOL_DOWN = (10, 300)  # seconds, least and most, until a host on which a process was lost is tried again
 BACK_OFF = (2.0, 60.0)  # seconds before the first relaunch, doubled each time, and the most
@@ -94,6 +96,8 @@ def keep_running(
     to resume.
     """
     environ = {**environ, "HVDTRAIN_MIN_NP": str(elastic.least)}
+    if relaunch:  # the run folder then belongs to all of these jobs, and they choose a checkpoint without being asked
+        environ[RELAUNCH] = secrets.token_hex(8)
     attempt = 0
     with signals() as (received, woken):
         while True:

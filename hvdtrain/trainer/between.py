@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from hvdtrain.step import Agreed, Step
 from hvdtrain.trainer import checkpoint
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.diagnose import Diagnosis
+from hvdtrain.trainer.folder import check_folder
+from hvdtrain.trainer.lease import FolderLost, Lease
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan
 from hvdtrain.trainer.report import Reporter
@@ -36,6 +39,7 @@ class Run:
     world: World
     plan: Plan
     folder: Path
+    lease: Lease
     membership: Membership | None
     ledger: Ledger
     diagnosis: Diagnosis | None
@@ -66,17 +70,22 @@ def save(run: Run, step: Step, at: Position, report: Reporter, *, must: bool) ->
     """Rank 0 writes a checkpoint and removes old ones; the other ranks give it what only they have and wait for it.
 
     If it cannot be written, whatever the error, it warns, and the next one is tried again; but it raises RunError,
-    on all ranks, for one that `must` be: it is what the run leaves when it ends.
+    on all ranks, for one that `must` be: it is what the run leaves when it ends. Raises FolderLost on rank 0 if the
+    folder is not this run's any more.
     """
-    error, final, what = None, True, "metrics.jsonl"
+    error, final, what = None, True, "owner.json"
     try:
         state = step.state()
         if run.world.rank == 0:
+            check_folder(run.folder, run.lease, report, run.ledger)
+            what = "metrics.jsonl"
             report.write_rows()
             what = "the ledger"
             run.ledger.durable()  # a checkpoint without the rows before it would lose them
             what = "its files"
-            checkpoint.save(run.folder, at, state, run.name)
+            checkpoint.save(run.folder, at, state, run.name, confirm=lambda: run.lease.check(now=True))
+    except FolderLost:
+        raise
     except RunError as problem:
         error = str(problem)
     except OSError as problem:
@@ -102,6 +111,7 @@ def after_step(
     last, epoch_ends = at.step >= run.plan.total_steps, at.offset == 0
     if at.evaluated != at.step and (last or due(at.step, run.options.eval_every, epoch_ends)):
         evaluate(run, step, at)
+        run.lease.check()
         report.evaluation(at, at.epoch + (not epoch_ends))
     if at.saved != at.step and (last or stopping or leaving or due(at.step, run.options.checkpoint_every, epoch_ends)):
         activity.enter("saving a checkpoint", patient=True)
@@ -110,16 +120,22 @@ def after_step(
     report.flush()
 
 
-def resume(step: Step, folder: Path, name: str, world: World, seed: int) -> Position:
+def resume(step: Step, folder: Path, name: str, world: World, seed: int, *, unattended: bool = False) -> Position:
     """Take over the newest checkpoint of rank 0's run folder on all ranks; a new Position if there is none.
 
+    unattended: pass over checkpoints that are damaged, and say so.
     Raises UserError for one that cannot be gone on from.
     """
     activity.enter("reading a checkpoint", patient=True)
     found, error = None, None
     if world.rank == 0:
         try:
-            found = checkpoint.load_newest(folder, name)
+            found = checkpoint.load_newest(folder, name, unattended=unattended)
+            for text in found.damaged if found else []:
+                print(f"hvdtrain: warning: {text}", file=sys.stderr, flush=True)
+            if found and found.damaged:
+                text = f"resuming from {found.folder.name}, the newest checkpoint that is whole"
+                print(f"hvdtrain: warning: {text}", file=sys.stderr, flush=True)
         except UserError as problem:
             error = str(problem)
     error, position = ops.broadcast_json([error, vars(found.position) if found else None], "resume.position")

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
-from hvdtrain.elastic.membership import Gone, Membership
+from hvdtrain.elastic.membership import LOST, Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
@@ -26,11 +27,13 @@ from hvdtrain.trainer import hang
 from hvdtrain.trainer.between import Run, after_step, resume, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.diagnose import Diagnosis
+from hvdtrain.trainer.folder import hand_on_folder, open_run_folder
+from hvdtrain.trainer.lease import RELAUNCH, FolderLost, Lease
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
-from hvdtrain.trainer.setup import open_ledger, resolve_threads, run_folder, step_options, versions, write_config
+from hvdtrain.trainer.setup import open_ledger, resolve_threads, step_options, versions, write_config
 from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
 
 Ending = Literal["finished", "stopped", "regroup"]
@@ -60,7 +63,8 @@ def train(
         raise UserError(f"this worker's datasets have {step.examples} examples, and those of the run's others {theirs}")
     report, at, resumed_from = Reporter(options), None, None
     ledger: Ledger | None = None
-    with StopRequest(membership) as stop, report, contextlib.ExitStack() as files:
+    lease = Lease(launch_name(membership))
+    with StopRequest(membership) as stop, lease, report, contextlib.ExitStack() as files:
         diagnosis: Diagnosis | None = None
         while True:
             try:
@@ -74,11 +78,12 @@ def train(
                     messages.send("started", **about, reach=membership.slot.host)
                 begins = at is None
                 if at is None:
-                    folder, at = begin(step, options, name, world, membership)
+                    folder, at = begin(step, options, name, world, membership, lease)
                     resumed_from = at.step or None
                     ledger = None
                 elif membership is not None:
-                    folder, report.recent = Path(membership.board.fact("folder")), known["rows"]
+                    folder = hand_on_folder(Path(membership.board.fact("folder")), lease)
+                    report.recent = known["rows"]
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder))
@@ -87,7 +92,7 @@ def train(
                 if options.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
                     diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
-                run = Run(name, recipe, options, world, plan, folder, membership, ledger, diagnosis)
+                run = Run(name, recipe, options, world, plan, folder, lease, membership, ledger, diagnosis)
                 report.open(run.folder, plan.total_steps, at, active=world.rank == 0)
                 if membership is None or not membership.changes:
                     introduce(run, step, at, report)
@@ -95,7 +100,16 @@ def train(
                     ranks = f"{world.size} rank{'s' * (world.size > 1)}"
                     report.lines([f"world     {ranks}, from step {at.step} on; {membership.took}"])
                 ending = run_steps(run, step, at, report, stop)
-            except (UserError, RunError, Gone):
+            except Gone:
+                # The next rank 0 needs it, if there is one.
+                lease.keep = membership is not None and not membership.over()
+                raise
+            except FolderLost as lost:
+                report.abandon()
+                if membership is not None and lost.same_launch:
+                    raise Gone(LOST, EXIT_FAILED) from lost
+                raise
+            except (UserError, RunError):
                 raise
             except Exception as error:
                 if membership is None:
@@ -132,6 +146,7 @@ def train(
                 "versions": versions(),
             }
         )
+        lease.check()
         failed = report.write_summary(summary)
         if not failed:
             report.lines(describe_end(summary, run.folder))
@@ -143,22 +158,31 @@ def train(
 
 
 def begin(
-    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None
+    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None, lease: Lease
 ) -> tuple[Path, Position]:
     """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
     if membership is not None and (known := membership.board.fact("folder")):  # all that had a state are gone
-        return Path(known), resume(step, Path(known), name, world, options.seed)
+        folder = hand_on_folder(Path(known), lease)
+        return folder, resume(step, folder, name, world, options.seed, unattended=True)
     if membership is not None and membership.generation > 1 and options.run_dir is not None:
         options = replace(options, resume=True)  # the first generation came so far as to make it
-    folder = run_folder(options, name)
+    folder = open_run_folder(options, name, lease)
     if options.resume:
-        at = resume(step, folder, name, world, options.seed)
+        at = resume(step, folder, name, world, options.seed, unattended=RELAUNCH in os.environ)
     else:
         at = Position()
         at.take_order(step.examples["train"], options.seed)
     if membership is not None:
         membership.board.propose("folder", str(folder.absolute()))
     return folder, at
+
+
+def launch_name(membership: Membership | None) -> str | None:
+    """By what the processes of an elastic run, and those of its relaunches, know each other; None: not elastic."""
+    if membership is None:
+        return None
+    name: str = membership.board.propose("launch", os.environ.get(RELAUNCH) or secrets.token_hex(8))
+    return name
 
 
 def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
@@ -234,6 +258,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 report.advice(step.exchange_report()["advisor"])
 
             epoch = at.epoch + 1
+            run.lease.check()
             # Only now: that this step took place tells that rank 0 has outlived its writing.
             run.ledger.forget(int(agreed.told[KEPT]))
             report.behind = int(agreed.told[HELD])

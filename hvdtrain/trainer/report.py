@@ -240,6 +240,15 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def abandon(self) -> None:
+        """Close the files without writing what is left: they are another run's now."""
+        self._due = False
+        if self.active:
+            self._rows.close()
+            self._events.abandon()
+        self.active = False
+        self.close()
+
     def close(self) -> None:
         """Write what is left, and close the files."""
         self.flush()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +49,6 @@ def resolve_threads(options: RunOptions, local_size: int) -> Threads:
     return Threads(1, "--deterministic") if options.deterministic else cores.choose_threads(local_size)
 
 
-def run_folder(options: RunOptions, name: str) -> Path:
-    """Make rank 0's run folder; every rank learns its path.
-
-    Raises UserError on all ranks if the folder holds another run or cannot be written.
-    """
-
-    def make_folder() -> str:
-        folder = options.run_dir or unused(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if not options.resume and (folder / "config.json").exists():
-            raise UserError(f"run folder {folder} already holds a run: add --resume to go on, or name another")
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
-        return str(folder)
-
-    return Path(ops.on_root("run_folder", make_folder))
-
-
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Rank 0 writes config.json, once nothing is left to refuse. Raises UserError on all ranks if it cannot."""
 
@@ -103,12 +82,6 @@ def open_ledger(known: Ledger | None, options: RunOptions, plan: Plan, at: Posit
 
     ops.on_root("ledger", begin_segment)
     return ledger
-
-
-def unused(folder: Path) -> Path:
-    """The folder, or one with a number behind its name where that is taken."""
-    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], names) if not path.exists())
 
 
 def versions() -> dict[str, str]:

@@ -41,6 +41,10 @@ class EventWriter:
     def _add(self, event: Event) -> None:
         self._records.write(event.SerializeToString())
 
+    def abandon(self) -> None:
+        """Close the file without writing what is left."""
+        self.file.close()
+
     def close(self) -> None:
         self.file.flush()
         self.file.close()

@@ -198,10 +198,10 @@ def test_the_best_is_one_that_was_evaluated_itself(world1: KeptWorld, tmp_path: 
 
 def test_an_old_checkpoint_that_cannot_be_removed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
+    train("alone", 1, RECIPE, folder, "--steps", "2", "--checkpoint-every", "2")
     with small_disk(folder / "checkpoints" / "step-1", 1):
-        command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--steps", "6", "--checkpoint-every", "2"]
-        done = run("alone", 1, [*command, "--keep", "1"])
+        command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume", "--steps", "6", "--keep", "1"]
+        done = run("alone", 1, command)
     assert done.returncode == 0, done.stderr
     assert "warning: old checkpoints cannot be removed: " in done.stderr
     assert "step-6" in {path.name for path in (folder / "checkpoints").iterdir()}
