@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import functools
+import hashlib
 import inspect
 import os
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from hvdtrain.errors import RecipeError, RunError, UserError
 from hvdtrain.recipe_errors import in_recipe, name_call
 from hvdtrain.step import Split, StepOptions
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.turns import take_turn
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, of the operation that it names before
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -36,10 +37,7 @@ def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
     Raises UserError on all ranks where it is raised on one, where a dataset is empty, or where ranks' lengths differ.
     """
     loaded: dict[Split, Any] = {}
-    lock = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}-{type(recipe).__name__}.lock"
-    with lock.open("w") as file:
-        if world.size == 1:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with data_turn(recipe) if world.size == 1 else contextlib.nullcontext():
         loaded = _load_in_turns(recipe, world)
     for split, dataset in loaded.items():
         lengths = ops.gather_json(len(dataset), f"datasets.{split}")
@@ -51,6 +49,13 @@ def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
                 "rank 0: all ranks need the same data"
             )
     return loaded
+
+
+def data_turn(recipe: Recipe) -> AbstractContextManager[None]:
+    """The turn of this process among those of its host that load a recipe's data."""
+    name = type(recipe).__name__
+    source = hashlib.sha256(inspect.getfile(type(recipe)).encode()).hexdigest()[:8]
+    return take_turn(f"{name}-{source}", f"load the data of {name}")
 
 
 def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:

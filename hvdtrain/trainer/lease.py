@@ -25,12 +25,12 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.errors import RunError, UserError
 from hvdtrain.files import FOR_ALL
+from hvdtrain.limits import seconds_from
 from hvdtrain.trainer.owner import Owner
 
 NAME = "owner.json"
@@ -71,25 +71,13 @@ class Found:
         return f"{who}, which renewed its lease {age:.0f} s ago"
 
 
-def lease_seconds(environ: Mapping[str, str]) -> float:
-    """After how many seconds without renewal a lease may be taken over. Raises UserError."""
-    text = environ.get(SECONDS_VARIABLE, "")
-    try:
-        seconds = float(text) if text else SECONDS
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86_400:
-        raise UserError(f"{SECONDS_VARIABLE} is {text!r}; expected seconds, from 0.1 to 86400")
-    return seconds
-
-
 class Lease:
     """This process's hold on its run's folder, if it has one: rank 0's. As a context, it is given up at the end."""
 
     def __init__(self, launch: str | None = None, seconds: float | None = None) -> None:
         """launch: the name of the launch that all its processes know; None: this process alone is one."""
         self.launch = launch or secrets.token_hex(8)
-        self.seconds = seconds or lease_seconds(os.environ)
+        self.seconds = seconds or seconds_from(os.environ, SECONDS_VARIABLE, SECONDS)
         self.keep = False  # for the next process of the launch
         self._folder: Path | None = None
         self._pending: Path | None = None  # to be handed on

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.errors import UserError
 from hvdtrain.trainer import lease as lease_module
-from hvdtrain.trainer.lease import FolderLost, Lease, lease_seconds, read, take_away
+from hvdtrain.trainer.lease import FolderLost, Lease, read, take_away
 from hvdtrain.trainer.owner import Owner
 
 SHORT = 0.6
@@ -300,8 +300,11 @@ def test_a_frozen_holder_is_waited_for_and_taken_over(tmp_path: Path) -> None:
             lease.check(now=True)
 
 
-def test_the_seconds_of_a_lease_come_from_the_environment() -> None:
-    assert (lease_seconds({}), lease_seconds({"HVDTRAIN_FOLDER_LEASE": "2.5"})) == (60, 2.5)
+def test_the_seconds_of_a_lease_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Lease().seconds == 60
+    monkeypatch.setenv("HVDTRAIN_FOLDER_LEASE", "2.5")
+    assert Lease().seconds == 2.5
     for text in ("x", "0", "-1", "nan", "inf", "1e9"):
-        with pytest.raises(UserError, match=f"HVDTRAIN_FOLDER_LEASE is '{text}'; expected seconds"):
-            lease_seconds({"HVDTRAIN_FOLDER_LEASE": text})
+        monkeypatch.setenv("HVDTRAIN_FOLDER_LEASE", text)
+        with pytest.raises(UserError, match=f"HVDTRAIN_FOLDER_LEASE is '{text}'; expected seconds, from 0.1 to 604800"):
+            Lease()
