@@ -57,9 +57,17 @@ class RecipeSource:
         return self.root / self.main
 
     @property
+    def digest(self) -> str:
+        """A hash of all files and their paths."""
+        return hashlib.sha256(repr(sorted(self.digests.items())).encode()).hexdigest()
+
+    @property
     def digests(self) -> dict[str, str]:
         """A hash of each file, by its relative path."""
         return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+
+
+imported: dict[str, RecipeSource] = {}  # by the name of the recipe's module
 
 
 def parse_file(path: Path, data: bytes) -> ast.Module:
@@ -263,7 +271,16 @@ def import_source(source: RecipeSource) -> ModuleType:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{source.shown}:{lines[-1]}" if lines else f"{source.shown}"
         raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    imported[source.module] = source
     return module
+
+
+def source_of(cls: type) -> RecipeSource | None:
+    """The source of a recipe's class, also of one that a script defines; None if no file is known."""
+    if cls.__module__ in imported:
+        return imported[cls.__module__]
+    path = Path(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
+    return read_source(path) if path.suffix == ".py" and path.is_file() else None
 
 
 def forget_others(source: RecipeSource) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdtrain.collectives.agreement import Part
 from hvdtrain.collectives.world import World
 from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe
@@ -65,7 +66,12 @@ class Step(Protocol):
 
     metrics: tuple[str, ...]  # the scores' names, "loss" first
     examples: dict[Split, int]
+    parts: Sequence[Part]  # what has to be the same on all ranks
+    first_examples: Mapping[str, str]  # hashes of some training examples, by their names
     torn: bool  # an update was begun and not finished: this state is none
+
+    def changed_example(self, earlier: Mapping[str, str]) -> str | None:
+        """The name of the first training example whose hash is another one than it was; None if there is none."""
 
     def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
         """The batches of these ids, in order, each with the ids that were really loaded."""

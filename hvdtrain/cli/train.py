@@ -16,6 +16,8 @@ from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
+from hvdtrain.recipe_source import RecipeSource
+from hvdtrain.source_copy import read_copy
 from hvdtrain.trainer.hang import watch_command
 from hvdtrain.trainer.options import refuse_elastic
 
@@ -54,7 +56,7 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     watch_command()
     activity.enter("importing the recipe", patient=True)
     try:
-        arguments = arguments_of([recipe, *args])
+        arguments = arguments_of([recipe, *args], copy_of_run(member))
         options.check(arguments)
         if arguments.given.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
@@ -70,14 +72,20 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     return 0 if summary["finished"] else EXIT_REQUEUE
 
 
-def arguments_of(args: list[str]) -> options.Arguments:
-    """Import the recipe and parse its options. Raises UserError."""
+def copy_of_run(member: membership.Membership | None) -> RecipeSource | None:
+    """The recipe's source as the elastic run that this worker joins copied it: the file may have been edited since."""
+    described = member.board.fact("source") if member is not None else None
+    return read_copy(described) if described is not None else None
+
+
+def arguments_of(args: list[str], source: RecipeSource | None = None) -> options.Arguments:
+    """Import the recipe, from `source` if it is given, and parse its options. Raises UserError."""
     spec, *rest = args
     if spec.startswith("-"):
         raise UserError(f"RECIPE comes first and its options after it: hvdtrain train RECIPE {spec} ...")
     share_cores()  # before the recipe imports torch, and so for every library it brings
     try:
-        cls = load(spec)
+        cls = load(spec, source)
     except SystemExit as leaving:
         text = f"{spec} called sys.exit({leaving.code!r}) when it was imported"
         raise UserError(f"{text}: put what it runs under `if __name__ == '__main__':`") from None

@@ -125,13 +125,13 @@ def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
     return [json.loads(joined[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
-def gather_array(values: NDArray[Any], name: str) -> NDArray[Any]:
+def gather_array(values: NDArray[Any], name: str, group: Group = None) -> NDArray[Any]:
     """(ranks, *shape): every rank's array, in the order of ranks, on every rank; shapes and types are the same."""
-    if hvd.size() == 1:
+    if size(group) == 1:
         return values[None]
     data = torch.from_numpy(values.reshape(-1).copy())
-    gathered: NDArray[Any] = wait(all_gather_async(data, name)).numpy()
-    return gathered.reshape((hvd.size(), *values.shape))
+    gathered: NDArray[Any] = wait(all_gather_async(data, name, group)).numpy()
+    return gathered.reshape((size(group), *values.shape))
 
 
 def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:

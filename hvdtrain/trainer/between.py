@@ -143,10 +143,22 @@ def resume(step: Step, folder: Path, name: str, world: World, seed: int, *, unat
         raise UserError(error)
     at = Position(**(position or {}))
     at.take_order(step.examples["train"], seed)
+    if at.offset and at.first_examples:
+        ops.all_or_none("resume.examples", lambda: refuse_other_examples(step, at))
+    at.first_examples = dict(step.first_examples)
     if position is not None:
         step.load_state(ops.broadcast_bytes(found.state if found else None, "resume.state"))
         at.saved = at.step
     return at
+
+
+def refuse_other_examples(step: Step, at: Position) -> None:
+    """Raise UserError if ids mean other examples now than in the epoch that a checkpoint is in the middle of."""
+    if changed := step.changed_example(at.first_examples):
+        raise UserError(
+            f"the checkpoint is at example {at.offset} of an epoch in which {changed} was another example than it is "
+            "now: resume with the same data in the same order, or from a checkpoint at the end of an epoch"
+        )
 
 
 def skip_or_end(run: Run, agreed: Agreed, at: Position, report: Reporter) -> None:

@@ -25,7 +25,7 @@ from hvdtrain.strict_json import integer, number, parse_json, seal, take
 FORMAT = "hvdtrain checkpoint 2"
 # Read as well: meta.json has no checksum of its own, and lacks fields of Position that came later.
 FORMAT_1 = "hvdtrain checkpoint 1"
-FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version")
+FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples")
 NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
@@ -52,6 +52,7 @@ class Position:
     seed: int = 0
     rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
     order_version: int = 1  # of hvdtrain.data.order, that drew it; 1 also if it was not written
+    first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
 
     def take_order(self, examples: int, seed: int) -> None:
         """Let the order be that of `examples` examples and a seed.
@@ -285,6 +286,10 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             values[name] = integer(value, where)
         elif kind == "float":
             values[name] = number(value, where)
+        elif kind == "dict[str, str]":
+            if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+                raise ValueError(f"has no object of texts {where!r}")
+            values[name] = value
         elif kind == "dict[str, float]":
             if not isinstance(value, dict):
                 raise ValueError(f"has no object {where!r}")

@@ -11,11 +11,12 @@ from hvdtrain import streams
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World, init, leave
 from hvdtrain.elastic.membership import Membership
-from hvdtrain.errors import UserError
+from hvdtrain.errors import UserError, nearest
 from hvdtrain.recipe import Recipe, checked, fields, make
 from hvdtrain.trainer.hang import watching
 from hvdtrain.trainer.loop import train
 from hvdtrain.trainer.options import RunOptions, check_sizes, refuse_elastic, split
+from hvdtrain.trainer.start import agree_on_given, agree_on_options
 
 # Where a run is, not what it is: these are not kept in config.json.
 NOT_KEPT = ("run_dir", "resume")
@@ -49,11 +50,13 @@ def fit_from_command_line(
     cls: type[Recipe], name: str, given: dict[str, Any], world: World, membership: Membership | None = None
 ) -> dict[str, Any]:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
+    agree_on_given(cls, name, given)
     if given.get("resume"):
-        given = merge_saved(Path(given["run_dir"]), name, given)
+        given = merge_saved(Path(given["run_dir"]), cls, name, given)
     if membership is not None:
         refuse_elastic(given)
     recipe, options = split(cls, given)
+    agree_on_options(recipe, name, options)
     return train(recipe, name, options, config(name, recipe, options), world, membership)
 
 
@@ -64,19 +67,19 @@ def config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
 
 
-def merge_saved(run_dir: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
+def merge_saved(run_dir: Path, cls: type[Recipe], name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Options of rank 0's config.json, overridden by those given now; the same on every rank.
 
     Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
     """
-    options = ops.on_root("config", lambda: saved_options(run_dir, name))
+    options = ops.on_root("config", lambda: saved_options(run_dir, cls, name))
     for option, other in (("epochs", "steps"), ("batch_size", "batch_per_rank"), ("batch_size", "scale_lr")):
         if option in given:
             options.pop(other, None)
     return {**options, **given}
 
 
-def saved_options(run_dir: Path, name: str) -> dict[str, Any]:
+def saved_options(run_dir: Path, cls: type[Recipe], name: str) -> dict[str, Any]:
     """The options in a run folder's config.json; none if there is no such file. Raises UserError."""
     path = run_dir / "config.json"
     if not path.exists():
@@ -88,4 +91,14 @@ def saved_options(run_dir: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from error
     if recipe != name:
         raise UserError(f"{run_dir} is a run of recipe {recipe!r}, not of {name!r}")
+    known = {field.name: field for field in [*fields(cls), *fields(RunOptions)]}
+    for option, value in options.items():
+        if option not in known:
+            near = nearest(option, [field.name for field in fields(cls)])
+            text = f"{path} has the option {option!r}, which {cls.__name__} does not have"
+            raise UserError(f"{text}: rename or remove it there as in the recipe{near}")
+        try:
+            checked(known[option], value)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return options

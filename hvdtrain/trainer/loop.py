@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from hvdtrain import activity, messages
 from hvdtrain.collectives import ops
+from hvdtrain.collectives.agreement import compare_with_record, record
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
@@ -22,6 +23,8 @@ from hvdtrain.elastic.membership import LOST, Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
+from hvdtrain.recipe_source import source_of
+from hvdtrain.source_copy import describe_copy
 from hvdtrain.step import FRAMEWORKS, Step, check_framework
 from hvdtrain.trainer import hang
 from hvdtrain.trainer.between import Run, after_step, resume, skip_or_end
@@ -33,8 +36,9 @@ from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
-from hvdtrain.trainer.setup import open_ledger, resolve_threads, step_options, versions, write_config
+from hvdtrain.trainer.setup import copy_source, open_ledger, resolve_threads, step_options, versions, write_config
 from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
+from hvdtrain.trainer.start import options_part, recipe_parts, resolved_options
 
 Ending = Literal["finished", "stopped", "regroup"]
 
@@ -59,10 +63,12 @@ def train(
     module, cls = FRAMEWORKS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
     check_best(recipe, step.metrics)
-    if membership is not None and (theirs := membership.board.propose("examples", step.examples)) != step.examples:
-        raise UserError(f"this worker's datasets have {step.examples} examples, and those of the run's others {theirs}")
+    if membership is not None:
+        parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options)), *step.parts]
+        compare_with_record(parts, membership.board.propose("agreement", record(parts)), world)
     report, at, resumed_from = Reporter(options), None, None
     ledger: Ledger | None = None
+    source, notes = source_of(type(recipe)), list[str]()
     lease = Lease(launch_name(membership))
     with StopRequest(membership) as stop, lease, report, contextlib.ExitStack() as files:
         diagnosis: Diagnosis | None = None
@@ -89,6 +95,10 @@ def train(
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder))
                 if begins:
                     write_config(folder, config)
+                    if source is not None:
+                        notes = list(filter(None, [copy_source(folder, source)]))
+                    if source is not None and membership is not None:
+                        membership.board.propose("source", describe_copy(folder, source))
                 if options.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
                     diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
@@ -96,6 +106,7 @@ def train(
                 report.open(run.folder, plan.total_steps, at, active=world.rank == 0)
                 if membership is None or not membership.changes:
                     introduce(run, step, at, report)
+                    report.lines(notes)
                 else:
                     ranks = f"{world.size} rank{'s' * (world.size > 1)}"
                     report.lines([f"world     {ranks}, from step {at.step} on; {membership.took}"])
@@ -172,6 +183,7 @@ def begin(
     else:
         at = Position()
         at.take_order(step.examples["train"], options.seed)
+        at.first_examples = dict(step.first_examples)
     if membership is not None:
         membership.board.propose("folder", str(folder.absolute()))
     return folder, at

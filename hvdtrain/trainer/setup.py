@@ -14,6 +14,8 @@ from hvdtrain.cores import Threads
 from hvdtrain.elastic.ledger import MOST, Ledger, numbered
 from hvdtrain.errors import UserError
 from hvdtrain.files import FOR_OWNER, trouble, write_json
+from hvdtrain.recipe_source import RecipeSource
+from hvdtrain.source_copy import write_copy
 from hvdtrain.step import StepOptions
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
@@ -59,6 +61,21 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
             raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
 
     ops.on_root("config.written", write)
+
+
+def copy_source(folder: Path, source: RecipeSource) -> str | None:
+    """Rank 0 writes the recipe's files to RUN_DIR/source/; what has changed in them since the run began, in a line.
+
+    Raises UserError on all ranks if they cannot be written.
+    """
+
+    def write() -> str | None:
+        try:
+            return write_copy(folder, source)
+        except OSError as error:
+            raise UserError(trouble("the recipe's source", folder, error)) from error
+
+    return ops.on_root("source.written", write)
 
 
 def open_ledger(known: Ledger | None, options: RunOptions, plan: Plan, at: Position, folder: Path) -> Ledger:
