@@ -13,10 +13,12 @@ import torch
 from horovod.torch import optimizer as horovod_optimizer
 
 from hvdtrain.collectives import ops
+from hvdtrain.collectives.agreement import agree
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
 from hvdtrain.torch.buckets import Named
 from hvdtrain.torch.exchange import Exchange
+from hvdtrain.torch.fingerprint import model_parts
 from hvdtrain.torch.shards import ShardExchange
 
 
@@ -193,9 +195,12 @@ def broadcast_state(
     """Overwrite parameters, buffers and optimizer state with the root's, in any memory format.
 
     root: a rank among all, also where a process_set is given; it must be in it.
+    Raises UserError on all ranks, naming the first difference, if the models' parameters or buffers differ in name,
+    order, shape or dtype.
     """
     if ops.size(process_set) == 1:
         return
+    agree("state.agreement", model_parts(model), process_set)
     tensors = [*model.parameters(), *model.buffers()]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         part = [t.detach() for t in tensors if t.dtype == dtype]

@@ -50,8 +50,8 @@ def fit_from_command_line(
     cls: type[Recipe], name: str, given: dict[str, Any], world: World, membership: Membership | None = None
 ) -> dict[str, Any]:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
-    agree_on_given(cls, name, given)
     if given.get("resume"):
+        agree_on_given(cls, name, given)
         given = merge_saved(Path(given["run_dir"]), cls, name, given)
     if membership is not None:
         refuse_elastic(given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from hvdtrain import __version__
@@ -12,6 +11,7 @@ from hvdtrain.recipe import Recipe, fields
 from hvdtrain.recipe_source import source_of
 from hvdtrain.trainer.options import RunOptions
 
+COLLECTIVE = "agreement.options"
 # Where a rank runs and what it shows may differ; rank 0 decides where the run's folder is.
 PER_RANK = ("device", "threads", "quiet", "run_dir")
 
@@ -43,17 +43,17 @@ def options_part(values: Mapping[str, Any]) -> Part:
 def resolved_options(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """The value of each option of the recipe and of the run."""
     values = {field.name: getattr(recipe, field.name) for field in fields(type(recipe))}
-    return values | {field.name: getattr(options, field.name) for field in dataclass_fields(options)}
+    return {"resume": options.resume, **values, **vars(options)}
 
 
 def agree_on_options(recipe: Recipe, name: str, options: RunOptions) -> None:
     """Return if all ranks have the same recipe, source and options. Raises UserError on all ranks."""
-    parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options))]
-    agree("agreement.options", parts)
+    agree(COLLECTIVE, [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options))])
 
 
 def agree_on_given(cls: type[Recipe], name: str, given: Mapping[str, Any]) -> None:
-    """As `agree_on_options`, of what the command line gives, before a run's config.json is read."""
-    resume = {"resume": given.get("resume", False)}
-    parts = [*recipe_parts(cls, name), options_part({**resume, **dict(sorted(given.items()))})]
-    agree("agreement.given", parts)
+    """Return if all ranks resume with the same options given; the others are then those of the run's config.json.
+
+    A rank that does not resume meets it with `agree_on_options`.
+    """
+    agree(COLLECTIVE, [*recipe_parts(cls, name), options_part({"resume": True, **dict(sorted(given.items()))})])

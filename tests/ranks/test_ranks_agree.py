@@ -135,11 +135,12 @@ def test_what_is_alike_or_random_trains(world2: KeptWorld, mine: Path, kind: str
     ("ours", "theirs", "message"),
     [
         (("--batch-size", "8"), ("--batch-size", "16"), "--batch-size is 16 on {who}, 8 on rank 0"),
-        (("--seed", "1"), (), "--seed is not given on {who}, 1 on rank 0"),
-        ((), ("--epochs", "3"), "--epochs is 3 on {who}, not given on rank 0"),
-        (("--epochs", "1"), ("--steps", "5"), "--epochs is not given on {who}, 1 on rank 0"),
-        ((), ("--kind", "x"), "--kind is x on {who}, not given on rank 0"),
+        (("--seed", "1"), (), "--seed is 0 on {who}, 1 on rank 0"),
+        ((), ("--epochs", "3"), "--epochs is 3 on {who}, 1 on rank 0"),
+        (("--epochs", "1"), ("--steps", "5"), "--steps is 5 on {who}, None on rank 0"),
+        (("--kind", "y"), ("--kind", "x"), "--kind is x on {who}, y on rank 0"),
         ((), ("--resume",), "--resume is True on {who}, False on rank 0"),
+        (("--resume", "--lr", "1"), ("--resume",), "--lr is not given on {who}, 1.0 on rank 0"),
         (
             ("--deterministic", "--threads", "1"),
             ("--deterministic", "--threads", "2"),
@@ -209,6 +210,23 @@ def test_horovodrun_refuses_parameters_out_of_a_set(mine: Path) -> None:
         done = job.finish(60)
     assert done.returncode != 0
     assert f"hvdtrain: error: rank 1 on {HERE}: parameter " in done.stdout + done.stderr
+
+
+def broadcast_models_in_another_order() -> None:
+    import torch
+
+    import hvdtrain
+    from hvdtrain.torch import broadcast_state
+
+    rank = hvdtrain.init().rank
+    broadcast_state(torch.nn.ModuleDict({k: torch.nn.Linear(4, 1) for k in ("ba" if rank else "ab")}))
+
+
+def test_broadcast_state_refuses_parameters_in_another_order(world2: KeptWorld) -> None:
+    errors = world2.errors(broadcast_models_in_another_order)
+    assert refusal(errors) == (
+        f"rank 1 on {HERE}: parameter 1 is 'b.weight' (1, 4) float32, rank 0 has 'a.weight' (1, 4) float32"
+    )
 
 
 def seconds_to_agree(run_dir: Path) -> float:
