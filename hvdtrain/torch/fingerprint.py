@@ -21,7 +21,13 @@ from torch.nn.parameter import is_lazy
 
 from hvdtrain.collectives.agreement import Part
 from hvdtrain.errors import UserError
+from hvdtrain.recipe_errors import in_recipe
+from hvdtrain.step import Split
+from hvdtrain.torch.data import SeededExamples
+from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.settings import settings_of
 
+EXAMPLES = 2  # the place of the examples among `step_parts`
 # Of the standard library: objects whose repr is all that they are.
 BY_REPR = (
     *(bool, int, complex, type(None), type(Ellipsis), range, slice, uuid.UUID, decimal.Decimal, fractions.Fraction),
@@ -86,31 +92,81 @@ def compared_ids(count: int) -> list[int]:
     return sorted({0, count // 2, count - 1}) if count else []
 
 
-def examples_part(get: Mapping[str, Callable[[int], Any]], counts: Mapping[str, int]) -> Part:
-    """The content of three examples of each split.
+@dataclasses.dataclass(frozen=True)
+class Getter:
+    """A split's examples, each with its randomness seeded."""
 
-    Args:
-        get: of each split, what returns an example by its id, with its randomness seeded.
-        counts: the number of examples of each split.
-    """
+    count: int
+    get: Callable[[int], Any]
+
+
+def example_getters(recipe: Recipe, datasets: Mapping[Split, Any], seed: int) -> dict[Split, Getter]:
+    """What returns the examples of each split as the first epoch draws them."""
+
+    def getter(split: Split, dataset: Any) -> Getter:
+        seeded = SeededExamples(dataset, [seed, 0])
+
+        def get(i: int) -> Any:
+            with in_recipe(recipe, f"dataset({split!r})[{i}]"):
+                return seeded[i][1]
+
+        return Getter(len(dataset), get)
+
+    return {split: getter(split, dataset) for split, dataset in datasets.items()}
+
+
+def examples_part(getters: Mapping[Split, Getter]) -> Part:
+    """The content of three examples of each split."""
 
     def digests() -> dict[str, str]:
         found = {}
-        for split, example in get.items():
-            for i in compared_ids(counts[split]):
-                found[f"dataset({split!r})[{i}]"] = digest_example(example(i))
+        for split, getter in getters.items():
+            for i in compared_ids(getter.count):
+                found[f"dataset({split!r})[{i}]"] = digest_example(getter.get(i))
         return found
 
     difference = "{who}: {key} differs from {base}'s (file order? sort the list of files)"
     return Part("examples", digests(), difference, again=digests)
 
 
-def lengths_part(counts: Mapping[str, int]) -> Part:
+def of_split(examples: Part, split: Split) -> dict[str, str]:
+    """The hashes of the examples of one split."""
+    return {name: digest for name, digest in examples.values.items() if name.startswith(f"dataset({split!r})")}
+
+
+def changed_example(examples: Part, earlier: Mapping[str, str]) -> str | None:
+    """The name of the first example whose hash is another one than it was, though it is the same each time now."""
+    if all(examples.values.get(name, digest) == digest for name, digest in earlier.items()):
+        return None
+    stable = examples.stable()
+    return next((name for name, digest in earlier.items() if stable.get(name, digest) != digest), None)
+
+
+def lengths_part(counts: Mapping[Split, int]) -> Part:
     """The number of examples of each split."""
     difference = (
-        "the recipe's {key} dataset has {here} examples on {rank} and {there} on {base}: all ranks need the same data"
+        "the recipe's {key} dataset has {here} examples on {rank} and {there} on {base}: all ranks need the same data "
+        "({who})"
     )
-    return Part("datasets", {repr(split): str(count) for split, count in counts.items()}, difference + " ({who})")
+    return Part("datasets", {repr(split): str(count) for split, count in counts.items()}, difference)
+
+
+def metrics_part(metrics: Sequence[str]) -> Part:
+    """The names of the scores."""
+    return Part("metrics", {"scores": ", ".join(metrics)}, "{who}: {key} are {here}, {base} has {there}")
+
+
+def step_parts(
+    device: torch.device, examples: Mapping[Split, Getter], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[Part]:
+    """What has to be the same on all ranks before anything of them is joined; the examples are at EXAMPLES."""
+    return [
+        Part("devices", {"--device": device.type}, "{key} is {here} on {who}, {there} on {base}"),
+        lengths_part({split: getter.count for split, getter in examples.items()}),
+        examples_part(examples),
+        *model_parts(model),
+        optimizer_part(optimizer, model, settings_of(optimizer.param_groups)),
+    ]
 
 
 def digest_example(example: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvdtrain.collectives import ops
-from hvdtrain.collectives.agreement import Part, agree
+from hvdtrain.collectives.agreement import agree
 from hvdtrain.collectives.world import World
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
@@ -23,9 +23,17 @@ from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
 from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite, refuse_rebound
 from hvdtrain.torch.checksums import checksums
-from hvdtrain.torch.data import SeededExamples, batches, seed_all, to_device
+from hvdtrain.torch.data import batches, seed_all, to_device
 from hvdtrain.torch.exchange import Exchange
-from hvdtrain.torch.fingerprint import examples_part, lengths_part, model_parts, optimizer_part, refuse_other_model
+from hvdtrain.torch.fingerprint import (
+    EXAMPLES,
+    changed_example,
+    example_getters,
+    metrics_part,
+    of_split,
+    refuse_other_model,
+    step_parts,
+)
 from hvdtrain.torch.graph import trace
 from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
 from hvdtrain.torch.recipe import Recipe
@@ -42,7 +50,6 @@ from hvdtrain.torch.setup import (
 )
 from hvdtrain.torch.shards import ShardExchange
 
-EXAMPLES = 2  # the place of the examples in `parts`
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,8 +73,9 @@ class TorchStep:
         if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
             raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
         check_momentum(parse(options.compression), inner, world)
-        self.parts = self._parts()
-        self.first_examples = {k: v for k, v in self.parts[EXAMPLES].values.items() if k.startswith("dataset('train')")}
+        examples = example_getters(recipe, self.datasets, options.seed)
+        self.parts = ops.all_or_none("agreement.parts", lambda: step_parts(self.device, examples, self.model, inner))
+        self.first_examples = of_split(self.parts[EXAMPLES], "train")
         agree("agreement.step", self.parts)
         self._news: list[str] = []
         self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
@@ -83,9 +91,8 @@ class TorchStep:
         self.ema = AveragedModel(self.model, multi_avg_fn=averaging) if averaging is not None else None
         self.forward: Any = torch.compile(self.model) if options.compile else self.model
         self.buffers = BufferMean(self._try_out(), world.size)
-        metrics = Part("metrics", {"scores": ", ".join(self.metrics)}, "{who}: {key} are {here}, {base} has {there}")
-        agree("agreement.metrics", [metrics])
-        self.parts.append(metrics)
+        self.parts.append(metrics_part(self.metrics))
+        agree("agreement.metrics", self.parts[-1:])
         if options.shards is not None:
             refuse_changing(self.model, self.buffers.buffers)
         # The scores, what the ranks tell each other, and whether a loss is not finite.
@@ -97,30 +104,8 @@ class TorchStep:
         # Pinned: a GPU takes them from there without waiting.
         self._told_pinned = torch.zeros(TOLD, dtype=torch.float64, pin_memory=self.device.type == "cuda")
 
-    def _parts(self) -> list[Part]:
-        """What has to be the same on all ranks before anything of them is joined."""
-
-        def getter(split: Split) -> Callable[[int], Any]:
-            seeded = SeededExamples(self.datasets[split], [self.options.seed, 0])
-
-            def get(i: int) -> Any:
-                with in_recipe(self.recipe, f"dataset({split!r})[{i}]"):
-                    return seeded[i][1]
-
-            return get
-
-        get: dict[str, Callable[[int], Any]] = {split: getter(split) for split in self.datasets}
-        counts: dict[str, int] = {split: self.examples[split] for split in self.datasets}
-        device = Part("devices", {"--device": self.device.type}, "{key} is {here} on {who}, {there} on {base}")
-        examples = ops.all_or_none("agreement.examples", lambda: examples_part(get, counts))
-        optimizer = optimizer_part(self.inner, self.model, settings_of(self.inner.param_groups))
-        return [device, lengths_part(counts), examples, *model_parts(self.model), optimizer]
-
     def changed_example(self, earlier: Mapping[str, str]) -> str | None:
-        if all(self.first_examples.get(name) == digest for name, digest in earlier.items()):
-            return None
-        stable = self.parts[EXAMPLES].stable()
-        return next((name for name, digest in earlier.items() if stable.get(name, digest) != digest), None)
+        return changed_example(self.parts[EXAMPLES], earlier)
 
     def _wrap(self) -> Any:
         """The recipe's optimizer with the exchange of this world."""
