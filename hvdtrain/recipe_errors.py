@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdtrain.errors import KnownError, RecipeError
+from hvdtrain.shared_memory import explain_full
 
 PACKAGE = Path(__file__).parent
 HIDDEN_PACKAGES = ("torch", "horovod")
@@ -36,6 +37,7 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
 
     Raises:
         RecipeError: any other exception, sys.exit included; its `trace` has the recipe's frames only.
+        RunError: /dev/shm, through which loader processes pass their batches, is full.
     """
     try:
         yield
@@ -47,6 +49,8 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
     except Exception as error:
         if any(cls.__name__ == PEERS_LOST for cls in type(error).__mro__):
             raise
+        if full := explain_full(error):
+            raise full from error
         raise RecipeError(
             f"{name_call(recipe, call)} raised {describe_error(error)}", recipe_traceback(error)
         ) from error

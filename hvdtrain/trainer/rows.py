@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl back when a run is resumed: which of its rows stay."""
+"""Reading metrics.jsonl and the ledger back when a run is resumed: which rows stay, and which are missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain.elastic.ledger import numbered, read_segment
+from hvdtrain.errors import UserError
 from hvdtrain.files import write_atomically
 
 
@@ -61,6 +63,23 @@ def cut_rows(path: Path, last_step: int) -> Cut:
     else:
         write_atomically(path, b"".join(kept_lines))
     return cut
+
+
+def find_ledger_gap(folder: Path, step: int) -> str | None:
+    """That the rows of the last steps up to `step` are missing in a run's ledger, in one line; None if they are there.
+
+    `hvdtrain ledger verify` finds what is missing before them.
+    """
+    for path in reversed(numbered(folder).values()):
+        try:
+            segment = read_segment(path)
+        except UserError as error:
+            return str(error)
+        if segment.first_step <= step:
+            last = max((row.step for row in segment.rows if row.step <= step), default=segment.first_step - 1)
+            missing = f"its rows after step {last} are missing, up to step {step}, that of the checkpoint"
+            return f"{path}: {missing}" if last < step else None
+    return None
 
 
 def _step_of(line: bytes) -> int | None:

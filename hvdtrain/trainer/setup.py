@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hvdtrain.step import StepOptions
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan
+from hvdtrain.trainer.rows import find_ledger_gap
 
 PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
@@ -91,6 +93,8 @@ def open_ledger(known: Ledger | None, options: RunOptions, plan: Plan, at: Posit
     def begin_segment() -> None:
         if not options.ledger and (known is not None or not numbered(folder / "ledger")):
             return
+        if known is None and options.ledger and (gap := find_ledger_gap(folder / "ledger", at.step)):
+            print(f"hvdtrain: warning: {gap}", file=sys.stderr, flush=True)
         ledger.open_for_writing(folder / "ledger")
         if known is None and ledger.error is not None:
             raise UserError(trouble("the ledger", folder, ledger.error))

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvdtrain import files
-from hvdtrain.elastic.ledger import Ledger
+from hvdtrain.elastic.ledger import Ledger, Row
 from hvdtrain.files import BufferedAppender, write_atomically, write_new
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.report import Reporter
-from hvdtrain.trainer.rows import Cut, cut_rows
+from hvdtrain.trainer.rows import Cut, cut_rows, find_ledger_gap
 
 ERRORS = [errno.EFBIG, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT]
 
@@ -163,6 +163,36 @@ def test_any_bytes_are_cut_to_rows_in_order(content: bytes, step: int, tmp_path:
     cut_rows(path, step)
     steps = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
     assert steps == sorted(set(steps)) and all(1 <= number <= step for number in steps)
+
+
+def write_segments(folder: Path, *segments: tuple[int, int]) -> None:
+    """Segments of a ledger: after which step each begins, and the step of its last row."""
+    for after, last in segments:
+        rows = [Row(step, 1, 2 * step, 2, 3) for step in range(after + 1, last + 1)]
+        ledger = Ledger(0, 1000, 2, after, rows)
+        ledger.open_for_writing(folder)
+        ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("segments", "missing"),
+    [
+        ([], None),
+        ([(0, 20)], None),
+        ([(0, 30), (25, 27)], None),
+        ([(0, 20), (20, 20)], None),
+        ([(0, 10), (10, 30)], None),
+        ([(0, 19)], "segment-000001.csv: its rows after step 19 are missing, up to step 20"),
+        ([(0, 10), (10, 10)], "segment-000002.csv: its rows after step 10 are missing, up to step 20"),
+        ([(0, 15), (20, 30)], "segment-000001.csv: its rows after step 15 are missing, up to step 20"),
+    ],
+)
+def test_rows_that_the_ledger_lacks_before_a_checkpoint_are_announced(
+    segments: list[tuple[int, int]], missing: str | None, tmp_path: Path
+) -> None:
+    write_segments(tmp_path, *segments)
+    found = find_ledger_gap(tmp_path, 20)
+    assert found is None if missing is None else found is not None and missing in found
 
 
 def open_report(run_dir: Path, at: Position) -> Reporter:
