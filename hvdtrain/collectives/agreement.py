@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         name: of the part.
-        values: what it consists of, by what each value is called, in order: {"--batch-size": "16"}.
+        values: what it consists of, by what each value is called: {"--batch-size": "16"}.
         difference: the message for a value that differs; of {who} and {base} (two ranks, the first with its host, or
             this worker and the run), {rank} ({who} without its host), {key}, {here} and {there} (the value on each).
         absent: how a value is described that only the other one has.
@@ -48,7 +48,7 @@ class Part:
 
     @property
     def digest(self) -> bytes:
-        data = json.dumps([self.name, list(self.values.items())]).encode()
+        data = json.dumps([self.name, sorted(self.values.items())]).encode()
         return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
     def stable(self) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Part:
         return {key: value for key, value in self.values.items() if again.get(key) == value}
 
     def describe(self, here: Mapping[str, str], there: Mapping[str, str], who: str, base: str) -> str | None:
-        """The first difference between two places' values in words; None if they are the same, order included."""
+        """The first difference between two places' values in words; None if they are the same."""
         key = first_difference(here, there)
         if key is None:
             return None
@@ -66,11 +66,8 @@ class Part:
 
 
 def first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
-    """The first key whose values differ, or whose place does; None if there is none."""
-    for key in [*there, *here]:
-        if here.get(key) != there.get(key):
-            return key
-    return next((key for key, other in zip(here, there, strict=True) if key != other), None)
+    """The first key whose values differ; None if there is none."""
+    return next((key for key in [*there, *here] if here.get(key) != there.get(key)), None)
 
 
 def agree(name: str, parts: Sequence[Part], group: ops.Group = None) -> None:
