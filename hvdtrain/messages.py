@@ -1,8 +1,10 @@
-"""Lines by which a rank tells `hvdtrain launch` what it does.
+"""Lines by which a rank reports to `hvdtrain launch` what it does.
 
 A rank started by `hvdtrain launch` (HVDTRAIN_LAUNCH=1) writes such a line to its standard output, which every
-launcher brings to the launching host. The line is one write of MARK and a JSON object; launch takes it out of the
-output. Kinds:
+launcher brings to the launching host. The line is one write of `##hvdtrain NONCE` and a JSON object; launch takes it
+out of the output. NONCE follows from the launch's secret: text that a rank only passes on cannot contain it. A line
+counts only if the mark begins it; the carriage return that is written before ends a line that the rank left unfinished.
+Kinds:
 
     started   {rank, host, pid}                            once, when Horovod is initialized; in an elastic run also
               {..., size, reach}                           for each generation; reach: what horovodrun calls the host
@@ -17,12 +19,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from hvdtrain import signing
 from hvdtrain.strict_json import encode_json
 
-MARK = "##hvdtrain "
+HOST = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # never an option of ssh
 
 
 def launched() -> bool:
@@ -30,20 +35,63 @@ def launched() -> bool:
     return os.environ.get("HVDTRAIN_LAUNCH") == "1"
 
 
+def message_mark(environ: Mapping[str, str]) -> str:
+    """How the messages of the run begin whose secret is in an environment."""
+    return f"##hvdtrain {signing.authenticate(signing.read_key(environ), 'messages')[:32]} "
+
+
 def send(kind: str, **fields: Any) -> None:
     """Write one message to standard output, if `hvdtrain launch` reads it."""
     if launched():
         sys.stdout.flush()
-        sys.stdout.write(f"{MARK}{encode_json({'kind': kind, **fields})}\n")
+        sys.stdout.write(f"\r{message_mark(os.environ)}{encode_json({'kind': kind, **fields})}\n")
         sys.stdout.flush()
 
 
-def parse(line: str) -> dict[str, Any] | None:
-    """The message in a line of output, or None if it is an ordinary line."""
-    if not line.startswith(MARK):
+def parse(line: str, mark: str) -> dict[str, Any] | None:
+    """The message in a line of output, or None if it is an ordinary line or no valid message."""
+    if not line.startswith(mark):
         return None
     try:
-        message = json.loads(line[len(MARK) :])
-    except ValueError:
+        message = json.loads(line[len(mark) :])
+    except (ValueError, RecursionError):
         return None
-    return message if isinstance(message, dict) and "kind" in message else None
+    return message if isinstance(message, dict) and is_valid(message) else None
+
+
+def is_valid(message: Mapping[str, Any]) -> bool:
+    """Whether a message has all fields of its kind, and each that it has is what it should be."""
+    kind = message.get("kind")
+    if not isinstance(kind, str) or kind not in REQUIRED:
+        return False
+    checked = all(is_right(message[name]) for name, is_right in FIELDS.items() if name in message)
+    return checked and all(name in message for name in REQUIRED[kind])
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 0 up."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number, or None for an unknown one."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+REQUIRED = {
+    "started": ("rank", "host", "pid"),
+    "progress": (),
+    "failed": ("rank",),
+    "finished": ("rank", "code"),
+}
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("rank", "code", "size"), is_count),
+    **dict.fromkeys(("step", "steps", "epoch", "loss", "rate"), is_number),
+    **dict.fromkeys(("text", "error", "traceback"), is_text),
+    **dict.fromkeys(("host", "reach"), lambda value: isinstance(value, str) and bool(HOST.fullmatch(value))),
+    "pid": lambda value: is_count(value) and value > 1,
+}

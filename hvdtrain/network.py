@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import psutil
 
@@ -76,12 +77,36 @@ def own_address_to(name: str) -> str:
 
 def ssh_name(name: str) -> str:
     """The name that ssh's configuration has for a host; the same name where there is no other, or no ssh."""
-    try:
-        done = subprocess.run(["ssh", "-G", name], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return name
-    told = [line.partition(" ")[2] for line in done.stdout.splitlines() if line.startswith("hostname ")]
+    told = [line.partition(" ")[2] for line in _ssh_configuration(name) if line.startswith("hostname ")]
     return told[0] if told else name
+
+
+def ssh_command(host: str, remote: Sequence[str], options: Sequence[str] = ()) -> list[str]:
+    """The ssh that runs a command on a host without a question; ssh's own configuration decides on host keys.
+
+    options: more for ssh. Raises UserError for a host that ssh would take for an option.
+    """
+    if host.startswith("-"):
+        raise UserError(f"{host!r} is not a host name: it begins with -")
+    return ["ssh", *options, "-o", "BatchMode=yes", *host_key_options(host, tuple(options)), "--", host, *remote]
+
+
+@functools.cache
+def host_key_options(host: str, options: tuple[str, ...]) -> tuple[str, ...]:
+    """What is said to ssh of unknown host keys: nothing if it is configured, else to take the first key of a host."""
+    # `ask` is what ssh says if nothing is configured; there is no terminal to ask on.
+    asks = "stricthostkeychecking ask" in _ssh_configuration(host, options)
+    return ("-o", "StrictHostKeyChecking=accept-new") if asks else ()
+
+
+def _ssh_configuration(host: str, options: Sequence[str] = ()) -> list[str]:
+    """The lines of ssh's configuration for a host; none if there is no ssh."""
+    command = ["ssh", "-G", *options, "--", host]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines()
 
 
 def _route(name: str) -> str:

@@ -13,7 +13,6 @@ import click
 from hvdtrain import __version__, streams
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RecipeError, RunError, UserError, nearest
 from hvdtrain.exits import end_process
-from hvdtrain.launch.environment import find_hidden
 
 # name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
 COMMANDS = {
@@ -75,7 +74,6 @@ def run(args: list[str] | None) -> NoReturn:
     """Run the command line and raise SystemExit with its exit code."""
     streams.install()
     try:
-        find_hidden(os.environ)
         # Commands return their exit code; click returns its own for --help and --version.
         args = sys.argv[1:] if args is None else args
         code = cli.main(args or ["--help"], prog_name="hvdtrain", standalone_mode=False)

@@ -85,6 +85,8 @@ def init(comm: Any = None) -> World:
     restore_hangup()
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
+    if serving.get("here") is not None:
+        srun.remove_secret(os.environ)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
     if not hvd.mpi_enabled():  # MPI has options of its own for it, and its ranks take a whole core to wait
         cores.bind(world.local_rank, world.local_size)

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
 from hvdtrain.errors import UserError
-from hvdtrain.network import address_of, is_here, own_address_to
+from hvdtrain.network import address_of, is_here, own_address_to, ssh_command
 
 CONNECT_SECONDS = 5
 # Python may take long to start from a file server that nobody has read from today.
@@ -58,12 +59,14 @@ def ask(wanted: Mapping[str, Wanted], ssh: Sequence[str] = ()) -> list[Answer]:
     here = [host for host in wanted if is_here(host)]
     answers: dict[str, Answer] = {}
     with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
-        for host in wanted:
-            if host not in here:
-                question = start(host, wanted[host], ssh)
-                undo.callback(end, question.process)
-                assert question.process.stdout is not None
-                selector.register(question.process.stdout, selectors.EVENT_READ, question)
+        others = [host for host in wanted if host not in here]
+        with ThreadPoolExecutor(16) as pool:  # for ssh's configuration of each
+            commands = list(pool.map(lambda host: question_command(host, wanted[host], ssh), others))
+        for host, command in zip(others, commands, strict=True):
+            question = start(host, command)
+            undo.callback(end, question.process)
+            assert question.process.stdout is not None
+            selector.register(question.process.stdout, selectors.EVENT_READ, question)
         for host in here:
             answers[host] = Answer(host, gather(wanted[host]))
         for question in finished(selector):
@@ -88,13 +91,17 @@ def finished(selector: selectors.BaseSelector) -> Iterator[Question]:
                 yield key.data
 
 
-def start(host: str, wanted: Wanted, ssh: Sequence[str]) -> Question:
-    """Start to ask a host. Raises UserError if there is no ssh."""
+def question_command(host: str, wanted: Wanted, ssh: Sequence[str]) -> list[str]:
+    """The ssh that asks a host. Raises UserError if there is no ssh."""
     if shutil.which("ssh") is None:
         raise UserError(f"host {host!r} is not this one, and there is no ssh on the PATH to reach it")
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "StrictHostKeyChecking=no"]
+    return ssh_command(host, [remote_command(wanted)], [*ssh, "-o", f"ConnectTimeout={CONNECT_SECONDS}"])
+
+
+def start(host: str, command: Sequence[str]) -> Question:
+    """Start to ask a host."""
     process = subprocess.Popen(
-        ["ssh", *ssh, *options, host, remote_command(wanted)],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -10,6 +10,9 @@ import http.client
 import json
 from typing import Any
 
+from hvdtrain import signing
+from hvdtrain.signing import SignedClient
+
 FACTS, PULSES, ROUNDS = "hvdtrain.facts", "hvdtrain.pulses", "hvdtrain.rounds"
 TIMEOUT = 10.0  # seconds for an answer of the server
 
@@ -26,6 +29,7 @@ class Board:
 
     def __init__(self, address: str, port: int) -> None:
         self.address, self.port = address, port
+        self.client = SignedClient(signing.read_key())
 
     def propose(self, key: str, value: Any) -> Any:
         """Write a fact unless it is written already; what stands there then."""
@@ -76,15 +80,10 @@ class Board:
         self, method: str, path: str, body: bytes | None = None, timeout: float | None = TIMEOUT
     ) -> bytes | None:
         """The answer's body, None for 404."""
-        connection = http.client.HTTPConnection(self.address, self.port, timeout=timeout)
         try:
-            connection.request(method, path, body)
-            answer = connection.getresponse()
-            text = answer.read()
+            status, text = self.client.request(self.address, self.port, method, path, body or b"", timeout)
         except (OSError, http.client.HTTPException) as error:
             raise BoardLost(f"horovodrun at {self.address}:{self.port} does not answer: {error}") from error
-        finally:
-            connection.close()
-        if answer.status not in (200, 404):
-            raise BoardLost(f"horovodrun at {self.address}:{self.port} answers {answer.status} to {method} {path}")
-        return text if answer.status == 200 else None
+        if status not in (200, 404):
+            raise BoardLost(f"horovodrun at {self.address}:{self.port} answers {status} to {method} {path}")
+        return text if status == 200 else None

@@ -1,17 +1,17 @@
 """The environment that a launcher runs in, and what of it ranks get: over hosts, only what is on a list.
 
-horovodrun hands all variables that it has to the ranks, on command lines that every user of their hosts can read; so
-it gets no more than are on the list. On this host alone ranks get the others from the guard, whose own environment
-only its user can read.
+The run's secret is in it (hvdtrain/signing.py). No launcher writes values on a command line: horovodrun hands them on
+by ssh's standard input, mpirun and srun by their own ways.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from hvdtrain import signing
 from hvdtrain.errors import UserError
 
 # For ranks, on whichever host.
@@ -27,10 +27,6 @@ BASE_NAMES |= {"SSH_AUTH_SOCK", "KRB5CCNAME", "CUDA_VISIBLE_DEVICES"}
 # Settings of mpirun, and by which it and srun know their Slurm job.
 MPI = ("OMPI_", "PMIX_", "PRTE_")
 SLURM = ("SLURM_", "SLURMD_", "SRUN_")
-# What is read when a program or a library is loaded, before ranks find what is hidden.
-AT_LOADING = ("LD_", "GOMP_", "KMP_", "TCMALLOC_", "COVERAGE_")
-HIDDEN = "HVDTRAIN_HIDDEN"  # names that horovodrun must not know, and the file in which ranks find their values
-FOUND_IN = "HVDTRAIN_HIDDEN_IN"
 
 
 def rank_environment(
@@ -61,30 +57,13 @@ def rank_environment(
     env.setdefault("HOROVOD_LOG_LEVEL", "fatal")
     # With LSF's job id, horovodrun asks LSF for things that it does not need here, and fails.
     env.pop("LSB_JOBID", None)
-    if (launcher, controller) == ("horovodrun", "gloo") and not away and sys.platform == "linux":
-        env[HIDDEN] = " ".join(name for name in env if not kept(name, launcher, controller, AT_LOADING))
+    signing.give_secret(env)
     return env
 
 
-def hide(environ: Mapping[str, str]) -> dict[str, str]:
-    """The guard's environment for horovodrun: without what is not to be shown, but with where ranks find it."""
-    hidden = {HIDDEN, *environ.get(HIDDEN, "").split()}
-    env = {name: value for name, value in environ.items() if name not in hidden}
-    return env | {FOUND_IN: f"/proc/{os.getpid()}/environ"} if HIDDEN in environ else env
-
-
-def find_hidden(environ: MutableMapping[str, str]) -> None:
-    """Complete a rank's environment by what was hidden from horovodrun. Raises UserError if the guard has ended."""
-    if path := environ.pop(FOUND_IN, None):
-        if not Path(path).exists():
-            raise UserError("the `hvdtrain launch` that started this rank has ended")
-        there = dict(pair.split("=", 1) for pair in os.fsdecode(Path(path).read_bytes()).split("\0") if "=" in pair)
-        environ.update({name: there[name] for name in there[HIDDEN].split()})
-
-
-def kept(name: str, launcher: str, controller: str, more: tuple[str, ...] = ()) -> bool:
-    """Whether a variable goes with a run over hosts; so do those that begin with one of `more`."""
-    ranks = name in FORWARDED_NAMES or name.startswith((*FORWARDED, *more))
+def kept(name: str, launcher: str, controller: str) -> bool:
+    """Whether a variable goes with a run over hosts."""
+    ranks = name in FORWARDED_NAMES or name.startswith(FORWARDED)
     base = name in BASE_NAMES or name.startswith(BASE)
     mpi = controller == "mpi" and name.startswith((*MPI, *SLURM))
     return ranks or base or mpi or (launcher == "srun" and name.startswith(SLURM))

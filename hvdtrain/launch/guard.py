@@ -18,8 +18,6 @@ import time
 
 import psutil
 
-from hvdtrain.launch.environment import hide
-
 SOFT_SECONDS = 5.0  # between SIGTERM and SIGKILL
 HARD_SECONDS = 10.0  # a process that outlives this hangs in the kernel: nothing more can be done
 PR_SET_CHILD_SUBREAPER = 36
@@ -38,7 +36,7 @@ def main(args: list[str]) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: ended.append(number))
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=hide(os.environ))
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while child.poll() is None and not ended:
         ready, _, _ = select.select([pipe, woken], [], [])
         if pipe in ready:

@@ -15,6 +15,7 @@ PREFIX = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdou
 SRUN_PREFIX = re.compile(rb" *(?P<rank>\d+): ?")
 SRUN_PIECE = 1024  # bytes: srun breaks longer lines there, and shows each piece as a line
 END = re.compile(rb"[\r\n]")
+SRUN_END = re.compile(rb"\n")  # which is all that makes srun begin a new piece
 
 
 class Line(NamedTuple):
@@ -34,6 +35,7 @@ class Lines:
     def __init__(self, stream: str, prefix: re.Pattern[bytes] = PREFIX) -> None:
         self.stream = stream
         self.prefix = prefix
+        self.end = SRUN_END if prefix is SRUN_PREFIX else END
         self.buffer = bytearray()
         self.searched = 0  # so much of the buffer has no line end
         self.owner: tuple[int | None, str] = (None, stream)  # of text that goes on after a carriage return
@@ -44,7 +46,7 @@ class Lines:
         """The lines that `data` completes; without data, also the last, unfinished one."""
         self.buffer += data
         start = 0
-        while end := END.search(self.buffer, self.searched):
+        while end := self.end.search(self.buffer, self.searched):
             yield from self.line(bytes(self.buffer[start : end.start()]), end.group())
             start = self.searched = end.end()
         del self.buffer[:start]
@@ -74,6 +76,12 @@ class Lines:
                     self.pieces[self.owner[0]] = whole
                     return
                 raw = whole
+        if self.prefix is SRUN_PREFIX:
+            *returned, raw = raw.split(b"\r")
+            for text in filter(None, returned):
+                yield Line(*self.owner, text.decode("utf-8", errors="replace"))
+            if returned and not raw:
+                return
         owner = self.owner
         half = not raw and (end == b"\r" or owner in self.returned)
         if end == b"\r":
@@ -85,11 +93,16 @@ class Lines:
             yield Line(*owner, raw.decode("utf-8", errors="replace"))
 
 
-def take_message(text: str) -> tuple[str, dict[str, Any] | None]:
-    """What stands before a message in a line, and the message; a rank may have left its line unfinished."""
-    at = text.find(messages.MARK)
-    message = messages.parse(text[at:]) if at >= 0 else None
-    return (text, None) if message is None else (text[:at], message)
+def take_message(line: Line, mark: str, *, elastic: bool = False) -> dict[str, Any] | None:
+    """The message in a line, if it is one: `mark` begins those of this run.
+
+    The rank is that of the launcher's prefix. In an elastic run that is the number of the slot when it was filled, and
+    the message has the rank of this generation.
+    """
+    message = messages.parse(line.text, mark) if line.stream == "stdout" else None
+    if message is not None and line.rank is not None and not elastic and "rank" in message:
+        message["rank"] = line.rank
+    return message
 
 
 class Death(NamedTuple):

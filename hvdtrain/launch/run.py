@@ -24,9 +24,10 @@ from hvdtrain.launch.report import SSH_FAILED, Process, Report, elastic_outcome,
 from hvdtrain.launch.screen import Screen
 from hvdtrain.launch.signals import Caught, signals
 from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
+from hvdtrain.messages import message_mark
+from hvdtrain.network import ssh_command
 from hvdtrain.signals import SAME_STOP
 
-AS_HOROVODRUN = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]  # which starts ranks on hosts not known yet
 SSH_SECONDS = 10  # to end ranks on another host, at most
 OVER_SECONDS = 10  # for the launcher to end when all ranks have
 
@@ -40,6 +41,7 @@ class Job:
     report: Report
     ssh: Ssh
     grace: float
+    mark: str  # begins the messages of its ranks
     launcher: str = ""  # its name
     screen: Screen = field(default_factory=Screen)
     asked: int | None = None  # the signal by which the user asked for a stop
@@ -117,7 +119,7 @@ def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh: 
     os.close(pipe)
     closing = contextlib.ExitStack()
     closing.callback(os.close, life)
-    return Job(guard, closing, report, ssh, grace)
+    return Job(guard, closing, report, ssh, grace, message_mark(environ))
 
 
 def attend(job: Job, received: list[int], woken: int) -> None:
@@ -172,16 +174,14 @@ def show(job: Job, fd: int, lines: Lines) -> bool:
 
 def handle(job: Job, line: Line) -> None:
     """Show a line, hold it back, or take the message out of it."""
-    text, message = take_message(line.text)
+    message = take_message(line, job.mark, elastic=job.elastic)
     if message is not None:
         if message["kind"] == "progress":
             job.screen.progress(message)
         # What ranks say of their end once we end them is no news.
         elif not job.ended:
             take(job, message)
-        if not text:
-            return
-    line = line._replace(text=text)
+        return
     if line.rank is None:
         job.report.hold(line)
     else:
@@ -280,7 +280,7 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
             remote.setdefault(job.report.host(rank), []).append(str(told["pid"]))
     for host, pids in remote.items():
         process = subprocess.Popen(
-            ["ssh", *job.ssh.options(), *AS_HOROVODRUN, host, "kill", f"-{name}", *pids],
+            ssh_command(host, ["kill", f"-{name}", *pids], job.ssh.options()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             # A rank that is already gone is no error.

@@ -15,6 +15,7 @@ from pathlib import Path
 from hvdtrain.errors import RunError, UserError
 from hvdtrain.native import cache, installed, mend, source
 from hvdtrain.native.log import first_error, run_logged
+from hvdtrain.native.patches import apply_patches, read_patches
 from hvdtrain.native.plan import Plan
 from hvdtrain.native.progress import Report
 
@@ -49,6 +50,7 @@ def build(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
         source.fetch_tools(work / "tools", log, env)
         report("fetching Horovod's source", 0)
         tree = source.fetch_source(work / "source", log, env)
+        apply_patches(tree, read_patches())
         mend.apply(tree, plan.mends())
         record = {"key": plan.key(), **plan.ingredients()}
         (tree / "horovod" / installed.RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -8,7 +8,6 @@ from hvdtrain.native.mend import Mend
 def for_elastic() -> list[Mend]:
     """What elastic runs need (hvdtrain/elastic)."""
     operations, server = "horovod/common/operations.cc", "horovod/runner/http/http_server.py"
-    remote = "horovod/runner/util/remote.py"
     failed = (
         "    } catch (const std::exception& ex) {\n"
         '      LOG(ERROR) << "Horovod could not be initialized: " << ex.what();\n'
@@ -72,19 +71,6 @@ def for_elastic() -> list[Mend]:
             "                found = {k: v.decode() for k, v in values.items() if k.startswith(key[:-1])}\n"
             "                return json.dumps(found).encode()\n"
             "            return values.get(key)\n",
-        ),
-        # A host that has lost its power or its network says nothing: ssh asks, and gives up after fifteen seconds. One
-        # that cannot be reached must not hold up a round of assignment for the minutes that TCP tries.
-        Mend(
-            remote,
-            "'ssh -o PasswordAuthentication=no -o StrictHostKeyChecking=no'",
-            "'ssh -o PasswordAuthentication=no -o StrictHostKeyChecking=no "
-            "-o ServerAliveInterval=5 -o ServerAliveCountMax=3'",
-        ),
-        Mend(
-            remote,
-            "if timeout_s is not None else ''",
-            "if timeout_s is not None else '-o ConnectTimeout=10'",
         ),
         Mend(server, "import collections\nimport logging\n", "import collections\nimport json\nimport logging\n"),
     ]

@@ -19,6 +19,7 @@ from hvdtrain.native import installed, mends
 from hvdtrain.native.cuda import Nccl, Toolkit, find_nccl, find_toolkit
 from hvdtrain.native.mend import Mend
 from hvdtrain.native.mpi import Mpi, find_mpi
+from hvdtrain.native.patches import read_patches
 from hvdtrain.native.torchinfo import Torch, TorchBuild, ask_torch, require_torch
 
 VERSION = "0.28.1"  # the last release
@@ -73,6 +74,7 @@ class Plan:
             "archs": list(self.archs),
             "cpu_flags": self.cpu_flags,
             "compiler_flags": {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")},
+            "patches": {patch.name: patch.digest() for patch in read_patches()},
             "mends": hashlib.sha256(repr(self.mends()).encode()).hexdigest(),
         }
 

@@ -17,7 +17,7 @@ from tests.ranks.harness import BIN, HVDTRAIN, ROOT, Job, rows, wait_for_step
 
 RECIPE = str(ROOT / "tests" / "ranks" / "slow_recipe.py")
 LEASE = 3.0  # seconds
-MESSAGE = re.compile(r"##hvdtrain (\{.*\})")
+MESSAGE = re.compile(r"##hvdtrain \w+ (\{.*\})")
 
 
 class ElasticJob(Job):

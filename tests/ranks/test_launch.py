@@ -219,7 +219,7 @@ def test_launch_killed_leaves_nothing(launcher: str, controller: str) -> None:
 def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
     # The ranks claim to be elsewhere, and this ssh runs its command here.
     ssh = tmp_path / "ssh"
-    ssh.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nshift 5\nexec env "$@"\n')
+    ssh.write_text(f'#!/bin/sh\n[ "$1" != -G ] || exit 0\necho "$@" >>{tmp_path}/calls\nshift 4\nexec env "$@"\n')
     ssh.chmod(0o755)
     with launched("mpirun", "mpi", "remote", path=tmp_path) as job:
         job.wait_for("[0] sum 2")
@@ -227,7 +227,7 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 75
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls in [[f"-o BatchMode=yes -o StrictHostKeyChecking=no localhost kill -TERM {pid}"] for pid in pids]
+    assert calls in [[f"-o BatchMode=yes -- localhost kill -TERM {pid}"] for pid in pids]
 
 
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
@@ -245,7 +245,7 @@ def test_a_launcher_that_fails_by_itself_is_shown() -> None:
 
 
 def test_nothing_secret_is_in_the_list_of_processes(tmp_path: Path) -> None:
-    """Ranks on this host have the launcher's whole environment, which horovodrun would write on command lines."""
+    """Ranks on this host have the launcher's whole environment, which horovodrun wrote on command lines."""
     recipe, secret = f"{HERE / 'odd_recipes.py'}:TellsSecret", uuid.uuid4().hex
     shown = set()
     line = [*HVDTRAIN, "launch", "-np", "2", recipe, "--run-dir", str(tmp_path / "run"), "--steps", "200"]
@@ -259,8 +259,7 @@ def test_nothing_secret_is_in_the_list_of_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"[0] secret {secret}" in done.stdout and f"[1] secret {secret}" in done.stdout
     assert any("bin/horovodrun" in text for text in shown)
-    assert any("HVDTRAIN_TEST_MARK=" in text for text in shown)  # as what is not hidden is
-    assert not [text for text in shown if secret in text]
+    assert not [text for text in shown if secret in text or "HVDTRAIN_" in text]
 
 
 @pytest.mark.parametrize("seconds", [0, 2, 4, 7])

@@ -7,10 +7,7 @@ import os
 import signal
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -20,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.cli.launch import command
-from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.places import places
 from hvdtrain.elastic.watch import Watch
 from hvdtrain.errors import UserError
@@ -136,25 +132,6 @@ def test_a_lease_counts_changes_and_no_clock(monkeypatch: pytest.MonkeyPatch) ->
     assert lost == ["b"]
     now += 60  # this process was frozen, and nothing can be said of the others
     assert watch.look({"a": {"beats": 13}, "b": {"beats": 7}}, 10) == []
-
-
-def test_the_server_where_ranks_meet() -> None:
-    server = Server("127.0.0.1", {"a:0": "0,2,0,1,0,2"})
-    url = f"http://127.0.0.1:{server.port}"
-    try:
-        put = urllib.request.Request(f"{url}/global/0", data=b"where", method="PUT")
-        assert urllib.request.urlopen(put).status == 200
-        assert urllib.request.urlopen(f"{url}/global/0").read() == b"where"
-        assert urllib.request.urlopen(f"{url}/rank_and_size/a:0").read() == b"0,2,0,1,0,2"
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{url}/global/1")
-        with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(lambda: urllib.request.urlopen(f"{url}/global/2").read())
-            time.sleep(0.1)  # of WAIT, which is 1 s
-            urllib.request.urlopen(urllib.request.Request(f"{url}/global/2", data=b"late", method="PUT"))
-            assert asked.result(10) == b"late"
-    finally:
-        server.end()
 
 
 @pytest.mark.parametrize(

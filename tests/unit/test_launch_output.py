@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths, take_message
+from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths
 from hvdtrain.launch.report import Report, outcome
 from hvdtrain.launch.run import Job, take, unreached
 from hvdtrain.launch.screen import info
@@ -72,15 +72,6 @@ def test_lines_of_srun() -> None:
         Line(0, "stderr", "1: b"),
         Line(10, "stderr", "z" * 1024),
     ]
-
-
-def test_take_message() -> None:
-    text = '##hvdtrain {"kind": "started", "rank": 0}'
-    message = {"kind": "started", "rank": 0}
-    assert take_message(text) == ("", message)
-    assert take_message(f"10% {text}") == ("10% ", message)
-    assert take_message("##hvdtrain {broken") == ("##hvdtrain {broken", None)
-    assert take_message("plain") == ("plain", None)
 
 
 MPI_KILLED = """\
