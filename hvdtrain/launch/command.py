@@ -50,7 +50,7 @@ def command_line(
             if not (nic and name == "NCCL_SOCKET_IFNAME"):
                 options += ["-x", name]
         return [program, *where, *options, *command]
-    options = [f"--{controller}"]
+    options = [f"--{controller}", "--disable-cache"]  # ~/.horovod/cache.bin, which starts at one time break
     if [host.name for host in hosts] == ["localhost"]:
         nic = None  # horovodrun takes the loopback then, and fails if told of another interface
     if nic:

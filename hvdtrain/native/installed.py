@@ -13,6 +13,7 @@ from hvdtrain.errors import UserError
 from hvdtrain.native.torchinfo import Torch, TorchBuild, require_torch
 
 RECORD = "hvdtrain_build.json"  # in the package horovod: what Plan.ingredients() said, and the key
+SIGNED = "20-signed-http"  # the patch without which a Horovod does not know a run's secret
 BUILD = "run `hvdtrain horovod build`"
 
 
@@ -40,10 +41,14 @@ def find() -> Installed | None:
 
 
 def mismatch(horovod: Installed, torch: Torch) -> str | None:
-    """In one line why this Horovod does not fit this torch, None if it does or if nobody can know."""
+    """In one line why this Horovod fits neither this torch nor this hvdtrain, None if it does or nobody can know."""
     if not horovod.has_torch:
         return f"Horovod {horovod.version} is installed without its torch extension: {BUILD}"
-    if horovod.record is None or horovod.record["torch"] == torch.version:
+    if horovod.record is None:
+        return None
+    if horovod.record["torch"] == torch.version:
+        if SIGNED not in horovod.record.get("patches", {}):
+            return f"Horovod {horovod.version} was built by an older hvdtrain, and its servers answer anybody: {BUILD}"
         return None
     built, now = horovod.record["torch"], torch.version
     if built.split("+")[0] != now.split("+")[0]:  # +cu130 says nothing more then

@@ -15,13 +15,13 @@ def make(*, without: Collection[str], jobs: int, wheel_dir: Path | None, force: 
     """Do what `hvdtrain horovod build` promises, saying what was done.
 
     Raises:
-        UserError: torch or a compiler is missing.
+        UserError: torch or a compiler is missing, or the folder of wheels is another user's.
         RunError: the build or the installation failed.
     """
     plan = make_plan(without)
     key = plan.key()
     folder = (wheel_dir or cache.wheel_folder()).absolute() / key
-    wheel = cache.find_wheel(folder)
+    wheel, wrong = cache.find_whole_wheel(folder)
     now = installed.find()
     present = now is not None and now.record is not None and now.record["key"] == key
     if dry_run:
@@ -32,6 +32,8 @@ def make(*, without: Collection[str], jobs: int, wheel_dir: Path | None, force: 
     if present and not force:
         print(f"Horovod {key} is installed already")
         return
+    if wrong:
+        print(f"{wrong}; it is built again")
     if wheel is None or force:
         print(explain(plan), flush=True)
         start = time.monotonic()

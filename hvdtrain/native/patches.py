@@ -64,14 +64,17 @@ def patch_lines(lines: list[str], hunks: list[str], where: str) -> list[str]:
     for line in hunks:
         if header := HUNK.match(line):
             start = int(header[1]) - (header[2] != "0")
+            if not at <= start <= len(lines):
+                raise RunError(f"{where} has {len(lines)} lines; expected at least {start}")
             patched += lines[at:start]
             at = start
         elif line.startswith("+"):
             patched.append(line[1:])
         elif line.startswith((" ", "-")):
             if at >= len(lines) or lines[at] != line[1:]:
-                there = lines[at].rstrip() if at < len(lines) else "the end of the file"
-                raise RunError(f"{where}, line {at + 1}: expected {line[1:].rstrip()!r}, got {there!r}")
+                wanted = line[1:].rstrip("\n")
+                there = lines[at].rstrip("\n") if at < len(lines) else "the end of the file"
+                raise RunError(f"{where}, line {at + 1}: expected {wanted!r}, got {there!r}")
             if line.startswith(" "):
                 patched.append(lines[at])
             at += 1

@@ -1,6 +1,5 @@
 """`hvdtrain launch` up to the command line that it would run."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -56,22 +55,22 @@ def launch(arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("-np 4 --dry-run digits", f"BIN/horovodrun -np 4 -H localhost:4 --gloo {TRAIN}"),
-        ("-np 4 --nic eth0 --dry-run digits", f"BIN/horovodrun -np 4 -H localhost:4 --gloo {TRAIN}"),
+        ("-np 4 --dry-run digits", f"BIN/horovodrun -np 4 -H localhost:4 --gloo --disable-cache {TRAIN}"),
+        ("-np 4 --nic eth0 --dry-run digits", f"BIN/horovodrun -np 4 -H localhost:4 --gloo --disable-cache {TRAIN}"),
         (
             "-H a:4,b:4 --nic eth0 --ssh-port 2222 --dry-run digits --epochs 5 --unknown -np 3 --help",
-            "BIN/horovodrun -np 8 -H a:4,b:4 --gloo --network-interfaces eth0 --ssh-port 2222 "
+            "BIN/horovodrun -np 8 -H a:4,b:4 --gloo --disable-cache --network-interfaces eth0 --ssh-port 2222 "
             f"{TRAIN} --epochs 5 --unknown -np 3 --help",
         ),
         (
             "-np 5 -H a:4,b:4 --controller mpi --dry-run digits --schedule 'warmup:1ep cosine'",
-            "BIN/horovodrun -np 5 -H a:4,b:1 --mpi --network-interfaces ib0 "
+            "BIN/horovodrun -np 5 -H a:4,b:1 --mpi --disable-cache --network-interfaces ib0 "
             f"'--binding-args={OPTIONS}' '--mpi-args=--prtemca oob_tcp_if_include ib0' "
             f"{TRAIN} --schedule 'warmup:1ep cosine'",
         ),
         (
             "-H a:1,b:1 --controller mpi --nic eth0 --ssh-port 2222 --dry-run digits",
-            "BIN/horovodrun -np 2 -H a:1,b:1 --mpi --network-interfaces eth0 --ssh-port 2222 "
+            "BIN/horovodrun -np 2 -H a:1,b:1 --mpi --disable-cache --network-interfaces eth0 --ssh-port 2222 "
             f"'--binding-args={OPTIONS}' {shlex.quote('--mpi-args=' + DAEMONS)} {TRAIN}",
         ),
         (
@@ -85,7 +84,8 @@ def launch(arguments: str) -> int:
         ),
         (
             "-H a:1,b:2 --ssh-identity BIN/key --dry-run digits",
-            f"BIN/horovodrun -np 3 -H a:1,b:2 --gloo --network-interfaces ib0 --ssh-identity-file BIN/key {TRAIN}",
+            "BIN/horovodrun -np 3 -H a:1,b:2 --gloo --disable-cache --network-interfaces ib0 "
+            f"--ssh-identity-file BIN/key {TRAIN}",
         ),
         (
             "-H a:1,b:1 --launcher mpirun --ssh-port 2222 --ssh-identity BIN/key --env HOME --dry-run digits",
@@ -118,7 +118,7 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str], arguments: st
         (
             "--from slurm",
             {"SLURM_JOB_NODELIST": "a,b", "SLURM_TASKS_PER_NODE": "2,1"},
-            f"BIN/horovodrun -np 3 -H a:2,b:1 --gloo --network-interfaces ib0 {TRAIN}",
+            f"BIN/horovodrun -np 3 -H a:2,b:1 --gloo --disable-cache --network-interfaces ib0 {TRAIN}",
         ),
         (
             "--launcher srun",
@@ -129,7 +129,7 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str], arguments: st
         (
             "--from auto",
             {"PBS_NODEFILE": "BIN/nodes"},
-            f"BIN/horovodrun -np 3 -H a:2,b:1 --gloo --network-interfaces ib0 {TRAIN}",
+            f"BIN/horovodrun -np 3 -H a:2,b:1 --gloo --disable-cache --network-interfaces ib0 {TRAIN}",
         ),
     ],
 )

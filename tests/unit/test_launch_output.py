@@ -233,7 +233,7 @@ def test_who_runs_in_an_elastic_run() -> None:
 def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Before anybody has started it may be the run's; from then on it is a newcomer's."""
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, elastic=True)
+        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#", elastic=True)
         first = {**failed(1, "no such file", 2), "pid": 5}
         take(job, first)
         assert job.report.failed == [first] and capsys.readouterr().err == ""
@@ -248,7 +248,9 @@ def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("elastic", [True, False])
 def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, elastic=elastic, asked=signal.SIGINT)
+        job = Job(
+            guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#", elastic=elastic, asked=signal.SIGINT
+        )
         started = {"kind": "started", "rank": 0, "size": 1, "host": socket.gethostname(), "pid": rank.pid}
         take(job, started)
         assert (rank.poll() or rank.wait(10)) == -signal.SIGUSR1 if elastic else rank.poll() is None
@@ -257,7 +259,7 @@ def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
 
 def test_a_host_that_ssh_does_not_reach_is_told_once() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30)
+        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#")
         job.calls = [("far", subprocess.Popen(["sh", "-c", "exit 255"])), ("near", subprocess.Popen(["false"]))]
         for _, call in job.calls:
             call.wait()

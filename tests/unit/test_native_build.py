@@ -111,8 +111,8 @@ def test_store_is_whole_or_not_there(tmp_path: Path) -> None:
     wheel.write_bytes(b"wheel")
     folder = tmp_path / "wheels" / "key"
     stored = cache.store(wheel, folder)
-    assert cache.find_wheel(folder) == stored and stored.read_bytes() == b"wheel"
-    assert [path.name for path in folder.iterdir()] == [wheel.name]
+    assert cache.find_whole_wheel(folder) == (stored, "") and stored.read_bytes() == b"wheel"
+    assert sorted(path.name for path in folder.iterdir()) == [wheel.name, f"{wheel.name}.sha256"]
     with pytest.raises(FileNotFoundError):
         cache.store(tmp_path / "horovod-none.whl", tmp_path / "other")
     assert list((tmp_path / "other").iterdir()) == []
@@ -198,9 +198,9 @@ def test_ninja_progress() -> None:
     assert seen == [25, 100]
 
 
-def fake_installed(torch: str | None, has_torch: bool = True) -> Installed:
+def fake_installed(torch: str | None, has_torch: bool = True, signed: bool = True) -> Installed:
     """A Horovod that was built for `torch`, or not by hvdtrain."""
-    record = {"torch": torch, "key": "k"} if torch else None
+    record = {"torch": torch, "key": "k", "patches": {installed.SIGNED: "0"} if signed else {}} if torch else None
     return Installed("0.28.1", Path("horovod"), record, has_torch)
 
 
@@ -223,6 +223,11 @@ NOW = Torch("2.14.1+cu130", "13.0", "", "20")
         (
             fake_installed(None, has_torch=False),
             "Horovod 0.28.1 is installed without its torch extension: run `hvdtrain horovod build`",
+        ),
+        (
+            fake_installed("2.14.1+cu130", signed=False),
+            "Horovod 0.28.1 was built by an older hvdtrain, and its servers answer anybody: "
+            "run `hvdtrain horovod build`",
         ),
     ],
 )
@@ -260,11 +265,51 @@ def test_a_wheel_in_the_cache_is_only_installed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(make, "make_plan", lambda without: CPU)
     monkeypatch.setattr(installed, "find", lambda: None)
     monkeypatch.setattr(build, "install", did.append)
-    wheel = tmp_path / CPU.key() / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
-    wheel.parent.mkdir()
-    wheel.touch()
+    built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    built.write_bytes(b"wheel")
+    wheel = cache.store(built, tmp_path / CPU.key())
     make.make(without=(), jobs=1, wheel_dir=tmp_path, force=False, dry_run=False)
     assert did == [wheel]
+
+
+@pytest.mark.parametrize("damage", ["changed", "no checksum", "empty checksum"])
+def test_a_damaged_wheel_is_built_again(
+    damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(make, "make_plan", lambda without: CPU)
+    monkeypatch.setattr(installed, "find", lambda: None)
+    monkeypatch.setattr(build, "build", lambda *_: did.append("build"))
+    monkeypatch.setattr(build, "install", lambda _: did.append("install"))
+    built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    built.write_bytes(b"wheel")
+    wheel = cache.store(built, tmp_path / CPU.key())
+    if damage == "changed":
+        wheel.write_bytes(b"whee1")
+    elif damage == "no checksum":
+        cache.checksum_path(wheel).unlink()
+    else:
+        cache.checksum_path(wheel).write_bytes(b"\xff")
+    make.make(without=(), jobs=1, wheel_dir=tmp_path, force=False, dry_run=False)
+    assert did == ["build", "install"]
+    says = "is damaged: SHA-256 " if damage == "changed" else "has no checksum"
+    assert f"{wheel} {says}" in capsys.readouterr().out
+
+
+def test_a_wheel_that_somebody_else_may_have_put_there_is_refused(tmp_path: Path) -> None:
+    built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    built.write_bytes(b"wheel")
+    wheel = cache.store(built, tmp_path / "key")
+    for path in (wheel, wheel.parent):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        with pytest.raises(UserError, match=rf"{path} can be changed by everybody; expected user"):
+            cache.find_whole_wheel(tmp_path / "key")
+        path.chmod(mode)
+    if os.geteuid() == 0:
+        os.chown(wheel, 4321, -1)
+        with pytest.raises(UserError, match=rf"{wheel} belongs to user 4321; expected user 0 alone"):
+            cache.find_whole_wheel(tmp_path / "key")
 
 
 def test_system_mpi_is_looked_for_in_one_folder(tmp_path: Path) -> None:

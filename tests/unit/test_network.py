@@ -35,7 +35,7 @@ def test_interface() -> None:
 
 def test_a_name_that_only_ssh_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ssh = tmp_path / "ssh"
-    ssh.write_text('#!/bin/sh\n[ "$1 $2" = "-G far" ] && echo "host far\nhostname 192.0.2.7\nport 2222"\n')
+    ssh.write_text('#!/bin/sh\n[ "$*" = "-G -- far" ] && echo "host far\nhostname 192.0.2.7\nport 2222"\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert network.address("far") == "192.0.2.7"

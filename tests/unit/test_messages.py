@@ -1,0 +1,119 @@
+"""Messages of ranks: which lines `hvdtrain launch` believes."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from hvdtrain import messages
+from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
+
+ENVIRON = {"HVDTRAIN_SECRET": "s" * 32, "HVDTRAIN_LAUNCH": "1"}
+MARK = messages.message_mark(ENVIRON)
+STARTED = {"kind": "started", "rank": 0, "host": "h", "pid": 7}
+
+
+def text_of(message: dict[str, Any], mark: str = MARK) -> str:
+    return f"{mark}{json.dumps(message)}"
+
+
+def test_a_message_begins_with_the_mark_of_this_launch() -> None:
+    assert MARK.startswith("##hvdtrain ") and len(MARK.split()[1]) == 32 and "s" * 8 not in MARK
+    assert messages.parse(text_of(STARTED), MARK) == STARTED
+    other = messages.message_mark({"HVDTRAIN_SECRET": "t" * 32})
+    for line in (
+        text_of(STARTED, "##hvdtrain "),
+        text_of(STARTED, other),
+        f"10% {text_of(STARTED)}",
+        f" {text_of(STARTED)}",
+        f"{MARK}{{broken",
+        MARK + "[" * 100_000,
+        f"{MARK}[]",
+        "plain",
+    ):
+        assert messages.parse(line, MARK) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": 1},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": True},
+        {"pid": "7"},
+        {"pid": 1 << 70},
+        {"rank": -1},
+        {"rank": None},
+        {"host": "-oProxyCommand=touch F"},
+        {"host": ""},
+        {"host": "a b"},
+        {"reach": "-oProxyCommand=touch F"},
+        {"reach": "a\n"},
+        {"reach": 3},
+        {"size": "2"},
+        {"kind": "other"},
+        {"kind": []},
+    ],
+)
+def test_a_message_with_a_wrong_value_is_an_ordinary_line(change: dict[str, Any]) -> None:
+    assert messages.parse(text_of({**STARTED, "reach": "node-1.a_b", "size": 3}), MARK) is not None
+    assert messages.parse(text_of({**STARTED, **change}), MARK) is None
+
+
+def test_a_message_without_one_of_its_fields_is_an_ordinary_line() -> None:
+    for name in STARTED:
+        assert messages.parse(text_of({key: value for key, value in STARTED.items() if key != name}), MARK) is None
+    assert messages.parse(text_of({"kind": "progress", "loss": "x"}), MARK) is None
+    assert messages.parse(text_of({"kind": "progress", "loss": None, "step": 3}), MARK) is not None
+
+
+def test_the_rank_is_the_launchers() -> None:
+    """But in an elastic run, where the launcher's number is that of a slot. Standard error has no messages."""
+    line = Line(3, "stdout", text_of(STARTED))
+    assert take_message(line, MARK) == {**STARTED, "rank": 3}
+    assert take_message(line._replace(rank=None), MARK) == STARTED
+    assert take_message(line, MARK, elastic=True) == STARTED
+    assert take_message(line._replace(stream="stderr"), MARK) is None
+
+
+@pytest.mark.parametrize(
+    ("prefix", "repeated"), [(b"[4]<stdout>:", True), (b"[1,4]<stdout>: ", False), (b" 4: ", False)]
+)
+def test_a_message_is_found_after_an_unfinished_line(
+    prefix: bytes, repeated: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the launchers bring it: horovodrun repeats its prefix after a carriage return, srun breaks long lines."""
+    monkeypatch.setattr("os.environ", ENVIRON)
+    print("10%\r50%", end="")
+    messages.send("failed", rank=4, error="e" * 3000)
+    messages.send("finished", rank=4, code=0)
+    said = capsys.readouterr().out.encode()
+    if prefix == b" 4: ":
+        pieces = [piece for line in said[:-1].split(b"\n") for piece in cut(line)]
+        said = b"".join(prefix + piece + b"\n" for piece in pieces)
+    elif repeated:
+        said = b"".join(prefix + part for part in re.findall(rb"[^\r\n]*[\r\n]", said))
+    else:
+        said = b"".join(prefix + part + b"\n" for part in said[:-1].split(b"\n"))
+    lines = Lines("stdout", SRUN_PREFIX if prefix == b" 4: " else PREFIX)
+    found = [*lines.feed(said), *lines.feed(b"")]
+    assert [line for line in found if take_message(line, MARK) is None] == [
+        Line(4, "stdout", "10%"),
+        Line(4, "stdout", "50%"),
+    ]
+    kept = [message for line in found if (message := take_message(line, MARK))]
+    assert [message["kind"] for message in kept] == ["failed", "finished"] and kept[0]["error"] == "e" * 3000
+
+
+def cut(line: bytes) -> list[bytes]:
+    return [line[at : at + 1024] for at in range(0, len(line), 1024)]
+
+
+def test_only_ranks_of_a_launch_send(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("os.environ", {"HVDTRAIN_SECRET": "s" * 32})
+    messages.send("finished", rank=0, code=0)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,92 @@
+"""The patches of Horovod's source apply exactly, or the build stops."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.errors import RunError
+from hvdtrain.native.patches import FOLDER, SourcePatch, apply_patches, read_patches
+
+PATCH = """Why this is done.
+---
+diff --git a/one.txt b/one.txt
+--- a/one.txt
++++ b/one.txt
+@@ -1,3 +1,4 @@
+ first
+-second
++2
++2.5
+ third
+@@ -5 +6,0 @@ third
+-fifth
+diff --git a/two.txt b/two.txt
+new file mode 100644
+--- /dev/null
++++ b/two.txt
+@@ -0,0 +1,2 @@
++a
++b
+"""
+
+
+def tree(folder: Path, text: str = "first\nsecond\nthird\nfourth\nfifth\nsixth\n") -> Path:
+    (folder / "one.txt").write_text(text)
+    return folder
+
+
+def test_a_patch_changes_and_makes_files(tmp_path: Path) -> None:
+    apply_patches(tree(tmp_path), [SourcePatch("10-a", PATCH)])
+    assert (tmp_path / "one.txt").read_text() == "first\n2\n2.5\nthird\nfourth\nsixth\n"
+    assert (tmp_path / "two.txt").read_text() == "a\nb\n"
+    with pytest.raises(RunError, match=r"patch 10-a: one.txt, line 2: expected 'second', got '2'"):
+        apply_patches(tmp_path, [SourcePatch("10-a", PATCH)])
+
+
+def test_git_applies_it_to_the_same(tmp_path: Path) -> None:
+    for name in ("ours", "gits"):
+        (tmp_path / name).mkdir()
+        tree(tmp_path / name)
+    apply_patches(tmp_path / "ours", [SourcePatch("10-a", PATCH)])
+    subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=PATCH, text=True, check=True, cwd=tmp_path / "gits")
+    for name in ("one.txt", "two.txt"):
+        assert (tmp_path / "ours" / name).read_text() == (tmp_path / "gits" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0\nfirst\nsecond\nthird\nfourth\nfifth\n", "line 1: expected 'first', got '0'"),  # not where it was
+        ("first\nsecond \nthird\nfourth\nfifth\n", "line 2: expected 'second', got 'second '"),
+        ("first\nsecond\nthird\nfourth\n", "line 5: expected 'fifth', got 'the end of the file'"),
+        ("first\nsecond\nthird\n", "one.txt has 3 lines; expected at least 4"),
+    ],
+)
+def test_a_line_that_is_not_where_and_as_it_was_stops_the_build(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(RunError, match=why):
+        apply_patches(tree(tmp_path, text), [SourcePatch("10-a", PATCH)])
+
+
+def test_a_file_that_is_missing_or_there_already_stops_the_build(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"patch 10-a: Horovod's source has no one.txt"):
+        apply_patches(tmp_path, [SourcePatch("10-a", PATCH)])
+    (tree(tmp_path) / "two.txt").touch()
+    with pytest.raises(RunError, match=r"patch 10-a: Horovod's source has two.txt already"):
+        apply_patches(tmp_path, [SourcePatch("10-a", PATCH)])
+
+
+def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
+    patches = read_patches()
+    assert len(patches) >= 5 and [patch.name for patch in patches] == sorted(patch.name for patch in patches)
+    for patch in patches:
+        title, _, rest = patch.text.partition("\n\n")
+        assert len(title) <= 120 and len(rest.partition("\n---\n")[0]) > 100, patch.name
+        assert SourcePatch(patch.name, f"Other words\n{patch.text}").digest() == patch.digest()
+        assert SourcePatch(patch.name, f"{patch.text}+\n").digest() != patch.digest()
+
+
+def test_they_are_in_the_package() -> None:
+    assert FOLDER.is_dir() and "patches/*.patch" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
