@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hvdtrain import messages
+from hvdtrain import messages, signing
 from hvdtrain.cli.launch import launch_options, start
 from hvdtrain.cli.rank import leaving_on_failure, quit_at_once, share_cores
 from hvdtrain.collectives.world import rank_from_environment
@@ -114,9 +114,9 @@ def attend(meet: str, nic: str | None) -> int:
     rank = rank_from_environment()
     assert rank is not None
     messages.send("started", rank=rank, host=socket.gethostname(), pid=os.getpid())
-    address, port, token = meet.split(":")
+    address, port = meet.split(":")
     with leaving_on_failure():
-        peer.attend((address, int(port)), token, rank, nic)
+        peer.attend((address, int(port)), signing.read_key(), rank, nic)
     messages.send("finished", rank=rank, code=0)
     # Horovod's exit handler would wait for the others.
     quit_at_once(0)

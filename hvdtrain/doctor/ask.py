@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
 from hvdtrain.errors import UserError
 from hvdtrain.network import address_of, is_here, own_address_to, ssh_command
+from hvdtrain.signing import MOST_STRANGERS
 
 CONNECT_SECONDS = 5
 # Python may take long to start from a file server that nobody has read from today.
@@ -182,8 +183,10 @@ def ask_with_way_back(
 
     first: folders of the first host, where rank 0 writes. Raises UserError if this host has no such interface.
     """
-    with socket.create_server(("", 0), backlog=len(hosts) + 16) as door:
-        port, own = door.getsockname()[1], address_of(nic) if nic else None
+    # Nothing is read from it: that a host can connect is all.
+    own = address_of(nic) if nic else None
+    with socket.create_server((own or "", 0), backlog=len(hosts) + MOST_STRANGERS) as door:
+        port = door.getsockname()[1]
         wanted = {}
         for host in hosts:
             back = own or way_to(host)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor.meeting import Meeting
 from hvdtrain.doctor.peer import Reply
+from hvdtrain.signing import new_secret
 
 ALL_PAIRS = 6  # hosts; of more, the ring and what is odd
 TRIES = 2  # more, of what is odd, with nothing else going on: the best one counts
@@ -100,8 +101,12 @@ def measure_ways(room: Meeting, pairs: Sequence[Pair], seconds: float = SEND_SEC
     found = {}
     for together in rounds(pairs):
         for ways in (together, [(other, one) for one, other in together]):
-            commands: dict[int, Reply] = {other: {"do": "serve"} for _, other in ways}
-            commands |= {one: {"do": "link", "to": room.at[other], "seconds": seconds} for one, other in ways}
+            commands: dict[int, Reply] = {}
+            for one, other in ways:
+                ticket = new_secret()  # by which the one that serves knows the other
+                commands[other] = {"do": "serve", "ticket": ticket}
+                to = room.ranks[other].at
+                commands[one] = {"do": "link", "to": to, "ticket": ticket, "seconds": seconds}
             replies = room.tell(commands, LINK_SECONDS)
             for one, other in ways:
                 found[one, other] = way(replies[one], replies[other])

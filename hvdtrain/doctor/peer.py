@@ -6,7 +6,8 @@ Links are measured by sockets of its own, before Horovod starts: where a link is
 from __future__ import annotations
 
 import contextlib
-import json
+import hmac
+import select
 import socket
 import statistics
 import struct
@@ -14,7 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hvdtrain.doctor.lines import LONGEST, LONGEST_FIRST, join
 from hvdtrain.network import address_of
+from hvdtrain.signing import MOST_STRANGERS
 
 CONNECT_SECONDS = 2.5
 PINGS, PING_SECONDS = 30, 3.0  # whichever ends first
@@ -26,18 +29,22 @@ ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: what is still to be sent is thrown
 Reply = dict[str, Any]
 
 
-def attend(meeting: tuple[str, int], token: str, rank: int, nic: str | None) -> None:
+def attend(meeting: tuple[str, int], key: bytes, rank: int, nic: str | None) -> None:
     """Join the doctor's meeting and do as told until it is over.
 
-    Raises OSError if the doctor cannot be reached, or is gone.
+    key: the secret of the meeting. Raises OSError if the doctor cannot be reached, is gone, or is not the doctor.
     """
     with socket.create_connection(meeting, 10) as doctor:
         doctor.settimeout(None)
         own = address_of(nic) if nic else doctor.getsockname()[0]
-        with socket.create_server((own, 0)) as door, doctor.makefile("rw") as lines:
-            tell(lines, {"token": token, "rank": rank, "at": door.getsockname()})
-            for line in lines:
-                command = json.loads(line)
+        with socket.create_server((own, 0), backlog=MOST_STRANGERS) as door, doctor.makefile("rb") as said:
+            lines, before = join(key, said.readline(LONGEST_FIRST))
+            doctor.sendall(before + lines.write({"rank": rank, "at": door.getsockname()}))
+            while line := said.readline(LONGEST):
+                try:
+                    command = lines.parse(line)
+                except ValueError as error:
+                    raise ConnectionError(f"the doctor sends {error}") from None
                 if command["do"] == "end":
                     return
                 number = command.pop("number")
@@ -45,14 +52,8 @@ def attend(meeting: tuple[str, int], token: str, rank: int, nic: str | None) -> 
                     reply = COMMANDS[command.pop("do")](door, **command)
                 except Exception as error:
                     reply = {"error": f"{type(error).__name__}: {error}"}
-                tell(lines, {**reply, "number": number})
+                doctor.sendall(lines.write({**reply, "number": number}))
     raise ConnectionError("the doctor is gone")
-
-
-def tell(lines: Any, reply: Reply) -> None:
-    """Send an answer."""
-    lines.write(json.dumps(reply) + "\n")
-    lines.flush()
 
 
 def burn(_: socket.socket) -> Reply:
@@ -63,7 +64,7 @@ def burn(_: socket.socket) -> Reply:
     return {"ratio": (time.perf_counter() - begin) / (time.process_time() - used)}
 
 
-def link(_: socket.socket, to: tuple[str, int], seconds: float) -> Reply:
+def link(_: socket.socket, to: tuple[str, int], ticket: str, seconds: float) -> Reply:
     """Time round trips to another rank, and send to it for so many seconds; that one measures how fast it goes."""
     try:
         connection = socket.create_connection((to[0], to[1]), CONNECT_SECONDS)
@@ -73,6 +74,7 @@ def link(_: socket.socket, to: tuple[str, int], seconds: float) -> Reply:
         return {"error": error.strerror or str(error)}
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(ticket.encode())
         trips: list[float] = []
         while len(trips) < PINGS and sum(trips) < PING_SECONDS:
             begin = time.perf_counter()
@@ -90,12 +92,10 @@ def link(_: socket.socket, to: tuple[str, int], seconds: float) -> Reply:
     return {"round trip": statistics.median(trips)}
 
 
-def serve(door: socket.socket) -> Reply:
+def serve(door: socket.socket, ticket: str) -> Reply:
     """Answer another rank's round trips, and measure how fast it sends, in bits per second."""
-    door.settimeout(CONNECT_SECONDS + 0.5)
-    try:
-        connection, _ = door.accept()
-    except TimeoutError:
+    connection = wait_for_ticket(door, ticket.encode(), CONNECT_SECONDS + 0.5)
+    if connection is None:
         return {"error": "nobody came"}
     with connection:
         connection.settimeout(CONNECT_SECONDS)
@@ -108,6 +108,33 @@ def serve(door: socket.socket) -> Reply:
                 total += count
                 come.append((time.perf_counter(), total))
     return {"rate": rate(come)}
+
+
+def wait_for_ticket(door: socket.socket, ticket: bytes, seconds: float) -> socket.socket | None:
+    """The connection that begins with the ticket, or None if there is none in time; what others say does not matter."""
+    door.setblocking(False)
+    until = time.monotonic() + seconds
+    said: dict[socket.socket, bytes] = {}  # what each connection has said
+    found: socket.socket | None = None
+    while found is None and (left := until - time.monotonic()) > 0:
+        ready = select.select([door, *said], [], [], left)[0]
+        if door in ready:
+            with contextlib.suppress(OSError):
+                said[door.accept()[0]] = b""
+        for connection in said.keys() & set(ready):
+            data = b""
+            with contextlib.suppress(OSError):
+                data = connection.recv(len(ticket) - len(said[connection]))
+            said[connection] += data
+            if hmac.compare_digest(said[connection], ticket):
+                found = connection
+            if not data or len(said[connection]) == len(ticket):
+                del said[connection]
+                if connection is not found:
+                    connection.close()
+    for connection in said:
+        connection.close()
+    return found
 
 
 def rate(come: list[tuple[float, int]]) -> float:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hvdtrain import signing
+from hvdtrain.elastic.records import parse_fact, parse_json, parse_pulse
 from hvdtrain.signing import SignedClient
 
 FACTS, PULSES, ROUNDS = "hvdtrain.facts", "hvdtrain.pulses", "hvdtrain.rounds"
@@ -24,12 +28,14 @@ class BoardLost(OSError):
 class Board:
     """A client of the key-value server. Keys are words without slashes; values are JSON.
 
+    A value that is not what its key says counts as not written, and is reported once.
     Raises BoardLost wherever the server does not answer.
     """
 
     def __init__(self, address: str, port: int) -> None:
         self.address, self.port = address, port
         self.client = SignedClient(signing.read_key())
+        self.dropped: set[str] = set()  # keys whose values were not valid
 
     def propose(self, key: str, value: Any) -> Any:
         """Write a fact unless it is written already; what stands there then."""
@@ -38,22 +44,28 @@ class Board:
 
     def fact(self, key: str) -> Any:
         """A fact, or None where nobody has written it."""
-        return self._value(f"/{FACTS}/{key}")
+        text = self._request("GET", f"/{FACTS}/{key}")
+        return None if text is None else self._parse(key, text, partial(parse_fact, key))
 
     def facts(self, prefix: str) -> dict[str, Any]:
         """The facts whose keys begin with the prefix, by what follows it."""
-        return self._listed(FACTS, prefix)
+        found = self._listed(FACTS, prefix)
+        parsed = {key: self._parse(key, text, partial(parse_fact, key)) for key, text in found.items()}
+        return {key[len(prefix) :]: value for key, value in parsed.items() if value is not None}
 
     def pulse(self, key: str, value: Any) -> None:
         """Overwrite a pulse."""
         self._request("PUT", f"/{PULSES}/{key}", json.dumps(value).encode())
 
     def pulses(self) -> dict[str, Any]:
-        return self._listed(PULSES, "")
+        found = self._listed(PULSES, "")
+        parsed = {key: self._parse(key, text, parse_pulse) for key, text in found.items()}
+        return {key: value for key, value in parsed.items() if value is not None}
 
     def newest_round(self) -> int:
         """The newest of horovodrun's rounds of assignment that all slots were called to; 0: there was none."""
-        return int(self._value(f"/{ROUNDS}/newest") or 0)
+        text = self._request("GET", f"/{ROUNDS}/newest")
+        return self._parse("newest", text, int) or 0 if text is not None else 0
 
     def call_round(self, number: int) -> None:
         """Call all slots to a round of assignment, which each answers by `assignment`."""
@@ -68,13 +80,21 @@ class Board:
         rank, size, *_ = (text or b"-1,-1").split(b",")
         return int(rank), int(size)
 
-    def _listed(self, scope: str, prefix: str) -> dict[str, Any]:
-        found = json.loads(self._request("GET", f"/{scope}/{prefix}*") or b"{}")
-        return {key[len(prefix) :]: json.loads(value) for key, value in found.items()}
+    def _listed(self, scope: str, prefix: str) -> dict[str, str]:
+        """The texts of the values whose keys begin with the prefix."""
+        found = self._parse(scope, self._request("GET", f"/{scope}/{prefix}*") or b"{}", parse_json)
+        texts = found if isinstance(found, dict) else {}
+        return {key: text for key, text in texts.items() if key.startswith(prefix) and isinstance(text, str)}
 
-    def _value(self, path: str) -> Any:
-        text = self._request("GET", path)
-        return None if text is None else json.loads(text)
+    def _parse(self, key: str, text: bytes | str, parse: Callable[[Any], Any]) -> Any:
+        """What a text says; None if it is not valid, which is reported once."""
+        try:
+            return parse(text)
+        except ValueError as error:
+            if key not in self.dropped:
+                print(f"hvdtrain: dropped an invalid value of {key!r:.100}: {error}", file=sys.stderr)
+            self.dropped.add(key)
+            return None
 
     def _request(
         self, method: str, path: str, body: bytes | None = None, timeout: float | None = TIMEOUT

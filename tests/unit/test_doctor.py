@@ -273,12 +273,12 @@ def test_an_answer_that_comes_too_late_is_none(monkeypatch: pytest.MonkeyPatch) 
         return {"slept": True}
 
     monkeypatch.setitem(COMMANDS, "nap", nap)
-    room = Meeting(1)
+    room = Meeting(1, "127.0.0.1")
     where = ("127.0.0.1", room.server.getsockname()[1])
-    rank = threading.Thread(target=attend, args=(where, room.token, 0, None))
+    rank = threading.Thread(target=attend, args=(where, room.secret.encode(), 0, None))
     rank.start()
     with subprocess.Popen(["sleep", "60"]) as launcher:
-        assert room.welcome(1, launcher) == []
+        assert room.welcome(launcher) == []
         launcher.kill()
     assert room.tell({0: {"do": "nap"}}, 0.1) == {0: {"error": "no answer within 0.1 s"}}
     assert list(room.tell({0: {"do": "burn"}}, 10)[0]) == ["ratio"]

@@ -1,0 +1,57 @@
+"""Signed lines over a connection: how the doctor and its ranks talk.
+
+The doctor begins with a nonce. Each line is `MAC JSON` and a line end; the MAC covers both sides' nonces, who speaks,
+and the line's number, so that no line counts twice, elsewhere, or from anybody who does not know the run's secret.
+A rank puts its own nonce before its first line.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from typing import Any
+
+from hvdtrain import signing
+
+NONCE = 64  # characters
+LONGEST_FIRST = 4096  # bytes of the first line, which anybody may send
+LONGEST = 1 << 20  # bytes of any other
+
+
+class SignedLines:
+    """The lines of one connection, as one side writes and the other reads them."""
+
+    def __init__(self, key: bytes, session: str, own: str, other: str) -> None:
+        """session: the nonces of both. own, other: who this side is, and who the other one is."""
+        self.key, self.session, self.own, self.other = key, session, own, other
+        self.written = self.read = 0
+
+    def write(self, value: Any) -> bytes:
+        """The next line to send."""
+        text = json.dumps(value)
+        self.written += 1
+        return f"{self._mac(self.own, self.written, text)} {text}\n".encode()
+
+    def parse(self, line: bytes) -> Any:
+        """The value in the next line that came. Raises ValueError if the other side did not send it."""
+        mac, _, text = line.decode().rstrip("\n").partition(" ")
+        self.read += 1
+        if not hmac.compare_digest(mac.encode(), self._mac(self.other, self.read, text).encode()):
+            raise ValueError("a line without this run's signature")
+        return json.loads(text)
+
+    def _mac(self, who: str, number: int, text: str) -> str:
+        return signing.authenticate(self.key, self.session, who, number, signing.hash_body(text.encode()))
+
+
+def join(key: bytes, doctors_nonce: bytes) -> tuple[SignedLines, bytes]:
+    """A rank's lines to the doctor, and what it puts before the first one."""
+    own = signing.new_secret()
+    return SignedLines(key, f"{doctors_nonce.decode().strip()}-{own}", "rank", "doctor"), f"{own} ".encode()
+
+
+def welcome(key: bytes, own_nonce: str, first: bytes) -> tuple[SignedLines, Any]:
+    """The doctor's lines to a rank, and the value of the rank's first line. Raises ValueError if it is not signed."""
+    nonce, _, line = first.partition(b" ")
+    lines = SignedLines(key, f"{own_nonce}-{nonce.decode()}", "doctor", "rank")
+    return lines, lines.parse(line)
