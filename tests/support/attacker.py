@@ -10,7 +10,6 @@ import pickle
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -140,17 +139,11 @@ class Recorder:
 def attack(processes: Iterable[psutil.Process], touched: Path) -> list[bytes]:
     """Send all that is bad to everything that listens; the answers that are not refusals."""
     accepted = []
-    for where in listeners(processes):
+    ports = listeners(processes)
+    assert ports, "nothing listens"
+    for where in ports:
         for data in [*JUNK, UNLIMITED, *forged_requests(touched)]:
             answer = send(where, data, 0.5)
             if answer.startswith(b"HTTP/") and not re.match(rb"HTTP/1\.\d (400|401|405|413|414|431|501|505) ", answer):
                 accepted.append(data[:80] + b" -> " + answer[:80])
     return accepted
-
-
-def wait_for_listener(processes: object, seconds: float = 30) -> None:
-    """Return when one of the processes that the call gives listens."""
-    until = time.monotonic() + seconds
-    while not listeners(processes()):  # type: ignore[operator]
-        assert time.monotonic() < until, "nothing listens"
-        time.sleep(0.1)
