@@ -34,6 +34,7 @@ def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
         return None
     new = run_dir / f".{FOLDER}.new"
     shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o700)  # a recipe may hold secrets
     for name, data in source.files.items():
         path = new / name
         path.parent.mkdir(parents=True, exist_ok=True)

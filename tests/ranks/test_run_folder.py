@@ -160,3 +160,20 @@ def test_files_that_may_not_grow_end_no_run_but_the_last_checkpoint_must_be_writ
     goes_on = [line for line in lines if line.endswith("; training goes on, the next one is tried again")]
     assert len(goes_on) == 4
     assert len(rows(folder)) == STEPS and not list(folder.glob("**/.*"))
+
+
+def test_a_relaunched_job_passes_over_a_damaged_checkpoint_at_night(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [SLOW, "--run-dir", str(folder), *OPTIONS, "--pause", "0"]
+    train("alone", 1, SLOW, folder, *OPTIONS, "--pause", "0")
+    (folder / "checkpoints" / f"step-{STEPS}" / "meta.json").write_text("{")
+    launched = [*HVDTRAIN, "launch", "--elastic", "-H", "localhost:1", "--relaunch", "1", *options, "--resume"]
+    done = run("alone", 1, launched)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"step-{STEPS} is damaged: its meta.json is not valid JSON" in done.stderr
+    assert "resuming from step-20, the newest checkpoint that is whole" in done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["resumed_from"], summary["steps"]) == (20, STEPS)
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+    assert not (folder / "owner.json").exists()
+    assert (folder / "source").stat().st_mode & 0o777 == 0o700
