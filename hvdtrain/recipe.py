@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import sys
 import types
 import typing
@@ -122,10 +123,22 @@ def checked(field: Field, value: Any) -> Any:
     if issubclass(field.type, Path) and isinstance(value, str):
         return Path(value)
     if field.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise UserError(f"{field.flag}: {value} is too large for a float") from None
     if not isinstance(value, field.type) or (field.type is int and isinstance(value, bool)):
         raise UserError(f"{field.flag}: {value!r} is {type(value).__name__}; expected {field.type.__name__}")
+    check_finite(field, value)
     return value
+
+
+def check_finite(field: Field, value: Any) -> None:
+    """Raise UserError for NaN, and for an infinite number unless the field's default is infinite too."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return
+    if math.isnan(value) or not (isinstance(field.default, float) and math.isinf(field.default)):
+        raise UserError(f"{field.flag} is {value}; expected a finite number")
 
 
 def make(cls: type[Any], values: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,7 @@ class StepOptions:
     device: Literal["cpu", "cuda"] | None = None  # None: cuda if there is one
     threads: int = 1
     workers: int = 0
+    micro_batch: int | None = None  # most examples per pass; None: this rank's part of the batch
     amp: Literal["off", "bf16", "fp16"] = "off"
     clip_norm: float | None = None
     ema: float | None = None
@@ -65,7 +66,7 @@ class Step(Protocol):
     """One rank's model, optimizer and data. A training step is `begin`, `micro_batch` ..., `exchange`, `update`."""
 
     metrics: tuple[str, ...]  # the scores' names, "loss" first
-    examples: dict[Split, int]
+    examples: dict[Split, int]  # 0 for "eval": no evaluation
     parts: Sequence[Part]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
     torn: bool  # an update was begun and not finished: this state is none
@@ -73,8 +74,11 @@ class Step(Protocol):
     def changed_example(self, earlier: Mapping[str, str]) -> str | None:
         """The name of the first training example whose hash is another one than it was; None if there is none."""
 
-    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        """The batches of these ids, in order, each with the ids that were really loaded."""
+    def load(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        """The batches of these ids, in order, each with the ids that were really loaded.
+
+        `chunks` is read as batches are needed. Of a split, the iterator of the last call only may be used.
+        """
 
     def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
         """Forget the last step's gradients; micro-batches follow.
@@ -93,8 +97,11 @@ class Step(Protocol):
     def exchange(self) -> Agreed:
         """Finish exchanging gradients and sums. All ranks call it once per step, also without a micro-batch."""
 
-    def update(self, factor: float) -> dict[str, float]:
-        """Clip and apply the optimizer at `factor` times its learning rate; what there is to report of it."""
+    def update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
+        """Clip and apply the optimizer at `factor` times its learning rate; what there is to report of it.
+
+        seed: what randomness in the optimizer is drawn from, the same on all ranks.
+        """
 
     def skip(self) -> None:
         """Instead of `update`: leave the model as it was before the step, buffers included."""
@@ -102,8 +109,11 @@ class Step(Protocol):
     def learning_rate(self) -> float:
         """The first parameter group's learning rate, before the schedule."""
 
-    def evaluate(self, batch: Any, count: int) -> NDArray[np.float64]:
-        """Sums of the scores of a batch of `count` examples, without training: (metrics,)."""
+    def evaluate(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
+        """Sums of the scores of a batch of `count` examples, without training: (metrics,).
+
+        seed: what randomness in the model is drawn from.
+        """
 
     def state(self) -> bytes:
         """All that the trajectory depends on. All ranks call it; only rank 0's answer is whole."""
@@ -128,6 +138,9 @@ class Step(Protocol):
 
     def checksums(self) -> dict[str, int]:
         """Of each tensor of the model's state, by name: a 64-bit number that all of its bits go into."""
+
+    def close(self) -> None:
+        """End the processes that load data."""
 
     def graph(self) -> bytes | None:
         """The model as a TensorBoard GraphDef, or None for batches that cannot be traced. Raises what tracing does."""

@@ -21,7 +21,7 @@ from hvdtrain.collectives import ops
 from hvdtrain.collectives.probe import settle
 from hvdtrain.collectives.world import World
 from hvdtrain.errors import UserError
-from hvdtrain.torch.data import batches, seed_all, to_device
+from hvdtrain.torch.data import Examples, Request, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.setup import choose_device, load_datasets
@@ -98,11 +98,12 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
     torch.set_num_threads(options.threads or cores.choose_threads(world.local_size).count)
     device = choose_device(options.device, world.local_rank)
-    data = load_datasets(recipe, world)["train"]
+    data = load_datasets(recipe, world, options.seed)["train"]
     count = options.batch_per_rank or max(1, recipe.batch_size // world.size)
     ids = (np.arange(count, dtype=np.int64) * world.size + world.rank) % len(data)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    batch = to_device(next(batches(data, [ids], [options.seed], 0))[1], device, memory_format)
+    loaded = Examples(recipe, "train", data).load(Request(ids, (options.seed,)))[1]
+    batch = to_device(loaded, device, memory_format)
     seed_all([options.seed])
     model = recipe.model().to(device)
     if recipe.channels_last:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-VERSION = 2  # of the order; 1 sorted Philox's output, see hvdtrain.elastic.verify
+VERSION = 2  # of the order; 1 sorted Philox's output, see hvdtrain.elastic.epoch_order
 MAX_EXAMPLES = 1 << 62  # a and b stay below 2^32
 BLOCK = 8192  # positions computed at a time: fewer cost more each, as numpy's calls do
 GOLDEN, MIX, HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)

@@ -4,78 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvdtrain.data.order import BLOCK, MAX_EXAMPLES, Ids, Order
-from hvdtrain.elastic.ledger import Row, Segment, hashes, numbered, read_segment
+from hvdtrain.data.order import MAX_EXAMPLES, Ids
+from hvdtrain.elastic.epoch_order import EpochOrder, WholeOrder
+from hvdtrain.elastic.ledger import Row, Segment, numbered, read_segment
 from hvdtrain.errors import RunError, UserError
 
 SEEDS = 1 << 64  # how many there are
 NAMED = 10  # ids, of however many there are
-
-
-@dataclass(frozen=True)
-class EpochOrder:
-    """An epoch's order, by the version of hvdtrain.data.order that the run drew it with."""
-
-    examples: int
-    seed: int
-    epoch: int  # from 1
-    version: int
-
-    def hash_sum(self, begin: int, end: int) -> int:
-        """The sum of the hashes of the ids at positions [begin, end)."""
-        total = 0
-        for number in range(begin // BLOCK, -(-end // BLOCK)):
-            sums, first = _block_sums(self, number), number * BLOCK
-            total += int(sums[min(end - first, BLOCK)] - sums[max(begin - first, 0)])
-        return total
-
-    def whole(self) -> WholeOrder:
-        """All of it in memory: only a ledger with something wrong in it takes that."""
-        return _whole(self)
-
-    def ids(self, begin: int, end: int) -> Ids:
-        """The ids at positions [begin, end)."""
-        return _drawn(self).ids(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
-
-
-class WholeOrder(NamedTuple):
-    """An epoch's order, its hashes and their sums."""
-
-    ids: Ids  # (examples,)
-    hashes: Ids  # (examples,): of these ids
-    before: Ids  # (examples + 1,): sums of all hashes before
-
-
-@lru_cache(maxsize=4)
-def _drawn(order: EpochOrder) -> Order:
-    return Order(order.examples, order.seed, order.epoch - 1)
-
-
-@lru_cache(maxsize=2)
-def _sorted_philox(order: EpochOrder) -> Ids:
-    """The order of version 1, (examples,): Philox's output (Salmon et al., SC'11), sorted."""
-    key = np.array([order.seed, order.epoch - 1], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(order.examples), kind="stable").astype(np.int64)
-
-
-@lru_cache(maxsize=16)
-def _block_sums(order: EpochOrder, number: int) -> Ids:
-    """(BLOCK + 1,) at most: the sums of the hashes of a block's ids before each of its positions."""
-    ids = order.ids(number * BLOCK, min((number + 1) * BLOCK, order.examples))
-    return np.concatenate([[0], np.cumsum(hashes(ids).astype(np.int64))])
-
-
-@lru_cache(maxsize=2)
-def _whole(order: EpochOrder) -> WholeOrder:
-    ids = order.ids(0, order.examples)
-    drawn = hashes(ids).astype(np.int64)
-    return WholeOrder(ids, drawn, np.concatenate([[0], np.cumsum(drawn)]))
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,25 @@
-"""Batches of example ids, with randomness that depends on the example and not on the rank that loads it."""
+"""A split's examples: checked, drawn with randomness of their own, and put into batches."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
 import random
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hvdtrain.step import Ids
+from hvdtrain.errors import KnownError, RunError, UserError
+from hvdtrain.recipe_errors import describe_error, in_recipe, name_call
+from hvdtrain.step import Ids, Split
+from hvdtrain.torch.recipe import Recipe
+
+FIRST = 8  # examples that are looked at before training, with the middle and the last one
+SHOWN = 5  # ids in a message
 
 
 def seed_all(entropy: Sequence[int]) -> None:
@@ -24,12 +28,12 @@ def seed_all(entropy: Sequence[int]) -> None:
     Randomness is a function of (seed, step, place in the global batch) or (seed, epoch, example), never of what was
     drawn before: so no generator's state has to be saved, and a resumed run draws what the other would have drawn.
     """
-    seed = _seed_host(entropy)
+    seed = seed_host(entropy)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
 
 
-def _seed_host(entropy: Sequence[int]) -> int:
+def seed_host(entropy: Sequence[int]) -> int:
     """Seed the CPU's generators, in 7 microseconds: for each example, torch.manual_seed's 100 would be too many."""
     digest = hashlib.blake2b(repr(tuple(entropy)).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
@@ -39,66 +43,165 @@ def _seed_host(entropy: Sequence[int]) -> int:
     return seed
 
 
-class SeededExamples(Dataset[Any]):
-    """A dataset whose examples come with their ids, drawn with generators seeded by (entropy, id)."""
+@dataclass(frozen=True)
+class Request:
+    """Examples to be loaded as one batch."""
 
-    def __init__(self, dataset: Any, entropy: Sequence[int]) -> None:
-        self.dataset, self.entropy = dataset, entropy
+    ids: Ids  # (B,)
+    entropy: tuple[int, ...]  # what, with its id, each one's randomness is drawn from
+
+
+class Examples(Dataset[Any]):
+    """The batches of a split, by request: what loader processes are given.
+
+    Everything that the dataset draws from torch's, numpy's or Python's global generators for an example is a function
+    of (entropy, id), and what `collate` draws of (entropy, the batch's ids): never of the rank or the process that
+    loads it, or of what was loaded before.
+    """
+
+    def __init__(self, recipe: Recipe, split: Split, dataset: Any) -> None:
+        self.recipe, self.split, self.dataset = recipe, split, dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> Any:
-        _seed_host([*self.entropy, i])
-        return i, self.dataset[i]
+    def __getitem__(self, request: Request) -> tuple[Ids, Any] | KnownError:
+        """The ids that were loaded and their batch, or the error that says why there is none.
+
+        Returned, not raised: a loader process would wrap it into one with another text.
+        """
+        try:
+            return self.load(request)
+        except KnownError as error:
+            return error
+
+    def load(self, request: Request) -> tuple[Ids, Any]:
+        """The ids that were loaded, (B,), and their batch.
+
+        Raises:
+            RunError: for an example that is None, and for examples that do not fit into one batch.
+            RecipeError: for what the dataset or `collate` raises.
+        """
+        ids = request.ids.tolist()
+        examples = [self.example(i, request.entropy) for i in ids]
+        seed_host([*request.entropy, *ids[:1], len(ids)])
+        return request.ids, self._collate(ids, examples)
+
+    def example(self, i: int, entropy: Sequence[int]) -> Any:
+        """One example. Raises RunError if it is None, RecipeError for what the dataset raises."""
+        seed_host([*entropy, i])
+        try:
+            example = self.dataset[i]
+        except (Exception, SystemExit):  # entered only now: there are many examples
+            with in_recipe(self.recipe, self._call(i)):
+                raise
+        if example is None:
+            raise RunError(f"{self._name(i)} is None; expected an example")
+        return example
+
+    def _collate(self, ids: Sequence[int], examples: list[Any]) -> Any:
+        recipe = self.recipe
+        if type(recipe).collate is Recipe.collate:
+            try:
+                return recipe.collate(examples)
+            except Exception as error:
+                raise RunError(self._misfit(ids, examples, error)) from error
+        more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+        of = f"of dataset({self.split!r})[{', '.join(map(str, ids[:SHOWN]))}]{more}"
+        with in_recipe(recipe, f"collate() {of}"):
+            batch = recipe.collate(examples)
+        if batch is None:
+            raise RunError(f"{name_call(recipe, 'collate()')} returned None; expected a batch")
+        return batch
+
+    def _misfit(self, ids: Sequence[int], examples: list[Any], error: Exception) -> str:
+        """Why torch's default collation refuses a batch: which example, or which two."""
+        name = type(self.recipe).__name__
+        own = getattr(self.dataset, "collate_fn", None)
+        how = f"write {name}.collate(self, examples)"
+        how += f", which may call the dataset's collate_fn: {type(self.dataset).__name__}.collate_fn" if own else ""
+        for i, example in zip(ids, examples, strict=True):
+            try:
+                self.recipe.collate([example])
+            except Exception as alone:
+                what = f"is {_with_article(type(example).__name__)}, which torch's default collation cannot batch"
+                text = f"{self._name(i)} {what} ({describe_error(alone)})"
+                return f"{text}; return tensors, numbers, tuples or dicts, or {how}"
+        for i, example in zip(ids[1:], examples[1:], strict=True):
+            try:
+                self.recipe.collate([examples[0], example])
+            except Exception as pair:
+                return f"{self._name(ids[0])} and [{i}] do not fit into one batch ({describe_error(pair)}); {how}"
+        return f"{self._name(ids[0])} to [{ids[-1]}] do not fit into one batch ({describe_error(error)}); {how}"
+
+    def _call(self, i: int) -> str:
+        return f"dataset({self.split!r})[{i}]"
+
+    def _name(self, i: int) -> str:
+        return name_call(self.recipe, self._call(i))
+
+    def look_at(self, entropy: Sequence[int], most: int) -> None:
+        """Load the first few examples, the middle and the last one, and, if batches hold several, join them.
+
+        most: examples per batch. Raises UserError for what is wrong with them, RecipeError for what the recipe raises.
+        """
+        count = len(self)
+        ids = sorted({*range(min(FIRST, count)), count // 2, count - 1})
+        try:
+            examples = [self.example(i, entropy) for i in ids]
+            size = len(ids) if most > 1 else 1
+            for first in range(0, len(ids), size):
+                seed_host([*entropy, ids[first], size])
+                self._collate(ids[first : first + size], examples[first : first + size])
+        except RunError as error:
+            raise UserError(str(error)) from error
 
 
-def with_ids(examples: Sequence[tuple[int, Any]]) -> tuple[Ids, Any]:
-    """The ids that were really loaded, and their batch."""
-    return np.array([i for i, _ in examples], dtype=np.int64), default_collate([example for _, example in examples])
+def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
+    """Raise UserError unless a recipe's dataset is a map-style one that is not empty, or None for no evaluation."""
+    call, kind = name_call(recipe, f"dataset({split!r})"), type(dataset).__name__
+    expected = "expected a map-style dataset, with len() and [i]"
+    if dataset is None and split == "eval":
+        return
+    if dataset is None:
+        raise UserError(f"{call} returned None; {expected}: does it lack a return?")
+    if isinstance(dataset, DataLoader):
+        raise UserError(f"{call} returned a {kind}; return its dataset: hvdtrain makes the batches (--batch-size)")
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f"{call} returned {kind}, an IterableDataset; {expected}: examples are chosen by their number")
+    if isinstance(dataset, (dict, str, bytes)) or not all(
+        hasattr(dataset, name) for name in ("__len__", "__getitem__")
+    ):
+        raise UserError(f"{call} returned {kind}; {expected}")
+    with in_recipe(recipe, f"dataset({split!r}).__len__()"):
+        count = len(dataset)
+    if count == 0:
+        hint = "; for no evaluation, return None" if split == "eval" else "; expected one example at least"
+        raise UserError(f"{call} is empty{hint}")
 
 
-def wait_until_others_sleep(seconds: float = 2.0) -> None:
-    """Return when all other threads of this process sleep, or after so long; before it is forked.
-
-    Horovod's thread, as it lets go of a tensor, takes a lock of Python's that a process forked in that moment waits for
-    for ever. It sleeps when all that was handed to it is done.
-    """
-    own, tasks, until = threading.get_native_id(), Path("/proc/self/task"), time.monotonic() + seconds
-    while time.monotonic() < until and tasks.exists():
-        others = [task / "stat" for task in tasks.iterdir() if int(task.name) != own]
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has ended: look again
-            if not any(stat.read_text().rpartition(")")[2].split()[0] == "R" for stat in others):
-                return
-        time.sleep(0.001)
-
-
-def batches(dataset: Any, chunks: Sequence[Ids], entropy: Sequence[int], workers: int) -> Iterator[tuple[Ids, Any]]:
-    """The ids and the collated batches of these chunks, in order, loaded by `workers` processes or in this one."""
-    if workers:
-        wait_until_others_sleep()
-    loader = DataLoader(
-        SeededExamples(dataset, entropy),
-        batch_sampler=[chunk.tolist() for chunk in chunks],
-        collate_fn=with_ids,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # the loader draws from it; the global generator stays ours
-    )
-    return iter(loader)
+def _with_article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def to_device(batch: Any, device: torch.device, memory_format: torch.memory_format) -> Any:
-    """Move every tensor of a nested batch to the device; 4-D floating ones (images) into the memory format too."""
+    """Move every tensor of a nested batch to the device; 4-D floating ones (images) into the memory format too.
+
+    A batch may consist of tensors, dicts, lists, tuples, dataclasses and objects with a method `to(device)`.
+    """
     if isinstance(batch, torch.Tensor):
         batch = batch.to(device, non_blocking=True)
         if batch.dim() == 4 and batch.is_floating_point():
             batch = batch.contiguous(memory_format=memory_format)
         return batch
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, type):  # a packed sequence, a graph, an encoding
+        return batch.to(device)
     if isinstance(batch, dict):
         return {key: to_device(value, device, memory_format) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         moved = [to_device(value, device, memory_format) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **to_device(values, device, memory_format))
     return batch

@@ -21,11 +21,10 @@ from torch.nn.parameter import is_lazy
 
 from hvdtrain.collectives.agreement import Part
 from hvdtrain.errors import UserError
-from hvdtrain.recipe_errors import in_recipe
 from hvdtrain.step import Split
-from hvdtrain.torch.data import SeededExamples
-from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.data import Examples
 from hvdtrain.torch.settings import settings_of
+from hvdtrain.torch.splits import Splits
 
 EXAMPLES = 2  # the place of the examples among `step_parts`
 # Of the standard library: objects whose repr is all that they are.
@@ -100,19 +99,13 @@ class Getter:
     get: Callable[[int], Any]
 
 
-def example_getters(recipe: Recipe, datasets: Mapping[Split, Any], seed: int) -> dict[Split, Getter]:
+def example_getters(splits: Splits) -> dict[Split, Getter]:
     """What returns the examples of each split as the first epoch draws them."""
 
-    def getter(split: Split, dataset: Any) -> Getter:
-        seeded = SeededExamples(dataset, [seed, 0])
+    def getter(examples: Examples) -> Getter:
+        return Getter(len(examples), lambda i: examples.example(i, [splits.seed, 0]))
 
-        def get(i: int) -> Any:
-            with in_recipe(recipe, f"dataset({split!r})[{i}]"):
-                return seeded[i][1]
-
-        return Getter(len(dataset), get)
-
-    return {split: getter(split, dataset) for split, dataset in datasets.items()}
+    return {split: getter(loader.examples) for split, loader in splits.loaders.items()}
 
 
 def examples_part(getters: Mapping[Split, Getter]) -> Part:

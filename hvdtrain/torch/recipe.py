@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.utils.data import default_collate
 
 from hvdtrain import recipe
 from hvdtrain.recipe import option
@@ -18,8 +19,9 @@ class Recipe(recipe.Recipe):
     """A torch recipe: subclass it with `@dataclass(kw_only=True)` and write four methods.
 
     `score` must return one value per example, never a mean: that is what makes weighting, accumulation and metrics
-    exact. `dataset` returns map-style datasets, not loaders: hvdtrain shards them. Random transformations of an example
-    are drawn from torch's, numpy's or Python's global generator, which hvdtrain seeds by (seed, epoch, example).
+    exact. `dataset` returns map-style datasets, not loaders: hvdtrain shards them, and `collate` makes batches of their
+    examples. Random transformations of an example are drawn from torch's, numpy's or Python's global generator, which
+    hvdtrain seeds by (seed, epoch, example), in evaluations by (seed, example).
     """
 
     framework: ClassVar[str] = "torch"
@@ -33,8 +35,21 @@ class Recipe(recipe.Recipe):
 
     @abstractmethod
     def dataset(self, split: Literal["train", "eval"]) -> Any:
-        """The examples of a split: an object with len() and [i]."""
+        """The examples of a split: an object with len() and [i]; None as "eval" for a recipe without evaluation.
+
+        It is called for "train", then for "eval", each time with torch's, numpy's and Python's global generators newly
+        seeded from --seed: a random split (`random_split`, `train_test_split`) is the same both times.
+        """
         raise NotImplementedError
+
+    def collate(self, examples: list[Any]) -> Any:
+        """The batch of some examples, given to `score`; by default torch's `default_collate` stacks their tensors.
+
+        Override it to pad examples of different sizes, or to join objects of your own. It runs where examples are
+        loaded, with --workers in other processes. Tensors of the batch are moved to the device, in dicts, lists, tuples
+        and dataclasses, or by the batch's own method `to(device)`.
+        """
+        return default_collate(examples)
 
     @abstractmethod
     def optimizer(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from hvdtrain.compression.spec import Spec
 from hvdtrain.errors import RecipeError, RunError, UserError
 from hvdtrain.recipe_errors import in_recipe, name_call
 from hvdtrain.step import Split, StepOptions
+from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.turns import take_turn
 
@@ -29,20 +30,20 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def load_datasets(recipe: Recipe, world: World) -> dict[Split, Any]:
-    """The recipe's datasets. The first rank of each host goes first, so that what it fetches is there for the others.
+def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
+    """Load the recipe's datasets, those that are not None.
 
-    Processes that are alone, as those of an elastic run are at first, take turns by a lock.
+    The first rank of each host goes first, so that what it fetches is there for the others. Processes that are alone,
+    as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded alike:
+    a random division into two splits is the same for both, on all ranks and after a resume.
 
-    Raises UserError on all ranks where it is raised on one, where a dataset is empty, or where ranks' lengths differ.
+    Raises UserError on all ranks if it is raised on one, for what is not a dataset, and if ranks' lengths differ.
     """
     loaded: dict[Split, Any] = {}
     with data_turn(recipe) if world.size == 1 else contextlib.nullcontext():
-        loaded = _load_in_turns(recipe, world)
-    for split, dataset in loaded.items():
-        lengths = ops.gather_json(len(dataset), f"datasets.{split}")
-        if min(lengths) == 0:
-            raise UserError(f"the recipe's {split!r} dataset is empty")
+        loaded = _load_in_turns(recipe, world, seed)
+    for split in SPLITS:
+        lengths = ops.gather_json(len(loaded[split]) if split in loaded else 0, f"datasets.{split}")
         if other := next((rank for rank, length in enumerate(lengths) if length != lengths[0]), None):
             raise UserError(
                 f"the recipe's {split!r} dataset has {lengths[other]} examples on rank {other} and {lengths[0]} on "
@@ -58,14 +59,16 @@ def data_turn(recipe: Recipe) -> AbstractContextManager[None]:
     return take_turn(f"{name}-{source}", f"load the data of {name}")
 
 
-def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
+def _load_in_turns(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
     loaded: dict[Split, Any] = {}
 
     def load() -> None:
         for split in SPLITS:
+            seed_all([seed])
             with in_recipe(recipe, f"dataset({split!r})"):
-                loaded[split] = recipe.dataset(split)
-            check_dataset(recipe, split, loaded[split])
+                dataset = recipe.dataset(split)
+            check_dataset(recipe, split, dataset)
+            loaded[split] = dataset
 
     if world.local_rank == 0:
         ops.all_or_none("datasets.first", load)
@@ -73,16 +76,7 @@ def _load_in_turns(recipe: Recipe, world: World) -> dict[Split, Any]:
     else:
         ops.all_or_none("datasets.first", lambda: None)
         ops.all_or_none("datasets.others", load)
-    return loaded
-
-
-def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
-    """Raise UserError unless a recipe's dataset has len() and [i]."""
-    call = name_call(recipe, f"dataset({split!r})")
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UserError(f"{call} returned {type(dataset).__name__}; expected a map-style dataset, with len() and [i]")
-    with in_recipe(recipe, f"dataset({split!r}).__len__()"):
-        len(dataset)
+    return {split: dataset for split, dataset in loaded.items() if dataset is not None}
 
 
 def make_model(recipe: Recipe) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch import memories
 from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite, refuse_rebound
 from hvdtrain.torch.checksums import checksums
-from hvdtrain.torch.data import batches, seed_all, to_device
+from hvdtrain.torch.data import seed_all, to_device
 from hvdtrain.torch.exchange import Exchange
 from hvdtrain.torch.fingerprint import (
     EXAMPLES,
@@ -49,6 +49,7 @@ from hvdtrain.torch.setup import (
     set_up,
 )
 from hvdtrain.torch.shards import ShardExchange
+from hvdtrain.torch.splits import Splits
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,8 +61,10 @@ class TorchStep:
         self.recipe, self.world, self.options = recipe, world, options
         set_up(options)
         self.device = choose_device(options.device, world.local_rank)
-        self.datasets = load_datasets(recipe, world)
-        self.examples: dict[Split, int] = {split: len(data) for split, data in self.datasets.items()}
+        self.datasets = load_datasets(recipe, world, options.seed)
+        self.splits = Splits(recipe, self.datasets, options)
+        self.examples = self.splits.examples
+        ops.all_or_none("examples", self.splits.look_at)
 
         seed_all([options.seed])
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -73,7 +76,7 @@ class TorchStep:
         if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
             raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
         check_momentum(parse(options.compression), inner, world)
-        examples = example_getters(recipe, self.datasets, options.seed)
+        examples = example_getters(self.splits)
         self.parts = ops.all_or_none("agreement.parts", lambda: step_parts(self.device, examples, self.model, inner))
         self.first_examples = of_split(self.parts[EXAMPLES], "train")
         agree("agreement.step", self.parts)
@@ -103,6 +106,9 @@ class TorchStep:
         self._begun = self.torn = False  # begun: a step that is not finished
         # Pinned: a GPU takes them from there without waiting.
         self._told_pinned = torch.zeros(TOLD, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        # Here, once for the run: what the recipe's methods have set up is there, and of an elastic run's other ranks no
+        # connection yet that these processes would keep open.
+        self.splits.start()
 
     def changed_example(self, earlier: Mapping[str, str]) -> str | None:
         return changed_example(self.parts[EXAMPLES], earlier)
@@ -144,8 +150,7 @@ class TorchStep:
         return changing
 
     def _two_examples(self) -> Any:
-        ids = np.arange(min(2, self.examples["train"]), dtype=np.int64)
-        return to_device(next(self.load("train", [ids], 0))[1], self.device, self.format)
+        return to_device(self.splits.first_batch(2), self.device, self.format)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
@@ -156,8 +161,11 @@ class TorchStep:
         with in_recipe(self.recipe, "score()"):
             return self.recipe.score(model, batch)
 
-    def load(self, split: Split, chunks: Sequence[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        return batches(self.datasets[split], chunks, [self.options.seed, epoch], self.options.workers)
+    def load(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        return self.splits.load(split, chunks, epoch)
+
+    def close(self) -> None:
+        self.splits.close()
 
     def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,7 +221,8 @@ class TorchStep:
         nonfinite = bool(agreed[-1])
         return Agreed(scores, told, nonfinite, nonfinite and bool(self._nonfinite_here), waited)
 
-    def update(self, factor: float) -> dict[str, float]:
+    def update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
+        seed_all(seed)  # what an optimizer draws is the same on all ranks
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         report: dict[str, float] = {}
@@ -248,7 +257,8 @@ class TorchStep:
 
     @names_refusals
     @torch.no_grad()
-    def evaluate(self, batch: Any, count: int) -> NDArray[np.float64]:
+    def evaluate(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
+        seed_all(seed)
         model = self.forward
         if self.ema is not None:
             model = self.ema.module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hvdtrain import activity
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
+from hvdtrain.data.order import Ids
 from hvdtrain.elastic.ledger import Ledger
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import RunError, UserError
@@ -50,16 +52,28 @@ def due(step: int, every: int | None, epoch_ends: bool) -> bool:
     return step % every == 0 if every else epoch_ends
 
 
+def evaluation_chunks(count: int, plan: Plan, rank: int) -> Iterator[Ids]:
+    """The ids of each pass of a rank over `count` evaluation examples; all ranks' passes together are all of them once.
+
+    A deterministic run makes the same passes on any number of ranks; otherwise each rank has as many.
+    """
+    passes = -(-count // plan.evaluated)
+    if not plan.deterministic:
+        passes = -(-passes // plan.ranks) * plan.ranks
+    for number in range(*order.bounds(passes, rank, plan.ranks)):
+        first, end = order.bounds(count, number, passes)
+        if first < end:
+            yield np.arange(first, end)
+
+
 def evaluate(run: Run, step: Step, at: Position) -> None:
     """Set `at.eval`, the metrics over the evaluation examples: each example once, on one rank; sums by counts."""
     activity.enter("loading a batch of the evaluation")
     count = step.examples["eval"]
-    first, end = order.bounds(count, run.world.rank, run.world.size)
     sums = np.zeros(len(step.metrics))
-    chunks = order.chunks(np.arange(first, end), run.plan.evaluated)
-    for chunk, (_, batch) in zip(chunks, step.load("eval", chunks, 0), strict=True):
+    for ids, batch in step.load("eval", evaluation_chunks(count, run.plan, run.world.rank), 0):
         activity.enter("evaluating")
-        sums += step.evaluate(batch, len(chunk))
+        sums += step.evaluate(batch, len(ids), (run.options.seed, -1, int(ids[0])))
         activity.enter("loading a batch of the evaluation")
     activity.enter("evaluating")
     at.eval = means(step.metrics, ops.sum_float64(sums, "evaluation"), count)
@@ -109,7 +123,8 @@ def after_step(
 ) -> None:
     """Evaluate and save, where that is due after the step and not done: a rank may have been lost while it was."""
     last, epoch_ends = at.step >= run.plan.total_steps, at.offset == 0
-    if at.evaluated != at.step and (last or due(at.step, run.options.eval_every, epoch_ends)):
+    evaluates = step.examples["eval"] > 0
+    if evaluates and at.evaluated != at.step and (last or due(at.step, run.options.eval_every, epoch_ends)):
         evaluate(run, step, at)
         run.lease.check()
         report.evaluation(at, at.epoch + (not epoch_ends))

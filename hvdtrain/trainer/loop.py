@@ -8,8 +8,8 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from hvdtrain.collectives import ops
 from hvdtrain.collectives.agreement import compare_with_record, record
 from hvdtrain.collectives.world import World
 from hvdtrain.data import order
+from hvdtrain.data.order import Ids
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.elastic.membership import LOST, Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
@@ -33,7 +34,7 @@ from hvdtrain.trainer.diagnose import Diagnosis
 from hvdtrain.trainer.folder import hand_on_folder, open_run_folder
 from hvdtrain.trainer.lease import RELAUNCH, FolderLost, Lease
 from hvdtrain.trainer.options import RunOptions
-from hvdtrain.trainer.plan import describe, make_plan
+from hvdtrain.trainer.plan import Plan, describe, make_plan
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import copy_source, open_ledger, resolve_threads, step_options, versions, write_config
@@ -62,15 +63,16 @@ def train(
     activity.enter("preparing the model and the datasets", patient=True)
     module, cls = FRAMEWORKS[recipe.framework]
     step: Step = getattr(importlib.import_module(module), cls)(recipe, world, step_options(options, world))
-    check_best(recipe, step.metrics)
-    if membership is not None:
-        parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options)), *step.parts]
-        compare_with_record(parts, membership.board.propose("agreement", record(parts)), world)
     report, at, resumed_from = Reporter(options), None, None
     ledger: Ledger | None = None
     source, notes = source_of(type(recipe)), list[str]()
     lease = Lease(launch_name(membership))
-    with StopRequest(membership) as stop, lease, report, contextlib.ExitStack() as files:
+    with StopRequest(membership) as stop, contextlib.closing(step), lease, report, contextlib.ExitStack() as files:
+        if step.examples["eval"]:
+            check_best(recipe, step.metrics)
+        if membership is not None:
+            parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options)), *step.parts]
+            compare_with_record(parts, membership.board.propose("agreement", record(parts)), world)
         diagnosis: Diagnosis | None = None
         while True:
             try:
@@ -216,26 +218,39 @@ def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
             report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a step gives to a rank."""
+
+    examples: int  # of the step, on all ranks
+    first: int  # the place in the global batch of this rank's first
+    shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
+
+
+def shares(plan: Plan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[Share]:
+    """A rank's share of each step of an epoch, from example `offset` of its order on."""
+    own = range(*order.bounds(plan.shards, rank, plan.ranks))
+    for ids in order.steps(plan.examples, plan.batch_size, seed, epoch, offset):
+        bounds = [order.bounds(len(ids), shard, plan.shards) for shard in own]
+        shards = [order.chunks(ids[first:end], plan.micro_batch) for first, end in bounds]
+        yield Share(len(ids), bounds[0][0] if bounds else 0, shards)
+
+
 def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> Ending:
     """Train from `at` on, moving it along, until the plan is done, or all agreed to stop or to regroup."""
     plan, options, world, membership, diagnosis = run.plan, run.options, run.world, run.membership, run.diagnosis
     if at.step:
         after_step(run, step, at, report)
-    own = range(*order.bounds(plan.shards, world.rank, world.size))
     activity.begin_steps(at.step)
     while at.step < plan.total_steps:
-        # Of each step left in the epoch: how many examples in all, the place of this rank's first, and of each of this
-        # rank's shards the micro-batches.
-        parts = []
-        for ids in order.steps(plan.examples, plan.batch_size, options.seed, at.epoch, at.offset):
-            bounds = [order.bounds(len(ids), shard, plan.shards) for shard in own]
-            shards = [order.chunks(ids[first:end], plan.micro_batch) for first, end in bounds]
-            parts.append((len(ids), bounds[0][0] if bounds else 0, shards))
-        parts = parts[: plan.total_steps - at.step]
-        batches = step.load("train", [chunk for *_, shards in parts for chunks in shards for chunk in chunks], at.epoch)
+        left = itertools.islice(shares(plan, options.seed, at.epoch, at.offset, world.rank), plan.total_steps - at.step)
+        ahead, parts = itertools.tee(left)  # the loader is some batches ahead
+        chunks = (chunk for share in ahead for shard in share.shards for chunk in shard)
+        batches = step.load("train", chunks, at.epoch)
         batches = diagnosis.timed(batches) if diagnosis is not None else batches
 
-        for count, first, shards in parts:
+        for share in parts:
+            count, first, shards = share.examples, share.first, share.shards
             start = time.perf_counter()
             mine = list(itertools.chain.from_iterable(shards))
             told = stop.tell()
@@ -263,7 +278,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 step.skip()
                 details: dict[str, float] = {}
             else:
-                details = step.update(plan.lr_scale * lr_factor)
+                details = step.update(plan.lr_scale * lr_factor, (options.seed, at.step, -1))
             seconds = time.perf_counter() - start
             if news := step.news():
                 report.lines(news)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.errors import UserError
-from hvdtrain.recipe import Recipe, make, option
+from hvdtrain.recipe import Recipe, check_finite, fields, make, option
 
 HANG_LIMIT = 600.0  # seconds
 
@@ -126,7 +126,9 @@ def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]
 
 
 def check_sizes(recipe: Recipe) -> None:
-    """Raise UserError for a number of epochs or a batch size below 1."""
+    """Raise UserError for a number of epochs or a batch size below 1, and for numbers that are not finite."""
+    for field in fields(type(recipe)):
+        check_finite(field, getattr(recipe, field.name))
     for name in ("epochs", "batch_size"):
         if getattr(recipe, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be at least 1")

@@ -22,6 +22,7 @@ class Plan:
     shards: int  # parts of the global batch whose gradients are computed alone: one per rank, unless deterministic
     micro_batch: int  # most examples per pass
     evaluated: int  # most examples per rank and pass of an evaluation
+    deterministic: bool
     passes: int  # most passes per rank and step
     steps_per_epoch: int
     total_steps: int
@@ -58,7 +59,8 @@ def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ran
         batch_size=batch_size,
         shards=shards,
         micro_batch=micro_batch,
-        evaluated=min(options.micro_batch or per_rank, per_rank),
+        evaluated=micro_batch if options.deterministic else min(options.micro_batch or per_rank, per_rank),
+        deterministic=options.deterministic,
         passes=-(-shards // ranks) * -(-per_shard // micro_batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=options.steps or at.step + rest,

@@ -266,7 +266,7 @@ def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
     ranks = f"{summary['world_size']} rank{'s' * (summary['world_size'] > 1)}"
     shown = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
     return [
-        *([f"evaluated {shown}"] if summary["finished"] else []),
+        *([f"evaluated {shown}"] if summary["finished"] and shown else []),
         f"trained   {summary['steps']} steps, {summary['samples_per_second']:,.0f} samples/s on {ranks}",
         f"results   {folder}/summary.json, tensorboard --logdir {folder}",
     ]

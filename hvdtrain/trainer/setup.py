@@ -33,6 +33,7 @@ def step_options(options: RunOptions, world: World) -> StepOptions:
         device=options.device,
         threads=resolve_threads(options, world.local_size).count,
         workers=options.workers,
+        micro_batch=options.micro_batch,
         amp=options.amp,
         clip_norm=options.clip_norm,
         ema=options.ema,

@@ -22,7 +22,8 @@ from hvdtrain.data import order
 from hvdtrain.finder import load
 from hvdtrain.schedule import parse
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.data import batches, seed_all
+from hvdtrain.torch.data import Examples, seed_all
+from hvdtrain.torch.loader import Loader
 from tests.benchmarks.step_rank import in_ddp
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     for epoch in range(epochs):
         all_ids = list(order.steps(len(train), recipe.batch_size, options.seed, epoch))
         parts = [ids[slice(*order.bounds(len(ids), rank, size))] for ids in all_ids]
-        loaded = batches(train, parts, [options.seed, epoch], workers=0)
+        loaded = Loader(Examples(recipe, "train", train), workers=0).batches(parts, [options.seed, epoch])
         for ids in all_ids:
             begin = time.perf_counter()
             _, batch = next(loaded)
@@ -81,7 +82,8 @@ def accuracy(recipe: Recipe, model: torch.nn.Module, held_out: torch.utils.data.
     count = len(held_out)  # type: ignore[arg-type]
     chunks = order.chunks(np.arange(*order.bounds(count, rank, size)), recipe.batch_size)
     # What is called has no hooks: DDP's forward would wait for the other rank.
-    scores = [recipe.score(model.module, batch)["accuracy"].sum() for _, batch in batches(held_out, chunks, [0], 0)]
+    loaded = Loader(Examples(recipe, "eval", held_out), workers=0).batches(chunks, [0])
+    scores = [recipe.score(model.module, batch)["accuracy"].sum() for _, batch in loaded]
     right = torch.stack(scores).sum()
     dist.all_reduce(right)
     return float(right) / count

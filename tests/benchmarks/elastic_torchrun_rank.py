@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from hvdtrain.data import order
 from hvdtrain.finder import load
-from hvdtrain.torch.data import batches
+from hvdtrain.torch.data import Examples
+from hvdtrain.torch.loader import Loader
 from tests.benchmarks.elastic_log import StepLog
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     for epoch in itertools.count(step // per_epoch):
         all_ids = list(order.steps(len(data), recipe.batch_size, 0, epoch))[first:]
         parts = [ids[slice(*order.bounds(len(ids), rank, size))] for ids in all_ids]
-        loaded = batches(data, parts, [0, epoch], workers=0)
+        loaded = Loader(Examples(recipe, "train", data), workers=0).batches(parts, [0, epoch])
         first = 0
         for ids in all_ids:
             _, batch = next(loaded)

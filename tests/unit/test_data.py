@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 
-from hvdtrain.torch.data import wait_until_others_sleep
+from hvdtrain.torch.loader import wait_until_others_sleep
 
 
 def test_a_process_is_forked_while_its_other_threads_sleep() -> None:

@@ -158,7 +158,7 @@ class Stream(IterableDataset[int]):
         return iter([1])
 
 
-class BadLength(Stream):
+class BadLength:
     def __getitem__(self, i: int) -> int:
         return i
 
@@ -184,7 +184,8 @@ class BadLength(Stream):
         ),
         (
             lambda: check_dataset(Mine(), "train", Stream()),
-            "Mine.dataset('train') returned Stream; expected a map-style dataset, with len() and [i]",
+            "Mine.dataset('train') returned Stream, an IterableDataset; expected a map-style dataset, with len() and "
+            "[i]: examples are chosen by their number",
         ),
         (
             lambda: check_dataset(Mine(), "eval", 5),

@@ -1,0 +1,188 @@
+"""Batches of examples, loaded by processes that live as long as the run."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from hvdtrain.errors import KnownError, RecipeError, RunError
+from hvdtrain.recipe_errors import name_call
+from hvdtrain.step import Ids
+from hvdtrain.torch.data import Examples, Request
+
+GRACE = 2.0  # seconds for loader processes to end by themselves
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LONGEST_FOLDER = 60  # bytes of TMPDIR that leave room for a socket's name in the 108 of unix(7)
+# What a launcher, a batch system or a terminal sends to all processes of a job: the rank decides what comes of it.
+SIGNALS_OF_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Requests:
+    """What is to be loaded next, as the sampler of a DataLoader; each of its iterations takes up what was set last."""
+
+    def __init__(self) -> None:
+        self.next: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.next
+
+
+class Loader:
+    """Loads batches of a split: by `workers` processes, which `start` forks and `close` ends, or in this process."""
+
+    def __init__(self, examples: Examples, workers: int) -> None:
+        self.examples, self.workers = examples, workers
+        self._requests = Requests()
+        self._loader = DataLoader(
+            examples,
+            batch_size=None,  # a request is a batch
+            sampler=self._requests,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_begin_worker if workers else None,
+            generator=torch.Generator(),  # the loader draws from it; the global generator stays ours
+        )
+
+    def start(self) -> None:
+        """Fork the processes, unless they are there and well."""
+        if not self.workers or (self._processes() and all(process.is_alive() for process in self._processes())):
+            return
+        self.close()
+        wait_until_others_sleep()
+        self._requests.next = iter(())
+        main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD)
+        # They leave these signals to the rank from their first moment on: see _begin_worker.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_RANKS)
+        try:
+            iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if (
+            main and handler is not None
+        ):  # torch's would raise wherever this process is when a loader process dies; `batches` finds it, too
+            signal.signal(signal.SIGCHLD, handler)
+        atexit.register(self.close)
+
+    def batches(self, parts: Iterable[Ids], entropy: Sequence[int]) -> Iterator[tuple[Ids, Any]]:
+        """The ids that were loaded and their batches, in order; `parts` is read no farther ahead than needed.
+
+        A later call ends an earlier one, also if that has batches left.
+
+        Raises:
+            RunError, RecipeError: see Examples.load; and for a loader process that has ended.
+        """
+        self.start()
+        self._requests.next = (Request(ids, tuple(entropy)) for ids in parts)
+        loaded: Iterator[Any] | None = None
+        while True:
+            try:
+                loaded = iter(self._loader) if loaded is None else loaded
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except (OSError, EOFError, RuntimeError) as error:
+                explained = self._explain(error)
+                if explained is None:
+                    raise
+                raise explained from error
+            if isinstance(batch, KnownError):
+                raise batch
+            yield batch
+
+    def _explain(self, error: Exception) -> KnownError | None:
+        """What to raise instead of an error of torch's loader: mostly one of its processes has ended."""
+        name = name_call(self.examples.recipe, f"dataset({self.examples.split!r})")
+        deadline = time.monotonic() + 1  # its connections may break before it can be seen to have ended
+        while time.monotonic() < deadline and self.workers:
+            ended = [process.exitcode for process in self._processes() if process.exitcode is not None]
+            if ended:
+                return RecipeError(f"a process that loads {name} {_describe_end(ended[0])}")
+            time.sleep(0.01)
+        if isinstance(error, RuntimeError):
+            return None
+        reason = str(error).strip().splitlines()[-1]
+        return RunError(f"a process that loads {name} cannot pass on a batch: {reason}")
+
+    def _processes(self) -> list[Any]:
+        iterator = self._loader._iterator
+        return [] if iterator is None else list(iterator._workers)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """End the processes; those that do not end by themselves in GRACE seconds are killed."""
+        processes = self._processes()
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is None:
+            return
+        atexit.unregister(self.close)
+        # torch alone would wait 10 s for each that is stuck, one after the other.
+        timer = threading.Timer(GRACE, lambda: [process.kill() for process in processes])
+        timer.daemon = True
+        timer.start()
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
+        timer.cancel()
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _describe_end(code: int) -> str:
+    """How a process ended, by its exit code as multiprocessing has it, and the usual reason."""
+    if code >= 0:
+        return f"ended with code {code}"
+    reasons = {signal.SIGKILL: ": is this host out of memory?", signal.SIGBUS: ": is /dev/shm full?"}
+    return f"was killed by {signal.Signals(-code).name}{reasons.get(signal.Signals(-code), '')}"
+
+
+def _leave_to_rank(*_: object) -> None:
+    """Handle a signal by doing nothing."""
+
+
+def _begin_worker(_: int) -> None:
+    """In a loader process: end with the rank, leave signals to it, and have room for a socket."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is None or os.getppid() != parent.pid:  # it has ended in the meantime
+            os._exit(1)
+    for number in SIGNALS_OF_RANKS:
+        signal.signal(number, _leave_to_rank)  # ignoring it would pass on to programs that the dataset starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_OF_RANKS)
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER:
+        chosen, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        multiprocessing.util.get_temp_dir()  # a private folder, which this process keeps for its sockets
+        tempfile.tempdir = chosen
+
+
+def wait_until_others_sleep(seconds: float = 2.0) -> None:
+    """Return when all other threads of this process sleep, or after so long; before it is forked.
+
+    Horovod's thread, as it lets go of a tensor, takes a lock of Python's that a process forked in that moment waits for
+    for ever. It sleeps when all that was handed to it is done.
+    """
+    own, tasks, until = threading.get_native_id(), Path("/proc/self/task"), time.monotonic() + seconds
+    while time.monotonic() < until and tasks.exists():
+        others = [task / "stat" for task in tasks.iterdir() if int(task.name) != own]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has ended: look again
+            if not any(stat.read_text().rpartition(")")[2].split()[0] == "R" for stat in others):
+                return
+        time.sleep(0.001)

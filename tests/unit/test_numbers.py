@@ -1,0 +1,78 @@
+"""Numbers that are none are refused, wherever they are given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import hvdtrain
+from hvdtrain.cli.main import main
+from hvdtrain.errors import UserError
+from hvdtrain.recipe import checked, fields
+from hvdtrain.recipe import option as recipe_option
+from hvdtrain.torch import Recipe
+
+
+@dataclass(kw_only=True)
+class Bounded(Recipe):
+    most: float = recipe_option(math.inf, "no bound by default")
+    margin: float | None = None
+
+
+FIELDS = {field.name: field for field in fields(Bounded)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, float("1e400")])
+def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
+    for name in ("lr", "margin"):
+        with pytest.raises(UserError, match=rf"^--{name} is {value}; expected a finite number$"):
+            checked(FIELDS[name], value)
+
+
+def test_infinity_is_allowed_if_it_is_the_default() -> None:
+    assert checked(FIELDS["most"], math.inf) == math.inf
+    assert checked(FIELDS["most"], -math.inf) == -math.inf
+    with pytest.raises(UserError, match=r"^--most is nan; expected a finite number$"):
+        checked(FIELDS["most"], math.nan)
+
+
+def test_an_integer_beyond_floats_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^--lr: 10{400} is too large for a float$"):
+        checked(FIELDS["lr"], 10**400)
+    assert checked(FIELDS["lr"], 3) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "shown"),
+    [
+        ("--lr", "nan", "nan"),
+        ("--lr", "inf", "inf"),
+        ("--lr", "1e400", "inf"),
+        ("--clip-norm", "inf", "inf"),
+        ("--ema", "nan", "nan"),
+        ("--bucket-mib", "-inf", "-inf"),
+    ],
+)
+def test_the_command_line_refuses_them(
+    flag: str, value: str, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "digits", f"{flag}={value}", "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == f"hvdtrain: error: {flag} is {shown}; expected a finite number\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_refuses_them_in_a_recipe_and_in_options(tmp_path: Path) -> None:
+    from hvdtrain.finder import load
+
+    digits = load("digits")
+    with pytest.raises(UserError, match=r"^--lr is nan; expected a finite number$"):
+        hvdtrain.fit(digits(lr=math.nan), run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=r"^--lr is inf; expected a finite number$"):
+        hvdtrain.fit(digits(), run_dir=tmp_path / "run", lr=math.inf)
+    with pytest.raises(UserError, match=r"^--clip-norm is inf; expected a finite number$"):
+        hvdtrain.fit(digits(), run_dir=tmp_path / "run", clip_norm=math.inf)
