@@ -7,14 +7,19 @@ import os
 # Before torch is imported: the processes of pytest and their ranks are more than there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+import fcntl
+import shutil
+import tempfile
+import zlib
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.worlds import KeptWorld, KeptWorlds
 
-FOLDERS = {"unit", "ranks", "hosts", "slurm", "gpu"}  # each is a marker, too
+ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
+PARTS = {"ranks/test_faults.py": 3, "ranks/test_launch.py": 2}  # files that are too long for one process
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +49,77 @@ def world3(worlds: KeptWorlds) -> KeptWorld:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, and keep together, in one process of pytest-xdist, what shares a fixture."""
+    """Mark each test by its folder, keep together what shares fixtures, and put what takes long first.
+
+    A process of pytest-xdist takes one group after the other, in the order of their first tests.
+    """
     for item in items:
         file = item.path.relative_to(Path(__file__).parent)
-        if file.parts[0] in FOLDERS:
+        if file.parts[0] in ORDER:
             item.add_marker(file.parts[0])
         if item.get_closest_marker("xdist_group") is None:
-            kept = "worlds" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("worlds" if kept else file.as_posix()))
+            item.add_marker(pytest.mark.xdist_group(group(item, file)))
+    items.sort(key=lambda item: (item.get_closest_marker("alone") is None, ORDER.index(folder(item))))
+
+
+def group(item: pytest.Item, file: Path) -> str:
+    """The tests that one process runs: each file's, but kept worlds are shared by all files."""
+    if item.get_closest_marker("alone"):
+        return "alone"
+    if "worlds" in getattr(item, "fixturenames", ()):
+        return "worlds"
+    parts = PARTS.get(file.as_posix(), 1)
+    return f"{file.as_posix()} {zlib.crc32(item.nodeid.encode()) % parts}"
+
+
+def folder(item: pytest.Item) -> str:
+    return next((name for name in ORDER if item.get_closest_marker(name)), ORDER[-1])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's, so that waiting does not count
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Let a test that measures wait until the processes of pytest-xdist run no other, and these until it is done."""
+    cores = item.config.stash.get(CORES, None)
+    if cores is None:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    cores.take(alone)
+    try:
+        return (yield)
+    finally:
+        if not (alone and nextitem is not None and nextitem.get_closest_marker("alone")):
+            cores.give_back()
+
+
+class Cores:
+    """The machine's cores, which tests of several processes share, or one has alone: a lock that is fair to both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.turn, self.held = ((folder / name).open("w") for name in ("turn.lock", "cores.lock"))
+        self.mine = False
+
+    def take(self, alone: bool) -> None:
+        if self.mine:
+            return  # from the test before, which was alone too
+        fcntl.flock(self.turn, fcntl.LOCK_EX)  # who waits here keeps later ones from going before
+        fcntl.flock(self.held, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+        self.mine = True
+
+    def give_back(self) -> None:
+        fcntl.flock(self.held, fcntl.LOCK_UN)
+        self.mine = False
+
+
+CORES = pytest.StashKey[Cores]()
+SHARED = "HVDTRAIN_TESTS_SHARED"  # a folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a folder for the locks that pytest-xdist's processes share, which inherit this environment."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        config.stash[CORES] = Cores(Path(os.environ[SHARED]))
+    else:
+        folder = tempfile.mkdtemp(prefix="hvdtrain-tests-")
+        os.environ[SHARED] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder))

@@ -12,7 +12,7 @@ from hvdtrain.torch import advisor
 from tests.hosts.cluster import cluster
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
 
-pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
+pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.alone]
 
 MEGABIT = 50
 

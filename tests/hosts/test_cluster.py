@@ -103,6 +103,7 @@ def test_own_name_may_be_127_0_1_1() -> None:
         assert ssh(first, "h1", "hostname").stdout == "h1\n"
 
 
+@pytest.mark.alone
 def test_rate_is_kept_and_without_one_is_not(two: list[Host]) -> None:
     with cluster(2, "100mbit") as (first, second):
         assert 70 < megabits(first, second, 8_000_000) < 110

@@ -15,7 +15,7 @@ from tests.hosts import faults
 from tests.hosts.cluster import Host, cluster
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
 
-pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
+pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.alone]
 
 ENVIRON = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.start import by_horovodrun, told
 from tests.hosts.cluster import cluster
 
-pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
+pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.alone]
 
 RATE, SIZE = 100e6 / 8, 2_000_000  # bytes a second of the link; bytes that each rank sends
 

@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.start import by_horovodrun, told
 from tests.hosts.cluster import cluster
 
-pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
+pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.alone]
 
 STEPS = 10
 SPECS = ["none", "int8", "powersgd:4", "topk:0.01"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.ranks.elastic import ElasticJob
-from tests.ranks.harness import HVDTRAIN, ROOT, launcher, run, train
+from tests.ranks.harness import HVDTRAIN, ROOT, launcher, run
 from tests.ranks.uneven_recipe import EVERY, LONGER, PAUSE, drawn
+from tests.support.worlds import KeptWorld, KeptWorlds, train
 
 RECIPE = str(ROOT / "tests" / "ranks" / "uneven_recipe.py")
 RANKS, INTERVALS = 4, 25
@@ -22,21 +23,22 @@ def diagnosed(run_dir: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(240)
-def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
+def test_the_straggler_is_named_20_times_of_20(worlds: KeptWorlds, tmp_path: Path) -> None:
     """In each interval of one run another rank is slow, in its data or its compute, asleep or busy; in five all are."""
     seed = random.randrange(10**6)
     print(f"drawn from {seed}")
     folder = tmp_path / "run"
-    command = [*HVDTRAIN, "train", f"{RECIPE}:Uneven", "--run-dir", str(folder), "--diagnose", "--threads", "1"]
-    command += ["--steps", str(INTERVALS * EVERY), "--draw", str(seed), "--intervals", str(INTERVALS)]
-    command += ["--eval-every", "1000"]
-    done = run("horovodrun", RANKS, command, timeout=200)  # a fifth of that where nothing else runs
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--diagnose", "--threads", "1", "--steps", str(INTERVALS * EVERY), "--eval-every", "1000"]
+    options += ["--draw", str(seed), "--intervals", str(INTERVALS)]
+    world = worlds[RANKS]
+    train(world, f"{RECIPE}:Uneven", folder, *options, timeout=200)  # a fifth of that where nothing else runs
+    printed = world.printed[0]
     found = diagnosed(folder)
     expected = [turn and turn[:2] for turn in drawn(seed, RANKS, INTERVALS)]
     named = [row["straggler"] and (row["straggler"]["rank"], row["straggler"]["cause"]) for row in found["intervals"]]
-    assert named == expected, f"{list(zip(named, expected, strict=True))}\n{done.stdout}"
+    assert named == expected, f"{list(zip(named, expected, strict=True))}\n{printed}"
     for interval, (row, turn) in enumerate(zip(found["intervals"], expected, strict=True)):
         assert (row["first_step"], row["last_step"]) == (EVERY * interval + 1, EVERY * (interval + 1))
         if turn is not None:
@@ -52,10 +54,10 @@ def test_the_straggler_is_named_20_times_of_20(tmp_path: Path) -> None:
     assert found["drift"] is None
     first = next(interval for interval, turn in enumerate(expected) if turn is not None)
     rank, cause = expected[first] or (0, "")
-    assert f"straggler rank {rank} on {found['hosts'][rank]}: the others wait " in done.stdout
-    assert f"diagnose  steps {EVERY * first + 1} to {EVERY * (first + 1)}, medians in ms" in done.stdout
-    assert f"; its {cause} takes " in done.stdout
-    assert f"diagnose  the last {INTERVALS * EVERY} steps, medians in ms" in done.stdout
+    assert f"straggler rank {rank} on {found['hosts'][rank]}: the others wait " in printed
+    assert f"diagnose  steps {EVERY * first + 1} to {EVERY * (first + 1)}, medians in ms" in printed
+    assert f"; its {cause} takes " in printed
+    assert f"diagnose  the last {INTERVALS * EVERY} steps, medians in ms" in printed
 
 
 @pytest.mark.parametrize(
@@ -93,21 +95,19 @@ def test_a_training_whose_replicas_drift_ends(how: str, options: list[str], tmp_
     assert saved == sorted(f"step-{at}" for at in range(every, number, every))
 
 
-def test_one_rank_has_nothing_to_compare_with(tmp_path: Path) -> None:
+def test_one_rank_has_nothing_to_compare_with(world1: KeptWorld, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [*HVDTRAIN, "train", f"{RECIPE}:Uneven", "--run-dir", str(folder), "--diagnose", "--steps", "12"]
-    done = run("alone", 1, command)
-    assert done.returncode == 0, done.stderr
-    assert "one rank: there is nothing to compare" in done.stdout
+    train(world1, f"{RECIPE}:Uneven", folder, "--diagnose", "--steps", "12")
+    assert "one rank: there is nothing to compare" in world1.printed[0]
     (only,) = diagnosed(folder)["end"]["seconds"]
     assert only["compute"] > PAUSE and only["wait"] == 0
 
 
-def test_virtual_shards_and_the_same_bits_with_and_without(tmp_path: Path) -> None:
+def test_virtual_shards_and_the_same_bits_with_and_without(world2: KeptWorld, tmp_path: Path) -> None:
     """Diagnosing changes no number of a training."""
     options = ["--steps", "20", "--deterministic", "--virtual-shards", "6"]
-    plain = train("horovodrun", 2, f"{RECIPE}:Even", tmp_path / "plain", *options)
-    summary = train("horovodrun", 2, f"{RECIPE}:Even", tmp_path / "run", *options, "--diagnose")
+    plain = train(world2, f"{RECIPE}:Even", tmp_path / "plain", *options)
+    summary = train(world2, f"{RECIPE}:Even", tmp_path / "run", *options, "--diagnose")
     assert summary["eval"] == plain["eval"] and summary["train_loss"] == plain["train_loss"]
     assert not (tmp_path / "plain" / "diagnose.json").exists()
     assert [row["straggler"] for row in diagnosed(tmp_path / "run")["intervals"]] == [None, None]

@@ -23,6 +23,7 @@ from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses, verify
 from tests.ranks.harness import train
 
 EPOCHS, STEPS = 6, 12  # an epoch's
+OTHER_FAILURES = ["sleep 60", "echo '?!'", "true"]  # of a discovery script
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_a_notice_costs_no_step(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
-@pytest.mark.parametrize("seconds", [0, 0.6])
+@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.slow), 0.6])
 def test_a_notice_just_before_the_end(tmp_path: Path, reference: Any, seconds: float) -> None:
     """What a slot that leaves by itself ends with is horovodrun's failure only if the run ends in the same round."""
     with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1") as job:
@@ -269,7 +270,7 @@ def test_a_driver_that_is_killed(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
-@pytest.mark.parametrize("how", ["exit 1", "sleep 60", "echo '?!'", "true"])
+@pytest.mark.parametrize("how", ["exit 1", *(pytest.param(how, marks=pytest.mark.slow) for how in OTHER_FAILURES)])
 def test_a_discovery_script_that_fails(tmp_path: Path, reference: Any, how: str) -> None:
     """By an error, without an end, with junk, with nothing: what it last said stands."""
     with ElasticJob(tmp_path, "localhost:2", launch=[]) as job:

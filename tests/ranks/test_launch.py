@@ -19,6 +19,8 @@ from tests.ranks.harness import HVDTRAIN, Job
 HERE = Path(__file__).parent
 LAUNCHERS = [("horovodrun", "gloo"), ("horovodrun", "mpi"), ("mpirun", "mpi")]
 ONE_EACH = [("horovodrun", "gloo"), ("mpirun", "mpi")]
+# horovodrun over MPI starts its ranks by mpirun.
+SLOW_OVER_MPI = [LAUNCHERS[0], pytest.param(*LAUNCHERS[1], marks=pytest.mark.slow), LAUNCHERS[2]]
 NOISE = ["exit with status code", "Terminating remaining", "RuntimeError: Horovod detected", "prterun", "-----"]
 
 
@@ -94,7 +96,7 @@ def rank_pids(job: Launched) -> list[int]:
     return [process.pid for process in job.running() if process.cmdline()[1:2] == [str(HERE / "fake_rank.py")]]
 
 
-@pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
 def test_ranks_that_succeed(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "ok") as job:
         assert job.wait() == 0
@@ -116,7 +118,7 @@ def test_rank_that_raises_is_named_once_with_its_traceback(launcher: str, contro
     assert not [noise for noise in NOISE if noise in job.out + job.err]
 
 
-@pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
 def test_rank_that_is_killed_is_named_with_the_signal(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "kill") as job:
         assert job.wait() == 1
@@ -158,8 +160,14 @@ def test_bytes_that_are_not_utf8(launcher: str, controller: str) -> None:
     assert "[0] bad \N{REPLACEMENT CHARACTER} bytes\n" in job.out
 
 
-@pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("launcher", "controller", "number"),
+    [
+        pytest.param(*way, number, marks=[] if i == j else pytest.mark.slow)
+        for i, way in enumerate(LAUNCHERS)
+        for j, number in enumerate([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+    ],
+)
 def test_one_signal_lets_the_ranks_save(launcher: str, controller: str, number: int) -> None:
     with launched(launcher, controller, "wait") as job:
         job.wait_for("[0] sum 2")
@@ -170,7 +178,7 @@ def test_one_signal_lets_the_ranks_save(launcher: str, controller: str, number: 
     assert "error:" not in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
 def test_a_second_signal_ends_at_once(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "deaf") as job:
         job.wait_for("[1] sum 2")
@@ -191,8 +199,15 @@ def test_the_grace_period_ends() -> None:
     assert "the ranks have not ended within 1 s" in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("launcher", "controller", "number", "code"),
+    [
+        pytest.param("horovodrun", "gloo", signal.SIGTERM, 143),
+        pytest.param("horovodrun", "gloo", signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        pytest.param("mpirun", "mpi", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("mpirun", "mpi", signal.SIGUSR1, 75),
+    ],
+)
 def test_a_signal_before_the_ranks_have_started_ends_at_once(
     launcher: str, controller: str, number: int, code: int
 ) -> None:
@@ -262,7 +277,7 @@ def test_nothing_secret_is_in_the_list_of_processes(tmp_path: Path) -> None:
     assert not [text for text in shown if secret in text or "HVDTRAIN_" in text]
 
 
-@pytest.mark.parametrize("seconds", [0, 2, 4, 7])
+@pytest.mark.parametrize("seconds", [0, pytest.param(2, marks=pytest.mark.slow), 4, 7])
 def test_a_batch_systems_signal_at_any_time(seconds: float, tmp_path: Path) -> None:
     """While launch reads the recipe, while the ranks do, and in training: the job is to be run again."""
     options = ["--run-dir", str(tmp_path / "run"), "--epochs", "1000"]
