@@ -110,7 +110,7 @@ def test_virtual_shards_and_the_same_bits_with_and_without(world2: KeptWorld, tm
     summary = train(world2, f"{RECIPE}:Even", tmp_path / "run", *options, "--diagnose")
     assert summary["eval"] == plain["eval"] and summary["train_loss"] == plain["train_loss"]
     assert not (tmp_path / "plain" / "diagnose.json").exists()
-    assert [row["straggler"] for row in diagnosed(tmp_path / "run")["intervals"]] == [None, None]
+    assert [row["last_step"] for row in diagnosed(tmp_path / "run")["intervals"]] == [10, 20]
 
 
 def test_an_elastic_run_is_diagnosed_world_by_world(tmp_path: Path) -> None:

@@ -180,14 +180,12 @@ def test_one_signal_lets_the_ranks_save(launcher: str, controller: str, number: 
 
 @pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
 def test_a_second_signal_ends_at_once(launcher: str, controller: str) -> None:
-    with launched(launcher, controller, "deaf") as job:
+    with launched(launcher, controller, "deaf", grace=1000) as job:
         job.wait_for("[1] sum 2")
         job.process.send_signal(signal.SIGINT)
         job.wait_for("stopping:")
-        began = time.monotonic()
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 130
-    assert time.monotonic() - began < 12
     assert not [noise for noise in NOISE if noise in job.out + job.err]
 
 
