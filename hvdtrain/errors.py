@@ -20,6 +20,10 @@ class KnownError(Exception):
     origin: int | None = None
 
 
+class Requeued(SystemExit):
+    """A batch system's signal that ends this process, raised wherever it is; not by a recipe that exits."""
+
+
 class UserError(KnownError):
     """A user's mistake: shown as one line on standard error, exit 2, no traceback."""
 

@@ -13,7 +13,7 @@ from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failu
 from hvdtrain.collectives.world import FUSION_BYTES
 from hvdtrain.elastic import membership
 from hvdtrain.elastic.supervisor import Supervisor
-from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, UserError
+from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, Requeued, UserError
 from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
 from hvdtrain.recipe_source import RecipeSource
@@ -86,6 +86,8 @@ def arguments_of(args: list[str], source: RecipeSource | None = None) -> options
     share_cores()  # before the recipe imports torch, and so for every library it brings
     try:
         cls = load(spec, source)
+    except Requeued:
+        raise
     except SystemExit as leaving:
         text = f"{spec} called sys.exit({leaving.code!r}) when it was imported"
         raise UserError(f"{text}: put what it runs under `if __name__ == '__main__':`") from None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 
-from hvdtrain.errors import EXIT_REQUEUE
+from hvdtrain.errors import EXIT_REQUEUE, Requeued
 from hvdtrain.signals import ignores_hangup
 
 Caught = tuple[list[int], int]
@@ -17,7 +16,11 @@ Caught = tuple[list[int], int]
 @contextlib.contextmanager
 def requeued() -> Iterator[None]:
     """While nothing runs yet, SIGUSR1, which batch systems send ahead of the end, ends this process with 75."""
-    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(EXIT_REQUEUE))
+
+    def end(*_: object) -> None:
+        raise Requeued(EXIT_REQUEUE)
+
+    before = signal.signal(signal.SIGUSR1, end)
     try:
         yield
     finally:
