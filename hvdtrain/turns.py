@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hvdtrain import activity
 from hvdtrain.errors import RunError
 from hvdtrain.limits import seconds_from
 
@@ -51,7 +52,9 @@ def take_turn(name: str, what: str, environ: Mapping[str, str] = os.environ, qui
         return
     descriptor, path = lock
     try:
-        if wait_for(descriptor, path, what, limit, quiet):
+        with activity.doing(f"waiting for another process to {what}", endless=True):  # that has a limit of its own
+            locked = wait_for(descriptor, path, what, limit, quiet)
+        if locked:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         yield

@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain import activity
 from hvdtrain.errors import RunError, UserError
 from hvdtrain.files import FOR_ALL
 from hvdtrain.limits import seconds_from
@@ -130,7 +131,8 @@ class Lease:
                 )
                 take_away(path, found)
                 continue
-            time.sleep(min(LOOK, seconds / (2 * RENEWALS)))
+            with activity.doing(f"waiting for the lease of run folder {folder}", endless=True):  # it has its own limit
+                time.sleep(min(LOOK, seconds / (2 * RENEWALS)))
 
     def refuse_owned(self, folder: Path) -> None:
         """Raise UserError, which names the owner, if a folder has one that may be alive."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from hvdtrain.strict_json import encode_json, integer, number, parse_json, take
 
 SIZE = 1024  # bytes, at least, of owner.json
+LONGEST = 604_800  # seconds of a lease
 UNKNOWN = -1  # when a process started, if the system hides it
 
 
@@ -58,6 +59,8 @@ class Owner:
                     integer(value, name)
                 elif name == "seconds":
                     entries[name] = number(value, name)
+                    if not 0 < entries[name] <= LONGEST:
+                        return None
                 elif not isinstance(value, str):
                     return None
             return Owner(**entries)
