@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import socket
 from pathlib import Path
@@ -15,10 +16,14 @@ SIGNS = ("unable to allocate shared memory(shm)", "unable to write to file </tor
 FULL = ("No space left on device", "Cannot allocate memory")
 
 
-def explain_full(error: BaseException) -> RunError | None:
-    """What to raise instead of an error, if that is of a full /dev/shm: where, how full, and what to do; else None."""
+def explain_full(error: BaseException, *, starting: bool = False) -> RunError | None:
+    """What to raise instead of an error, if that is of a full /dev/shm: where, how full, and what to do; else None.
+
+    starting: loader processes, whose semaphores are there as well; their error does not say so.
+    """
     text = str(error)
-    if not (any(sign in text for sign in SIGNS) and any(sign in text for sign in FULL)):
+    semaphore = starting and isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if not semaphore and not (any(sign in text for sign in SIGNS) and any(sign in text for sign in FULL)):
         return None
     room = ""
     with contextlib.suppress(OSError):

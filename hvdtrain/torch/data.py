@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hvdtrain.errors import KnownError, RunError, UserError
 from hvdtrain.recipe_errors import describe_error, in_recipe, name_call
+from hvdtrain.shared_memory import explain_full
 from hvdtrain.step import Ids, Split
 from hvdtrain.torch.recipe import Recipe
 
@@ -105,7 +106,7 @@ class Examples(Dataset[Any]):
             try:
                 return recipe.collate(examples)
             except Exception as error:
-                raise RunError(self._misfit(ids, examples, error)) from error
+                raise explain_full(error) or RunError(self._misfit(ids, examples, error)) from error
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
         of = f"of dataset({self.split!r})[{', '.join(map(str, ids[:SHOWN]))}]{more}"
         with in_recipe(recipe, f"collate() {of}"):

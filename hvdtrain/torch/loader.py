@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from hvdtrain.errors import KnownError, RecipeError, RunError
 from hvdtrain.recipe_errors import name_call
+from hvdtrain.shared_memory import explain_full
 from hvdtrain.step import Ids
 from hvdtrain.torch.data import Examples, Request
 
@@ -73,6 +74,10 @@ class Loader:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_RANKS)
         try:
             iter(self._loader)
+        except OSError as error:
+            if full := explain_full(error, starting=True):
+                raise full from error
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if (
@@ -117,7 +122,7 @@ class Loader:
                 return RecipeError(f"a process that loads {name} {_describe_end(ended[0])}")
             time.sleep(0.01)
         if isinstance(error, RuntimeError):
-            return None
+            return explain_full(error)
         reason = str(error).strip().splitlines()[-1]
         return RunError(f"a process that loads {name} cannot pass on a batch: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 
@@ -36,3 +37,9 @@ def test_a_full_shared_memory_is_not_the_recipe_s_error() -> None:
     text = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
     with pytest.raises(RunError, match=r"^/dev/shm on "), in_recipe(object(), "collate()"):
         raise RuntimeError(text)
+
+
+def test_semaphores_of_loader_processes_that_find_no_room() -> None:
+    error = explain_full(OSError(errno.ENOSPC, "No space left on device"), starting=True)
+    assert str(error).startswith("/dev/shm on ")
+    assert explain_full(OSError(errno.EMFILE, "Too many open files"), starting=True) is None
