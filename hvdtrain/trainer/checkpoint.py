@@ -299,8 +299,10 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
                 else number(one, where)
                 for key, one in value.items()
             }
+        elif kind == "int | None":
+            values[name] = None
         else:
-            values[name] = value
+            raise AssertionError(f"{where} of type {kind} cannot be read back")
     if "rows" not in values:
         values["rows"] = None
     return Position(**values)
