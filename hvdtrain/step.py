@@ -42,14 +42,23 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What a rank knows after an exchange; the same on each rank but for the last two."""
+    """What a rank knows after an exchange; the same on each rank but for the last two.
+
+    A step whose losses or gradients are not finite is skipped.
+    """
 
     sums: NDArray[np.float64]  # (metrics,): sums of the scores over the global batch
     told: NDArray[np.float64]  # (TOLD,): what the ranks told, added up
     nonfinite: bool  # a loss of some rank was not finite
+    nonfinite_gradients: tuple[str, ...]  # parameters whose gradient, summed over ranks, is not finite
     # These two are this rank's own:
     nonfinite_here: bool
     waited: float  # seconds waited for communication
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step must not be made."""
+        return self.nonfinite or bool(self.nonfinite_gradients)
 
 
 def check_framework(recipe: type[Recipe]) -> None:
@@ -140,7 +149,7 @@ class Step(Protocol):
         """Of each tensor of the model's state, by name: a 64-bit number that all of its bits go into."""
 
     def close(self) -> None:
-        """End the processes that load data."""
+        """Give back what was taken of the process, the model and the optimizer; the step is of no more use."""
 
     def graph(self) -> bytes | None:
         """The model as a TensorBoard GraphDef, or None for batches that cannot be traced. Raises what tracing does."""

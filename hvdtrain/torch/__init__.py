@@ -1,7 +1,8 @@
 """hvdtrain for torch: the Recipe to subclass, and a DistributedOptimizer that also serves in a loop of your own."""
 
 from hvdtrain.recipe import option
-from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
+from hvdtrain.torch.broadcast import broadcast_state
+from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 
 __all__ = ["DistributedOptimizer", "Recipe", "broadcast_state", "option"]

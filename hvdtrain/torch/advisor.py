@@ -53,6 +53,10 @@ class Advisor:
         # When each bucket was full, and the backward pass over, from a step's begin.
         self._ready: list[list[float]] = []
 
+    def restart(self) -> None:
+        """Measure anew: the exchange has other buckets."""
+        self._course = self._run()
+
     def after_step(self) -> None:
         if self._course is None:
             return
@@ -87,7 +91,8 @@ class Advisor:
 
     def _run(self) -> Generator[None, None, None]:
         exchange = self.exchange
-        # This step made the buckets; a warm-up is plain.
+        self._assign(self._none)
+        # This step made buckets; a warm-up is plain.
         while exchange.steps < exchange.spec.warmup:
             yield
         places, none = self._places, self._none

@@ -22,21 +22,29 @@ CPU_BUCKET_BYTES = 8 << 20
 GPU_BUCKET_BYTES = 25 << 20
 # Horovod reduces no other floating type; bfloat16 travels as float32.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
+EXCHANGED = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Some parameters' gradients in one flat tensor, and a flag for each: was it used in this step?"""
+    """Some parameters' gradients in one flat tensor, and a flag for each: was it used in this step?
+
+    An uncompressed bucket travels as [gradients | flags | late]: `late` counts the ranks that have a gradient of a
+    parameter that is in no bucket that is sent. The flags of a coded bucket travel apart (`Exchange.flags`).
+    """
 
     params: list[torch.nn.Parameter]
     names: list[str]
     views: list[torch.Tensor]  # of the channel's flat, each in its parameter's shape and memory format
-    flags: torch.Tensor  # (len(params),), summed over ranks: behind the gradients, or, if coded, apart
+    flags: torch.Tensor  # (len(params),), summed over ranks
+    late: torch.Tensor  # (1,), or (0,) if coded
     channel: Channel | Plain
     coded: bool  # a codec may carry it; whether one does, the channel knows
     method: str = "none"  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
+    asleep: bool = False  # not sent: on no rank does a parameter of it require a gradient
+    idle: int = 0  # steps in a row in which no rank used it
     memory_views: dict[torch.Tensor, list[torch.Tensor]] = field(default_factory=dict)
     ready: float = 0.0  # when it was full in the last step, by time.perf_counter
 
@@ -62,6 +70,11 @@ class Bucket:
         else:
             torch.add(residual, gradient, out=total)
 
+    def cut(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parameters' parts of a tensor that is laid out as the channel's flat."""
+        widths = [width(p) for p in self.params]
+        return torch.split(flat[: sum(widths)], widths)
+
     def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
         if memory not in self.memory_views:
             if len(self.memory_views) == 2:  # a channel has two, unless they were loaded
@@ -74,44 +87,59 @@ Named = list[tuple[str, torch.nn.Parameter]]
 
 
 def check(named: Named, spec: Spec) -> None:
-    """Raise UserError if a layer of the spec matches no parameter, TypeError for a parameter that is not floating."""
+    """Raise UserError if a layer of the spec matches no parameter, or a parameter's type cannot be exchanged."""
     for layer in spec.layers:
         if not any(covers(layer, name) for name, _ in named):
             names = ", ".join(sorted({name.rpartition(".")[0] or name for name, _ in named}))
             raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {names}")
     for name, p in named:
-        if p.is_complex() or p.dtype not in (*WIRE_DTYPES, torch.bfloat16):
-            raise TypeError(f"{name} is {p.dtype}; float16, bfloat16, float32 and float64 can be exchanged")
+        check_dtype(name, p)
+
+
+def check_dtype(name: str, p: torch.nn.Parameter) -> None:
+    """Raise UserError if the parameter requires a gradient and that has a type that cannot be exchanged."""
+    if p.requires_grad and p.dtype not in EXCHANGED:
+        raise UserError(
+            f"parameter {name} is {p.dtype}, whose gradient cannot be exchanged; expected float16, bfloat16, float32, "
+            "float64, complex64 or complex128: convert it, or freeze it with requires_grad_(False)"
+        )
+
+
+def width(p: torch.Tensor) -> int:
+    """How many real numbers a parameter holds: two for each complex one."""
+    return p.numel() * (2 if p.is_complex() else 1)
 
 
 def make_buckets(
-    named: Named, spec: Spec, seed: int, group: ops.Group, average: bool, bucket_bytes: int | None
+    named: Named, spec: Spec, seed: int, group: ops.Group, average: bool, bucket_bytes: int | None, first: int = 0
 ) -> list[Bucket]:
-    """Buckets of one dtype, device and codec each. named: in the order in which backward finishes them.
+    """Make buckets of one dtype, device and codec each.
 
-    bucket_bytes: of one, about; None: as suits the device and, on a GPU, the codec.
+    Args:
+        named: the parameters, in the order in which backward finishes them.
+        bucket_bytes: of one, about; None: as suits the device and, on a GPU, the codec.
+        first: the number of the first bucket; those before it exist already.
     """
-    groups: dict[tuple[torch.dtype, torch.device, str | None], Named] = {}
+    groups: dict[tuple[torch.dtype, torch.device, str | None, bool], Named] = {}
     for name, p in named:
-        argument = spec.argument_for(name, p.numel(), p.dim())
+        argument = None if p.is_complex() else spec.argument_for(name, p.numel(), p.dim())
         # Whoever encodes takes float32.
-        dtype = WIRE_DTYPES.get(p.dtype, torch.float32) if argument is None else torch.float32
-        groups.setdefault((dtype, p.device, argument), []).append((name, p))
+        dtype = WIRE_DTYPES.get(p.dtype.to_real(), torch.float32) if argument is None else torch.float32
+        groups.setdefault((dtype, p.device, argument, p.is_complex()), []).append((name, p))
     buckets: list[Bucket] = []
-    for (dtype, device, argument), members in groups.items():
+    for (dtype, device, argument, _), members in groups.items():
         plain_on_gpu = device.type == "cuda" and argument is None
         most = bucket_bytes or (GPU_BUCKET_BYTES if plain_on_gpu else CPU_BUCKET_BYTES)
         limit = min(FIRST_BUCKET_BYTES, most)
         while members:
             count, taken = 0, 0
             while count < len(members) and taken < limit:
-                taken += members[count][1].numel() * dtype.itemsize
+                taken += width(members[count][1]) * dtype.itemsize
                 count += 1
-            buckets.append(
-                make_bucket(members[:count], dtype, len(buckets), group, average, coded=argument is not None)
-            )
+            number = first + len(buckets)
+            buckets.append(make_bucket(members[:count], dtype, number, group, average, coded=argument is not None))
             if argument is not None and spec.method != "auto":
-                choose(buckets[-1], spec, argument, Key(seed, 0, len(buckets) - 1, ops.rank(group)))
+                choose(buckets[-1], spec, argument, Key(seed, 0, number, ops.rank(group)))
             members = members[count:]
             limit = most
     return buckets
@@ -126,11 +154,12 @@ def make_bucket(
     exactly, and are summed.
     """
     params = [p for _, p in members]
-    count = sum(p.numel() for p in params)
-    flat = torch.zeros(count + (0 if coded else len(params)), dtype=dtype, device=params[0].device)
-    flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:]
+    count = sum(map(width, params))
+    flat = torch.zeros(count + (0 if coded else len(params) + 1), dtype=dtype, device=params[0].device)
+    flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:-1]
+    late = flat[:0] if coded else flat[-1:]
     channel = Plain(f"gradients.{number}", flat, average, group)
-    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, channel, coded)
+    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, late, channel, coded)
 
 
 def choose(bucket: Bucket, spec: Spec, argument: str, key: Key) -> None:
@@ -168,8 +197,12 @@ def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[tor
     """The parameters' places in flat, one behind the other, in their own shapes and memory formats."""
     views, offset = [], 0
     for p in params:
-        piece = flat[offset : offset + p.numel()]
+        piece = flat[offset : offset + width(p)]
+        offset += width(p)
+        if p.is_complex():
+            piece = torch.view_as_complex(
+                piece.view(-1, 2)
+            )  # pairs begin at even offsets: they have buckets of their own
         dense = torch.empty_like(p).stride() == p.stride()  # no gaps and no overlaps in its memory
         views.append(piece.as_strided(p.shape, p.stride(), piece.storage_offset()) if dense else piece.view(p.shape))
-        offset += p.numel()
     return views

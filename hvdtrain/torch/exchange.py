@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +14,16 @@ import torch
 from hvdtrain.collectives import ops
 from hvdtrain.compression.channel import Channel, Plain
 from hvdtrain.compression.spec import Spec
-from hvdtrain.torch.buckets import Bucket, Named, check, make_buckets
+from hvdtrain.errors import UserError
+from hvdtrain.torch.buckets import Bucket, Named, check, check_dtype, width
+from hvdtrain.torch.layout import Layout, wants_exchange
 
 # What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
 # times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
 SPARSE = 1 / 1024
 
 
-class Exchange:
+class Exchange(Layout):
     """Reduces the gradients of `named` over ranks once per step, overlapping with the backward pass.
 
     In the backward pass that ends a step (`passes` of them make one step), each gradient is copied into its bucket
@@ -29,8 +32,10 @@ class Exchange:
     optimizer leaves it alone as it would in a single process; one that only some ranks used counts as zero elsewhere.
     A parameter is in one exchange at a time: ValueError names one that is in another, which nobody has closed.
 
-    Buckets are made at the end of the first step, in the order in which its gradients became ready; that step sends
-    nothing before its end.
+    Which parameters are trained may change at any time, as `requires_grad` says, and `add` brings new ones (`Layout`).
+    A rank that has, or will have, a gradient of a parameter in no bucket that is sent sets `late` in those that are
+    sent. Then all ranks agree at the end of the step on the names, and exchange these gradients too before it is over.
+    So the first step's buckets are made as well, in the order in which its gradients became ready.
     """
 
     _open: ClassVar[weakref.WeakSet[Exchange]] = weakref.WeakSet()  # those whose hooks are in place
@@ -44,34 +49,54 @@ class Exchange:
         group: ops.Group = None,
         bucket_bytes: int | None = None,
     ) -> None:
-        self.average, self.spec, self.seed, self.group, self.bucket_bytes = average, spec, seed, group, bucket_bytes
+        super().__init__(average, spec, seed, group, bucket_bytes)
         self.passes = 1
         self.steps = 0
         self.waited = 0.0  # seconds that the last `finish` waited for communication
         self.backward_end = 0.0  # when the last `finish` was called, by time.perf_counter
         self.size = ops.size(group)
-        self.named = [(name, p) for name, p in named if p.requires_grad]
-        check(self.named, spec)
-        taken = {p for other in self._open for _, p in other.named}
-        for name, p in self.named:
+        check(named, spec)
+        taken = {p for other in self._open for p in other.names}
+        for name, p in named:
             if p in taken:
                 raise ValueError(f"{name} is in another DistributedOptimizer already: call its exchange.close() first")
-        self.buckets: list[Bucket] = []
-        # The flags of buckets that a codec may carry, joined.
-        self.flags = Plain("gradients.flags", torch.zeros(0), average=False, group=group)
+        self.checks_finite = False  # whether `finish` looks if all sums are finite
+        self.finite = True  # what it saw in the last step; the same on all ranks
         self.advisor = None
         if spec.method == "auto":
             from hvdtrain.torch.advisor import Advisor
 
             self.advisor = Advisor(self)
-        self._arrived: list[int] = []  # places in `named`, in the order of the first step
-        self._place: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}
-        self._remaining = {p: 1 for _, p in self.named}  # backward passes until a gradient is finished
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._make_hook(i, name, p))  # type: ignore[no-untyped-call]
-            for i, (name, p) in enumerate(self.named)
-        ]
+        # Finished gradients of parameters in no bucket that is sent, in the order in which they came.
+        self._arrived: dict[torch.nn.Parameter, None] = {}
+        self._late: bool | None = None  # whether one of those has, or will have, a gradient; None: not looked yet
+        self._repeated: set[torch.nn.Parameter] = set()  # whose gradients are finished only at the end of the pass
+        self._remaining: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
+        self._last_pass: bool | None = None  # of the step is under way; None: the caller does not announce passes
+        self._paused = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for name, p in named:
+            self._watch(name, p)
+        self.outside = list(self.names)
         self._open.add(self)
+
+    def _watch(self, name: str, p: torch.nn.Parameter) -> None:
+        """Put a hook on a parameter, also if it is frozen now."""
+        self.names[p] = name
+        if not (p.is_floating_point() or p.is_complex()):
+            return  # it will never have a gradient
+        self._remaining[p] = self.passes
+        trained = p.requires_grad
+        p.requires_grad_(True)  # torch puts hooks on no others
+        self._hooks.append(p.register_post_accumulate_grad_hook(self._make_hook(name, p)))  # type: ignore[no-untyped-call]
+        p.requires_grad_(trained)
+
+    def add(self, name: str, p: torch.nn.Parameter) -> None:
+        """Take in another parameter, on all ranks; where its first gradient comes, the ranks' values must be equal."""
+        check_dtype(name, p)
+        self._watch(name, p)
+        self.added.add(p)
+        self.outside.append(p)
 
     def close(self) -> None:
         """Leave the parameters, to which another exchange may come then; this one is of no more use."""
@@ -79,24 +104,14 @@ class Exchange:
             hook.remove()
         self._open.discard(self)
 
-    def build(self, order: list[str]) -> None:
-        """Make the buckets. order: names, the first that became ready first; those that are not in it come last."""
-        by_name = dict(self.named)
-        rest = [name for name, _ in reversed(self.named) if name not in set(order)]
-        ordered = [(name, by_name[name]) for name in [*order, *rest] if name in by_name]
-        self.buckets = make_buckets(ordered, self.spec, self.seed, self.group, self.average, self.bucket_bytes)
-        apart = [bucket for bucket in self.buckets if bucket.coded]
-        if apart:
-            self.flags.flat = torch.cat([bucket.flags for bucket in apart])
-            pieces = torch.split(self.flags.flat, [len(bucket.params) for bucket in apart])
-            for bucket, piece in zip(apart, pieces, strict=True):
-                bucket.flags = piece
-        self._place = {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
-
-    @property
-    def order(self) -> list[str]:
-        """The parameters' names as they stand in the buckets."""
-        return [name for bucket in self.buckets for name in bucket.names]
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore backward passes: what they add to this exchange's gradients is not exchanged by them."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     @property
     def compressed(self) -> list[Bucket]:
@@ -106,7 +121,7 @@ class Exchange:
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank sent in the last step, and received as many."""
-        return sum(bucket.channel.wire_bytes for bucket in self.buckets) + self.flags.wire_bytes
+        return sum(bucket.channel.wire_bytes for bucket in self.awake) + self.flags.wire_bytes
 
     @property
     def pending(self) -> bool:
@@ -114,14 +129,14 @@ class Exchange:
         return bool(self._arrived) or any(bucket.sent or bucket.filled for bucket in self.buckets)
 
     def report(self) -> list[dict[str, Any]]:
-        """The buckets as they are sent, for people: sizes in values and in bytes on this rank's wire per step."""
+        """The buckets as they are sent: sizes in values and in bytes on this rank's wire per step."""
         return [
             {
                 "parameters": len(bucket.params),
                 "values": sum(p.numel() for p in bucket.params),
                 "compression": bucket.method,
-                "bytes_sent": bucket.channel.wire_bytes,
-                "bytes_received": bucket.channel.wire_bytes,  # rings and exchanges are symmetric
+                "bytes_sent": 0 if bucket.asleep else bucket.channel.wire_bytes,
+                "bytes_received": 0 if bucket.asleep else bucket.channel.wire_bytes,  # rings are symmetric
             }
             for bucket in self.buckets
         ]
@@ -131,19 +146,48 @@ class Exchange:
         self.passes = passes
         self._remaining = dict.fromkeys(self._remaining, passes)
 
-    def _make_hook(self, number: int, name: str, p: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def announce_pass(self, last: bool) -> None:
+        """A backward pass begins, the step's last or not. A caller that announces one announces all."""
+        self._last_pass = last
+
+    def forget(self) -> None:
+        """Drop the gradients that have come since the last `finish`. Raises RuntimeError if some have been sent."""
+        if any(bucket.sent for bucket in self.buckets):
+            raise RuntimeError(
+                "zero_grad() between backward() and step(): the gradients are being reduced. If that backward() was "
+                "for another optimizer, run it within `with optimizer.paused():` of this one"
+            )
+        self._clear()
+
+    def _clear(self) -> None:
+        self._arrived.clear()
+        self._late = None
+        for bucket in self.buckets:
+            bucket.sent = False
+            bucket.filled.clear()
+        self._remaining = dict.fromkeys(self._remaining, self.passes)
+
+    def _make_hook(self, name: str, p: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
         def hook(_: torch.Tensor) -> None:
-            self._remaining[p] -= 1
-            bucket, index = self._place.get(p, (None, 0))
-            if self._remaining[p] < 0 or (bucket is not None and bucket.sent):
-                raise RuntimeError(
-                    f"a gradient of {name} came after its exchange had begun: more backward passes "
-                    f"than backward_passes_per_step={self.passes}; call optimizer.step() or raise that number"
-                )
-            if self._remaining[p] == 0:
-                if bucket is None:
-                    self._arrived.append(number)
+            if self._paused or self._last_pass is False:
+                return
+            if self._last_pass is None:
+                self._remaining[p] -= 1
+                if self._remaining[p] > 0:
                     return
+                if self._remaining[p] < 0:
+                    self._refuse_another(name)
+            bucket, index = self.place.get(p, (None, 0))
+            if bucket is None:
+                if p in self._arrived:
+                    self._repeated.add(p)
+                self._arrived[p] = None
+            elif bucket.sent:
+                self._refuse_another(name)
+            elif index in bucket.filled or p in self._repeated:
+                bucket.filled.discard(index)
+                self._repeated.add(p)
+            else:
                 self._fill(bucket, index)
                 if len(bucket.filled) == len(bucket.params):
                     self._send(bucket)
@@ -152,6 +196,16 @@ class Exchange:
                         other.channel.turn(wait=False)
 
         return hook
+
+    def _refuse_another(self, name: str) -> None:
+        checkpointing = "activation checkpointing of a block that is used more than once needs use_reentrant=False"
+        if self._last_pass is not None:
+            raise UserError(f"a gradient of {name} came in two parts, the second after it was sent: {checkpointing}")
+        raise RuntimeError(
+            f"a gradient of {name} came after its exchange had begun: more backward passes than "
+            f"backward_passes_per_step={self.passes}; call optimizer.step() or raise that number, run backward passes "
+            f"for another optimizer within `with optimizer.paused():` of this one; and {checkpointing}"
+        )
 
     def _fill(self, bucket: Bucket, index: int) -> None:
         p, view = bucket.params[index], bucket.views[index]
@@ -169,63 +223,84 @@ class Exchange:
             if index not in bucket.filled:
                 bucket.put(index, None, self.steps)
                 bucket.flags[index] = 0
+        bucket.late.fill_(self._look_for_late())
         if isinstance(bucket.channel, Channel):
             bucket.channel.start(self.steps, added_up=bucket.channel.adds_up(self.steps))
         else:
             bucket.channel.start(self.steps)
         bucket.sent = True
 
-    def _agree_on_order(self) -> None:
-        """Make the buckets in the order of the first rank that had examples; ranks may differ."""
-        orders = ops.gather_json(self._arrived, "gradients.order", self.group)
-        self.build([self.named[i][0] for i in max(orders, key=len)])
-        self._arrived = []
+    def _look_for_late(self) -> bool:
+        """Whether this rank has, or will have, gradients of parameters in no bucket that is sent; once per step."""
+        if self._late is None:
+            self._late = any(map(wants_exchange, self.outside))
+        return self._late
 
     def finish(self) -> None:
         """Send what is left, wait for all, and set every gradient. All ranks call it once per step."""
         self.backward_end = time.perf_counter()
-        if not self.buckets and self.named:
-            self._agree_on_order()
-        for bucket in self.buckets:
+        self.waited = 0.0
+        buckets = self.awake
+        late = bool(self.names) and (not self.joined or self._reduce(buckets, self.flags))
+        if late:
+            newcomers = self.join(self._arrived.keys())
+            self._late = False
+            self._reduce(newcomers, self.join_flags(newcomers))
+            buckets += newcomers
+        elif self._arrived:
+            names = ", ".join(self.names[p] for p in self._arrived)
+            raise RuntimeError(
+                f"{names} began to require a gradient in a backward pass: change that before or after it"
+            )
+        # All memories or none: a step with anything that is not finite is not made.
+        remembers = any(isinstance(b.channel, Channel) or b.channel.owed is not None for b in buckets)
+        if remembers or self.checks_finite:
+            self.finite = all(bucket.channel.finite() for bucket in buckets)
+        for bucket in buckets:
+            self._set_gradients(bucket, committed=remembers and self.finite)
+        self._clear()
+        self.steps += 1
+        if self.let_sleep() or late:
+            self.arrange()
+        if self.advisor is not None:
+            if late:
+                self.advisor.restart()
+            self.advisor.after_step()
+
+    def _reduce(self, buckets: list[Bucket], flags: Plain) -> bool:
+        """Send what is left of the buckets and wait for all; return whether a rank has gradients in no bucket."""
+        for bucket in buckets:
             if not bucket.sent:
                 for index, p in enumerate(bucket.params):
                     # Used in some of this step's passes only: what has been accumulated is all there is.
                     if index not in bucket.filled and p.grad is not None:
                         self._fill(bucket, index)
                 self._send(bucket)
-        if len(self.flags.flat):
-            self.flags.start(self.steps)
-        if self.buckets and self.buckets[0].views[0].is_cuda:
+        if len(flags.flat):
+            flags.flat[0] = self._look_for_late()
+            flags.start(self.steps)
+        if buckets and buckets[0].views[0].is_cuda:
             # Waiting for the backward pass's kernels is compute, not communication.
             torch.cuda.current_stream().synchronize()
         begin = time.perf_counter()
         # All second rounds are under way before any is waited for.
-        for bucket in self.buckets:
+        for bucket in buckets:
             bucket.channel.turn()
         # In the order in which they were sent: what has arrived is decoded while a slower rank sends its last.
-        for bucket in self.buckets:
+        for bucket in buckets:
             bucket.channel.finish()
-        if len(self.flags.flat):
-            self.flags.finish()
-        self.waited = time.perf_counter() - begin
-        # All memories or none: a step with anything that is not finite is not made.
-        remembers = bool(self.compressed) or any(bucket.channel.owed is not None for bucket in self.buckets)
-        committed = remembers and all(bucket.channel.finite() for bucket in self.buckets)
-        for bucket in self.buckets:
-            self._set_gradients(bucket, committed)
-            bucket.sent = False
-            bucket.filled.clear()
-        self.steps += 1
-        self._remaining = dict.fromkeys(self._remaining, self.passes)
-        if self.advisor is not None:
-            self.advisor.after_step()
+        if len(flags.flat):
+            flags.finish()
+        self.waited += time.perf_counter() - begin
+        return bool(flags.flat[0] if len(flags.flat) else buckets[0].late)
 
     def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
         used = (bucket.flags if bucket.coded or not self.average else bucket.flags * self.size).tolist()
+        bucket.idle = 0 if any(used) else bucket.idle + 1
         if committed:
-            ends = itertools.accumulate(p.numel() for p in bucket.params)
+            ends = itertools.accumulate(width(p) for p in bucket.params)
             places = zip(ends, bucket.params, used, strict=True)
-            bucket.channel.commit([(end - p.numel(), end) for end, p, ranks in places if ranks == 0])
+            bucket.channel.commit([(end - width(p), end) for end, p, ranks in places if ranks == 0])
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
                 p.grad = None

@@ -49,7 +49,7 @@ def own(exchange: Exchange) -> dict[str, Any]:
 
 def collected(exchange: Exchange, of_all: Callable[[Tensor, str], Tensor]) -> dict[str, Any]:
     """The state but for what is exact; of_all: a memory of this rank, by name, as it is to stand there."""
-    state: dict[str, Any] = {"steps": exchange.steps, "order": exchange.order, "debts": {}, "bases": {}, "ranks": []}
+    state: dict[str, Any] = {"steps": exchange.steps, "joined": exchange.joined, "debts": {}, "bases": {}, "ranks": []}
     for number, bucket in enumerate(exchange.buckets):
         channel = bucket.channel
         velocity = channel.velocity if isinstance(channel, Channel) else None
@@ -90,7 +90,9 @@ def load(exchange: Exchange, state: dict[str, Any]) -> None:
     """
     exchange.steps = state["steps"]
     if not exchange.buckets:
-        exchange.build(state["order"])
+        for order in state.get("joined") or [state["order"]]:  # an earlier hvdtrain made all buckets at once
+            exchange.build(order)
+        exchange.arrange()
     same_ranks = len(state["ranks"]) == exchange.size
     own_state = state["ranks"][ops.rank(exchange.group)] if same_ranks else {}
     names = state.get("buckets", [])  # of the parameters in each, when it was saved
@@ -143,8 +145,7 @@ def take_share(bucket: Bucket, debts: dict[str, Tensor], ranks: int) -> None:
 def share(bucket: Bucket, debts: dict[str, Tensor], memory: str, ranks: int) -> Tensor:
     """A rank's share of what so many ranks together have in a memory, shaped as the bucket's flat tensor."""
     flat = torch.zeros_like(bucket.channel.flat)
-    parts = torch.split(flat[: sum(p.numel() for p in bucket.params)], [p.numel() for p in bucket.params])
-    for name, part in zip(bucket.names, parts, strict=True):
+    for name, part in zip(bucket.names, bucket.cut(flat), strict=True):
         if f"{name}.{memory}" in debts:
             part.copy_(debts[f"{name}.{memory}"] / ranks)
     return flat
@@ -152,8 +153,7 @@ def share(bucket: Bucket, debts: dict[str, Tensor], memory: str, ranks: int) -> 
 
 def by_parameter(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
     """A flat tensor of a bucket's parameters, cut up by name; each part in the order of its memory."""
-    parts = torch.split(flat[: sum(p.numel() for p in bucket.params)], [p.numel() for p in bucket.params])
-    return {name: part.clone() for name, part in zip(bucket.names, parts, strict=True)}
+    return {name: part.clone() for name, part in zip(bucket.names, bucket.cut(flat), strict=True)}
 
 
 def scale(exchange: Exchange, factor: float) -> None:

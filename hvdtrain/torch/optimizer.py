@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -13,12 +13,12 @@ import torch
 from horovod.torch import optimizer as horovod_optimizer
 
 from hvdtrain.collectives import ops
-from hvdtrain.collectives.agreement import agree
 from hvdtrain.compression.spec import parse
 from hvdtrain.errors import UserError
-from hvdtrain.torch.buckets import Named
+from hvdtrain.torch.broadcast import load_in_place
+from hvdtrain.torch.buckets import Named, check
 from hvdtrain.torch.exchange import Exchange
-from hvdtrain.torch.fingerprint import model_parts
+from hvdtrain.torch.readable import make_savable
 from hvdtrain.torch.shards import ShardExchange
 
 
@@ -45,7 +45,10 @@ def DistributedOptimizer(
     - `GradScaler.unscale_(optimizer)` waits for the gradients by itself: whoever reads `param_groups` does;
     - a parameter that no rank used keeps `grad` None;
     - hooks of `step()` run once per step;
-    - state and defaults of the optimizer that is wrapped are kept.
+    - the optimizer itself is returned, whatever its constructor takes, with its class changed: attributes, hooks, state
+      and schedulers stay, and an optimizer around another stays around it;
+    - parameters may be frozen and trained in turns, and `add_param_group` adds others, on all ranks alike;
+    - `paused()` for backward passes that are for another optimizer.
 
     compression: a specification (`hvdtrain.compression.spec`); seed: of its randomness, the same on all ranks.
     process_set: the ranks that train this model together; None: all. bucket_bytes: about as much is sent at once; None:
@@ -57,7 +60,11 @@ def DistributedOptimizer(
     Raises ValueError where a parameter of the optimizer has no name, a name stands twice or a parameter is in another
     DistributedOptimizer whose `exchange` was not closed; UserError for a wrong compression.
     """
+    if hasattr(type(optimizer), "inner_class"):
+        unwrap(optimizer)
     named_parameters = list(named_parameters)
+    refuse_unnamed(optimizer, named_parameters)
+    make_savable(optimizer)
     spec = parse(compression)
     stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
     if exchange == "horovod" and compression not in stock:
@@ -66,18 +73,27 @@ def DistributedOptimizer(
         raise ValueError("shards goes with average=False, the bucketed exchange and no compression")
     if exchange == "horovod":
         for name, p in named_parameters:
-            if not p.is_contiguous():
-                raise UserError(f"Horovod's own exchange takes no channels-last parameter, as {name} is; use bucketed")
+            if not p.is_contiguous() or p.is_complex():
+                kind = "complex" if p.is_complex() else "channels-last"
+                raise UserError(f"Horovod's own exchange takes no {kind} parameter, as {name} is; use bucketed")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    check([(name, p) for name, p in named_parameters if p in held], spec)
+    inner_class = type(optimizer)
     body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
     body |= {
-        "exchange": None,
+        "inner_class": inner_class,
         "inner_step": _inner_step(optimizer),
+        "exchange": None,
         "waited": 0.0,
         "wire_bytes": 0,
         "stock_synchronize": body["synchronize"],
+        "stock_load_state_dict": body["load_state_dict"],
         "synchronize": _synchronize,
         "step": _step,
         "zero_grad": _zero_grad,
+        "paused": _paused,
+        "add_param_group": _add_param_group,
+        "load_state_dict": _load_state_dict,
         "param_groups": property(_get_param_groups, _set_param_groups),
     }
 
@@ -92,22 +108,59 @@ def DistributedOptimizer(
             "set_backward_passes_per_step": _set_passes,
             "_make_exchange": make_exchange,
         }
+    wrapped: Any = optimizer
+    # A scheduler's, or another's: it would be called instead of ours.
+    vars(wrapped)["wrapped_step"] = vars(wrapped).pop("step", None)
+    before = set(vars(wrapped))
     # Keeping the class's name and module lets schedulers, checkpoints and Horovod's own helpers recognize it.
-    cls = type(optimizer.__class__.__name__, (optimizer.__class__,), body)
-    wrapped: Any = cls(
-        optimizer.param_groups,
-        named_parameters,
-        hvd.Compression.none if exchange == "bucketed" else stock[compression],
-        backward_passes_per_step,
-        hvd.Average if average else hvd.Sum,
-        sparse_as_dense=True,
-        process_set=process_set or hvd.global_process_set,
-    )
-    if shards is not None and wrapped.exchange is None:
-        wrapped._register_hooks()  # which Horovod's constructor leaves out on one rank
-    wrapped.state = optimizer.state
-    wrapped.defaults = optimizer.defaults
-    return wrapped  # type: ignore[no-any-return]
+    # The class between keeps Horovod's constructor from calling the optimizer's again: the object is made already.
+    made = type(inner_class.__name__, (inner_class,), {"__init__": lambda self, params: None})
+    wrapped.__class__ = type(inner_class.__name__, (made,), body)
+    try:
+        wrapped.__init__(
+            optimizer.param_groups,
+            named_parameters,
+            hvd.Compression.none if exchange == "bucketed" else stock[compression],
+            backward_passes_per_step,
+            hvd.Average if average else hvd.Sum,
+            sparse_as_dense=True,
+            process_set=process_set or hvd.global_process_set,
+        )
+        # What torch's constructor does, and an optimizer around another may not have called.
+        torch.optim.Optimizer.__setstate__(wrapped, {})
+        if shards is not None and wrapped.exchange is None:
+            wrapped._register_hooks()  # which Horovod's constructor leaves out on one rank
+    except BaseException:
+        vars(wrapped)["wrapped_attributes"] = set(vars(wrapped)) - before
+        unwrap(wrapped)
+        raise
+    vars(wrapped)["wrapped_attributes"] = set(vars(wrapped)) - before
+    return optimizer
+
+
+def unwrap(optimizer: torch.optim.Optimizer) -> None:
+    """Undo `DistributedOptimizer`: the object is one of its own class again, and its parameters are free."""
+    wrapped: Any = optimizer
+    if isinstance(wrapped.exchange, Exchange):
+        wrapped.exchange.close()
+    vars(wrapped).get("_grad_accs", []).clear()  # with which Horovod's own hooks go
+    for name in vars(wrapped).pop("wrapped_attributes", ()):
+        vars(wrapped).pop(name, None)
+    wrapped.__class__ = type(wrapped).inner_class
+    if (step := vars(wrapped).pop("wrapped_step", None)) is not None:
+        wrapped.step = step
+
+
+def refuse_unnamed(optimizer: torch.optim.Optimizer, named: Named) -> None:
+    """Raise ValueError if a parameter of the optimizer has no name."""
+    known = {p for _, p in named}
+    for number, group in enumerate(optimizer.param_groups):
+        for place, p in enumerate(group["params"]):
+            if p not in known:
+                raise ValueError(
+                    f"parameter {place} of the optimizer's group {number}, of shape {tuple(p.shape)}, is not among "
+                    "named_parameters: add it, for instance by putting it into the model"
+                )
 
 
 def _register_hooks(self: Any) -> None:
@@ -115,13 +168,13 @@ def _register_hooks(self: Any) -> None:
     # _parameter_names is sorted by name; the optimizer's own order is the model's, and so backward's reversed.
     params = [p for group in self.param_groups for p in group["params"]]
     self.exchange = self._make_exchange([(self._parameter_names[p], p) for p in params])
-    self.exchange.set_passes(self.backward_passes_per_step)
+    _set_passes(self, self.backward_passes_per_step)
 
 
 def _set_passes(self: Any, passes: int) -> None:
     """How many backward passes this rank makes before the next step: ranks may differ, and 0 is allowed."""
     self.backward_passes_per_step = passes
-    if self.exchange is not None:
+    if isinstance(self.exchange, Exchange):  # others are told by the caller what a pass belongs to
         self.exchange.set_passes(passes)
 
 
@@ -133,6 +186,13 @@ def _synchronize(self: Any) -> None:
         self.exchange.finish()
         self.waited, self.wire_bytes = self.exchange.waited, self.exchange.wire_bytes
     elif self._requires_update:  # Horovod's own hooks are in place
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in self._requires_update:
+                    name = self._parameter_names[p]
+                    raise UserError(
+                        f"{name} is trained since later: Horovod's own exchange leaves it out; use bucketed"
+                    )
         begin = time.perf_counter()
         self.stock_synchronize()
         self.waited = time.perf_counter() - begin
@@ -148,17 +208,24 @@ def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None
         raise ValueError("step(closure) would evaluate gradients that are not reduced; call backward() before step()")
     self.synchronize()
     self._synchronized = False
+    self._opt_called = True  # torch's schedulers look whether it was
     step, without_grad = self.inner_step
     with torch.no_grad() if without_grad else contextlib.nullcontext():
-        return step(self, closure)  # type: ignore[no-any-return]
+        return step(self) if closure is None else step(self, closure)  # type: ignore[no-any-return]
+
+
+_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so that they do not wrap it themselves
 
 
 def _inner_step(optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Any], bool]:
-    """The step of the optimizer's class without what torch wraps around it, and whether that turns gradients off.
+    """The optimizer's step without what torch wraps around it, and whether that turns gradients off.
 
     Ours is wrapped already: its hooks would run twice. And the other wrapper imports torch's compiler, which takes as
     long as half of what a rank needs to start.
     """
+    own = vars(optimizer).get("step")
+    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        return (lambda _, *closure: own(*closure)), False
     step: Any = type(optimizer).step
     without_grad = False
     while hasattr(step, "__wrapped__") and step.__globals__["__name__"] == torch.optim.Optimizer.__module__:
@@ -169,48 +236,57 @@ def _inner_step(optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Any], b
 
 def _zero_grad(self: Any, set_to_none: bool = True) -> None:
     """As torch's. Raises RuntimeError while an exchange is in flight, which would be reduced into the next step."""
-    if self._handles or (self.exchange is not None and self.exchange.pending):
+    if self._handles:
         raise RuntimeError("zero_grad() between backward() and step(): the gradients are being reduced")
+    if self.exchange is not None:
+        self.exchange.forget()
     self._synchronized = False
     super(self.__class__, self).zero_grad(set_to_none)
+
+
+def _paused(self: Any) -> contextlib.AbstractContextManager[None]:
+    """Let backward passes within this be for other optimizers, as where a generator learns from a discriminator.
+
+    What they add to the gradients of this optimizer's parameters is not exchanged; zero_grad() drops it.
+    """
+    if self.exchange is None and self._requires_update:
+        raise UserError("paused() needs the bucketed exchange")
+    return self.exchange.paused() if isinstance(self.exchange, Exchange) else contextlib.nullcontext()
+
+
+def _add_param_group(self: Any, group: dict[str, Any]) -> None:
+    """As torch's; on all ranks, with the same values, before the parameters' first gradients."""
+    super(self.__class__, self).add_param_group(group)
+    number = len(self.param_groups) - 1
+    added = self.param_groups[number]
+    names = added.get("param_names", [f"group{number}.{place}" for place in range(len(added["params"]))])
+    if self.exchange is None and self._requires_update:
+        raise UserError("add_param_group() needs the bucketed exchange once the optimizer is wrapped")
+    for name, p in zip(names, added["params"], strict=True):
+        if name in self._parameter_names.values() and p not in self._parameter_names:
+            raise ValueError(f"another parameter is named {name}: give other names in the group's 'params'")
+        name = self._parameter_names.setdefault(p, name)
+        if self.exchange is not None:
+            self.exchange.add(name, p)
+
+
+def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+    load_in_place(self, lambda: self.stock_load_state_dict(state_dict))
 
 
 def _get_param_groups(self: Any) -> list[dict[str, Any]]:
     if self.exchange is not None and self.exchange.pending:
         self.synchronize()
+    declared = inspect.getattr_static(self.inner_class, "param_groups", None)
+    if declared is not None:  # a property, of an optimizer around another
+        return declared.__get__(self)  # type: ignore[no-any-return]
     return self.__dict__["param_groups"]  # type: ignore[no-any-return]
 
 
 def _set_param_groups(self: Any, groups: list[dict[str, Any]]) -> None:
-    # In the instance's dict, where torch's load_state_dict and pickling look for it.
-    self.__dict__["param_groups"] = groups
-
-
-def broadcast_state(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    root: int = 0,
-    process_set: hvd.ProcessSet | None = None,
-) -> None:
-    """Overwrite parameters, buffers and optimizer state with the root's, in any memory format.
-
-    root: a rank among all, also where a process_set is given; it must be in it.
-    Raises UserError on all ranks, naming the first difference, if the models' parameters or buffers differ in name,
-    order, shape or dtype.
-    """
-    if ops.size(process_set) == 1:
-        return
-    agree("state.agreement", model_parts(model), process_set)
-    tensors = [*model.parameters(), *model.buffers()]
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
-        part = [t.detach() for t in tensors if t.dtype == dtype]
-        # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
-        flat = torch.cat([t.reshape(-1) for t in part]).view(torch.uint8)
-        ops.broadcast_(flat, f"state.{dtype}", root, process_set)
-        for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
-            t.copy_(piece.view(t.shape))
-    if optimizer is not None:
-        buffer = io.BytesIO()
-        torch.save(optimizer.state_dict(), buffer)
-        data = ops.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
-        optimizer.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    declared = inspect.getattr_static(self.inner_class, "param_groups", None)
+    if declared is not None:
+        declared.__set__(self, groups)
+    else:
+        # In the instance's dict, where torch's load_state_dict and pickling look for it.
+        self.__dict__["param_groups"] = groups

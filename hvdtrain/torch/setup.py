@@ -96,9 +96,11 @@ def make_optimizer(recipe: Recipe, params: Iterable[torch.nn.Parameter]) -> torc
     with in_recipe(recipe, "optimizer()"):
         optimizer = recipe.optimizer(params)
     if not isinstance(optimizer, torch.optim.Optimizer):
+        several = isinstance(optimizer, (tuple, list, dict))
         raise UserError(
             f"{name_call(recipe, 'optimizer()')} returned {type(optimizer).__name__}; expected a torch.optim.Optimizer"
             + (": does it lack a return?" if optimizer is None else "")
+            + (": use one with several parameter groups, or a loop of your own" if several else "")
         )
     return optimizer
 

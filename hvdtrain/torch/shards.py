@@ -8,6 +8,7 @@ the rank whom the piece falls to. Bytes travel, sums do not, so that Horovod can
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from torch import Tensor
 from hvdtrain.collectives import ops
 from hvdtrain.compression.spec import parse
 from hvdtrain.data import order
-from hvdtrain.torch.buckets import Named, check
+from hvdtrain.torch.buckets import Named, check, check_dtype, width
+from hvdtrain.torch.layout import agree_on_newcomers, describe
 
 # Gloo's all-to-all and all-gather are half as fast beyond some 4 MiB that a rank sends at once.
 BLOCK_BYTES = 4 << 20
@@ -82,27 +84,39 @@ def add(pieces: Iterable[Tensor], nodes_of_pieces: Iterable[Node], nodes: set[No
 
 @dataclass(eq=False)
 class Flat:
-    """The parameters of one type and device, whose gradients travel as one flat tensor."""
+    """The parameters of one type and device that are used now; their gradients travel as one flat tensor."""
 
     dtype: torch.dtype
     device: torch.device
     params: list[torch.nn.Parameter] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    held: set[torch.nn.Parameter] = field(default_factory=set)  # the same
     stack: list[Partial] = field(default_factory=list)  # this rank's sums in this step
     sent: int = 0  # bytes in the last step
     received: int = 0
 
     def gradient(self) -> Tensor:
-        """The parameters' gradients, one behind the other; zeros for those that have none."""
-        pieces = []
+        """The parameters' gradients, one after the other; zeros for those that have none."""
+        pieces = [torch.zeros(0, dtype=self.dtype, device=self.device)]
         for p in self.params:
             if p.grad is None:
-                pieces.append(torch.zeros(p.numel(), dtype=self.dtype, device=self.device))
+                pieces.append(torch.zeros(width(p), dtype=self.dtype, device=self.device))
             else:
                 # Rows of a sparse gradient travel densely.
                 dense = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                if dense.is_complex():
+                    dense = torch.view_as_real(dense.resolve_conj())
                 pieces.append(dense.reshape(-1).to(self.dtype))
         return torch.cat(pieces)
+
+    def hold(self, params: list[torch.nn.Parameter]) -> None:
+        """Let the sums be of these parameters: zeros for new ones; others are left out."""
+        if len(params) == len(self.params) and all(map(operator.is_, params, self.params)):
+            return
+        for partial in self.stack:
+            pieces = dict(zip(self.params, torch.split(partial.total, [width(p) for p in self.params]), strict=True))
+            new = [pieces[p] if p in pieces else partial.total.new_zeros(width(p)) for p in params]
+            partial.total = torch.cat([partial.total[:0], *new])
+        self.params, self.held = params, set(params)
 
 
 class ShardExchange:
@@ -110,47 +124,57 @@ class ShardExchange:
 
     A step is `begin`, a backward pass and `passed` for each micro-batch, and `finish`, which sets every `p.grad`. A
     parameter that no shard used keeps the gradient None; one that only some used counts as zero in the others.
+    What travels are the parameters that some shard has used in this step: they may be frozen and trained at any time.
     One rank alone adds in the same order, without Horovod.
     """
 
     advisor = None
 
     def __init__(self, named: Named, shards: int, group: ops.Group = None) -> None:
-        named = [(name, p) for name, p in named if p.requires_grad]
         check(named, parse("none"))
         self.group, self.size = group, ops.size(group)
         self.waited = 0.0  # seconds that the last `finish` waited for communication
         self.wire_bytes = 0  # that this rank sent in the last step
+        self.checks_finite = False  # whether `finish` looks if all sums are finite
+        self.finite = True  # what it saw in the last step; the same on all ranks
         self.nodes = tree(0, shards)
         self.covers = [cover(*order.bounds(shards, rank, self.size), self.nodes) for rank in range(self.size)]
         self.own = range(*order.bounds(shards, ops.rank(group), self.size))
         self._left: list[int] = []  # backward passes until the end of each of this rank's shards that is not in
-        flats: dict[tuple[torch.dtype, torch.device], Flat] = {}
+        self.flats: dict[tuple[torch.dtype, torch.device], Flat] = {}
+        self.names: dict[torch.nn.Parameter, str] = {}
+        self._agreed = [p for _, p in named]  # those that all ranks know, in the same order; others have been added
+        # By how many of this rank's shards each parameter was used, and by how many with a dense gradient.
+        self._uses: dict[torch.nn.Parameter, list[int]] = {}
         for name, p in named:
-            # Half precision is added in float32: it would overflow, and lose what it need not.
-            key = (torch.promote_types(p.dtype, torch.float32), p.device)
-            flat = flats.setdefault(key, Flat(*key))
-            flat.params.append(p)
-            flat.names.append(name)
-        self.flats = list(flats.values())
-        self.params = [p for flat in self.flats for p in flat.params]
-        # By how many shards each parameter was used, and by how many with a dense gradient; whole numbers, whose sum
-        # over ranks does not depend on an order.
-        self._used = torch.zeros(len(self.params), 2, dtype=torch.int64)
+            self.add(name, p)
+
+    def add(self, name: str, p: torch.nn.Parameter) -> None:
+        """Take in another parameter, on all ranks; where its first gradient comes, the ranks' values must be equal."""
+        check_dtype(name, p)
+        self.names[p], self._uses[p] = name, [0, 0]
+        self._flat_of(p)
+
+    def forget(self) -> None:
+        """Drop the gradients that have come since the last `finish`."""
+        self._left.clear()
+        for flat in self.flats.values():
+            flat.stack.clear()
 
     @property
     def pending(self) -> bool:
         """Whether there are gradients of this rank that `finish` has not added up yet."""
-        return bool(self._left) or any(flat.stack for flat in self.flats)
-
-    def set_passes(self, passes: int) -> None:
-        """Nothing: which backward pass ends a shard is said by `begin`."""
+        return bool(self._left) or any(flat.stack for flat in self.flats.values())
 
     def begin(self, passes: Sequence[int]) -> None:
-        """passes: how many backward passes each of this rank's shards takes in this step; 0: it is empty."""
+        """Start a step.
+
+        Args:
+            passes: how many backward passes each of this rank's shards takes in this step; 0: it is empty.
+        """
         assert len(passes) == len(self.own)
         self._left = list(passes)
-        self._used.zero_()
+        self._uses = {p: [0, 0] for p in self.names}
         self._take_in()
 
     def passed(self) -> None:
@@ -158,16 +182,29 @@ class ShardExchange:
         self._left[0] -= 1
         self._take_in()
 
+    def _flat_of(self, p: torch.nn.Parameter) -> Flat:
+        # Half precision is added in float32: it would overflow, and lose what it need not.
+        key = (torch.promote_types(p.dtype.to_real(), torch.float32), p.device)
+        if key not in self.flats:
+            nodes = next((flat.stack for flat in self.flats.values()), [])  # of the shards that are in already
+            stack = [Partial(partial.node, torch.zeros(0, dtype=key[0], device=p.device)) for partial in nodes]
+            self.flats[key] = Flat(*key, stack=stack)
+        return self.flats[key]
+
     def _take_in(self) -> None:
         """Take in the gradients of the shard that has ended, if one has, and the empty ones that follow it."""
         while self._left and self._left[0] == 0:
             shard = self.own[-len(self._left)]
-            for flat in self.flats:
+            for p in self.names:
+                if p.grad is not None:
+                    self._uses[p][0] += 1
+                    self._uses[p][1] += not p.grad.is_sparse
+                    flat = self._flat_of(p)
+                    if p not in flat.held:
+                        flat.hold([*flat.params, p])
+            for flat in self.flats.values():
                 push(flat.stack, Partial((shard, shard + 1), flat.gradient()), self.nodes)
-            self._used += torch.tensor(
-                [[p.grad is not None, p.grad is not None and not p.grad.is_sparse] for p in self.params]
-            ).view(-1, 2)
-            for p in self.params:
+            for p in self.names:
                 p.grad = None
             self._left.pop(0)
 
@@ -175,32 +212,54 @@ class ShardExchange:
         """Add up all ranks' sums and set every gradient. All ranks call it once per step."""
         if self._left:
             raise RuntimeError(f"the step is exchanged, but {len(self._left)} shards of this rank have not ended")
-        used = None
-        if self.size > 1:
-            used = ops.all_reduce_async_(self._used, "shards.used", group=self.group)
-            if any(flat.device.type == "cuda" for flat in self.flats):
-                # Waiting for the backward pass's kernels is compute, not communication.
-                torch.cuda.current_stream().synchronize()
+        if self.size > 1 and any(flat.device.type == "cuda" for flat in self.flats.values()):
+            torch.cuda.current_stream().synchronize()  # waiting for the backward pass is compute, not communication
         begin = time.perf_counter()
-        totals = [self._reduce(number, flat) for number, flat in enumerate(self.flats)]
-        if used is not None:
-            ops.wait(used)
-            flags = ops.ring_bytes(self._used.numel() * self._used.element_size(), self.size)
-            self.wire_bytes = flags + sum(flat.sent for flat in self.flats)
+        uses = self._agree_on_uses()
+        used = {p: dense for p, (count, dense) in zip(self._agreed, uses, strict=True) if count}
+        for flat in self.flats.values():
+            flat.hold([p for p in used if self._flat_of(p) is flat])
+        flats = [self.flats[key] for key in sorted(self.flats, key=str)]
+        for p in self.names:
+            p.grad = None
+        totals = [self._reduce(number, flat) for number, flat in enumerate(flats)]
         self.waited = time.perf_counter() - begin
-        uses = iter(self._used.tolist())
-        for flat, total in zip(self.flats, totals, strict=True):
+        if self.size > 1:
+            self.wire_bytes = ops.ring_bytes(16 * (len(self._agreed) + 1), self.size) + sum(flat.sent for flat in flats)
+        if self.checks_finite:
+            self.finite = all(bool(torch.isfinite(total.sum())) for total in totals)
+        for flat, total in zip(flats, totals, strict=True):
+            for p, piece in zip(flat.params, torch.split(total, [width(p) for p in flat.params]), strict=True):
+                p.grad = shaped(piece, p, sparse=not used[p])
             flat.stack.clear()
-            pieces = torch.split(total, [p.numel() for p in flat.params])
-            for p, piece, (used_by, dense_by) in zip(flat.params, pieces, uses, strict=False):
-                p.grad = shaped(piece, p, sparse=not dense_by) if used_by else None
+
+    def _agree_on_uses(self) -> list[list[int]]:
+        """By how many shards, and with a dense gradient, each agreed parameter was used on all ranks together."""
+        agreed = set(self._agreed)
+        added = [p for p in self.names if p not in agreed]
+        counts = [self._uses[p] for p in self._agreed]
+        # Whole numbers, whose sum over ranks does not depend on an order.
+        uses = self._sum([*counts, [any(self._uses[p][0] for p in added), 0]], "shards.used")
+        if uses.pop()[0]:
+            arrived = [self.names[p] for p in added if self._uses[p][0]]
+            known = {name: describe(p, values=p not in agreed) for p, name in self.names.items()}
+            names = agree_on_newcomers(arrived, [], known, self.group)
+            newcomers = [p for name in names for p in added if self.names[p] == name]
+            uses += self._sum([self._uses[p] for p in newcomers], "shards.newcomers")
+            self._agreed += newcomers
+        return uses
+
+    def _sum(self, counts: list[list[int]], name: str) -> list[list[int]]:
+        if self.size == 1:
+            return counts
+        summed = ops.wait(ops.all_reduce_async_(torch.tensor(counts, dtype=torch.int64), name, group=self.group))
+        return summed.tolist()
 
     def _reduce(self, number: int, flat: Flat) -> Tensor:
         """The sum over all shards, on every rank."""
-        if self.size == 1:
-            (whole,) = flat.stack
-            return whole.total
-        values = sum(p.numel() for p in flat.params)
+        if self.size == 1 or not flat.params:
+            return flat.stack[0].total if flat.stack else torch.zeros(0, dtype=flat.dtype)
+        values = sum(map(width, flat.params))
         # All first rounds are under way before any is waited for, and second rounds before other sums.
         starts = range(0, values, BLOCK_BYTES // flat.dtype.itemsize)
         blocks = [(start, min(start + starts.step, values)) for start in starts]
@@ -217,9 +276,9 @@ class ShardExchange:
         for (start, _), handle in zip(blocks, first_rounds, strict=True):
             received = ops.wait(handle).view(flat.dtype).view(len(all_nodes), -1)
             total = add(received, all_nodes, self.nodes)
-            width, others = total.numel() * total.element_size(), self.size - 1
-            flat.sent += width * others * (len(flat.stack) + 1)
-            flat.received += width * (len(all_nodes) - len(flat.stack) + others)
+            size, others = total.numel() * total.element_size(), self.size - 1
+            flat.sent += size * others * (len(flat.stack) + 1)
+            flat.received += size * (len(all_nodes) - len(flat.stack) + others)
             name = f"shards.{number}.{start}"
             second_rounds.append(ops.all_gather_async(total.view(torch.uint8), f"{name}.totals", self.group))
         gathered = [ops.wait(handle).view(flat.dtype) for handle in second_rounds]
@@ -235,12 +294,15 @@ class ShardExchange:
                 "bytes_sent": flat.sent,
                 "bytes_received": flat.received,
             }
-            for flat in self.flats
+            for flat in self.flats.values()
+            if flat.params
         ]
 
 
 def shaped(piece: Tensor, p: torch.nn.Parameter, sparse: bool) -> Tensor:
     """A parameter's part of a flat gradient, as the parameter is laid out in memory."""
+    if p.is_complex():
+        piece = torch.view_as_complex(piece.clone().view(-1, 2))
     gradient = piece.view(p.shape).to(p.dtype)
     if sparse:  # optimizers for sparse gradients take no others
         return gradient.to_sparse(1)

@@ -16,15 +16,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.agreement import agree
 from hvdtrain.collectives.world import World
-from hvdtrain.compression.spec import parse
-from hvdtrain.errors import UserError
+from hvdtrain.errors import RecipeError, UserError
 from hvdtrain.recipe_errors import in_recipe
 from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
-from hvdtrain.torch import memories
+from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite, refuse_rebound
 from hvdtrain.torch.checksums import checksums
 from hvdtrain.torch.data import seed_all, to_device
-from hvdtrain.torch.exchange import Exchange
 from hvdtrain.torch.fingerprint import (
     EXAMPLES,
     changed_example,
@@ -35,21 +33,12 @@ from hvdtrain.torch.fingerprint import (
     step_parts,
 )
 from hvdtrain.torch.graph import trace
-from hvdtrain.torch.optimizer import DistributedOptimizer, broadcast_state
+from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of, sums
-from hvdtrain.torch.settings import change, settings_of
-from hvdtrain.torch.setup import (
-    check_momentum,
-    choose_device,
-    load_datasets,
-    make_model,
-    make_optimizer,
-    names_refusals,
-    set_up,
-)
-from hvdtrain.torch.shards import ShardExchange
+from hvdtrain.torch.setup import choose_device, load_datasets, make_model, names_refusals, set_up
 from hvdtrain.torch.splits import Splits
+from hvdtrain.torch.update import Updater
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,10 +48,22 @@ class TorchStep:
 
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
         self.recipe, self.world, self.options = recipe, world, options
+        self._takes_derivatives = False
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(ProcessSettings().restore)
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        recipe, world, options = self.recipe, self.world, self.options
         set_up(options)
         self.device = choose_device(options.device, world.local_rank)
         self.datasets = load_datasets(recipe, world, options.seed)
         self.splits = Splits(recipe, self.datasets, options)
+        self._closing.callback(self.splits.close)
         self.examples = self.splits.examples
         ops.all_or_none("examples", self.splits.look_at)
 
@@ -71,25 +72,15 @@ class TorchStep:
         self.model = ops.all_or_none("model", lambda: make_model(recipe)).to(self.device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=self.format)
-        self.inner = ops.all_or_none("optimizer", lambda: make_optimizer(recipe, self.model.parameters()))
-        inner = self.inner
-        if isinstance(inner, torch.optim.LBFGS) or any("lr" not in group for group in inner.param_groups):
-            raise UserError(f"{type(inner).__name__} needs a closure or has no learning rate 'lr': it cannot be used")
-        check_momentum(parse(options.compression), inner, world)
-        examples = example_getters(self.splits)
+        self.updater = Updater(recipe, self.model, self.device, options)
+        self._closing.callback(self.updater.close)
+        self._news = self.updater.news
+        examples, inner = example_getters(self.splits), self.updater.optimizer
         self.parts = ops.all_or_none("agreement.parts", lambda: step_parts(self.device, examples, self.model, inner))
         self.first_examples = of_split(self.parts[EXAMPLES], "train")
         agree("agreement.step", self.parts)
-        self._news: list[str] = []
-        self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
-        self.optimizer = self._wrap()
-        self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.settings = settings_of(self.optimizer.param_groups)
-        self.trained = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
-        broadcast_state(self.model, self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type) if options.amp == "fp16" else None
-        if self.scaler is not None:
-            self.scaler.scale(torch.zeros((), device=self.device))  # it starts here also where there are no examples
+        self.updater.start_world(world)
+        broadcast_state(self.model, self.updater.optimizer)
         averaging = get_ema_multi_avg_fn(options.ema) if options.ema is not None else None  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=averaging) if averaging is not None else None
         self.forward: Any = torch.compile(self.model) if options.compile else self.model
@@ -113,25 +104,9 @@ class TorchStep:
     def changed_example(self, earlier: Mapping[str, str]) -> str | None:
         return changed_example(self.parts[EXAMPLES], earlier)
 
-    def _wrap(self) -> Any:
-        """The recipe's optimizer with the exchange of this world."""
-        held = {p for group in self.inner.param_groups for p in group["params"]}
-        optimizer: Any = DistributedOptimizer(
-            self.inner,
-            [(name, p) for name, p in self.model.named_parameters() if p in held],
-            average=False,
-            compression=self.options.compression,
-            exchange=self.options.exchange,
-            seed=self.options.seed,
-            bucket_bytes=None if self.options.bucket_mib is None else int(self.options.bucket_mib * 2**20),
-            shards=self.options.shards,
-        )
-        exchange = optimizer.exchange
-        self.bucketed = exchange if isinstance(exchange, Exchange) else None
-        self.shards = exchange if isinstance(exchange, ShardExchange) else None
-        if self.bucketed is not None and self.bucketed.advisor is not None:
-            self.bucketed.advisor.tell = self._news.append
-        return optimizer
+    def close(self) -> None:
+        """Leave the recipe's model and optimizer, and this process, as they would be without hvdtrain's hooks."""
+        self._closing.close()
 
     @names_refusals
     def _try_out(self) -> list[torch.Tensor]:
@@ -139,8 +114,8 @@ class TorchStep:
         before = {name: (b, b.clone()) for name, b in self.model.named_buffers()}
         batch = self._two_examples()
         self.model.train()
-        with torch.no_grad(), self._autocast():
-            scores = self._score(self.model, batch)
+        with self._autocast():
+            scores = self._score_untrained(self.model, batch)
         self.metrics = metrics_of(self.recipe, scores)
         check(self.recipe, scores, self.metrics, min(2, self.examples["train"]))
         refuse_rebound(self.model, {name: b for name, (b, _) in before.items()})
@@ -161,17 +136,24 @@ class TorchStep:
         with in_recipe(self.recipe, "score()"):
             return self.recipe.score(model, batch)
 
+    def _score_untrained(self, model: Any, batch: Any) -> Any:
+        """Score without a graph, unless `score` takes derivatives itself, as of an energy."""
+        if not self._takes_derivatives:
+            try:
+                with torch.no_grad():
+                    return self._score(model, batch)
+            except RecipeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self._takes_derivatives = True
+        with torch.enable_grad():
+            return self._score(model, batch)
+
     def load(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
         return self.splits.load(split, chunks, epoch)
 
-    def close(self) -> None:
-        self.splits.close()
-
     def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.set_backward_passes_per_step(sum(passes))
-        if self.shards is not None:
-            self.shards.begin(passes)
+        self.updater.start_step(passes)
         self.model.train()
         self._sums.zero_()
         self._nonfinite_here.zero_()
@@ -193,9 +175,7 @@ class TorchStep:
             # The forward passes are over: sums and buffers travel while backward computes.
             self._start_small()
         objective = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum() * weight
-        (self.scaler.scale(objective) if self.scaler is not None else objective).backward()
-        if self.shards is not None:
-            self.shards.passed()
+        self.updater.backward(objective, last=self._done == self._passes)
 
     def _start_small(self) -> None:
         self._told_pinned.copy_(torch.from_numpy(self._told))
@@ -208,41 +188,25 @@ class TorchStep:
     def exchange(self) -> Agreed:
         if self._passes == 0:
             self._start_small()
-        self.optimizer.synchronize()
+        nonfinite_gradients = self.updater.exchange()
         waited = 0.0
         if self._sums_handle is not None:
             begin = time.perf_counter()
             ops.wait(self._sums_handle)
             self.buffers.finish()
-            waited = self.optimizer.waited + time.perf_counter() - begin
+            waited = self.updater.optimizer.waited + time.perf_counter() - begin
             self._sums_handle = None
         agreed = self._sums.cpu().numpy()
         scores, told = np.split(agreed[:-1].copy(), [len(self.metrics)])
         nonfinite = bool(agreed[-1])
-        return Agreed(scores, told, nonfinite, nonfinite and bool(self._nonfinite_here), waited)
+        self.updater.refuse_untrained(float(agreed[0]))
+        nonfinite_here = nonfinite and bool(self._nonfinite_here)
+        return Agreed(scores, told, nonfinite, nonfinite_gradients, nonfinite_here, waited)
 
     def update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
         seed_all(seed)  # what an optimizer draws is the same on all ranks
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * factor
-        report: dict[str, float] = {}
         self._begun, self.torn = False, True
-        if self.scaler is not None:
-            report["loss_scale"] = self.scaler.get_scale()
-            self.scaler.unscale_(self.optimizer)
-        if self.options.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, self.options.clip_norm)
-            report["gradient_norm"] = float(norm)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            # The gradients are the same on all ranks, and so is the decision to skip.
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            scale = self.scaler.get_scale()
-            report["skipped"] = float(scale < report["loss_scale"])
-            if self.bucketed is not None and scale != report["loss_scale"]:
-                memories.scale(self.bucketed, scale / report["loss_scale"])
+        report = self.updater.apply(factor)
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
         self.torn = False
@@ -253,53 +217,45 @@ class TorchStep:
         self.buffers.restore()
 
     def learning_rate(self) -> float:
-        return self.base_lrs[0]
+        return self.updater.base_lrs[0]
 
     @names_refusals
-    @torch.no_grad()
     def evaluate(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
         seed_all(seed)
         model = self.forward
         if self.ema is not None:
             model = self.ema.module
-            for averaged, current in zip(model.buffers(), self.model.buffers(), strict=True):
-                averaged.copy_(current)
+            with torch.no_grad():
+                for averaged, current in zip(model.buffers(), self.model.buffers(), strict=True):
+                    averaged.copy_(current)
         model.eval()
         with self._autocast():
-            scores = self._score(model, to_device(batch, self.device, self.format))
+            scores = self._score_untrained(model, to_device(batch, self.device, self.format))
         check(self.recipe, scores, self.metrics, count)
         return sums(scores, self.metrics).cpu().numpy()
 
     def state(self) -> bytes:
-        carried = memories.gather(self.bucketed, self.options.exact_residuals) if self.bucketed is not None else None
+        carried = self.updater.gather_memories()
         return self._written(carried) if self.world.rank == 0 else b""
 
     def whole_state(self) -> bytes:
-        return self._written({**self._carried, "debts": {}} if self._carried is not None else None)
+        return self._written(self.updater.memories_of_rank())
 
     def rejoin(self, world: World) -> None:
         if self._begun:
             self.skip()
-        if self.bucketed is not None:
-            if self._carried is None or self.bucketed.buckets:  # else the state was to come into a world that broke
-                self._carried = memories.own(self.bucketed)
-            self.bucketed.close()
+        self.updater.leave_world()
         self._sums_handle = None
         self.world = world
         self.buffers = BufferMean(self.buffers.buffers, world.size)
-        # Not by its property, which would wait for gradients that will not come.
-        self.inner.param_groups, self.inner.state = self.optimizer.__dict__["param_groups"], self.optimizer.state
-        self.optimizer = self._wrap()
+        self.updater.start_world(world)
 
     def _written(self, carried: dict[str, Any] | None) -> bytes:
         """The state with the exchange's part of it."""
         refuse_nonfinite(self.model, self.buffers.buffers)
-        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state["settings"] = self.settings
+        state: dict[str, Any] = {"model": self.model.state_dict(), **self.updater.state()}
         if carried is not None:
             state["exchange"] = carried
-        if self.scaler is not None:
-            state["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         buffer = io.BytesIO()
@@ -308,7 +264,7 @@ class TorchStep:
 
     def load_state(self, data: bytes) -> None:
         state = torch.load(io.BytesIO(data), map_location=self.device, weights_only=True)
-        for part, needed in (("scaler", self.scaler is not None), ("ema", self.ema is not None)):
+        for part, needed in (("scaler", self.updater.scaler is not None), ("ema", self.ema is not None)):
             if needed != (part in state):
                 raise UserError(
                     f"the checkpoint has {'no' if needed else 'a'} {part} state: keep the run's options to resume"
@@ -316,30 +272,23 @@ class TorchStep:
         refuse_other_model(self.model, state["model"])
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            change(self.optimizer.param_groups, self.settings, state.get("settings", self.settings))
+            self.updater.load(state)
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
         self.torn = False
-        if self.bucketed is not None and "exchange" in state:
-            memories.load(self.bucketed, state["exchange"])
-            if self._carried is not None and not state["exchange"]["debts"]:  # a checkpoint has those of all ranks
-                memories.keep(self.bucketed, self._carried)
-            self._carried = None
 
     def wire_bytes(self) -> int:
         if self.world.size == 1:
             return 0
         small = self.buffers.payload_bytes + self._sums.numel() * 8
-        return int(self.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
+        return int(self.updater.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
     def exchange_report(self) -> dict[str, Any]:
-        exchange, advisor = self.optimizer.exchange, self.bucketed and self.bucketed.advisor
+        exchange, bucketed = self.updater.optimizer.exchange, self.updater.bucketed
+        advisor = bucketed and bucketed.advisor
         return {"buckets": exchange.report() if exchange else [], "advisor": advisor.advice if advisor else None}
 
     def news(self) -> list[str]:

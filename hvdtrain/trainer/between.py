@@ -177,13 +177,22 @@ def refuse_other_examples(step: Step, at: Position) -> None:
 
 
 def skip_or_end(run: Run, agreed: Agreed, at: Position, report: Reporter) -> None:
-    """A loss was not finite: all ranks skip the step together, or end together, naming the step and the rank."""
-    mine = f"rank {run.world.rank} on {run.world.host}" if agreed.nonfinite_here else None
-    where = ", ".join(name for name in ops.gather_json(mine, "nonfinite") if name)
+    """A loss or a gradient is not finite: all ranks skip the step together, or end together, naming the step."""
+    if agreed.nonfinite:
+        mine = f"rank {run.world.rank} on {run.world.host}" if agreed.nonfinite_here else None
+        where = ", ".join(name for name in ops.gather_json(mine, "nonfinite") if name)
+        what, at_step, advice = "the loss is not finite", f", on {where}", "lower --lr, clip with --clip-norm"
+        skipped = f"{what} on {where}"
+    else:
+        names = agreed.nonfinite_gradients
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        skipped = what = f"the gradient of {names[0]}{more} is not finite, though the loss is,"
+        at_step, advice = "", "look in score for a root, norm or division at 0"
+        skipped = skipped.removesuffix(",")
     at.skipped_nonfinite += 1
     if at.skipped_nonfinite > run.options.skip_nonfinite:
         raise RunError(
-            f"the loss is not finite at step {at.step + 1} (epoch {at.epoch + 1}), on {where}; "
-            "lower --lr, clip with --clip-norm, or skip such steps with --skip-nonfinite N"
+            f"{what} at step {at.step + 1} (epoch {at.epoch + 1}){at_step}; "
+            f"{advice}, or skip such steps with --skip-nonfinite N"
         )
-    report.lines([f"skipped   step {at.step + 1}: the loss is not finite on {where}"])
+    report.lines([f"skipped   step {at.step + 1}: {skipped}"])

@@ -273,7 +273,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
                 diagnosis.exchanged(start, agreed.waited)
             activity.enter("updating the model")
             lr_factor = plan.schedule.factor(plan.position(at))
-            if agreed.nonfinite:
+            if agreed.skipped:
                 skip_or_end(run, agreed, at, report)
                 step.skip()
                 details: dict[str, float] = {}
@@ -290,7 +290,7 @@ def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRe
             run.ledger.forget(int(agreed.told[KEPT]))
             report.behind = int(agreed.told[HELD])
             run.ledger.append(Row(at.step + 1, epoch, at.offset, int(agreed.told[FED]), int(agreed.told[HASHES])))
-            at.advance(count, None if agreed.nonfinite else float(agreed.sums[0]))
+            at.advance(count, None if agreed.skipped else float(agreed.sums[0]))
             activity.step_done(at.step)
             last = at.step == plan.total_steps
             values = means(step.metrics, agreed.sums, count) | details

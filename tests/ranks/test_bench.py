@@ -46,7 +46,7 @@ def test_step(launcher: str, tmp_path: Path) -> None:
     rows = {row["way"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
     assert rows["horovod"]["gain"] == 1 and rows["no exchange"]["wire_bytes"] == 0
     assert rows["horovod"]["wire_bytes"] == ring_bytes(4 * VALUES, 2)
-    assert rows["none"]["wire_bytes"] == ring_bytes(4 * (VALUES + 6), 2)  # a flag with each parameter
+    assert rows["none"]["wire_bytes"] == ring_bytes(4 * (VALUES + 6 + 1), 2)  # a flag with each parameter
     assert 0 < rows["int8"]["wire_bytes"] < 0.4 * rows["none"]["wire_bytes"]
     for row in rows.values():
         assert 0 <= row["waited_seconds"] <= row["step_seconds"]
@@ -72,10 +72,10 @@ def test_compression(tmp_path: Path) -> None:
     assert all(row["encode_seconds"] > 0 for spec, row in rows.items() if spec != "none")
     assert all(row["predicted_step_seconds"] > 0 < row["measured_step_seconds"] for row in rows.values())
 
-    # Only the matrix of 200 x 200 is large enough to be compressed; the flags are six numbers.
+    # Only the matrix of 200 x 200 is large enough to be compressed; six flags travel, and whether others are to come.
     large, small = 200 * 200, VALUES - 200 * 200
-    dense = ring_bytes(4 * (small + 5), 2) + ring_bytes(4, 2)
-    assert rows["none"]["wire_bytes"] == ring_bytes(4 * (VALUES + 6), 2)
+    dense = ring_bytes(4 * (small + 5 + 1), 2) + ring_bytes(4 * (1 + 1), 2)
+    assert rows["none"]["wire_bytes"] == ring_bytes(4 * (VALUES + 6 + 1), 2)
     assert rows["fp16"]["wire_bytes"] == ring_bytes(2 * large, 2) + dense
     assert rows["powersgd:2"]["wire_bytes"] == ring_bytes(4 * 2 * 200, 2) + dense
     assert dense < rows["topk:0.01"]["wire_bytes"] <= 8 * (large // 100 + 1) + dense

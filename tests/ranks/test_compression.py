@@ -483,7 +483,7 @@ def test_what_only_some_ranks_owe():
     own.finish()
     assert len(own.buckets) == 1
     if ops.rank() == 0:
-        own.buckets[0].channel.owed = torch.cat([torch.ones(17), torch.zeros(2)])
+        own.buckets[0].channel.owed = torch.cat([torch.ones(17), torch.zeros(3)])
     saved = state_of.gather(own, exact=True)
     assert torch.equal(saved["debts"]["used.residual"], torch.ones(12))
     # A step that is not made; one that does not use all; one that does; one with nothing owed.

@@ -1,0 +1,69 @@
+"""The same parameters, buffers and optimizer state on all ranks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import horovod.torch as hvd
+import torch
+
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.agreement import agree
+from hvdtrain.torch.fingerprint import model_parts
+from hvdtrain.torch.readable import make_savable, refuse_unreadable
+
+
+def broadcast_state(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    root: int = 0,
+    process_set: hvd.ProcessSet | None = None,
+) -> None:
+    """Overwrite parameters, buffers and optimizer state with the root's, in any memory format.
+
+    Raises UserError on all ranks, before anything is overwritten, if their models differ in names, order or shapes.
+
+    root: a rank among all, also where a process_set is given; it must be in it.
+    """
+    if ops.size(process_set) == 1:
+        return
+    agree("state.agreement", model_parts(model), process_set)
+    tensors = [*model.parameters(), *model.buffers()]
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        part = [t.detach() for t in tensors if t.dtype == dtype]
+        # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
+        flat = torch.cat([t.reshape(-1) for t in part]).view(torch.uint8)
+        ops.broadcast_(flat, f"state.{dtype}", root, process_set)
+        for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
+            t.copy_(piece.view(t.shape))
+    if optimizer is not None:
+        make_savable(optimizer)
+        state = optimizer.state_dict()
+        refuse_unreadable(state, "the optimizer's state")
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = ops.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
+        if hvd.rank() != root:
+            loaded = torch.load(io.BytesIO(data), weights_only=True)
+            load_in_place(optimizer, lambda: optimizer.load_state_dict(loaded))
+
+
+def load_in_place(optimizer: torch.optim.Optimizer, load: Callable[[], object]) -> None:
+    """Call `load`, and keep the groups and the state the objects that they were, with what was loaded in them.
+
+    Others hold them: an optimizer around another shares its groups and its state.
+    """
+    groups, state = optimizer.param_groups, optimizer.state
+    load()
+    loaded = optimizer.param_groups
+    if loaded is not groups and len(loaded) == len(groups):
+        for number, (old, new) in enumerate(zip(groups, loaded, strict=True)):
+            if old is not new:
+                old.clear()
+                old.update(new)
+                loaded[number] = old
+    if optimizer.state is not state:
+        state.clear()
+        state.update(optimizer.state)
+        optimizer.state = state

@@ -1,0 +1,127 @@
+"""A recipe's optimizer: what is refused of it, and its parameter groups by the names of their parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdtrain.errors import UserError
+from hvdtrain.torch.buckets import check_dtype
+from hvdtrain.torch.recipe import Recipe
+
+
+def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Return warnings of what a recipe's optimizer leaves out.
+
+    Raises:
+        UserError: if it does not step without a closure, its parameters are not the model's, or it
+            has none to train.
+    """
+    method = f"{type(recipe).__name__}.optimizer"
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(f"{method}: {type(optimizer).__name__} needs a closure: it cannot be used")
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UserError(f"{method}: {type(optimizer).__name__} has no learning rate 'lr': it cannot be used")
+    names = {p: name for name, p in model.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in held:
+        if p not in names:
+            raise UserError(
+                f"{method}: {find_name(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of the model, so it "
+                "would be neither saved nor sent to other ranks: put it into the model in model(), and take it from "
+                "there"
+            )
+        check_dtype(names[p], p)
+    if not held:
+        raise UserError(f"{method}: the optimizer has no parameters: there is nothing to train")
+    if not any(p.requires_grad for p in held):
+        raise UserError(
+            f"{method}: none of the optimizer's {len(held)} parameters requires a gradient: there is nothing to train; "
+            "use requires_grad_(True) for those that are to be trained"
+        )
+    left_out = [name for p, name in names.items() if p.requires_grad and p not in set(held)]
+    warnings = []
+    if left_out:
+        more = f" and {len(left_out) - 3} others" if len(left_out) > 3 else ""
+        warnings.append(f"warning   in no group of the optimizer, so not trained: {', '.join(left_out[:3])}{more}")
+    if empty := [str(number) for number, group in enumerate(optimizer.param_groups) if not group["params"]]:
+        warnings.append(f"warning   without parameters: the optimizer's group {', '.join(empty)}")
+    return warnings
+
+
+def find_name(recipe: Recipe, p: nn.Parameter) -> str:
+    """What a parameter that is not the model's is called in the recipe."""
+    for name, value in vars(recipe).items():
+        if value is p:
+            return f"self.{name}"
+        if isinstance(value, nn.Module):
+            for inner, own in value.named_parameters():
+                if own is p:
+                    return f"self.{name}.{inner}"
+    return "a parameter"
+
+
+def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of each group's parameters, in the group's order."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = vars(optimizer).get("param_groups", optimizer.param_groups)
+    return [
+        [names.get(p, f"group{number}.{place}") for place, p in enumerate(group["params"])]
+        for number, group in enumerate(groups)
+    ]
+
+
+def match_groups(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> list[int]:
+    """Return, for each group of parameters, which of the saved groups has the same, in any order.
+
+    Raises:
+        UserError: that names the first parameter that is missing, new, or in another group.
+    """
+    refuse_others(saved, now)
+    sets = [set(names) for names in saved]
+    return [sets.index(set(names)) for names in now]
+
+
+def reordered(state: dict[str, Any], saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """An optimizer's saved state for an optimizer that has the same groups and parameters in another order.
+
+    Args:
+        state: a state dict; one that is not as torch's optimizers have it is returned as it is.
+        saved: the names of each group's parameters when it was saved.
+        now: the same, of the optimizer that is to load it.
+    """
+    groups = state.get("param_groups", [])
+    if [len(group.get("params", ())) for group in groups] != [len(names) for names in saved]:
+        return state
+    numbers = {
+        name: number
+        for group, names in zip(groups, saved, strict=True)
+        for number, name in zip(group["params"], names, strict=True)
+    }
+    order = zip(match_groups(saved, now), now, strict=True)
+    return {**state, "param_groups": [{**groups[i], "params": [numbers[name] for name in names]} for i, names in order]}
+
+
+def refuse_others(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:
+    """Raise UserError that names the first parameter by which two lists of groups differ, the order aside."""
+    before = {name: number for number, names in enumerate(saved) for name in names}
+    after = {name: number for number, names in enumerate(now) for name in names}
+    for name in before:
+        if name not in after:
+            raise UserError(f"the checkpoint's optimizer has parameter {name}, and this one has not")
+    for name in after:
+        if name not in before:
+            raise UserError(f"the optimizer has parameter {name}, which the checkpoint's has not")
+    for number, names in enumerate(now):
+        theirs = {before[name] for name in names}
+        together = sorted(name for group in theirs for name in saved[group])
+        if together != sorted(names):
+            odd = next(name for name in [*names, *together] if name not in names or before[name] != before[names[0]])
+            raise UserError(
+                f"parameter {odd} is in another group of the optimizer than in the checkpoint (now {number})"
+            )

@@ -1,0 +1,238 @@
+"""The recipe's optimizer on all ranks: gradients are exchanged, checked, clipped and applied; its state is by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.collectives import ops
+from hvdtrain.collectives.world import World
+from hvdtrain.compression.spec import parse
+from hvdtrain.errors import UserError
+from hvdtrain.step import StepOptions
+from hvdtrain.torch import memories
+from hvdtrain.torch.exchange import Exchange
+from hvdtrain.torch.groups import check_optimizer, match_groups, names_of, reordered
+from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap
+from hvdtrain.torch.readable import refuse_unreadable
+from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.settings import change, settings_of
+from hvdtrain.torch.setup import check_momentum, make_optimizer
+from hvdtrain.torch.shards import ShardExchange
+
+# A detector's first batches may hold no object, so that their loss is zero without a graph; so many in a row do not.
+STEPS_WITHOUT_GRADIENT = 5
+
+
+class Updater:
+    """A step is `start_step`, `backward` for each micro-batch, `exchange`, and `apply` unless a sum is not finite.
+
+    Attributes:
+        optimizer: the recipe's, wrapped.
+        bucketed, shards: its exchange, if it is the one or the other.
+        scaler: of --amp fp16.
+        news: lines to be reported.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, options: StepOptions) -> None:
+        self.model, self.options = model, options
+        self.recipe = type(recipe).__name__
+        self.news: list[str] = []
+        self.optimizer: Any = ops.all_or_none("optimizer", lambda: self._make(recipe))
+        self.scaler = torch.amp.GradScaler(device.type) if options.amp == "fp16" else None
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros((), device=device))  # it starts here also where there are no examples
+        self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
+        self._empty_steps: int | None = 0  # steps made without any gradient; None: there has been one
+        self._norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
+        self._state_checked = False
+
+    def _make(self, recipe: Recipe) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(recipe, list(self.model.parameters()))
+        self.news += check_optimizer(recipe, optimizer, self.model)
+        return optimizer
+
+    def start_world(self, world: World) -> None:
+        """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
+        first = not hasattr(self, "settings")
+        if first:
+            check_momentum(parse(self.options.compression), self.optimizer, world)
+        held = set(self._params())
+        self.optimizer = DistributedOptimizer(
+            self.optimizer,
+            [(name, p) for name, p in self.model.named_parameters() if p in held],
+            average=False,
+            compression=self.options.compression,
+            exchange=self.options.exchange,
+            seed=self.options.seed,
+            bucket_bytes=None if self.options.bucket_mib is None else int(self.options.bucket_mib * 2**20),
+            shards=self.options.shards,
+        )
+        exchange = self.optimizer.exchange
+        self.bucketed = exchange if isinstance(exchange, Exchange) else None
+        self.shards = exchange if isinstance(exchange, ShardExchange) else None
+        if exchange is not None:
+            exchange.checks_finite = self.scaler is None and self.options.clip_norm is None
+        if self.bucketed is not None and self.bucketed.advisor is not None:
+            self.bucketed.advisor.tell = self.news.append
+        if first:
+            self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self.settings = settings_of(self.optimizer.param_groups)
+            refuse_unreadable(self.model.state_dict(), "the model's state")
+            refuse_unreadable(self.optimizer.state_dict(), "the optimizer's state")
+
+    def leave_world(self) -> None:
+        """Leave the exchange of a world; what it has not sent is kept for the next."""
+        if self.bucketed is not None and (self._carried is None or self.bucketed.buckets):
+            self._carried = memories.own(self.bucketed)  # else the state was to come into a world that broke
+        self.close()
+
+    def close(self) -> None:
+        """Give the recipe's optimizer and its parameters back as they were before `start_world`."""
+        if hasattr(type(self.optimizer), "inner_class"):
+            unwrap(self.optimizer)
+
+    def _params(self) -> list[nn.Parameter]:
+        groups = vars(self.optimizer).get("param_groups", self.optimizer.param_groups)
+        return [p for group in groups for p in group["params"]]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._params() if p.grad is not None]
+
+    def start_step(self, passes: Sequence[int]) -> None:
+        """Forget the last step's gradients. passes: the backward passes of each of this rank's shards."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.set_backward_passes_per_step(sum(passes))
+        if self.shards is not None:
+            self.shards.begin(passes)
+
+    def backward(self, objective: Tensor, last: bool) -> None:
+        """Add the gradient of an objective, if it has one, and start exchanging what is ready in the last pass."""
+        if self.bucketed is not None:
+            self.bucketed.announce_pass(last)
+        if objective.requires_grad:
+            (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
+        if self.shards is not None:
+            self.shards.passed()
+
+    def exchange(self) -> tuple[str, ...]:
+        """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
+        self.optimizer.synchronize()
+        if self.scaler is not None:
+            return ()  # which skips such steps itself
+        exchange = self.optimizer.exchange
+        if self.options.clip_norm is not None:
+            self._norm = nn.utils.get_total_norm(self._gradients())
+            finite = bool(torch.isfinite(self._norm))
+        else:
+            finite = exchange.finite if exchange is not None else all_finite(self._gradients())
+        if finite:
+            return ()
+        names = {p: name for name, p in self.model.named_parameters()}
+        return tuple(names[p] for p in self._params() if p.grad is not None and not all_finite([p.grad])) or (
+            "the sum",
+        )
+
+    def refuse_untrained(self, loss: float) -> None:
+        """Raise UserError if no rank's loss has depended on a parameter so far, and that is no accident.
+
+        Args:
+            loss: the sum of the step's losses over all ranks.
+        """
+        if self._empty_steps is None:
+            return
+        if self._gradients():
+            self._empty_steps = None
+            return
+        self._empty_steps += 1
+        if loss or self._empty_steps == STEPS_WITHOUT_GRADIENT:
+            raise UserError(
+                f"{self.recipe}.score: 'loss' depends on no parameter that is trained, on no rank: compute it from the "
+                "model's outputs, without detach(), item() or no_grad(), and with parameters that require a gradient"
+            )
+
+    def apply(self, factor: float) -> dict[str, float]:
+        """Clip, and step at `factor` times the learning rates; return what is to be reported."""
+        groups = self.optimizer.param_groups
+        self.base_lrs += [float(group["lr"]) for group in groups[len(self.base_lrs) :]]  # added since
+        for group, lr in zip(groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
+        report: dict[str, float] = {}
+        if self.scaler is not None:
+            report["loss_scale"] = self.scaler.get_scale()
+            self.scaler.unscale_(self.optimizer)
+        if self.options.clip_norm is not None:
+            params = [p for p in self._params() if p.grad is not None]
+            norm = self._norm if self._norm is not None else nn.utils.get_total_norm(self._gradients())
+            nn.utils.clip_grads_with_norm_(params, self.options.clip_norm, norm)
+            report["gradient_norm"], self._norm = float(norm), None
+        if self.scaler is None:
+            self._step()
+        else:
+            # The gradients are the same on all ranks, and so is the decision to skip.
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            scale = self.scaler.get_scale()
+            report["skipped"] = float(scale < report["loss_scale"])
+            if self.bucketed is not None and scale != report["loss_scale"]:
+                memories.scale(self.bucketed, scale / report["loss_scale"])
+        return report
+
+    def _step(self) -> None:
+        try:
+            self.optimizer.step()
+        except (AssertionError, TypeError) as error:
+            if "closure" not in str(error):
+                raise
+            raise UserError(
+                f"{self.recipe}.optimizer: {type(self.optimizer).__name__} needs a closure: it cannot be used"
+            ) from error
+        if not self._state_checked:
+            refuse_unreadable(self.optimizer.state_dict(), "the optimizer's state")
+            self._state_checked = True
+
+    def gather_memories(self) -> dict[str, Any] | None:
+        """The exchange's part of the state, on all ranks; all of them call it."""
+        return memories.gather(self.bucketed, self.options.exact_residuals) if self.bucketed is not None else None
+
+    def memories_of_rank(self) -> dict[str, Any] | None:
+        """This rank's part of what the exchange had not sent in the world before, without debts."""
+        return {**self._carried, "debts": {}} if self._carried is not None else None
+
+    def state(self) -> dict[str, Any]:
+        """All but the exchange's part."""
+        names = names_of(self.optimizer, self.model)
+        state = {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.settings}
+        return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state. Raises UserError or torch's own errors for one of other parameters."""
+        own, earlier = state["optimizer"], state.get("settings", self.settings)
+        if "parameters" in state:  # an earlier hvdtrain matched by order
+            now = names_of(self.optimizer, self.model)
+            places = match_groups(state["parameters"], now)
+            own = reordered(own, state["parameters"], now)
+            earlier = [earlier[place] for place in places if place < len(earlier)]
+        self.optimizer.load_state_dict(own)
+        change(self.optimizer.param_groups, self.settings, earlier)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.bucketed is not None and "exchange" in state:
+            memories.load(self.bucketed, state["exchange"])
+            if self._carried is not None and not state["exchange"]["debts"]:  # a checkpoint has those of all ranks
+                memories.keep(self.bucketed, self._carried)
+            self._carried = None
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether all values are finite; in one pass through memory, so values whose sum overflows count as not finite."""
+    sums = []
+    for gradient in gradients:
+        dense = gradient._values() if gradient.is_sparse else gradient
+        values = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+        sums.append(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).double())
+    # One trip from a GPU for all.
+    return not sums or bool(torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all())
