@@ -20,10 +20,11 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 def make_savable(optimizer: torch.optim.Optimizer) -> None:
     """Turn numpy's numbers in an optimizer's groups and defaults to Python's, which can be saved and read back.
 
-    And set what torch's constructor sets for `state_dict`: an optimizer around another may not have called it.
+    And set the hooks that torch's constructor sets: an optimizer around another may not have called it.
     """
-    for when in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-        vars(optimizer).setdefault(f"_optimizer_{when}_hooks", OrderedDict())
+    for call in ("step", "state_dict", "load_state_dict"):
+        for when in ("pre", "post"):
+            vars(optimizer).setdefault(f"_optimizer_{call}_{when}_hooks", OrderedDict())
     for settings in (optimizer.defaults, *optimizer.param_groups):
         settings.update({name: plain(value) for name, value in settings.items() if name != "params"})
 

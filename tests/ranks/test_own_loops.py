@@ -205,7 +205,6 @@ def test_any_optimizer_and_scheduler():
         model, reference = two_layers(), two_layers()
         inner, plain = make(model.parameters()), make(reference.parameters())
         inner.note = "kept"
-        broadcast_state(model, inner)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.7) for each in (inner, plain)]
