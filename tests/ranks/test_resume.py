@@ -196,9 +196,9 @@ def test_the_best_is_one_that_was_evaluated_itself(world1: KeptWorld, tmp_path: 
     assert (folder / "checkpoints" / "best").resolve().name == "step-10"
 
 
-def test_an_old_checkpoint_that_cannot_be_removed(tmp_path: Path) -> None:
+def test_an_old_checkpoint_that_cannot_be_removed(world1: KeptWorld, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train("alone", 1, RECIPE, folder, "--steps", "2", "--checkpoint-every", "2")
+    train(world1, RECIPE, folder, "--steps", "2", "--checkpoint-every", "2")
     with small_disk(folder / "checkpoints" / "step-1", 1):
         command = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(folder), "--resume", "--steps", "6", "--keep", "1"]
         done = run("alone", 1, command)
