@@ -18,7 +18,7 @@ from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.elastic import command_line as elastic_command_line
 from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import place
-from hvdtrain.launch.run import run
+from hvdtrain.launch.run import Listed, run
 from hvdtrain.launch.schedulers import KNOWN_BY, given
 from hvdtrain.launch.screen import announce, count_ranks
 from hvdtrain.launch.signals import Caught, requeued
@@ -148,8 +148,8 @@ def command(
     Ranks on this host alone have your whole environment. Over several hosts, and under srun, ranks get the variables
     whose names begin with HVDTRAIN_, HOROVOD_, NCCL_, GLOO_, UCX_, OMP_, MKL_, MALLOC_, PYTHON, PYTORCH_ or TORCH_, and
     PATH, LD_LIBRARY_PATH, VIRTUAL_ENV, GLIBC_TUNABLES and CUBLAS_WORKSPACE_CONFIG; of others those that --env names,
-    such as --env HF_HOME. Secrets stay here. horovodrun shows the values of all these to all users of the hosts, in the
-    list of processes, and mpirun and srun do not; what only ranks on this host alone get is not shown.
+    such as --env HF_HOME. Other secrets stay here. No value is on a command line, which
+    all users of a host can read; mpirun and srun send them over the network as they are.
 
     With --from, hosts and slots are those of the job: Slurm's tasks (or its GPUs, where no tasks were asked for), the
     lines of the file of PBS or LSF, the slots of Grid Engine. An LSF host that can only launch is left out. Under srun,
@@ -281,8 +281,8 @@ def start_elastic(
         click.echo(shlex.join(line))
         return 0
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: Caught) -> tuple[int, bool]:
-        return run(line, environ, [], ssh=ssh, grace=grace, elastic=True, caught=caught)
+    def launch(line: list[str], environ: Mapping[str, str], caught: Caught, listed: Listed) -> tuple[int, bool]:
+        return run(line, environ, [], ssh=ssh, grace=grace, elastic=True, listed=listed, caught=caught)
 
     try:
         return keep_running(launch, elastic, command, environ, nic=nic, ssh=ssh, relaunch=relaunch)

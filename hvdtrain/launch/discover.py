@@ -116,6 +116,11 @@ def settle(standing: Mapping[str, int], last: Mapping[str, int] | None, now: Map
     return settled
 
 
+def read_standing(state_file: Path) -> list[str]:
+    """The names of the hosts that horovodrun was told of last; none if it has not been yet."""
+    return list(json.loads(state_file.read_text())["standing"]) if state_file.exists() else []
+
+
 def main(state_file: Path, script: str) -> int:
     state = json.loads(state_file.read_text()) if state_file.exists() else {"standing": {}, "last": None}
     try:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
@@ -58,6 +59,12 @@ class Elastic:
         except discover.NoAnswer as error:
             raise UserError(f"--discovery {self.discovery} {error}") from None
 
+    def told(self, state: Path) -> list[str]:
+        """The names of the hosts that horovodrun was told of last. state: the discovery script's."""
+        if self.discovery is None:
+            return [host.name for host in self.hosts]
+        return discover.read_standing(state)
+
 
 def command_line(elastic: Elastic, command: Sequence[str], state: Path, *, nic: str | None, ssh: Ssh) -> list[str]:
     """The command line by which horovodrun runs `command` in each slot of the hosts that there are.
@@ -80,7 +87,7 @@ def command_line(elastic: Elastic, command: Sequence[str], state: Path, *, nic: 
 
 
 def keep_running(
-    launch: Callable[[list[str], Mapping[str, str], Caught], tuple[int, bool]],
+    launch: Callable[[list[str], Mapping[str, str], Caught, Callable[[], list[str]]], tuple[int, bool]],
     elastic: Elastic,
     command: Callable[[bool], list[str]],
     environ: Mapping[str, str],
@@ -91,9 +98,9 @@ def keep_running(
 ) -> int:
     """Launch the job, and again up to `relaunch` times where it is lost as a whole; the last exit code.
 
-    launch: runs a command line in an environment, heeding signals that are caught; the exit code, and whether that is
-    final: a rank said why it failed, or the user asked for the end. command: what each slot runs, given whether it is
-    to resume.
+    launch: runs a command line in an environment, heeding signals that are caught, and given the hosts that horovodrun
+    was told of; the exit code, and whether that is final: a rank said why it failed, or the user asked for the end.
+    command: what each slot runs, given whether it is to resume.
     """
     environ = {**environ, "HVDTRAIN_MIN_NP": str(elastic.least)}
     if relaunch:  # the run folder then belongs to all of these jobs, and they choose a checkpoint without being asked
@@ -104,7 +111,7 @@ def keep_running(
             with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
                 state = Path(folder) / "hosts.json"
                 line = command_line(elastic, command(attempt > 0), state, nic=nic, ssh=ssh)
-                code, final = launch(line, environ, (received, woken))
+                code, final = launch(line, environ, (received, woken), partial(elastic.told, state))
             if final or code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunch:
                 return code
             pause = min(BACK_OFF[0] * 2**attempt, BACK_OFF[1])

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ SSH_SECONDS = 10  # to end ranks on another host, at most
 OVER_SECONDS = 10  # for the launcher to end when all ranks have
 
 
+Listed = Callable[[], Collection[str]]  # names of hosts
+
+
 @dataclass
 class Job:
     """A launcher that runs, under its guard."""
@@ -51,6 +54,8 @@ class Job:
     deadline: float | None = None  # of the stop, by the monotonic clock
     ended: bool = False  # by us, before its time
     elastic: bool = False
+    listed: Listed | None = None  # the hosts that horovodrun was told of last, in an elastic run
+    known: set[str] = field(default_factory=set)  # all that it was told of, also those that have left
     calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # of ssh, with the host
 
 
@@ -62,6 +67,7 @@ def run(
     ssh: Ssh = AS_CONFIGURED,
     grace: float = 30.0,
     elastic: bool = False,
+    listed: Listed | None = None,
     caught: Caught | None = None,
 ) -> tuple[int, bool]:
     """Run a launcher's command line in an environment until it ends.
@@ -76,7 +82,7 @@ def run(
     """
     with contextlib.nullcontext(caught) if caught else signals() as (received, woken):
         job = start(line, environ, Report(host_of_each_rank(hosts)), ssh, grace)
-        job.launcher, job.elastic = Path(line[0]).name, elastic
+        job.launcher, job.elastic, job.listed = Path(line[0]).name, elastic, listed
         with job.guard:
             try:
                 attend(job, received, woken)
@@ -175,7 +181,7 @@ def show(job: Job, fd: int, lines: Lines) -> bool:
 def handle(job: Job, line: Line) -> None:
     """Show a line, hold it back, or take the message out of it."""
     message = take_message(line, job.mark, elastic=job.elastic)
-    if message is not None:
+    if message is not None and is_of_this_launch(job, message):
         if message["kind"] == "progress":
             job.screen.progress(message)
         # What ranks say of their end once we end them is no news.
@@ -187,6 +193,16 @@ def handle(job: Job, line: Line) -> None:
     else:
         job.report.hear(line)
         job.screen.line(line)
+
+
+def is_of_this_launch(job: Job, message: dict[str, Any]) -> bool:
+    """Whether a message is from a rank, and about a host, that this launch has started."""
+    if job.report.hosts and message.get("rank", 0) >= len(job.report.hosts):
+        return False
+    if job.listed is None or "reach" not in message:
+        return True
+    job.known.update(job.listed())
+    return message["reach"] in job.known
 
 
 def take(job: Job, message: dict[str, Any]) -> None:

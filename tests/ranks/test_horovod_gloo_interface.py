@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain.signing import SECRET
+
 LIMIT = 60  # seconds
 
 # The rank's own script. Rank 0 also serves the rendezvous; it is told the port by a file, as a launcher would.
@@ -106,6 +108,7 @@ def start_rank(rank: int, namespace: str, server: str, port: Path) -> subprocess
         "CPU_OPERATIONS": "gloo",
     }
     env = os.environ | {f"HOROVOD_{name}": str(value) for name, value in settings.items()}
+    env[SECRET] = "s" * 64
     return subprocess.Popen(
         ["ip", "netns", "exec", namespace, sys.executable, "-c", RANK, str(port)],
         env=env,

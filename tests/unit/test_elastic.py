@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -97,7 +98,8 @@ def test_a_signal_between_two_launches(
     """While the lost job is cleaned up, or in the pause after it: the job is not launched again."""
     launches = []
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: Caught) -> tuple[int, bool]:
+    def launch(line: list[str], environ: Mapping[str, str], caught: Caught, listed: Any) -> tuple[int, bool]:
+        assert listed() == ["localhost"]
         launches.append(line)
         if seconds:
             threading.Timer(seconds, os.kill, (os.getpid(), number)).start()

@@ -11,7 +11,7 @@ import pytest
 
 from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths
 from hvdtrain.launch.report import Report, outcome
-from hvdtrain.launch.run import Job, take, unreached
+from hvdtrain.launch.run import Job, is_of_this_launch, take, unreached
 from hvdtrain.launch.screen import info
 from hvdtrain.launch.ssh import AS_CONFIGURED
 
@@ -283,3 +283,13 @@ def test_info() -> None:
     message = {"step": 1, "steps": 9, "epoch": 3, "loss": 0.123456, "rate": 1234.5, "text": "lr 0.1"}
     assert info(message) == "epoch 3  loss 0.1235  1,234/s  lr 0.1"
     assert info({"step": 1, "loss": None, "text": ""}) == ""
+
+
+def test_a_message_counts_for_ranks_and_hosts_of_this_launch_only() -> None:
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
+        fixed = Job(guard, contextlib.ExitStack(), Report(["a", "b"]), AS_CONFIGURED, 30, "#")
+        started = {"kind": "started", "rank": 1, "host": "x", "pid": 7}
+        assert is_of_this_launch(fixed, started) and not is_of_this_launch(fixed, {**started, "rank": 2})
+        elastic = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#", listed=lambda: ["a"])
+        assert is_of_this_launch(elastic, {**started, "rank": 99, "reach": "a"})
+        assert not is_of_this_launch(elastic, {**started, "reach": "b"})
