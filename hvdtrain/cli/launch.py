@@ -23,6 +23,7 @@ from hvdtrain.launch.schedulers import KNOWN_BY, given
 from hvdtrain.launch.screen import announce, count_ranks
 from hvdtrain.launch.signals import Caught, requeued
 from hvdtrain.launch.ssh import Ssh
+from hvdtrain.native.installed import require_signed
 from hvdtrain.network import interface_to, is_here
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -223,6 +224,8 @@ def start(
     if dry_run:
         click.echo(shlex.join(line))
         return 0
+    if launcher == "horovodrun":
+        require_signed()
     known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
     try:
         return run(line, environ, known, ssh=ssh, grace=grace)[0]
@@ -280,6 +283,8 @@ def start_elastic(
         line = elastic_command_line(elastic, command(False), Path("hosts.json"), nic=nic, ssh=ssh)
         click.echo(shlex.join(line))
         return 0
+
+    require_signed()
 
     def launch(line: list[str], environ: Mapping[str, str], caught: Caught, listed: Listed) -> tuple[int, bool]:
         return run(line, environ, [], ssh=ssh, grace=grace, elastic=True, listed=listed, caught=caught)

@@ -71,6 +71,13 @@ def require() -> Installed:
     return horovod
 
 
+def require_signed() -> None:
+    """Raise UserError if the installed Horovod's launcher would show a run's secret to all users of the hosts."""
+    horovod = find()
+    if horovod is not None and SIGNED not in (horovod.record or {}).get("patches", {}):
+        raise UserError(f"Horovod {horovod.version}'s horovodrun shows the secret of a run to all users: {BUILD}")
+
+
 def torch_build(torch: Torch) -> TorchBuild | None:
     """How this very torch was built, if the installed Horovod's record says so: saves importing torch."""
     horovod = find()

@@ -246,6 +246,16 @@ def test_require_accepts(monkeypatch: pytest.MonkeyPatch, horovod: Installed) ->
     assert installed.require() == horovod
 
 
+@pytest.mark.parametrize("horovod", [fake_installed("2.14.1+cu130", signed=False), fake_installed(None)])
+def test_launch_needs_a_horovod_that_keeps_secrets(monkeypatch: pytest.MonkeyPatch, horovod: Installed) -> None:
+    monkeypatch.setattr(installed, "find", lambda: horovod)
+    with pytest.raises(UserError, match=r"horovodrun shows the secret of a run to all users: run `hvdtrain horovod"):
+        installed.require_signed()
+    for fine in (None, fake_installed("2.14.1+cu130")):
+        monkeypatch.setattr(installed, "find", lambda fine=fine: fine)
+        installed.require_signed()
+
+
 @pytest.mark.parametrize(("force", "built", "installs"), [(False, 0, 0), (True, 1, 1)])
 def test_nothing_to_do_when_the_key_is_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, force: bool, built: int, installs: int

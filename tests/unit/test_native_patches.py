@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from hvdtrain.errors import RunError
+from hvdtrain.native import mend, source
+from hvdtrain.native.mends import mends
 from hvdtrain.native.patches import FOLDER, SourcePatch, apply_patches, read_patches
 
 PATCH = """Why this is done.
@@ -86,6 +90,26 @@ def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
         assert len(title) <= 120 and len(rest.partition("\n---\n")[0]) > 100, patch.name
         assert SourcePatch(patch.name, f"Other words\n{patch.text}").digest() == patch.digest()
         assert SourcePatch(patch.name, f"{patch.text}+\n").digest() != patch.digest()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_they_apply_to_the_released_source(tmp_path: Path) -> None:
+    """By git too, each on top of those before it; the changes that are made by text fit what comes out."""
+    log, env = tmp_path / "log", {**os.environ, "PYTHONPATH": str(tmp_path / "tools")}
+    source.fetch_tools(tmp_path / "tools", log, env)
+    released = source.fetch_source(tmp_path / "source", log, env)
+    ours, gits = tmp_path / "ours", tmp_path / "gits"
+    for copy in (ours, gits):
+        shutil.copytree(released, copy)
+    apply_patches(ours, read_patches())
+    for patch in read_patches():
+        for option in ("--check", "--apply"):
+            subprocess.run(["git", "apply", option, "-"], input=patch.text, text=True, check=True, cwd=gits)
+    for path in ours.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (gits / path.relative_to(ours)).read_bytes(), path
+    mend.apply(ours, mends("20", nccl=False, rpath=[]))
 
 
 def test_they_are_in_the_package() -> None:
