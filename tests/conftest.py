@@ -48,6 +48,7 @@ def world3(worlds: KeptWorlds) -> KeptWorld:
     return worlds[3]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder, keep together what shares fixtures, and put what takes long first.
 
