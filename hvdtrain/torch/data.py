@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import pickle
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,16 +136,27 @@ class Examples(Dataset[Any]):
                 return f"{self._name(ids[0])} and [{i}] do not fit into one batch ({describe_error(pair)}); {how}"
         return f"{self._name(ids[0])} to [{ids[-1]}] do not fit into one batch ({describe_error(error)}); {how}"
 
+    def _check_passing(self, batch: Any) -> None:
+        try:
+            pickle.dumps(batch)
+        except Exception as error:
+            call = name_call(self.recipe, "collate()")
+            raise RunError(
+                f"{call} returned a batch that a loader process cannot pass on ({describe_error(error)}); return what "
+                "can be pickled, or load without such processes (--workers 0)"
+            ) from error
+
     def _call(self, i: int) -> str:
         return f"dataset({self.split!r})[{i}]"
 
     def _name(self, i: int) -> str:
         return name_call(self.recipe, self._call(i))
 
-    def look_at(self, entropy: Sequence[int], most: int) -> None:
+    def look_at(self, entropy: Sequence[int], most: int, *, passed_on: bool) -> None:
         """Load the first few examples, the middle and the last one, and, if batches hold several, join them.
 
-        most: examples per batch. Raises UserError for what is wrong with them, RecipeError for what the recipe raises.
+        most: examples per batch. passed_on: by loader processes, where an error in that would be seen by nobody.
+        Raises UserError for what is wrong with them, RecipeError for what the recipe raises.
         """
         count = len(self)
         ids = sorted({*range(min(FIRST, count)), count // 2, count - 1})
@@ -153,7 +165,9 @@ class Examples(Dataset[Any]):
             size = len(ids) if most > 1 else 1
             for first in range(0, len(ids), size):
                 seed_host([*entropy, ids[first], size])
-                self._collate(ids[first : first + size], examples[first : first + size])
+                batch = self._collate(ids[first : first + size], examples[first : first + size])
+                if passed_on:
+                    self._check_passing(batch)
         except RunError as error:
             raise UserError(str(error)) from error
 

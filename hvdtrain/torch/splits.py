@@ -27,7 +27,7 @@ class Splits:
     def look_at(self) -> None:
         """Load some examples of each split. Raises UserError, RecipeError: see Examples.look_at."""
         for loader in self.loaders.values():
-            loader.examples.look_at([self.seed, 0], self.most)
+            loader.examples.look_at([self.seed, 0], self.most, passed_on=loader.workers > 0)
 
     def first_batch(self, most: int) -> Any:
         """The first training examples, `most` or as many as there are, as one batch, loaded in this process."""

@@ -141,12 +141,12 @@ def test_errors_of_the_dataset_and_of_collate_are_named() -> None:
 def test_what_is_wrong_with_the_first_examples_the_middle_and_the_last_is_known_at_the_start() -> None:
     for at in (0, 1, 7, 20, 39):
         with pytest.raises(UserError, match=rf"^Mine\.dataset\('train'\)\[{at}\] is None; expected an example$"):
-            examples(lambda i, at=at: None if i == at else 1).look_at([0, 0], 8)  # type: ignore[misc]
+            examples(lambda i, at=at: None if i == at else 1).look_at([0, 0], 8, passed_on=False)  # type: ignore[misc]
     ragged = examples(lambda i: torch.ones(1 + i // 20))
     with pytest.raises(UserError, match=r"\[0\] and \[20\] do not fit into one batch"):
-        ragged.look_at([0, 0], 2)
-    ragged.look_at([0, 0], 1)  # one at a time they need not fit
-    Examples(Mine(), "train", [torch.ones(2)]).look_at([0, 0], 8)
+        ragged.look_at([0, 0], 2, passed_on=False)
+    ragged.look_at([0, 0], 1, passed_on=False)  # one at a time they need not fit
+    Examples(Mine(), "train", [torch.ones(2)]).look_at([0, 0], 8, passed_on=True)
 
 
 @pytest.mark.parametrize(
@@ -236,3 +236,28 @@ def test_batches_of_any_kind_are_moved() -> None:
     assert moved["rest"][0][0].device == meta
     assert moved["rest"][0][1] == "text"
     assert moved["rest"][1] == "on meta"
+
+
+def test_a_batch_that_loader_processes_cannot_pass_on_is_refused_at_the_start() -> None:
+    """Their queue would print a traceback and drop it, and the rank wait for ever."""
+
+    class Lazy(Mine):
+        def collate(self, examples: list[Any]) -> Any:
+            return (example for example in examples)
+
+    drawn = examples(float, Lazy())
+    drawn.look_at([0, 0], 8, passed_on=False)
+    with pytest.raises(UserError) as refusal:
+        drawn.look_at([0, 0], 8, passed_on=True)
+    assert str(refusal.value).startswith(
+        "Lazy.collate() returned a batch that a loader process cannot pass on (TypeError"
+    )
+    assert str(refusal.value).endswith("; return what can be pickled, or load without such processes (--workers 0)")
+
+
+def test_a_full_shared_memory_is_not_taken_for_examples_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(examples: list[Any]) -> Any:
+        raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr("hvdtrain.torch.recipe.default_collate", fail)
+    assert str(refused(float, 1, 2)).startswith("/dev/shm on ")
