@@ -6,12 +6,14 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from hvdtrain.data import order
 from tests.ranks import harness
 from tests.ranks.harness import HVDTRAIN, Job, launcher, run, wait_for_step
-from tests.support.worlds import KeptWorld, train
+from tests.support.worlds import KeptWorld, train, train_here
 
 RECIPES = Path(__file__).parent / "exact_recipe.py"
 EXACT, STATEFUL = f"{RECIPES}:Exact", f"{RECIPES}:Stateful"
@@ -73,11 +75,21 @@ def test_skipped_steps_consumed_their_ids(world2: KeptWorld, tmp_path: Path) -> 
     assert verified(tmp_path / "run") == "exactly once: 3 epochs x 48 examples, 9 steps (1 segment)"
 
 
-def test_ranks_that_do_not_agree_on_the_order_are_found_out(tmp_path: Path) -> None:
-    """Each rank is given its own number as its seed: what they feed is not what rank 0 believes."""
-    command = " ".join([*HVDTRAIN, "train", EXACT, "--run-dir", str(tmp_path / "run"), "--steps", "5"])
-    done = run("horovodrun", 2, ["sh", "-c", f"exec {command} --seed $HOROVOD_RANK"])
-    assert done.returncode == 0, done.stderr
+def train_in_an_order_of_its_own(run_dir: Path) -> None:
+    """Train with another order on each rank than rank 0's, which no option can make."""
+    import horovod.torch as hvd
+
+    class Other(order.Order):
+        def __init__(self, examples: int, seed: int, epoch: int) -> None:
+            super().__init__(examples, seed + hvd.rank(), epoch)
+
+    with mock.patch.object(order, "Order", Other):
+        train_here(EXACT, run_dir, ("--steps", "5"))
+
+
+def test_ranks_that_do_not_agree_on_the_order_are_found_out(world2: KeptWorld, tmp_path: Path) -> None:
+    """What they feed is not what rank 0 believes."""
+    world2.run(train_in_an_order_of_its_own, tmp_path / "run")
     done = run("alone", 1, [*HVDTRAIN, "ledger", "verify", str(tmp_path / "run"), "--json"])
     assert done.returncode == 1
     findings = json.loads(done.stdout)["findings"]
