@@ -8,11 +8,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fcntl
+import functools
+import json
 import shutil
 import tempfile
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,18 +51,21 @@ def world3(worlds: KeptWorlds) -> KeptWorld:
     return worlds[3]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder, keep together what shares fixtures, and put what takes long first.
 
     A process of pytest-xdist takes one group after the other, in the order of their first tests.
     """
+    groups = {}
     for item in items:
         file = item.path.relative_to(Path(__file__).parent)
         if file.parts[0] in ORDER:
             item.add_marker(file.parts[0])
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group(item, file)))
+        groups[item.nodeid] = group(item, file)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        own = Path(os.environ[SHARED]) / f"groups-{os.environ['PYTEST_XDIST_WORKER']}"
+        own.write_text(json.dumps(groups))
+        own.replace(own.with_name(GROUPS))
     items.sort(key=lambda item: (item.get_closest_marker("alone") is None, ORDER.index(folder(item))))
 
 
@@ -114,6 +120,24 @@ class Cores:
 
 CORES = pytest.StashKey[Cores]()
 SHARED = "HVDTRAIN_TESTS_SHARED"  # a folder
+GROUPS = "groups.json"  # in it: the group of each test
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole groups. pytest-xdist's own groups do not work with pytest 9.2, which keeps node ids."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        @functools.cached_property
+        def groups(self) -> dict[str, str]:
+            found: dict[str, str] = json.loads((Path(os.environ[SHARED]) / GROUPS).read_text())
+            return found
+
+        def _split_scope(self, nodeid: str) -> str:
+            return self.groups[nodeid]
+
+    return GroupScheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
