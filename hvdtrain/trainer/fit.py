@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hvdtrain.collectives.world import World, init, leave
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.errors import UserError, nearest
 from hvdtrain.recipe import Recipe, checked, fields, make
+from hvdtrain.strict_json import parse_json
 from hvdtrain.trainer.hang import watching
 from hvdtrain.trainer.loop import train
 from hvdtrain.trainer.options import RunOptions, check_sizes, refuse_elastic, split
@@ -85,7 +85,7 @@ def saved_options(run_dir: Path, cls: type[Recipe], name: str) -> dict[str, Any]
     if not path.exists():
         return {}
     try:
-        saved = json.loads(path.read_bytes())
+        saved = parse_json(path.read_bytes())
         recipe, options = saved["recipe"], dict(saved["options"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

@@ -6,12 +6,12 @@
             |     unlink, at the end     |      +-----------------------------------+
             +----------------------------+
             +----------------------------+
-              rename away: its process is dead, or it is of the same launch, or it
-              has not been renewed for 60 s by the clock of the one that waits
+              take away: its process is dead, or it is of the same launch, or it has
+              not been renewed for 60 s by the clock of the one that waits
 
-The file itself is the lease. Only a rename takes it from its holder, and only one of several can rename it. The holder
-renews it by the descriptor that it has open, so that one that was frozen, and whose file was renamed meanwhile, renews
-nothing of its successor's. It looks whether its file is still in place before it writes to the run folder, at most once
+The file itself is the lease. Of several that want to take it away, one can (see `take_away`). The holder renews it by
+the descriptor that it has open, so that one that was frozen, and whose file was removed meanwhile, renews nothing of
+its successor's. It looks whether its file is still in place before it writes to the run folder, at most once
 a second, and always before a checkpoint; if it is not, the run ends. Nobody compares clocks of different hosts.
 
 In an elastic run the lease belongs to the launch: whoever becomes rank 0 writes itself over the one before.
@@ -20,6 +20,7 @@ In an elastic run the lease belongs to the launch: whoever becomes rank 0 writes
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import sys
@@ -40,7 +41,8 @@ SECONDS_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number
 RELAUNCH = "HVDTRAIN_RELAUNCH"  # in the environment: a launch that outlives its jobs, and at whose end nobody looks
 RENEWALS = 6  # in that time
 LOOK = 1.0  # seconds between two looks of the holder at the lease
-RETRY = 0.2  # seconds until a missing lease is looked for again: it may be given back
+RETRY = 0.2  # seconds that the renewing thread may take to end
+PAUSE = 0.02  # seconds for another process to remove a lease
 
 
 class FolderLost(RunError):
@@ -205,9 +207,6 @@ class Lease:
             if self._folder is None:
                 return
             found = read(self._folder / NAME)
-            if found is None:
-                time.sleep(RETRY)
-                found = read(self._folder / NAME)
             if not self._in_place(found):
                 raise self._lost(self._folder, found)
         except OSError:
@@ -225,6 +224,9 @@ class Lease:
     def _lost(self, folder: Path, found: Found | None) -> FolderLost:
         if not folder.is_dir():
             return FolderLost(f"run folder {folder} was deleted, moved or unmounted during the run")
+        known = self._folder_stat
+        if found is None and known is not None and not os.path.samestat(folder.stat(), known):
+            return FolderLost(f"run folder {folder} was replaced or unmounted during the run")
         if found is None:
             return FolderLost(
                 f"{folder / NAME} is gone: another run took the folder over and has ended, or it was deleted"
@@ -275,14 +277,23 @@ def read(path: Path) -> Found | None:
 
 
 def take_away(path: Path, judged: Found) -> None:
-    """Remove a lease, but not one that has taken its place since it was read."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    """Remove a lease, but not one that has taken its place since it was read.
+
+    Of several that want to remove the same one, only that which has made the claim's file does. It looks again then:
+    what it finds is either the lease that it has judged, which nobody else removes now, or a later one.
+    """
+    claim = path.with_name(f".{path.name}.{hashlib.sha256(judged.data).hexdigest()[:16]}")
     try:
-        path.rename(aside)
-    except FileNotFoundError:
+        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FOR_ALL))
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - claim.stat().st_mtime > SECONDS:  # left by a process that was killed
+                claim.unlink()
+        time.sleep(PAUSE)
         return
-    taken = read(aside)
-    if taken is not None and taken.data != judged.data:
-        with contextlib.suppress(OSError):  # there is a third one: the second stops when it looks
-            path.hardlink_to(aside)
-    aside.unlink(missing_ok=True)
+    try:
+        found = read(path)
+        if found is not None and found.data == judged.data:
+            path.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)
