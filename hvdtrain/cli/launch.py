@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from hvdtrain.doctor.preflight import preflight
-from hvdtrain.errors import EXIT_FAILED, UserError
+from hvdtrain.errors import UserError
 from hvdtrain.launch.command import check_home, command_line, hvdtrain_command
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.elastic import command_line as elastic_command_line
@@ -227,10 +226,7 @@ def start(
     if launcher == "horovodrun":
         require_signed()
     known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
-    try:
-        return run(line, environ, known, ssh=ssh, grace=grace)[0]
-    except BrokenPipeError:
-        return nobody_reads()
+    return run(line, environ, known, ssh=ssh, grace=grace)[0]
 
 
 def start_elastic(
@@ -289,16 +285,7 @@ def start_elastic(
     def launch(line: list[str], environ: Mapping[str, str], caught: Caught, listed: Listed) -> tuple[int, bool]:
         return run(line, environ, [], ssh=ssh, grace=grace, elastic=True, listed=listed, caught=caught)
 
-    try:
-        return keep_running(launch, elastic, command, environ, nic=nic, ssh=ssh, relaunch=relaunch)
-    except BrokenPipeError:
-        return nobody_reads()
-
-
-def nobody_reads() -> int:
-    """The exit code of `hvdtrain launch ... | head`; Python's last flush must not complain of it again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_FAILED
+    return keep_running(launch, elastic, command, environ, nic=nic, ssh=ssh, relaunch=relaunch)
 
 
 def check_train_arguments(args: list[str], elastic: bool = False) -> None:

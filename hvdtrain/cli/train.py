@@ -11,7 +11,7 @@ from hvdtrain import activity
 from hvdtrain.cli import options
 from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failure
 from hvdtrain.collectives.world import FUSION_BYTES
-from hvdtrain.elastic import membership
+from hvdtrain.elastic import membership, places
 from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, Requeued, UserError
 from hvdtrain.finder import load
@@ -50,7 +50,7 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
         click.echo(formatter.getvalue(), nl=False)
         return 0
     assert recipe is not None
-    if os.environ.get("HOROVOD_ELASTIC") == "1" and membership.MEMBER not in os.environ:
+    if os.environ.get("HOROVOD_ELASTIC") == "1" and places.MEMBER not in os.environ:
         return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).run()
     member = membership.from_environment()
     watch_command()

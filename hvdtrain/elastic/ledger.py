@@ -84,11 +84,15 @@ class Ledger:
         sizes = {"seed": self.seed, "examples": self.examples, "batch": self.batch}
         return {**sizes, "from_step": self.from_step, "rows": [list(row) for row in self.rows]}
 
-    def open_for_writing(self, folder: Path) -> None:
-        """Write from here on, to a new segment that begins with the rows in memory; `error` says if it cannot be."""
+    def open_for_writing(self, folder: Path, *, at_first_row: bool = False) -> None:
+        """Write from here on, to a new segment that begins with the rows in memory; `error` says if it cannot be.
+
+        at_first_row: begin it when there is a row, so that a run that makes no step leaves no segment.
+        """
         self.close()
         self._folder = folder
-        self._begin(folder)
+        if self.rows or not at_first_row:
+            self._begin(folder)
 
     def _begin(self, folder: Path) -> None:
         first = self.from_step + 1

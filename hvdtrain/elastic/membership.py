@@ -14,78 +14,21 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from hvdtrain.collectives.rendezvous import Server
 from hvdtrain.elastic.board import Board, BoardLost
-from hvdtrain.elastic.places import places
+from hvdtrain.elastic.places import MEMBER, MESSAGES, Place, Slot, places
+from hvdtrain.elastic.tries import count_tries
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RecipeError, RunError, UserError
 from hvdtrain.network import address_of
 
-MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
-MESSAGES = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
 POLL = 0.02  # seconds
 EAGER = 10.0  # seconds that it polls so often
 PREFLIGHT = 10.0  # seconds for all of a plan to say that they follow it
 PATIENCE = 60.0  # seconds that the first generation waits for slots that do not come
 LOST = "the others went on without this member: it was frozen, or out of reach"
 PROPOSER = 1.0  # seconds after which another proposes a plan if the first in line does not
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place for a worker, as horovodrun gives it."""
-
-    host: str
-    local_rank: int
-    local_size: int
-    size: int  # of the world when the slot was filled
-    address: str  # of horovodrun's key-value server
-    port: int
-    interface: str
-    least: int  # members of a generation
-
-    @staticmethod
-    def from_environment(environ: Mapping[str, str]) -> Slot:
-        return Slot(
-            host=environ["HOROVOD_HOSTNAME"],
-            local_rank=int(environ["HOROVOD_LOCAL_RANK"]),
-            local_size=int(environ["HOROVOD_LOCAL_SIZE"]),
-            size=int(environ["HOROVOD_SIZE"]),
-            address=environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"],
-            port=int(environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]),
-            interface=environ.get("HOROVOD_GLOO_IFACE", "lo"),
-            least=int(environ.get("HVDTRAIN_MIN_NP", "1")),
-        )
-
-    def to_json(self, member: str) -> str:
-        return json.dumps({"member": member, "slot": asdict(self)})
-
-
-@dataclass(frozen=True)
-class Place:
-    """A member's place in a generation."""
-
-    generation: int
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    cross_rank: int
-    cross_size: int
-    host: str
-    root: int  # the rank whose state all take over
-    step: int  # that it has reached; -1: nobody has a state
-    server: tuple[str, int]
-
-    def environment(self) -> dict[str, str]:
-        """What Horovod reads when it starts."""
-        names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
-        values = {f"HOROVOD_{name.upper()}": str(getattr(self, name)) for name in names}
-        address, port = self.server
-        values |= {"HOROVOD_GLOO_RENDEZVOUS_ADDR": address, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}
-        return values | {"HOROVOD_HOSTNAME": self.host}
 
 
 class Gone(Exception):
@@ -229,7 +172,7 @@ class Membership:
             "server": [address, server.port],
             "root": steps.index(max(steps)),
             "step": max(steps),
-            "error": self._repeated_error(),
+            "error": self._reason_to_end(),
         }
         chosen = self.board.propose(f"plan-{number}", plan)
         if chosen != plan:
@@ -260,6 +203,15 @@ class Membership:
             text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         print(f"{trace}hvdtrain: retrying once after an error after step {step}: {text}", file=sys.stderr)
         self.board.propose(f"error-{self.generation}-{self.member}", {"step": step, "text": text})
+
+    def note_start(self, step: int) -> None:
+        """Publish, on rank 0, after how many steps this generation begins: what is behind it is safe."""
+        self.board.propose(f"began-{self.generation}", step)
+
+    def _reason_to_end(self) -> str | None:
+        """Why there is to be no further generation, or None."""
+        tries = count_tries(self.board.facts("died-"), self.board.facts("error-"), self.board.facts("began-"))
+        return self._repeated_error() or (f"no progress: {tries.text}" if tries.given_up else None)
 
     def _repeated_error(self) -> str | None:
         said: dict[tuple[int, str], set[str]] = {}

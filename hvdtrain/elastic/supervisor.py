@@ -15,19 +15,21 @@ import os
 import secrets
 import select
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from hvdtrain import cores
 from hvdtrain.elastic.board import Board, BoardLost
-from hvdtrain.elastic.membership import MEMBER, MESSAGES, Slot, newest_plan
+from hvdtrain.elastic.endings import Endings
+from hvdtrain.elastic.membership import newest_plan
+from hvdtrain.elastic.places import Slot
+from hvdtrain.elastic.tries import STEP_TRIES, Death, count_tries, describe_end
 from hvdtrain.elastic.watch import Watch
+from hvdtrain.elastic.worker import Worker, start_worker
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
+from hvdtrain.signals import SAME_STOP
 
 TICK = 0.25  # seconds
 PULSE = 1.0  # seconds between signs of life, and between looks at the others'
@@ -40,17 +42,6 @@ STARTS = 2  # failed starts of a worker in a row, after which it is tried again 
 NOW_AND_THEN = 60.0  # seconds
 
 
-@dataclass
-class Worker:
-    """A worker process and what its supervisor knows of it."""
-
-    process: subprocess.Popen[bytes]
-    member: str
-    pidfd: int
-    messages: int  # the writing end of a pipe to it
-    stopped_since: float | None = None  # by the monotonic clock
-
-
 class Supervisor:
     """One slot's supervisor; `run` returns the exit code for horovodrun."""
 
@@ -59,11 +50,14 @@ class Supervisor:
         self.slot = Slot.from_environment(environ)
         self.board = Board(self.slot.address, self.slot.port)
         self.name = f"{self.slot.host}:{self.slot.local_rank}:{secrets.token_hex(3)}"
+        self.endings = Endings(self.board, self.name, self.slot)
         self.lease = float(environ.get("HVDTRAIN_LEASE", LEASE))
         self.watch = Watch()
         self.size = self.slot.size  # of horovodrun's list of slots, when it was last asked
         self.started = self.beats = self.failed_starts = 0
         self.drained = False  # told to go, by horovodrun or by a signal
+        self.drained_at = 0.0  # when, by the monotonic clock
+        self.stopping = False  # told to stop the run
         self.removed = False  # by horovodrun
         self.round = 0
         self.round_began = time.monotonic()
@@ -80,21 +74,8 @@ class Supervisor:
         self.worker = self.start()
 
     def start(self) -> Worker:
-        """Start the worker, as a world of one; it joins the others when it has built its model."""
         self.started += 1
-        member = f"{self.name}.{self.started}"
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        environ = {name: value for name, value in self.environ.items() if "RENDEZVOUS" not in name}
-        environ |= {MEMBER: self.slot.to_json(member), MESSAGES: str(reading)}
-        environ |= {f"HOROVOD_{what}RANK": "0" for what in ("", "LOCAL_", "CROSS_")}
-        environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
-        # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
-        environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
-        cores.set_threads(self.slot.local_size, environ)
-        process = subprocess.Popen(self.command, env=environ, pass_fds=[reading])
-        os.close(reading)
-        return Worker(process, member, os.pidfd_open(process.pid), writing)
+        return start_worker(self.command, self.environ, self.slot, f"{self.name}.{self.started}")
 
     def run(self) -> int:
         woken, wake = os.pipe()
@@ -112,7 +93,7 @@ class Supervisor:
             try:
                 if ended is not None and (code := self.on_end(ended)) is not None:
                     return self.leave(code)
-                if self.restart_at is not None and time.monotonic() >= self.restart_at:
+                if self.restart_at is not None and time.monotonic() >= self.restart_at and not self.stopping:
                     self.restart_at, self.worker = None, self.start()
                 if time.monotonic() - pulsed >= PULSE:
                     pulsed = time.monotonic()
@@ -124,12 +105,16 @@ class Supervisor:
 
     def on_signal(self, number: int, frame: object) -> None:
         """SIGUSR1 stops the run (launch sends it); SIGTERM and SIGINT mean this slot alone: its node goes away."""
-        if self.verdict is not None:
+        now = time.monotonic()
+        if number == signal.SIGUSR1:
+            self.stopping = True
+        elif self.verdict is not None:
             self.worker.process.kill()
             os._exit(int(self.verdict["code"]))
-        if number != signal.SIGUSR1:
-            self.told_again = self.drained and self.restart_at is not None
-            self.drained = True
+        elif not self.drained:
+            self.drained, self.drained_at = True, now
+        elif now - self.drained_at > SAME_STOP:
+            self.told_again = self.restart_at is not None
         self.tell(b"s" if number == signal.SIGUSR1 else b"d")
 
     def tell(self, message: bytes) -> None:
@@ -144,15 +129,17 @@ class Supervisor:
         self.verdict = self.board.fact("verdict")
         sign = {"beats": self.beats, "member": self.worker.member, "host": self.slot.host, "size": self.size}
         knows = self.verdict is not None or self.leaving
-        self.board.pulse(self.name, {**sign, "ending": knows, "drained": self.drained})
+        generation, plan = newest_plan(self.board)
+        members = [member["id"] for member in plan["members"]] if plan else []
+        self.failed_starts = 0 if self.worker.member in members else self.failed_starts
+        sign |= {"ending": knows, "drained": self.drained, "failed": self.failed_starts}
+        self.board.pulse(self.name, sign)
         pulses, gone = self.board.pulses(), set(self.board.facts("gone-"))
         lost = self.watch.look(pulses, self.lease)
         for member in {pulses[name]["member"] for name in lost if name != self.name} - gone:
             self.board.propose(f"gone-{member}", "lost")
             gone.add(member)
         self.end_if_stopped()
-        generation, plan = newest_plan(self.board)
-        members = [member["id"] for member in plan["members"]] if plan else []
         if self.verdict is not None:
             self.ending_since = self.ending_since or time.monotonic()
             if self.worker.member not in members or time.monotonic() - self.ending_since > ENDING:
@@ -160,6 +147,8 @@ class Supervisor:
             self.take_part()  # in a round that began before the end, and that a slot may leave in
             return
         alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
+        if self.stopping and not alive - gone:
+            self.endings.end_run(EXIT_REQUEUE, "")
         working = (alive - gone) or alive
         leader = next((member for member in members if member in working), min(working))
         if self.worker.member == leader:
@@ -207,22 +196,22 @@ class Supervisor:
             self.tell(b"r")
 
     def end_if_stopped(self) -> None:
-        """End a worker that somebody has stopped: the others wait for it."""
-        worker = self.worker
-        stat = Path(f"/proc/{worker.process.pid}/stat")
-        with contextlib.suppress(OSError):
-            state = stat.read_text().rpartition(")")[2].split()[0]
-            worker.stopped_since = (worker.stopped_since or time.monotonic()) if state in "tT" else None
-        if worker.stopped_since is not None and time.monotonic() - worker.stopped_since > self.lease:
-            worker.process.kill()
+        """End a worker that somebody has stopped, or that is blocked: the others wait for it."""
+        if self.restart_at is not None:
+            return
+        if self.worker.blocked():
+            # It may be within a call to the system that no signal ends: the others need not wait for that.
+            self.board.propose(f"gone-{self.worker.member}", "blocked")
+            self.worker.process.kill()
+        if self.worker.stopped(self.lease):
+            self.worker.process.kill()
 
     def on_end(self, code: int) -> int | None:
         """The worker has ended: the exit code to leave with, or None where another one is to be started."""
         going = self.drained or code == EXIT_REQUEUE
         called = going and bool(self.unanswered())  # asked before the verdict: see may_leave
-        member = self.worker.member
         if self.restart_at is None:
-            self.board.propose(f"gone-{member}", "left" if code == 0 else f"ended with {code}")
+            self.board.propose(f"gone-{self.worker.member}", "left" if going else describe_end(code))
         verdict = self.board.fact("verdict")
         if verdict is not None:
             return int(verdict["code"])
@@ -233,15 +222,37 @@ class Supervisor:
             return EXIT_REQUEUE if self.removed or self.told_again or self.may_leave(called) else None
         if self.restart_at is not None:
             return None
-        plans = self.board.facts("plan-").values()
-        joined = any(member in [m["id"] for m in plan["members"]] for plan in plans)
-        self.failed_starts = 0 if joined else self.failed_starts + 1
-        if not plans and (code == EXIT_USER or self.failed_starts >= STARTS):
-            return EXIT_USER if code == EXIT_USER else EXIT_FAILED
+        return self.on_death(code)
+
+    def on_death(self, code: int) -> int | None:
+        """The worker has died: the exit code to leave with, or None if another one is to be started, after a pause."""
+        plans = self.board.facts("plan-")
+        member, (_, steps, _, what) = self.worker.member, self.worker.record.read()
+        generations = [int(number) for number, plan in plans.items() if member in [m["id"] for m in plan["members"]]]
+        text = f"a worker on {self.slot.host} {describe_end(code)} while it was {what}"
+        if generations:
+            self.failed_starts, pause = 0, 0.0
+            death = Death(max(generations), steps, describe_end(code), what, self.slot.host)
+            deaths = {**self.board.facts("died-"), member: self.board.propose(f"died-{member}", asdict(death))}
+            tries = count_tries(deaths, self.board.facts("error-"), self.board.facts("began-"))
+            pause = tries.pause()
+            if tries.given_up:
+                return self.endings.end_run(EXIT_FAILED, f"no progress: {tries.text}")
+        else:
+            self.failed_starts += 1
+            pause = NOW_AND_THEN if self.failed_starts >= STARTS else 0.0
+            if not plans and (code == EXIT_USER or self.failed_starts >= STARTS):
+                code = EXIT_USER if code == EXIT_USER else EXIT_FAILED
+                self.endings.report_failure(code, f"no worker starts: {text}", ends=False)
+                return code
+            gone = self.board.facts("gone-")
+            if plans and all(o["failed"] >= STEP_TRIES - 1 and o["member"] in gone for o in self.others()):
+                pause = min(2.0**self.failed_starts, NOW_AND_THEN)
+                if self.failed_starts >= STEP_TRIES:
+                    return self.endings.end_run(EXIT_FAILED, f"no worker starts any more: {text}")
         # Not given up while others train: horovodrun would take the whole host away, and a single host is the job.
-        os.close(self.worker.pidfd)
-        os.close(self.worker.messages)
-        self.restart_at = time.monotonic() + (NOW_AND_THEN if self.failed_starts >= STARTS else 0)
+        self.worker.close()
+        self.restart_at = time.monotonic() + pause
         return None
 
     def may_leave(self, called: bool) -> bool:
@@ -258,12 +269,17 @@ class Supervisor:
 
     def host_goes_on(self) -> bool:
         """Whether another slot of this host has a worker, or will: horovodrun ends it if this supervisor leaves."""
-        pulses, gone = self.board.pulses(), self.board.facts("gone-")
-        lost = self.watch.look(pulses, self.lease)
-        others = [pulse for name, pulse in pulses.items() if name != self.name and name not in lost]
+        gone = self.board.facts("gone-")
         return any(
-            pulse["host"] == self.slot.host and not (pulse["drained"] and pulse["member"] in gone) for pulse in others
+            pulse["host"] == self.slot.host and not (pulse["drained"] and pulse["member"] in gone)
+            for pulse in self.others()
         )
+
+    def others(self) -> list[dict[str, Any]]:
+        """The pulses of the other supervisors that are alive."""
+        pulses = self.board.pulses()
+        lost = self.watch.look(pulses, self.lease)
+        return [pulse for name, pulse in pulses.items() if name != self.name and name not in lost]
 
     def on_lost_board(self, ended: int | None) -> int | None:
         """horovodrun does not answer; if it is gone, the worker saves and ends, while it can."""

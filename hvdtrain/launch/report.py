@@ -49,7 +49,8 @@ class Report:
         rank, kind = message.get("rank"), message["kind"]
         if not isinstance(rank, int):
             return
-        if kind == "started" and isinstance(message.get("pid"), int):
+        pids = [message.get("pid"), message.get("supervisor", message.get("pid"))]
+        if kind == "started" and all(isinstance(pid, int) for pid in pids):
             self.started[rank] = message
             self.over_since = None
             self.running = {other for other in self.running if other < message.get("size", rank)} | {rank}
@@ -98,7 +99,8 @@ class Report:
     def newcomer(self, message: dict[str, Any]) -> bool:
         """Whether a message is of a worker that is not yet one of an elastic run's ranks, which go on without it."""
         known = self.processes()
-        return message["kind"] == "failed" and bool(known) and process_of(message) not in known
+        failed = message["kind"] == "failed" and message.get("ends") is not True
+        return failed and bool(known) and process_of(message) not in known
 
     def processes(self) -> set[Process]:
         return {process_of(told) for told in self.started.values()}

@@ -78,7 +78,6 @@ def run(
     the end of the grace, ends all.
     caught: signals that the caller has caught; what comes while this cleans up is left in it.
     Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
-    Raises BrokenPipeError if nobody reads the output any more.
     """
     with contextlib.nullcontext(caught) if caught else signals() as (received, woken):
         job = start(line, environ, Report(host_of_each_rank(hosts)), ssh, grace)
@@ -289,11 +288,13 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
         if name == "USR1" and process_of(told) in job.told:
             continue
         job.told.add(process_of(told))
+        # A supervisor hears of a stop also while it has no worker.
+        pid = told["supervisor"] if name == "USR1" and "supervisor" in told else told["pid"]
         if told.get("host") == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(told["pid"], signal.Signals[f"SIG{name}"])
+                os.kill(pid, signal.Signals[f"SIG{name}"])
         else:
-            remote.setdefault(job.report.host(rank), []).append(str(told["pid"]))
+            remote.setdefault(job.report.host(rank), []).append(str(pid))
     for host, pids in remote.items():
         process = subprocess.Popen(
             ssh_command(host, ["kill", f"-{name}", *pids], job.ssh.options()),

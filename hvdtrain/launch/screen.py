@@ -29,10 +29,7 @@ class Screen:
         self.write(f"hvdtrain: {text}", "stderr")
 
     def write(self, text: str, stream: str) -> None:
-        """Print a line at once.
-
-        Raises BrokenPipeError if nobody reads the stream any more.
-        """
+        """Print a line at once."""
         out = sys.stdout if stream == "stdout" else sys.stderr
         if self.bar and out.isatty():
             # The bar's console knows where the bar is; that it writes to standard error does not show on a terminal.

@@ -83,7 +83,7 @@ def train(
                     world, at, known = join(membership, step, at, known)
                     hang.know(world.rank, world.size, options.hang_limit)
                     about = {"rank": world.rank, "size": world.size, "host": world.host, "pid": os.getpid()}
-                    messages.send("started", **about, reach=membership.slot.host)
+                    messages.send("started", **about, reach=membership.slot.host, supervisor=os.getppid())
                 begins = at is None
                 if at is None:
                     folder, at = begin(step, options, name, world, membership, lease)
@@ -95,6 +95,8 @@ def train(
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder))
+                if membership is not None and world.rank == 0:
+                    membership.note_start(at.step)
                 if begins:
                     write_config(folder, config)
                     if source is not None:

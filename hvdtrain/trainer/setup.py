@@ -96,7 +96,9 @@ def open_ledger(known: Ledger | None, options: RunOptions, plan: Plan, at: Posit
             return
         if known is None and options.ledger and (gap := find_ledger_gap(folder / "ledger", at.step)):
             print(f"hvdtrain: warning: {gap}", file=sys.stderr, flush=True)
-        ledger.open_for_writing(folder / "ledger")
+        # The first segment shows whether it can be written; a try that makes no step leaves no further one.
+        again = options.ledger and bool(numbered(folder / "ledger"))
+        ledger.open_for_writing(folder / "ledger", at_first_row=again)
         if known is None and ledger.error is not None:
             raise UserError(trouble("the ledger", folder, ledger.error))
         if not options.ledger:  # the segment, which has no rows, takes back the steps that are undone

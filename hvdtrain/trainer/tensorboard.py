@@ -15,7 +15,10 @@ from hvdtrain.files import BufferedAppender
 
 
 class EventWriter:
-    """Scalars by step, and the model's graph. What cannot be written now is written later."""
+    """Scalars by step, and the model's graph. What cannot be written now is written later.
+
+    The file is made with the first scalars: a run that makes no step leaves none.
+    """
 
     def __init__(self, folder: Path) -> None:
         # TensorBoard reads the files of a folder by name; the time in it is whole seconds.
@@ -28,10 +31,14 @@ class EventWriter:
 
         self.file = BufferedAppender(folder / name, make_folder)
         self._records = RecordWriter(self.file)
+        self._waiting: list[bytes] | None = []  # events before the first scalars
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        waiting, self._waiting = self._waiting, None
+        for event in waiting or []:
+            self._records.write(event)
         self._add(Event(wall_time=time.time(), step=step, summary=summary))
 
     def graph(self, graph: bytes) -> None:
@@ -39,7 +46,10 @@ class EventWriter:
         self._add(Event(wall_time=time.time(), graph_def=graph))
 
     def _add(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
+        if self._waiting is not None:
+            self._waiting.append(event.SerializeToString())
+        else:
+            self._records.write(event.SerializeToString())
 
     def abandon(self) -> None:
         """Close the file without writing what is left."""

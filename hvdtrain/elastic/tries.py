@@ -1,0 +1,95 @@
+"""When an elastic run is given up: a step that is not passed, whatever each try ends by.
+
+A try is a generation that ended by the death of a worker or by an error of the recipe. It has made progress if it got
+farther than all before it, in memory or in the checkpoint that it began with. Deaths by preemption do not count: their
+supervisor dies as well, or was told before.
+
+    generation   began with   got to    progress   tries at this step   tries in all
+        1             0          4         yes             1                 1
+        2             0          4         no              2                 2
+        3             0          4         no              3 = STEP_TRIES: given up
+
+A run whose tries end at different steps and still get no farther is given up after ALL_TRIES.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STEP_TRIES = 3
+ALL_TRIES = 10
+PAUSE = (2.0, 30.0)  # seconds before the second try, doubled for each further one, and at most
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a worker that had joined a generation ended."""
+
+    generation: int
+    steps: int  # that were done
+    cause: str  # "was killed by signal 11 (SIGSEGV)"
+    what: str  # that it was in
+    host: str
+
+
+@dataclass(frozen=True)
+class Tries:
+    """How often the run was tried since it last made progress."""
+
+    count: int
+    at_step: int  # of these, how many ended at the same step as the last one
+    text: str  # what the last one ended by
+
+    @property
+    def given_up(self) -> bool:
+        return self.at_step >= STEP_TRIES or self.count >= ALL_TRIES
+
+    def pause(self) -> float:
+        """Seconds to wait before the next try."""
+        return 0.0 if self.count <= 1 else min(PAUSE[0] * 2.0 ** (self.count - 2), PAUSE[1])
+
+
+def count_tries(deaths: Mapping[str, Any], errors: Mapping[str, Any], began: Mapping[str, Any]) -> Tries:
+    """Count the tries without progress.
+
+    Args:
+        deaths: by member, a Death as a dict.
+        errors: by `GENERATION-MEMBER`, {step, text} of an error of the recipe.
+        began: by generation, the steps that were done when it began.
+    """
+    ends: dict[int, list[tuple[int, str]]] = {}  # by generation: steps done, and the end in words
+    for death in (Death(**fields) for fields in deaths.values()):
+        text = f"a worker on {death.host} {death.cause} while it was {death.what}"
+        ends.setdefault(death.generation, []).append((death.steps, text))
+    for key, error in errors.items():
+        ends.setdefault(int(key.partition("-")[0]), []).append((int(error["step"]), str(error["text"])))
+    farthest = farthest_began = -1
+    count = at_step = last = 0
+    text = ""
+    for generation in sorted({*ends, *map(int, began)}):
+        start = int(began.get(str(generation), -1))
+        steps = max([start, *(done for done, _ in ends.get(generation, []))])
+        if steps > farthest or start > farthest_began:
+            count = at_step = 0
+        farthest, farthest_began = max(farthest, steps), max(farthest_began, start)
+        if generation in ends:
+            count, at_step, last = count + 1, at_step + 1 if steps == last or not at_step else 1, steps
+            why = ends[generation][-1][1]
+            tries = f"{count} tries" if count > 1 else "the first try"
+            text = f"step {steps + 1} was not passed in {tries}; in the last one, {why}"
+    return Tries(count, at_step, text)
+
+
+def describe_end(code: int) -> str:
+    """How a process ended, by its return code as subprocess gives it."""
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    hint = "; out of memory, if nobody sent it" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({name}{hint})"
