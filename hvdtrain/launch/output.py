@@ -16,6 +16,10 @@ SRUN_PREFIX = re.compile(rb" *(?P<rank>\d+): ?")
 SRUN_PIECE = 1024  # bytes: srun breaks longer lines there, and shows each piece as a line
 END = re.compile(rb"[\r\n]")
 SRUN_END = re.compile(rb"\n")  # which is all that makes srun begin a new piece
+# The prefix of each line of a rank, as `Lines.take_plain` replaces it; and what is looked at line by line.
+PLAIN_PREFIX = rb"^\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<%b>:(?(job) ?)"
+PLAIN = {stream: re.compile(PLAIN_PREFIX % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")}
+NOT_PLAIN = (b"##hvdtrain ", b"Peer host:")
 
 
 class Line(NamedTuple):
@@ -59,6 +63,31 @@ class Lines:
             for rank, raw in self.pieces.items():
                 yield Line(rank, self.stream, raw.decode("utf-8", errors="replace"))
             self.pieces.clear()
+
+    def take_plain(self, data: bytes) -> tuple[str, bytes]:
+        """Take the lines that `data` completes in one piece, `[rank] text` each, if that makes no difference.
+
+        A rank that prints much is not to wait for this process to look at each line. It makes a difference where a
+        line is a message or one of the launcher's own, ends with a carriage return, or is not UTF-8.
+
+        Returns:
+            The text of these lines, or ""; what is left of the data, for `feed`.
+        """
+        whole = bytes(self.buffer) + data
+        head = whole[: whole.rfind(b"\n") + 1]
+        odd = self.prefix is not PREFIX or self.returned or self.owner != (None, self.stream)
+        if odd or b"\r" in head or any(mark in head for mark in NOT_PLAIN):
+            return "", data
+        text, count = PLAIN[self.stream].subn(rb"[\g<rank>] ", head)
+        if count == 0 or count != head.count(b"\n"):
+            return "", data
+        try:
+            plain = text.decode()
+        except UnicodeDecodeError:
+            return "", data
+        self.buffer.clear()
+        self.searched = 0
+        return plain, whole[len(head) :]
 
     def line(self, raw: bytes, end: bytes) -> Iterator[Line]:
         """The line in `raw`, unless it is only half of a two-byte line end."""

@@ -168,11 +168,13 @@ def attend(job: Job, received: list[int], woken: int) -> None:
 def show(job: Job, fd: int, lines: Lines) -> bool:
     """Handle what there is to read; False if there is nothing, now or for good."""
     try:
-        data = os.read(fd, 65536)
+        data = os.read(fd, 1 << 20)
     except BlockingIOError:
         return False
     if data:
-        for line in lines.feed(data):
+        plain, rest = lines.take_plain(data) if job.screen.takes_plain(lines.stream) else ("", data)
+        job.screen.plain(plain, lines.stream)
+        for line in lines.feed(rest) if rest else ():
             handle(job, line)
     return bool(data)
 

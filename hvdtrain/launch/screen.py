@@ -24,6 +24,17 @@ class Screen:
         text = line.text if line.rank is None else f"[{line.rank}] {line.text}"
         self.write(text, line.stream)
 
+    def takes_plain(self, stream: str) -> bool:
+        """Whether lines may be written as they are: no bar is in their way, and the stream takes all characters."""
+        out = sys.stdout if stream == "stdout" else sys.stderr
+        return self.bar is None and (out.encoding or "").lower().replace("-", "") == "utf8"
+
+    def plain(self, text: str, stream: str) -> None:
+        """Print lines of ranks that are complete."""
+        out = sys.stdout if stream == "stdout" else sys.stderr
+        out.write(text)
+        out.flush()
+
     def note(self, text: str) -> None:
         """Print what launch itself has to say."""
         self.write(f"hvdtrain: {text}", "stderr")
