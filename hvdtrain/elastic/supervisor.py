@@ -18,17 +18,16 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from hvdtrain.elastic.board import Board, BoardLost
 from hvdtrain.elastic.endings import Endings
 from hvdtrain.elastic.membership import newest_plan
 from hvdtrain.elastic.places import Slot
-from hvdtrain.elastic.tries import STEP_TRIES, Death, count_tries, describe_end
+from hvdtrain.elastic.tries import describe_end
 from hvdtrain.elastic.watch import Watch
 from hvdtrain.elastic.worker import Worker, start_worker
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
+from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.signals import SAME_STOP
 
 TICK = 0.25  # seconds
@@ -38,8 +37,6 @@ LEASE = 10.0  # seconds without a sign of life, after which a supervisor, or a s
 NEWCOMERS = 3.0  # seconds that a newcomer which is ready waits for others which are starting
 ALL_KNOW = 5.0  # seconds for all supervisors to hear that the run has ended
 ENDING = 30.0  # seconds for a worker to end once the run is over
-STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
-NOW_AND_THEN = 60.0  # seconds
 
 
 class Supervisor:
@@ -226,33 +223,14 @@ class Supervisor:
 
     def on_death(self, code: int) -> int | None:
         """The worker has died: the exit code to leave with, or None if another one is to be started, after a pause."""
-        plans = self.board.facts("plan-")
-        member, (_, steps, _, what) = self.worker.member, self.worker.record.read()
-        generations = [int(number) for number, plan in plans.items() if member in [m["id"] for m in plan["members"]]]
-        text = f"a worker on {self.slot.host} {describe_end(code)} while it was {what}"
-        if generations:
-            self.failed_starts, pause = 0, 0.0
-            death = Death(max(generations), steps, describe_end(code), what, self.slot.host)
-            deaths = {**self.board.facts("died-"), member: self.board.propose(f"died-{member}", asdict(death))}
-            tries = count_tries(deaths, self.board.facts("error-"), self.board.facts("began-"))
-            pause = tries.pause()
-            if tries.given_up:
-                return self.endings.end_run(EXIT_FAILED, f"no progress: {tries.text}")
-        else:
-            self.failed_starts += 1
-            pause = NOW_AND_THEN if self.failed_starts >= STARTS else 0.0
-            if not plans and (code == EXIT_USER or self.failed_starts >= STARTS):
-                code = EXIT_USER if code == EXIT_USER else EXIT_FAILED
-                self.endings.report_failure(code, f"no worker starts: {text}", ends=False)
-                return code
-            gone = self.board.facts("gone-")
-            if plans and all(o["failed"] >= STEP_TRIES - 1 and o["member"] in gone for o in self.others()):
-                pause = min(2.0**self.failed_starts, NOW_AND_THEN)
-                if self.failed_starts >= STEP_TRIES:
-                    return self.endings.end_run(EXIT_FAILED, f"no worker starts any more: {text}")
+        worker = self.worker
+        after = self.endings.judge_death(worker.member, code, worker.record, self.failed_starts, self.others())
+        self.failed_starts = after.failed_starts
+        if after.code is not None:
+            return after.code
         # Not given up while others train: horovodrun would take the whole host away, and a single host is the job.
-        self.worker.close()
-        self.restart_at = time.monotonic() + pause
+        worker.close()
+        self.restart_at = time.monotonic() + after.pause
         return None
 
     def may_leave(self, called: bool) -> bool:

@@ -13,6 +13,7 @@ from hvdtrain.launch.output import PEER, Death, Line, deaths, lost_host
 from hvdtrain.launch.standstill import COLLECT, describe_standstill, parse_standstill, state_of
 
 HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
+OVER_SECONDS = 10.0  # for the launcher to end when all ranks have finished
 KEEP_LINES = 1000  # of the launcher's own
 SSH_FAILED = 255  # ssh's own code, also where a signal ended the command: it does not say which
 # Horovod raises it in every rank that has lost another one: what broke the other one is the cause.
@@ -62,7 +63,7 @@ class Report:
             self.running.discard(rank)
             over = len(self.finished) == len(self.hosts) if self.hosts else not self.running
             self.over_since = time.monotonic() if over else None
-        elif kind == "failed":
+        elif kind == "failed" and not (message.get("ends") is False and self.failed):  # a supervisor's is no news then
             self.failed.append(message)
             if not self.stuck and is_consequence(message):
                 stopped = [(rank, state) for rank, state in self.silent().items() if state]
@@ -70,6 +71,10 @@ class Report:
         elif kind == "standstill" and parse_standstill(message) is not None:
             self.standing[process_of(message)] = message
             self.standing_due = self.standing_due or time.monotonic() + COLLECT
+
+    def over_at(self) -> float | None:
+        """When the launcher should have ended, as all ranks have finished, by the monotonic clock."""
+        return None if self.over_since is None else self.over_since + OVER_SECONDS
 
     def silent(self) -> dict[int, str]:
         """The ranks that have neither ended nor reported what they are in, and why that may be, or ""."""

@@ -29,7 +29,6 @@ from hvdtrain.network import ssh_command
 from hvdtrain.signals import SAME_STOP
 
 SSH_SECONDS = 10  # to end ranks on another host, at most
-OVER_SECONDS = 10  # for the launcher to end when all ranks have
 
 
 Listed = Callable[[], Collection[str]]  # names of hosts
@@ -148,7 +147,7 @@ def attend(job: Job, received: list[int], woken: int) -> None:
             if job.deadline is not None and time.monotonic() >= job.deadline and not job.ended:
                 job.screen.note(f"the ranks have not ended within {job.grace:g} s: ending them")
                 end(job)
-            if (over := over_at(job)) is not None and time.monotonic() >= over and not job.ended:
+            if (over := job.report.over_at()) is not None and time.monotonic() >= over and not job.ended:
                 job.screen.note(f"all ranks have finished, and {job.launcher} waits for others: ending it")
                 end(job)
             for host in unreached(job):
@@ -228,7 +227,7 @@ def on_signal(job: Job, number: int) -> None:
     now = time.monotonic()
     if job.ended or (job.asked is not None and now - job.asked_at <= SAME_STOP):
         return
-    if over_at(job) is not None:  # nobody is left to ask
+    if job.report.over_at() is not None:  # nobody is left to ask
         end(job)
         return
     # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
@@ -318,12 +317,6 @@ def unreached(job: Job) -> list[str]:
 
 def wait_seconds(job: Job) -> float | None:
     """How long to wait for output or a signal before something else is due."""
-    ends = [] if job.ended else [job.deadline, over_at(job)]
+    ends = [] if job.ended else [job.deadline, job.report.over_at()]
     times = [at for at in (*ends, job.report.next_due(), job.report.standing_due) if at is not None]
     return max(0.0, min(times) - time.monotonic()) if times else None
-
-
-def over_at(job: Job) -> float | None:
-    """When the launcher should have ended, as all ranks have."""
-    since = job.report.over_since
-    return since + OVER_SECONDS if since is not None else None
