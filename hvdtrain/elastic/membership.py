@@ -97,6 +97,7 @@ class Membership:
             number = self.generation + 1
             plan = self._plan(number, step)
             self.generation = number
+            self._end_server_unless(plan)
             if plan.get("error"):
                 raise RunError(plan["error"])
             names = [member["id"] for member in plan["members"]]
@@ -182,6 +183,12 @@ class Membership:
                 self.server.end()
             self.server = server
         return dict(chosen)
+
+    def _end_server_unless(self, plan: Mapping[str, Any]) -> None:
+        """End the server of an earlier generation that this member gave, unless the plan is of it."""
+        if self.server is not None and plan["server"] != [self.server.server_address[0], self.server.port]:
+            self.server.end()
+            self.server = None
 
     def _all_follow(self, number: int, names: Sequence[str]) -> bool:
         """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""

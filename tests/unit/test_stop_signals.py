@@ -1,0 +1,80 @@
+"""Which signals stop a run, and which of them are the same stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from hvdtrain.launch.report import Report
+from hvdtrain.launch.run import Job, on_signal
+from hvdtrain.launch.signals import signals
+from hvdtrain.launch.ssh import AS_CONFIGURED
+from hvdtrain.trainer.signals import StopRequest
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_for_a_stop(hangup: None, number: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_nohup_lets_a_training_outlive_its_terminal(hangup: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    with signals() as (received, _):
+        signal.raise_signal(signal.SIGHUP)
+        assert received == []
+
+
+def test_the_terminal_that_is_closed_reaches_launch(hangup: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with signals() as (received, _):
+        signal.raise_signal(signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+
+
+def test_signals_within_a_second_are_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        monkeypatch.setattr("time.monotonic", lambda: now + 60)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_launch_takes_signals_within_a_second_for_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = time.monotonic()
+    with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
+        job = Job(guard, contextlib.ExitStack(), Report(["localhost"]), AS_CONFIGURED, 30)
+        job.report.take({"kind": "started", "rank": 0, "host": os.uname().nodename, "pid": rank.pid})
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            on_signal(job, number)
+        assert job.asked == signal.SIGTERM and not job.ended
+        assert rank.wait(10) == -signal.SIGTERM
+        monkeypatch.setattr("hvdtrain.launch.run.time.monotonic", lambda: now + 60)
+        on_signal(job, signal.SIGTERM)
+        assert job.ended
+    assert capsys.readouterr().err.count("stopping: ranks finish the step and save") == 1
