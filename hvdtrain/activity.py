@@ -154,8 +154,10 @@ class Watcher:
     """Watches the activity of the thread that makes it.
 
     notice: called with a Standstill that is worth a line, in the watcher's thread. end: called with one that is to end
-    this process. limit: the hang limit in seconds; 0: none. blocked: also end this process if its interpreter does not
-    run any thread for so long (faulthandler prints where it is).
+    this process. limit: the hang limit in seconds; 0: none.
+
+    blocked: set for a rank among several, also end this process if its interpreter runs no thread for three hang
+    limits (faulthandler prints where it is). Not for one that is alone, which its user may stop and continue.
     """
 
     def __init__(
@@ -163,10 +165,8 @@ class Watcher:
         notice: Callable[[Standstill, float], None],
         end: Callable[[Standstill], None],
         limit: float,
-        *,
-        blocked: bool = False,
     ) -> None:
-        self.notice, self.end, self.limit, self.blocked = notice, end, limit, blocked
+        self.notice, self.end, self.limit, self.blocked = notice, end, limit, False
         self.after = float(os.environ.get("HVDTRAIN_HANG_NOTICE", NOTICE))
         self._thread_id = threading.get_ident()
         self._stopped = threading.Event()
@@ -208,15 +208,22 @@ class Watcher:
             self._due = 2 * self._without_step
             if (stands := self._standstill(current)) is not None:
                 self.notice(stands, after)
+        if self.blocked and _state.beats % 5 == 1:
+            self._arm()
         if not self.limit or current.endless:
             return
-        if self.blocked and int(_state.beats) % 5 == 1:
-            faulthandler.dump_traceback_later(PATIENT * self.limit + 60, exit=True)
         if self._spent >= max(self.limit, usual):
             stands = self._standstill(current)
             patient = current.patient or not _state.seconds or (stands is not None and stands.waits)
             if stands is not None and self._spent >= max(self.limit * (PATIENT if patient else 1.0), usual):
                 self.end(stands)
+
+    def _arm(self) -> None:
+        """Let faulthandler, which needs no interpreter, end this process unless this is called again in time."""
+        if self.limit:
+            faulthandler.dump_traceback_later(PATIENT * self.limit + 60, exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def _standstill(self, activity: Activity) -> Standstill | None:
         """Describe an activity of the watched thread; None if it is in a debugger."""

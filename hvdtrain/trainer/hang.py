@@ -25,12 +25,13 @@ class HangReporter:
 
     def __init__(self, *, command: bool) -> None:
         self.rank, self.size, self.command = rank_from_environment(), 1, command
-        self.watcher = Watcher(self.notice, self.end, HANG_LIMIT if command else 0.0, blocked=command)
+        self.watcher = Watcher(self.notice, self.end, HANG_LIMIT if command else 0.0)
 
     def know(self, rank: int, size: int, limit: float) -> None:
         """Take over this rank's place in the world, and the run's --hang-limit in seconds."""
         self.rank, self.size = rank, size
         self.watcher.limit = limit if self.command or size > 1 else 0.0
+        self.watcher.blocked = self.command and size > 1
 
     def name(self) -> str:
         """`rank 1 on b`."""
