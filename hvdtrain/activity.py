@@ -170,6 +170,7 @@ class Watcher:
         self.after = float(os.environ.get("HVDTRAIN_HANG_NOTICE", NOTICE))
         self._thread_id = threading.get_ident()
         self._stopped = threading.Event()
+        self._armed = False  # faulthandler
         self._seen: Activity | None = None
         self._spent = 0.0  # in what was seen
         self._steps, self._without_step, self._due = -1, 0.0, self.after
@@ -181,7 +182,7 @@ class Watcher:
 
     def stop(self) -> None:
         self._stopped.set()
-        if self.blocked:
+        if self._armed:
             faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
@@ -208,7 +209,7 @@ class Watcher:
             self._due = 2 * self._without_step
             if (stands := self._standstill(current)) is not None:
                 self.notice(stands, after)
-        if self.blocked and _state.beats % 5 == 1:
+        if _state.beats % 5 == 1:
             self._arm()
         if not self.limit or current.endless:
             return
@@ -220,10 +221,11 @@ class Watcher:
 
     def _arm(self) -> None:
         """Let faulthandler, which needs no interpreter, end this process unless this is called again in time."""
-        if self.limit:
+        if self.limit and self.blocked:
             faulthandler.dump_traceback_later(PATIENT * self.limit + 60, exit=True)
-        else:
+        elif self._armed:
             faulthandler.cancel_dump_traceback_later()
+        self._armed = bool(self.limit and self.blocked)
 
     def _standstill(self, activity: Activity) -> Standstill | None:
         """Describe an activity of the watched thread; None if it is in a debugger."""
