@@ -61,9 +61,9 @@ class Endings:
             self.report_failure(ending, f"no worker starts: {text}", ends=False)
             return AfterDeath(failed_starts, code=ending)
         gone = self.board.facts("gone-")
-        if not plans or not all(other["failed"] >= STEP_TRIES - 1 and other["member"] in gone for other in others):
+        if not plans or any(other["joined"] and other["member"] not in gone for other in others):  # who train
             return AfterDeath(failed_starts, NOW_AND_THEN if failed_starts >= STARTS else 0.0)
-        if failed_starts < STEP_TRIES:
+        if failed_starts < STEP_TRIES or any(other["failed"] < STEP_TRIES - 1 for other in others):
             return AfterDeath(failed_starts, min(2.0**failed_starts, NOW_AND_THEN))
         return AfterDeath(failed_starts, code=self.end_run(EXIT_FAILED, f"no worker starts any more: {text}"))
 

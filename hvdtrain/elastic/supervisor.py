@@ -128,8 +128,9 @@ class Supervisor:
         knows = self.verdict is not None or self.leaving
         generation, plan = newest_plan(self.board)
         members = [member["id"] for member in plan["members"]] if plan else []
-        self.failed_starts = 0 if self.worker.member in members else self.failed_starts
-        sign |= {"ending": knows, "drained": self.drained, "failed": self.failed_starts}
+        joined = self.worker.member in members
+        self.failed_starts = 0 if joined else self.failed_starts
+        sign |= {"ending": knows, "drained": self.drained, "joined": joined, "failed": self.failed_starts}
         self.board.pulse(self.name, sign)
         pulses, gone = self.board.pulses(), set(self.board.facts("gone-"))
         lost = self.watch.look(pulses, self.lease)
