@@ -225,6 +225,10 @@ class Supervisor:
     def on_death(self, code: int) -> int | None:
         """The worker has died: the exit code to leave with, or None if another one is to be started, after a pause."""
         worker = self.worker
+        if self.stopping:  # `pulse` ends the run when nobody trains any more
+            worker.close()
+            self.restart_at = math.inf
+            return None
         after = self.endings.judge_death(worker.member, code, worker.record, self.failed_starts, self.others())
         self.failed_starts = after.failed_starts
         if after.code is not None:
