@@ -7,11 +7,15 @@ counts only if the mark begins it; the carriage return that is written before en
 Kinds:
 
     started   {rank, host, pid}                            once, when Horovod is initialized; in an elastic run also
-              {..., size, reach}                           for each generation; reach: what horovodrun calls the host
-    standstill {rank, host, pid, what, collective, where, step, seconds, waits, after}   see hvdtrain.activity
+              {..., size, reach, supervisor}               for each generation; reach: what horovodrun calls the host;
+                                                           supervisor: the process that stops the run if asked to
+    standstill {rank, host, pid, what, collective,         when no step was made for long: see hvdtrain.activity
+              where, step, seconds, waits, after}
     progress  {step, steps, epoch, loss, rate, text}       rank 0, a few times a second at most
     failed    {rank, host, pid, code, error, traceback,    once, when the rank ends badly; traceback may be ""; origin:
-               origin}                                     the rank that caused it, if all ranks end with this error
+               origin, waits, ends}                        the rank that caused it, if all ranks end with this error;
+                                                           waits: it hung while it waited for others; ends: a
+                                                           supervisor ends the run by it (true), or its slot (false)
     finished  {rank, code}                                 once, at the end: code is 0 or 75
 """
 
@@ -87,11 +91,13 @@ REQUIRED = {
     "progress": (),
     "failed": ("rank",),
     "finished": ("rank", "code"),
+    "standstill": ("rank", "host", "pid", "what", "collective", "where", "step", "seconds", "waits", "after"),
 }
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rank", "code", "size"), is_count),
-    **dict.fromkeys(("step", "steps", "epoch", "loss", "rate"), is_number),
-    **dict.fromkeys(("text", "error", "traceback"), is_text),
+    **dict.fromkeys(("step", "steps", "epoch", "loss", "rate", "seconds", "after"), is_number),
+    **dict.fromkeys(("waits", "ends"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("text", "error", "traceback", "what", "collective", "where"), is_text),
     **dict.fromkeys(("host", "reach"), lambda value: isinstance(value, str) and bool(HOST.fullmatch(value))),
-    "pid": lambda value: is_count(value) and value > 1,
+    **dict.fromkeys(("pid", "supervisor"), lambda value: is_count(value) and value > 1),
 }

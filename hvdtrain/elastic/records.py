@@ -68,6 +68,18 @@ class Pulse(TypedDict):
     size: int
     ending: bool
     drained: bool
+    joined: bool  # its worker, a generation
+    failed: int  # starts of its workers in a row
+
+
+class DeathRecord(TypedDict):
+    """How a worker that had joined a generation ended: hvdtrain.elastic.tries.Death."""
+
+    generation: int
+    steps: int
+    cause: str
+    what: str
+    host: str
 
 
 # By the form of the key.
@@ -78,9 +90,11 @@ FACTS: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"follows-[0-9]{1,9}-.+"), bool),
     (re.compile(r"error-[0-9]{1,9}-.+"), WorkerError),
     (re.compile(r"gone-.+"), str),
+    (re.compile(r"died-.+"), DeathRecord),
+    (re.compile(r"began-[0-9]{1,9}"), int),
     (re.compile(r"folder"), str),
 ]
-KINDS = ("verdict", "plan", "here", "follows", "error", "gone", "folder")
+KINDS = ("verdict", "plan", "here", "follows", "error", "gone", "died", "began", "folder")
 
 
 def parse_fact(key: str, text: bytes | str) -> Any:

@@ -50,8 +50,7 @@ class Report:
         rank, kind = message.get("rank"), message["kind"]
         if not isinstance(rank, int):
             return
-        pids = [message.get("pid"), message.get("supervisor", message.get("pid"))]
-        if kind == "started" and all(isinstance(pid, int) for pid in pids):
+        if kind == "started" and isinstance(message.get("pid"), int):
             self.started[rank] = message
             self.over_since = None
             self.running = {other for other in self.running if other < message.get("size", rank)} | {rank}

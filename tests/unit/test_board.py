@@ -18,7 +18,16 @@ from hvdtrain.signing import SECRET
 KEY = "k" * 64
 MEMBERS = places(["a:0:x.1", "b:0:y.1"], {"a:0:x.1": {"host": "a"}, "b:0:y.1": {"host": "b-1.net"}})
 PLAN = {"members": MEMBERS, "server": ["127.0.0.1", 4711], "root": 1, "step": -1, "error": None}
-PULSE = {"beats": 1, "member": "m", "host": "h", "size": 2, "ending": False, "drained": False}
+PULSE = {
+    "beats": 1,
+    "member": "m",
+    "host": "h",
+    "size": 2,
+    "ending": False,
+    "drained": False,
+    "joined": True,
+    "failed": 0,
+}
 GOOD: list[tuple[str, Any]] = [
     ("verdict", {"code": 0, "error": ""}),
     ("plan-1", PLAN),

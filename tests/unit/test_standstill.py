@@ -14,6 +14,7 @@ from hvdtrain import activity
 from hvdtrain.activity import Standstill, Watcher
 from hvdtrain.launch.report import Report, outcome
 from hvdtrain.launch.standstill import describe_standstill, parse_standstill
+from hvdtrain.messages import is_valid
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
 WAITS = Standstill("exchanging gradients", "gradients.0", "", 12, 60.9, True)
@@ -203,3 +204,13 @@ def test_what_a_worker_was_in_can_be_read_when_it_is_dead(tmp_path: Any) -> None
     with (tmp_path / "record").open("wb+") as file:
         activity.Record(file.fileno()).write(7, 12, 600.0, "loading its batch")
         assert activity.Record(file.fileno()).read() == (7, 12, 600.0, "loading its batch")
+
+
+def test_what_ranks_and_supervisors_send_is_valid_to_launch() -> None:
+    sent = message(1, LOADS, pid=7)
+    assert is_valid(sent)
+    assert not is_valid({**sent, "seconds": "61"}) and not is_valid({**sent, "waits": 1})
+    started = {"kind": "started", "rank": 1, "host": "b", "pid": 7, "size": 2, "reach": "b", "supervisor": 6}
+    assert is_valid(started) and not is_valid({**started, "supervisor": 1})
+    assert is_valid({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "it hangs", "waits": True})
+    assert is_valid({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "no progress", "ends": True})

@@ -68,7 +68,7 @@ def test_launch_takes_signals_within_a_second_for_one(
 ) -> None:
     now = time.monotonic()
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report(["localhost"]), AS_CONFIGURED, 30)
+        job = Job(guard, contextlib.ExitStack(), Report(["localhost"]), AS_CONFIGURED, 30, mark="")
         job.report.take({"kind": "started", "rank": 0, "host": os.uname().nodename, "pid": rank.pid})
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             on_signal(job, number)
