@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hvdtrain.activity import Record
 from hvdtrain.elastic.endings import NOW_AND_THEN, Endings
 from hvdtrain.elastic.places import Slot
+from hvdtrain.elastic.records import parse_fact
 
 SLOT = Slot("b", 1, 2, 2, "127.0.0.1", 1, "lo", 1)
 
@@ -86,3 +88,13 @@ def test_no_worker_ever_starts(record: Record) -> None:
     assert endings().judge_death("new", 9, record, 0, []).code is None
     assert endings().judge_death("new", 9, record, 1, []).code == 1
     assert endings().judge_death("new", 2, record, 0, []).code == 2
+
+
+def test_what_is_written_on_the_board_can_be_read_from_it(record: Record) -> None:
+    judge = endings(**PLAN)
+    judge.judge_death("mine", -9, record, 1, [])
+    judge.end_run(75, "")
+    for key, value in judge.board.facts("").items():
+        if not key.startswith("plan-"):
+            assert parse_fact(key, json.dumps(value)) == value
+    assert parse_fact("began-3", "12") == 12
