@@ -72,7 +72,8 @@ def test_launch_names_every_bad_host_before_any_rank_starts(sick: list[Host]) ->
     """So does each command that starts ranks as it does; this one need not import torch to check its arguments."""
     done = hvdtrain(sick, "bench", "allreduce")
     assert (done.returncode, done.stdout) == (1, "")
-    warning, *lines = done.stderr.splitlines()
+    starting, warning, *lines = done.stderr.splitlines()
+    assert starting.startswith("hvdtrain: starting 14 ranks ")
     assert re.fullmatch(f"hvdtrain: warning: {LATE}", warning)
     check_named([lines[0].removeprefix("hvdtrain: error: "), *lines[1:]])
 
