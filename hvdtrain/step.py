@@ -78,6 +78,7 @@ class Step(Protocol):
     examples: dict[Split, int]  # 0 for "eval": no evaluation
     parts: Sequence[Part]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
+    collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
     torn: bool  # an update was begun and not finished: this state is none
 
     def changed_example(self, earlier: Mapping[str, str]) -> str | None:
@@ -152,4 +153,7 @@ class Step(Protocol):
         """Give back what was taken of the process, the model and the optimizer; the step is of no more use."""
 
     def graph(self) -> bytes | None:
-        """The model as a TensorBoard GraphDef, or None for batches that cannot be traced. Raises what tracing does."""
+        """The model as a TensorBoard GraphDef on rank 0, or None for batches that cannot be traced. All ranks call it.
+
+        Raises what tracing does, and UserError for a recipe that cannot be copied.
+        """

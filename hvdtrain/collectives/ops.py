@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
 import horovod.torch as hvd
@@ -59,6 +60,34 @@ def named(handle: Handle, name: str) -> Handle:
 def forget_names() -> None:
     """Forget collectives that nobody will wait for."""
     _names.clear()
+
+
+def broadcast_async_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> Handle:
+    """Start overwriting a contiguous tensor with that of the root, a rank among all."""
+    return hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
+
+
+class CallCounter(dict[Handle, Any]):
+    """Horovod's table of collectives under way, which counts those that are started."""
+
+    calls = 0
+
+    def __setitem__(self, handle: Handle, tensors: Any) -> None:
+        self.calls += 1
+        super().__setitem__(handle, tensors)
+
+
+@contextlib.contextmanager
+def counted_calls() -> Iterator[CallCounter]:
+    """Count the collectives that this process starts, by whatever code, in the `calls` of what is yielded."""
+    table = mpi_ops._handle_map
+    counter = mpi_ops._handle_map = CallCounter(table)
+    try:
+        yield counter
+    finally:
+        table.clear()
+        table.update(counter)
+        mpi_ops._handle_map = table
 
 
 def arrived(handle: Handle) -> bool:

@@ -12,6 +12,7 @@ from hvdtrain.collectives import ops
 from hvdtrain.collectives.agreement import agree
 from hvdtrain.torch.fingerprint import model_parts
 from hvdtrain.torch.readable import make_savable, refuse_unreadable
+from hvdtrain.torch.tensors import is_plain, named_tensors, overwrite, read_tensors
 
 
 def broadcast_state(
@@ -29,7 +30,8 @@ def broadcast_state(
     if ops.size(process_set) == 1:
         return
     agree("state.agreement", model_parts(model), process_set)
-    tensors = [*model.parameters(), *model.buffers()]
+    everything = [t for _, t in named_tensors(model)]
+    tensors = [t for t in everything if is_plain(t)]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         part = [t.detach() for t in tensors if t.dtype == dtype]
         # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
@@ -37,6 +39,12 @@ def broadcast_state(
         ops.broadcast_(flat, f"state.{dtype}", root, process_set)
         for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
             t.copy_(piece.view(t.shape))
+    if odd := [t for t in everything if not is_plain(t)]:  # sparse, expanded, quantized: the same already, as a rule
+        buffer = io.BytesIO()
+        torch.save([t.detach() for t in odd], buffer)
+        data = ops.broadcast_bytes(buffer.getvalue(), "state.odd", root, process_set)
+        for t, value in zip(odd, read_tensors(data), strict=True):
+            overwrite(model, t, value)
     if optimizer is not None:
         make_savable(optimizer)
         state = optimizer.state_dict()

@@ -1,83 +1,140 @@
-"""Buffers that training changes, such as batch norm's running statistics, kept the same on all ranks."""
+"""The buffers of a model, and by which modes those that training changes are combined over ranks.
+
+A mean is known of torch's normalization layers only. A buffer that changes although nothing is known of it, and the
+recipe's `buffers` does not name it, is refused (`hvdtrain.torch.buffer_reducer`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.errors import RunError, UserError, nearest
+from hvdtrain.torch.tensors import Mark, is_finite, is_plain, layer_of, mark, same_bits
+
+Mode = Literal["mean", "sum", "rank0", "local"]
+MODES: tuple[str, ...] = get_args(Mode)
+# The same on every rank that has examples, because only the weights go into it.
+SPECTRAL_NORM = ("_u", "_v", "weight_u", "weight_v")
 
 
-class BufferMean:
-    """After each step, every rank's buffers become their mean over ranks, weighted by the ranks' shares of the batch.
+@dataclass(eq=False)
+class Buffer:
+    """One buffer of the model."""
 
-    So the whole training state is the same on each rank: a checkpoint and an evaluation need no choice of rank, and a
-    rank without examples does not pull the mean. Integer buffers (a count of batches) are rounded.
+    name: str
+    owner: nn.Module
+    tensor: Tensor
+    mode: Mode | None  # None: nothing is known of it
+    declared: bool
+    mark: Mark
+    travels: bool = False  # it has changed on some rank: it is reduced in every step
+    before: Tensor | None = None  # its value before the step
+
+    @property
+    def title(self) -> str:
+        return f"{self.name!r} of {layer_of(self.owner, self.key)}"
+
+    @property
+    def key(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def persistent(self) -> bool:
+        return self.key not in self.owner._non_persistent_buffers_set
+
+    def is_float(self) -> bool:
+        return self.tensor.is_floating_point() or self.tensor.is_complex()
+
+
+def buffer_modes(recipe: str, declared: Mapping[str, str], model: nn.Module) -> dict[str, Mode]:
+    """Resolve a recipe's `buffers` to the names of a model's buffers; a name is worth more than a pattern.
+
+    Raises UserError for a name or pattern without a buffer, and for a mode that a buffer cannot have.
     """
-
-    def __init__(self, buffers: list[torch.Tensor], size: int) -> None:
-        self.buffers, self.size = buffers, size
-        self.payload_bytes = 4 * sum(b.numel() for b in self.buffers)
-        self._before: list[torch.Tensor] = []
-        self._handle: ops.Handle | None = None
-
-    def begin(self) -> None:
-        """Remember the buffers as they are before a step."""
-        self._before = [b.clone() for b in self.buffers]
-
-    def restore(self) -> None:
-        """Undo what the step did to them."""
-        for b, before in zip(self.buffers, self._before, strict=True):
-            b.copy_(before)
-
-    def start(self, part: float) -> None:
-        """Start averaging; `part` is this rank's share of the global batch, the shares add up to 1."""
-        if self.buffers and self.size > 1:
-            flat = torch.cat([b.reshape(-1).float() for b in self.buffers]) * part
-            self._handle = ops.all_reduce_async_(flat, "step.buffers")
-
-    def finish(self) -> None:
-        """Wait, and put the means into the buffers."""
-        if self._handle is None:
-            return
-        flat = ops.wait(self._handle)
-        self._handle = None
-        for b, mean in zip(self.buffers, torch.split(flat, [b.numel() for b in self.buffers]), strict=True):
-            b.copy_((mean if b.is_floating_point() else mean.round()).view(b.shape))
-
-
-def refuse_rebound(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    """Raise UserError if a buffer is not the tensor any more that it was: nothing that is held would be the model's.
-
-    Those that are not part of the state are caches, and free.
-    """
-    now, persistent = dict(model.named_buffers()), model.state_dict().keys()
-    for name, b in before.items():
-        if now.get(name) is not b and name in persistent:
-            owner, _, own = name.rpartition(".")
-            layer = type(model.get_submodule(owner)).__name__
+    names: dict[int, list[str]] = {}  # of each tensor: a shared one has several
+    for name, b in model.named_buffers(remove_duplicate=False):
+        names.setdefault(id(b), []).append(name)
+    found: dict[str, Mode] = {}
+    for pattern, mode in sorted(declared.items(), key=lambda item: item[0] in dict(model.named_buffers())):
+        if mode not in MODES:
             raise UserError(
-                f"training puts another tensor in the place of the buffer {name!r} of a {layer}, so that it cannot be "
-                f"kept the same on all ranks: change it in place, self.{own}.copy_(...)"
+                f"{recipe}.buffers: {mode!r} for {pattern!r} is not a mode; expected one of {', '.join(MODES)}"
             )
+        matched = [own for own in names.values() if any(fnmatch.fnmatchcase(name, pattern) for name in own)]
+        if not matched:
+            all_names = [name for own in names.values() for name in own]
+            raise UserError(f"{recipe}.buffers: the model has no buffer {pattern!r}{nearest(pattern, all_names)}")
+        found |= dict.fromkeys([own[0] for own in matched], cast(Mode, mode))
+    tensors = dict(model.named_buffers())
+    for name, mode in found.items():
+        if tensors[name].dtype == torch.bool and mode in ("mean", "sum"):
+            raise UserError(
+                f"{recipe}.buffers: {name!r} is bool, which has no {mode}; expected 'rank0' or 'local', or an integer "
+                "buffer that counts"
+            )
+        if not is_plain(tensors[name]) and mode != "local":
+            raise UserError(
+                f"{recipe}.buffers: {name!r} cannot be written in place (sparse, quantized or expanded); expected "
+                "'local', or a dense buffer"
+            )
+    return found
 
 
-def refuse_changing(model: torch.nn.Module, changing: list[torch.Tensor]) -> None:
-    """Raise UserError if training changes a buffer: its value would depend on which rank saw which examples."""
+def known_mode(owner: nn.Module, key: str) -> Mode | None:
+    """Return the mode of a buffer of torch's own layers, if there is one."""
+    if isinstance(owner, _NormBase):
+        return {"running_mean": "mean", "running_var": "mean", "num_batches_tracked": "rank0"}.get(key)  # type: ignore[return-value]
+    kind = type(owner).__module__ + "." + type(owner).__name__
+    spectral = kind == "torch.nn.utils.parametrizations._SpectralNorm" or any(
+        type(hook).__module__ == "torch.nn.utils.spectral_norm" for hook in owner._forward_pre_hooks.values()
+    )
+    return "rank0" if spectral and key.endswith(SPECTRAL_NORM) else None
+
+
+def remember_buffers(model: nn.Module) -> list[Buffer]:
+    """Return a model's buffers with their values, for `find_changed`."""
+    found = []
     for name, b in model.named_buffers():
-        if any(b is other for other in changing):
-            layer = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            raise UserError(
-                f"--deterministic: training changes the buffer {name!r} of a {layer}, which depends on the number of "
-                "ranks; use a layer without such buffers, GroupNorm for instance"
-            )
+        owner = model.get_submodule(name.rpartition(".")[0])
+        found.append(Buffer(name, owner, b, None, False, mark(b), before=b.detach().clone()))
+    return found
 
 
-def refuse_nonfinite(model: torch.nn.Module, changing: list[torch.Tensor]) -> None:
-    """Raise RunError if a parameter, or a buffer that training changes, is not finite."""
-    buffers = [(name, b) for name, b in model.named_buffers() if any(b is other for other in changing)]
-    for name, tensor in [*model.named_parameters(), *buffers]:
-        if not torch.isfinite(tensor).all():
+def find_changed(buffers: Sequence[Buffer]) -> list[str]:
+    """Return the names of the buffers whose values are not what they were when they were remembered.
+
+    Raises UserError for one that is another tensor now: nothing that is held would be the model's. Those that are not
+    part of the state are caches, and free.
+    """
+    for b in buffers:
+        if b.owner._buffers.get(b.key) is not b.tensor and b.persistent:
+            raise UserError(rebound(b))
+    return [b.name for b in buffers if not same_bits(b.tensor, value_before(b))]
+
+
+def value_before(b: Buffer) -> Tensor:
+    """Return the value that was remembered."""
+    assert b.before is not None
+    return b.before
+
+
+def rebound(b: Buffer) -> str:
+    """Return the error for a buffer that is not the tensor any more that it was."""
+    return (
+        f"training puts another tensor in the place of the buffer {b.title}, so that it cannot be kept the same on all "
+        f"ranks: change it in place, self.{b.key}.copy_(...)"
+    )
+
+
+def refuse_nonfinite(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise RunError if a tensor of these, by name, is not finite: they are what training changes."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
             raise RunError(f"{name} is not finite; no checkpoint was written")

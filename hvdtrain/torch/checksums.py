@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
+from hvdtrain.torch.tensors import bits_of, dense_parts
+
 BLOCK = 1 << 18  # values at once: their 64-bit copies take 2 MiB
 FACTOR = 6364136223846793005  # odd, so that multiplying loses no bit
 
 
-def checksums(model: nn.Module) -> dict[str, int]:
-    """Of each tensor of the state that a checkpoint would hold, by name, in the model's order."""
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def checksums(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, int]:
+    """Of each tensor of the state that a checkpoint would hold, by name, in the model's order.
+
+    leave_out: names of tensors that ranks keep for themselves.
+    """
+    state = model.state_dict().items()
+    tensors = {name: value for name, value in state if isinstance(value, Tensor) and name not in leave_out}
     found = [checksum(tensor) for tensor in tensors.values()]
     # One trip from a GPU for all.
     values = torch.stack([value.to(found[0].device) for value in found]).tolist() if found else []
@@ -25,12 +31,13 @@ def checksum(tensor: Tensor) -> Tensor:
     """A 64-bit number of the tensor's bits, without a rounding: another for any tensor that differs in one value.
 
     It is the sum of the values' bits, each times a number of its own place, modulo 2**64; so values that change places
-    count too. Where several values differ, it is the same by chance only, less than once in billions.
+    count too. If several values differ, it is the same by chance only, less than once in billions.
     """
-    values = tensor.detach()
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    bits = values.contiguous().reshape(-1).view(BITS[values.element_size()])
+    parts = [_checksum(bits_of(part).contiguous().reshape(-1)) for part in dense_parts(tensor)]
+    return functools.reduce(lambda total, part: total * FACTOR + part.to(total.device), parts)
+
+
+def _checksum(bits: Tensor) -> Tensor:
     weights = odd_numbers(min(BLOCK, len(bits)), bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for block in torch.split(bits, BLOCK):

@@ -12,10 +12,11 @@ import torch
 from hvdtrain.torch.recipe import Recipe
 
 
-def trace(recipe: Recipe, model: torch.nn.Module, batch: Any) -> bytes | None:
-    """The loss of a batch, traced, as a serialized GraphDef; None for a batch that is no sequence of tensors.
+def trace(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> bytes | None:
+    """Trace the loss of a batch into a serialized GraphDef; None for a batch that is not a sequence of tensors.
 
-    Raises whatever the recipe's code raises when it is traced.
+    All ranks call it, for `score` may exchange something with the others. draw: return the graph; otherwise None.
+    Puts the model into evaluation mode. Raises whatever the recipe's code raises when it is traced.
     """
     if not isinstance(batch, (list, tuple)) or not all(isinstance(part, torch.Tensor) for part in batch):
         return None
@@ -33,11 +34,10 @@ def trace(recipe: Recipe, model: torch.nn.Module, batch: Any) -> bytes | None:
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # tracing warns of every branch in Python
+        # Traced here, for the check that tracing does by default would import torch's compiler.
+        traced = torch.jit.trace(Loss().eval(), tuple(batch), check_trace=False)  # type: ignore[no-untyped-call]
+        if not draw:
+            return None
         from torch.utils.tensorboard._pytorch_graph import graph
 
-        # Traced here, for the check that tracing does by default would import torch's compiler.
-        try:
-            traced = torch.jit.trace(Loss().eval(), tuple(batch), check_trace=False)  # type: ignore[no-untyped-call]
-        finally:
-            model.train()
         return graph(traced, tuple(batch))[0].SerializeToString()  # type: ignore[no-any-return, no-untyped-call]

@@ -25,6 +25,10 @@ class Recipe(recipe.Recipe):
     """
 
     framework: ClassVar[str] = "torch"
+    # How buffers that training changes are combined over ranks after each step, by name or pattern ("*.queue"):
+    # "mean" (by the ranks' shares of the batch), "sum" (of the ranks' changes: counters), "rank0" or "local". What
+    # torch's batch norm keeps needs no entry.
+    buffers: ClassVar[dict[str, str]] = {}
 
     channels_last: bool = option(False, "keep images and convolutions in channels-last memory format")
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.agreement import agree
@@ -20,9 +19,11 @@ from hvdtrain.errors import RecipeError, UserError
 from hvdtrain.recipe_errors import in_recipe
 from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
 from hvdtrain.torch.broadcast import broadcast_state
-from hvdtrain.torch.buffers import BufferMean, refuse_changing, refuse_nonfinite, refuse_rebound
+from hvdtrain.torch.buffers import buffer_modes
+from hvdtrain.torch.changes import Changes
 from hvdtrain.torch.checksums import checksums
 from hvdtrain.torch.data import seed_all, to_device
+from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.fingerprint import (
     EXAMPLES,
     changed_example,
@@ -32,13 +33,17 @@ from hvdtrain.torch.fingerprint import (
     refuse_other_model,
     step_parts,
 )
-from hvdtrain.torch.graph import trace
+from hvdtrain.torch.modes import Modes
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.scores import check, metrics_of, sums
+from hvdtrain.torch.scores import check, sums
 from hvdtrain.torch.setup import choose_device, load_datasets, make_model, names_refusals, set_up
 from hvdtrain.torch.splits import Splits
+from hvdtrain.torch.stage import random_state_kept
+from hvdtrain.torch.tensors import load_module, read_tensors
+from hvdtrain.torch.trial import draw, initialize_lazy, refuse_sync_batch_norm, try_out
 from hvdtrain.torch.update import Updater
+from hvdtrain.torch.watch import refuse_scheduler
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,31 +77,42 @@ class TorchStep:
         self.model = ops.all_or_none("model", lambda: make_model(recipe)).to(self.device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=self.format)
+        modes = Modes(self.model)
+        refuse_sync_batch_norm(self.model)
+        initialize_lazy(recipe, self.model, self._two_examples)
+        name = type(recipe).__name__
+        declared = buffer_modes(name, recipe.buffers, self.model)
         self.updater = Updater(recipe, self.model, self.device, options)
         self._closing.callback(self.updater.close)
         self._news = self.updater.news
         examples, inner = example_getters(self.splits), self.updater.optimizer
+        refuse_scheduler(recipe, inner)
         self.parts = ops.all_or_none("agreement.parts", lambda: step_parts(self.device, examples, self.model, inner))
         self.first_examples = of_split(self.parts[EXAMPLES], "train")
         agree("agreement.step", self.parts)
-        self.updater.start_world(world)
-        broadcast_state(self.model, self.updater.optimizer)
-        averaging = get_ema_multi_avg_fn(options.ema) if options.ema is not None else None  # type: ignore[no-untyped-call]
-        self.ema = AveragedModel(self.model, multi_avg_fn=averaging) if averaging is not None else None
-        self.forward: Any = torch.compile(self.model) if options.compile else self.model
-        self.buffers = BufferMean(self._try_out(), world.size)
+        self._news += modes.notes()
+        shared, batch, count = [*self.datasets.values(), inner], self._two_examples(), min(2, self.examples["train"])
+        attempt = names_refusals(try_out)
+        trial = ops.all_or_none("trial", lambda: attempt(recipe, self.model, shared, batch, count, self._autocast()))
+        self.metrics, self.collectives = trial.metrics, trial.collectives
         self.parts.append(metrics_part(self.metrics))
         agree("agreement.metrics", self.parts[-1:])
-        if options.shards is not None:
-            refuse_changing(self.model, self.buffers.buffers)
-        # The scores, what the ranks tell each other, and whether a loss is not finite.
-        self._sums = torch.zeros(len(self.metrics) + TOLD + 1, dtype=torch.float64, device=self.device)
+        self.updater.start_world(world)
+        broadcast_state(self.model, self.updater.optimizer)
+        self.ema = AveragedModel(self.model, options.ema) if options.ema is not None else None
+        self.forward: Any = torch.compile(self.model) if options.compile else self.model
+        self.changes = Changes(name, self.model, modes, declared, world.size, options.shards is not None)
+        self.changes.buffers.expect_changes(trial.buffers)
+        self.changes.rates.accept(self.updater.optimizer.param_groups)
+        # The scores, what the ranks tell each other, what has changed on a rank, and whether a loss is not finite.
+        own = TOLD + self.changes.places
+        self._sums = torch.zeros(len(self.metrics) + own + 1, dtype=torch.float64, device=self.device)
         self._sums_handle: ops.Handle | None = None
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
         self._passes, self._done, self._part, self._told = 0, 0, 0.0, np.zeros(TOLD)
         self._begun = self.torn = False  # begun: a step that is not finished
         # Pinned: a GPU takes them from there without waiting.
-        self._told_pinned = torch.zeros(TOLD, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        self._told_pinned = torch.zeros(own, dtype=torch.float64, pin_memory=self.device.type == "cuda")
         # Here, once for the run: what the recipe's methods have set up is there, and of an elastic run's other ranks no
         # connection yet that these processes would keep open.
         self.splits.start()
@@ -108,24 +124,9 @@ class TorchStep:
         """Leave the recipe's model and optimizer, and this process, as they would be without hvdtrain's hooks."""
         self._closing.close()
 
-    @names_refusals
-    def _try_out(self) -> list[torch.Tensor]:
-        """Score two examples in training mode and undo it: sets `metrics`, and returns the buffers that changed."""
-        before = {name: (b, b.clone()) for name, b in self.model.named_buffers()}
-        batch = self._two_examples()
-        self.model.train()
-        with self._autocast():
-            scores = self._score_untrained(self.model, batch)
-        self.metrics = metrics_of(self.recipe, scores)
-        check(self.recipe, scores, self.metrics, min(2, self.examples["train"]))
-        refuse_rebound(self.model, {name: b for name, (b, _) in before.items()})
-        changing = [b for b, old in before.values() if not torch.equal(b, old)]
-        for b, old in before.values():
-            b.copy_(old)
-        return changing
-
     def _two_examples(self) -> Any:
-        return to_device(self.splits.first_batch(2), self.device, self.format)
+        with random_state_kept():
+            return to_device(self.splits.first_batch(2), self.device, self.format)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
@@ -154,12 +155,11 @@ class TorchStep:
 
     def begin(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
         self.updater.start_step(passes)
-        self.model.train()
         self._sums.zero_()
         self._nonfinite_here.zero_()
         self._passes, self._done, self._part, self._told = sum(passes), 0, part, told
         self._begun = True
-        self.buffers.begin()
+        self.changes.start_step()
 
     @names_refusals
     def micro_batch(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
@@ -178,12 +178,14 @@ class TorchStep:
         self.updater.backward(objective, last=self._done == self._passes)
 
     def _start_small(self) -> None:
-        self._told_pinned.copy_(torch.from_numpy(self._told))
-        self._sums[-TOLD - 1 : -1].copy_(self._told_pinned, non_blocking=True)
+        # Not by their property, which would wait for gradients.
+        votes = self.changes.votes(vars(self.updater.optimizer).get("param_groups", ()))
+        self._told_pinned.copy_(torch.tensor([*self._told, *votes], dtype=torch.float64))
+        self._sums[len(self.metrics) : -1].copy_(self._told_pinned, non_blocking=True)
         self._sums[-1] = self._nonfinite_here
         if self.world.size > 1:
             self._sums_handle = ops.all_reduce_async_(self._sums, "step.sums")
-            self.buffers.start(self._part)
+            self.changes.buffers.start(self._part)
 
     def exchange(self) -> Agreed:
         if self._passes == 0:
@@ -193,28 +195,32 @@ class TorchStep:
         if self._sums_handle is not None:
             begin = time.perf_counter()
             ops.wait(self._sums_handle)
-            self.buffers.finish()
             waited = self.updater.optimizer.waited + time.perf_counter() - begin
             self._sums_handle = None
         agreed = self._sums.cpu().numpy()
-        scores, told = np.split(agreed[:-1].copy(), [len(self.metrics)])
+        scores, told, votes = np.split(agreed[:-1].copy(), [len(self.metrics), len(self.metrics) + TOLD])
+        begin = time.perf_counter()
+        self.changes.settle(votes.tolist(), self._passes)
+        waited += time.perf_counter() - begin if self.world.size > 1 else 0.0
+        self._news += self.changes.buffers.take_warnings()
         nonfinite = bool(agreed[-1])
         self.updater.refuse_untrained(float(agreed[0]))
-        nonfinite_here = nonfinite and bool(self._nonfinite_here)
-        return Agreed(scores, told, nonfinite, nonfinite_gradients, nonfinite_here, waited)
+        return Agreed(scores, told, nonfinite, nonfinite_gradients, nonfinite and bool(self._nonfinite_here), waited)
 
     def update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
         seed_all(seed)  # what an optimizer draws is the same on all ranks
         self._begun, self.torn = False, True
         report = self.updater.apply(factor)
+        self.changes.rates.accept(self.updater.optimizer.param_groups)
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
+        self.changes.accept()
         self.torn = False
         return report
 
     def skip(self) -> None:
         self._begun = False
-        self.buffers.restore()
+        self.changes.skip()
 
     def learning_rate(self) -> float:
         return self.updater.base_lrs[0]
@@ -222,19 +228,16 @@ class TorchStep:
     @names_refusals
     def evaluate(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
         seed_all(seed)
-        model = self.forward
-        if self.ema is not None:
-            model = self.ema.module
-            with torch.no_grad():
-                for averaged, current in zip(model.buffers(), self.model.buffers(), strict=True):
-                    averaged.copy_(current)
-        model.eval()
+        if self.changes.start_evaluation() and self.ema is not None:
+            self.ema.take_over_constants(self.model)
+        model = self.forward if self.ema is None else self.ema.module.eval()
         with self._autocast():
             scores = self._score_untrained(model, to_device(batch, self.device, self.format))
         check(self.recipe, scores, self.metrics, count)
         return sums(scores, self.metrics).cpu().numpy()
 
     def state(self) -> bytes:
+        self.changes.end_evaluation()
         carried = self.updater.gather_memories()
         return self._written(carried) if self.world.rank == 0 else b""
 
@@ -247,12 +250,14 @@ class TorchStep:
         self.updater.leave_world()
         self._sums_handle = None
         self.world = world
-        self.buffers = BufferMean(self.buffers.buffers, world.size)
+        self.changes.start_world(world.size)
         self.updater.start_world(world)
 
     def _written(self, carried: dict[str, Any] | None) -> bytes:
         """The state with the exchange's part of it."""
-        refuse_nonfinite(self.model, self.buffers.buffers)
+        self.changes.refuse_nonfinite()
+        if self.ema is not None:
+            self.ema.take_over_constants(self.model)
         state: dict[str, Any] = {"model": self.model.state_dict(), **self.updater.state()}
         if carried is not None:
             state["exchange"] = carried
@@ -263,7 +268,7 @@ class TorchStep:
         return buffer.getvalue()
 
     def load_state(self, data: bytes) -> None:
-        state = torch.load(io.BytesIO(data), map_location=self.device, weights_only=True)
+        state = read_tensors(data, self.device)
         for part, needed in (("scaler", self.updater.scaler is not None), ("ema", self.ema is not None)):
             if needed != (part in state):
                 raise UserError(
@@ -271,19 +276,20 @@ class TorchStep:
                 )
         refuse_other_model(self.model, state["model"])
         try:
-            self.model.load_state_dict(state["model"])
+            load_module(self.model, state["model"])
             self.updater.load(state)
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                load_module(self.ema, state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error
+        self.changes.take_loaded(self.updater.optimizer.param_groups)
         self.torn = False
 
     def wire_bytes(self) -> int:
         if self.world.size == 1:
             return 0
-        small = self.buffers.payload_bytes + self._sums.numel() * 8
+        small = self.changes.buffers.payload_bytes + self._sums.numel() * 8
         return int(self.updater.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
 
     def exchange_report(self) -> dict[str, Any]:
@@ -296,8 +302,9 @@ class TorchStep:
         return news
 
     def checksums(self) -> dict[str, int]:
-        return checksums(self.model)
+        self.changes.end_evaluation()
+        return checksums(self.model, leave_out=self.changes.buffers.local)
 
     def graph(self) -> bytes | None:
-        self.model.eval()
-        return trace(self.recipe, self.model, self._two_examples())
+        shared = [*self.datasets.values(), self.updater.optimizer]
+        return draw(self.recipe, self.model, shared, self._two_examples(), self.world.rank)

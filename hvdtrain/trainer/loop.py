@@ -35,6 +35,7 @@ from hvdtrain.trainer.folder import hand_on_folder, open_run_folder
 from hvdtrain.trainer.lease import RELAUNCH, FolderLost, Lease
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import Plan, describe, make_plan
+from hvdtrain.trainer.ragged import refuse_uneven_calls
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import copy_source, open_ledger, resolve_threads, step_options, versions, write_config
@@ -94,6 +95,8 @@ def train(
                     report.recent = known["rows"]
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_plan(recipe, options, step.examples["train"], step.learning_rate(), world.size, at)
+                if step.collectives:
+                    refuse_uneven_calls(type(recipe).__name__, plan, step.examples["eval"], at)
                 ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder))
                 if membership is not None and world.rank == 0:
                     membership.note_start(at.step)
@@ -213,9 +216,11 @@ def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
     )
     if run.options.resume:
         report.lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
-    elif run.world.rank == 0 and not at.step:
+    elif not at.step:
         try:
-            report.graph(step.graph())
+            report.graph(step.graph())  # on all ranks, for `score` may exchange something with the others
+        except UserError as error:
+            report.lines([f"graph     not drawn: {error}"])
         except Exception as error:  # of the recipe, traced: it trains all the same
             report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
 

@@ -11,6 +11,7 @@ from hypothesis.strategies import DataObject
 from hvdtrain.errors import RunError
 from hvdtrain.torch import checksums
 from hvdtrain.torch.buffers import refuse_nonfinite
+from hvdtrain.torch.tensors import BITS
 from hvdtrain.trainer.drift import Drift, digest, find_drift
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
@@ -47,7 +48,7 @@ def test_a_checksum_tells_every_bit_and_place(dtype: torch.dtype, monkeypatch: p
     assert int(checksums.checksum(tensor.t().contiguous().t())) == known  # however it lies in memory
     found = set()
     real = torch.view_as_real(tensor) if dtype.is_complex else tensor
-    bits = real.reshape(-1).view(checksums.BITS[real.element_size()])
+    bits = real.reshape(-1).view(BITS[real.element_size()])
     for place in torch.randint(len(bits), (50,), generator=draw).tolist():
         bits[place] ^= 1
         found.add(int(checksums.checksum(tensor)))
@@ -68,6 +69,6 @@ def test_what_is_not_finite_is_named() -> None:
     mean = model.running_mean
     assert mean is not None
     mean[1] = torch.inf
-    refuse_nonfinite(model, [])
+    refuse_nonfinite(list(model.named_parameters()))
     with pytest.raises(RunError, match="running_mean is not finite; no checkpoint was written"):
-        refuse_nonfinite(model, [mean])
+        refuse_nonfinite([*model.named_parameters(), ("running_mean", mean)])

@@ -1,0 +1,59 @@
+"""Which modules of a model train and which evaluate: as the recipe left them, but for the time of an evaluation."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Modes:
+    """Puts a model into evaluation mode, and back to what each of its modules was in before.
+
+    A layer that `model()` has put into evaluation mode (a frozen batch norm) stays there, and what `score` changes
+    stays changed. A model's own `train` and `eval` are called, for some do more than set the modes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.starts_evaluating = not any(module.training for module in model.modules())
+        before = [(module, module.training) for module in model.modules()]
+        if not self.starts_evaluating:
+            model.train()  # one that keeps layers frozen in its `train` does so from the start
+            _restore([(module, module.training and training) for module, training in before])
+        self._before: list[tuple[nn.Module, bool]] | None = None  # during an evaluation
+
+    def notes(self) -> list[str]:
+        """Return a line for the user if the model as a whole does not train."""
+        if not self.starts_evaluating:
+            return []
+        return [
+            "modes     model() returns the model in evaluation mode, in which it stays: without dropout, and with "
+            "fixed batch statistics; to train them, call .train() there"
+        ]
+
+    @property
+    def evaluating(self) -> bool:
+        return self._before is not None
+
+    def evaluate(self) -> None:
+        """Put all modules into evaluation mode."""
+        if self._before is None:
+            self._before = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+
+    def train(self) -> bool:
+        """End the evaluation, if there is one. Returns whether there was."""
+        if self._before is None:
+            return False
+        if self._before[0][1]:
+            self.model.train()
+        _restore(self._before)
+        self._before = None
+        return True
+
+
+def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Set each module's mode, parents first."""
+    for module, training in modes:
+        if module.training != training and type(module).train is not nn.Module.train:
+            module.train(training)
+        module.training = training

@@ -1,0 +1,213 @@
+"""A stage for a trial of a recipe, which it cannot observe.
+
+The trial runs on copies of the recipe and its model, with all random generators put back afterwards, and so does the
+drawing of the model's graph. What copies do not hold is put back as well: attributes of the recipe's own classes and
+variables of their modules (what they are bound to, and the contents of lists, dicts and sets). Changes inside other
+objects that these refer to, files and other processes are out of reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdtrain.errors import UserError
+from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.tensors import copies_for_memo, mark, named_tensors, overwrite
+
+MISSING = object()
+INSTALLED = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+OWN = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a trial takes place: copies, or, if they cannot be made, the recipe and model themselves."""
+
+    recipe: Recipe
+    model: nn.Module
+    problem: str | None  # why there are no copies
+
+
+@contextlib.contextmanager
+def stage(recipe: Recipe, model: nn.Module, shared: Sequence[Any], in_place: bool = False) -> Iterator[Stage]:
+    """Give copies of a recipe and its model for a trial, and put back whatever it changes besides them.
+
+    shared: objects that the copies refer to as they are, such as datasets. in_place: let the trial have the model
+    itself, and put back its parts except parameters and buffers that had no memory yet.
+    Raises UserError if the trial has changed parameters of the model although it ran on a copy.
+    """
+    copies, problem = (None, None) if in_place else _copies(recipe, model, shared)
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(random_state_kept())
+        exits.enter_context(groups_kept(shared))
+        exits.enter_context(names_kept(_own_namespaces(recipe, model)))
+        if copies is not None:
+            exits.enter_context(_left_alone(model))
+            yield Stage(*copies, None)
+        else:
+            exits.enter_context(tensors_kept(model))
+            # The contents of modules last: first what they are bound to.
+            exits.enter_context(names_kept([recipe, *(m for m in model.modules() if not is_lazy(m))]))
+            yield Stage(recipe, model, problem)
+
+
+def _copies(
+    recipe: Recipe, model: nn.Module, shared: Sequence[Any]
+) -> tuple[tuple[Recipe, nn.Module] | None, str | None]:
+    memo = copies_for_memo(model)
+    for thing in shared:
+        memo[id(thing)] = thing
+        # What a dataset holds may be large, and the recipe may hold it too.
+        for value in getattr(thing, "__dict__", {}).values():
+            memo[id(value)] = value
+            memo |= {id(part): part for part in value} if isinstance(value, (tuple, list)) and len(value) < 100 else {}
+    try:
+        return copy.deepcopy((recipe, model), memo), None
+    except Exception as error:  # of any object that a recipe holds
+        return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put back the states of torch's (on all devices), numpy's and Python's global generators at the end."""
+    host, arrays, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(host)
+        np.random.set_state(arrays)
+        random.setstate(python)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+@contextlib.contextmanager
+def names_kept(owners: Sequence[Any]) -> Iterator[None]:
+    """Put back the attributes of objects, classes or modules at the end, and lists, dicts and sets that they are."""
+    before = [
+        (owner, {name: (value, _contents(value)) for name, value in vars(owner).items() if _may_change(name)})
+        for owner in owners
+    ]
+    try:
+        yield
+    finally:
+        for owner, values in before:
+            for name in [name for name in vars(owner) if _may_change(name) and name not in values]:
+                _unbind(owner, name)
+            for name, (value, contents) in values.items():
+                if vars(owner).get(name, MISSING) is not value:
+                    _bind(owner, name, value)
+                _put_back(value, contents)
+
+
+def _may_change(name: str) -> bool:
+    return not (name.startswith("__") and name.endswith("__"))
+
+
+def _bind(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, type):
+        setattr(owner, name, value)
+    else:  # not through a module's __setattr__, which sorts parameters out
+        vars(owner)[name] = value
+
+
+def _unbind(owner: Any, name: str) -> None:
+    if isinstance(owner, type):
+        delattr(owner, name)
+    else:
+        del vars(owner)[name]
+
+
+def _contents(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (list, dict, set, deque)) else None
+
+
+def _put_back(value: Any, contents: Any) -> None:
+    if isinstance(value, dict):
+        same = value.keys() == contents.keys() and all(value[key] is contents[key] for key in contents)
+    elif isinstance(value, (list, deque)):
+        same = len(value) == len(contents) and all(a is b for a, b in zip(value, contents, strict=True))
+    else:
+        same = not isinstance(value, set) or value == contents
+    if not same:
+        value.clear()
+        (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
+
+
+def _own_namespaces(recipe: Recipe, model: nn.Module) -> list[Any]:
+    """The classes that the user has written for the recipe and its model, and the modules that they are in."""
+    classes = {cls for thing in (recipe, *model.modules()) for cls in type(thing).__mro__ if _is_users(cls)}
+    modules = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    for module in modules:
+        classes |= {v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__}
+    return [*modules, *classes]
+
+
+def _is_users(cls: type) -> bool:
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None:
+        return cls.__module__ not in sys.builtin_module_names
+    return not INSTALLED.union({OWN}).intersection(Path(file).parents)
+
+
+def is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
+
+
+@contextlib.contextmanager
+def groups_kept(shared: Sequence[Any]) -> Iterator[None]:
+    """Put back the settings of optimizers at the end."""
+    groups = [group for thing in shared for group in getattr(thing, "__dict__", {}).get("param_groups", ())]
+    before = [dict(group) for group in groups]
+    try:
+        yield
+    finally:
+        for group, settings in zip(groups, before, strict=True):
+            group.update(settings)
+
+
+@contextlib.contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the values of a model's parameters and buffers, and its gradients, at the end."""
+    before = [(t, t.detach().clone(), t.grad) for _, t in named_tensors(model) if not nn.parameter.is_lazy(t)]
+    try:
+        yield
+    finally:
+        for tensor, values, gradient in before:
+            overwrite(model, tensor, values)
+            tensor.grad = gradient
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Put back a model's buffers, which a hook may have reached past the copy.
+
+    Raises UserError if a parameter was.
+    """
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    parameters = [(name, p, mark(p)) for name, p in model.named_parameters()]
+    try:
+        yield
+    finally:
+        for b, values in buffers:
+            overwrite(model, b, values)
+    for name, p, old in parameters:
+        if mark(p) != old:
+            raise UserError(
+                f"score changes the parameter {name!r} past the model that it is given (by a hook or a global variable "
+                "that refers to it): use the model that score is given"
+            )

@@ -1,0 +1,96 @@
+"""Trying a recipe out before the first step: its scores, what it changes, its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdtrain.collectives import ops
+from hvdtrain.errors import UserError
+from hvdtrain.recipe_errors import in_recipe
+from hvdtrain.torch.buffers import find_changed, remember_buffers
+from hvdtrain.torch.graph import trace
+from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.scores import check, metrics_of
+from hvdtrain.torch.stage import is_lazy, stage
+from hvdtrain.torch.tensors import named_tensors
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial has found."""
+
+    metrics: tuple[str, ...]  # the scores' names, "loss" first
+    buffers: list[str]  # the names of those that training changes
+    collectives: bool  # `score` calls collectives of its own
+
+
+def try_out(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, count: int, context: Any) -> Trial:
+    """Score a batch in training mode and make a backward pass, on copies.
+
+    Args:
+        recipe: scores it, as a copy.
+        model: scored with, as a copy.
+        shared: what the copies refer to as it is (`stage`).
+        batch: on the model's device.
+        count: its examples.
+        context: entered to score, such as autocast.
+
+    Raises:
+        UserError: for scores that are not as they should be, or buffers that are replaced.
+    """
+    with stage(recipe, model, shared) as trial:
+        before = remember_buffers(trial.model)
+        with ops.counted_calls() as counter:
+            with context, in_recipe(recipe, "score()"):
+                scores = trial.recipe.score(trial.model, batch)
+            metrics = metrics_of(recipe, scores)
+            check(recipe, scores, metrics, count)
+            if scores["loss"].requires_grad:
+                scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
+        return Trial(metrics, find_changed(before), counter.calls > 0)
+
+
+def draw(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, rank: int) -> bytes | None:
+    """Return the model's graph on rank 0, if the batch can be traced; all ranks call it.
+
+    Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
+    """
+    with stage(recipe, model, shared) as trial:
+        if trial.problem is not None:
+            raise UserError(f"the recipe or its model cannot be copied ({trial.problem})")
+        return trace(trial.recipe, trial.model, batch, draw=rank == 0)
+
+
+def refuse_sync_batch_norm(model: nn.Module) -> None:
+    """Raise UserError for torch's SyncBatchNorm, which exchanges nothing without torch.distributed."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UserError(
+                f"{name!r} is a torch.nn.SyncBatchNorm, which needs torch.distributed: use BatchNorm1d, 2d or 3d, "
+                "whose running statistics hvdtrain averages over ranks, or GroupNorm"
+            )
+
+
+def initialize_lazy(recipe: Recipe, model: nn.Module, make_batch: Callable[[], Any]) -> None:
+    """Give lazy modules their shapes by one call of `score`, of which nothing else remains."""
+    lazy = [module for module in model.modules() if is_lazy(module)]
+    if not lazy:
+        return
+    with stage(recipe, model, [], in_place=True), torch.no_grad():
+        batch = make_batch()
+        with in_recipe(recipe, "score()"):
+            recipe.score(model, batch)
+    for module in lazy:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()
+    left = [name for name, t in named_tensors(model) if nn.parameter.is_lazy(t)]
+    if left:
+        raise UserError(
+            f"{left[0]} of a lazy module has no shape after a call of {type(recipe).__name__}.score: use it there, or "
+            "give its shape"
+        )
