@@ -8,8 +8,8 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,6 @@ from hvdtrain import activity, messages
 from hvdtrain.collectives import ops
 from hvdtrain.collectives.agreement import compare_with_record, record
 from hvdtrain.collectives.world import World
-from hvdtrain.data import order
-from hvdtrain.data.order import Ids
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.elastic.membership import LOST, Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
@@ -34,7 +32,7 @@ from hvdtrain.trainer.diagnose import Diagnosis
 from hvdtrain.trainer.folder import hand_on_folder, open_run_folder
 from hvdtrain.trainer.lease import RELAUNCH, FolderLost, Lease
 from hvdtrain.trainer.options import RunOptions
-from hvdtrain.trainer.plan import Plan, describe, make_plan
+from hvdtrain.trainer.plan import describe, make_plan, shares
 from hvdtrain.trainer.ragged import refuse_uneven_calls
 from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
@@ -223,24 +221,6 @@ def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
             report.lines([f"graph     not drawn: {error}"])
         except Exception as error:  # of the recipe, traced: it trains all the same
             report.lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a step gives to a rank."""
-
-    examples: int  # of the step, on all ranks
-    first: int  # the place in the global batch of this rank's first
-    shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
-
-
-def shares(plan: Plan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[Share]:
-    """A rank's share of each step of an epoch, from example `offset` of its order on."""
-    own = range(*order.bounds(plan.shards, rank, plan.ranks))
-    for ids in order.steps(plan.examples, plan.batch_size, seed, epoch, offset):
-        bounds = [order.bounds(len(ids), shard, plan.shards) for shard in own]
-        shards = [order.chunks(ids[first:end], plan.micro_batch) for first, end in bounds]
-        yield Share(len(ids), bounds[0][0] if bounds else 0, shards)
 
 
 def run_steps(run: Run, step: Step, at: Position, report: Reporter, stop: StopRequest) -> Ending:

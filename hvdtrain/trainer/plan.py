@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hvdtrain import schedule
+from hvdtrain.data import order
+from hvdtrain.data.order import Ids
 from hvdtrain.recipe import Recipe
 from hvdtrain.schedule import Schedule
 from hvdtrain.trainer.checkpoint import Position
@@ -90,3 +93,21 @@ def describe(plan: Plan, options: RunOptions) -> list[str]:
         + (f", clipped to norm {options.clip_norm:g}" if options.clip_norm else "")
         + (f", EMA {options.ema:g}" if options.ema else ""),
     ]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a step gives to a rank."""
+
+    examples: int  # of the step, on all ranks
+    first: int  # the place in the global batch of this rank's first
+    shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
+
+
+def shares(plan: Plan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[Share]:
+    """A rank's share of each step of an epoch, from example `offset` of its order on."""
+    own = range(*order.bounds(plan.shards, rank, plan.ranks))
+    for ids in order.steps(plan.examples, plan.batch_size, seed, epoch, offset):
+        bounds = [order.bounds(len(ids), shard, plan.shards) for shard in own]
+        shards = [order.chunks(ids[first:end], plan.micro_batch) for first, end in bounds]
+        yield Share(len(ids), bounds[0][0] if bounds else 0, shards)
