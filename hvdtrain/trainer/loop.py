@@ -6,31 +6,27 @@ import contextlib
 import importlib
 import itertools
 import os
-import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain import activity, messages
 from hvdtrain.collectives import ops
-from hvdtrain.collectives.agreement import compare_with_record, record
 from hvdtrain.collectives.world import World
 from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
 from hvdtrain.elastic.membership import LOST, Gone, Membership
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError, nearest
+from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
 from hvdtrain.metrics import means
 from hvdtrain.recipe import Recipe
 from hvdtrain.recipe_source import source_of
 from hvdtrain.source_copy import describe_copy
 from hvdtrain.step import FRAMEWORKS, Step, check_framework
 from hvdtrain.trainer import hang
-from hvdtrain.trainer.between import Run, after_step, resume, skip_or_end
+from hvdtrain.trainer.between import Run, after_step, skip_or_end
 from hvdtrain.trainer.checkpoint import Position
 from hvdtrain.trainer.diagnose import Diagnosis
-from hvdtrain.trainer.folder import hand_on_folder, open_run_folder
-from hvdtrain.trainer.lease import RELAUNCH, FolderLost, Lease
+from hvdtrain.trainer.folder import hand_on_folder
+from hvdtrain.trainer.lease import FolderLost, Lease
 from hvdtrain.trainer.options import RunOptions
 from hvdtrain.trainer.plan import describe, make_plan, shares
 from hvdtrain.trainer.ragged import refuse_uneven_calls
@@ -38,7 +34,7 @@ from hvdtrain.trainer.regroup import join
 from hvdtrain.trainer.report import Reporter, describe_end
 from hvdtrain.trainer.setup import copy_source, open_ledger, resolve_threads, step_options, versions, write_config
 from hvdtrain.trainer.signals import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
-from hvdtrain.trainer.start import options_part, recipe_parts, resolved_options
+from hvdtrain.trainer.start import begin, check_best, compare_with_run, launch_name
 
 Ending = Literal["finished", "stopped", "regroup"]
 
@@ -70,8 +66,7 @@ def train(
         if step.examples["eval"]:
             check_best(recipe, step.metrics)
         if membership is not None:
-            parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options)), *step.parts]
-            compare_with_record(parts, membership.board.propose("agreement", record(parts)), world)
+            compare_with_run(membership, recipe, name, options, step.parts, world)
         diagnosis: Diagnosis | None = None
         while True:
             try:
@@ -171,35 +166,6 @@ def train(
     end(world, membership, code, failed)
     messages.send("finished", rank=world.rank, code=code)
     return summary
-
-
-def begin(
-    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None, lease: Lease
-) -> tuple[Path, Position]:
-    """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
-    if membership is not None and (known := membership.board.fact("folder")):  # all that had a state are gone
-        folder = hand_on_folder(Path(known), lease)
-        return folder, resume(step, folder, name, world, options.seed, unattended=True)
-    if membership is not None and membership.generation > 1 and options.run_dir is not None:
-        options = replace(options, resume=True)  # the first generation came so far as to make it
-    folder = open_run_folder(options, name, lease)
-    if options.resume:
-        at = resume(step, folder, name, world, options.seed, unattended=RELAUNCH in os.environ)
-    else:
-        at = Position()
-        at.take_order(step.examples["train"], options.seed)
-        at.first_examples = dict(step.first_examples)
-    if membership is not None:
-        membership.board.propose("folder", str(folder.absolute()))
-    return folder, at
-
-
-def launch_name(membership: Membership | None) -> str | None:
-    """By what the processes of an elastic run, and those of its relaunches, know each other; None: not elastic."""
-    if membership is None:
-        return None
-    name: str = membership.board.propose("launch", os.environ.get(RELAUNCH) or secrets.token_hex(8))
-    return name
 
 
 def introduce(run: Run, step: Step, at: Position, report: Reporter) -> None:
@@ -315,12 +281,3 @@ def end(world: World, membership: Membership | None, code: int, error: str | Non
         errors = [error or (verdict["error"] if verdict is not None else None)]
     if found := next(filter(None, errors), None):
         raise RunError(found)
-
-
-def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:
-    """Raise UserError if the recipe's `best` names no metric of its own or no direction."""
-    metric, direction = recipe.best
-    if metric not in metrics:
-        raise UserError(f"{type(recipe).__name__}.best: there is no metric {metric!r}{nearest(metric, metrics)}")
-    if direction not in ("min", "max"):
-        raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")

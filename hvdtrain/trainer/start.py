@@ -1,14 +1,26 @@
-"""What ranks agree on before they build anything: the recipe, its source and the options."""
+"""How a run starts: what all ranks have to agree on, its folder, and the state that it starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hvdtrain import __version__
-from hvdtrain.collectives.agreement import Part, agree
+from hvdtrain.collectives.agreement import Part, agree, compare_with_record, record
+from hvdtrain.collectives.world import World
+from hvdtrain.elastic.membership import Membership
+from hvdtrain.errors import UserError, nearest
 from hvdtrain.recipe import Recipe, fields
 from hvdtrain.recipe_source import source_of
+from hvdtrain.step import Step
+from hvdtrain.trainer.between import resume
+from hvdtrain.trainer.checkpoint import Position
+from hvdtrain.trainer.folder import hand_on_folder, open_run_folder
+from hvdtrain.trainer.lease import RELAUNCH, Lease
 from hvdtrain.trainer.options import RunOptions
 
 COLLECTIVE = "agreement.options"
@@ -57,3 +69,49 @@ def agree_on_given(cls: type[Recipe], name: str, given: Mapping[str, Any]) -> No
     A rank that does not resume meets it with `agree_on_options`.
     """
     agree(COLLECTIVE, [*recipe_parts(cls, name), options_part({"resume": True, **dict(sorted(given.items()))})])
+
+
+def compare_with_run(
+    membership: Membership, recipe: Recipe, name: str, options: RunOptions, step_parts: Sequence[Part], world: World
+) -> None:
+    """Compare a worker of an elastic run with what the first one recorded. Raises UserError, naming a difference."""
+    parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options)), *step_parts]
+    compare_with_record(parts, membership.board.propose("agreement", record(parts)), world)
+
+
+def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:
+    """Raise UserError if the recipe's `best` names no metric of its own or no direction."""
+    metric, direction = recipe.best
+    if metric not in metrics:
+        raise UserError(f"{type(recipe).__name__}.best: there is no metric {metric!r}{nearest(metric, metrics)}")
+    if direction not in ("min", "max"):
+        raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
+
+
+def begin(
+    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None, lease: Lease
+) -> tuple[Path, Position]:
+    """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
+    if membership is not None and (known := membership.board.fact("folder")):  # all that had a state are gone
+        folder = hand_on_folder(Path(known), lease)
+        return folder, resume(step, folder, name, world, options.seed, unattended=True)
+    if membership is not None and membership.generation > 1 and options.run_dir is not None:
+        options = replace(options, resume=True)  # the first generation came so far as to make it
+    folder = open_run_folder(options, name, lease)
+    if options.resume:
+        at = resume(step, folder, name, world, options.seed, unattended=RELAUNCH in os.environ)
+    else:
+        at = Position()
+        at.take_order(step.examples["train"], options.seed)
+        at.first_examples = dict(step.first_examples)
+    if membership is not None:
+        membership.board.propose("folder", str(folder.absolute()))
+    return folder, at
+
+
+def launch_name(membership: Membership | None) -> str | None:
+    """By what the processes of an elastic run, and those of its relaunches, know each other; None: not elastic."""
+    if membership is None:
+        return None
+    name: str = membership.board.propose("launch", os.environ.get(RELAUNCH) or secrets.token_hex(8))
+    return name
