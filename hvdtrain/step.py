@@ -15,6 +15,7 @@ from hvdtrain.errors import UserError
 from hvdtrain.recipe import Recipe
 
 Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
 Ids = NDArray[np.int64]
 FRAMEWORKS = {"torch": ("hvdtrain.torch.step", "TorchStep")}  # module and class of each one's Step
 TOLD = 7  # numbers that each rank tells the others in a step

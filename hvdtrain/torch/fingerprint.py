@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from hvdtrain.collectives.agreement import Part
 from hvdtrain.errors import UserError
-from hvdtrain.step import Split
+from hvdtrain.step import SPLITS, Split
 from hvdtrain.torch.data import Examples
 from hvdtrain.torch.settings import settings_of
 from hvdtrain.torch.splits import Splits
@@ -136,12 +136,12 @@ def changed_example(examples: Part, earlier: Mapping[str, str]) -> str | None:
 
 
 def lengths_part(counts: Mapping[Split, int]) -> Part:
-    """The number of examples of each split."""
+    """The number of examples of each split; 0 if there is none."""
     difference = (
         "the recipe's {key} dataset has {here} examples on {rank} and {there} on {base}: all ranks need the same data "
         "({who})"
     )
-    return Part("datasets", {repr(split): str(count) for split, count in counts.items()}, difference)
+    return Part("datasets", {repr(split): str(counts.get(split, 0)) for split in SPLITS}, difference)
 
 
 def metrics_part(metrics: Sequence[str]) -> Part:

@@ -20,13 +20,12 @@ from hvdtrain.collectives.world import World
 from hvdtrain.compression.spec import Spec
 from hvdtrain.errors import RecipeError, RunError, UserError
 from hvdtrain.recipe_errors import in_recipe, name_call
-from hvdtrain.step import Split, StepOptions
+from hvdtrain.step import SPLITS, Split, StepOptions
 from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.turns import take_turn
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, of the operation that it names before
-SPLITS: tuple[Split, ...] = ("train", "eval")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -37,19 +36,10 @@ def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
     as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded alike:
     a random division into two splits is the same for both, on all ranks and after a resume.
 
-    Raises UserError on all ranks if it is raised on one, for what is not a dataset, and if ranks' lengths differ.
+    Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
-    loaded: dict[Split, Any] = {}
     with data_turn(recipe) if world.size == 1 else contextlib.nullcontext():
-        loaded = _load_in_turns(recipe, world, seed)
-    for split in SPLITS:
-        lengths = ops.gather_json(len(loaded[split]) if split in loaded else 0, f"datasets.{split}")
-        if other := next((rank for rank, length in enumerate(lengths) if length != lengths[0]), None):
-            raise UserError(
-                f"the recipe's {split!r} dataset has {lengths[other]} examples on rank {other} and {lengths[0]} on "
-                "rank 0: all ranks need the same data"
-            )
-    return loaded
+        return _load_in_turns(recipe, world, seed)
 
 
 def data_turn(recipe: Recipe) -> AbstractContextManager[None]:

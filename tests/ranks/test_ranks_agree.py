@@ -59,6 +59,7 @@ class Mine(Recipe):
         return net
 
     def dataset(self, split):
+        if self.kind == "no evaluation" and hvd.rank() == 1 and split == "eval": return None
         n = 41 if split == "eval" else 40
         return Examples(self, n + (self.kind == "length" and hvd.rank() == 1))
 
@@ -112,6 +113,16 @@ def refusal(errors: list[KnownError]) -> str:
         ("buffer", "{who}: buffer 1 is 'table' (3,) float32, rank 0 has 'table' (2,) float32"),
         ("lr", "{who}: lr of the optimizer's group 1 is 0.2, rank 0 has 0.1"),
         ("metrics", "{who}: scores are loss, other, rank 0 has loss, size"),
+        (
+            "length",
+            "the recipe's 'train' dataset has 41 examples on rank 1 and 40 on rank 0: all ranks need the same "
+            "data ({who})",
+        ),
+        (
+            "no evaluation",
+            "the recipe's 'eval' dataset has 0 examples on rank 1 and 41 on rank 0: all ranks need the same "
+            "data ({who})",
+        ),
         ("last example", "{who}: dataset('train')[39] differs from rank 0's (file order? sort the list of files)"),
         ("middle example", "{who}: dataset('train')[20] differs from rank 0's (file order? sort the list of files)"),
         ("object", "{who}: dataset('train')[0] differs from rank 0's (file order? sort the list of files)"),
