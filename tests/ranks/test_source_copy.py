@@ -115,7 +115,7 @@ def test_parameters_are_matched_by_name(mine: Path) -> None:
         "nn.Sequential(nn.Linear(4, sizes.N), nn.Tanh(), nn.Linear(sizes.N, 1))",
         "nn.ModuleDict({k: nn.Linear(4, 1) for k in NAMES})",
     ).replace("model(x)", "sum(model[k](x) * i for i, k in enumerate('abc', 1))")
-    text = text.replace("lr=self.lr, momentum=0.9", "lr=0.01")
+    text = text.replace("lr=self.lr,", "lr=0.01,")
     mine.write_text(text.replace("@dataclass", "NAMES = 'abc'\n@dataclass", 1))
     train(mine, "--steps", "7")
     expected = train(mine, "--resume", "--steps", "10")
