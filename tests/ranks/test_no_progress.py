@@ -64,11 +64,12 @@ def test_workers_that_cannot_start_any_more_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_stop_between_two_tries(tmp_path: Path) -> None:
-    with Job(elastic(tmp_path, "--how", "os-exit5")) as job:
+    # One slot: its second pause is of 2 s, in which no worker is there.
+    command = [word.replace("localhost:2", "localhost:1") for word in elastic(tmp_path, "--how", "os-exit5")]
+    with Job(command) as job:
         deadline = time.monotonic() + 60
         while job.ranks() == [] and time.monotonic() < deadline:
             time.sleep(0.1)
-        # The second pause is of 2 s: within it, no worker is there.
         starts, gone_since = 0, None
         while time.monotonic() < deadline:
             workers = [process for process in job.ranks() if "HVDTRAIN_MEMBER" in process.environ()]
