@@ -72,9 +72,12 @@ def count_ranks(count: int) -> str:
 
 
 def announce(what: str, launcher: str, hosts: Sequence[str]) -> None:
-    """Print what is being started, at once: the check and the ranks take seconds before they print anything."""
+    """Print what is being started, at once: the check and the ranks take seconds before they print anything.
+
+    To standard output: on standard error a mistake stays one line.
+    """
     where = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
-    print(f"hvdtrain: starting {what} with {launcher} on {where} ...", file=sys.stderr, flush=True)
+    print(f"hvdtrain: starting {what} with {launcher} on {where} ...", flush=True)
 
 
 def new_bar() -> Progress:

@@ -14,7 +14,8 @@ from torch import nn
 import hvdtrain
 from hvdtrain.collectives import ops
 from hvdtrain.errors import RunError
-from hvdtrain.torch.checksums import BITS, BLOCK, checksums
+from hvdtrain.torch.checksums import BLOCK, checksums
+from hvdtrain.torch.tensors import BITS
 from hvdtrain.trainer.diagnose import Diagnosis
 from tests.support.worlds import on_ranks
 

@@ -30,15 +30,19 @@ def bench(arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "where", "own"),
     [
-        ("allreduce", "-np 2 -H localhost:2 --gloo", "allreduce"),
-        ("allreduce -np 3 --sizes 4k", "-np 3 -H localhost:3 --gloo", "allreduce --sizes 4k"),
-        ("step -H a:2,b:2 --nic eth0", "-np 4 -H a:2,b:2 --gloo --network-interfaces eth0", "step"),
+        ("allreduce", "-np 2 -H localhost:2 --gloo --disable-cache", "allreduce"),
+        ("allreduce -np 3 --sizes 4k", "-np 3 -H localhost:3 --gloo --disable-cache", "allreduce --sizes 4k"),
+        ("step -H a:2,b:2 --nic eth0", "-np 4 -H a:2,b:2 --gloo --disable-cache --network-interfaces eth0", "step"),
         (
             f"step --compression none --compression topk:0.1 {RECIPE} --features 4",
-            "-np 2 -H localhost:2 --gloo",
+            "-np 2 -H localhost:2 --gloo --disable-cache",
             f"step --compression none --compression topk:0.1 {RECIPE} --features 4",
         ),
-        ("compression --plot x.png --steps 3", "-np 2 -H localhost:2 --gloo", "compression --plot x.png --steps 3"),
+        (
+            "compression --plot x.png --steps 3",
+            "-np 2 -H localhost:2 --gloo --disable-cache",
+            "compression --plot x.png --steps 3",
+        ),
     ],
 )
 def test_what_it_starts(arguments: str, where: str, own: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ def test_relaunched_jobs_own_their_run_folder_together(
     monkeypatch.setattr(elastic, "BACK_OFF", (0.0, 0.0))
     environments: list[Mapping[str, str]] = []
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: Caught) -> tuple[int, bool]:
+    def launch(line: list[str], environ: Mapping[str, str], caught: Caught, told: object) -> tuple[int, bool]:
         environments.append(environ)
         return 1, False
 
