@@ -17,7 +17,8 @@ from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.elastic import command_line as elastic_command_line
 from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import place
-from hvdtrain.launch.run import Listed, run
+from hvdtrain.launch.job import Listed
+from hvdtrain.launch.run import run
 from hvdtrain.launch.schedulers import KNOWN_BY, given
 from hvdtrain.launch.screen import announce, count_ranks
 from hvdtrain.launch.signals import Caught, requeued

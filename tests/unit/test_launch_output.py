@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from hvdtrain.launch.job import Job, unreached
 from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths
 from hvdtrain.launch.report import Report, outcome
-from hvdtrain.launch.run import Job, is_of_this_launch, take, unreached
+from hvdtrain.launch.run import is_of_this_launch, take
 from hvdtrain.launch.screen import info
 from hvdtrain.launch.ssh import AS_CONFIGURED
 

@@ -180,8 +180,8 @@ class BadLength:
         ),
         (
             lambda: make_optimizer(Mine(kind="list"), nn.Linear(1, 1).parameters()),
-            "Mine.optimizer() returned list; expected a torch.optim.Optimizer: use one with several parameter groups, or "
-            "a loop of your own",
+            "Mine.optimizer() returned list; expected a torch.optim.Optimizer: use one with several parameter groups, "
+            "or a loop of your own",
         ),
         (
             lambda: check_dataset(Mine(), "train", Stream()),

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from hvdtrain.launch.job import Job
 from hvdtrain.launch.report import Report
-from hvdtrain.launch.run import Job, on_signal
+from hvdtrain.launch.run import on_signal
 from hvdtrain.launch.signals import signals
 from hvdtrain.launch.ssh import AS_CONFIGURED
 from hvdtrain.trainer.signals import StopRequest
