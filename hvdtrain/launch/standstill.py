@@ -16,7 +16,6 @@ STATES = {
     "T": "it is stopped by a signal",
     "t": "it is stopped by a debugger",
     "D": "it waits for a disk or a network file system",
-    "Z": "it has ended",
 }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +17,7 @@ import pytest
 from hvdtrain import activity
 from hvdtrain.activity import Standstill, Watcher
 from hvdtrain.launch.report import Report, outcome
-from hvdtrain.launch.standstill import describe_standstill, parse_standstill
+from hvdtrain.launch.standstill import describe_standstill, parse_standstill, state_of
 from hvdtrain.messages import is_valid
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
@@ -214,3 +218,14 @@ def test_what_ranks_and_supervisors_send_is_valid_to_launch() -> None:
     assert is_valid(started) and not is_valid({**started, "supervisor": 1})
     assert is_valid({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "it hangs", "waits": True})
     assert is_valid({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "no progress", "ends": True})
+
+
+def test_a_rank_that_was_killed_is_not_taken_for_one_that_hangs() -> None:
+    """It is a zombie until the launcher, which says by what it died, has looked at it."""
+    with subprocess.Popen(["true"]) as rank, subprocess.Popen(["sleep", "60"]) as stopped:
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
+        assert state_of(socket.gethostname(), rank.pid) == ""
+        stopped.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+        assert state_of(socket.gethostname(), stopped.pid) == "it is stopped by a signal"
+        stopped.kill()
