@@ -18,7 +18,7 @@ from hvdtrain.finder import load
 from hvdtrain.recipe import Recipe
 from hvdtrain.recipe_source import RecipeSource
 from hvdtrain.source_copy import read_copy
-from hvdtrain.trainer.hang import watch_command
+from hvdtrain.trainer.hang import watching
 from hvdtrain.trainer.options import refuse_elastic
 
 HELP = """Train a recipe. This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
@@ -53,7 +53,7 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     if os.environ.get("HOROVOD_ELASTIC") == "1" and places.MEMBER not in os.environ:
         return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).run()
     member = membership.from_environment()
-    watch_command()
+    ctx.with_resource(watching(command=True))
     activity.enter("importing the recipe", patient=True)
     try:
         arguments = arguments_of([recipe, *args], copy_of_run(member))

@@ -62,16 +62,14 @@ class _Current:
     reporter: HangReporter | None = None
 
 
-def watch_command() -> None:
-    """Watch this process, a rank of `hvdtrain train`, to its end."""
-    _Current.reporter = HangReporter(command=True)
-
-
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """Watch this rank in a block, which is part of another program."""
+def watching(*, command: bool = False) -> Iterator[None]:
+    """Watch this rank in a block.
+
+    command: the block is all of `hvdtrain train`, and not part of another program.
+    """
     before = _Current.reporter
-    _Current.reporter = before or HangReporter(command=False)
+    _Current.reporter = before or HangReporter(command=command)
     try:
         yield
     finally:
