@@ -21,6 +21,9 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+CONTRACTS = ("hvdtrain.recipe", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
+
+
 @dataclass(kw_only=True)
 class Recipe:
     """A model, its data, its optimizer and its score.
@@ -60,11 +63,22 @@ class Field:
 def fields(cls: type) -> list[Field]:
     """The options of a dataclass, in the order of declaration.
 
-    Raises UserError where a class is no dataclass of its own, or a field's type cannot be an option.
+    Raises UserError if a class is not a dataclass of its own, a field has the name of something else in the recipe
+    contract (a method, `buffers`), or its type cannot be an option.
     """
     if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
         raise UserError(f"recipe class {cls.__name__} has fields but is no dataclass: add @dataclass(kw_only=True)")
+    reserved = {name for base in cls.__mro__ if base.__module__ in CONTRACTS for name in vars(base)}
+    for field in dataclasses.fields(cls):
+        if field.name in reserved and not _is_shared(cls, field.name):
+            raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: name the option otherwise")
     return [_field(cls, field, resolve_hint(cls, field)) for field in dataclasses.fields(cls) if field.init]
+
+
+def _is_shared(cls: type, name: str) -> bool:
+    """Return whether a field is one that hvdtrain's own Recipe declares, such as `epochs`, which recipes override."""
+    bases = (base for base in cls.__mro__ if base.__module__ in CONTRACTS and dataclasses.is_dataclass(base))
+    return any(name in {field.name for field in dataclasses.fields(base)} for base in bases)
 
 
 def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:

@@ -1,7 +1,8 @@
-"""Numbers that are none are refused, wherever they are given."""
+"""Options that cannot be: numbers that are not finite, and names of the recipe contract."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,3 +77,10 @@ def test_fit_refuses_them_in_a_recipe_and_in_options(tmp_path: Path) -> None:
         hvdtrain.fit(digits(), run_dir=tmp_path / "run", lr=math.inf)
     with pytest.raises(UserError, match=r"^--clip-norm is inf; expected a finite number$"):
         hvdtrain.fit(digits(), run_dir=tmp_path / "run", clip_norm=math.inf)
+
+
+@pytest.mark.parametrize("name", ["collate", "buffers", "model", "best"])
+def test_a_field_with_a_name_of_the_recipe_contract_is_refused(name: str) -> None:
+    cls = dataclasses.make_dataclass("Mine", [(name, int, 3)], bases=(Recipe,), kw_only=True)
+    with pytest.raises(UserError, match=rf"Mine\.{name} is a name of the recipe contract: name the option otherwise"):
+        fields(cls)
