@@ -31,8 +31,16 @@ def end_process(code: int) -> NoReturn:
     watchdog.start()
     with contextlib.suppress(BaseException):  # each handler's error is printed; the first one is raised as well
         atexit._run_exitfuncs()
+        _finalize_mpi()
     end_children()
     _flush_and_end(code)
+
+
+def _finalize_mpi() -> None:
+    """Do what mpi4py does when Python ends, if it has started MPI: mpirun takes it for a failure otherwise."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def wait_for_stragglers(deadline: float) -> list[str]:

@@ -214,7 +214,7 @@ def start(
     # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
     by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
     ask_hosts = away and not dry_run and by_ssh and args[0] != "doctor"
-    if not dry_run:
+    if not dry_run and args[0] == "train":  # others print tables that programs read
         announce(count_ranks(sum(host.slots for host in placed)), launcher, names)
     check()  # first: a mistake in the arguments is reported before any host was asked
     if ask_hosts:

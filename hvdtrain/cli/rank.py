@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,9 @@ from hvdtrain.elastic.membership import Gone, Membership
 from hvdtrain.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, UserError
 from hvdtrain.exits import end_children
 from hvdtrain.recipe_errors import recipe_traceback
+
+
+ORIGIN_FIRST = 1.0  # seconds that other ranks leave the one that failed to print its traceback
 
 
 def share_cores() -> None:
@@ -66,7 +70,10 @@ def leave(code: int, error: str, trace: str, origin: int | None = None) -> NoRet
     if not messages.launched():
         rank = rank_from_environment()
         prefix = f"rank {rank} on {socket.gethostname()}: " if rank is not None and origin is None else ""
-        print(f"{trace if origin in (None, rank or 0) else ''}hvdtrain: error: {prefix}{error}", file=sys.stderr)
+        own = origin in (None, rank or 0)
+        print(f"{trace if own else ''}hvdtrain: error: {prefix}{error}", file=sys.stderr, flush=True)
+        if not own:
+            time.sleep(ORIGIN_FIRST)  # a launcher ends all ranks when one has ended: the traceback must be out by then
     quit_at_once(code)
 
 

@@ -20,13 +20,17 @@ def random_states() -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
+def deterministic_algorithms() -> tuple[bool, bool]:
+    """Whether torch is to use deterministic algorithms only, and to warn instead of raising an error."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 @dataclass
 class ProcessSettings:
     """What torch, numpy and the environment are set to, from when this is made until `restore`."""
 
     threads: int = field(default_factory=torch.get_num_threads)
-    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
-    warn_only: bool = field(default_factory=torch.is_deterministic_algorithms_warn_only_enabled)
+    deterministic: tuple[bool, bool] = field(default_factory=deterministic_algorithms)
     benchmark: bool = field(default_factory=lambda: torch.backends.cudnn.benchmark)
     cudnn_deterministic: bool = field(default_factory=lambda: torch.backends.cudnn.deterministic)
     precision: str = field(default_factory=torch.get_float32_matmul_precision)
@@ -39,7 +43,9 @@ class ProcessSettings:
         """Put all of it back."""
         self.pools.restore_original_limits()
         torch.set_num_threads(self.threads)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
+        if self.deterministic != deterministic_algorithms():  # setting it imports torch's compiler: seconds
+            mode, warn_only = self.deterministic
+            torch.use_deterministic_algorithms(mode, warn_only=warn_only)
         torch.backends.cudnn.benchmark = self.benchmark
         torch.backends.cudnn.deterministic = self.cudnn_deterministic
         if torch.get_float32_matmul_precision() != self.precision:

@@ -74,6 +74,8 @@ def _copies(
         for value in getattr(thing, "__dict__", {}).values():
             memo[id(value)] = value
             memo |= {id(part): part for part in value} if isinstance(value, (tuple, list)) and len(value) < 100 else {}
+    for own in (recipe, *model.modules()):  # which a dataset may refer to
+        memo.pop(id(own), None)
     try:
         return copy.deepcopy((recipe, model), memo), None
     except Exception as error:  # of any object that a recipe holds

@@ -71,8 +71,7 @@ def check_named(lines: list[str]) -> None:
 def test_launch_names_every_bad_host_before_any_rank_starts(sick: list[Host]) -> None:
     """So does each command that starts ranks as it does; this one need not import torch to check its arguments."""
     done = hvdtrain(sick, "bench", "allreduce")
-    assert done.returncode == 1 and done.stdout.startswith("hvdtrain: starting 14 ranks ")
-    assert done.stdout.count("\n") == 1
+    assert (done.returncode, done.stdout) == (1, "")
     warning, *lines = done.stderr.splitlines()
     assert re.fullmatch(f"hvdtrain: warning: {LATE}", warning)
     check_named([lines[0].removeprefix("hvdtrain: error: "), *lines[1:]])

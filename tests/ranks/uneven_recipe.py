@@ -107,19 +107,32 @@ class Even(Uneven):
 
 @dataclass(kw_only=True)
 class Drifting(Uneven):
-    """A weight of one rank is changed by as little as can be, at some step."""
+    """A weight of one rank is changed by as little as can be, in the update of some step."""
 
     rank: int = option(0, "whose weight")
     lr: float = 0.0001
-    at_pass: int = option(1, "the forward pass before which, from 1")
+    at_step: int = option(1, "the step in whose update, from 1")
     tensor: str = option("0.weight", "which")
 
-    def score(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        if model.training and torch.is_grad_enabled() and (self.passes + 1, ops.rank()) == (self.at_pass, self.rank):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.updates = 0
+
+    def model(self) -> nn.Module:
+        self.net = super().model()
+        return self.net
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(params)
+        optimizer.register_step_pre_hook(lambda *_: self.drift())
+        return optimizer
+
+    def drift(self) -> None:
+        self.updates += 1
+        if (self.updates, ops.rank()) == (self.at_step, self.rank):
             with torch.no_grad():
-                values = model.get_parameter(self.tensor).view(-1)
+                values = self.net.get_parameter(self.tensor).view(-1)
                 # The one with most room below its next power of two: beyond that, rounding could undo it.
                 mantissa, exponent = torch.frexp(values)
                 place = torch.ldexp(1 - mantissa.abs(), exponent).argmax()
                 values[place] = torch.nextafter(values[place], torch.tensor(torch.inf))
-        return super().score(model, batch)

@@ -199,6 +199,16 @@ def test_copies_share_datasets_and_keep_what_belongs_together() -> None:
         assert trial.recipe.data is data and trial.recipe.x is data.tensors[0]
 
 
+def test_a_dataset_that_refers_to_the_recipe_does_not_keep_it_from_being_copied() -> None:
+    recipe = Observing()
+    recipe.data = data = torch.utils.data.TensorDataset(torch.ones(3))
+    data.recipe, data.nets = recipe, [model := recipe.model()]
+    with stage(recipe, model, [data]) as trial:
+        assert trial.problem is None
+        assert trial.recipe is not recipe and trial.model is not model
+        assert trial.recipe.data is data
+
+
 def test_a_hook_that_reaches_past_the_copy_is_undone_or_refused() -> None:
     recipe = Observing()
     model = recipe.model()
