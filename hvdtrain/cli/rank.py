@@ -19,7 +19,6 @@ from hvdtrain.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, Use
 from hvdtrain.exits import end_children
 from hvdtrain.recipe_errors import recipe_traceback
 
-
 ORIGIN_FIRST = 1.0  # seconds that other ranks leave the one that failed to print its traceback
 
 
