@@ -33,6 +33,16 @@ def worlds() -> Iterator[KeptWorlds]:
     kept.close()
 
 
+@pytest.fixture(autouse=True)
+def environment_kept() -> Iterator[None]:
+    """Put back the environment after each test: what another test launches would inherit it."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def world1(worlds: KeptWorlds) -> KeptWorld:
     """One rank that stays alive through the test run, started without a launcher."""

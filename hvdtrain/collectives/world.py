@@ -71,12 +71,13 @@ def init(comm: Any = None) -> World:
     # addition, which a fused buffer's changing contents would not give.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     keep_freed_memory()
+    alone: dict[str, str] = {}
     if comm is None and srun.tasks() > 1 and not any(name in os.environ for name in RANK_VARIABLES):
         environment, serving["here"] = srun.meet(os.environ)
         os.environ.update(environment)
     elif comm is None and rank_from_environment() is None:
-        os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
-        os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
+        alone = {name: "gloo" for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS") if name not in os.environ}
+        os.environ.update(alone)
     check_interface()
     if comm is None and "HOROVOD_RANK" not in os.environ:
         refuse_stale_pmix(os.environ)
@@ -85,6 +86,8 @@ def init(comm: Any = None) -> World:
     restore_hangup()
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
+    for name in alone:
+        os.environ.pop(name, None)  # what this process launches chooses by itself
     if serving.get("here") is not None:
         srun.remove_secret(os.environ)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
