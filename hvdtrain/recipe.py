@@ -68,17 +68,13 @@ def fields(cls: type) -> list[Field]:
     """
     if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
         raise UserError(f"recipe class {cls.__name__} has fields but is no dataclass: add @dataclass(kw_only=True)")
-    reserved = {name for base in cls.__mro__ if base.__module__ in CONTRACTS for name in vars(base)}
+    contract = [base for base in cls.__mro__ if base.__module__ in CONTRACTS]
+    shared = {field.name for base in contract for field in dataclasses.fields(base)}
+    reserved = {name for base in contract for name in vars(base)} - shared
     for field in dataclasses.fields(cls):
-        if field.name in reserved and not _is_shared(cls, field.name):
+        if field.name in reserved:
             raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: name the option otherwise")
     return [_field(cls, field, resolve_hint(cls, field)) for field in dataclasses.fields(cls) if field.init]
-
-
-def _is_shared(cls: type, name: str) -> bool:
-    """Return whether a field is one that hvdtrain's own Recipe declares, such as `epochs`, which recipes override."""
-    bases = (base for base in cls.__mro__ if base.__module__ in CONTRACTS and dataclasses.is_dataclass(base))
-    return any(name in {field.name for field in dataclasses.fields(base)} for base in bases)
 
 
 def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:

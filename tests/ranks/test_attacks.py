@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,35 +59,25 @@ def check_addresses(job: Job) -> None:
     assert not others, others
 
 
-def shown(job: Job) -> str:
-    """All command lines of the job, and of everything else on this host."""
+def command_lines(processes: Iterable[psutil.Process]) -> list[str]:
+    """The command lines of those of the processes that still live."""
     lines = []
-    for process in psutil.process_iter():
-        try:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             lines.append(" ".join(process.cmdline()))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return "\n".join(lines)
-
-
-def command_lines(job: Job) -> list[str]:
-    """The command lines of the job's own processes."""
-    lines = []
-    for process in job.processes():
-        try:
-            lines.append(" ".join(process.cmdline()))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return lines
+
+
+def shown() -> str:
+    """All command lines on this host, as `ps` shows them."""
+    return "\n".join(command_lines(psutil.process_iter()))
 
 
 def secrets_of(job: Job) -> set[str]:
     found = set()
     for process in job.processes():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             found.add(process.environ().get(SECRET, ""))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return found - {""}
 
 
@@ -97,9 +88,9 @@ def test_a_static_run(tmp_path: Path, reference: list[float], recorder: Recorder
         options = ["--pause", "0.3", "--victim", str(victim.pid), "--touched", str(touched), *FAST]
         with Job([*HVDTRAIN, "launch", "-np", "2", FORGING, "--run-dir", str(run_dir), *options]) as job:
             wait_for_step(run_dir, 2)
-            secrets, text = secrets_of(job), shown(job)
+            secrets, text = secrets_of(job), shown()
             assert len(secrets) == 1 and not any(secret in text for secret in secrets)
-            assert not [line for line in command_lines(job) if SECRET in line]
+            assert not [line for line in command_lines(job.processes()) if SECRET in line]
             check_addresses(job)
             ports = {port for _, port in listeners(job.processes())}  # other tests have theirs on this interface
             with SilentConnections(listeners(job.processes()), 30):
@@ -123,7 +114,7 @@ def test_an_elastic_run(tmp_path: Path, reference: list[float], recorder: Record
     touched = tmp_path / "touched"
     with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "2", least=2, most=2) as job:
         job.step(3)
-        secrets, text = secrets_of(job), shown(job)
+        secrets, text = secrets_of(job), shown()
         assert len(secrets) == 1 and not any(secret in text for secret in secrets)
         check_addresses(job)
         ports = {port for _, port in listeners(job.processes())}
@@ -187,7 +178,7 @@ def test_a_script_of_stock_horovod(tmp_path: Path) -> None:
         while "batch 3 of 1" not in output.read_text():
             assert time.monotonic() < until and job.process.poll() is None, output.read_text()
             time.sleep(0.1)
-        assert len(secrets_of(job)) == 1 and secrets_of(job).pop() not in shown(job)
+        assert len(secrets_of(job)) == 1 and secrets_of(job).pop() not in shown()
         check_addresses(job)
         with SilentConnections(listeners(job.processes()), 30):
             assert attack(job.processes(), touched) == []
