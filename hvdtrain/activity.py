@@ -42,7 +42,7 @@ RECORD_FD = "HVDTRAIN_RECORD"  # in the environment of a worker: the descriptor 
 
 
 class Activity:
-    """What a rank is in. A new object each time it enters something: that tells one batch from the next."""
+    """What a rank is in. Each time it enters something there is a new object: so two batches can be distinguished."""
 
     __slots__ = ("collective", "endless", "patient", "waits", "what")
 
@@ -137,7 +137,7 @@ def waiting(collective: str) -> Iterator[None]:
 
 
 def begin_steps(steps: int) -> None:
-    """Note that training begins, or continues in another world, after so many steps of the run."""
+    """Note that training begins, or continues in another world, after `steps` steps of the run."""
     _state.began, _state.steps = time.monotonic(), steps
     enter("training")
 

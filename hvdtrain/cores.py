@@ -109,7 +109,7 @@ def bind(local_rank: int, local_size: int) -> None:
 
     Ranks that the scheduler moves about get into each other's way, and all wait for the one that lost
     (tests/benchmarks/exchange.py, +unbound). Left as it is where somebody has chosen cores already (taskset, Slurm, a
-    container), under a CPU quota, which does not say which cores, where ranks outnumber the cores, and beside GPUs,
+    container), under a CPU quota, which does not say which cores, where ranks outnumber the cores, and next to GPUs,
     whose nearest cores are better than even shares.
     """
     if 1 < local_size <= len(USABLE) == os.cpu_count() and not has_quota() and not GPU_DRIVER.exists():
