@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hvdtrain.collectives.world import init
-    from hvdtrain.trainer.fit import fit
+    from hvdtrain.comm.world import init
+    from hvdtrain.recipe.base import Recipe, option
+    from hvdtrain.system.errors import RunError, UserError
+    from hvdtrain.training.fit import fit
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "init"]
+__all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "option"]
+
+_MODULES = {
+    "Recipe": "hvdtrain.recipe.base",
+    "RunError": "hvdtrain.system.errors",
+    "UserError": "hvdtrain.system.errors",
+    "fit": "hvdtrain.training.fit",
+    "init": "hvdtrain.comm.world",
+    "option": "hvdtrain.recipe.base",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Lazily: `hvdtrain --help` must not import torch.
-    if name == "fit":
-        from hvdtrain.trainer.fit import fit
-
-        return fit
-    if name == "init":
-        from hvdtrain.collectives.world import init
-
-        return init
-    raise AttributeError(f"module 'hvdtrain' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'hvdtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

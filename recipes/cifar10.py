@@ -11,7 +11,7 @@ from torchvision import datasets
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from hvdtrain.errors import UserError
+from hvdtrain import UserError
 from hvdtrain.torch import Recipe, option
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from hvdtrain.errors import UserError
+from hvdtrain import UserError
 from hvdtrain.torch import Recipe, option
 
 

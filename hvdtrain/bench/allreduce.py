@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from hvdtrain.bench.workload import place, say
-from hvdtrain.collectives import ops, probe
-from hvdtrain.collectives.world import World
+from hvdtrain.comm import collectives, network_model
+from hvdtrain.comm.world import World
 from hvdtrain.torch.setup import choose_device
 
 REPEATS = 20
@@ -27,10 +27,10 @@ def run(world: World, sizes: Sequence[int], dtype: str, wanted: str | None) -> N
         count = size // width
         tensor = torch.zeros(count, dtype=getattr(torch, dtype), device=device)
         name = f"bench.{size}.{dtype}"
-        once = probe.all_reduce_seconds(tensor, name, 1)[0]
+        once = network_model.all_reduce_seconds(tensor, name, 1)[0]
         repeats = max(3, min(REPEATS, int(SECONDS / once)))
-        sent.append(ops.ring_bytes(count * width, world.size))
-        seconds.append(statistics.median(probe.all_reduce_seconds(tensor, name, repeats)))
+        sent.append(collectives.ring_bytes(count * width, world.size))
+        seconds.append(statistics.median(network_model.all_reduce_seconds(tensor, name, repeats)))
         algorithm = count * width / seconds[-1] / 1e9
         bus = algorithm * 2 * (world.size - 1) / world.size
         wrong = count_wrong(tensor, name, world)
@@ -40,7 +40,7 @@ def run(world: World, sizes: Sequence[int], dtype: str, wanted: str | None) -> N
             f"  {wrong:8}",
         )
     if len(sizes) > 1:
-        latency, bandwidth = probe.line(sent, seconds)
+        latency, bandwidth = network_model.line(sent, seconds)
         say(world, f"# fitted: {latency * 1e3:.3g} ms a collective, {describe(bandwidth)} sent by each rank")
 
 
@@ -48,10 +48,10 @@ def count_wrong(tensor: torch.Tensor, name: str, world: World) -> int:
     """How many values are wrong, on all ranks together, after an all-reduce of small whole numbers."""
     numbers = torch.arange(len(tensor), device=tensor.device).remainder_(7)
     tensor.copy_(numbers + world.rank % 2)
-    reduced = ops.wait(ops.all_reduce_async_(tensor, name))
+    reduced = collectives.wait(collectives.all_reduce_async_(tensor, name))
     right = numbers * world.size + world.size // 2
     wrong = int((reduced != right.to(tensor.dtype)).sum())
-    return sum(ops.gather_json(wrong, f"{name}.wrong"))
+    return sum(collectives.gather_json(wrong, f"{name}.wrong"))
 
 
 def describe(bandwidth: float) -> str:

@@ -26,17 +26,17 @@ from hvdtrain.bench.workload import (
     slowest,
     step,
 )
-from hvdtrain.collectives import ops, probe
-from hvdtrain.collectives.probe import Network
-from hvdtrain.collectives.world import World
-from hvdtrain.compression import cost
-from hvdtrain.compression.cost import Cost
-from hvdtrain.errors import RunError
-from hvdtrain.files import write_atomically, write_json
-from hvdtrain.recipe import Recipe
-from hvdtrain.torch.advisor import cost_of
-from hvdtrain.torch.exchange import Exchange
-from hvdtrain.trainer.options import RunOptions
+from hvdtrain.comm import collectives, network_model
+from hvdtrain.comm.network_model import Network
+from hvdtrain.comm.world import World
+from hvdtrain.compression import cost_model
+from hvdtrain.compression.cost_model import Cost
+from hvdtrain.exchange.advisor import cost_of
+from hvdtrain.exchange.bucketed import Exchange
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.files import write_atomically, write_json
+from hvdtrain.training.options import RunOptions
 
 METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.25", "powersgd:4")
 PLAIN = 6  # steps with a method's buckets before it compresses; the last four tell when each bucket is ready
@@ -60,7 +60,7 @@ class Method:
 
     def predicted(self, network: Network) -> float:
         """Seconds of a step."""
-        return cost.step_seconds(self.ready, self.end, self.costs, network) + self.update
+        return cost_model.step_seconds(self.ready, self.end, self.costs, network) + self.update
 
 
 def run(
@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Print a row for each method, none first, and write the plot, and the rows as JSON if there is a path."""
     work = prepare(recipe, options, world)
-    network = probe.fit("bench.network", device=work.device)
+    network = network_model.fit("bench.network", device=work.device)
     title = (
         f"{type(recipe).__name__}, {place(world, work.device)}; network "
         f"{describe(network.bandwidth)}, {network.latency * 1e3:.3g} ms a collective"
@@ -129,7 +129,7 @@ def measure(work: Workload, spec: str, steps: int) -> Method:
     # A warm-up cuts the gradients into the method's buckets, and neither encodes nor remembers.
     optimizer = distributed(work, model, f"{spec},warmup={PLAIN}")
     exchange: Exchange = optimizer.exchange
-    ops.barrier("bench.begin")
+    collectives.barrier("bench.begin")
     moments = []
     for _ in range(PLAIN):
         begin = step(work, model, optimizer).begin
@@ -160,8 +160,8 @@ def cosine_of_step(work: Workload, model: nn.Module, optimizer: Any) -> float:
     for hook in hooks:
         hook.remove()
     optimizer.synchronize()
-    exact = ops.wait(
-        ops.all_reduce_async_(flattened([own.get(p) for p in params], params), "bench.exact", average=True)
+    exact = collectives.wait(
+        collectives.all_reduce_async_(flattened([own.get(p) for p in params], params), "bench.exact", average=True)
     )
     applied = flattened([p.grad for p in params], params)
     optimizer.step()

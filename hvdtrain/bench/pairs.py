@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.collectives import ops, probe
-from hvdtrain.collectives.world import init
+from hvdtrain.comm import collectives, network_model
+from hvdtrain.comm.world import init
 
 NUMBERS = 1 << 14  # of four bytes: also a slow link carries it in no time
 REPEATS = 5
@@ -30,8 +30,8 @@ def run(pairs: Sequence[tuple[int, int]]) -> dict[str, tuple[float, bool]]:
             continue
         name = f"pair.{pair[0]}-{pair[1]}"
         tensor = torch.full((NUMBERS,), float(rank + 1))
-        reduced = ops.wait(ops.all_reduce_async_(tensor, f"{name}.sum", group=group))
+        reduced = collectives.wait(collectives.all_reduce_async_(tensor, f"{name}.sum", group=group))
         right = bool((reduced == sum(pair) + 2).all())
-        seconds = probe.all_reduce_seconds(torch.zeros(NUMBERS), name, REPEATS, group)
+        seconds = network_model.all_reduce_seconds(torch.zeros(NUMBERS), name, REPEATS, group)
         results[f"{pair[0]}-{pair[1]}"] = (statistics.median(seconds), right)
     return results

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.bench.workload import WARM_UP, Workload, distributed, fresh_model, medians, place, prepare, say, step
-from hvdtrain.collectives import ops
-from hvdtrain.collectives.world import FUSION_BYTES, World, init, leave
-from hvdtrain.files import write_json
-from hvdtrain.recipe import Recipe
-from hvdtrain.trainer.options import RunOptions
+from hvdtrain.comm import collectives
+from hvdtrain.comm.world import FUSION_BYTES, World, init, leave
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.system.files import write_json
+from hvdtrain.training.options import RunOptions
 
 NO_EXCHANGE, STOCK = "no exchange", "horovod"
 
@@ -57,7 +57,7 @@ def measure(work: Workload, way: str, steps: int) -> tuple[float, float, list[in
         optimizer = distributed(work, model, exchange="horovod")
     else:
         optimizer = distributed(work, model, f"{way},warmup=0")
-    ops.barrier("bench.step")
+    collectives.barrier("bench.step")
     taken, sent = [], []
     for _ in range(WARM_UP + steps):
         taken.append(step(work, model, optimizer))

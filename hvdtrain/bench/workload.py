@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdtrain import cores
-from hvdtrain.collectives import ops
-from hvdtrain.collectives.probe import settle
-from hvdtrain.collectives.world import World
-from hvdtrain.errors import UserError
+from hvdtrain.comm import collectives
+from hvdtrain.comm.network_model import settle
+from hvdtrain.comm.world import World
+from hvdtrain.system import cpus
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import Examples, Request, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.setup import choose_device, load_datasets
 from hvdtrain.torch.step import AMP_DTYPES
-from hvdtrain.trainer.options import RunOptions
+from hvdtrain.training.options import RunOptions
 
 WARM_UP = 4  # steps that do not count
 
@@ -96,7 +96,7 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
     """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
     if recipe.framework != "torch":
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
-    torch.set_num_threads(options.threads or cores.choose_threads(world.local_size).count)
+    torch.set_num_threads(options.threads or cpus.choose_threads(world.local_size).count)
     device = choose_device(options.device, world.local_rank)
     data = load_datasets(recipe, world, options.seed)["train"]
     count = options.batch_per_rank or max(1, recipe.batch_size // world.size)
@@ -154,7 +154,7 @@ def step(work: Workload, model: nn.Module, optimizer: Any) -> Step:
 
 def slowest(name: str, values: list[float]) -> list[float]:
     """The largest of each value over the ranks, on all ranks."""
-    return [max(column) for column in zip(*ops.gather_json(values, name), strict=True)]
+    return [max(column) for column in zip(*collectives.gather_json(values, name), strict=True)]
 
 
 def medians(name: str, steps: list[Step]) -> tuple[float, float, float]:
@@ -172,6 +172,6 @@ def say(world: World, text: str) -> None:
 
 def place(world: World, device: torch.device) -> str:
     """Where this runs, for people: `2 ranks on 1 host, cpu over gloo`."""
-    hosts = len(set(ops.gather_json(world.host, "bench.hosts")))
+    hosts = len(set(collectives.gather_json(world.host, "bench.hosts")))
     carrier = "nccl" if device.type == "cuda" and hvd.nccl_built() else "mpi" if hvd.mpi_enabled() else "gloo"
     return f"{world.size} ranks on {hosts} host{'s' * (hosts > 1)}, {device.type} over {carrier}"

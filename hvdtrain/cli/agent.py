@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 
 
 @click.command("agent", context_settings={"max_content_width": 100})
@@ -69,10 +69,10 @@ def command(
     slurm and signal SIGTERM and SIGUSR1 (slurm: SIGCONT, too) are the notice, and for signal a second SIGTERM ends it;
     for slurm it ends at the deadline.
     """
-    from hvdtrain.elastic.agent import Agent, Host
-    from hvdtrain.elastic.members import this_life
-    from hvdtrain.elastic.notices import make_source
     from hvdtrain.launch.hosts import parse_host
+    from hvdtrain.preemption.agent import Agent, Host
+    from hvdtrain.preemption.membership_folder import this_life
+    from hvdtrain.preemption.notices import make_source
 
     if (source == "file") != (notice_file is not None):
         raise UserError("--source file and --notice-file need each other")

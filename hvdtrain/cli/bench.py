@@ -11,13 +11,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hvdtrain import messages
 from hvdtrain.cli.launch import WHERE_NAMES, launch_options, start
 from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores
-from hvdtrain.collectives.world import World, rank_from_environment
-from hvdtrain.errors import UserError
-from hvdtrain.recipe import Recipe
-from hvdtrain.trainer.options import RunOptions, split
+from hvdtrain.comm.world import World, rank_from_environment
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.system import messages
+from hvdtrain.system.errors import UserError
+from hvdtrain.training.options import RunOptions, split
 
 SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -251,9 +251,9 @@ def on_ranks(
             raise UserError("this is the only rank: there is nothing to exchange; expected 2 ranks or more")
         work(world)
     messages.send("finished", rank=world.rank, code=0)
-    from hvdtrain.collectives import ops
+    from hvdtrain.comm import collectives
 
-    ops.barrier("end")  # launchers end all ranks when one has left
+    collectives.barrier("end")  # launchers end all ranks when one has left
     return 0
 
 

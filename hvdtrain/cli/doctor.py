@@ -10,16 +10,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hvdtrain import messages, signing
 from hvdtrain.cli.launch import launch_options, start
 from hvdtrain.cli.rank import leaving_on_failure, quit_at_once, share_cores
-from hvdtrain.collectives.world import rank_from_environment
+from hvdtrain.comm.world import rank_from_environment
 from hvdtrain.doctor.findings import Finding, of_host, worst_first
 from hvdtrain.doctor.report import verdict
-from hvdtrain.errors import EXIT_FAILED, UserError
 from hvdtrain.launch.schedulers import given
-from hvdtrain.launch.ssh import Ssh
-from hvdtrain.strict_json import encode_json
+from hvdtrain.system import messages, signed_http
+from hvdtrain.system.errors import EXIT_FAILED, UserError
+from hvdtrain.system.ssh import Ssh
+from hvdtrain.system.strict_json import encode_json
 
 # Of the options that say where ranks run: those that have no use here, and those that name the hosts.
 UNUSED = {"ranks", "dry_run"}
@@ -116,7 +116,7 @@ def attend(meet: str, nic: str | None) -> int:
     messages.send("started", rank=rank, host=socket.gethostname(), pid=os.getpid())
     address, port = meet.split(":")
     with leaving_on_failure():
-        peer.attend((address, int(port)), signing.read_key(), rank, nic)
+        peer.attend((address, int(port)), signed_http.read_key(), rank, nic)
     messages.send("finished", rank=rank, code=0)
     # Horovod's exit handler would wait for the others.
     quit_at_once(0)

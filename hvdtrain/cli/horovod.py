@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hvdtrain.errors import EXIT_FAILED, UserError
+from hvdtrain.system.errors import EXIT_FAILED, UserError
 
 
 @click.group("horovod", invoke_without_command=True)

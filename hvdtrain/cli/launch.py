@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import click
 
 from hvdtrain.doctor.preflight import preflight
-from hvdtrain.errors import UserError
 from hvdtrain.launch.command import check_home, command_line, hvdtrain_command
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.elastic import command_line as elastic_command_line
@@ -22,9 +21,10 @@ from hvdtrain.launch.run import run
 from hvdtrain.launch.schedulers import KNOWN_BY, given
 from hvdtrain.launch.screen import announce, count_ranks
 from hvdtrain.launch.signals import Caught, requeued
-from hvdtrain.launch.ssh import Ssh
 from hvdtrain.native.installed import require_signed
-from hvdtrain.network import interface_to, is_here
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.network import interface_to, is_here
+from hvdtrain.system.ssh import Ssh
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from hvdtrain.errors import EXIT_FAILED, UserError
-from hvdtrain.strict_json import encode_json
+from hvdtrain.system.errors import EXIT_FAILED, UserError
+from hvdtrain.system.strict_json import encode_json
 
 
 @click.group("ledger", invoke_without_command=True)
@@ -35,7 +35,7 @@ def verify(run_dir: Path, as_json: bool) -> int:
 
     Exit codes: 0 exactly once, 1 not, 2 there is no ledger in RUN_DIR or a segment's header is damaged.
     """
-    from hvdtrain.elastic.verify import verify as replay
+    from hvdtrain.ledger.verify import verify as replay
 
     verdict = replay(run_dir)
     click.echo(encode_json(verdict.as_json(), indent=2) if as_json else "\n".join(verdict.lines()))

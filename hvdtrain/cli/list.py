@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hvdtrain.finder import find_all
+from hvdtrain.recipe.registry import find_all
 
 
 @click.command("list")

@@ -10,9 +10,10 @@ from typing import NoReturn
 
 import click
 
-from hvdtrain import __version__, streams
-from hvdtrain.errors import EXIT_FAILED, EXIT_USER, RecipeError, RunError, UserError, nearest
-from hvdtrain.exits import end_process
+from hvdtrain import __version__
+from hvdtrain.system import streams
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER, RecipeError, RunError, UserError, nearest
+from hvdtrain.system.exits import end_process
 
 # name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
 COMMANDS = {

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from hvdtrain import schedule
-from hvdtrain.errors import UserError, nearest
-from hvdtrain.finder import split_spec
-from hvdtrain.recipe import Field, Recipe, fields
-from hvdtrain.trainer.options import RunOptions, split
+from hvdtrain.recipe.base import Field, Recipe, fields
+from hvdtrain.recipe.registry import split_spec
+from hvdtrain.system.errors import UserError, nearest
+from hvdtrain.training import schedule
+from hvdtrain.training.options import RunOptions, split
 
 TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
 
@@ -99,7 +99,7 @@ def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
 def check(arguments: Arguments) -> None:
     """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
     from hvdtrain.compression import spec
-    from hvdtrain.step import check_framework
+    from hvdtrain.recipe.framework import check_framework
 
     check_framework(arguments.cls)
     recipe, run = split(arguments.cls, arguments.given)

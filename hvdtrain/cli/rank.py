@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NoReturn
 
-from hvdtrain import cores, messages
-from hvdtrain.collectives.world import World, init, local_size_from_environment, rank_from_environment
+from hvdtrain.comm.world import World, init, local_size_from_environment, rank_from_environment
 from hvdtrain.elastic.membership import Gone, Membership
-from hvdtrain.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, UserError
-from hvdtrain.exits import end_children
-from hvdtrain.recipe_errors import recipe_traceback
+from hvdtrain.system import cpus, messages
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, UserError
+from hvdtrain.system.exits import end_children
+from hvdtrain.system.recipe_errors import recipe_traceback
 
 ORIGIN_FIRST = 1.0  # seconds that other ranks leave the one that failed to print its traceback
 
 
 def share_cores() -> None:
     """Set OMP_NUM_THREADS, unless it is, to this rank's share of its host's cores: before torch is imported."""
-    cores.set_threads(local_size_from_environment())
+    cpus.set_threads(local_size_from_environment())
 
 
 def begin(member: Membership | None = None) -> World:
@@ -34,7 +34,7 @@ def begin(member: Membership | None = None) -> World:
     """
     world = init()
     if member is not None:
-        cores.bind(member.slot.local_rank, member.slot.local_size)
+        cpus.bind(member.slot.local_rank, member.slot.local_size)
         return replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
     messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
     return world

@@ -7,19 +7,19 @@ import sys
 
 import click
 
-from hvdtrain import activity
 from hvdtrain.cli import options
 from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failure
-from hvdtrain.collectives.world import FUSION_BYTES
+from hvdtrain.comm.world import FUSION_BYTES
 from hvdtrain.elastic import membership, places
 from hvdtrain.elastic.supervisor import Supervisor
-from hvdtrain.errors import EXIT_REQUEUE, EXIT_USER, Requeued, UserError
-from hvdtrain.finder import load
-from hvdtrain.recipe import Recipe
-from hvdtrain.recipe_source import RecipeSource
-from hvdtrain.source_copy import read_copy
-from hvdtrain.trainer.hang import watching
-from hvdtrain.trainer.options import refuse_elastic
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.source import RecipeSource
+from hvdtrain.recipe.source_copy import read_copy
+from hvdtrain.system import activity
+from hvdtrain.system.errors import EXIT_REQUEUE, EXIT_USER, Requeued, UserError
+from hvdtrain.training.hang import watching
+from hvdtrain.training.options import refuse_elastic
 
 HELP = """Train a recipe. This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
 
@@ -65,7 +65,7 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
     except UserError as error:
         tell_failure(EXIT_USER, str(error), "")
         raise
-    from hvdtrain.trainer.fit import fit_from_command_line
+    from hvdtrain.training.fit import fit_from_command_line
 
     with leaving_on_failure(member):
         summary = fit_from_command_line(arguments.cls, arguments.name, arguments.given, world, member)

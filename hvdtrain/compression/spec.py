@@ -1,7 +1,7 @@
 """Compression as text: `--compression powersgd:4,warmup=100,min=8192`.
 
     none fp16 bf16 int8 onebit      no argument
-    auto                            measured while training, none included (hvdtrain.torch.advisor)
+    auto                            measured while training, none included (hvdtrain.exchange.advisor)
     qsgd:4bit                       bits a value: 2, 4 or 8
     topk:0.01  randomk:0.25         part of the values that is sent
     powersgd:4                      rank of the factors
@@ -29,7 +29,7 @@ from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.compression.qsgd import Qsgd
 from hvdtrain.compression.randomk import RandomK
 from hvdtrain.compression.topk import TopK
-from hvdtrain.errors import UserError, nearest
+from hvdtrain.system.errors import UserError, nearest
 
 METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
 DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.25", "powersgd": "4"}

@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
-from hvdtrain.errors import UserError
-from hvdtrain.network import address_of, is_here, own_address_to, ssh_command
-from hvdtrain.signing import MOST_STRANGERS
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.network import address_of, is_here, own_address_to, ssh_command
+from hvdtrain.system.signed_http import MOST_STRANGERS
 
 CONNECT_SECONDS = 5
 # Python may take long to start from a file server that nobody has read from today.

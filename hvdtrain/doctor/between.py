@@ -11,8 +11,8 @@ from hvdtrain.doctor.findings import Finding, of_hosts, worst_first
 from hvdtrain.doctor.judge import judge, megabits, odd_ways
 from hvdtrain.doctor.measure import Measured
 from hvdtrain.doctor.meeting import meeting
-from hvdtrain.errors import RunError
-from hvdtrain.network import address_of, is_here
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.network import address_of, is_here
 
 
 def examine(

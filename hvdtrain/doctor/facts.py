@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain import __version__
-from hvdtrain.errors import RunError
 from hvdtrain.native import installed, torchinfo
+from hvdtrain.system.errors import RunError
 
 MARK = "##hvdtrain-facts "  # before the facts in the output: a login shell may print too
 BACK_SECONDS = 3.0

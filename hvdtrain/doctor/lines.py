@@ -11,7 +11,7 @@ import hmac
 import json
 from typing import Any
 
-from hvdtrain import signing
+from hvdtrain.system import signed_http
 
 NONCE = 64  # characters
 LONGEST_FIRST = 4096  # bytes of the first line, which anybody may send
@@ -41,12 +41,12 @@ class SignedLines:
         return json.loads(text)
 
     def _mac(self, who: str, number: int, text: str) -> str:
-        return signing.authenticate(self.key, self.session, who, number, signing.hash_body(text.encode()))
+        return signed_http.authenticate(self.key, self.session, who, number, signed_http.hash_body(text.encode()))
 
 
 def join(key: bytes, doctors_nonce: bytes) -> tuple[SignedLines, bytes]:
     """A rank's lines to the doctor, and what it puts before the first one."""
-    own = signing.new_secret()
+    own = signed_http.new_secret()
     return SignedLines(key, f"{doctors_nonce.decode().strip()}-{own}", "rank", "doctor"), f"{own} ".encode()
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 
-from hvdtrain import cores
 from hvdtrain.doctor.facts import Facts, disk, first_line, text_of
 from hvdtrain.native.cuda import find_nccl
 from hvdtrain.native.mpi import find_mpi
 from hvdtrain.native.torchinfo import find_torch
+from hvdtrain.system import cpus
 
 GROUPS = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60  # bytes: control groups of the first kind say a number like this for none
@@ -34,7 +34,7 @@ def facts() -> Facts:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "cores usable": len(cores.USABLE),
+        "cores usable": len(cpus.USABLE),
         "cores allowed": core_limit(),
         "load": os.getloadavg()[0],
         "memory": memory.total,

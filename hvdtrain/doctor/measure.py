@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor.meeting import Meeting
 from hvdtrain.doctor.peer import Reply
-from hvdtrain.signing import new_secret
+from hvdtrain.system.signed_http import new_secret
 
 ALL_PAIRS = 6  # hosts; of more, the ring and what is odd
 TRIES = 2  # more, of what is odd, with nothing else going on: the best one counts

@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hvdtrain import signing
 from hvdtrain.doctor.lines import LONGEST, LONGEST_FIRST, SignedLines, welcome
 from hvdtrain.doctor.peer import Reply
-from hvdtrain.errors import RunError
-from hvdtrain.signing import MOST_STRANGERS, SECRET, STRANGER_SECONDS
+from hvdtrain.system import signed_http
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.signed_http import MOST_STRANGERS, SECRET, STRANGER_SECONDS
 
 COME_SECONDS = 60.0
 END_SECONDS = 10.0
@@ -51,7 +51,7 @@ class Meeting:
 
     def __init__(self, size: int, address: str) -> None:
         """address: this host's, which the ranks can reach."""
-        self.secret = signing.new_secret()
+        self.secret = signed_http.new_secret()
         self.size = size
         self.server = socket.create_server((address, 0), backlog=size + BACKLOG)
         self.server.setblocking(False)
@@ -85,7 +85,7 @@ class Meeting:
         strangers: list[Stranger] = []
         with contextlib.suppress(OSError):
             while len(strangers) < MOST_STRANGERS:
-                strangers.append(Stranger(self.server.accept()[0], signing.new_secret(), time.monotonic()))
+                strangers.append(Stranger(self.server.accept()[0], signed_http.new_secret(), time.monotonic()))
         for stranger in strangers:
             stranger.connection.setblocking(False)
             with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ class Meeting:
             if not data or len(stranger.said) > LONGEST_FIRST or b"\n" not in stranger.said:
                 return bool(data) and len(stranger.said) <= LONGEST_FIRST
             line, _, rest = stranger.said.partition(b"\n")
-            lines, said = welcome(signing.read_key({SECRET: self.secret}), stranger.nonce, line)
+            lines, said = welcome(signed_http.read_key({SECRET: self.secret}), stranger.nonce, line)
             rank, (address, port) = int(said["rank"]), said["at"]
             if 0 <= rank < self.size and rank not in self.ranks:
                 self.ranks[rank] = Attendee(stranger.connection, lines, (str(address), int(port)), rest)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdtrain.doctor.lines import LONGEST, LONGEST_FIRST, join
-from hvdtrain.network import address_of
-from hvdtrain.signing import MOST_STRANGERS
+from hvdtrain.system.network import address_of
+from hvdtrain.system.signed_http import MOST_STRANGERS
 
 CONNECT_SECONDS = 2.5
 PINGS, PING_SECONDS = 30, 3.0  # whichever ends first

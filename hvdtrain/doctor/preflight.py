@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from hvdtrain.doctor.ask import ask_with_way_back
 from hvdtrain.doctor.findings import of_hosts
-from hvdtrain.errors import RunError
-from hvdtrain.network import is_here
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.network import is_here
 
 
 def preflight(

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvdtrain import messages
-from hvdtrain.activity import Record
-from hvdtrain.elastic.board import Board
 from hvdtrain.elastic.places import Slot
+from hvdtrain.elastic.store import Board
 from hvdtrain.elastic.tries import STEP_TRIES, Death, count_tries, describe_end
-from hvdtrain.errors import EXIT_FAILED, EXIT_USER
+from hvdtrain.system import messages
+from hvdtrain.system.activity import Record
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER
 
 STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
 NOW_AND_THEN = 60.0  # seconds

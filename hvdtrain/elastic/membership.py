@@ -16,12 +16,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from hvdtrain.collectives.rendezvous import Server
-from hvdtrain.elastic.board import Board, BoardLost
+from hvdtrain.comm.rendezvous import Server
 from hvdtrain.elastic.places import MEMBER, MESSAGES, Place, Slot, places
+from hvdtrain.elastic.store import Board, BoardLost
 from hvdtrain.elastic.tries import count_tries
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, RecipeError, RunError, UserError
-from hvdtrain.network import address_of
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RecipeError, RunError, UserError
+from hvdtrain.system.network import address_of
 
 POLL = 0.02  # seconds
 EAGER = 10.0  # seconds that it polls so often

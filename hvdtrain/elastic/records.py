@@ -1,7 +1,7 @@
 """What the members of an elastic run write for each other, and whether a value is what its key says.
 
 Values come from another process, of another version perhaps, or from one that has gone wrong: what is not exactly what
-is expected is not read at all (hvdtrain/elastic/board.py).
+is expected is not read at all (hvdtrain/elastic/store.py).
 """
 
 from __future__ import annotations

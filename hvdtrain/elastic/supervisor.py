@@ -20,15 +20,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdtrain.elastic.board import Board, BoardLost
 from hvdtrain.elastic.endings import Endings
+from hvdtrain.elastic.heartbeats import Watch
 from hvdtrain.elastic.membership import newest_plan
 from hvdtrain.elastic.places import Slot
+from hvdtrain.elastic.store import Board, BoardLost
 from hvdtrain.elastic.tries import describe_end
-from hvdtrain.elastic.watch import Watch
 from hvdtrain.elastic.worker import Worker, start_worker
-from hvdtrain.errors import EXIT_REQUEUE
-from hvdtrain.signals import SAME_STOP
+from hvdtrain.system.errors import EXIT_REQUEUE
+from hvdtrain.system.signals import SAME_STOP
 
 TICK = 0.25  # seconds
 PULSE = 1.0  # seconds between signs of life, and between looks at the others'

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain import cores
-from hvdtrain.activity import PATIENT, RECORD_FD, Record
 from hvdtrain.elastic.places import MEMBER, MESSAGES, Slot
+from hvdtrain.system import cpus
+from hvdtrain.system.activity import PATIENT, RECORD_FD, Record
 
 BLOCKED = 120.0  # seconds after the hang limit for a worker to end by itself
 
@@ -62,7 +62,7 @@ def start_worker(command: Sequence[str], environ: Mapping[str, str], slot: Slot,
     environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
     # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
     environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
-    cores.set_threads(slot.local_size, environ)
+    cpus.set_threads(slot.local_size, environ)
     record = Record(memory)
     process = subprocess.Popen(command, env=environ, pass_fds=[reading, memory])
     os.close(reading)

@@ -9,10 +9,10 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
-from hvdtrain.errors import UserError
 from hvdtrain.launch.environment import bin_folder, forwarded
 from hvdtrain.launch.hosts import Host, host_of_each_rank, host_text
-from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.ssh import AS_CONFIGURED, Ssh
 
 
 def hvdtrain_command(args: Sequence[str]) -> list[str]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from hvdtrain.launch import discover
 from hvdtrain.launch.command import find_program, horovodrun_ssh
 from hvdtrain.launch.hosts import Host, host_text
 from hvdtrain.launch.signals import Caught, signals
-from hvdtrain.launch.ssh import Ssh
-from hvdtrain.trainer.lease import RELAUNCH
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from hvdtrain.system.ssh import Ssh
+from hvdtrain.training.lease import RELAUNCH
 
 COOL_DOWN = (10, 300)  # seconds, least and most, until a host on which a process was lost is tried again
 BACK_OFF = (2.0, 60.0)  # seconds before the first relaunch, doubled each time, and the most

@@ -1,7 +1,7 @@
 """The environment that a launcher runs in, and what of it ranks get: over hosts, only what is on a list.
 
-The run's secret is in it (hvdtrain/signing.py). No launcher writes values on a command line: horovodrun hands them on
-by ssh's standard input, mpirun and srun by their own ways.
+The run's secret is in it (hvdtrain/system/signed_http.py). No launcher writes values on a command line: horovodrun
+hands them on by ssh's standard input, mpirun and srun by their own ways.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from hvdtrain import signing
-from hvdtrain.errors import UserError
+from hvdtrain.system import signed_http
+from hvdtrain.system.errors import UserError
 
 # For ranks, on whichever host.
 FORWARDED = (
@@ -57,7 +57,7 @@ def rank_environment(
     env.setdefault("HOROVOD_LOG_LEVEL", "fatal")
     # With LSF's job id, horovodrun asks LSF for things that it does not need here, and fails.
     env.pop("LSB_JOBID", None)
-    signing.give_secret(env)
+    signed_http.give_secret(env)
     return env
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hvdtrain import nodelist
-from hvdtrain.errors import UserError
+from hvdtrain.system import nodelist
+from hvdtrain.system.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
 MOST_SLOTS = 1024  # of a host: more is a mistake, such as a port

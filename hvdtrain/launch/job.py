@@ -16,9 +16,9 @@ import psutil
 
 from hvdtrain.launch.report import SSH_FAILED, Process, Report, process_of
 from hvdtrain.launch.screen import Screen
-from hvdtrain.launch.ssh import Ssh
-from hvdtrain.messages import message_mark
-from hvdtrain.network import ssh_command
+from hvdtrain.system.messages import message_mark
+from hvdtrain.system.network import ssh_command
+from hvdtrain.system.ssh import Ssh
 
 SSH_SECONDS = 10  # to end ranks on another host, at most
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from hvdtrain import messages
+from hvdtrain.system import messages
 
 # horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
 PREFIX = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
 from hvdtrain.launch.output import PEER, Death, Line, deaths, lost_host
 from hvdtrain.launch.standstill import COLLECT, describe_standstill, parse_standstill, state_of
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER
 
 HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
 OVER_SECONDS = 10.0  # for the launcher to end when all ranks have finished

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import EXIT_REQUEUE
 from hvdtrain.launch.hosts import Host, host_of_each_rank
 from hvdtrain.launch.job import Job, Listed, end, end_remote_ranks, signal_ranks, start, unreached
 from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
 from hvdtrain.launch.report import Report, elastic_outcome, failure_text, outcome
 from hvdtrain.launch.signals import Caught, signals
-from hvdtrain.launch.ssh import AS_CONFIGURED, Ssh
-from hvdtrain.signals import SAME_STOP
+from hvdtrain.system.errors import EXIT_REQUEUE
+from hvdtrain.system.signals import SAME_STOP
+from hvdtrain.system.ssh import AS_CONFIGURED, Ssh
 
 
 def run(

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hvdtrain.errors import UserError
 from hvdtrain.launch.hosts import Host, parse_host, parse_hosts, read_hostfile
-from hvdtrain.nodelist import counts, nodes
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.nodelist import counts, nodes
 
 # By which variable a job of each batch system is known.
 KNOWN_BY = {

@@ -7,8 +7,8 @@ import os
 import signal
 from collections.abc import Iterator
 
-from hvdtrain.errors import EXIT_REQUEUE, Requeued
-from hvdtrain.signals import ignores_hangup
+from hvdtrain.system.errors import EXIT_REQUEUE, Requeued
+from hvdtrain.system.signals import ignores_hangup
 
 Caught = tuple[list[int], int]
 

@@ -1,4 +1,4 @@
-"""Who hangs, put together from what all ranks report that they are in (hvdtrain.activity)."""
+"""Who hangs, put together from what all ranks report that they are in (hvdtrain.system.activity)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.activity import Standstill
+from hvdtrain.system.activity import Standstill
 
 COLLECT = 3.0  # seconds from the first rank's report to the line: the others' come meanwhile
 MOST_NAMED = 4

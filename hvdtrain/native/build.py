@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvdtrain.errors import RunError, UserError
 from hvdtrain.native import cache, installed, mend, source
 from hvdtrain.native.log import first_error, run_logged
 from hvdtrain.native.patches import apply_patches, read_patches
 from hvdtrain.native.plan import Plan
-from hvdtrain.native.progress import Report
+from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.progress import Report
 
 BUILD_SECONDS = 3600  # a build takes one to five minutes; this ends one that hangs
 COMPILERS = ("c++", "g++", "clang++")

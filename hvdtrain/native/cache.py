@@ -8,8 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hvdtrain.errors import UserError
-from hvdtrain.files import sync_folder, write_atomically
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.files import sync_folder, write_atomically
 
 
 def wheel_folder() -> Path:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import UserError
 from hvdtrain.native.torchinfo import Torch, TorchBuild, require_torch
+from hvdtrain.system.errors import UserError
 
 RECORD = "hvdtrain_build.json"  # in the package horovod: what Plan.ingredients() said, and the key
 SIGNED = "20-signed-http"  # the patch without which a Horovod does not know a run's secret

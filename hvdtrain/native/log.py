@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hvdtrain.errors import RunError
+from hvdtrain.system.errors import RunError
 
 ERROR_LINES = 6  # of a log, in an error message
 # A compiler's, linker's or CMake's error. Warnings and CMake's own experiments do not look so.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvdtrain.native import build, cache, installed
 from hvdtrain.native.plan import explain, make_plan
-from hvdtrain.native.progress import progress
+from hvdtrain.system.progress import progress
 
 
 def make(*, without: Collection[str], jobs: int, wheel_dir: Path | None, force: bool, dry_run: bool) -> None:

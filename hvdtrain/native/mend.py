@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import RunError
+from hvdtrain.system.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import RunError
+from hvdtrain.system.errors import RunError
 
 FOLDER = Path(__file__).with_name("patches")
 HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@")

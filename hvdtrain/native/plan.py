@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import RunError
 from hvdtrain.native import installed, mends
 from hvdtrain.native.cuda import Nccl, Toolkit, find_nccl, find_toolkit
 from hvdtrain.native.mend import Mend
 from hvdtrain.native.mpi import Mpi, find_mpi
 from hvdtrain.native.patches import read_patches
 from hvdtrain.native.torchinfo import Torch, TorchBuild, ask_torch, require_torch
+from hvdtrain.system.errors import RunError
 
 VERSION = "0.28.1"  # the last release
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"

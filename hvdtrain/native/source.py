@@ -9,10 +9,10 @@ import tarfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from hvdtrain.errors import RunError
 from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.log import run_logged
 from hvdtrain.native.plan import SHA256, VERSION
+from hvdtrain.system.errors import RunError
 
 # setuptools 81 drops what Horovod's setup.py needs. Ninja is quicker than make, and one thing less to install.
 TOOLS = ("setuptools<81", "wheel", "packaging", "cmake>=3.21", "ninja")

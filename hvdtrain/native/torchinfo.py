@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.system.errors import RunError, UserError
 
 # The two things that only torch itself knows. A torch without CUDA has no architecture flags to ask for.
 ASK = """

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.collectives import ops
-from hvdtrain.collectives.agreement import agree
+from hvdtrain.comm import collectives
+from hvdtrain.comm.agreement import agree
+from hvdtrain.exchange.tensors import is_plain, named_tensors, overwrite, read_tensors
 from hvdtrain.torch.fingerprint import model_parts
 from hvdtrain.torch.readable import make_savable, refuse_unreadable
-from hvdtrain.torch.tensors import is_plain, named_tensors, overwrite, read_tensors
 
 
 def broadcast_state(
@@ -27,7 +27,7 @@ def broadcast_state(
 
     root: a rank among all, also where a process_set is given; it must be in it.
     """
-    if ops.size(process_set) == 1:
+    if collectives.size(process_set) == 1:
         return
     agree("state.agreement", model_parts(model), process_set)
     everything = [t for _, t in named_tensors(model)]
@@ -36,13 +36,13 @@ def broadcast_state(
         part = [t.detach() for t in tensors if t.dtype == dtype]
         # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
         flat = torch.cat([t.reshape(-1) for t in part]).view(torch.uint8)
-        ops.broadcast_(flat, f"state.{dtype}", root, process_set)
+        collectives.broadcast_(flat, f"state.{dtype}", root, process_set)
         for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
             t.copy_(piece.view(t.shape))
     if odd := [t for t in everything if not is_plain(t)]:  # sparse, expanded, quantized: the same already, as a rule
         buffer = io.BytesIO()
         torch.save([t.detach() for t in odd], buffer)
-        data = ops.broadcast_bytes(buffer.getvalue(), "state.odd", root, process_set)
+        data = collectives.broadcast_bytes(buffer.getvalue(), "state.odd", root, process_set)
         for t, value in zip(odd, read_tensors(data), strict=True):
             overwrite(model, t, value)
     if optimizer is not None:
@@ -51,7 +51,7 @@ def broadcast_state(
         refuse_unreadable(state, "the optimizer's state")
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        data = ops.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
+        data = collectives.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
         if hvd.rank() != root:
             loaded = torch.load(io.BytesIO(data), weights_only=True)
             load_in_place(optimizer, lambda: optimizer.load_state_dict(loaded))

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import UserError
+from hvdtrain.comm import collectives
+from hvdtrain.exchange.tensors import differing, fingerprints, is_due, is_plain, mark
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.buffers import Buffer, Mode, known_mode, rebound, value_before
-from hvdtrain.torch.tensors import differing, fingerprints, is_due, is_plain, mark
 
 OTHERS = '  # or "mean", "sum", "local"'
 
@@ -32,7 +32,7 @@ class Travelling:
     integers: list[Buffer] = field(default_factory=list)  # int64: sums of integers
     raw: list[Buffer] = field(default_factory=list)  # bytes of rank 0
     flats: list[Tensor] = field(default_factory=list)
-    handles: list[ops.Handle] = field(default_factory=list)
+    handles: list[collectives.Handle] = field(default_factory=list)
 
 
 class BufferReducer:
@@ -182,7 +182,7 @@ class BufferReducer:
         Raises UserError on all ranks for a change that cannot be kept the same on them.
         """
         if changed[-1]:
-            problems = ops.gather_json(self._other_buffers(), "buffers.others")
+            problems = collectives.gather_json(self._other_buffers(), "buffers.others")
             raise UserError(next(filter(None, problems)))
         new = [b for b, ranks in zip(self._buffers, changed, strict=False) if ranks and not b.travels]
         self._refuse(new)
@@ -225,23 +225,23 @@ class BufferReducer:
         if travelling.floats:
             flat = torch.cat([self._contribution(b) for b in travelling.floats])
             travelling.flats.append(flat)
-            travelling.handles.append(ops.all_reduce_async_(flat, name))
+            travelling.handles.append(collectives.all_reduce_async_(flat, name))
         if travelling.integers:
             differences = [b.tensor.to(torch.int64) - value_before(b).to(torch.int64) for b in travelling.integers]
             flat = torch.cat([difference.reshape(-1) for difference in differences])
             travelling.flats.append(flat)
-            travelling.handles.append(ops.all_reduce_async_(flat, f"{name}.integers"))
+            travelling.handles.append(collectives.all_reduce_async_(flat, f"{name}.integers"))
         if travelling.raw:
             flat = torch.cat([_bytes(b.tensor) for b in travelling.raw])
             travelling.flats.append(flat)
-            travelling.handles.append(ops.broadcast_async_(flat, f"{name}.rank0"))
+            travelling.handles.append(collectives.broadcast_async_(flat, f"{name}.rank0"))
         return travelling
 
     def _contribution(self, b: Buffer) -> Tensor:
         """(n,) float64: what this rank adds to the sum over ranks."""
         value = _float64(b.tensor)
         if b.mode == "rank0":
-            return value if ops.rank() == 0 else torch.zeros_like(value)
+            return value if collectives.rank() == 0 else torch.zeros_like(value)
         if b.mode == "sum":
             return value - _float64(value_before(b))
         if self._share == 0:  # or what is not finite would become NaN
@@ -251,7 +251,7 @@ class BufferReducer:
     @torch.no_grad()
     def _receive(self, travelling: Travelling, changed: Sequence[float]) -> None:
         for handle in travelling.handles:
-            ops.wait(handle)
+            collectives.wait(handle)
         flats = iter(travelling.flats)
         touched = {b for b, ranks in zip(self._buffers, changed, strict=False) if ranks}
         if travelling.floats:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hvdtrain.errors import RunError, UserError, nearest
-from hvdtrain.torch.tensors import Mark, is_finite, is_plain, layer_of, mark, same_bits
+from hvdtrain.exchange.tensors import Mark, is_finite, is_plain, layer_of, mark, same_bits
+from hvdtrain.system.errors import RunError, UserError, nearest
 
 Mode = Literal["mean", "sum", "rank0", "local"]
 MODES: tuple[str, ...] = get_args(Mode)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from hvdtrain.exchange.tensors import is_finite
 from hvdtrain.torch.buffer_reducer import BufferReducer
 from hvdtrain.torch.buffers import Mode, refuse_nonfinite
 from hvdtrain.torch.modes import Modes
-from hvdtrain.torch.tensors import is_finite
 from hvdtrain.torch.watch import LearningRates, ParameterWatch
 
 Groups = Sequence[dict[str, Any]]  # of an optimizer

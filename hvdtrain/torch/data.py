@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hvdtrain.errors import KnownError, RunError, UserError
-from hvdtrain.recipe_errors import describe_error, in_recipe, name_call
-from hvdtrain.shared_memory import explain_full
-from hvdtrain.step import Ids, Split
+from hvdtrain.recipe.framework import Ids, Split
+from hvdtrain.system.errors import KnownError, RunError, UserError
+from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
+from hvdtrain.system.shared_memory import explain_full
 from hvdtrain.torch.recipe import Recipe
 
 FIRST = 8  # examples that are looked at before training, with the middle and the last one

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hvdtrain.errors import UserError
-from hvdtrain.torch.tensors import copies_for_memo, is_finite, is_plain, overwrite
+from hvdtrain.exchange.tensors import copies_for_memo, is_finite, is_plain, overwrite
+from hvdtrain.system.errors import UserError
 
 
 class AveragedModel(nn.Module):

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hvdtrain.collectives.agreement import Part
-from hvdtrain.errors import UserError
-from hvdtrain.step import SPLITS, Split
+from hvdtrain.comm.agreement import Part
+from hvdtrain.recipe.framework import SPLITS, Split
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import Examples
-from hvdtrain.torch.settings import settings_of
+from hvdtrain.torch.hyperparameters import settings_of
 from hvdtrain.torch.splits import Splits
 
 EXAMPLES = 2  # the place of the examples among `step_parts`

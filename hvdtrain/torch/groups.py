@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdtrain.errors import UserError
-from hvdtrain.torch.buckets import check_dtype
+from hvdtrain.exchange.buckets import check_dtype
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
 
 

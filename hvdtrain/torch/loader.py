@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from hvdtrain.errors import KnownError, RecipeError, RunError
-from hvdtrain.recipe_errors import name_call
-from hvdtrain.shared_memory import explain_full
-from hvdtrain.step import Ids
+from hvdtrain.recipe.framework import Ids
+from hvdtrain.system.errors import KnownError, RecipeError, RunError
+from hvdtrain.system.recipe_errors import name_call
+from hvdtrain.system.shared_memory import explain_full
 from hvdtrain.torch.data import Examples, Request
 
 GRACE = 2.0  # seconds for loader processes to end by themselves

@@ -12,14 +12,14 @@ import horovod.torch as hvd
 import torch
 from horovod.torch import optimizer as horovod_optimizer
 
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from hvdtrain.compression.spec import parse
-from hvdtrain.errors import UserError
+from hvdtrain.exchange.bucketed import Exchange
+from hvdtrain.exchange.buckets import Named, check
+from hvdtrain.exchange.sharded import ShardExchange
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.broadcast import load_in_place
-from hvdtrain.torch.buckets import Named, check
-from hvdtrain.torch.exchange import Exchange
 from hvdtrain.torch.readable import make_savable
-from hvdtrain.torch.shards import ShardExchange
 
 
 def DistributedOptimizer(
@@ -38,7 +38,7 @@ def DistributedOptimizer(
     """Wrap an optimizer so that `step()` applies the mean (or, with average=False, the sum) of all ranks' gradients.
 
     It is Horovod's own DistributedOptimizer, a subclass of the optimizer's class, with the exchange replaced by flat
-    buckets (`hvdtrain.torch.exchange`). Beyond Horovod's:
+    buckets (`hvdtrain.exchange.bucketed`). Beyond Horovod's:
 
     - `zero_grad(set_to_none=...)`, and parameters in any memory format and floating type;
     - `synchronize()` before `step()` (to clip, say) needs no `skip_synchronize()`;
@@ -55,7 +55,8 @@ def DistributedOptimizer(
     8 MiB on CPUs, 25 MiB on GPUs.
     exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
     shards: sum over so many virtual shards of the batch, the same bits on any number of ranks; only with average=False,
-    and the caller says through `exchange.begin` and `exchange.passed` what belongs to which (`hvdtrain.torch.shards`).
+    and the caller says through `exchange.begin` and `exchange.passed` what belongs to which
+    (`hvdtrain.exchange.sharded`).
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
     Raises ValueError where a parameter of the optimizer has no name, a name stands twice or a parameter is in another
     DistributedOptimizer whose `exchange` was not closed; UserError for a wrong compression.
@@ -198,7 +199,7 @@ def _synchronize(self: Any) -> None:
         self.waited = time.perf_counter() - begin
         halved = 2 if self._compression is hvd.Compression.fp16 else 1
         payload = sum(p.numel() * p.element_size() for p in self._requires_update) // halved
-        self.wire_bytes = ops.ring_bytes(payload, ops.size(self.process_set))
+        self.wire_bytes = collectives.ring_bytes(payload, collectives.size(self.process_set))
     self._synchronized = True
 
 

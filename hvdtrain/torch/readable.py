@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 
 READABLE = (bool, int, float, complex, str, bytes, type(None))
 TENSORS = (torch.Tensor, torch.nn.Parameter)

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.utils.data import default_collate
 
-from hvdtrain import recipe
-from hvdtrain.recipe import option
+from hvdtrain.recipe import base
+from hvdtrain.recipe.base import option
 
 
 @dataclass(kw_only=True)
-class Recipe(recipe.Recipe):
+class Recipe(base.Recipe):
     """A torch recipe: subclass it with `@dataclass(kw_only=True)` and write four methods.
 
     `score` must return one value per example, never a mean: that is what makes weighting, accumulation and metrics

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
 
 # What metrics.jsonl holds besides the recipe's metrics.

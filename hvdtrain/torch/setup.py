@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
-from hvdtrain.collectives import ops
-from hvdtrain.collectives.world import World
+from hvdtrain.comm import collectives
+from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import Spec
-from hvdtrain.errors import RecipeError, RunError, UserError
-from hvdtrain.recipe_errors import in_recipe, name_call
-from hvdtrain.step import SPLITS, Split, StepOptions
+from hvdtrain.recipe.framework import SPLITS, Split, StepOptions
+from hvdtrain.system.errors import RecipeError, RunError, UserError
+from hvdtrain.system.recipe_errors import in_recipe, name_call
+from hvdtrain.system.turns import take_turn
 from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.turns import take_turn
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, of the operation that it names before
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -61,11 +61,11 @@ def _load_in_turns(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
             loaded[split] = dataset
 
     if world.local_rank == 0:
-        ops.all_or_none("datasets.first", load)
-        ops.all_or_none("datasets.others", lambda: None)
+        collectives.all_or_none("datasets.first", load)
+        collectives.all_or_none("datasets.others", lambda: None)
     else:
-        ops.all_or_none("datasets.first", lambda: None)
-        ops.all_or_none("datasets.others", load)
+        collectives.all_or_none("datasets.first", lambda: None)
+        collectives.all_or_none("datasets.others", load)
     return {split: dataset for split, dataset in loaded.items() if dataset is not None}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.step import Ids, Split, StepOptions
+from hvdtrain.recipe.framework import Ids, Split, StepOptions
 from hvdtrain.torch.data import Examples, Request
 from hvdtrain.torch.loader import Loader
 from hvdtrain.torch.recipe import Recipe

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvdtrain.errors import UserError
+from hvdtrain.exchange.tensors import copies_for_memo, mark, named_tensors, overwrite
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.tensors import copies_for_memo, mark, named_tensors, overwrite
 
 MISSING = object()
 INSTALLED = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdtrain.collectives import ops
-from hvdtrain.collectives.agreement import agree
-from hvdtrain.collectives.world import World
-from hvdtrain.errors import RecipeError, UserError
-from hvdtrain.recipe_errors import in_recipe
-from hvdtrain.step import TOLD, Agreed, Ids, Split, StepOptions
+from hvdtrain.comm import collectives
+from hvdtrain.comm.agreement import agree
+from hvdtrain.comm.world import World
+from hvdtrain.exchange.checksums import checksums
+from hvdtrain.exchange.tensors import load_module, read_tensors
+from hvdtrain.recipe.framework import TOLD, Agreed, Ids, Split, StepOptions
+from hvdtrain.system.errors import RecipeError, UserError
+from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import buffer_modes
 from hvdtrain.torch.changes import Changes
-from hvdtrain.torch.checksums import checksums
 from hvdtrain.torch.data import seed_all, to_device
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.fingerprint import (
@@ -40,7 +41,6 @@ from hvdtrain.torch.scores import check, sums
 from hvdtrain.torch.setup import choose_device, load_datasets, make_model, names_refusals, set_up
 from hvdtrain.torch.splits import Splits
 from hvdtrain.torch.stage import random_state_kept
-from hvdtrain.torch.tensors import load_module, read_tensors
 from hvdtrain.torch.trial import draw, initialize_lazy, refuse_sync_batch_norm, try_out
 from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import refuse_scheduler
@@ -49,7 +49,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchStep:
-    """`hvdtrain.step.Step` for a torch recipe."""
+    """`hvdtrain.recipe.framework.Step` for a torch recipe."""
 
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
         self.recipe, self.world, self.options = recipe, world, options
@@ -70,11 +70,11 @@ class TorchStep:
         self.splits = Splits(recipe, self.datasets, options)
         self._closing.callback(self.splits.close)
         self.examples = self.splits.examples
-        ops.all_or_none("examples", self.splits.look_at)
+        collectives.all_or_none("examples", self.splits.look_at)
 
         seed_all([options.seed])
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model = ops.all_or_none("model", lambda: make_model(recipe)).to(self.device)
+        self.model = collectives.all_or_none("model", lambda: make_model(recipe)).to(self.device)
         if recipe.channels_last:
             self.model = self.model.to(memory_format=self.format)
         modes = Modes(self.model)
@@ -87,13 +87,17 @@ class TorchStep:
         self._news = self.updater.news
         examples, inner = example_getters(self.splits), self.updater.optimizer
         refuse_scheduler(recipe, inner)
-        self.parts = ops.all_or_none("agreement.parts", lambda: step_parts(self.device, examples, self.model, inner))
+        self.parts = collectives.all_or_none(
+            "agreement.parts", lambda: step_parts(self.device, examples, self.model, inner)
+        )
         self.first_examples = of_split(self.parts[EXAMPLES], "train")
         agree("agreement.step", self.parts)
         self._news += modes.notes()
         shared, batch, count = [*self.datasets.values(), inner], self._two_examples(), min(2, self.examples["train"])
         attempt = names_refusals(try_out)
-        trial = ops.all_or_none("trial", lambda: attempt(recipe, self.model, shared, batch, count, self._autocast()))
+        trial = collectives.all_or_none(
+            "trial", lambda: attempt(recipe, self.model, shared, batch, count, self._autocast())
+        )
         self.metrics, self.collectives = trial.metrics, trial.collectives
         self.parts.append(metrics_part(self.metrics))
         agree("agreement.metrics", self.parts[-1:])
@@ -107,7 +111,7 @@ class TorchStep:
         # The scores, what the ranks tell each other, what has changed on a rank, and whether a loss is not finite.
         own = TOLD + self.changes.places
         self._sums = torch.zeros(len(self.metrics) + own + 1, dtype=torch.float64, device=self.device)
-        self._sums_handle: ops.Handle | None = None
+        self._sums_handle: collectives.Handle | None = None
         self._nonfinite_here = torch.zeros((), dtype=torch.bool, device=self.device)
         self._passes, self._done, self._part, self._told = 0, 0, 0.0, np.zeros(TOLD)
         self._begun = self.torn = False  # begun: a step that is not finished
@@ -184,7 +188,7 @@ class TorchStep:
         self._sums[len(self.metrics) : -1].copy_(self._told_pinned, non_blocking=True)
         self._sums[-1] = self._nonfinite_here
         if self.world.size > 1:
-            self._sums_handle = ops.all_reduce_async_(self._sums, "step.sums")
+            self._sums_handle = collectives.all_reduce_async_(self._sums, "step.sums")
             self.changes.buffers.start(self._part)
 
     def exchange(self) -> Agreed:
@@ -194,7 +198,7 @@ class TorchStep:
         waited = 0.0
         if self._sums_handle is not None:
             begin = time.perf_counter()
-            ops.wait(self._sums_handle)
+            collectives.wait(self._sums_handle)
             waited = self.updater.optimizer.waited + time.perf_counter() - begin
             self._sums_handle = None
         agreed = self._sums.cpu().numpy()
@@ -290,7 +294,7 @@ class TorchStep:
         if self.world.size == 1:
             return 0
         small = self.changes.buffers.payload_bytes + self._sums.numel() * 8
-        return int(self.updater.optimizer.wire_bytes) + ops.ring_bytes(small, self.world.size)
+        return int(self.updater.optimizer.wire_bytes) + collectives.ring_bytes(small, self.world.size)
 
     def exchange_report(self) -> dict[str, Any]:
         exchange, bucketed = self.updater.optimizer.exchange, self.updater.bucketed

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import UserError
-from hvdtrain.recipe_errors import in_recipe
+from hvdtrain.comm import collectives
+from hvdtrain.exchange.tensors import named_tensors
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed, remember_buffers
 from hvdtrain.torch.graph import trace
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check, metrics_of
 from hvdtrain.torch.stage import is_lazy, stage
-from hvdtrain.torch.tensors import named_tensors
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def try_out(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any,
     """
     with stage(recipe, model, shared) as trial:
         before = remember_buffers(trial.model)
-        with ops.counted_calls() as counter:
+        with collectives.counted_calls() as counter:
             with context, in_recipe(recipe, "score()"):
                 scores = trial.recipe.score(trial.model, batch)
             metrics = metrics_of(recipe, scores)

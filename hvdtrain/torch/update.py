@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.collectives import ops
-from hvdtrain.collectives.world import World
+from hvdtrain.comm import collectives
+from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse
-from hvdtrain.errors import UserError
-from hvdtrain.step import StepOptions
-from hvdtrain.torch import memories
-from hvdtrain.torch.exchange import Exchange
+from hvdtrain.exchange import state as exchange_state
+from hvdtrain.exchange.bucketed import Exchange
+from hvdtrain.exchange.sharded import ShardExchange
+from hvdtrain.recipe.framework import StepOptions
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.groups import check_optimizer, match_groups, names_of, reordered
+from hvdtrain.torch.hyperparameters import change, settings_of
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap
 from hvdtrain.torch.readable import refuse_unreadable
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.settings import change, settings_of
 from hvdtrain.torch.setup import check_momentum, make_optimizer
-from hvdtrain.torch.shards import ShardExchange
 
 # A detector's first batches may hold no object, so that their loss is zero without a graph; so many in a row do not.
 STEPS_WITHOUT_GRADIENT = 5
@@ -41,7 +41,7 @@ class Updater:
         self.model, self.options = model, options
         self.recipe = type(recipe).__name__
         self.news: list[str] = []
-        self.optimizer: Any = ops.all_or_none("optimizer", lambda: self._make(recipe))
+        self.optimizer: Any = collectives.all_or_none("optimizer", lambda: self._make(recipe))
         self.scaler = torch.amp.GradScaler(device.type) if options.amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here also where there are no examples
@@ -87,7 +87,7 @@ class Updater:
     def leave_world(self) -> None:
         """Leave the exchange of a world; what it has not sent is kept for the next."""
         if self.bucketed is not None and (self._carried is None or self.bucketed.buckets):
-            self._carried = memories.own(self.bucketed)  # else the state was to come into a world that broke
+            self._carried = exchange_state.own(self.bucketed)  # else the state was to come into a world that broke
         self.close()
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class Updater:
             scale = self.scaler.get_scale()
             report["skipped"] = float(scale < report["loss_scale"])
             if self.bucketed is not None and scale != report["loss_scale"]:
-                memories.scale(self.bucketed, scale / report["loss_scale"])
+                exchange_state.scale(self.bucketed, scale / report["loss_scale"])
         return report
 
     def _step(self) -> None:
@@ -196,7 +196,7 @@ class Updater:
 
     def gather_memories(self) -> dict[str, Any] | None:
         """The exchange's part of the state, on all ranks; all of them call it."""
-        return memories.gather(self.bucketed, self.options.exact_residuals) if self.bucketed is not None else None
+        return exchange_state.gather(self.bucketed, self.options.exact_residuals) if self.bucketed is not None else None
 
     def memories_of_rank(self) -> dict[str, Any] | None:
         """This rank's part of what the exchange had not sent in the world before, without debts."""
@@ -221,9 +221,9 @@ class Updater:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.bucketed is not None and "exchange" in state:
-            memories.load(self.bucketed, state["exchange"])
+            exchange_state.load(self.bucketed, state["exchange"])
             if self._carried is not None and not state["exchange"]["debts"]:  # a checkpoint has those of all ranks
-                memories.keep(self.bucketed, self._carried)
+                exchange_state.keep(self.bucketed, self._carried)
             self._carried = None
 
 

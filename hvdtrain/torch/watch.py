@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import UserError
-from hvdtrain.torch.checksums import checksum
-from hvdtrain.torch.tensors import Mark, differing, fingerprints, is_due, is_plain, layer_of, mark
+from hvdtrain.comm import collectives
+from hvdtrain.exchange.checksums import checksum
+from hvdtrain.exchange.tensors import Mark, differing, fingerprints, is_due, is_plain, layer_of, mark
+from hvdtrain.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ class ParameterWatch:
     @torch.no_grad()
     def _take_over(self, p: Tensor, name: str, root: int) -> None:
         flat = p.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).clone()
-        ops.broadcast_(flat, f"watch.{name}", root)
+        collectives.broadcast_(flat, f"watch.{name}", root)
         p.copy_(flat.view(p.dtype).view(p.shape))
 
     def _gather(self, passes: int) -> list[Report]:
         named = dict(self._named)
         mine: Any = [passes, {name: int(checksum(named[name])) for name in self._changed}]
-        return [Report(*report) for report in ops.gather_json(mine, "watch.parameters")]
+        return [Report(*report) for report in collectives.gather_json(mine, "watch.parameters")]
 
 
 class LearningRates:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 from hvdtrain.torch import Recipe, option
 
 Digits = load("digits")

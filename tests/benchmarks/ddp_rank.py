@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hvdtrain.data import order
-from hvdtrain.finder import load
-from hvdtrain.schedule import parse
+from hvdtrain.recipe import order
+from hvdtrain.recipe.registry import load
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.data import Examples, seed_all
 from hvdtrain.torch.loader import Loader
+from hvdtrain.training.schedule import parse
 from tests.benchmarks.step_rank import in_ddp
 
 

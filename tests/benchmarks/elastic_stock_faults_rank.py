@@ -17,7 +17,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 from tests.benchmarks.elastic_log import append
 
 EXAMPLES, BATCH, EPOCHS, PAUSE = 240, 10, 8, 0.3  # the batch is a worker's; seconds that each step takes longer

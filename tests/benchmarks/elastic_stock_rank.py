@@ -15,7 +15,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 from tests.benchmarks.elastic_log import StepLog
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hvdtrain.data import order
-from hvdtrain.finder import load
+from hvdtrain.recipe import order
+from hvdtrain.recipe.registry import load
 from hvdtrain.torch.data import Examples
 from hvdtrain.torch.loader import Loader
 from tests.benchmarks.elastic_log import StepLog

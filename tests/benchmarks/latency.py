@@ -26,7 +26,7 @@ WAYS = {"woken": "0", "in cycles": "64"}  # HOROVOD_FUSION_THRESHOLD
 
 def on_a_rank() -> None:
     import hvdtrain
-    from hvdtrain.collectives import ops
+    from hvdtrain.comm import collectives
 
     rank = hvdtrain.init().rank
     torch.set_num_threads(1)
@@ -38,7 +38,7 @@ def on_a_rank() -> None:
             for _ in range(work):
                 matrix @ matrix
             begin = time.perf_counter()
-            ops.wait(ops.all_reduce_async_(values, "latency"))
+            collectives.wait(collectives.all_reduce_async_(values, "latency"))
             seconds.append(time.perf_counter() - begin)
         waits.append(statistics.median(seconds) * 1e3)
     if rank == 0:

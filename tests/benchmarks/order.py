@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from hvdtrain.data import order
+from hvdtrain.recipe import order
 
 BATCH = 128
 
@@ -52,7 +52,7 @@ def digits_accuracies(seeds: int) -> tuple[list[float], list[float]]:
     import tempfile
 
     import hvdtrain
-    from hvdtrain.finder import load
+    from hvdtrain.recipe.registry import load
 
     class Shuffled(order.Order):
         def __init__(self, examples: int, seed: int, epoch: int) -> None:

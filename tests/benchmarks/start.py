@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.cores import USABLE
 from hvdtrain.launch import command
+from hvdtrain.system.cpus import USABLE
 from tests.hosts.cluster import Host, cluster, missing
 
 ROOT = Path(__file__).parents[2]

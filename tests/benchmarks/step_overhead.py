@@ -27,7 +27,7 @@ def bare_loop(steps: int) -> list[float]:
     import torch
     from torch.utils.data import DataLoader
 
-    from hvdtrain.finder import load
+    from hvdtrain.recipe.registry import load
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

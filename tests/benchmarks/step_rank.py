@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torchvision.models import resnet18
 
-from hvdtrain import cores
+from hvdtrain.system import cpus
 
 SIDE = 64
 
@@ -75,9 +75,9 @@ def main() -> None:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = wrapped(options.way, model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
     if options.cores == "own":
-        cores.bind(*(int(os.environ[f"HOROVOD_LOCAL_{what}"]) for what in ("RANK", "SIZE")))
+        cpus.bind(*(int(os.environ[f"HOROVOD_LOCAL_{what}"]) for what in ("RANK", "SIZE")))
     elif options.cores == "any":
-        os.sched_setaffinity(0, cores.USABLE)
+        os.sched_setaffinity(0, cpus.USABLE)
     seconds = []
     for _ in range(options.steps):
         begin = time.perf_counter()

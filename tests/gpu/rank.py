@@ -29,28 +29,28 @@ SCALARS = 64  # bytes of a copy to the CPU that only tells a number
 
 def summed(x: Tensor, name: str) -> Tensor:
     """The sum over ranks, in place."""
-    from hvdtrain.collectives import ops
+    from hvdtrain.comm import collectives
 
-    return ops.wait(ops.all_reduce_async_(x, name))
+    return collectives.wait(collectives.all_reduce_async_(x, name))
 
 
 def sums(device: torch.device, rank: int, size: int) -> dict[str, Any]:
     """An all-reduce, an all-gather and an all-to-all whose results are known."""
     import horovod.torch as hvd
 
-    from hvdtrain.collectives import ops
+    from hvdtrain.comm import collectives
 
     for dtype in (torch.float32, torch.float16, torch.float64):
         total = summed(torch.full((VALUES,), rank + 1.0, dtype=dtype, device=device), f"gpu.sum.{dtype}")
         assert total.device == device
         assert (total == size * (size + 1) / 2).all(), dtype
     mine = torch.full((VALUES,), rank, dtype=torch.uint8, device=device)
-    gathered = ops.wait(ops.all_gather_async(mine, "gpu.gather"))
+    gathered = collectives.wait(collectives.all_gather_async(mine, "gpu.gather"))
     expected = torch.arange(size, dtype=torch.uint8, device=device).repeat_interleave(VALUES)
     assert gathered.device == device
     assert torch.equal(gathered, expected)
     parts = torch.arange(size, dtype=torch.uint8, device=device).repeat_interleave(1000) + 10 * rank
-    exchanged = ops.wait(ops.all_to_all_async(parts, "gpu.exchange"))
+    exchanged = collectives.wait(collectives.all_to_all_async(parts, "gpu.exchange"))
     assert torch.equal(exchanged.view(size, 1000)[:, 0].cpu(), 10 * torch.arange(size, dtype=torch.uint8) + rank)
     buffer = torch.ones(25_000_000, device=device)
     seconds = []
@@ -64,9 +64,9 @@ def sums(device: torch.device, rank: int, size: int) -> dict[str, Any]:
 
 def channels(device: torch.device, rank: int, size: int) -> dict[str, Any]:
     """{spec: [copies to the CPU of more than a number, their bytes]} of a step of each codec."""
-    from hvdtrain.collectives import ops
-    from hvdtrain.compression.channel import Channel
+    from hvdtrain.comm import collectives
     from hvdtrain.compression.codec import Key
+    from hvdtrain.compression.reducer import Channel
     from hvdtrain.compression.spec import make_codec, parse
 
     found: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def channels(device: torch.device, rank: int, size: int) -> dict[str, Any]:
         for i in range(3):
             step(i)
             seen.update(channel.flat.cpu().numpy().tobytes())
-        everyone = ops.gather_json(seen.hexdigest(), "gpu.same")
+        everyone = collectives.gather_json(seen.hexdigest(), "gpu.same")
         assert len(set(everyone)) == 1, f"{text}: other bits on other ranks"
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from hvdtrain.cores import USABLE, share
+from hvdtrain.system.cpus import USABLE, share
 from tests.hosts import furnish
 from tests.hosts.namespaces import NETWORK, members, start_first, start_in
 

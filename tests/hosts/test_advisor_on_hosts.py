@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.torch import advisor
+from hvdtrain.exchange import advisor
 from tests.hosts.cluster import cluster
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
 

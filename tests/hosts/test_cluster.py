@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.cores import USABLE
+from hvdtrain.system.cpus import USABLE
 from tests.hosts.cluster import Host, cluster, missing
 from tests.hosts.namespaces import living_in
 from tests.ranks.harness import ROOT, skip_or_fail

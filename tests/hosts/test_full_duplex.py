@@ -15,19 +15,19 @@ RATE, SIZE = 100e6 / 8, 2_000_000  # bytes a second of the link; bytes that each
 
 RANK = f"""
 import json, time, hvdtrain, torch
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 world = hvdtrain.init()
 x = torch.zeros({SIZE}, dtype=torch.uint8)
 ways = {{
-    "all-to-all": lambda: ops.all_to_all_async(torch.zeros(2 * {SIZE}, dtype=torch.uint8), "parts"),
-    "all-gather": lambda: ops.all_gather_async(x, "sums"),
-    "all-reduce": lambda: ops.all_reduce_async_(x.view(torch.float32), "sum"),
+    "all-to-all": lambda: collectives.all_to_all_async(torch.zeros(2 * {SIZE}, dtype=torch.uint8), "parts"),
+    "all-gather": lambda: collectives.all_gather_async(x, "sums"),
+    "all-reduce": lambda: collectives.all_reduce_async_(x.view(torch.float32), "sum"),
 }}
 took = {{}}
 for name, way in ways.items():
     for _ in range(3):
         begin = time.perf_counter()
-        ops.wait(way())
+        collectives.wait(way())
         took[name] = time.perf_counter() - begin
 if world.rank == 0:
     print("TOOK" + json.dumps(took), flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hvdtrain.signing import SECRET
+from hvdtrain.system.signed_http import SECRET
 from tests.hosts.cluster import Host, cluster
 from tests.hosts.launching import DIGITS, SSHD, at_work, ranks
 from tests.ranks.elastic import RECIPE, losses

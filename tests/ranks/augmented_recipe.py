@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 
 
 @dataclass(kw_only=True)

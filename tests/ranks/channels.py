@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdtrain.collectives import ops
-from hvdtrain.compression.channel import Channel
+from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import Key
+from hvdtrain.compression.reducer import Channel
 from hvdtrain.compression.spec import make_codec, parse
 
 numbers = itertools.count(1)
@@ -26,7 +26,7 @@ def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None)
     """A channel as the exchange makes it. number: its name and its randomness; one that no other has, if not given."""
     spec, key = (
         parse(at_once(text)),
-        Key(0, 0, next(numbers) if number is None else number, ops.rank()),
+        Key(0, 0, next(numbers) if number is None else number, collectives.rank()),
     )
     codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
     flat = torch.zeros(sum(n * m for n, m in shapes))
@@ -36,7 +36,7 @@ def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None)
 
 def gradient(step: int, n: int) -> Tensor:
     """(n,) this rank's, of magnitudes over some orders."""
-    generator = torch.Generator().manual_seed(1000 * ops.rank() + step)
+    generator = torch.Generator().manual_seed(1000 * collectives.rank() + step)
     return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()
 
 
@@ -53,4 +53,4 @@ def exchange(c: Channel, step: int, flat: Tensor) -> Tensor:
 
 def summed(x: Tensor) -> NDArray[np.float64]:
     """The sum over ranks in float64."""
-    return ops.sum_float64(x.double().numpy(), f"checks.sum.{len(x)}")
+    return collectives.sum_float64(x.double().numpy(), f"checks.sum.{len(x)}")

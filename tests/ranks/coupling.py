@@ -6,7 +6,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 import hvdtrain
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 
 WORLD = MPI.COMM_WORLD
 COLOR = WORLD.rank % 2

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from hvdtrain.collectives.world import rank_from_environment
+from hvdtrain.comm.world import rank_from_environment
 from hvdtrain.torch import Recipe, option
 
 

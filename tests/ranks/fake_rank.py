@@ -10,7 +10,7 @@ import traceback
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.messages import send
+from hvdtrain.system.messages import send
 
 
 def main(mode: str) -> int:

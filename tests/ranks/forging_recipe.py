@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 from hvdtrain.torch import option
 
 Slow: Any = load(str(Path(__file__).with_name("slow_recipe.py")))

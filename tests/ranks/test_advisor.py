@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
-from hvdtrain.torch import DistributedOptimizer, advisor
+from hvdtrain.comm import collectives
+from hvdtrain.exchange import advisor
+from hvdtrain.torch import DistributedOptimizer
 from tests.ranks.harness import ROOT
 from tests.support.worlds import KeptWorld, on_ranks, train
 
@@ -30,7 +31,7 @@ def wrapped(net: nn.Module, compression: str = "auto,min=1", lr: float = 0.05):
 
 
 def train_step(net: nn.Module, optimizer, step: int) -> None:
-    inputs = torch.randn(16, 40, generator=torch.Generator().manual_seed(100 * step + ops.rank()))
+    inputs = torch.randn(16, 40, generator=torch.Generator().manual_seed(100 * step + collectives.rank()))
     optimizer.zero_grad()
     (net(inputs) - inputs[:, :30]).square().mean().backward()
     optimizer.step()
@@ -38,7 +39,7 @@ def train_step(net: nn.Module, optimizer, step: int) -> None:
 
 def assert_same_on_all(net: nn.Module) -> None:
     own = [p.detach().double().sum().item().hex() for p in net.parameters()]
-    assert all(other == own for other in ops.gather_json(own, "checks.same"))
+    assert all(other == own for other in collectives.gather_json(own, "checks.same"))
 
 
 @on_ranks(2, 3)
@@ -56,13 +57,13 @@ def test_what_is_owed_is_carried_over():
             assert len(chooser._places) == 2
             chooser._assign((next(methods), next(methods)))
         shares = [
-            torch.randn(p.shape, generator=torch.Generator().manual_seed(7 * step + ops.rank()))
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(7 * step + collectives.rank()))
             for p in net.parameters()
         ]
         exact += torch.cat([share.flatten() for share in shares]).double()
         for spoilt in (True, False) if step % 2 else (False,):
             optimizer.zero_grad()
-            factor = math.inf if spoilt and ops.rank() == 0 else 1
+            factor = math.inf if spoilt and collectives.rank() == 0 else 1
             sum((p * share * factor).sum() for p, share in zip(net.parameters(), shares, strict=True)).backward()
             optimizer.synchronize()
             if not spoilt:
@@ -75,7 +76,7 @@ def test_what_is_owed_is_carried_over():
             parts = torch.split(debt, [p.numel() for p in bucket.params])
             owed |= {name: part.double() for name, part in zip(bucket.names, parts, strict=True)}
     mine = torch.stack([exact, torch.cat(list(owed.values()))])
-    exact, debts = ops.wait(ops.all_reduce_async_(mine, "checks.totals")) / ops.size()
+    exact, debts = collectives.wait(collectives.all_reduce_async_(mine, "checks.totals")) / collectives.size()
     applied = before - torch.cat([p.detach().flatten() for p in net.parameters()]).double()
     assert debts.abs().max() > 0.1  # the last methods do owe something
     torch.testing.assert_close(applied + debts, exact, rtol=2e-3, atol=2e-3)
@@ -92,7 +93,7 @@ def test_rank_0_decides_for_all():
         train_step(net, optimizer, step)
     advice = optimizer.exchange.advisor.advice
     assert advice is not None
-    assert all(other == advice for other in ops.gather_json(advice, "checks.advice"))
+    assert all(other == advice for other in collectives.gather_json(advice, "checks.advice"))
     measured = {tuple(row["choice"]): row["measured_step_seconds"] for row in advice["rows"]}
     none = measured["none", "none"]
     # Those that were not left behind on the way.

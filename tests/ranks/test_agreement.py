@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from hvdtrain.torch import DistributedOptimizer
 from tests.support.worlds import on_ranks
 
@@ -90,7 +90,7 @@ def test_two_hundred_steps_by_each_kind_of_exchange_on_three_ranks(text: str) ->
 
 def train(text: str) -> None:
     """Train with one method and compare the ranks' bits."""
-    model = Branches(ops.rank(), ops.size())
+    model = Branches(collectives.rank(), collectives.size())
     plain = torch.optim.SGD(model.parameters(), lr=0.002)
     # All matrices, however small, and the scalar.
     argument = text.partition(",")[0].partition(":")[2]
@@ -102,11 +102,11 @@ def train(text: str) -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step).backward()
-        if ops.rank() % 2:
+        if collectives.rank() % 2:
             optimizer.exchange.buckets.reverse()
         optimizer.step()
         if step % 50 == 0 or step == STEPS - 1:
-            everyone = ops.gather_json(digest(model), "agreement.digest")
+            everyone = collectives.gather_json(digest(model), "agreement.digest")
             assert len(set(everyone)) == 1, f"{text}: other bits on other ranks after step {step}"
     assert model.never.weight.grad is None
     assert all(p.isfinite().all() for p in model.parameters()), text

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from hvdtrain.native import installed
-from hvdtrain.signing import SECRET
+from hvdtrain.system.signed_http import SECRET
 from tests.ranks.elastic import RECIPE, ElasticJob, losses
 from tests.ranks.harness import BIN, HVDTRAIN, Job, skip_or_fail, train, wait_for_step
 from tests.support.attacker import Recorder, SilentConnections, attack, listeners, send

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.collectives.ops import ring_bytes
+from hvdtrain.comm.collectives import ring_bytes
 from tests.ranks.harness import HVDTRAIN, ROOT, run
 
 MLP = str(ROOT / "recipes" / "mlp.py")

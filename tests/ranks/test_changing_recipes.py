@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import RunError
+from hvdtrain.comm import collectives
+from hvdtrain.system.errors import RunError
 from tests.ranks import changing_recipes as recipes
 from tests.ranks.changing_recipes import fit, train_plainly
 from tests.support.worlds import on_ranks
@@ -20,7 +20,7 @@ def check_same(found, expected, tolerance=1e-12):
     assert found.keys() == expected.keys()
     for name, p in found.items():
         torch.testing.assert_close(p, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-    sums = ops.gather_json([p.abs().sum().item() for p in found.values()], "test.sums")
+    sums = collectives.gather_json([p.abs().sum().item() for p in found.values()], "test.sums")
     assert all(other == sums[0] for other in sums), "the ranks differ"
 
 
@@ -49,7 +49,7 @@ def test_compressed_gradients_follow(name, tmp_path):
 
 
 def deterministic_bits(name, folder):
-    found, _ = fit(getattr(recipes, name), folder / f"run{ops.size()}", deterministic=True, skip_nonfinite=1)
+    found, _ = fit(getattr(recipes, name), folder / f"run{collectives.size()}", deterministic=True, skip_nonfinite=1)
     return {n: p.resolve_conj().numpy().tobytes() for n, p in found.items()}
 
 

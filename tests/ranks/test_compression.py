@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.compression.spec import parse
-from hvdtrain.torch import DistributedOptimizer, buckets
-from hvdtrain.torch import memories as state_of
-from hvdtrain.torch.exchange import SPARSE, Exchange
+from hvdtrain.exchange import buckets
+from hvdtrain.exchange import state as state_of
+from hvdtrain.exchange.bucketed import SPARSE, Exchange
+from hvdtrain.torch import DistributedOptimizer
 from tests.ranks.channels import at_once, channel, exchange, gradient, summed
 from tests.support.worlds import on_ranks
 
@@ -40,15 +41,15 @@ BUCKET_BYTES = 700  # many small buckets, so that their order matters
 
 def debts(c):
     """What all ranks together have not sent yet."""
-    whole = np.zeros(ops.size() * c.part)
+    whole = np.zeros(collectives.size() * c.part)
     if c.owned is not None:
-        whole[ops.rank() * c.part : (ops.rank() + 1) * c.part] = c.owned.double().numpy()
-    return summed(c.residual) + ops.sum_float64(whole, "checks.owned")[: len(c.flat)]
+        whole[collectives.rank() * c.part : (collectives.rank() + 1) * c.part] = c.owned.double().numpy()
+    return summed(c.residual) + collectives.sum_float64(whole, "checks.owned")[: len(c.flat)]
 
 
 def assert_same_on_all(name, *tensors):
     data = b"".join(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
-    everyone = ops.gather_json(hashlib.sha256(data).hexdigest(), "checks.same")
+    everyone = collectives.gather_json(hashlib.sha256(data).hexdigest(), "checks.same")
     assert len(set(everyone)) == 1, f"{name}: not the same on all ranks"
 
 
@@ -92,7 +93,9 @@ def test_debts_stay_small():
             c = channel(text, shapes)
             n, worst = len(c.flat), 0.0
             for step in range(100):
-                exchange(c, step, torch.randn(n, generator=torch.Generator().manual_seed(1000 * ops.rank() + step)))
+                exchange(
+                    c, step, torch.randn(n, generator=torch.Generator().manual_seed(1000 * collectives.rank() + step))
+                )
                 worst = max(worst, float(c.residual.abs().max()))
                 if c.owned is not None:
                     worst = max(worst, float(c.owned.abs().max()))
@@ -105,11 +108,13 @@ def test_unbiased_over_ranks():
     shapes, trials = [(16, 64)], 250
     for text in ("qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.25"):
         c = channel(text, shapes)
-        mine = torch.rand(1024, generator=torch.Generator().manual_seed(ops.rank())) * 2 - 1
+        mine = torch.rand(1024, generator=torch.Generator().manual_seed(collectives.rank())) * 2 - 1
         exact = torch.from_numpy(summed(mine))
         drawn = torch.stack([exchange(c, step, mine).double().clone() for step in range(trials)])
         error, variance = drawn.mean(0) - exact, drawn.var(0) / trials
-        for off, chance in zip(error.square().chunk(ops.size()), variance.chunk(ops.size()), strict=True):
+        for off, chance in zip(
+            error.square().chunk(collectives.size()), variance.chunk(collectives.size()), strict=True
+        ):
             # Each rank sees to a part; values that lie on the grid have no variance, so not one by one.
             assert off.mean() < 1.5 * chance.mean() + 1e-12, (text, off.mean() / chance.mean())
 
@@ -126,7 +131,7 @@ def test_any_order_of_finishing():
             for i, c in enumerate(channels):
                 c.flat.copy_(gradient(10 * step + i, N))
             for phase in ("start", "turn", "finish"):
-                backwards = turned and (ops.rank() + step + len(phase)) % 2
+                backwards = turned and (collectives.rank() + step + len(phase)) % 2
                 for c in reversed(channels) if backwards else channels:
                     c.start(step) if phase == "start" else getattr(c, phase)()
             seen += [c.flat.clone() for c in channels]
@@ -148,7 +153,7 @@ def test_what_is_not_finite():
         for step, (wrong, place) in enumerate(edges, 2):
             before = memories(c)
             g = gradient(step, N)
-            if step % ops.size() == ops.rank():
+            if step % collectives.size() == collectives.rank():
                 g[place] = wrong
             assert not exchange(c, step, g).isfinite().all(), (text, wrong, place)
             after = memories(c)
@@ -163,7 +168,7 @@ def test_what_is_not_finite():
 def test_wire_bytes():
     """What is reported is what is sent: reckoned here from the formats as they are documented."""
     n = N
-    ring = lambda payload: payload * 2 * (ops.size() - 1) // ops.size()  # noqa: E731
+    ring = lambda payload: payload * 2 * (collectives.size() - 1) // collectives.size()  # noqa: E731
     block = {"fp16": 1, "bf16": 1, "int8": 512, "onebit": 1024, "qsgd": 512}
     per_block = {"fp16": 2, "bf16": 2, "int8": 516, "onebit": 132}
     per_block |= {"qsgd:2bit": 132, "qsgd:4bit": 260, "qsgd:8bit": 516}
@@ -174,15 +179,17 @@ def test_wire_bytes():
             method = text.split(",")[0]
             if method in per_block:
                 size = block[method.split(":")[0]]
-                blocks_of_a_part = math.ceil(n / ops.size() / size)
-                expected = 2 * (ops.size() - 1) * blocks_of_a_part * per_block[method]
+                blocks_of_a_part = math.ceil(n / collectives.size() / size)
+                expected = 2 * (collectives.size() - 1) * blocks_of_a_part * per_block[method]
                 # As a ring's: twice (W - 1) / W of the payload, but for the padding of the parts.
                 payload = per_block[method] * n / size
                 assert (
-                    expected <= 2 * (ops.size() - 1) / ops.size() * payload + 2 * (ops.size() - 1) * per_block[method]
+                    expected
+                    <= 2 * (collectives.size() - 1) / collectives.size() * payload
+                    + 2 * (collectives.size() - 1) * per_block[method]
                 )
             elif method == "topk:0.05":
-                expected = (ops.size() - 1) * math.ceil(0.05 * n) * 6
+                expected = (collectives.size() - 1) * math.ceil(0.05 * n) * 6
             elif method.startswith("randomk:0.1"):
                 expected = ring(4 * math.ceil(n / 10))
             else:
@@ -198,7 +205,7 @@ def test_the_last_block_is_not_left_behind():
         c = channel(text, [(1, 1030)])
         for step in range(50):
             applied = exchange(c, step, torch.ones(1030))
-        torch.testing.assert_close(applied, torch.full((1030,), float(ops.size())), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(applied, torch.full((1030,), float(collectives.size())), rtol=1e-3, atol=1e-3)
         assert c.residual.abs().max() < 0.1, (text, c.residual.abs().max())
 
 
@@ -218,9 +225,9 @@ class Crossed(nn.Module):
     def forward(self, inputs, step):
         parts = [lambda b=b: b(inputs.to(b.weight.dtype)).float() for b in self.branches]
         parts.append(lambda: self.deep(inputs))
-        if step % (ops.size() + 1) == ops.rank():  # and in some steps nowhere
+        if step % (collectives.size() + 1) == collectives.rank():  # and in some steps nowhere
             parts.append(lambda: self.sometimes(inputs))
-        if ops.rank() % 2:
+        if collectives.rank() % 2:
             parts.reverse()
         total = torch.zeros(())
         for part in parts:
@@ -235,7 +242,7 @@ def wrap(model, lr, compression, momentum=0.0, **options):
 
 
 def inputs_of(step):
-    return torch.randn(6, 8, generator=torch.Generator().manual_seed(1000 * ops.rank() + step))
+    return torch.randn(6, 8, generator=torch.Generator().manual_seed(1000 * collectives.rank() + step))
 
 
 def loss_of(model, inputs, step=0):
@@ -253,10 +260,10 @@ def test_not_finite_through_the_optimizer():
         for step in range(4):
             optimizer.zero_grad()
             loss = loss_of(model, inputs_of(step), step)
-            if step == 2 and ops.rank() == ops.size() - 1:
+            if step == 2 and collectives.rank() == collectives.size() - 1:
                 loss = loss * math.inf
             before = [p.detach().clone() for p in model.parameters()]
-            kept = [memories(b.channel) for b in optimizer.exchange.compressed] if ops.size() > 1 else []
+            kept = [memories(b.channel) for b in optimizer.exchange.compressed] if collectives.size() > 1 else []
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -266,7 +273,9 @@ def test_not_finite_through_the_optimizer():
                 reduced = [p.grad for p in model.parameters() if p.grad is not None]
                 assert not all(gradient.isfinite().all() for gradient in reduced), text
                 assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-                for bucket, old in zip(optimizer.exchange.compressed if ops.size() > 1 else [], kept, strict=True):
+                for bucket, old in zip(
+                    optimizer.exchange.compressed if collectives.size() > 1 else [], kept, strict=True
+                ):
                     new = memories(bucket.channel)
                     assert all(torch.equal(new[name], old[name]) for name in old), (text, bucket.names)
         assert_same_on_all(text, *model.parameters())
@@ -311,14 +320,14 @@ def test_one_rank_is_plain():
 @on_ranks(1, 2, 3)
 def test_warmup_is_dense():
     for text in SPECS:
-        if ops.size() == 1 and "momentum" in text:
+        if collectives.size() == 1 and "momentum" in text:
             continue
         plain = train("none", 6, momentum=0.9 if "momentum" in text else 0.0)
         every = ",layer.0.bias=1,layer.2.bias=1" if "momentum" in text else ""
         coded = train(f"{text},min=1,warmup=3{every}", 6)
         for step in range(3):
             assert_close(coded[step], plain[step])
-        if ops.size() > 1 and text not in ("fp16", "bf16", "qsgd:8bit"):
+        if collectives.size() > 1 and text not in ("fp16", "bf16", "qsgd:8bit"):
             assert differ(coded[-1], plain[-1]), text
 
 
@@ -330,7 +339,7 @@ def test_an_excepted_layer_is_dense():
         coded = train(f"{text},min=1,layer.2=none", 1, bucket_bytes=300)[0]
         for i in (1, 2, 3):  # biases have one axis
             assert torch.equal(coded[i], plain[i]), text
-        if ops.size() > 1 and text != "fp16":
+        if collectives.size() > 1 and text != "fp16":
             assert not torch.equal(coded[0], plain[0]), text
 
 
@@ -389,7 +398,7 @@ def excess(compression, lr, steps, seed):
     """Least squares with another target on each rank: the loss above the least one, over the first one's."""
     generator = torch.Generator().manual_seed(seed)
     made = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    data = [(made(64, 24), made(64, 16) * 2) for _ in range(ops.size())]
+    data = [(made(64, 24), made(64, 16) * 2) for _ in range(collectives.size())]
     truth = made(24, 16)
     data = [(x, x @ truth + noise) for x, noise in data]
     whole, targets = (torch.cat(parts).double() for parts in zip(*data, strict=True))
@@ -398,7 +407,7 @@ def excess(compression, lr, steps, seed):
     model = nn.Linear(24, 16, bias=False)
     nn.init.zeros_(model.weight)
     optimizer = wrap(model, lr, compression, seed=seed)
-    x, y = data[ops.rank()]
+    x, y = data[collectives.rank()]
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
@@ -412,7 +421,7 @@ def excess(compression, lr, steps, seed):
 @on_ranks(1, 2, 3)
 def test_gradients_as_they_come():
     """Piece by piece, of any memory format or missing, a bucket sends and keeps what it does of all at once."""
-    shapes, made = [(8, 3, 3, 3), (6, 5), (16, 4, 1, 1)], torch.Generator().manual_seed(ops.rank())
+    shapes, made = [(8, 3, 3, 3), (6, 5), (16, 4, 1, 1)], torch.Generator().manual_seed(collectives.rank())
     named = [(f"p{i}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
     named[0][1].data = named[0][1].data.to(memory_format=torch.channels_last)
     for text in MINDFUL:
@@ -470,7 +479,9 @@ def test_what_was_saved_fits_or_is_shared():
             torch.testing.assert_close(new["debts"][name], debt)
         if (before, 700) == (after, bucket_bytes):
             assert all(torch.equal(new["bases"][name][1], basis) for name, (_, basis) in old["bases"].items())
-            mine = zip(new["ranks"][ops.rank()].values(), old["ranks"][ops.rank()].values(), strict=True)
+            mine = zip(
+                new["ranks"][collectives.rank()].values(), old["ranks"][collectives.rank()].values(), strict=True
+            )
             assert all(torch.equal(one, other) for one, other in mine)
 
 
@@ -482,16 +493,16 @@ def test_what_only_some_ranks_owe():
     (used.sum() + rare.sum()).backward()
     own.finish()
     assert len(own.buckets) == 1
-    if ops.rank() == 0:
+    if collectives.rank() == 0:
         own.buckets[0].channel.owed = torch.cat([torch.ones(17), torch.zeros(3)])
     saved = state_of.gather(own, exact=True)
     assert torch.equal(saved["debts"]["used.residual"], torch.ones(12))
     # A step that is not made; one that does not use all; one that does; one with nothing owed.
     steps = [
         (math.inf, True, (math.inf, math.inf)),
-        (1, False, (ops.size() + 1, 0)),
-        (1, True, (ops.size(), ops.size() + 1)),
-        (1, True, (ops.size(), ops.size())),
+        (1, False, (collectives.size() + 1, 0)),
+        (1, True, (collectives.size(), collectives.size() + 1)),
+        (1, True, (collectives.size(), collectives.size())),
     ]
     for factor, with_rare, sums in steps:
         used.grad = rare.grad = None

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.finder import load
-from hvdtrain.step import StepOptions
+from hvdtrain.recipe.framework import StepOptions
+from hvdtrain.recipe.registry import load
 from hvdtrain.torch.step import TorchStep
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 from tests.support.worlds import KeptWorld, refusal, train

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from hvdtrain import cores
+from hvdtrain.system import cpus
 from tests.ranks.harness import launcher, run, skip_or_fail
 
 ASK = """
@@ -30,17 +30,17 @@ def asked(kind: str, ranks: int, *before: str) -> list[set[int]]:
 
 
 def test_ranks_share_the_cores() -> None:
-    if len(cores.USABLE) < 2 or len(cores.USABLE) != os.cpu_count() or cores.GPU_DRIVER.exists():
+    if len(cpus.USABLE) < 2 or len(cpus.USABLE) != os.cpu_count() or cpus.GPU_DRIVER.exists():
         skip_or_fail("ranks are bound where there are two cores, all of them usable, and no GPU")
     first, second = asked("horovodrun", 2)
-    assert first and second and first | second == cores.USABLE and not first & second
+    assert first and second and first | second == cpus.USABLE and not first & second
 
 
 def test_left_where_they_are() -> None:
     """One rank has all cores; more ranks than cores are not bound; nor is MPI, or who was told a core to be on."""
-    assert asked("mpirun", 2) == [cores.USABLE] * 2
-    assert asked("alone", 1) == [cores.USABLE]
-    assert asked("horovodrun", len(cores.USABLE) + 1) == [cores.USABLE] * (len(cores.USABLE) + 1)
-    if len(cores.USABLE) > 1:
-        one = min(cores.USABLE)
+    assert asked("mpirun", 2) == [cpus.USABLE] * 2
+    assert asked("alone", 1) == [cpus.USABLE]
+    assert asked("horovodrun", len(cpus.USABLE) + 1) == [cpus.USABLE] * (len(cpus.USABLE) + 1)
+    if len(cpus.USABLE) > 1:
+        one = min(cpus.USABLE)
         assert asked("horovodrun", 2, "taskset", "-c", str(one)) == [{one}] * 2

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 from tests.support.worlds import KeptWorld, train, train_here
 
@@ -62,7 +62,7 @@ def write_recipe(folder: Path, body: str) -> str:
 def drawn_splits(seed: int) -> dict[str, Any]:
     """What a rank's datasets are: the examples of each split, as texts of their numbers."""
     import hvdtrain
-    from hvdtrain.finder import load
+    from hvdtrain.recipe.registry import load
     from hvdtrain.torch.setup import load_datasets
 
     loaded = load_datasets(load(DRAWING)(), hvdtrain.init(), seed)

@@ -72,7 +72,7 @@ def test_cifar10_trains_on_its_pickles(net: str, world2: KeptWorld, tmp_path: Pa
     recipe.write_text(
         "from torchvision.datasets import CIFAR10 as Files\n"
         "from dataclasses import dataclass\n"
-        "from hvdtrain.finder import load\n"
+        "from hvdtrain.recipe.registry import load\n"
         f"Files.train_list = {[[name, md5] for name, md5 in sums.items() if name.startswith('data')]}\n"
         f"Files.test_list = [['test_batch', {sums['test_batch']!r}]]\n"
         f"Files.meta = {{'filename': 'batches.meta', 'key': 'label_names', 'md5': {sums['batches.meta']!r}}}\n"

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import hvdtrain
-from hvdtrain.collectives import ops
-from hvdtrain.errors import RunError
-from hvdtrain.torch.checksums import BLOCK, checksums
-from hvdtrain.torch.tensors import BITS
-from hvdtrain.trainer.diagnose import Diagnosis
+from hvdtrain.comm import collectives
+from hvdtrain.diagnosis.diagnosis import Diagnosis
+from hvdtrain.exchange.checksums import BLOCK, checksums
+from hvdtrain.exchange.tensors import BITS
+from hvdtrain.system.errors import RunError
 from tests.support.worlds import on_ranks
 
 
@@ -33,7 +33,7 @@ class Odd(nn.Module):
         self.long = nn.Linear(1000, 2 * BLOCK // 1000)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("none", torch.zeros(0))
-        self.register_buffer("scratch", torch.full((3,), float(ops.rank())), persistent=False)
+        self.register_buffer("scratch", torch.full((3,), float(collectives.rank())), persistent=False)
 
 
 class OnlyChecksums:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.signing import SECRET
+from hvdtrain.system.signed_http import SECRET
 
 LIMIT = 60  # seconds
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import hvdtrain
-from hvdtrain.collectives import ops
-from hvdtrain.collectives import world as horovod
-from hvdtrain.collectives.rendezvous import Server
+from hvdtrain.comm import collectives
+from hvdtrain.comm import world as horovod
+from hvdtrain.comm.rendezvous import Server
 from tests.support.worlds import KeptWorld
 
 ROUNDS = 40
@@ -28,7 +28,7 @@ def leave_and_meet_again(folder: Path) -> int:
     """How often this rank was told that the other has left."""
     rank, refused, servers = hvdtrain.init().rank, 0, []
     for number in range(ROUNDS):
-        ops.barrier(f"begin.{number}")
+        collectives.barrier(f"begin.{number}")
         if rank == 1:
             wait_for(folder / f"busy-{number}")
             time.sleep(0.001 * (number % 7))
@@ -36,15 +36,15 @@ def leave_and_meet_again(folder: Path) -> int:
             handles = []
             try:
                 while True:
-                    handles.append(ops.all_reduce_async_(torch.zeros(1), f"sum.{number}.{len(handles)}"))
+                    handles.append(collectives.all_reduce_async_(torch.zeros(1), f"sum.{number}.{len(handles)}"))
                     if len(handles) == 20:
                         write(folder / f"busy-{number}", "")
-            except ops.PeersLost:
+            except collectives.PeersLost:
                 refused += 1
             for handle in handles:
                 try:
-                    ops.wait(handle)
-                except ops.PeersLost:
+                    collectives.wait(handle)
+                except collectives.PeersLost:
                     continue
                 raise AssertionError("a sum of one rank only")
         horovod.leave()

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from hvdtrain.data import order
+from hvdtrain.recipe import order
 from tests.ranks import harness
 from tests.ranks.harness import HVDTRAIN, Job, launcher, run, wait_for_step
 from tests.support.worlds import KeptWorld, train, train_here

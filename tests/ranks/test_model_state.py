@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.errors import UserError
-from hvdtrain.torch.tensors import read_tensors
+from hvdtrain.exchange.tensors import read_tensors
+from hvdtrain.system.errors import UserError
 from tests.ranks import state_recipes
 from tests.support.worlds import KeptWorld, KeptWorlds
 
@@ -142,7 +142,7 @@ def test_a_declared_buffer_that_begins_to_change_later_is_combined(worlds: KeptW
         state = trained(worlds[2], "LaterMean", tmp_path / how, how=how)
         x = state_recipes.Base().dataset("train").tensors[0]
         expected = torch.ones(4, dtype=torch.float64)
-        from hvdtrain.data import order
+        from hvdtrain.recipe import order
 
         for epoch in range(2):
             for step, ids in enumerate(order.steps(40, 8, 0, epoch)):

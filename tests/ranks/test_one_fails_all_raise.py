@@ -1,4 +1,4 @@
-"""`ops.on_root` and `ops.all_or_none`: what one rank cannot do, no rank does, and all raise the same."""
+"""`collectives.on_root` and `all_or_none`: what one rank cannot do, no rank does, and all raise the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.errors import KnownError, RunError, UserError
+from hvdtrain.system.errors import KnownError, RunError, UserError
 from tests.ranks.harness import run
 
 HERE = socket.gethostname()
@@ -32,23 +32,23 @@ def raising(error: Exception) -> Any:
 def on_this_rank() -> dict[str, list[Any]]:
     """All ways in which the helpers can end, on this rank."""
     import hvdtrain
-    from hvdtrain.collectives import ops
+    from hvdtrain.comm import collectives
 
     rank = hvdtrain.init().rank
     return {
-        "root returns": outcome(lambda: ops.on_root("a", lambda: {"rank": rank})),
-        "rank 1 is the root": outcome(lambda: ops.on_root("b", lambda: rank, root=1)),
-        "root is refused": outcome(lambda: ops.on_root("c", lambda: raising(UserError("no folder")))),
-        "root fails": outcome(lambda: ops.on_root("d", lambda: raising(RunError("disk full")))),
-        "root has a bug": outcome(lambda: ops.on_root("e", lambda: raising(ValueError("bug")))),
-        "all return": outcome(lambda: ops.all_or_none("f", lambda: rank)),
+        "root returns": outcome(lambda: collectives.on_root("a", lambda: {"rank": rank})),
+        "rank 1 is the root": outcome(lambda: collectives.on_root("b", lambda: rank, root=1)),
+        "root is refused": outcome(lambda: collectives.on_root("c", lambda: raising(UserError("no folder")))),
+        "root fails": outcome(lambda: collectives.on_root("d", lambda: raising(RunError("disk full")))),
+        "root has a bug": outcome(lambda: collectives.on_root("e", lambda: raising(ValueError("bug")))),
+        "all return": outcome(lambda: collectives.all_or_none("f", lambda: rank)),
         "rank 1 is refused": outcome(
-            lambda: ops.all_or_none("g", lambda: raising(UserError("no file")) if rank == 1 else rank)
+            lambda: collectives.all_or_none("g", lambda: raising(UserError("no file")) if rank == 1 else rank)
         ),
-        "both are refused alike": outcome(lambda: ops.all_or_none("h", lambda: raising(UserError("empty")))),
-        "both are refused": outcome(lambda: ops.all_or_none("i", lambda: raising(UserError(f"{rank} files")))),
+        "both are refused alike": outcome(lambda: collectives.all_or_none("h", lambda: raising(UserError("empty")))),
+        "both are refused": outcome(lambda: collectives.all_or_none("i", lambda: raising(UserError(f"{rank} files")))),
         "rank 1 has a bug": outcome(
-            lambda: ops.all_or_none("j", lambda: raising(KeyError("bug")) if rank == 1 else rank)
+            lambda: collectives.all_or_none("j", lambda: raising(KeyError("bug")) if rank == 1 else rank)
         ),
     }
 
@@ -93,7 +93,7 @@ def test_an_unexpected_error_stays_itself_where_it_happened(
 
 
 if __name__ == "__main__":
-    from hvdtrain.collectives.world import init
+    from hvdtrain.comm.world import init
 
     outcomes_here = on_this_rank()
     (Path(sys.argv[1]) / str(init().rank)).write_text(json.dumps(outcomes_here))

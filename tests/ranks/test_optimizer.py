@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import UserError
+from hvdtrain.comm import collectives
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch import DistributedOptimizer, broadcast_state
 from tests.support.worlds import on_ranks
 
@@ -20,8 +20,8 @@ def make_model(dtype=torch.float64):
 def examples(step, dtype=torch.float64):
     """The global batch of a step, and this rank's equal part of it."""
     made = torch.Generator().manual_seed(step)
-    inputs = torch.randn(12 * ops.size(), 6, generator=made, dtype=torch.float64).to(dtype)
-    return inputs, inputs[ops.rank() * 12 : ops.rank() * 12 + 12]
+    inputs = torch.randn(12 * collectives.size(), 6, generator=made, dtype=torch.float64).to(dtype)
+    return inputs, inputs[collectives.rank() * 12 : collectives.rank() * 12 + 12]
 
 
 def loss_of(model, inputs):
@@ -85,7 +85,7 @@ def test_scaler_unscales_what_is_reduced():
         overflow = step == 2
         optimizer.zero_grad()
         loss = loss_of(model, mine)
-        if overflow and ops.rank() == ops.size() - 1:
+        if overflow and collectives.rank() == collectives.size() - 1:
             loss = loss * float("inf")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -184,16 +184,16 @@ def test_unused_frozen_and_shared_parameters():
         whole, mine = examples(step)
         left = step != 2  # in step 2 no rank uses it
         optimizer.zero_grad()
-        loss = (model(mine, left and ops.rank() == 0) - mine[:, :3]).square().sum(1).mean()
+        loss = (model(mine, left and collectives.rank() == 0) - mine[:, :3]).square().sum(1).mean()
         loss.backward()
         optimizer.step()
         plain.zero_grad()
-        parts = whole.chunk(ops.size())
+        parts = whole.chunk(collectives.size())
         total = sum(
             (reference(part, left and rank == 0) - part[:, :3]).square().sum(1).mean()
             for rank, part in enumerate(parts)
         )
-        (total / ops.size()).backward()
+        (total / collectives.size()).backward()
         plain.step()
     assert model.never.weight.grad is None
     same(model, reference)
@@ -218,8 +218,8 @@ def test_memory_formats_and_small_types():
         plain = torch.optim.SGD(reference.parameters(), lr=0.05)
         for step in range(STEPS):
             made = torch.Generator().manual_seed(step)
-            whole = torch.randn(4 * ops.size(), 3, 6, 6, generator=made).to(dtype)
-            mine = whole[ops.rank() * 4 : ops.rank() * 4 + 4]
+            whole = torch.randn(4 * collectives.size(), 3, 6, 6, generator=made).to(dtype)
+            mine = whole[collectives.rank() * 4 : collectives.rank() * 4 + 4]
             for each, m, inputs in ((optimizer, model, mine), (plain, reference, whole)):
                 each.zero_grad()
                 (nn.Sequential.forward(m, inputs) * m.scale).square().mean().backward()
@@ -230,10 +230,10 @@ def test_memory_formats_and_small_types():
 
 @on_ranks(1, 2, 3)
 def test_broadcast_brings_everything():
-    torch.manual_seed(ops.rank())
+    torch.manual_seed(collectives.rank())
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, dtype=torch.bfloat16))
     model.register_buffer("mask", torch.rand(5) > 0.5)
-    plain = torch.optim.AdamW(model.parameters(), lr=0.1 * (ops.rank() + 1))
+    plain = torch.optim.AdamW(model.parameters(), lr=0.1 * (collectives.rank() + 1))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     plain.step()
@@ -257,7 +257,7 @@ def test_schedulers_and_closures():
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.05
-    if ops.size() > 1:
+    if collectives.size() > 1:
         with pytest.raises(ValueError, match="closure"):
             optimizer.step(lambda: 0.0)
 

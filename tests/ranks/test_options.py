@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hvdtrain.step import TOLD
+from hvdtrain.recipe.framework import TOLD
 from tests.ranks import harness
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.comm import collectives
+from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.torch import DistributedOptimizer, broadcast_state
 from tests.ranks.changing_recipes import Delegating, Lion, Lookahead
 from tests.support.worlds import on_ranks
@@ -23,7 +23,7 @@ def wrap(model, optimizer, **options):
 def batch(step, columns, rank=None):
     """A rank's 4 examples of a step; all ranks' for None."""
     made = torch.Generator().manual_seed(step)
-    whole = torch.randn(4 * ops.size(), columns, generator=made, dtype=torch.float64)
+    whole = torch.randn(4 * collectives.size(), columns, generator=made, dtype=torch.float64)
     return whole if rank is None else whole[4 * rank : 4 * rank + 4]
 
 
@@ -64,7 +64,7 @@ def test_a_gan_with_two_optimizers(way):
     g = wrap(g_net, g_plain)
     d = wrap(d_net, d_plain, backward_passes_per_step=2 if way == "two passes" else 1)
     for step in range(5):
-        on_real, on_fake, fooled = gan_losses(g_net, d_net, step, ops.rank())
+        on_real, on_fake, fooled = gan_losses(g_net, d_net, step, collectives.rank())
         d.zero_grad()
         if way == "two passes":
             on_real().backward()
@@ -98,7 +98,7 @@ def test_a_gan_without_any_of_the_ways_is_told_of_them():
     (generator, discriminator) = nn.Linear(2, 4).double(), nn.Linear(4, 1).double()
     d = wrap(discriminator, torch.optim.Adam(discriminator.parameters()))
     for step in range(2):
-        on_real, on_fake, fooled = gan_losses(generator, discriminator, step, ops.rank())
+        on_real, on_fake, fooled = gan_losses(generator, discriminator, step, collectives.rank())
         if step == 1:
             with pytest.raises(RuntimeError, match=r"run it within `with optimizer.paused\(\):` of this one"):
                 d.zero_grad()
@@ -109,7 +109,7 @@ def test_a_gan_without_any_of_the_ways_is_told_of_them():
         fooled().backward()
     d.synchronize()
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        for loss in gan_losses(generator, discriminator, step, ops.rank())[:2]:
+        for loss in gan_losses(generator, discriminator, step, collectives.rank())[:2]:
             loss().backward()
     d.synchronize()
     d.exchange.close()
@@ -131,12 +131,12 @@ def test_freezing_and_groups_added_later():
         for net in nets:
             net[0].requires_grad_(5 <= step < 10 or step >= 35)
             net[2].weight.requires_grad_(step % 3 > 0)
-        for optimizer, net, extra, rank in zip((own, plain), nets, extras, (ops.rank(), None), strict=True):
+        for optimizer, net, extra, rank in zip((own, plain), nets, extras, (collectives.rank(), None), strict=True):
             inputs = batch(step, 4, rank)
             optimizer.zero_grad()
             (net(inputs).pow(2).mean() + (extra * inputs.mean()).sum()).backward()
             optimizer.step()
-        if ops.size() > 1 and step == 34:
+        if collectives.size() > 1 and step == 34:
             asleep = [name for bucket in own.exchange.buckets if bucket.asleep for name in bucket.names]
             assert set(asleep) == {"0.weight", "0.bias"}, "frozen layers travel for ever"
     same(model, reference)
@@ -147,11 +147,13 @@ def test_freezing_and_groups_added_later():
 def test_a_parameter_added_with_other_values_or_on_one_rank_only_is_refused():
     for case in ("values", "missing"):
         model = two_layers()
-        extra = nn.Parameter(torch.full((2,), float(ops.rank()) if case == "values" else 1.0, dtype=torch.float64))
+        extra = nn.Parameter(
+            torch.full((2,), float(collectives.rank()) if case == "values" else 1.0, dtype=torch.float64)
+        )
         own = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        if case == "values" or ops.rank() == 1:
+        if case == "values" or collectives.rank() == 1:
             own.add_param_group({"params": [extra]})
-        (model(batch(0, 4, ops.rank())).pow(2).mean() + extra.sum()).backward()
+        (model(batch(0, 4, collectives.rank())).pow(2).mean() + extra.sum()).backward()
         with pytest.raises(RunError, match=r"parameter group1\.0 is .* on rank 0 and .* on rank 1: add it"):
             own.step()
         own.exchange.close()
@@ -170,23 +172,23 @@ def test_compression_remembers_through_frozen_steps():
         trained = step < 4 or step >= 25
         model[0].requires_grad_(trained)
         own.zero_grad()
-        made = torch.Generator().manual_seed(step * 10 + ops.rank())
+        made = torch.Generator().manual_seed(step * 10 + collectives.rank())
         weights = torch.randn(64, 64, generator=made)
         loss = model[1].weight.sum()
         if trained:
             loss = loss + (model[0].weight * weights).sum()
-            given += weights / ops.size()
+            given += weights / collectives.size()
         loss.backward()
         own.step()
         if model[0].weight.grad is not None:
             applied += model[0].weight.grad
-    if ops.size() == 1:
+    if collectives.size() == 1:
         torch.testing.assert_close(applied, given)
         return
     bucket = next(bucket for bucket in own.exchange.buckets if bucket.names == ["0.weight"])
-    left = bucket.channel.residual.view(64, 64) / ops.size()
+    left = bucket.channel.residual.view(64, 64) / collectives.size()
     both = torch.stack([given, left])
-    ops.wait(ops.all_reduce_async_(both, "test.both"))
+    collectives.wait(collectives.all_reduce_async_(both, "test.both"))
     torch.testing.assert_close(applied + both[1], both[0], rtol=1e-4, atol=1e-4)
     assert both[1].abs().sum() > 0
     own.exchange.close()
@@ -213,7 +215,7 @@ def test_any_optimizer_and_scheduler():
             assert own.note == "kept"
             broadcast_state(model, own)
             for step in range(4):
-                for optimizer, net, rank in ((own, model, ops.rank()), (plain, reference, None)):
+                for optimizer, net, rank in ((own, model, collectives.rank()), (plain, reference, None)):
                     optimizer.zero_grad()
                     net(batch(step, 4, rank)).pow(2).mean().backward()
                     optimizer.step()
@@ -231,7 +233,7 @@ def test_any_optimizer_and_scheduler():
 @on_ranks(2)
 def test_order_of_parameters_must_be_the_same():
     """Before anything is overwritten, and where gradients are exchanged without a broadcast."""
-    names = ["a", "b"] if ops.rank() == 0 else ["b", "a"]
+    names = ["a", "b"] if collectives.rank() == 0 else ["b", "a"]
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(UserError, match=r"^rank 1 on .*: parameter 1 is 'b.weight' .*, rank 0 has 'a.weight' "):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from hvdtrain.torch import DistributedOptimizer, broadcast_state
 from tests.support.worlds import KeptWorld
 
@@ -62,5 +62,5 @@ def applied(compression: str, own: hvd.ProcessSet, members: list[int]) -> torch.
         optimizer.zero_grad()
         (layer.weight * shares(step, hvd.rank())).sum().backward()
         optimizer.step()
-    ops.barrier("end")
+    collectives.barrier("end")
     return before - layer.weight.detach()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.errors import KnownError, UserError
+from hvdtrain.system.errors import KnownError, UserError
 from tests.ranks.harness import HVDTRAIN, Job, launcher
 from tests.support.worlds import KeptWorld, train_here
 
@@ -245,15 +245,15 @@ def seconds_to_agree(run_dir: Path) -> float:
     import torch
 
     import hvdtrain
-    from hvdtrain.collectives import ops
-    from hvdtrain.collectives.agreement import agree
+    from hvdtrain.comm import collectives
+    from hvdtrain.comm.agreement import agree
     from hvdtrain.torch.fingerprint import model_parts
 
     hvdtrain.init()
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(74)))
     times = []
     for _ in range(10):
-        ops.barrier("agree.barrier")
+        collectives.barrier("agree.barrier")
         begin = time.perf_counter()
         agree("agree.timed", model_parts(model))
         times.append(time.perf_counter() - begin)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.errors import RecipeError, UserError
+from hvdtrain.system.errors import RecipeError, UserError
 from tests.ranks.harness import HVDTRAIN, Job, launcher, run
 from tests.support.worlds import KeptWorld, train_here
 

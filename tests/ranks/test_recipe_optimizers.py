@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hvdtrain
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 from tests.ranks.changing_recipes import BUILT, Base, fit, train_plainly
 from tests.ranks.test_changing_recipes import check_same
 from tests.support.worlds import on_ranks

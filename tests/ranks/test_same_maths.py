@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdtrain.data import order
+from hvdtrain.recipe import order
 from tests.ranks import harness
 from tests.ranks.harness import ROOT, rows
 from tests.support.worlds import KeptWorld, KeptWorlds, train

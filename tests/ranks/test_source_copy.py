@@ -9,10 +9,10 @@ import pytest
 
 import hvdtrain
 from hvdtrain.cli.train import arguments_of
-from hvdtrain.errors import UserError
-from hvdtrain.recipe_source import read_source
-from hvdtrain.source_copy import describe_copy, read_copy, read_files, write_copy
-from hvdtrain.trainer.fit import fit_from_command_line
+from hvdtrain.recipe.source import read_source
+from hvdtrain.recipe.source_copy import describe_copy, read_copy, read_files, write_copy
+from hvdtrain.system.errors import UserError
+from hvdtrain.training.fit import fit_from_command_line
 
 RECIPE = """
 from dataclasses import dataclass

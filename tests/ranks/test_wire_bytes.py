@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from tests.ranks.channels import channel, exchange, gradient, summed
 from tests.ranks.wire_rank import traffic
 from tests.support.worlds import KeptWorld, KeptWorlds, call_on_rank, on_ranks
@@ -45,7 +45,7 @@ FLAGS = (2 + 1) * 4  # bytes a step that say which parameters were used, and whe
 
 
 def assert_same_on_all(text: str, seen: hashlib._Hash) -> None:
-    everyone = ops.gather_json(seen.hexdigest(), "wire.same")
+    everyone = collectives.gather_json(seen.hexdigest(), "wire.same")
     assert len(set(everyone)) == 1, f"{text}: other bits on other ranks"
 
 
@@ -88,7 +88,7 @@ def test_casts_are_off_by_their_rounding() -> None:
             off = np.abs(exchange(c, step, g).double().numpy() - exact)
             assert c.finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
-            roundings = ops.size() if text == "fp16" else 2
+            roundings = collectives.size() if text == "fp16" else 2
             assert (off <= roundings * half * size * 1.01 + 1e-6).all(), (text, step)
         assert_same_on_all(text, seen)
 

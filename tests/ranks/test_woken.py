@@ -12,11 +12,11 @@ SUMS = 20
 CYCLE = 1.0  # seconds; if nobody were woken, each sum would take one or more
 SCRIPT = f"""
 import time, torch, hvdtrain
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 world = hvdtrain.init()
 begin = time.perf_counter()
 for i in range({SUMS}):
-    total = ops.wait(ops.all_reduce_async_(torch.full((3,), float(world.rank + i)), f"woken.{{i % 2}}"))
+    total = collectives.wait(collectives.all_reduce_async_(torch.full((3,), float(world.rank + i)), f"woken.{{i % 2}}"))
     assert total.tolist() == [sum(range(world.size)) + world.size * i] * 3, total
 print("took", time.perf_counter() - begin, flush=True)
 """

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.collectives import ops
-from hvdtrain.errors import UserError
+from hvdtrain.comm import collectives
+from hvdtrain.system.errors import UserError
 from tests.support.worlds import KeptWorld, RanksFailed, train
 
 EXACT = f"{Path(__file__).parent / 'exact_recipe.py'}:Exact"
@@ -20,7 +20,7 @@ EXACT = f"{Path(__file__).parent / 'exact_recipe.py'}:Exact"
 def sum_of_ranks(added: int) -> tuple[int, int]:
     world = hvdtrain.init()
     values = torch.tensor([world.rank + added], dtype=torch.int64)
-    ops.wait(ops.all_reduce_async_(values, "test.sum"))
+    collectives.wait(collectives.all_reduce_async_(values, "test.sum"))
     return os.getpid(), int(values)
 
 
@@ -67,7 +67,7 @@ def test_a_failure_shows_every_rank_and_the_next_call_has_a_new_world(world2: Ke
 
 
 def refuse(text: str) -> None:
-    ops.barrier("refuse")
+    collectives.barrier("refuse")
     raise UserError(text)
 
 

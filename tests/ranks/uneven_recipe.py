@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from hvdtrain.torch import Recipe, option
 
 EVERY = 10  # steps of an interval
@@ -90,10 +90,10 @@ class Uneven(Recipe):
         if interval >= self.intervals or self.slowed[part] == self.passes:
             return
         self.slowed[part] = self.passes
-        turn = drawn(self.draw, ops.size(), self.intervals)[interval]
+        turn = drawn(self.draw, collectives.size(), self.intervals)[interval]
         if turn is None and part == "compute":
             spend(LONGER, "sleep")
-        elif turn is not None and turn[:2] == (ops.rank(), part):
+        elif turn is not None and turn[:2] == (collectives.rank(), part):
             spend(LONGER, turn[2])
 
 
@@ -129,7 +129,7 @@ class Drifting(Uneven):
 
     def drift(self) -> None:
         self.updates += 1
-        if (self.updates, ops.rank()) == (self.at_step, self.rank):
+        if (self.updates, collectives.rank()) == (self.at_step, self.rank):
             with torch.no_grad():
                 values = self.net.get_parameter(self.tensor).view(-1)
                 # The one with most room below its next power of two: beyond that, rounding could undo it.

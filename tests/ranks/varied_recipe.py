@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 
 
 class Shifted(Dataset):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import hvdtrain
-from hvdtrain.collectives import ops
+from hvdtrain.comm import collectives
 from hvdtrain.torch import DistributedOptimizer
 
 WARM_UP = 3  # steps: the first makes the buckets, and names that are new are negotiated at length
@@ -57,7 +57,7 @@ def traffic(make: Callable[[], nn.Module], compression: str, steps: int, interfa
         torch.optim.SGD(model.parameters(), lr=1e-4), model.named_parameters(), compression=f"{compression},warmup=0"
     )
     parameters = list(model.parameters())
-    made = torch.Generator().manual_seed(ops.rank())
+    made = torch.Generator().manual_seed(collectives.rank())
     gradients = [torch.randn(p.shape, generator=made) for p in parameters]
 
     def step() -> int:
@@ -69,12 +69,12 @@ def traffic(make: Callable[[], nn.Module], compression: str, steps: int, interfa
     for _ in range(WARM_UP):
         step()
     # Nobody begins before all have read, nor reads before all have received.
-    ops.barrier("wire.quiet")
+    collectives.barrier("wire.quiet")
     before = carried(interface)
-    ops.barrier("wire.begin")
+    collectives.barrier("wire.begin")
     begin = time.perf_counter()
     counted = sum(step() for _ in range(steps))
-    ops.barrier("wire.end")
+    collectives.barrier("wire.end")
     seconds = time.perf_counter() - begin
     after = carried(interface)
     return Traffic(counted, after[0] - before[0], after[1] - before[1], seconds)
@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)
     make = {"small": small, "resnet18": resnet18}[options.model]
     here = {spec: asdict(traffic(make, spec, options.steps, options.interface)) for spec in options.specs}
-    seen = ops.gather_json(here, "wire.seen")
+    seen = collectives.gather_json(here, "wire.seen")
     if world.rank == 0:
         print("WIRE", json.dumps(seen), flush=True)
 

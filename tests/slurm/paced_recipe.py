@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hvdtrain.finder import load
+from hvdtrain.recipe.registry import load
 from hvdtrain.torch import option
 
 Digits: Any = load("digits")

@@ -24,7 +24,7 @@ from _pytest.assertion import install_importhook
 from _pytest.config import get_config
 
 import hvdtrain
-from hvdtrain.torch.exchange import Exchange
+from hvdtrain.exchange.bucketed import Exchange
 from tests.support.worlds import Reply, Request, receive, send
 
 ROOT = Path(__file__).parents[2]

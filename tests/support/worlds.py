@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from hvdtrain.errors import KnownError
+from hvdtrain.system.errors import KnownError
 from tests.ranks.harness import Job, launcher
 
 T = TypeVar("T")
@@ -290,7 +290,7 @@ def train_here(recipe: str, run_dir: Path, options: tuple[str, ...]) -> dict[str
     """What `hvdtrain train RECIPE --run-dir RUN_DIR OPTIONS` does on a rank, in this process."""
     import hvdtrain
     from hvdtrain.cli.train import arguments_of
-    from hvdtrain.trainer.fit import fit_from_command_line
+    from hvdtrain.training.fit import fit_from_command_line
 
     arguments = arguments_of([recipe, "--run-dir", str(run_dir), *options])
     from hvdtrain.cli import options as checked

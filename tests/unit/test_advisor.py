@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.torch.advisor import CANDIDATES, shortlist, shown
+from hvdtrain.exchange.advisor import CANDIDATES, shortlist, shown
 
 METHODS = ("none", *CANDIDATES)
 tables = st.integers(1, 3).flatmap(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.elastic.members import Draining, Member, read_draining, read_member, this_life, write_member
+from hvdtrain.preemption.membership_folder import Draining, Member, read_draining, read_member, this_life, write_member
 from tests.unit.http_server import serving
 from tests.unit.test_notices import ACTION, AwsServer, iso
 
@@ -249,7 +249,7 @@ def test_mistakes(tmp_path: Path, options: list[str], error: str) -> None:
 
 def test_starts_at_once_and_without_torch() -> None:
     code = (
-        "import sys; from hvdtrain.cli.agent import command; import hvdtrain.elastic.agent, hvdtrain.launch.hosts\n"
+        "import sys; from hvdtrain.cli.agent import command; import hvdtrain.preemption.agent, hvdtrain.launch.hosts\n"
         "heavy = {'torch', 'numpy', 'horovod'} & set(sys.modules); assert not heavy, heavy"
     )
     tries = []

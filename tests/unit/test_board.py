@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.collectives.rendezvous import Server
-from hvdtrain.elastic import board as boards
-from hvdtrain.elastic.board import Board, BoardLost
+from hvdtrain.comm.rendezvous import Server
+from hvdtrain.elastic import store as boards
 from hvdtrain.elastic.places import places
 from hvdtrain.elastic.records import parse_fact, parse_pulse
-from hvdtrain.signing import SECRET
+from hvdtrain.elastic.store import Board, BoardLost
+from hvdtrain.system.signed_http import SECRET
 
 KEY = "k" * 64
 MEMBERS = places(["a:0:x.1", "b:0:y.1"], {"a:0:x.1": {"host": "a"}, "b:0:y.1": {"host": "b-1.net"}})
@@ -95,7 +95,7 @@ def test_a_sign_of_life_that_is_not_valid_is_refused() -> None:
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(SECRET, KEY)
     server = Server("127.0.0.1", {})
-    monkeypatch.setattr("hvdtrain.collectives.rendezvous.WAIT", 0)
+    monkeypatch.setattr("hvdtrain.comm.rendezvous.WAIT", 0)
     yield server
     server.end()
 

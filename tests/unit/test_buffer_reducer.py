@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch import buffer_reducer
 from hvdtrain.torch.buffer_reducer import BufferReducer
 from hvdtrain.torch.buffers import buffer_modes
 
 
 class Threads:
-    """Stands in for `hvdtrain.collectives.ops`: each rank is a thread."""
+    """Stands in for `hvdtrain.comm.collectives`: each rank is a thread."""
 
     def __init__(self, size: int) -> None:
         self.own = threading.local()
@@ -51,7 +51,7 @@ class Threads:
 
 def on_ranks(size: int, function: Callable[[Threads], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     threads = Threads(size)
-    monkeypatch.setattr(buffer_reducer, "ops", threads)
+    monkeypatch.setattr(buffer_reducer, "collectives", threads)
 
     def call(rank: int) -> Any:
         threads.own.rank = rank

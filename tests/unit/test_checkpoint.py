@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.errors import UserError
-from hvdtrain.trainer import checkpoint
-from hvdtrain.trainer.checkpoint import Position, load_newest, prune, save
+from hvdtrain.system.errors import UserError
+from hvdtrain.training import checkpoint
+from hvdtrain.training.checkpoint import Position, load_newest, prune, save
 
 STATE = bytes(range(256)) * 4
 

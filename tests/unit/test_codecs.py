@@ -18,14 +18,7 @@ from hvdtrain.compression.cast import Cast, Fp16
 from hvdtrain.compression.codec import Codec, Key
 from hvdtrain.compression.int8 import Int8
 from hvdtrain.compression.onebit import OneBit
-from hvdtrain.compression.packing import (
-    join,
-    pack_bits,
-    pack_bits_by_torch,
-    split,
-    unpack_bits,
-    unpack_bits_by_torch,
-)
+from hvdtrain.compression.packing import join, pack_bits, pack_bits_by_torch, split, unpack_bits, unpack_bits_by_torch
 from hvdtrain.compression.powersgd import PowerSgd, orthonormal
 from hvdtrain.compression.qsgd import Qsgd
 from hvdtrain.compression.randomk import RandomK

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.compression.codec import Key
 from hvdtrain.compression.spec import DEFAULTS, METHODS, Spec, make_codec, parse
-from hvdtrain.errors import UserError
+from hvdtrain.system.errors import UserError
 
 KEY = Key(0, 0, 0, 0)
 CPU = torch.device("cpu")

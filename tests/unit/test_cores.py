@@ -5,18 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain import cores
+from hvdtrain.system import cpus
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_shares_are_even_and_all_there_is(count: int, local_size: int) -> None:
     if local_size > count:
         local_size, count = count, local_size
-    shares = [cores.share(range(count), rank, local_size) for rank in range(local_size)]
+    shares = [cpus.share(range(count), rank, local_size) for rank in range(local_size)]
     assert [core for share in shares for core in share] == list(range(count))
     assert {len(share) for share in shares} <= {count // local_size, count // local_size + 1}
 
 
 def test_where_a_cpu_is() -> None:
-    assert len({cores.place(cpu) for cpu in cores.USABLE}) == len(cores.USABLE)
-    assert cores.place(1 << 20) == (0, 1 << 20, 1 << 20)  # one that no machine tells of
+    assert len({cpus.place(cpu) for cpu in cpus.USABLE}) == len(cpus.USABLE)
+    assert cpus.place(1 << 20) == (0, 1 << 20, 1 << 20)  # one that no machine tells of

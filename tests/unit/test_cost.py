@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain.collectives.probe import Network, line
-from hvdtrain.compression.cost import Cost, step_seconds
+from hvdtrain.comm.network_model import Network, line
+from hvdtrain.compression.cost_model import Cost, step_seconds
 
 NETWORK = Network(ranks=2, latency=0.5, bandwidth=10.0)
 

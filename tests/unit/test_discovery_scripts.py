@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.elastic.members import Draining, Member, write_draining, write_member
+from hvdtrain.preemption.membership_folder import Draining, Member, write_draining, write_member
 from tests.unit.http_server import serving
 
 SCRIPTS = Path(__file__).parents[2] / "cluster" / "discovery"

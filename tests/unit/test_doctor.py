@@ -23,7 +23,7 @@ from hvdtrain.doctor.meeting import Meeting
 from hvdtrain.doctor.nics import routes
 from hvdtrain.doctor.peer import COMMANDS, attend, rate
 from hvdtrain.doctor.report import describe, verdict
-from hvdtrain.errors import RunError, UserError
+from hvdtrain.system.errors import RunError, UserError
 from tests.ranks.harness import ROOT
 
 

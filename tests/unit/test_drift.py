@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from hvdtrain.errors import RunError
-from hvdtrain.torch import checksums
+from hvdtrain.diagnosis.drift import Drift, digest, find_drift
+from hvdtrain.exchange import checksums
+from hvdtrain.exchange.tensors import BITS
+from hvdtrain.system.errors import RunError
 from hvdtrain.torch.buffers import refuse_nonfinite
-from hvdtrain.torch.tensors import BITS
-from hvdtrain.trainer.drift import Drift, digest, find_drift
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
 

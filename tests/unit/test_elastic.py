@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.cli.launch import command
+from hvdtrain.elastic.heartbeats import Watch
 from hvdtrain.elastic.places import places
-from hvdtrain.elastic.watch import Watch
-from hvdtrain.errors import UserError
 from hvdtrain.launch import discover
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.hosts import Host
 from hvdtrain.launch.signals import Caught
-from hvdtrain.launch.ssh import AS_CONFIGURED
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.ssh import AS_CONFIGURED
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))

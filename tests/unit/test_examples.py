@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from hvdtrain.errors import KnownError, RecipeError, RunError, UserError
+from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.data import Examples, Request, check_dataset, to_device
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hvdtrain.collectives.agreement import Part, compare_with_record, record
-from hvdtrain.collectives.world import World
-from hvdtrain.errors import UserError
+from hvdtrain.comm.agreement import Part, compare_with_record, record
+from hvdtrain.comm.world import World
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch.fingerprint import changed_example, compared_ids, digest_example, examples_part
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.errors import UserError
 from hvdtrain.launch.hosts import parse_hosts, read_hostfile
+from hvdtrain.system.errors import UserError
 
 LISTS = "(--from slurm reads lists)"
 

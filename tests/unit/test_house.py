@@ -12,19 +12,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# From the top floor down; files directly in hvdtrain/ are the ground that all stand on.
-FLOORS = [
+# From the top down: each imports only from those after it.
+ROOMS = [
     "cli",
     "launch",
     "doctor",
     "bench",
-    "trainer",
+    "training",
+    "preemption",
     "elastic",
+    "diagnosis",
+    "ledger",
     "torch",
+    "exchange",
     "compression",
-    "collectives",
-    "data",
+    "recipe",
+    "comm",
     "native",
+    "system",
 ]
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax"}
 SOURCES = sorted(path for path in (ROOT / "hvdtrain").rglob("*.py") if "recipes" not in path.parts)
@@ -53,19 +58,19 @@ def test_rooms_import_only_from_below(path: Path) -> None:
     own = room(path)
     for module in imports(path):
         parts = module.split(".")
-        if parts[0] == "hvdtrain" and len(parts) > 1 and parts[1] in FLOORS and own in FLOORS:
-            assert FLOORS.index(parts[1]) >= FLOORS.index(own), f"{path} imports {module}"
+        if parts[0] == "hvdtrain" and len(parts) > 1 and parts[1] in ROOMS and own in ROOMS:
+            assert ROOMS.index(parts[1]) >= ROOMS.index(own), f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_some_rooms_know_torch_or_horovod(path: Path) -> None:
-    if room(path) not in ("bench", "torch", "compression", "collectives", "native"):
+    if room(path) not in ("bench", "torch", "exchange", "compression", "comm", "native"):
         assert not {module.split(".")[0] for module in imports(path)} & (FRAMEWORKS | {"horovod"})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 310
+    assert len(path.read_text().splitlines()) <= 330
 
 
 LIGHT = ["--help", "list", "launch --help", "horovod --help", "bench --help", "bench step --help", "agent --help"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.activity import Record
 from hvdtrain.elastic.endings import NOW_AND_THEN, Endings
 from hvdtrain.elastic.places import Slot
 from hvdtrain.elastic.records import parse_fact
+from hvdtrain.system.activity import Record
 
 SLOT = Slot("b", 1, 2, 2, "127.0.0.1", 1, "lo", 1)
 

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 
 from hvdtrain.cli.main import main
-from hvdtrain.errors import UserError
 from hvdtrain.launch.command import find_program
 from hvdtrain.launch.environment import forwarded, rank_environment
+from hvdtrain.system.errors import UserError
 
 TRAIN = "BIN/python -m hvdtrain train digits"
 OPTIONS = "--bind-to none --map-by slot"
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     train = ModuleType("hvdtrain.cli.train")
     train.check_arguments = check_arguments  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hvdtrain.cli.train", train)
-    monkeypatch.setattr("hvdtrain.network.address", ADDRESSES.__getitem__)
+    monkeypatch.setattr("hvdtrain.system.network.address", ADDRESSES.__getitem__)
     monkeypatch.setattr("hvdtrain.cli.launch.interface_to", lambda hosts: "ib0")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

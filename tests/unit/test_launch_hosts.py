@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.errors import UserError
 from hvdtrain.launch.hosts import Host, host_of_each_rank, host_text, parse_hosts, place, read_hostfile
+from hvdtrain.system.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths
 from hvdtrain.launch.report import Report, outcome
 from hvdtrain.launch.run import is_of_this_launch, take
 from hvdtrain.launch.screen import info
-from hvdtrain.launch.ssh import AS_CONFIGURED
+from hvdtrain.system.ssh import AS_CONFIGURED
 
 
 def lines(*chunks: bytes, stream: str = "stdout") -> list[Line]:

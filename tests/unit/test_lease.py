@@ -20,10 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.errors import UserError
-from hvdtrain.trainer import lease as lease_module
-from hvdtrain.trainer.lease import FolderLost, Lease, read, take_away
-from hvdtrain.trainer.owner import Owner
+from hvdtrain.system.errors import UserError
+from hvdtrain.training import lease as lease_module
+from hvdtrain.training.lease import FolderLost, Lease, read, take_away
+from hvdtrain.training.owner import Owner
 
 SHORT = 0.6
 
@@ -119,7 +119,7 @@ def test_the_lease_of_a_dead_process_of_this_machine_is_taken_at_once(dead: dict
 
 
 def test_a_killed_process_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
-    code = "from hvdtrain.trainer.lease import *; import time; l = Lease(seconds=1000)\n"
+    code = "from hvdtrain.training.lease import *; import time; l = Lease(seconds=1000)\n"
     code += "l.acquire(Path(sys.argv[1]), wait=False); print(flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -288,7 +288,7 @@ def test_a_lease_that_cannot_be_handed_on_now_is_later(tmp_path: Path, monkeypat
 
 
 def test_a_frozen_holder_is_waited_for_and_taken_over(tmp_path: Path) -> None:
-    code = "from hvdtrain.trainer.lease import *; import time; l = Lease(seconds=0.6)\n"
+    code = "from hvdtrain.training.lease import *; import time; l = Lease(seconds=0.6)\n"
     code += "l.acquire(Path(sys.argv[1]), wait=False); print(flush=True); time.sleep(2)\n"
     code += "while True: l.check(); time.sleep(0.1)"
     with subprocess.Popen(

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdtrain.cli.main import main
-from hvdtrain.data import order
-from hvdtrain.elastic.ledger import MOST, Ledger, Row, hash_sum, hashes, numbered, read_segment
-from hvdtrain.elastic.verify import Verdict, verify
-from hvdtrain.errors import UserError
+from hvdtrain.ledger.verify import Verdict, verify
+from hvdtrain.ledger.writer import MOST, Ledger, Row, hash_sum, hashes, numbered, read_segment
+from hvdtrain.recipe import order
+from hvdtrain.system.errors import UserError
 
 Ids = order.Ids
 Fault = Callable[[Ids], Ids]
@@ -416,8 +416,8 @@ def test_rows_that_cannot_be_written_wait(training: Training, number: int, monke
     writer = training.ranks[0]
     training.step()
     with monkeypatch.context() as patch:
-        patch.setattr("hvdtrain.elastic.ledger.os.write", lambda *_: fail(number))
-        patch.setattr("hvdtrain.elastic.ledger.write_new", lambda *_: fail(number))
+        patch.setattr("hvdtrain.ledger.writer.os.write", lambda *_: fail(number))
+        patch.setattr("hvdtrain.ledger.writer.write_new", lambda *_: fail(number))
         training.step()
         assert writer.error is not None and writer.error.errno == number
         with pytest.raises(OSError):

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdtrain.data import order
-from hvdtrain.elastic.ledger import Ledger, Row, hash_sum
-from hvdtrain.elastic.verify import verify
-from hvdtrain.errors import UserError
-from hvdtrain.trainer.checkpoint import Position
+from hvdtrain.ledger.verify import verify
+from hvdtrain.ledger.writer import Ledger, Row, hash_sum
+from hvdtrain.recipe import order
+from hvdtrain.system.errors import UserError
+from hvdtrain.training.checkpoint import Position
 
 FIRST_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]  # of 10 examples, seed 0, first epoch, as version 1 drew it
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from hvdtrain.errors import RecipeError, RunError
+from hvdtrain.system.errors import RecipeError, RunError
 from hvdtrain.torch.data import Examples
 from hvdtrain.torch.loader import Loader
 from tests.unit.test_examples import Listed, Mine, draw

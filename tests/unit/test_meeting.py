@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from hvdtrain import signing
 from hvdtrain.doctor import meeting
 from hvdtrain.doctor.lines import join, welcome
 from hvdtrain.doctor.meeting import Meeting
 from hvdtrain.doctor.peer import attend, wait_for_ticket
+from hvdtrain.system import signed_http
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_rank_does_nothing_for_a_doctor_who_does_not_know_the_secret() -> None
 
 
 def test_a_line_counts_once_in_its_place_and_direction() -> None:
-    key, nonce = b"k" * 64, signing.new_secret()
+    key, nonce = b"k" * 64, signed_http.new_secret()
     rank, before = join(key, f"{nonce}\n".encode())
     doctor, said = welcome(key, nonce, before + rank.write({"rank": 3}))
     assert said == {"rank": 3}
@@ -112,7 +112,7 @@ def test_a_line_counts_once_in_its_place_and_direction() -> None:
 
 
 def test_a_link_is_measured_with_the_rank_that_has_the_ticket() -> None:
-    ticket = signing.new_secret().encode()
+    ticket = signed_http.new_secret().encode()
     with socket.create_server(("127.0.0.1", 0), backlog=100) as door, ThreadPoolExecutor(1) as thread:
         strangers = [socket.create_connection(door.getsockname(), 10) for _ in range(50)]
         strangers[0].sendall(b"x" * 64)

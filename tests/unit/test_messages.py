@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hvdtrain import messages
 from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
+from hvdtrain.system import messages
 
 ENVIRON = {"HVDTRAIN_SECRET": "s" * 32, "HVDTRAIN_LAUNCH": "1"}
 MARK = messages.message_mark(ENVIRON)

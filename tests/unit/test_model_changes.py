@@ -15,18 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hvdtrain import schedule
-from hvdtrain.data import order
-from hvdtrain.errors import UserError
+from hvdtrain.exchange.checksums import checksum
+from hvdtrain.exchange.tensors import fingerprints, is_plain, load_module, overwrite, same_bits
+from hvdtrain.recipe import order
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.checksums import checksum
 from hvdtrain.torch.modes import Modes
 from hvdtrain.torch.stage import stage
-from hvdtrain.torch.tensors import fingerprints, is_plain, load_module, overwrite, same_bits
 from hvdtrain.torch.watch import LearningRates, Report, find_difference
-from hvdtrain.trainer.checkpoint import Position
-from hvdtrain.trainer.plan import Plan
-from hvdtrain.trainer.ragged import count_passes, refuse_uneven_calls
+from hvdtrain.training import schedule
+from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.plan import Plan
+from hvdtrain.training.ragged import count_passes, refuse_uneven_calls
 
 SEEN: list[int] = []
 

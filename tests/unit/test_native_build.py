@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.cli.main import main
-from hvdtrain.errors import EXIT_USER, RunError, UserError
 from hvdtrain.native import build, cache, installed, log, make, plan, source
 from hvdtrain.native.installed import Installed
 from hvdtrain.native.mpi import Mpi
 from hvdtrain.native.plan import Plan
-from hvdtrain.native.progress import lines
 from hvdtrain.native.torchinfo import Torch, TorchBuild
+from hvdtrain.system.errors import EXIT_USER, RunError, UserError
+from hvdtrain.system.progress import lines
 
 # From real builds: shortened, with the paths cut.
 COMPILER_LOG = """\

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.errors import RunError
 from hvdtrain.native.mend import Mend, apply
 from hvdtrain.native.mends import cmake_text, mends
+from hvdtrain.system.errors import RunError
 
 
 def source_of(folder: Path, changes: list[Mend]) -> Path:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.errors import RunError
 from hvdtrain.native import mend, source
 from hvdtrain.native.mends import mends
 from hvdtrain.native.patches import FOLDER, SourcePatch, apply_patches, read_patches
+from hvdtrain.system.errors import RunError
 
 PATCH = """Why this is done.
 ---

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.errors import RunError, UserError
 from hvdtrain.native import cuda, installed, mpi, plan, torchinfo
 from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.mpi import Mpi
 from hvdtrain.native.plan import Plan, make_key, make_plan
 from hvdtrain.native.torchinfo import Torch, TorchBuild
+from hvdtrain.system.errors import RunError, UserError
 
 CUDA_TORCH = Torch("2.14.1+cu130", "13.0", "5c48", "20")
 CPU_TORCH = Torch("2.13.0+cpu", None, "1234", "20")

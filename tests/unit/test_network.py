@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hvdtrain import network
-from hvdtrain.collectives.world import check_interface
-from hvdtrain.errors import UserError
+from hvdtrain.comm.world import check_interface
+from hvdtrain.system import network
+from hvdtrain.system.errors import UserError
 
 
 def test_names_of_this_host() -> None:

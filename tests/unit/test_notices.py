@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.elastic import notices
-from hvdtrain.elastic.notices import AnswerError, Aws, Azure, File, Gcp, Notice, Source, unix_time, watch
+from hvdtrain.preemption import notices
+from hvdtrain.preemption.notices import AnswerError, Aws, Azure, File, Gcp, Notice, Source, unix_time, watch
 from tests.unit.http_server import serving
 
 Answer = tuple[int, dict[str, str], str]

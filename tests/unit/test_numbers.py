@@ -11,9 +11,9 @@ import pytest
 
 import hvdtrain
 from hvdtrain.cli.main import main
-from hvdtrain.errors import UserError
-from hvdtrain.recipe import checked, fields
-from hvdtrain.recipe import option as recipe_option
+from hvdtrain.recipe.base import checked, fields
+from hvdtrain.recipe.base import option as recipe_option
+from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
 
 
@@ -68,7 +68,7 @@ def test_the_command_line_refuses_them(
 
 
 def test_fit_refuses_them_in_a_recipe_and_in_options(tmp_path: Path) -> None:
-    from hvdtrain.finder import load
+    from hvdtrain.recipe.registry import load
 
     digits = load("digits")
     with pytest.raises(UserError, match=r"^--lr is nan; expected a finite number$"):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hvdtrain.data import order
-from hvdtrain.data.order import Ids
+from hvdtrain.recipe import order
+from hvdtrain.recipe.order import Ids
 
 
 @given(examples=st.integers(1, 500), batch=st.integers(1, 100), seed=st.integers(0, 2**32), epoch=st.integers(0, 9))

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from hvdtrain.errors import KnownError, RecipeError, RunError, UserError
-from hvdtrain.recipe import make
-from hvdtrain.recipe_errors import in_recipe
+from hvdtrain.recipe.base import make
+from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
+from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.setup import check_dataset, make_model, make_optimizer, names_refusals
 
@@ -123,7 +123,7 @@ def test_known_errors_pass(error: BaseException) -> None:
 
 
 def test_a_lost_peer_passes() -> None:
-    from hvdtrain.collectives.ops import PeersLost
+    from hvdtrain.comm.collectives import PeersLost
 
     with pytest.raises(PeersLost), in_recipe(Mine(), "score()"):
         raise PeersLost("gone")
@@ -205,8 +205,8 @@ def test_a_wrong_return_value_is_one_line(function: Any, message: str) -> None:
 
 
 def test_shipped_recipes_are_shown(tmp_path: Path) -> None:
-    from hvdtrain.finder import SHIPPED
-    from hvdtrain.recipe_errors import PACKAGE, is_hidden
+    from hvdtrain.recipe.registry import SHIPPED
+    from hvdtrain.system.recipe_errors import PACKAGE, is_hidden
 
     assert not is_hidden(str(SHIPPED / "digits.py"))
     assert not is_hidden(str(PACKAGE / "recipes" / "digits.py"))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain import finder
 from hvdtrain.cli.main import main
 from hvdtrain.cli.options import recipe_name
-from hvdtrain.errors import UserError
-from hvdtrain.finder import load
-from hvdtrain.recipe import fields
+from hvdtrain.recipe import registry
+from hvdtrain.recipe.base import fields
+from hvdtrain.recipe.registry import load
+from hvdtrain.system.errors import UserError
 
 MARK = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 # The marker is written by every file of a case; (files, is it run and a recipe).
@@ -177,8 +177,8 @@ def test_list_never_imports(
         main(["list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"mine", "other", "base", "digits"} <= set(listed) and not {"script", "broken"} & set(listed)
-    assert [found.summary for found in finder.find_all() if found.name == "other"] == ["Doc."]
-    assert [found.framework for found in finder.find_all() if found.name == "other"] == ["torch"]
+    assert [found.summary for found in registry.find_all() if found.name == "other"] == ["Doc."]
+    assert [found.framework for found in registry.find_all() if found.name == "other"] == ["torch"]
     assert not (tmp_path / "recipes" / "ran").exists()
 
 

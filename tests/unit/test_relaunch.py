@@ -10,8 +10,8 @@ from hvdtrain.launch import elastic
 from hvdtrain.launch.elastic import Elastic, keep_running
 from hvdtrain.launch.hosts import Host
 from hvdtrain.launch.signals import Caught
-from hvdtrain.launch.ssh import AS_CONFIGURED
-from hvdtrain.trainer.lease import RELAUNCH
+from hvdtrain.system.ssh import AS_CONFIGURED
+from hvdtrain.training.lease import RELAUNCH
 
 
 @pytest.mark.parametrize(("relaunch", "names"), [(0, 0), (2, 1)])

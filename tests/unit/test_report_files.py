@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain import files
-from hvdtrain.elastic.ledger import Ledger, Row
-from hvdtrain.files import BufferedAppender, write_atomically, write_new
-from hvdtrain.trainer.checkpoint import Position
-from hvdtrain.trainer.options import RunOptions
-from hvdtrain.trainer.report import Reporter
-from hvdtrain.trainer.rows import Cut, cut_rows, find_ledger_gap
+from hvdtrain.ledger.writer import Ledger, Row
+from hvdtrain.system import files
+from hvdtrain.system.files import BufferedAppender, write_atomically, write_new
+from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.options import RunOptions
+from hvdtrain.training.reporter import Reporter
+from hvdtrain.training.rows import Cut, cut_rows, find_ledger_gap
 
 ERRORS = [errno.EFBIG, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT]
 
@@ -109,7 +109,7 @@ def test_a_file_is_prepared_before_it_is_opened_until_that_succeeds(tmp_path: Pa
 
 
 @pytest.mark.parametrize("write", [write_atomically, write_new])
-@pytest.mark.parametrize("target", ["hvdtrain.files.os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("target", ["hvdtrain.system.files.os.fsync", "pathlib.Path.replace"])
 def test_a_failed_write_leaves_no_file(
     write: Callable[[Path, bytes], None], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +239,7 @@ def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
     log_step(report, at)
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "write", failing(number))
-        patch.setattr("hvdtrain.trainer.report.write_json", failing(number))
+        patch.setattr("hvdtrain.training.reporter.write_json", failing(number))
         report.advice({"chosen": "none"})
         for _ in range(3):
             log_step(report, at)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from hvdtrain.errors import UserError
-from hvdtrain.schedule import parse
+from hvdtrain.system.errors import UserError
+from hvdtrain.training.schedule import parse
 
 
 def factors(text: str, total: int = 100, per_epoch: int = 10) -> list[float]:

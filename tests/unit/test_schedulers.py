@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain.collectives import srun
-from hvdtrain.errors import UserError
+from hvdtrain.comm import srun
 from hvdtrain.launch.hosts import host_text
 from hvdtrain.launch.schedulers import allocated
-from hvdtrain.nodelist import counts, nodes
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.nodelist import counts, nodes
 
 
 @pytest.mark.parametrize(

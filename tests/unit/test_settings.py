@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hvdtrain.errors import UserError
-from hvdtrain.torch.settings import change, settings_of
+from hvdtrain.system.errors import UserError
+from hvdtrain.torch.hyperparameters import change, settings_of
 
 Make = Callable[..., torch.optim.Optimizer]
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvdtrain.data import order
-from hvdtrain.torch.shards import Node, Partial, add, cover, cut, push, tree
+from hvdtrain.exchange.sharded import Node, Partial, add, cover, cut, push, tree
+from hvdtrain.recipe import order
 
 
 def by_recursion(gradients: list[Tensor]) -> Tensor:

@@ -8,9 +8,9 @@ import socket
 
 import pytest
 
-from hvdtrain.errors import RunError
-from hvdtrain.recipe_errors import in_recipe
-from hvdtrain.shared_memory import explain_full
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.recipe_errors import in_recipe
+from hvdtrain.system.shared_memory import explain_full
 
 
 @pytest.mark.parametrize(

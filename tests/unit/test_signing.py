@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain import signing
-from hvdtrain.collectives.rendezvous import Handler, Server
-from hvdtrain.signing import HEADER, MOST_STRANGERS, WINDOW, NotSigned, SignedClient, SignedServer
+from hvdtrain.comm.rendezvous import Handler, Server
+from hvdtrain.system import signed_http
+from hvdtrain.system.signed_http import HEADER, MOST_STRANGERS, WINDOW, NotSigned, SignedClient, SignedServer
 
 KEY, OTHER = b"k" * 64, b"o" * 64
 
@@ -39,9 +39,9 @@ def send_raw(server: Server, data: bytes) -> bytes:
 
 def recorded_put(server: Server, client: SignedClient, body: bytes) -> bytes:
     """The bytes of a signed request, as somebody on the network sees them."""
-    number, digest = next(client.numbers), signing.hash_body(body)
+    number, digest = next(client.numbers), signed_http.hash_body(body)
     address = f"127.0.0.1:{server.port}"
-    mac = signing.authenticate(client.key, "request", "PUT", "/s/k", address, client.name, number, digest)
+    mac = signed_http.authenticate(client.key, "request", "PUT", "/s/k", address, client.name, number, digest)
     signature = f"{HEADER}: {client.name} {number} {digest} {mac}"
     return f"PUT /s/k HTTP/1.0\r\nContent-Length: {len(body)}\r\n{signature}\r\n\r\n".encode() + body
 
@@ -137,9 +137,9 @@ def test_a_client_takes_no_answer_from_a_server_without_the_secret() -> None:
 def test_an_answer_to_one_request_is_none_to_another(server: Server) -> None:
     client = SignedClient(KEY)
     ask(server, client, "PUT", "/s/a", b"a")
-    mac = signing.authenticate(KEY, "answer", "m" * 64, 200, signing.hash_body(b"a"))
-    assert mac != signing.authenticate(KEY, "answer", "n" * 64, 200, signing.hash_body(b"a"))
-    assert mac != signing.authenticate(KEY, "answer", "m" * 64, 404, signing.hash_body(b"a"))
+    mac = signed_http.authenticate(KEY, "answer", "m" * 64, 200, signed_http.hash_body(b"a"))
+    assert mac != signed_http.authenticate(KEY, "answer", "n" * 64, 200, signed_http.hash_body(b"a"))
+    assert mac != signed_http.authenticate(KEY, "answer", "m" * 64, 404, signed_http.hash_body(b"a"))
 
 
 def test_numbers_of_one_client_may_come_out_of_order_but_only_once(server: Server) -> None:
@@ -196,12 +196,12 @@ def test_strangers_write_nothing_to_the_output(server: Server, capfd: pytest.Cap
 def test_a_secret_that_is_missing_or_short_is_named() -> None:
     for environ, length in (({}, 0), ({"HVDTRAIN_SECRET": "hunter2"}, 7)):
         with pytest.raises(NotSigned, match=f"HVDTRAIN_SECRET has {length} characters; expected at least 32"):
-            signing.read_key(environ)
+            signed_http.read_key(environ)
     environ: dict[str, str] = {}
-    signing.give_secret(environ)
+    signed_http.give_secret(environ)
     given = dict(environ)
-    signing.give_secret(environ)
-    assert environ == given and len(signing.read_key(environ)) == 64
+    signed_http.give_secret(environ)
+    assert environ == given and len(signed_http.read_key(environ)) == 64
 
 
 def test_requests_of_many_threads_are_all_answered(server: Server) -> None:
@@ -214,7 +214,7 @@ def test_requests_of_many_threads_are_all_answered(server: Server) -> None:
 
 def test_horovods_copy_is_this_file() -> None:
     """Its server and clients sign as ours do: the patch holds the file as it is."""
-    source = Path(signing.__file__)
-    patch = (source.parent / "native/patches/20-signed-http.patch").read_text()
+    source = Path(signed_http.__file__)
+    patch = (source.parents[1] / "native/patches/20-signed-http.patch").read_text()
     hunk = patch.partition("+++ b/horovod/runner/http/signing.py\n")[2].partition("\ndiff ")[0].splitlines()[1:]
     assert [line[1:] for line in hunk if line.startswith("+")] == source.read_text().splitlines()

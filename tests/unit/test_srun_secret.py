@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.collectives import srun
-from hvdtrain.collectives.rendezvous import Server
-from hvdtrain.errors import RunError
-from hvdtrain.signing import SECRET, NotSigned
+from hvdtrain.comm import srun
+from hvdtrain.comm.rendezvous import Server
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.signed_http import SECRET, NotSigned
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_CLUSTER_NAME": "c/../x", "HOROVOD_START_TIMEOUT": "0.3"}
 

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from hvdtrain.collectives.world import refuse_stale_pmix
-from hvdtrain.errors import UserError
+from hvdtrain.comm.world import refuse_stale_pmix
 from hvdtrain.launch.command import check_home
+from hvdtrain.system.errors import UserError
 
 
 @pytest.fixture

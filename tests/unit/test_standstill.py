@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from hvdtrain import activity
-from hvdtrain.activity import Standstill, Watcher
 from hvdtrain.launch.report import Report, outcome
 from hvdtrain.launch.standstill import describe_standstill, parse_standstill, state_of
-from hvdtrain.messages import is_valid
+from hvdtrain.system import activity
+from hvdtrain.system.activity import Standstill, Watcher
+from hvdtrain.system.messages import is_valid
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
 WAITS = Standstill("exchanging gradients", "gradients.0", "", 12, 60.9, True)

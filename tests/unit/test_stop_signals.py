@@ -15,8 +15,8 @@ from hvdtrain.launch.job import Job
 from hvdtrain.launch.report import Report
 from hvdtrain.launch.run import on_signal
 from hvdtrain.launch.signals import signals
-from hvdtrain.launch.ssh import AS_CONFIGURED
-from hvdtrain.trainer.signals import StopRequest
+from hvdtrain.system.ssh import AS_CONFIGURED
+from hvdtrain.training.stop import StopRequest
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.trainer.straggler import FEWEST, OWN, PARTS, WAIT, Straggler, Times, name_straggler
+from hvdtrain.diagnosis.straggler import FEWEST, OWN, PARTS, WAIT, Straggler, Times, name_straggler
 
 
 def table(own: Times) -> Times:

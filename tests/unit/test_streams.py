@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.streams import Dropped, DroppingFile, dropping_stream
+from hvdtrain.system.streams import Dropped, DroppingFile, dropping_stream
 
 HVDTRAIN = [sys.executable, "-m", "hvdtrain"]
 
@@ -100,7 +100,7 @@ def test_a_command_whose_output_is_lost_fails(redirection: str, code: int, error
 
 
 def test_descriptors_that_were_closed_are_taken_by_no_file() -> None:
-    check = "from hvdtrain import streams; streams.install(); print(open('/dev/zero').fileno() > 2, flush=True)"
+    check = "from hvdtrain.system import streams; streams.install(); print(open('/dev/zero').fileno() > 2, flush=True)"
     code = f"import os; {check}; os._exit(0)"
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- 2>&-'], capture_output=True, timeout=60)
     assert done.stdout == b"True\n"

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain import messages
-from hvdtrain.files import FOR_OWNER, write_json
-from hvdtrain.strict_json import encode_json, integer, number, parse_json, take
+from hvdtrain.system import messages
+from hvdtrain.system.files import FOR_OWNER, write_json
+from hvdtrain.system.strict_json import encode_json, integer, number, parse_json, take
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(),

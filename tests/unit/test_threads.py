@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain import cores
-from hvdtrain.cores import Threads, choose_threads, cpu_quota, set_threads
+from hvdtrain.system import cpus
+from hvdtrain.system.cpus import Threads, choose_threads, cpu_quota, set_threads
 
 
 def cgroup(folder: Path, own: str, files: dict[str, str]) -> float | None:
@@ -54,27 +54,27 @@ def test_the_quota_of_control_groups(tmp_path: Path, own: str, files: dict[str, 
 
 
 def test_ranks_share_what_the_quota_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "USABLE", frozenset(range(96)))
-    monkeypatch.setattr(cores, "QUOTA", 4.0)
-    assert [cores.per_rank(ranks) for ranks in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    monkeypatch.setattr(cpus, "USABLE", frozenset(range(96)))
+    monkeypatch.setattr(cpus, "QUOTA", 4.0)
+    assert [cpus.per_rank(ranks) for ranks in (1, 2, 3, 8)] == [4, 2, 1, 1]
     assert choose_threads(2, {}) == Threads(2, "the CPU quota of 4 cores, shared by 2 ranks")
-    monkeypatch.setattr(cores, "QUOTA", 0.5)
-    assert cores.per_rank(1) == 1
-    monkeypatch.setattr(cores, "QUOTA", None)
-    assert cores.per_rank(2) == 48
+    monkeypatch.setattr(cpus, "QUOTA", 0.5)
+    assert cpus.per_rank(1) == 1
+    monkeypatch.setattr(cpus, "QUOTA", None)
+    assert cpus.per_rank(2) == 48
 
 
 def test_no_cores_are_chosen_under_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     bound: list[object] = []
-    monkeypatch.setattr(cores.os, "sched_setaffinity", lambda pid, which: bound.append(which))
-    monkeypatch.setattr(cores.os, "cpu_count", lambda: 96)
-    monkeypatch.setattr(cores, "GPU_DRIVER", Path("/no/such/driver"))
-    monkeypatch.setattr(cores, "USABLE", frozenset(range(96)))
-    monkeypatch.setattr(cores, "QUOTA", 4.0)
-    cores.bind(1, 2)
+    monkeypatch.setattr(cpus.os, "sched_setaffinity", lambda pid, which: bound.append(which))
+    monkeypatch.setattr(cpus.os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(cpus, "GPU_DRIVER", Path("/no/such/driver"))
+    monkeypatch.setattr(cpus, "USABLE", frozenset(range(96)))
+    monkeypatch.setattr(cpus, "QUOTA", 4.0)
+    cpus.bind(1, 2)
     assert bound == []
-    monkeypatch.setattr(cores, "QUOTA", None)
-    cores.bind(1, 2)
+    monkeypatch.setattr(cpus, "QUOTA", None)
+    cpus.bind(1, 2)
     assert bound == [list(range(48, 96))]
 
 
@@ -92,8 +92,8 @@ def test_no_cores_are_chosen_under_a_quota(monkeypatch: pytest.MonkeyPatch) -> N
 def test_who_chose_the_threads(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], ranks: int, chosen: Threads
 ) -> None:
-    monkeypatch.setattr(cores, "USABLE", frozenset(range(8)))
-    monkeypatch.setattr(cores, "QUOTA", None)
+    monkeypatch.setattr(cpus, "USABLE", frozenset(range(8)))
+    monkeypatch.setattr(cpus, "QUOTA", None)
     assert choose_threads(ranks, environ) == chosen
     # A process started from here, which sees another number of ranks, repeats the choice and its source.
     environ = dict(environ)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain import turns
-from hvdtrain.errors import RunError, UserError
-from hvdtrain.turns import folders, open_lock, take_turn
+from hvdtrain.system import turns
+from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.turns import folders, open_lock, take_turn
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,7 +137,9 @@ def test_a_limit_that_is_not_a_number_is_refused(environ: dict[str, str]) -> Non
 
 def test_nothing_in_tmp_has_a_name_that_others_can_guess(tmp_path: Path) -> None:
     """What a process that loads its data leaves in the folder for temporary files."""
-    code = "import os, tempfile; from hvdtrain.torch.setup import data_turn; from hvdtrain.finder import load\n"
+    code = (
+        "import os, tempfile; from hvdtrain.torch.setup import data_turn; from hvdtrain.recipe.registry import load\n"
+    )
     code += "with data_turn(load('digits')()): print(os.listdir(tempfile.gettempdir()))"
     (tmp_path / "tmp").mkdir()
     environ = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,134 @@
+"""Agreement before the first step: what has to be the same on all ranks is compared, and the first difference is named.
+
+    each rank:  parts -> a hash of each part -> one all-gather of hashes -> all alike: done
+                                                                         -> else: the values of the first part that
+                                                                            differs are gathered, and all ranks raise
+
+In an elastic run, whose workers are alone when they start, the first worker's parts are a record on the board, and each
+later worker compares its own with that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvdtrain.comm import collectives
+from hvdtrain.comm.world import World
+from hvdtrain.system.errors import KnownError, UserError
+
+DIGEST_BYTES = 16
+RECORDED_BYTES = 32 << 10  # of a part's values as JSON; of longer ones only the hash is recorded
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that has to be the same everywhere.
+
+    Attributes:
+        name: of the part.
+        values: what it consists of, by what each value is called: {"--batch-size": "16"}.
+        difference: the message for a value that differs; of {who} and {base} (two ranks, the first with its host, or
+            this worker and the run), {rank} ({who} without its host), {key}, {here} and {there} (the value on each).
+        absent: how a value is described that only the other one has.
+        again: what computes the values once more, if they may be different each time; such values are not compared.
+    """
+
+    name: str
+    values: Mapping[str, str]
+    difference: str
+    absent: str = "none"
+    again: Callable[[], Mapping[str, str]] | None = None
+
+    @property
+    def digest(self) -> bytes:
+        data = json.dumps([self.name, sorted(self.values.items())]).encode()
+        return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+    def stable(self) -> dict[str, str]:
+        """The values, without those that are different when they are computed again."""
+        again = self.again() if self.again is not None else self.values
+        return {key: value for key, value in self.values.items() if again.get(key) == value}
+
+    def describe(self, here: Mapping[str, str], there: Mapping[str, str], who: str, base: str) -> str | None:
+        """The first difference between two places' values in words; None if they are the same."""
+        key = first_difference(here, there)
+        if key is None:
+            return None
+        values = {"here": here.get(key, self.absent), "there": there.get(key, self.absent)}
+        return self.difference.format(who=who, rank=who.partition(" on ")[0], base=base, key=key, **values)
+
+
+def first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
+    """The first key whose values differ; None if there is none."""
+    return next((key for key in [*there, *here] if here.get(key) != there.get(key)), None)
+
+
+def agree(name: str, parts: Sequence[Part], group: collectives.Group = None) -> None:
+    """Return if all ranks have the same parts. All ranks call it, with the same parts in the same order.
+
+    Args:
+        name: of the collective.
+        group: the ranks that take part; None: all.
+
+    Raises:
+        UserError: on all ranks, naming the first part's first difference and the rank that has it.
+    """
+    if collectives.size(group) == 1:
+        return
+    own = np.frombuffer(b"".join(part.digest for part in parts), np.uint8).reshape(len(parts), DIGEST_BYTES)
+    everyone = collectives.gather_array(own, name, group)  # (ranks, parts, DIGEST_BYTES)
+    differing = (everyone != everyone[0]).any(axis=(0, 2)).tolist()
+    for part in (part for part, differs in zip(parts, differing, strict=True) if differs):
+        _name_difference(f"{name}.values", part, group)
+
+
+def _name_difference(name: str, part: Part, group: collectives.Group) -> None:
+    """Raise UserError for the first difference of a part between ranks; none is left if its values are not stable."""
+    try:
+        stable = part.stable()
+    except KnownError:  # it worked before: nothing of it can be relied on
+        stable = {}
+    answers = collectives.gather_json(
+        [collectives.rank(), socket.gethostname(), list(stable.items()), list(part.values)], name, group
+    )
+    unstable = {key for *_, items, keys in answers for key in keys if key not in dict(items)}
+    values = [{key: value for key, value in items if key not in unstable} for *_, items, _ in answers]
+    base = f"rank {answers[0][0]}"
+    for (rank, host, *_), here in zip(answers, values, strict=True):
+        if text := part.describe(here, values[0], f"rank {rank} on {host}", base):
+            error = UserError(text)
+            error.origin = rank
+            raise error
+
+
+def record(parts: Sequence[Part]) -> dict[str, Any]:
+    """What later workers of an elastic run compare themselves with, for JSON."""
+    entries = {}
+    for part in parts:
+        items = list(part.values.items())
+        short = len(json.dumps(items)) <= RECORDED_BYTES
+        entries[part.name] = {"digest": part.digest.hex(), "values": items if short else None}
+    return entries
+
+
+def compare_with_record(parts: Sequence[Part], recorded: Mapping[str, Any], world: World) -> None:
+    """Raise UserError, naming the first difference, if this worker has other parts than the run's first one had."""
+    for part in parts:
+        entry = recorded[part.name]
+        if entry["digest"] == part.digest.hex():
+            continue
+        who = f"this worker on {world.host}"
+        if entry["values"] is None:
+            raise UserError(f"{who}: its {part.name} differ from those of the run")
+        here, there = part.stable(), dict(entry["values"])
+        unstable = part.values.keys() - here.keys()
+        there = {key: value for key, value in there.items() if key not in unstable}
+        if text := part.describe(here, there, who, "the run"):
+            raise UserError(text)

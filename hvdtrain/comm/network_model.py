@@ -1,0 +1,79 @@
+"""The network as a line: how long a collective takes whatever its size, and how much longer for each byte."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hvdtrain.comm import collectives
+
+SIZES = tuple(1 << power for power in (12, 16, 18, 20, 22))  # bytes: 4 KiB to 4 MiB
+LONG = 0.15  # seconds: larger sizes than the first that takes so long are not tried
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins the ranks. A collective takes latency + sent / bandwidth seconds."""
+
+    ranks: int
+    latency: float  # seconds
+    bandwidth: float  # bytes per second that one rank sends
+
+    def seconds(self, sent: float) -> float:
+        """How long a collective takes in which each rank sends so many bytes."""
+        return self.latency + sent / self.bandwidth
+
+
+def fit(name: str, group: collectives.Group = None, device: torch.device | str = "cpu") -> Network:
+    """Measure the network between the ranks of the group by a few all-reduces; the same answer on all of them.
+
+    device: where the tensors lie, which decides who carries them. Takes two seconds at 100 Mbit/s, and all ranks.
+    """
+    ranks = collectives.size(group)
+    if ranks == 1:
+        return Network(1, 0.0, math.inf)
+    sent: list[int] = []
+    seconds: list[float] = []
+    for size in SIZES:
+        sent.append(collectives.ring_bytes(size, ranks))
+        repeats = 3 if seconds and seconds[-1] > LONG / 10 else 9
+        taken = all_reduce_seconds(torch.zeros(size // 4, device=device), f"{name}.{size}", repeats, group)
+        seconds.append(statistics.median(taken))
+        if seconds[-1] > LONG:
+            break
+    return Network(ranks, *line(sent, seconds))
+
+
+def all_reduce_seconds(tensor: torch.Tensor, name: str, repeats: int, group: collectives.Group = None) -> list[float]:
+    """Seconds of each of some in-place all-reduces, after one that does not count; the slowest rank's, on all ranks."""
+    seconds = []
+    for _ in range(repeats + 1):
+        # All begin together, or the first to come would count its wait for the last.
+        collectives.gather_json(None, f"{name}.barrier", group)
+        settle(tensor.device)
+        begin = time.perf_counter()
+        collectives.wait(collectives.all_reduce_async_(tensor, name, group=group))
+        settle(tensor.device)
+        seconds.append(time.perf_counter() - begin)
+    return [max(column) for column in zip(*collectives.gather_json(seconds[1:], f"{name}.seconds", group), strict=True)]
+
+
+def line(sent: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Latency and bandwidth of the line through the smallest and the largest size, which come first and last.
+
+    Where the largest hardly takes longer than the smallest, a tenth of its time is taken to be for its bytes.
+    """
+    more = max(seconds[-1] - seconds[0], seconds[-1] / 10)
+    bandwidth = (sent[-1] - sent[0]) / more
+    return max(seconds[0] - sent[0] / bandwidth, 0.0), bandwidth
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

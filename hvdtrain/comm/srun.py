@@ -1,0 +1,170 @@
+"""Ranks that `srun` started without a PMI library: their places from Slurm's variables, a server where they meet.
+
+Slurm tells each task its place, but none where the others listen. Rank 0, which is on the step's first node, serves
+Horovod's store at a port that follows from the numbers of job and step. The run's secret is in the environment
+(`hvdtrain launch` puts it there, or the job script: srun hands it on); where it is not, rank 0 makes one and leaves it
+for the others in a file in the home folder that only its user can read, until all have met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hvdtrain.comm.rendezvous import Server
+from hvdtrain.system import signed_http
+from hvdtrain.system.errors import RunError
+from hvdtrain.system.network import address, address_of, interface_to, is_here
+from hvdtrain.system.nodelist import counts, nodes
+from hvdtrain.system.signed_http import SECRET, NotSigned, SignedClient
+
+PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
+ASK_SECONDS = 5.0  # for an answer of rank 0
+WAIT_SECONDS = 120.0  # for rank 0 to serve; HOROVOD_START_TIMEOUT, if set
+NAME = "/hvdtrain.job/name"  # under which the server tells whose it is
+
+
+def tasks(environ: Mapping[str, str] = os.environ) -> int:
+    """How many tasks srun started along with this process; 1 outside of srun."""
+    number = environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(number) if number.isdecimal() and "SLURM_PROCID" in environ else 1
+
+
+def place(environ: Mapping[str, str]) -> dict[str, str]:
+    """Horovod's variables for the place of this task, for Gloo, but for where the server is.
+
+    Raises UserError for variables that are not understood.
+    """
+    rank, local_rank, node = (int(environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
+    on_nodes = counts(environ["SLURM_STEP_TASKS_PER_NODE"], "SLURM_STEP_TASKS_PER_NODE")
+    across = [number for number, on_node in enumerate(on_nodes) if on_node > local_rank]
+    return {
+        "HOROVOD_RANK": str(rank),
+        "HOROVOD_SIZE": str(sum(on_nodes)),
+        "HOROVOD_LOCAL_RANK": str(local_rank),
+        "HOROVOD_LOCAL_SIZE": str(on_nodes[node]),
+        "HOROVOD_CROSS_RANK": str(across.index(node)),
+        "HOROVOD_CROSS_SIZE": str(len(across)),
+        "HOROVOD_HOSTNAME": environ["SLURMD_NODENAME"],
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+    }
+
+
+def port(environ: Mapping[str, str]) -> int:
+    """Where rank 0 serves: a reserved port of the step (srun --resv-ports), or else one that its numbers give."""
+    reserved = environ.get("SLURM_STEP_RESV_PORTS", "").partition("-")[0].partition(",")[0]
+    if reserved.isdecimal():
+        return int(reserved)
+    return PORTS[(int(environ["SLURM_JOB_ID"]) * 17 + int(environ["SLURM_STEP_ID"])) % len(PORTS)]
+
+
+def meet(environ: Mapping[str, str]) -> tuple[dict[str, str], Server | None]:
+    """Horovod's variables for this task; rank 0's with the server, which is to live as long as the process.
+
+    Returns when the server answers. HOROVOD_GLOO_IFACE in `environ` chooses the interface.
+    Raises UserError where the nodes' names do not resolve; RunError if rank 0 cannot serve, or does not in time.
+    """
+    own = place(environ)
+    names = nodes(environ["SLURM_STEP_NODELIST"], "SLURM_STEP_NODELIST")
+    here = environ["SLURMD_NODENAME"]
+    one_machine = len(names) == 1 or all(is_here(name) for name in names)  # which several nodes can be
+    others = [name for name in names if name != here]
+    interface = environ.get("HOROVOD_GLOO_IFACE") or ("lo" if one_machine else interface_to(others))
+    # On the first node its own name may be that of the loopback.
+    first = address_of(interface) if one_machine or here == names[0] else address(names[0])
+    job = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
+    number = port(environ)
+    own |= {
+        "HOROVOD_GLOO_IFACE": interface,
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": first,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(number),
+    }
+    server = None
+    if own["HOROVOD_RANK"] == "0":
+        if SECRET not in environ:
+            own[SECRET] = leave_secret(secret_file(environ))
+        try:
+            server = Server(first, {}, number, signed_http.read_key({**environ, **own}))
+        except OSError as error:
+            raise RunError(f"rank 0 cannot serve the others at {first}:{number}: {error.strerror or error}") from None
+        server.values[NAME] = job.encode()
+    own[SECRET] = wait_for((first, number), job, {**environ, **own})
+    return own, server
+
+
+def wait_for(server: tuple[str, int], job: str, environ: Mapping[str, str]) -> str:
+    """Return the run's secret when the server of this job answers to it.
+
+    Raises:
+        RunError: it does not in time.
+    """
+    seconds = float(environ.get("HOROVOD_START_TIMEOUT", WAIT_SECONDS))
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            secret = environ.get(SECRET) or find_secret(secret_file(environ))
+            client = SignedClient(signed_http.read_key({SECRET: secret}))
+            _, answer = client.request(*server, "GET", NAME, timeout=ASK_SECONDS)
+            if answer.decode(errors="replace") == job:
+                return secret
+            problem = f"another job's server ({answer.decode(errors='replace')}) is there"
+        except NotSigned as error:
+            problem = str(error)
+        except FileNotFoundError as error:
+            problem = f"{error.filename} is not there; if the nodes do not share it, export {SECRET} in the job script"
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error)
+        if time.monotonic() > until:
+            raise RunError(f"rank 0 does not serve at {server[0]}:{server[1]} within {seconds:g} s: {problem}")
+        time.sleep(0.1)
+
+
+def secret_file(environ: Mapping[str, str]) -> Path:
+    """Where rank 0 leaves the secret of this job's step."""
+    names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    words = [re.sub(r"[^\w-]", "", environ.get(name, "")) for name in names]
+    return Path.home() / ".hvdtrain" / f"secret-{'.'.join(words)}"
+
+
+def leave_secret(path: Path) -> str:
+    """Make a secret, and leave it in a file that only this user can read.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    secret = signed_http.new_secret()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.unlink(missing_ok=True)  # of a run that was ended
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secret)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; export {SECRET} in the job script") from None
+    return secret
+
+
+def find_secret(path: Path) -> str:
+    """The secret that rank 0 has left.
+
+    Raises:
+        FileNotFoundError: it has not yet.
+        NotSigned: the file is not only this user's.
+    """
+    os.listdir(path.parent)  # noqa: PTH208 - opening the folder makes NFS look again
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise NotSigned(f"{path} belongs to another user, or others can read it")
+        return file.read()
+
+
+def remove_secret(environ: Mapping[str, str]) -> None:
+    """Remove what rank 0 has left, once all ranks have met."""
+    with contextlib.suppress(OSError):
+        secret_file(environ).unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""Starting Horovod and knowing one's place in the world."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hvdtrain.comm import srun
+from hvdtrain.comm.rendezvous import Server
+from hvdtrain.native import installed
+from hvdtrain.system import cpus
+from hvdtrain.system.errors import UserError
+
+# What launchers leave in the environment of a rank.
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+PMIX_SERVER = re.compile(r"tcp4://([\d.]+):(\d{1,9})")
+FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
+# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
+M_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
+LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+serving: dict[str, Server | None] = {}  # keeps srun's server alive
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size` ranks, `local_rank` of `local_size` on `host`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+
+
+def rank_from_environment() -> int | None:
+    """The rank that a launcher gave to this process, or None if it was started alone. Imports nothing heavy."""
+    for name in RANK_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return int(os.environ["SLURM_PROCID"]) if srun.tasks() > 1 else None
+
+
+def local_size_from_environment() -> int:
+    """How many ranks share this host, before Horovod is up; 1 where no launcher says."""
+    for name in LOCAL_SIZE_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return int(srun.place(os.environ)["HOROVOD_LOCAL_SIZE"]) if srun.tasks() > 1 else 1
+
+
+def init(comm: Any = None) -> World:
+    """Initialize Horovod, without MPI bind this process to its share of the host's cores, and return its place.
+
+    comm: an mpi4py communicator to train on a part of a larger MPI job, or None for all ranks that were launched.
+    A process started by no launcher is a world of one and needs no MPI; tasks that srun started without a PMI library
+    meet by Slurm's variables.
+
+    Raises UserError if Horovod is not built for the installed torch, there is no such interface as HOROVOD_GLOO_IFACE,
+    or Slurm started tasks that do not see each other; RunError if tasks of srun do not meet.
+    """
+    installed.require()
+    # One tensor, one collective: without fusion a bucket is reduced in place, and always in the same order of
+    # addition, which a fused buffer's changing contents would not give.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    keep_freed_memory()
+    alone: dict[str, str] = {}
+    if comm is None and srun.tasks() > 1 and not any(name in os.environ for name in RANK_VARIABLES):
+        environment, serving["here"] = srun.meet(os.environ)
+        os.environ.update(environment)
+    elif comm is None and rank_from_environment() is None:
+        alone = {name: "gloo" for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS") if name not in os.environ}
+        os.environ.update(alone)
+    check_interface()
+    if comm is None and "HOROVOD_RANK" not in os.environ:
+        refuse_stale_pmix(os.environ)
+    import horovod.torch as hvd
+
+    restore_hangup()
+    if comm is not None or not hvd.is_initialized():
+        hvd.init(comm)
+    for name in alone:
+        os.environ.pop(name, None)  # what this process launches chooses by itself
+    if serving.get("here") is not None:
+        srun.remove_secret(os.environ)
+    world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
+    if not hvd.mpi_enabled():  # MPI has options of its own for it, and its ranks take a whole core to wait
+        cpus.bind(world.local_rank, world.local_size)
+    if comm is None and world.size == 1 and srun.tasks() > 1 and "HOROVOD_RANK" not in os.environ:
+        raise UserError(f"srun started {srun.tasks()} tasks that do not see each other: use `srun --mpi=none`")
+    return world
+
+
+def refuse_stale_pmix(environ: Mapping[str, str]) -> None:
+    """Raise UserError for a PMIx server that mpirun or Slurm named in the environment and that has ended.
+
+    A shell, a tmux or a container that was started within an MPI job keeps the variables when the job has ended, and
+    MPI's own error ("I couldn't find that topic", code 14) does not mention them.
+    """
+    for name, value in sorted(environ.items()):
+        if name.startswith("PMIX_SERVER_URI") and (match := PMIX_SERVER.search(value)):
+            try:
+                socket.create_connection((match[1], int(match[2])), timeout=5).close()
+            except (ConnectionRefusedError, OverflowError):
+                raise UserError(
+                    f"{name} names the server of an MPI job that has ended ({match[0]}): start this with mpirun or "
+                    "hvdtrain launch, or unset the variables whose names begin with PMIX_ and OMPI_"
+                ) from None
+            except OSError:
+                return  # MPI knows better
+            return
+
+
+def restore_hangup() -> None:
+    """Undo that importing horovod.torch replaces what SIGHUP does in this process, behind Python's back."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
+
+
+def check_interface() -> None:
+    """Raise UserError where this host has no interface of the name that Horovod was told."""
+    name = os.environ.get("HOROVOD_GLOO_IFACE")
+    there = [interface for _, interface in socket.if_nameindex()]
+    if name and name not in there:
+        raise UserError(
+            f"{socket.gethostname()} has no network interface {name!r}, only {', '.join(there)}; Horovod needs one of "
+            "the same name on every host (--nic), mpirun takes several (--launcher mpirun --nic eth0,eth1)"
+        )
+
+
+def enter(environment: Mapping[str, str]) -> World:
+    """Start Horovod in another world than the one that was left.
+
+    environment: the HOROVOD_ variables of this process's place there.
+    Raises PeersLost if another rank of it does not come.
+    """
+    import horovod.torch as hvd
+
+    from hvdtrain.comm.collectives import PeersLost
+
+    os.environ.update(environment)
+    try:
+        hvd.init()
+    except ValueError as error:
+        raise PeersLost(str(error)) from error
+    return World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 2 GiB of memory that was freed, unless MALLOC_ or GLIBC_TUNABLES variables say otherwise.
+
+    It would give large tensors back to the system and take them anew in each step: thousands of page faults, and
+    several times the time of what is done with them (tests/benchmarks/exchange.py, +glibc).
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library may have none
+    if mallopt is not None:
+        for parameter, value in M_SETTINGS:
+            mallopt(parameter, value)
+
+
+def leave() -> None:
+    """Leave Horovod, alone or together with the other ranks; collectives of theirs then fail."""
+    import horovod.torch as hvd
+    from horovod.torch import mpi_ops
+
+    from hvdtrain.comm.collectives import forget_names
+
+    hvd.shutdown()
+    forget_names()
+    mpi_ops._handle_map.clear()  # of collectives that will not end

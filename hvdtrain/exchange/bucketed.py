@@ -1,0 +1,310 @@
+"""The gradients' exchange: flat buckets, each on its way as soon as its gradients are in."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from hvdtrain.comm import collectives
+from hvdtrain.compression.reducer import Channel, Plain
+from hvdtrain.compression.spec import Spec
+from hvdtrain.exchange.buckets import Bucket, Named, check, check_dtype, width
+from hvdtrain.exchange.layout import Layout, wants_exchange
+from hvdtrain.system.errors import UserError
+
+# What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
+# times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
+SPARSE = 1 / 1024
+
+
+class Exchange(Layout):
+    """Reduces the gradients of `named` over ranks once per step, overlapping with the backward pass.
+
+    In the backward pass that ends a step (`passes` of them make one step), each gradient is copied into its bucket
+    when autograd has finished it, and a full bucket is sent. `finish` sends what is left, waits, and makes every
+    `p.grad` a view of the reduced bucket. A parameter that no rank used keeps the gradient None, so that the
+    optimizer leaves it alone as it would in a single process; one that only some ranks used counts as zero elsewhere.
+    A parameter is in one exchange at a time: ValueError names one that is in another, which nobody has closed.
+
+    Which parameters are trained may change at any time, as `requires_grad` says, and `add` brings new ones (`Layout`).
+    A rank that has, or will have, a gradient of a parameter in no bucket that is sent sets `late` in those that are
+    sent. Then all ranks agree at the end of the step on the names, and exchange these gradients too before it is over.
+    So the first step's buckets are made as well, in the order in which its gradients became ready.
+    """
+
+    _open: ClassVar[weakref.WeakSet[Exchange]] = weakref.WeakSet()  # those whose hooks are in place
+
+    def __init__(
+        self,
+        named: Named,
+        average: bool,
+        spec: Spec,
+        seed: int = 0,
+        group: collectives.Group = None,
+        bucket_bytes: int | None = None,
+    ) -> None:
+        super().__init__(average, spec, seed, group, bucket_bytes)
+        self.passes = 1
+        self.steps = 0
+        self.waited = 0.0  # seconds that the last `finish` waited for communication
+        self.backward_end = 0.0  # when the last `finish` was called, by time.perf_counter
+        self.size = collectives.size(group)
+        check(named, spec)
+        taken = {p for other in self._open for p in other.names}
+        for name, p in named:
+            if p in taken:
+                raise ValueError(f"{name} is in another DistributedOptimizer already: call its exchange.close() first")
+        self.checks_finite = False  # whether `finish` looks if all sums are finite
+        self.finite = True  # what it saw in the last step; the same on all ranks
+        self.advisor = None
+        if spec.method == "auto":
+            from hvdtrain.exchange.advisor import Advisor
+
+            self.advisor = Advisor(self)
+        # Finished gradients of parameters in no bucket that is sent, in the order in which they came.
+        self._arrived: dict[torch.nn.Parameter, None] = {}
+        self._late: bool | None = None  # whether one of those has, or will have, a gradient; None: not looked yet
+        self._repeated: set[torch.nn.Parameter] = set()  # whose gradients are finished only at the end of the pass
+        self._remaining: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
+        self._last_pass: bool | None = None  # of the step is under way; None: the caller does not announce passes
+        self._paused = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for name, p in named:
+            self._watch(name, p)
+        self.outside = list(self.names)
+        self._open.add(self)
+
+    def _watch(self, name: str, p: torch.nn.Parameter) -> None:
+        """Put a hook on a parameter, also if it is frozen now."""
+        self.names[p] = name
+        if not (p.is_floating_point() or p.is_complex()):
+            return  # it will never have a gradient
+        self._remaining[p] = self.passes
+        trained = p.requires_grad
+        p.requires_grad_(True)  # torch puts hooks on no others
+        self._hooks.append(p.register_post_accumulate_grad_hook(self._make_hook(name, p)))  # type: ignore[no-untyped-call]
+        p.requires_grad_(trained)
+
+    def add(self, name: str, p: torch.nn.Parameter) -> None:
+        """Take in another parameter, on all ranks; where its first gradient comes, the ranks' values must be equal."""
+        check_dtype(name, p)
+        self._watch(name, p)
+        self.added.add(p)
+        self.outside.append(p)
+
+    def close(self) -> None:
+        """Leave the parameters, to which another exchange may come then; this one is of no more use."""
+        for hook in self._hooks:
+            hook.remove()
+        self._open.discard(self)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore backward passes: what they add to this exchange's gradients is not exchanged by them."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def compressed(self) -> list[Bucket]:
+        """The buckets that a codec carries."""
+        return [bucket for bucket in self.buckets if isinstance(bucket.channel, Channel)]
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that this rank sent in the last step, and received as many."""
+        return sum(bucket.channel.wire_bytes for bucket in self.awake) + self.flags.wire_bytes
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are finished gradients of this rank that `finish` has not reduced yet."""
+        return bool(self._arrived) or any(bucket.sent or bucket.filled for bucket in self.buckets)
+
+    def report(self) -> list[dict[str, Any]]:
+        """The buckets as they are sent: sizes in values and in bytes on this rank's wire per step."""
+        return [
+            {
+                "parameters": len(bucket.params),
+                "values": sum(p.numel() for p in bucket.params),
+                "compression": bucket.method,
+                "bytes_sent": 0 if bucket.asleep else bucket.channel.wire_bytes,
+                "bytes_received": 0 if bucket.asleep else bucket.channel.wire_bytes,  # rings are symmetric
+            }
+            for bucket in self.buckets
+        ]
+
+    def set_passes(self, passes: int) -> None:
+        """How many backward passes make the coming step on this rank: 0 where it has no examples."""
+        self.passes = passes
+        self._remaining = dict.fromkeys(self._remaining, passes)
+
+    def announce_pass(self, last: bool) -> None:
+        """A backward pass begins, the step's last or not. A caller that announces one announces all."""
+        self._last_pass = last
+
+    def forget(self) -> None:
+        """Drop the gradients that have come since the last `finish`. Raises RuntimeError if some have been sent."""
+        if any(bucket.sent for bucket in self.buckets):
+            raise RuntimeError(
+                "zero_grad() between backward() and step(): the gradients are being reduced. If that backward() was "
+                "for another optimizer, run it within `with optimizer.paused():` of this one"
+            )
+        self._clear()
+
+    def _clear(self) -> None:
+        self._arrived.clear()
+        self._late = None
+        for bucket in self.buckets:
+            bucket.sent = False
+            bucket.filled.clear()
+        self._remaining = dict.fromkeys(self._remaining, self.passes)
+
+    def _make_hook(self, name: str, p: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+        def hook(_: torch.Tensor) -> None:
+            if self._paused or self._last_pass is False:
+                return
+            if self._last_pass is None:
+                self._remaining[p] -= 1
+                if self._remaining[p] > 0:
+                    return
+                if self._remaining[p] < 0:
+                    self._refuse_another(name)
+            bucket, index = self.place.get(p, (None, 0))
+            if bucket is None:
+                if p in self._arrived:
+                    self._repeated.add(p)
+                self._arrived[p] = None
+            elif bucket.sent:
+                self._refuse_another(name)
+            elif index in bucket.filled or p in self._repeated:
+                bucket.filled.discard(index)
+                self._repeated.add(p)
+            else:
+                self._fill(bucket, index)
+                if len(bucket.filled) == len(bucket.params):
+                    self._send(bucket)
+                for other in self.buckets:
+                    if other.sent:
+                        other.channel.turn(wait=False)
+
+        return hook
+
+    def _refuse_another(self, name: str) -> None:
+        checkpointing = "activation checkpointing of a block that is used more than once needs use_reentrant=False"
+        if self._last_pass is not None:
+            raise UserError(f"a gradient of {name} came in two parts, the second after it was sent: {checkpointing}")
+        raise RuntimeError(
+            f"a gradient of {name} came after its exchange had begun: more backward passes than "
+            f"backward_passes_per_step={self.passes}; call optimizer.step() or raise that number, run backward passes "
+            f"for another optimizer within `with optimizer.paused():` of this one; and {checkpointing}"
+        )
+
+    def _fill(self, bucket: Bucket, index: int) -> None:
+        p, view = bucket.params[index], bucket.views[index]
+        assert p.grad is not None
+        bucket.flags[index] = SPARSE if p.grad.is_sparse else 1
+        # Rows of a sparse gradient (an embedding's) travel densely: one way for all, and the sizes stay fixed.
+        bucket.put(index, p.grad.to_dense() if p.grad.is_sparse else p.grad, self.steps)
+        if p.grad is not view and p.grad.dtype == view.dtype:
+            p.grad = view  # its memory is of use again at once
+        bucket.filled.add(index)
+
+    def _send(self, bucket: Bucket) -> None:
+        bucket.ready = time.perf_counter()
+        for index in range(len(bucket.params)):
+            if index not in bucket.filled:
+                bucket.put(index, None, self.steps)
+                bucket.flags[index] = 0
+        bucket.late.fill_(self._look_for_late())
+        if isinstance(bucket.channel, Channel):
+            bucket.channel.start(self.steps, added_up=bucket.channel.adds_up(self.steps))
+        else:
+            bucket.channel.start(self.steps)
+        bucket.sent = True
+
+    def _look_for_late(self) -> bool:
+        """Whether this rank has, or will have, gradients of parameters in no bucket that is sent; once per step."""
+        if self._late is None:
+            self._late = any(map(wants_exchange, self.outside))
+        return self._late
+
+    def finish(self) -> None:
+        """Send what is left, wait for all, and set every gradient. All ranks call it once per step."""
+        self.backward_end = time.perf_counter()
+        self.waited = 0.0
+        buckets = self.awake
+        late = bool(self.names) and (not self.joined or self._reduce(buckets, self.flags))
+        if late:
+            newcomers = self.join(self._arrived.keys())
+            self._late = False
+            self._reduce(newcomers, self.join_flags(newcomers))
+            buckets += newcomers
+        elif self._arrived:
+            names = ", ".join(self.names[p] for p in self._arrived)
+            raise RuntimeError(
+                f"{names} began to require a gradient in a backward pass: change that before or after it"
+            )
+        # All memories or none: a step with anything that is not finite is not made.
+        remembers = any(isinstance(b.channel, Channel) or b.channel.owed is not None for b in buckets)
+        if remembers or self.checks_finite:
+            self.finite = all(bucket.channel.finite() for bucket in buckets)
+        for bucket in buckets:
+            self._set_gradients(bucket, committed=remembers and self.finite)
+        self._clear()
+        self.steps += 1
+        if self.let_sleep() or late:
+            self.arrange()
+        if self.advisor is not None:
+            if late:
+                self.advisor.restart()
+            self.advisor.after_step()
+
+    def _reduce(self, buckets: list[Bucket], flags: Plain) -> bool:
+        """Send what is left of the buckets and wait for all; return whether a rank has gradients in no bucket."""
+        for bucket in buckets:
+            if not bucket.sent:
+                for index, p in enumerate(bucket.params):
+                    # Used in some of this step's passes only: what has been accumulated is all there is.
+                    if index not in bucket.filled and p.grad is not None:
+                        self._fill(bucket, index)
+                self._send(bucket)
+        if len(flags.flat):
+            flags.flat[0] = self._look_for_late()
+            flags.start(self.steps)
+        if buckets and buckets[0].views[0].is_cuda:
+            # Waiting for the backward pass's kernels is compute, not communication.
+            torch.cuda.current_stream().synchronize()
+        begin = time.perf_counter()
+        # All second rounds are under way before any is waited for.
+        for bucket in buckets:
+            bucket.channel.turn()
+        # In the order in which they were sent: what has arrived is decoded while a slower rank sends its last.
+        for bucket in buckets:
+            bucket.channel.finish()
+        if len(flags.flat):
+            flags.finish()
+        self.waited += time.perf_counter() - begin
+        return bool(flags.flat[0] if len(flags.flat) else buckets[0].late)
+
+    def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
+        used = (bucket.flags if bucket.coded or not self.average else bucket.flags * self.size).tolist()
+        bucket.idle = 0 if any(used) else bucket.idle + 1
+        if committed:
+            ends = itertools.accumulate(width(p) for p in bucket.params)
+            places = zip(ends, bucket.params, used, strict=True)
+            bucket.channel.commit([(end - width(p), end) for end, p, ranks in places if ranks == 0])
+        for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
+            if ranks == 0:
+                p.grad = None
+            elif ranks < 0.9:  # sparse wherever it was used: optimizers for sparse gradients take no others
+                p.grad = view.to(p.dtype).to_sparse(1)
+            elif p.grad is not view:
+                p.grad = view.to(p.dtype)  # the view itself where the types are the same

@@ -1,0 +1,214 @@
+"""Cutting a model's parameters into flat buckets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hvdtrain.comm import collectives
+from hvdtrain.compression.codec import Key
+from hvdtrain.compression.powersgd import PowerSgd
+from hvdtrain.compression.reducer import Channel, Plain
+from hvdtrain.compression.spec import Spec, covers, make_codec
+from hvdtrain.system.errors import UserError
+
+# The first bucket is small so that the network starts early in the backward pass.
+FIRST_BUCKET_BYTES = 1 << 20
+# On CPUs the second bucket should be there when the first has been sent: at 1 Gbit/s, with 25 MiB, the network waited
+# for it up to 50 ms of a step. And two rounds (of codecs) overlap better in pieces.
+CPU_BUCKET_BYTES = 8 << 20
+# NCCL cuts what it is given into as many parts as there are ranks: more at once is faster. Codecs give it less.
+GPU_BUCKET_BYTES = 25 << 20
+# Horovod reduces no other floating type; bfloat16 travels as float32.
+WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
+EXCHANGED = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Some parameters' gradients in one flat tensor, and a flag for each: was it used in this step?
+
+    An uncompressed bucket travels as [gradients | flags | late]: `late` counts the ranks that have a gradient of a
+    parameter that is in no bucket that is sent. The flags of a coded bucket travel apart (`Exchange.flags`).
+    """
+
+    params: list[torch.nn.Parameter]
+    names: list[str]
+    views: list[torch.Tensor]  # of the channel's flat, each in its parameter's shape and memory format
+    flags: torch.Tensor  # (len(params),), summed over ranks
+    late: torch.Tensor  # (1,), or (0,) if coded
+    channel: Channel | Plain
+    coded: bool  # a codec may carry it; whether one does, the channel knows
+    method: str = "none"  # "powersgd:4"
+    filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
+    sent: bool = False
+    asleep: bool = False  # not sent: on no rank does a parameter of it require a gradient
+    idle: int = 0  # steps in a row in which no rank used it
+    memory_views: dict[torch.Tensor, list[torch.Tensor]] = field(default_factory=dict)
+    ready: float = 0.0  # when it was full in the last step, by time.perf_counter
+
+    def put(self, index: int, gradient: torch.Tensor | None, step: int) -> None:
+        """Take in the gradient of the parameter with that index; None: it has none on this rank, which is zero."""
+        channel, view = self.channel, self.views[index]
+        if not (isinstance(channel, Channel) and channel.adds_up(step)):
+            if gradient is None:
+                view.zero_()
+            elif gradient is not view:
+                view.copy_(gradient)
+            return
+        # In one go through memory: the gradient and what has not been sent of those before it.
+        assert channel.residual is not None and channel.spare is not None
+        residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.spare))
+        if gradient is None:
+            gradient = view.zero_()
+        if isinstance(channel.codec, PowerSgd):
+            if gradient.stride() != view.stride():
+                gradient = view.copy_(gradient)
+            n, m = channel.codec.shapes[index]
+            channel.codec.take(index, *(x.as_strided((n, m), (m, 1)) for x in (total, residual, gradient)))
+        else:
+            torch.add(residual, gradient, out=total)
+
+    def cut(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parameters' parts of a tensor that is laid out as the channel's flat."""
+        widths = [width(p) for p in self.params]
+        return torch.split(flat[: sum(widths)], widths)
+
+    def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        if memory not in self.memory_views:
+            if len(self.memory_views) == 2:  # a channel has two, unless they were loaded
+                self.memory_views.clear()
+            self.memory_views[memory] = make_views(memory, self.params)
+        return self.memory_views[memory]
+
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+def check(named: Named, spec: Spec) -> None:
+    """Raise UserError if a layer of the spec matches no parameter, or a parameter's type cannot be exchanged."""
+    for layer in spec.layers:
+        if not any(covers(layer, name) for name, _ in named):
+            names = ", ".join(sorted({name.rpartition(".")[0] or name for name, _ in named}))
+            raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {names}")
+    for name, p in named:
+        check_dtype(name, p)
+
+
+def check_dtype(name: str, p: torch.nn.Parameter) -> None:
+    """Raise UserError if the parameter requires a gradient and that has a type that cannot be exchanged."""
+    if p.requires_grad and p.dtype not in EXCHANGED:
+        raise UserError(
+            f"parameter {name} is {p.dtype}, whose gradient cannot be exchanged; expected float16, bfloat16, float32, "
+            "float64, complex64 or complex128: convert it, or freeze it with requires_grad_(False)"
+        )
+
+
+def width(p: torch.Tensor) -> int:
+    """How many real numbers a parameter holds: two for each complex one."""
+    return p.numel() * (2 if p.is_complex() else 1)
+
+
+def make_buckets(
+    named: Named,
+    spec: Spec,
+    seed: int,
+    group: collectives.Group,
+    average: bool,
+    bucket_bytes: int | None,
+    first: int = 0,
+) -> list[Bucket]:
+    """Make buckets of one dtype, device and codec each.
+
+    Args:
+        named: the parameters, in the order in which backward finishes them.
+        bucket_bytes: of one, about; None: as suits the device and, on a GPU, the codec.
+        first: the number of the first bucket; those before it exist already.
+    """
+    groups: dict[tuple[torch.dtype, torch.device, str | None, bool], Named] = {}
+    for name, p in named:
+        argument = None if p.is_complex() else spec.argument_for(name, p.numel(), p.dim())
+        # Whoever encodes takes float32.
+        dtype = WIRE_DTYPES.get(p.dtype.to_real(), torch.float32) if argument is None else torch.float32
+        groups.setdefault((dtype, p.device, argument, p.is_complex()), []).append((name, p))
+    buckets: list[Bucket] = []
+    for (dtype, device, argument, _), members in groups.items():
+        plain_on_gpu = device.type == "cuda" and argument is None
+        most = bucket_bytes or (GPU_BUCKET_BYTES if plain_on_gpu else CPU_BUCKET_BYTES)
+        limit = min(FIRST_BUCKET_BYTES, most)
+        while members:
+            count, taken = 0, 0
+            while count < len(members) and taken < limit:
+                taken += width(members[count][1]) * dtype.itemsize
+                count += 1
+            number = first + len(buckets)
+            buckets.append(make_bucket(members[:count], dtype, number, group, average, coded=argument is not None))
+            if argument is not None and spec.method != "auto":
+                choose(buckets[-1], spec, argument, Key(seed, 0, number, collectives.rank(group)))
+            members = members[count:]
+            limit = most
+    return buckets
+
+
+def make_bucket(
+    members: Named, dtype: torch.dtype, number: int, group: collectives.Group, average: bool, coded: bool
+) -> Bucket:
+    """A bucket that is all-reduced as it is.
+
+    Its flags stand behind the gradients and travel with them; where a codec may take their place, they travel apart,
+    exactly, and are summed.
+    """
+    params = [p for _, p in members]
+    count = sum(map(width, params))
+    flat = torch.zeros(count + (0 if coded else len(params) + 1), dtype=dtype, device=params[0].device)
+    flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:-1]
+    late = flat[:0] if coded else flat[-1:]
+    channel = Plain(f"gradients.{number}", flat, average, group)
+    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, late, channel, coded)
+
+
+def choose(bucket: Bucket, spec: Spec, argument: str, key: Key) -> None:
+    """Let a codec carry the bucket, or none; what the channel before it had not sent yet, the new one owes.
+
+    spec: its method may be none. argument: the codec's.
+    """
+    owed = bucket.channel.debt()
+    bucket.channel = make_channel(bucket, bucket.channel.flat, spec, argument, key)
+    bucket.channel.owed = owed
+    bucket.memory_views.clear()
+    bucket.method = f"{spec.method}:{argument}" if argument else spec.method
+
+
+def make_channel(bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: Key) -> Channel | Plain:
+    """A way over the ranks for a flat tensor that is laid out as the bucket's."""
+    average, group = bucket.channel.average, bucket.channel.group
+    if spec.method == "none":
+        return Plain(f"gradients.{key.bucket}", flat, average, group)
+    shapes = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel()) for p in bucket.params]
+    return Channel(
+        f"gradients.{key.bucket}.{spec.method}{argument}",
+        flat,
+        make_codec(spec, argument, shapes, key, flat.device),
+        key,
+        average,
+        group,
+        feedback=spec.feedback,
+        warmup=spec.warmup,
+        momentum=spec.momentum,
+    )
+
+
+def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The parameters' places in flat, one behind the other, in their own shapes and memory formats."""
+    views, offset = [], 0
+    for p in params:
+        piece = flat[offset : offset + width(p)]
+        offset += width(p)
+        if p.is_complex():
+            piece = torch.view_as_complex(
+                piece.view(-1, 2)
+            )  # pairs begin at even offsets: they have buckets of their own
+        dense = torch.empty_like(p).stride() == p.stride()  # no gaps and no overlaps in its memory
+        views.append(piece.as_strided(p.shape, p.stride(), piece.storage_offset()) if dense else piece.view(p.shape))
+    return views

@@ -1,0 +1,143 @@
+"""Which parameters are exchanged, and in which buckets: agreed on by all ranks whenever it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+
+import torch
+
+from hvdtrain.comm import collectives
+from hvdtrain.compression.reducer import Plain
+from hvdtrain.compression.spec import Spec
+from hvdtrain.exchange.buckets import Bucket, make_buckets
+from hvdtrain.exchange.checksums import checksum
+from hvdtrain.system.errors import RunError
+
+# After so many steps in a row without a gradient, and after twice as many each time, the ranks agree whether a bucket
+# is frozen. Not sooner: layers that are frozen and trained in turns should stay.
+IDLE_STEPS = {10 * 2**doubling for doubling in range(40)}
+
+
+class Layout:
+    """The buckets of an exchange, some of which may be asleep, and the parameters that are in none that is sent.
+
+        frozen, in no bucket --(a gradient on some rank)--> in a bucket --(frozen on all ranks)--> bucket asleep
+                                                                ^                                       |
+                                                                +-----(a gradient on some rank)---------+
+
+    Buckets that exist stay as they are, and so do their memories.
+    """
+
+    def __init__(
+        self, average: bool, spec: Spec, seed: int = 0, group: collectives.Group = None, bucket_bytes: int | None = None
+    ) -> None:
+        self.average, self.spec, self.seed, self.group, self.bucket_bytes = average, spec, seed, group, bucket_bytes
+        self.names: dict[torch.nn.Parameter, str] = {}
+        self.added: set[torch.nn.Parameter] = set()  # later than the first, and in no bucket yet
+        self.buckets: list[Bucket] = []
+        self.joined: list[list[str]] = []  # the names in the order in which buckets were made of them, at each time
+        self.place: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}  # only in buckets that are sent
+        self.outside: list[torch.nn.Parameter] = []  # all others
+        # The flags of buckets that a codec may carry, joined, behind `late`.
+        self.flags = self.join_flags([])
+
+    @property
+    def awake(self) -> list[Bucket]:
+        """The buckets that are sent."""
+        return [bucket for bucket in self.buckets if not bucket.asleep]
+
+    def build(self, order: Sequence[str]) -> list[Bucket]:
+        """Make buckets of parameters that are in none, in this order of names, and return them."""
+        by_name = {name: p for p, name in self.names.items()}
+        there = {name for bucket in self.buckets for name in bucket.names}
+        named = [(name, by_name[name]) for name in order if name in by_name and name not in there]
+        options = (self.spec, self.seed, self.group, self.average, self.bucket_bytes)
+        made = make_buckets(named, *options, first=len(self.buckets))
+        self.buckets += made
+        self.joined.append([name for name, _ in named])
+        return made
+
+    def arrange(self) -> None:
+        """Set what depends on which buckets there are and which of them are sent."""
+        self.place = {p: (bucket, i) for bucket in self.awake for i, p in enumerate(bucket.params)}
+        self.outside = [p for p in self.names if p not in self.place]
+        self.flags = self.join_flags(self.awake)
+
+    def join_flags(self, buckets: list[Bucket]) -> Plain:
+        """Join the flags of coded buckets, after `late`, in one tensor; an empty one if `late` travels in buckets."""
+        coded = [bucket for bucket in buckets if bucket.coded]
+        count = sum(len(bucket.params) for bucket in coded) + bool(coded or not buckets)
+        flat = torch.zeros(count, device=coded[0].flags.device if coded else None)
+        pieces = torch.split(flat[1:], [len(bucket.params) for bucket in coded])
+        for bucket, piece in zip(coded, pieces, strict=True):
+            bucket.flags = piece
+        return Plain("gradients.flags", flat, average=False, group=self.group)
+
+    def join(self, arrived: Collection[torch.nn.Parameter]) -> list[Bucket]:
+        """Agree with all ranks on the parameters to be exchanged from now on; return the buckets that they are in.
+
+        Args:
+            arrived: parameters in no bucket that is sent whose gradients have come, in that order, with quick `in`.
+        """
+        others = [p for p in reversed(self.outside) if wants_exchange(p) and p not in arrived]
+        known = {name: describe(p, values=p in self.added) for p, name in self.names.items()}
+        names = agree_on_newcomers([self.names[p] for p in arrived], [self.names[p] for p in others], known, self.group)
+        woken = [bucket for bucket in self.buckets if bucket.asleep and set(bucket.names) & set(names)]
+        for bucket in woken:
+            bucket.asleep, bucket.idle = False, 0
+        self.added.clear()
+        return [*woken, *self.build(names)]
+
+    def let_sleep(self) -> bool:
+        """Stop sending what is frozen on all ranks, from time to time; return whether there was any."""
+        if not any(bucket.idle in IDLE_STEPS for bucket in self.awake):
+            return False
+        idle = [number for number, bucket in enumerate(self.buckets) if bucket.idle]
+        frozen = [number for number in idle if not any(map(wants_exchange, self.buckets[number].params))]
+        agreed = set.intersection(*map(set, collectives.gather_json(frozen, "gradients.frozen", self.group)))
+        for number in agreed:
+            self.buckets[number].asleep = True
+        return bool(agreed)
+
+
+def wants_exchange(p: torch.nn.Parameter) -> bool:
+    """Whether a parameter has a gradient or is to get one."""
+    return p.requires_grad or p.grad is not None
+
+
+def describe(p: torch.nn.Parameter, *, values: bool) -> str:
+    """What must be the same of a parameter on all ranks: its type and shape and, if asked for, every bit of it."""
+    text = f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
+    return f"{text} with checksum {int(checksum(p)) & (2**64 - 1):016x}" if values else text
+
+
+def agree_on_newcomers(
+    arrived: Sequence[str], others: Sequence[str], known: Mapping[str, str], group: collectives.Group
+) -> list[str]:
+    """Return the names of the parameters that some rank brings, in an order that is the same on all ranks.
+
+    The order is that in which gradients came on the rank that has most of them.
+
+    Args:
+        arrived: this rank's newcomers whose gradient has come, in that order.
+        others: this rank's other newcomers.
+        known: all parameters that this rank has, by name, as `describe` has them.
+        group: the ranks, all of which call this.
+
+    Raises:
+        RunError: on all ranks, if one of them is missing on a rank, or is another there.
+    """
+    answers = collectives.gather_json([list(arrived), list(others)], "gradients.order", group)
+    longest = max((first for first, _ in answers), key=len)
+    everything = chain(longest, *(first for first, _ in answers), *(rest for _, rest in answers))
+    names = list(dict.fromkeys(everything))
+    descriptions = collectives.gather_json([known.get(name) for name in names], "gradients.newcomers", group)
+    for rank, theirs in enumerate(descriptions):
+        for name, first, other in zip(names, descriptions[0], theirs, strict=True):
+            if first != other:
+                raise RunError(
+                    f"parameter {name} is {first or 'not in the optimizer'} on rank 0 and "
+                    f"{other or 'not in the optimizer'} on rank {rank}: add it on all ranks alike, with equal values"
+                )
+    return names

@@ -1,0 +1,72 @@
+"""The orders that a ledger's rows are ranges of, and the sums of their ids' hashes; also those of earlier versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from hvdtrain.ledger.writer import hashes
+from hvdtrain.recipe.order import BLOCK, Ids, Order
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """An epoch's order, by the version of hvdtrain.recipe.order that the run drew it with."""
+
+    examples: int
+    seed: int
+    epoch: int  # from 1
+    version: int
+
+    def hash_sum(self, begin: int, end: int) -> int:
+        """The sum of the hashes of the ids at positions [begin, end)."""
+        total = 0
+        for number in range(begin // BLOCK, -(-end // BLOCK)):
+            sums, first = _block_sums(self, number), number * BLOCK
+            total += int(sums[min(end - first, BLOCK)] - sums[max(begin - first, 0)])
+        return total
+
+    def whole(self) -> WholeOrder:
+        """All of it in memory: only a ledger with something wrong in it takes that."""
+        return _whole(self)
+
+    def ids(self, begin: int, end: int) -> Ids:
+        """The ids at positions [begin, end)."""
+        return _drawn(self).ids(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
+
+
+class WholeOrder(NamedTuple):
+    """An epoch's order, its hashes and their sums."""
+
+    ids: Ids  # (examples,)
+    hashes: Ids  # (examples,): of these ids
+    before: Ids  # (examples + 1,): sums of all hashes before
+
+
+@lru_cache(maxsize=4)
+def _drawn(order: EpochOrder) -> Order:
+    return Order(order.examples, order.seed, order.epoch - 1)
+
+
+@lru_cache(maxsize=2)
+def _sorted_philox(order: EpochOrder) -> Ids:
+    """The order of version 1, (examples,): Philox's output (Salmon et al., SC'11), sorted."""
+    key = np.array([order.seed, order.epoch - 1], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(order.examples), kind="stable").astype(np.int64)
+
+
+@lru_cache(maxsize=16)
+def _block_sums(order: EpochOrder, number: int) -> Ids:
+    """(BLOCK + 1,) at most: the sums of the hashes of a block's ids before each of its positions."""
+    ids = order.ids(number * BLOCK, min((number + 1) * BLOCK, order.examples))
+    return np.concatenate([[0], np.cumsum(hashes(ids).astype(np.int64))])
+
+
+@lru_cache(maxsize=2)
+def _whole(order: EpochOrder) -> WholeOrder:
+    ids = order.ids(0, order.examples)
+    drawn = hashes(ids).astype(np.int64)
+    return WholeOrder(ids, drawn, np.concatenate([[0], np.cumsum(drawn)]))

@@ -1,0 +1,98 @@
+"""RUN_DIR/source/: the files of the recipe that a run trains, from which newcomers of an elastic run import it.
+
+RUN_DIR/source/      the files of the last start, by their paths relative to the recipe's root folder
+        source-1/    the files before the first edit that a resume met, source-2/ those before the second ...
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.recipe.source import RecipeSource
+from hvdtrain.system.files import sync_folder
+
+FOLDER = "source"
+
+
+def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
+    """Write the files of a recipe into a run folder, whole or not at all; an earlier copy that differs is kept.
+
+    Returns:
+        A line that says what has changed since the earlier copy; None if nothing has, or there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = run_dir / FOLDER
+    earlier = read_files(target)
+    if earlier == source.files:
+        return None
+    new = run_dir / f".{FOLDER}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o700)  # a recipe may hold secrets
+    for name, data in source.files.items():
+        path = new / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    for folder, _, _ in os.walk(new):
+        sync_folder(Path(folder))
+    note = None
+    if earlier:
+        numbered = (run_dir / f"{FOLDER}-{number}" for number in itertools.count(1))
+        kept = next(path for path in numbered if not path.exists())
+        target.rename(kept)
+        names = [name for name in {**source.files, **earlier} if source.files.get(name) != earlier.get(name)]
+        have = "has" if len(names) == 1 else "have"
+        note = f"source    {', '.join(names)} {have} changed since this run began; what it began with is in {kept}"
+    elif target.is_dir():
+        target.rmdir()  # empty: nothing was written
+    new.rename(target)
+    sync_folder(run_dir)
+    return note
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files below a folder by their relative paths; none if there is no such folder. Raises OSError."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def describe_copy(run_dir: Path, source: RecipeSource) -> dict[str, Any]:
+    """What another process needs to import the copy as the original, for JSON."""
+    return {
+        "folder": str((run_dir / FOLDER).absolute()),
+        "root": str(source.root),
+        "main": source.main,
+        "module": source.module,
+        "relative": source.relative,
+        "shown": str(source.shown),
+        "digest": source.digest,
+    }
+
+
+def read_copy(described: Mapping[str, Any]) -> RecipeSource | None:
+    """The source that a run's copy holds; None if it is not to be read from here."""
+    try:
+        files = read_files(Path(described["folder"]))
+    except OSError:
+        return None
+    main = described["main"]
+    if main not in files:
+        return None
+    source = RecipeSource(
+        root=Path(described["root"]),
+        main=main,
+        module=described["module"],
+        relative=described["relative"],
+        files={main: files.pop(main), **files},
+        shown=Path(described["shown"]),
+    )
+    return source if source.digest == described["digest"] else None

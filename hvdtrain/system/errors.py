@@ -1,0 +1,55 @@
+"""The ways in which a command ends badly, and the words for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_FAILED = 1  # a rank failed
+EXIT_USER = 2  # the user's mistake, found before any rank starts
+EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of sysexits.h)
+
+
+class KnownError(Exception):
+    """A failure whose text is all that a user needs to read.
+
+    origin: the rank on which it happened, if all ranks raise it together (`hvdtrain.comm.collectives.all_or_none`).
+    The text then names that rank where it matters, and nobody has to add it.
+    """
+
+    origin: int | None = None
+
+
+class Requeued(SystemExit):
+    """A batch system's signal that ends this process, raised wherever it is; not by a recipe that exits."""
+
+
+class UserError(KnownError):
+    """A user's mistake: shown as one line on standard error, exit 2, no traceback."""
+
+
+class RunError(KnownError):
+    """A run that failed for a reason that needs no traceback: shown as it is, exit 1."""
+
+
+class RecipeError(KnownError):
+    """An error in a recipe's own code: its text in one line that names the method, and the recipe's traceback, exit 1.
+
+    trace: as Python prints it, without the frames of hvdtrain and torch; "" if no others are in it.
+    """
+
+    def __init__(self, text: str, trace: str = "") -> None:
+        super().__init__(text, trace)  # both, to be pickled by a loader's worker
+        self.text, self.trace = text, trace
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def nearest(value: str, valid: Iterable[str]) -> str:
+    """The end of an error message: which valid name is nearest, or which there are."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(names)}" if names else ""

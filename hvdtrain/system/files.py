@@ -1,0 +1,188 @@
+"""Writing so that a crash leaves the old file or the new one, never half of one, and a failing disk loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.system.strict_json import encode_json
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of these, how much room there is helps to find the cause
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # from file systems without hard links
+FOR_ALL, FOR_OWNER = 0o666, 0o600  # modes of new files, before the umask
+
+
+def write_atomically(path: Path, data: bytes, mode: int = FOR_ALL) -> None:
+    """Write to a file next to `path`, fsync it, rename it over `path`, fsync the folder."""
+    beside = path.with_name(f".{path.name}.new")
+    _write_whole(beside, data, mode)
+    try:
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes, mode: int = FOR_ALL) -> None:
+    """Likewise, but never over another file. Raises FileExistsError, to one of two that write at the same time."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    _write_whole(beside, data, mode)
+    try:
+        path.hardlink_to(beside)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode))  # empty for a moment
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _write_whole(path: Path, data: bytes, mode: int) -> None:
+    path.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+
+
+def write_json(path: Path, value: Any, mode: int = FOR_ALL) -> None:
+    """Write a value as indented JSON, atomically; numbers that are not finite become null."""
+    write_atomically(path, (encode_json(value, indent=2) + "\n").encode(), mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def trouble(what: str, folder: Path, error: OSError) -> str:
+    """That something cannot be written in a folder, and why, with what room there is if that may be the cause."""
+    text = f"cannot write {what} in {folder}: {error.strerror or error}"
+    if error.errno in NO_ROOM:
+        with contextlib.suppress(OSError):
+            there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+            text += f" ({shutil.disk_usage(there).free >> 10:,} KiB free)"
+    return text
+
+
+def is_same_file(path: Path, known: os.stat_result) -> bool:
+    """Whether a path still leads to a file or folder that is known; True if that cannot be found out now."""
+    try:
+        return os.path.samestat(path.stat(), known)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+class BufferedAppender:
+    """A file that is only appended to. What cannot be written now is held in memory, and written when it can be.
+
+    After an error, whatever it is, the file is opened again. If it was a failed fsync, the system may have lost all
+    that was written since the last one; that is written again.
+    """
+
+    def __init__(self, path: Path, prepare: Callable[[], bytes] = lambda: b"") -> None:
+        """prepare: called before the file is opened first, until it raises no OSError; what it returns comes first."""
+        self.path = path
+        self._prepare: Callable[[], bytes] | None = prepare
+        self.error: OSError | None = None  # why not all is written
+        self._held = bytearray()  # to be written
+        self._unsynced = bytearray()  # written since the last fsync
+        self._known: os.stat_result | None = None  # which file it is; None: it was never opened
+        self._synced_size = 0  # of the file at the last fsync, or when it was opened first
+        self._rewrite = False  # what was written since the last fsync
+        self._file: int | None = None
+
+    def write(self, data: bytes) -> None:
+        """Append, now or later."""
+        self._held += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is held, as far as that is possible; `error` says why it is not."""
+        try:
+            if self._file is None:
+                self._file = self._open()
+            while self._held:
+                # What was written of a line stays; the rest follows it.
+                count = os.write(self._file, self._held)
+                self._unsynced += self._held[:count]
+                del self._held[:count]
+            self.error = None
+        except OSError as error:
+            self._fail(error)
+
+    def _open(self) -> int:
+        # A file that was deleted while the run wrote to it is not made again: its rows would be in two places.
+        create = os.O_CREAT if self._known is None else 0
+        if self._prepare is not None:
+            self._held[:0] = self._prepare()
+            self._prepare = None
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | create, FOR_ALL)
+        try:
+            now = os.fstat(file)
+            if self._known is None:
+                self._known, self._synced_size = now, now.st_size
+            if not os.path.samestat(self._known, now):
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
+            if self._rewrite:
+                os.ftruncate(file, self._synced_size)
+                self._rewrite = False
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def _fail(self, error: OSError) -> None:
+        self.error = error
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+        self._file = None
+
+    def sync(self) -> None:
+        """Write what is held, so that it survives the machine. Raises OSError if that is not possible now."""
+        self.flush()
+        if self.error is None and self._file is not None:
+            try:
+                os.fsync(self._file)
+                self._synced_size = os.fstat(self._file).st_size
+                self._unsynced.clear()
+            except OSError as error:
+                self._held[:0] = self._unsynced
+                self._unsynced.clear()
+                self._rewrite = True
+                self._fail(error)
+        if self.error is not None:
+            raise self.error
+
+    def in_place(self) -> bool:
+        """Whether the path still leads to the file that is written to."""
+        return self._known is None or is_same_file(self.path, self._known)
+
+    def close(self) -> None:
+        """Write no longer; what is held then is lost."""
+        self._close_file()

@@ -1,0 +1,61 @@
+"""Slurm's short forms: `n[0-3,7],gpu[001-010]` for the names of nodes, `2(x3),1` for a number to each of them."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+from hvdtrain.system.errors import UserError
+
+MOST = 100_000  # nodes: more is no list of nodes
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+# Commas between brackets belong to the name.
+ITEM = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
+PART = re.compile(r"\[([^\]]*)\]|([^\[]+)")
+
+
+def nodes(text: str, where: str) -> list[str]:
+    """The names in a list of nodes, in its order, with leading zeros as written; `where` begins the error.
+
+    Raises UserError for what is no such list.
+    """
+    found: list[str] = []
+    if ",".join(ITEM.findall(text)) != text or not text:
+        raise UserError(f"{where}={text!r} is not a list of nodes such as n[0-3,7],gpu01")
+    for item in ITEM.findall(text):
+        parts = [[plain] if plain else numbers(ranges) for ranges, plain in PART.findall(item)]
+        made = 1
+        for part in parts:
+            made *= len(part)
+        if not 0 < made <= MOST - len(found):
+            raise UserError(f"{where}={text!r} is not a list of nodes: {item!r}")
+        found += ["".join(name) for name in product(*parts)]
+    for name in found:
+        if not NAME.fullmatch(name):
+            raise UserError(f"{where}={text!r} is not a list of nodes: {name!r} is no name of a host")
+    return found
+
+
+def numbers(ranges: str) -> list[str]:
+    """The numbers of `01-03,7`, as wide as the first of each range; none for what is not understood."""
+    found = []
+    for item in ranges.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item, re.ASCII)
+        if not match:
+            return []
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not 0 <= last - first < MOST:
+            return []
+        found += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    return found
+
+
+def counts(text: str, where: str) -> list[int]:
+    """The numbers of `2(x3),1`: 2, 2, 2, 1. Raises UserError."""
+    found: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", item, re.ASCII)
+        if not match:
+            raise UserError(f"{where}={text!r} is not understood; expected numbers such as 2(x3),1")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found

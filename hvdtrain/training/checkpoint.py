@@ -1,0 +1,308 @@
+"""Checkpoints: RUN_DIR/checkpoints/step-N/{state, meta.json}, whole or not there at all.
+
+meta.json holds the size and SHA-256 of every other file of the checkpoint and its own: no byte of a checkpoint can
+change without its being damaged. What is read back is parsed strictly; anything else than expected is damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from hvdtrain.recipe import order
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.files import sync_folder, write_atomically
+from hvdtrain.system.strict_json import integer, number, parse_json, seal, take
+
+FORMAT = "hvdtrain checkpoint 2"
+# Read as well: meta.json has no checksum of its own, and lacks fields of Position that came later.
+FORMAT_1 = "hvdtrain checkpoint 1"
+FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples")
+NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what this hvdtrain wrote, or older ones."""
+
+
+@dataclass
+class Position:
+    """Where in a run a state belongs: after `step` steps, with example `offset` of epoch `epoch`'s order to come."""
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    samples: int = 0
+    epoch_loss_sum: float = 0.0  # over the epoch's examples so far, without skipped steps
+    epoch_loss_count: int = 0
+    train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
+    skipped_nonfinite: int = 0
+    eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
+    evaluated: int = 0  # the step after which that was
+    saved: int = 0  # the step of the last checkpoint
+    examples: int = 0  # of an epoch; with the seed, what the order is drawn from
+    seed: int = 0
+    rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
+    order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
+    first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
+
+    def take_order(self, examples: int, seed: int) -> None:
+        """Let the order be that of `examples` examples and a seed.
+
+        Raises UserError in mid-epoch if it was begun in another order: some examples would come twice, others never.
+        """
+        if self.offset and self.order_version != order.VERSION:
+            raise UserError(
+                f"the checkpoint is at example {self.offset} of an epoch that another version of hvdtrain shuffled "
+                "differently: resume from a checkpoint at the end of an epoch, or with that version"
+            )
+        if self.offset and (examples, seed) != (self.examples, self.seed):
+            begun = f"{self.examples} examples" + (f" by --seed {self.seed}" if self.seed != seed else "")
+            raise UserError(
+                f"the checkpoint is at example {self.offset} of an epoch of {begun}, and the training data is now "
+                f"{examples} examples" + (f" by --seed {seed}" if self.seed != seed else "") + ": resume with the same"
+            )
+        self.examples, self.seed, self.order_version = examples, seed, order.VERSION
+
+    def advance(self, count: int, loss_sum: float | None) -> None:
+        """A step consumed `count` of the epoch's examples; their losses add up to `loss_sum`, None if skipped."""
+        self.step += 1
+        self.samples += count
+        self.offset += count
+        if loss_sum is not None:
+            self.epoch_loss_sum += loss_sum
+            self.epoch_loss_count += count
+            self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
+        if self.offset == self.examples:
+            self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read back whole."""
+
+    folder: Path
+    position: Position
+    state: bytes
+    damaged: list[str] = field(default_factory=list)  # what is wrong with newer ones, which were passed over
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What meta.json holds."""
+
+    recipe: str
+    position: Position
+    state_bytes: int
+    state_sha256: str
+
+    def encode(self) -> bytes:
+        """The bytes of meta.json: indented JSON that holds the SHA-256 of itself without that entry."""
+        return seal(
+            {
+                "format": FORMAT,
+                "recipe": self.recipe,
+                "position": asdict(self.position),
+                "files": {"state": {"bytes": self.state_bytes, "sha256": self.state_sha256}},
+            }
+        )
+
+
+def save(
+    run_dir: Path, position: Position, state: bytes, recipe: str, confirm: Callable[[], None] = lambda: None
+) -> Path:
+    """Write a checkpoint and return its folder. An existing one of the same step is replaced.
+
+    confirm: called when all is written, before it takes its place; what it raises leaves nothing of the checkpoint.
+    """
+    folder = run_dir / "checkpoints" / f"step-{position.step}"
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        write_atomically(beside / "state", state)
+        meta = Meta(recipe, position, len(state), hashlib.sha256(state).hexdigest())
+        write_atomically(beside / "meta.json", meta.encode())
+        confirm()
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+        raise
+    sync_folder(folder.parent)
+    return folder
+
+
+def listed(run_dir: Path) -> list[Path]:
+    """The checkpoint folders, oldest first."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def prune(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> None:
+    """Remove all but the last `keep` checkpoints and the best; `checkpoints/best` is a link to that one.
+
+    Best is told only of checkpoints that were evaluated themselves.
+    """
+    folders = listed(run_dir)
+    metric, direction = best
+    scored = {path: value for path in folders if (value := _evaluated(path, metric)) is not None}
+    chosen = (min if direction == "min" else max)(scored, key=scored.__getitem__) if scored else None
+    if chosen is not None:
+        link = run_dir / "checkpoints" / ".best.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(chosen.name)
+        link.rename(run_dir / "checkpoints" / "best")
+    for path in folders[:-keep]:
+        if path != chosen:
+            shutil.rmtree(path)
+
+
+def load_newest(run_dir: Path, recipe: str, *, unattended: bool = False) -> Checkpoint | None:
+    """The newest checkpoint, or None if there is none.
+
+    unattended: nobody can choose another one; if the newest is damaged, take the newest that is whole.
+    Raises UserError if it is damaged, offering the newest that is whole, or of another recipe or format.
+    """
+    folders = listed(run_dir)
+    damaged: list[DamagedCheckpoint] = []
+    for i in reversed(range(len(folders))):
+        try:
+            found = _load(folders[i], recipe)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        except UserError as error:
+            if not damaged:
+                raise
+            damaged.append(DamagedCheckpoint(str(error)))
+            continue
+        if damaged and not unattended:
+            newer = " ".join(os.fspath(other) for other in folders[i + 1 :])
+            raise UserError(f"{damaged[0]}; {folders[i].name} is whole, to resume from it: rm -r {newer}")
+        return Checkpoint(found.folder, found.position, found.state, [str(error) for error in damaged])
+    if damaged:
+        raise UserError(f"{damaged[0]}; no earlier checkpoint is whole")
+    return None
+
+
+def _load(folder: Path, recipe: str) -> Checkpoint:
+    meta = _read_meta(folder)
+    if meta.recipe != recipe:
+        raise UserError(f"{folder} is a checkpoint of recipe {meta.recipe!r}, not of {recipe!r}")
+    try:
+        state = (folder / "state").read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: its state cannot be read: {error.strerror}") from error
+    if len(state) != meta.state_bytes:
+        raise DamagedCheckpoint(f"{folder} is damaged: its state has {len(state)} of {meta.state_bytes} bytes")
+    if hashlib.sha256(state).hexdigest() != meta.state_sha256:
+        raise DamagedCheckpoint(f"{folder} is damaged: the checksum of its state is wrong")
+    return Checkpoint(folder, meta.position, state)
+
+
+def _evaluated(folder: Path, metric: str) -> float | None:
+    """The metric that this checkpoint was evaluated to; None for none, NaN or a folder that cannot be read."""
+    try:
+        position = _read_meta(folder).position
+    except UserError:
+        return None
+    value = position.eval.get(metric, math.nan) if position.evaluated == position.step else math.nan
+    return None if math.isnan(value) else value
+
+
+def _read_meta(folder: Path) -> Meta:
+    """Read a checkpoint's meta.json. Raises DamagedCheckpoint."""
+    try:
+        data = (folder / "meta.json").read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: its meta.json cannot be read: {error.strerror}") from error
+    try:
+        return _parse_meta(data, step_of(folder))
+    except ValueError as error:
+        what = "of another hvdtrain" if isinstance(error, UnknownFormat) else "damaged"
+        raise DamagedCheckpoint(f"{folder} is {what}: its meta.json {error}") from None
+
+
+class UnknownFormat(ValueError):
+    """A meta.json of another hvdtrain, or with a damaged format."""
+
+
+def _parse_meta(data: bytes, step: int) -> Meta:
+    """Parse meta.json of a checkpoint after `step`. Raises ValueError that says what is wrong with it."""
+    try:
+        content = parse_json(data)
+    except ValueError:
+        try:
+            content = json.loads(data)  # the first format has NaN
+        except (ValueError, RecursionError):
+            raise ValueError("is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("is not an object")
+    if content.get("format") == FORMAT_1:
+        files = {"state": {"bytes": content.pop("state_bytes", None), "sha256": content.pop("state_sha256", None)}}
+        content["files"] = files
+    elif content.get("format") == FORMAT:
+        content.pop("sha256", None)
+        if seal(content) != data:
+            raise ValueError("has a wrong checksum")
+    elif isinstance(content.get("format"), str) and content["format"].startswith("hvdtrain checkpoint "):
+        raise UnknownFormat(f"has the format {content['format']!r}; this hvdtrain reads {FORMAT!r} and older")
+    else:
+        raise ValueError(f"is not of the format {FORMAT!r}")
+    entries = take(content, "", "format", "recipe", "position", "files")
+    state = take(take(entries["files"], "files.", "state")["state"], "files.state.", "bytes", "sha256")
+    lenient = entries["format"] == FORMAT_1
+    position = parse_position(entries["position"], allow_missing=FIELDS_SINCE_1 if lenient else ())
+    if position.step != step:
+        raise ValueError(f"is that of step {position.step}")
+    if not isinstance(entries["recipe"], str) or not isinstance(state["sha256"], str):
+        raise ValueError("has an entry of the wrong type")
+    return Meta(entries["recipe"], position, integer(state["bytes"], "files.state.bytes"), state["sha256"])
+
+
+def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Position:
+    """A Position from JSON. Raises ValueError for a field that is missing, unknown, or not a number in its range."""
+    known = {field.name: field.type for field in fields(Position)}
+    if isinstance(content, dict):
+        known = {name: kind for name, kind in known.items() if name in content or name not in allow_missing}
+    values: dict[str, Any] = {}
+    for name, value in take(content, "position.", *known).items():
+        kind, where = known[name], f"position.{name}"
+        if kind == "int" or (kind == "int | None" and value is not None):
+            values[name] = integer(value, where)
+        elif kind == "float":
+            values[name] = number(value, where)
+        elif kind == "dict[str, str]":
+            if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+                raise ValueError(f"has no object of texts {where!r}")
+            values[name] = value
+        elif kind == "dict[str, float]":
+            if not isinstance(value, dict):
+                raise ValueError(f"has no object {where!r}")
+            values[name] = {
+                key: math.nan
+                if one is None or (isinstance(one, float) and not math.isfinite(one))
+                else number(one, where)
+                for key, one in value.items()
+            }
+        elif kind == "int | None":
+            values[name] = None
+        else:
+            raise AssertionError(f"{where} of type {kind} cannot be read back")
+    if "rows" not in values:
+        values["rows"] = None
+    return Position(**values)

@@ -1,0 +1,122 @@
+"""The run folder: made or found at the start, cleaned of what a killed process left, and checked before checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import time
+from pathlib import Path
+
+from hvdtrain.comm import collectives
+from hvdtrain.ledger.writer import Ledger, numbered
+from hvdtrain.system.errors import UserError
+from hvdtrain.training import checkpoint
+from hvdtrain.training.lease import FolderLost, Lease
+from hvdtrain.training.options import RunOptions
+from hvdtrain.training.reporter import Reporter
+
+# What a run leaves while it writes, if it is killed.
+LEFTOVERS = (".*.new", "*/.*.new", "checkpoints/.*.new/.*.new", "ledger/.segment-*.csv.*", ".owner.json.*")
+
+
+def open_run_folder(options: RunOptions, name: str, lease: Lease) -> Path:
+    """Make or find rank 0's run folder, become its owner and clean it; every rank learns its path.
+
+    Raises UserError on all ranks if the folder has another owner, holds another run or cannot be written.
+    """
+
+    def open_folder() -> str:
+        folder = options.run_dir
+        try:
+            if folder is None:
+                folder = make_unused(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
+            elif not options.resume:
+                refuse_used(folder, lease)
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(parents=True)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+            lease.acquire(folder, wait=options.resume)
+            if not options.resume:
+                refuse_used(folder, lease)  # another run may have been faster
+            elif checkpoint.listed(folder) and not (folder / "config.json").exists():
+                raise UserError(
+                    f"run folder {folder} has checkpoints and no config.json, which holds the options that they were "
+                    "trained with: restore it, or choose another --run-dir"
+                )
+            (folder / "checkpoints").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
+        remove_leftovers(folder)
+        return str(folder)
+
+    return Path(collectives.on_root("run_folder", open_folder))
+
+
+def hand_on_folder(folder: Path, lease: Lease) -> Path:
+    """Let rank 0 of an elastic run's new world be the owner of its folder. Raises RunError on all ranks."""
+
+    def hand_on() -> None:
+        before = lease.held
+        lease.hand_on(folder)
+        if not before:
+            remove_leftovers(folder)
+
+    collectives.on_root("run_folder.hand_on", hand_on)
+    return folder
+
+
+def make_unused(folder: Path) -> Path:
+    """Make a folder, with a number behind its name if there is one already."""
+    numbers = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for path in itertools.chain([folder], numbers):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError  # there is always another number
+
+
+def refuse_used(folder: Path, lease: Lease) -> None:
+    """Raise UserError if a folder holds a run."""
+    files = ("config.json", "metrics.jsonl", "summary.json")
+    if any((folder / name).exists() for name in files) or checkpoint.listed(folder) or numbered(folder / "ledger"):
+        lease.refuse_owned(folder)
+        raise UserError(f"run folder {folder} already holds a run: add --resume to go on, or name another")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the files and folders that a killed process was about to rename."""
+    for pattern in LEFTOVERS:
+        for path in list(folder.glob(pattern)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def check_folder(folder: Path, lease: Lease, report: Reporter, ledger: Ledger) -> None:
+    """Before a checkpoint, on rank 0: raise FolderLost if the folder, or a file in it, is not this run's any more.
+
+    Raises OSError if that cannot be found out now.
+    """
+    lease.check(now=True)
+    in_place = {
+        "config.json": is_there(folder / "config.json"),
+        "checkpoints": is_there(folder / "checkpoints"),
+        "metrics.jsonl": report.in_place(),
+        "the ledger's last segment": ledger.in_place(),
+    }
+    for what, there in in_place.items():
+        if not there:
+            raise FolderLost(f"{what} in run folder {folder} was deleted or replaced during the run")
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to something. Raises OSError if that cannot be found out."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

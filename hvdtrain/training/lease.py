@@ -1,0 +1,299 @@
+"""One owner of a run folder: RUN_DIR/owner.json is the lease of the run that writes to it.
+
+                    create exclusively               every 10 s: set the file's time
+      no owner.json ------------------> owner.json ---------------------------------+
+            ^                            |      ^                                   |
+            |     unlink, at the end     |      +-----------------------------------+
+            +----------------------------+
+            +----------------------------+
+              take away: its process is dead, or it is of the same launch, or it has
+              not been renewed for 60 s by the clock of the one that waits
+
+The file itself is the lease. Of several that want to take it away, one can (see `take_away`). The holder renews it by
+the descriptor that it has open, so that one that was frozen, and whose file was removed meanwhile, renews nothing of
+its successor's. It looks whether its file is still in place before it writes to the run folder, at most once
+a second, and always before a checkpoint; if it is not, the run ends. Nobody compares clocks of different hosts.
+
+In an elastic run the lease belongs to the launch: whoever becomes rank 0 writes itself over the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.system import activity
+from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.files import FOR_ALL
+from hvdtrain.system.limits import seconds_from
+from hvdtrain.training.owner import Owner
+
+NAME = "owner.json"
+SECONDS = 60.0  # without a renewal after which a lease may be taken over
+SECONDS_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number of seconds
+RELAUNCH = "HVDTRAIN_RELAUNCH"  # in the environment: a launch that outlives its jobs, and at whose end nobody looks
+RENEWALS = 6  # in that time
+LOOK = 1.0  # seconds between two looks of the holder at the lease
+RETRY = 0.2  # seconds that the renewing thread may take to end
+PAUSE = 0.02  # seconds for another process to remove a lease
+
+
+class FolderLost(RunError):
+    """The run folder is no longer this run's to write to."""
+
+    def __init__(self, text: str, same_launch: bool = False) -> None:
+        """same_launch: it is another process of this run that owns it now."""
+        super().__init__(text)
+        self.same_launch = same_launch
+
+
+@dataclass(frozen=True)
+class Found:
+    """A lease as it was read."""
+
+    data: bytes
+    stat: os.stat_result
+    owner: Owner | None
+
+    def unchanged(self, other: Found) -> bool:
+        """Whether it is the same lease, not renewed since."""
+        same = os.path.samestat(self.stat, other.stat) and self.data == other.data
+        return same and self.stat.st_mtime_ns == other.stat.st_mtime_ns
+
+    def describe(self) -> str:
+        """Who holds it and since when it was not renewed; that is by the clocks of two hosts, for people only."""
+        age = max(0.0, time.time() - self.stat.st_mtime)
+        who = f"pid {self.owner.pid} on {self.owner.host}" if self.owner else f"a process that {NAME} does not name"
+        return f"{who}, which renewed its lease {age:.0f} s ago"
+
+
+class Lease:
+    """This process's hold on its run's folder, if it has one: rank 0's. As a context, it is given up at the end."""
+
+    def __init__(self, launch: str | None = None, seconds: float | None = None) -> None:
+        """launch: the name of the launch that all its processes know; None: this process alone is one."""
+        self.launch = launch or secrets.token_hex(8)
+        self.seconds = seconds or seconds_from(os.environ, SECONDS_VARIABLE, SECONDS)
+        self.keep = False  # for the next process of the launch
+        self._folder: Path | None = None
+        self._pending: Path | None = None  # to be handed on
+        self._folder_stat: os.stat_result | None = None
+        self._file = -1
+        self._data = b""
+        self._looked = 0.0
+        self._stop = threading.Event()
+        self._renewer: threading.Thread | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._folder is not None
+
+    def acquire(self, folder: Path, *, wait: bool) -> None:
+        """Become the owner of a folder.
+
+        wait: for another run that may have died, for as long as its lease lasts.
+        Raises UserError, which names the owner, if the folder has one that may be alive, OSError if it cannot be told.
+        """
+        here = Owner.here(self.launch, self.seconds)
+        path = folder / NAME
+        watched: Found | None = None
+        since = time.monotonic()
+        while not self._create(folder, here):
+            found = read(path)
+            if found is None:
+                continue
+            owner = found.owner
+            if owner is not None and (owner.launch == self.launch or owner.is_dead(here)):
+                take_away(path, found)
+                continue
+            in_use = f"run folder {folder} is in use by {found.describe()}"
+            being_written = owner is None and time.monotonic() - since < min(LOOK, self.seconds / 2)
+            if not wait and not being_written:
+                raise UserError(f"{in_use}: wait for its end, or choose another --run-dir")
+            seconds = owner.seconds if owner is not None else self.seconds
+            recent = time.time() - found.stat.st_mtime < seconds / 2
+            if owner is not None and owner.is_local(here) and recent:  # alive, and by the same clock
+                raise UserError(f"{in_use}: wait for its end, or end it")
+            if watched is None and owner is not None:
+                watched, since = found, time.monotonic()
+                text = f"{in_use}: waiting up to {seconds:.0f} s, as that run may have died"
+                print(f"hvdtrain: {text}", file=sys.stderr, flush=True)
+            elif watched is not None and not found.unchanged(watched):
+                raise UserError(f"{in_use}, while this run waited for it: wait for its end, or end it")
+            if time.monotonic() - since > seconds:
+                print(
+                    f"hvdtrain: run folder {folder}: taking over from {found.describe()}", file=sys.stderr, flush=True
+                )
+                take_away(path, found)
+                continue
+            with activity.doing(f"waiting for the lease of run folder {folder}", endless=True):  # it has its own limit
+                time.sleep(min(LOOK, seconds / (2 * RENEWALS)))
+
+    def refuse_owned(self, folder: Path) -> None:
+        """Raise UserError, which names the owner, if a folder has one that may be alive."""
+        found = read(folder / NAME)
+        if found is not None and not (found.owner and found.owner.is_dead(Owner.here(self.launch, self.seconds))):
+            raise UserError(f"run folder {folder} is in use by {found.describe()}: choose another --run-dir")
+
+    def hand_on(self, folder: Path) -> None:
+        """Become the owner in place of another process of this launch, or stay it.
+
+        It writes over what the other has written, for which a full disk has room. If it cannot be done now, `check`
+        tries again.
+        Raises FolderLost if the folder is not there or is not this run's any more.
+        """
+        self._pending = None if self.held else folder
+        self.check(now=self.held)
+
+    def _replace(self, folder: Path) -> None:
+        path = folder / NAME
+        found = read(path)
+        if found is None or found.owner is None or found.owner.launch != self.launch:
+            raise self._lost(folder, found)
+        data = Owner.here(self.launch, self.seconds).encode()
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.pwrite(file, data, 0)
+            os.fsync(file)
+            self._hold(folder, file, data)
+        except OSError:
+            os.close(file)
+            raise
+        self._pending = None
+
+    def _create(self, folder: Path, here: Owner) -> bool:
+        """Make owner.json and hold it; False if there is one."""
+        data = here.encode()
+        try:
+            file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FOR_ALL)
+        except FileExistsError:
+            return False
+        try:
+            os.write(file, data)
+            os.fsync(file)
+            self._hold(folder, file, data)
+        except OSError:
+            os.close(file)
+            (folder / NAME).unlink(missing_ok=True)
+            raise
+        return True
+
+    def _hold(self, folder: Path, file: int, data: bytes) -> None:
+        """Be the holder of what was written to an open file."""
+        self._folder_stat = folder.stat()
+        self._folder, self._file, self._data, self._looked = folder, file, data, time.monotonic()
+        self._stop = threading.Event()
+        self._renewer = threading.Thread(target=renew, args=(file, self.seconds / RENEWALS, self._stop), daemon=True)
+        self._renewer.start()
+
+    def check(self, *, now: bool = False) -> None:
+        """Before something is written: raise FolderLost if the folder is not this run's any more.
+
+        Does nothing if this process holds no lease, or looked within the last second, unless `now`.
+        Raises OSError if it cannot be found out, and `now`.
+        """
+        if not now and time.monotonic() - self._looked < LOOK:
+            return
+        try:
+            if self._pending is not None:
+                self._replace(self._pending)
+            if self._folder is None:
+                return
+            found = read(self._folder / NAME)
+            if not self._in_place(found):
+                raise self._lost(self._folder, found)
+        except OSError:
+            if now:
+                raise
+        self._looked = time.monotonic()
+
+    def _in_place(self, found: Found | None) -> bool:
+        assert self._folder is not None and self._folder_stat is not None
+        if found is None or found.data != self._data:
+            return False
+        same = os.path.samestat(found.stat, os.fstat(self._file))
+        return same and os.path.samestat(self._folder.stat(), self._folder_stat)
+
+    def _lost(self, folder: Path, found: Found | None) -> FolderLost:
+        if not folder.is_dir():
+            return FolderLost(f"run folder {folder} was deleted, moved or unmounted during the run")
+        known = self._folder_stat
+        if found is None and known is not None and not os.path.samestat(folder.stat(), known):
+            return FolderLost(f"run folder {folder} was replaced or unmounted during the run")
+        if found is None:
+            return FolderLost(
+                f"{folder / NAME} is gone: another run took the folder over and has ended, or it was deleted"
+            )
+        if found.data == self._data:
+            return FolderLost(f"run folder {folder} was replaced by a copy during the run")
+        same = found.owner is not None and found.owner.launch == self.launch
+        text = f"run folder {folder} was taken over by {found.describe()}; this run was frozen, or out of reach"
+        return FolderLost(text, same_launch=same)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lease up, if it is held; unless it is to be kept for the next process of the launch."""
+        if self._folder is None:
+            return
+        self._stop.set()
+        if self._renewer is not None:
+            self._renewer.join(RETRY)
+        with contextlib.suppress(OSError):
+            found = read(self._folder / NAME)
+            if not self.keep and found is not None and found.data == self._data:
+                take_away(self._folder / NAME, found)
+        os.close(self._file)
+        self._folder = None
+
+
+def renew(file: int, every: float, stop: threading.Event) -> None:
+    """Set the time of a file until told to stop: a thread, so that long steps do not matter, but a freeze does."""
+    while not stop.wait(every):
+        with contextlib.suppress(OSError):
+            os.utime(file)
+
+
+def read(path: Path) -> Found | None:
+    """A lease, None if there is none. Raises OSError."""
+    try:
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            data = file.read(65536)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Found(data, stat, Owner.parse(data))
+
+
+def take_away(path: Path, judged: Found) -> None:
+    """Remove a lease, but not one that has taken its place since it was read.
+
+    Of several that want to remove the same one, only that which has made the claim's file does. It looks again then:
+    what it finds is either the lease that it has judged, which nobody else removes now, or a later one.
+    """
+    claim = path.with_name(f".{path.name}.{hashlib.sha256(judged.data).hexdigest()[:16]}")
+    try:
+        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FOR_ALL))
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - claim.stat().st_mtime > SECONDS:  # left by a process that was killed
+                claim.unlink()
+        time.sleep(PAUSE)
+        return
+    try:
+        found = read(path)
+        if found is not None and found.data == judged.data:
+            path.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)

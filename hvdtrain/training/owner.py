@@ -1,0 +1,108 @@
+"""Which process on which machine owns a run folder, and whether it still lives."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import socket
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from hvdtrain.system.strict_json import encode_json, integer, number, parse_json, take
+
+SIZE = 1024  # bytes, at least, of owner.json
+LONGEST = 604_800  # seconds of a lease
+UNKNOWN = -1  # when a process started, if the system hides it
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lease: what owner.json says."""
+
+    launch: str  # random; the same for all processes of a launch that may hold the lease one after the other
+    token: str  # random, of this holding of the lease
+    host: str
+    machine: str  # hash of the machine's own name for itself, "" if it has none
+    boot: str  # random, of the machine's last start
+    namespace: str  # in which `pid` counts
+    pid: int
+    started: int  # when the process was, in clock ticks since the boot
+    seconds: float  # without a renewal after which the lease may be taken over
+
+    @staticmethod
+    def here(launch: str, seconds: float) -> Owner:
+        """This process, as a holder."""
+        return Owner(
+            launch=launch,
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=hashlib.sha256(name.encode()).hexdigest()[:16] if (name := _read("/etc/machine-id")) else "",
+            boot=_read("/proc/sys/kernel/random/boot_id"),
+            namespace=_namespace(),
+            pid=os.getpid(),
+            started=_start_of(os.getpid()) or 0,
+            seconds=seconds,
+        )
+
+    def encode(self) -> bytes:
+        """The bytes of owner.json: always as many, so that one owner can write itself over another."""
+        return encode_json(asdict(self), indent=2).encode().ljust(SIZE - 1) + b"\n"
+
+    @staticmethod
+    def parse(data: bytes) -> Owner | None:
+        """The owner that owner.json names, None if it does not hold one whole."""
+        try:
+            entries = take(parse_json(data), "", *(field.name for field in fields(Owner)))
+            for name, value in entries.items():
+                if name in ("pid", "started"):
+                    integer(value, name)
+                elif name == "seconds":
+                    entries[name] = number(value, name)
+                    if not 0 < entries[name] <= LONGEST:
+                        return None
+                elif not isinstance(value, str):
+                    return None
+            return Owner(**entries)
+        except ValueError:
+            return None
+
+    def is_dead(self, here: Owner) -> bool:
+        """Whether the process has ended for certain, as seen from `here`."""
+        if self.is_local(here):
+            return _start_of(self.pid) not in (UNKNOWN, self.started)
+        rebooted = bool(self.boot) and self.boot != here.boot
+        return rebooted and bool(self.machine) and (self.host, self.machine) == (here.host, here.machine)
+
+    def is_local(self, here: Owner) -> bool:
+        """Whether it is a process of this machine, of which `is_dead` knows."""
+        return bool(self.boot) and self.boot == here.boot and self.namespace == here.namespace
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> int | None:
+    """When a living process started, in clock ticks since the boot; None if there is none."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass  # of another user
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return UNKNOWN
+    return None if status[0] in "ZX" else int(status[19])

@@ -1,0 +1,117 @@
+"""How a run starts: what all ranks have to agree on, its folder, and the state that it starts from."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hvdtrain import __version__
+from hvdtrain.comm.agreement import Part, agree, compare_with_record, record
+from hvdtrain.comm.world import World
+from hvdtrain.elastic.membership import Membership
+from hvdtrain.recipe.base import Recipe, fields
+from hvdtrain.recipe.framework import Step
+from hvdtrain.recipe.source import source_of
+from hvdtrain.system.errors import UserError, nearest
+from hvdtrain.training.between import resume
+from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.folder import hand_on_folder, open_run_folder
+from hvdtrain.training.lease import RELAUNCH, Lease
+from hvdtrain.training.options import RunOptions
+
+COLLECTIVE = "agreement.options"
+# Where a rank runs and what it shows may differ; rank 0 decides where the run's folder is.
+PER_RANK = ("device", "threads", "quiet", "run_dir")
+
+
+def recipe_parts(cls: type[Recipe], name: str) -> list[Part]:
+    """The recipe by its name and class, and the files of its source."""
+    source = source_of(cls)
+    recipe = {"hvdtrain": __version__, "RECIPE": name, "the recipe's class": cls.__name__}
+    return [
+        Part("recipe", recipe, "{key} is {here} on {who}, {there} on {base}"),
+        Part(
+            "source files",
+            source.digests if source is not None else {},
+            "{who}: the recipe's file {key} differs from {base}'s: all ranks need the same",
+        ),
+    ]
+
+
+def options_part(values: Mapping[str, Any]) -> Part:
+    """Options by their flags; those that may differ from rank to rank are left out.
+
+    values: by the options' names. With --deterministic the number of threads is part of the maths.
+    """
+    left_out = [name for name in PER_RANK if name != "threads" or not values.get("deterministic")]
+    flags = {f"--{name.replace('_', '-')}": str(value) for name, value in values.items() if name not in left_out}
+    return Part("options", flags, "{key} is {here} on {who}, {there} on {base}", absent="not given")
+
+
+def resolved_options(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """The value of each option of the recipe and of the run."""
+    values = {field.name: getattr(recipe, field.name) for field in fields(type(recipe))}
+    return {"resume": options.resume, **values, **vars(options)}
+
+
+def agree_on_options(recipe: Recipe, name: str, options: RunOptions) -> None:
+    """Return if all ranks have the same recipe, source and options. Raises UserError on all ranks."""
+    agree(COLLECTIVE, [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options))])
+
+
+def agree_on_given(cls: type[Recipe], name: str, given: Mapping[str, Any]) -> None:
+    """Return if all ranks resume with the same options given; the others are then those of the run's config.json.
+
+    A rank that does not resume meets it with `agree_on_options`.
+    """
+    agree(COLLECTIVE, [*recipe_parts(cls, name), options_part({"resume": True, **dict(sorted(given.items()))})])
+
+
+def compare_with_run(
+    membership: Membership, recipe: Recipe, name: str, options: RunOptions, step_parts: Sequence[Part], world: World
+) -> None:
+    """Compare a worker of an elastic run with what the first one recorded. Raises UserError, naming a difference."""
+    parts = [*recipe_parts(type(recipe), name), options_part(resolved_options(recipe, options)), *step_parts]
+    compare_with_record(parts, membership.board.propose("agreement", record(parts)), world)
+
+
+def check_best(recipe: Recipe, metrics: Sequence[str]) -> None:
+    """Raise UserError if the recipe's `best` names no metric of its own or no direction."""
+    metric, direction = recipe.best
+    if metric not in metrics:
+        raise UserError(f"{type(recipe).__name__}.best: there is no metric {metric!r}{nearest(metric, metrics)}")
+    if direction not in ("min", "max"):
+        raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
+
+
+def begin(
+    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None, lease: Lease
+) -> tuple[Path, Position]:
+    """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
+    if membership is not None and (known := membership.board.fact("folder")):  # all that had a state are gone
+        folder = hand_on_folder(Path(known), lease)
+        return folder, resume(step, folder, name, world, options.seed, unattended=True)
+    if membership is not None and membership.generation > 1 and options.run_dir is not None:
+        options = replace(options, resume=True)  # the first generation came so far as to make it
+    folder = open_run_folder(options, name, lease)
+    if options.resume:
+        at = resume(step, folder, name, world, options.seed, unattended=RELAUNCH in os.environ)
+    else:
+        at = Position()
+        at.take_order(step.examples["train"], options.seed)
+        at.first_examples = dict(step.first_examples)
+    if membership is not None:
+        membership.board.propose("folder", str(folder.absolute()))
+    return folder, at
+
+
+def launch_name(membership: Membership | None) -> str | None:
+    """By what the processes of an elastic run, and those of its relaunches, know each other; None: not elastic."""
+    if membership is None:
+        return None
+    name: str = membership.board.propose("launch", os.environ.get(RELAUNCH) or secrets.token_hex(8))
+    return name
