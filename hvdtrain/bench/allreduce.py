@@ -7,44 +7,46 @@ from collections.abc import Sequence
 
 import torch
 
-from hvdtrain.bench.workload import place, say
+from hvdtrain.bench.workload import describe_world, print_on_root
 from hvdtrain.comm import collectives, network_model
 from hvdtrain.comm.world import World
 from hvdtrain.torch.setup import choose_device
 
-REPEATS = 20
-SECONDS = 2.0  # a size is repeated for so long at most, but three times in any case
+MAX_REPEATS = 20
+MAX_SECONDS_PER_SIZE = 2.0  # a size is repeated for so long at most, but three times in any case
 
 
-def run(world: World, sizes: Sequence[int], dtype: str, wanted: str | None) -> None:
+def benchmark_all_reduce(world: World, sizes: Sequence[int], dtype: str, wanted: str | None) -> None:
     """Print a line for each size in bytes, the smallest first, and the line through the smallest and the largest."""
     device = choose_device(wanted, world.local_rank)
     width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    say(world, f"# all-reduce in place, {place(world, device)}")
-    say(world, "#     size        count     type    time us  algbw GB/s  busbw GB/s    #wrong")
+    print_on_root(world, f"# all-reduce in place, {describe_world(world, device)}")
+    print_on_root(world, "#     size        count     type    time us  algbw GB/s  busbw GB/s    #wrong")
     sent, seconds = [], []
     for size in sizes:
         count = size // width
         tensor = torch.zeros(count, dtype=getattr(torch, dtype), device=device)
         name = f"bench.{size}.{dtype}"
-        once = network_model.all_reduce_seconds(tensor, name, 1)[0]
-        repeats = max(3, min(REPEATS, int(SECONDS / once)))
-        sent.append(collectives.ring_bytes(count * width, world.size))
-        seconds.append(statistics.median(network_model.all_reduce_seconds(tensor, name, repeats)))
+        once = network_model.time_all_reduces(tensor, name, 1)[0]
+        repeats = max(3, min(MAX_REPEATS, int(MAX_SECONDS_PER_SIZE / once)))
+        sent.append(collectives.ring_all_reduce_bytes(count * width, world.size))
+        seconds.append(statistics.median(network_model.time_all_reduces(tensor, name, repeats)))
         algorithm = count * width / seconds[-1] / 1e9
         bus = algorithm * 2 * (world.size - 1) / world.size
-        wrong = count_wrong(tensor, name, world)
-        say(
+        wrong = count_wrong_values(tensor, name, world)
+        print_on_root(
             world,
             f"{count * width:10}   {count:10}  {dtype:>7}  {seconds[-1] * 1e6:9.1f}  {algorithm:10.3f}  {bus:10.3f}"
             f"  {wrong:8}",
         )
     if len(sizes) > 1:
-        latency, bandwidth = network_model.line(sent, seconds)
-        say(world, f"# fitted: {latency * 1e3:.3g} ms a collective, {describe(bandwidth)} sent by each rank")
+        latency, bandwidth = network_model.fit_line(sent, seconds)
+        print_on_root(
+            world, f"# fitted: {latency * 1e3:.3g} ms a collective, {format_bandwidth(bandwidth)} sent by each rank"
+        )
 
 
-def count_wrong(tensor: torch.Tensor, name: str, world: World) -> int:
+def count_wrong_values(tensor: torch.Tensor, name: str, world: World) -> int:
     """How many values are wrong, on all ranks together, after an all-reduce of small whole numbers."""
     numbers = torch.arange(len(tensor), device=tensor.device).remainder_(7)
     tensor.copy_(numbers + world.rank % 2)
@@ -54,6 +56,6 @@ def count_wrong(tensor: torch.Tensor, name: str, world: World) -> int:
     return sum(collectives.gather_json(wrong, f"{name}.wrong"))
 
 
-def describe(bandwidth: float) -> str:
+def format_bandwidth(bandwidth: float) -> str:
     """Bytes per second for people."""
     return f"{bandwidth / 1e9:.3g} GB/s = {bandwidth * 8 / 1e9:.3g} Gbit/s"

@@ -11,11 +11,11 @@ import torch
 from hvdtrain.comm import collectives, network_model
 from hvdtrain.comm.world import init
 
-NUMBERS = 1 << 14  # of four bytes: also a slow link carries it in no time
-REPEATS = 5
+NUM_VALUES = 1 << 14  # of four bytes: also a slow link carries it in no time
+REPEATS_PER_PAIR = 5
 
 
-def run(pairs: Sequence[tuple[int, int]]) -> dict[str, tuple[float, bool]]:
+def benchmark_pairs(pairs: Sequence[tuple[int, int]]) -> dict[str, tuple[float, bool]]:
     """Start Horovod and reduce over each pair that this rank is in, all ranks in the same order.
 
     Returns for each such pair, as "0-2": the median seconds, and whether the sum was right. Raises what Horovod raises.
@@ -29,9 +29,9 @@ def run(pairs: Sequence[tuple[int, int]]) -> dict[str, tuple[float, bool]]:
         if rank not in pair:
             continue
         name = f"pair.{pair[0]}-{pair[1]}"
-        tensor = torch.full((NUMBERS,), float(rank + 1))
+        tensor = torch.full((NUM_VALUES,), float(rank + 1))
         reduced = collectives.wait(collectives.all_reduce_async_(tensor, f"{name}.sum", group=group))
         right = bool((reduced == sum(pair) + 2).all())
-        seconds = network_model.all_reduce_seconds(torch.zeros(NUMBERS), name, REPEATS, group)
+        seconds = network_model.time_all_reduces(torch.zeros(NUM_VALUES), name, REPEATS_PER_PAIR, group)
         results[f"{pair[0]}-{pair[1]}"] = (statistics.median(seconds), right)
     return results

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 
-def draw(
+def plot_step_times(
     title: str,
     bandwidths: Sequence[float],
     curves: Mapping[str, Sequence[float]],

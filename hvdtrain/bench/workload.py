@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.network_model import settle
+from hvdtrain.comm.network_model import synchronize_device
 from hvdtrain.comm.world import World
 from hvdtrain.system import cpus
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.data import Examples, Request, seed_all, to_device
+from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.setup import choose_device, load_datasets
 from hvdtrain.torch.step import AMP_DTYPES
 from hvdtrain.training.options import RunOptions
 
-WARM_UP = 4  # steps that do not count
+WARM_UP_STEPS = 4  # steps that do not count
 
 
 class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -77,22 +77,22 @@ class Workload:
     model: nn.Module
     batch: Any
     device: torch.device
-    amp: torch.dtype | None
+    amp_dtype: torch.dtype | None
     seed: int
     world: World
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTiming:
     """Seconds of one step."""
 
-    begin: float  # when it began, by time.perf_counter
+    start_time: float  # when it began, by time.perf_counter
     seconds: float
-    waited: float  # for communication
-    update: float  # in the optimizer, after the exchange
+    waited_seconds: float  # for communication
+    update_seconds: float  # in the optimizer, after the exchange
 
 
-def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
+def prepare_workload(recipe: Any, options: RunOptions, world: World) -> Workload:
     """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
     if recipe.framework != "torch":
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
@@ -102,7 +102,7 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
     count = options.batch_per_rank or max(1, recipe.batch_size // world.size)
     ids = (np.arange(count, dtype=np.int64) * world.size + world.rank) % len(data)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    loaded = Examples(recipe, "train", data).load(Request(ids, (options.seed,)))[1]
+    loaded = BatchDataset(recipe, "train", data).load_batch(BatchRequest(ids, (options.seed,)))[1]
     batch = to_device(loaded, device, memory_format)
     seed_all([options.seed])
     model = recipe.model().to(device)
@@ -112,13 +112,13 @@ def prepare(recipe: Any, options: RunOptions, world: World) -> Workload:
     return Workload(recipe, model, batch, device, amp, options.seed, world)
 
 
-def fresh_model(work: Workload) -> nn.Module:
+def copy_model(work: Workload) -> nn.Module:
     """The model with its first weights, for another way of exchange; what earlier ones held is freed first."""
     gc.collect()
     return copy.deepcopy(work.model).train()
 
 
-def distributed(
+def make_distributed_optimizer(
     work: Workload, model: nn.Module, compression: str = "none", exchange: Literal["bucketed", "horovod"] = "bucketed"
 ) -> Any:
     """The recipe's optimizer for a model, with an exchange of gradients."""
@@ -128,49 +128,49 @@ def distributed(
     return DistributedOptimizer(inner, named, compression=compression, exchange=exchange, seed=work.seed)
 
 
-def backward(work: Workload, model: nn.Module, optimizer: Any) -> None:
+def compute_gradients(work: Workload, model: nn.Module, optimizer: Any) -> None:
     """The gradients of the mean loss of this rank's batch."""
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(work.device.type, work.amp, enabled=work.amp is not None):
+    with torch.autocast(work.device.type, work.amp_dtype, enabled=work.amp_dtype is not None):
         loss = work.recipe.score(model, work.batch)["loss"]
     loss.float().mean().backward()  # type: ignore[no-untyped-call]
 
 
-def step(work: Workload, model: nn.Module, optimizer: Any) -> Step:
+def time_step(work: Workload, model: nn.Module, optimizer: Any) -> StepTiming:
     """Make one step, exchanging gradients if the optimizer is a distributed one."""
     begin = time.perf_counter()
-    backward(work, model, optimizer)
+    compute_gradients(work, model, optimizer)
     waited = 0.0
     if hasattr(optimizer, "synchronize"):
         optimizer.synchronize()
         waited = optimizer.waited
-    settle(work.device)
+    synchronize_device(work.device)
     exchanged = time.perf_counter()
     optimizer.step()
-    settle(work.device)
+    synchronize_device(work.device)
     end = time.perf_counter()
-    return Step(begin, end - begin, waited, end - exchanged)
+    return StepTiming(begin, end - begin, waited, end - exchanged)
 
 
-def slowest(name: str, values: list[float]) -> list[float]:
+def max_over_ranks(name: str, values: list[float]) -> list[float]:
     """The largest of each value over the ranks, on all ranks."""
     return [max(column) for column in zip(*collectives.gather_json(values, name), strict=True)]
 
 
-def medians(name: str, steps: list[Step]) -> tuple[float, float, float]:
+def slowest_rank_medians(name: str, steps: list[StepTiming]) -> tuple[float, float, float]:
     """Median seconds, seconds waited and seconds of the update; the slowest rank's, on all ranks."""
-    columns = [[s.seconds for s in steps], [s.waited for s in steps], [s.update for s in steps]]
-    seconds, waited, update = slowest(name, [statistics.median(column) for column in columns])
+    columns = [[s.seconds for s in steps], [s.waited_seconds for s in steps], [s.update_seconds for s in steps]]
+    seconds, waited, update = max_over_ranks(name, [statistics.median(column) for column in columns])
     return seconds, waited, update
 
 
-def say(world: World, text: str) -> None:
+def print_on_root(world: World, text: str) -> None:
     """Print a line, if this is rank 0."""
     if world.rank == 0:
         print(text, flush=True)
 
 
-def place(world: World, device: torch.device) -> str:
+def describe_world(world: World, device: torch.device) -> str:
     """Where this runs, for people: `2 ranks on 1 host, cpu over gloo`."""
     hosts = len(set(collectives.gather_json(world.host, "bench.hosts")))
     carrier = "nccl" if device.type == "cuda" and hvd.nccl_built() else "mpi" if hvd.mpi_enabled() else "gloo"

@@ -50,7 +50,7 @@ from hvdtrain.system.errors import UserError
     help="What names this life of the host: once it was told to go, only another one may join. "
     "Default: the kernel's boot id; for slurm, with the job and its restarts.",
 )
-def command(
+def agent_command(
     source: str,
     membership: Path,
     host: str | None,
@@ -70,9 +70,9 @@ def command(
     for slurm it ends at the deadline.
     """
     from hvdtrain.launch.hosts import parse_host
-    from hvdtrain.preemption.agent import Agent, Host
-    from hvdtrain.preemption.membership_folder import this_life
-    from hvdtrain.preemption.notices import make_source
+    from hvdtrain.preemption.agent import Agent, AgentConfig
+    from hvdtrain.preemption.membership_folder import host_boot_id
+    from hvdtrain.preemption.notices import make_notice_source
 
     if (source == "file") != (notice_file is not None):
         raise UserError("--source file and --notice-file need each other")
@@ -88,15 +88,17 @@ def command(
     parse_host(name, "--host")
     try:
         membership.mkdir(exist_ok=True)  # but not its parents: they may be what is not mounted
-        life = boot_id or this_life(os.environ, slurm=source == "slurm")
+        life = boot_id or host_boot_id(os.environ, slurm=source == "slurm")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    watched = make_source(source, url, name, notice_file, grace, rebalance=rebalance)
+    watched = make_notice_source(source, url, name, notice_file, grace, rebalance=rebalance)
     grace = 30.0 if grace is None else grace
-    Agent(Host(membership, name, slots or gpus() or 1, life, source, grace, interval)).run(watched)
+    Agent(AgentConfig(membership, name, slots or count_gpu_devices() or 1, life, source, grace, interval)).run_agent(
+        watched
+    )
     return 0
 
 
-def gpus() -> int:
+def count_gpu_devices() -> int:
     """How many NVIDIA GPUs this host shows, without asking torch."""
     return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))

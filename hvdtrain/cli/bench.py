@@ -11,19 +11,19 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hvdtrain.cli.launch import WHERE_NAMES, launch_options, start
-from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores
+from hvdtrain.cli.launch import LAUNCH_OPTION_NAMES, add_launch_options, launch_ranks
+from hvdtrain.cli.rank import exit_on_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import World, rank_from_environment
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system import messages
 from hvdtrain.system.errors import UserError
-from hvdtrain.training.options import RunOptions, split
+from hvdtrain.training.options import RunOptions, split_options
 
-SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+COMMAND_SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
+BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # What of a recipe's and a run's options a benchmark acts on; the recipe's own are all its own.
-USED = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
-UNUSED = (set(RunOptions.__dataclass_fields__) | {"epochs", "schedule"}) - USED
+USED_OPTIONS = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
+UNUSED_OPTIONS = (set(RunOptions.__dataclass_fields__) | {"epochs", "schedule"}) - USED_OPTIONS
 
 steps_option = click.option(
     "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps that count."
@@ -32,12 +32,12 @@ json_option = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows here."
 )
 recipe_argument = click.argument("recipe", required=False)
-rest_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
+options_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
 
 
 @click.group("bench", invoke_without_command=True)
 @click.pass_context
-def command(context: click.Context) -> None:
+def bench_command(context: click.Context) -> None:
     """Measure the network, the step and gradient compression, on many ranks.
 
     Each starts its ranks itself, as `hvdtrain launch` does, two on this host if nothing else is said; under horovodrun,
@@ -47,8 +47,8 @@ def command(context: click.Context) -> None:
         raise UserError("`hvdtrain bench` needs a command: allreduce, step or compression")
 
 
-@command.command(context_settings=SETTINGS)
-@launch_options
+@bench_command.command("allreduce", context_settings=COMMAND_SETTINGS)
+@add_launch_options
 @click.option("--sizes", metavar="4K,1M,...", help="These sizes in bytes, instead of a range.")
 @click.option(
     "--min-bytes", default="1K", show_default=True, metavar="SIZE", help="The first size; each is four times the last."
@@ -63,7 +63,7 @@ def command(context: click.Context) -> None:
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where they lie. Default: cuda if there is one.")
 @click.pass_context
-def allreduce(
+def allreduce_command(
     context: click.Context,
     /,
     sizes: str | None,
@@ -79,29 +79,29 @@ def allreduce(
     in a second (algbw) and the bytes that each of n ranks sends in a second (busbw = algbw 2 (n - 1) / n), both in GB;
     and how many values of all ranks' results are wrong.
     """
-    chosen = listed_sizes(sizes) if sizes is not None else size_range(min_bytes, max_bytes)
+    chosen = parse_size_list(sizes) if sizes is not None else size_range(min_bytes, max_bytes)
     width = int(re.sub(r"\D", "", dtype)) // 8
     for size in chosen:
         if size < width:
             raise UserError(f"a size of {size} bytes is less than one {dtype}; expected {width} or more")
 
-    def work(world: World) -> None:
-        from hvdtrain.bench.allreduce import run
+    def run_on_rank(world: World) -> None:
+        from hvdtrain.bench.allreduce import benchmark_all_reduce
 
-        run(world, chosen, dtype, device)
+        benchmark_all_reduce(world, chosen, dtype, device)
 
-    return on_ranks(context, where, lambda: None, work)
+    return run_or_launch(context, where, lambda: None, run_on_rank)
 
 
-@command.command(context_settings=SETTINGS)
-@launch_options
+@bench_command.command("step", context_settings=COMMAND_SETTINGS)
+@add_launch_options
 @click.option("--compression", "specs", multiple=True, metavar="SPEC", help="Measure this too; may be given again.")
 @steps_option
 @json_option
 @recipe_argument
-@rest_argument
+@options_argument
 @click.pass_context
-def step(
+def step_command(
     context: click.Context,
     /,
     specs: tuple[str, ...],
@@ -117,16 +117,16 @@ def step(
     Medians of the slowest rank; "waited" is what of a step its thread spent waiting for the network.
     """
 
-    def work(world: World) -> None:
-        from hvdtrain.bench.step import run
+    def run_on_rank(world: World) -> None:
+        from hvdtrain.bench.step import benchmark_step
 
-        run(world, *chosen_workload(recipe, args), specs or ("none",), steps, json_path)
+        benchmark_step(world, *load_workload(recipe, args), specs or ("none",), steps, json_path)
 
-    return on_ranks(context, where, lambda: check(specs, recipe, args), work)
+    return run_or_launch(context, where, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
 
-@command.command(context_settings=SETTINGS)
-@launch_options
+@bench_command.command("compression", context_settings=COMMAND_SETTINGS)
+@add_launch_options
 @click.option(
     "--compression", "specs", multiple=True, metavar="SPEC", help="Measure this; may be given again. Default: all."
 )
@@ -141,9 +141,9 @@ def step(
 @steps_option
 @json_option
 @recipe_argument
-@rest_argument
+@options_argument
 @click.pass_context
-def compression(
+def compression_command(
     context: click.Context,
     /,
     specs: tuple[str, ...],
@@ -167,12 +167,12 @@ def compression(
     if not plot.absolute().parent.is_dir():
         raise UserError(f"--plot {plot}: there is no folder {plot.absolute().parent}")
 
-    def work(world: World) -> None:
-        from hvdtrain.bench.compression import METHODS, run
+    def run_on_rank(world: World) -> None:
+        from hvdtrain.bench.compression import DEFAULT_METHODS, benchmark_compression
 
-        run(world, *chosen_workload(recipe, args), specs or METHODS, steps, plot, json_path)
+        benchmark_compression(world, *load_workload(recipe, args), specs or DEFAULT_METHODS, steps, plot, json_path)
 
-    return on_ranks(context, where, lambda: check(specs, recipe, args), work)
+    return run_or_launch(context, where, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
 
 def parse_size(text: str) -> int:
@@ -180,10 +180,10 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
     if not found or not int(found[1]):
         raise UserError(f"{text!r} is no size in bytes; expected for example 4096, 64K or 16M")
-    return int(found[1]) * UNITS[found[2]]
+    return int(found[1]) * BYTE_UNITS[found[2]]
 
 
-def listed_sizes(text: str) -> list[int]:
+def parse_size_list(text: str) -> list[int]:
     """The sizes of a list, the smallest first, each once."""
     return sorted({parse_size(part) for part in text.split(",")})
 
@@ -200,37 +200,37 @@ def size_range(first: str, last: str) -> list[int]:
     return sizes
 
 
-def check(specs: tuple[str, ...], recipe: str | None, args: tuple[str, ...]) -> None:
+def check_benchmark(specs: tuple[str, ...], recipe: str | None, args: tuple[str, ...]) -> None:
     """Raise UserError for a mistake in what is to be compressed and trained."""
-    from hvdtrain.compression.spec import parse
+    from hvdtrain.compression.spec import parse_compression
 
     for text in specs:
-        if parse(text).method == "auto":
+        if parse_compression(text).method == "auto":
             raise UserError(f"compression {text!r} measures by itself, while it trains; expected a method to measure")
-    chosen_workload(recipe, args)
+    load_workload(recipe, args)
 
 
-def chosen_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, RunOptions]:
+def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, RunOptions]:
     """What is to be trained. Raises UserError for options that it does not have, or that a benchmark has no use for."""
     from hvdtrain.cli import options
-    from hvdtrain.cli.train import arguments_of
+    from hvdtrain.cli.train import load_arguments
 
     if recipe is None:
         from hvdtrain.bench.workload import ResNet18
 
         return ResNet18(), RunOptions(batch_per_rank=16)
-    arguments = arguments_of([recipe, *args])
-    for name in arguments.given:
-        if name in UNUSED:
-            flags = ", ".join(f"--{used.replace('_', '-')}" for used in sorted(USED))
+    arguments = load_arguments([recipe, *args])
+    for name in arguments.given_options:
+        if name in UNUSED_OPTIONS:
+            flags = ", ".join(f"--{used.replace('_', '-')}" for used in sorted(USED_OPTIONS))
             raise UserError(
                 f"--{name.replace('_', '-')} means nothing here; expected the recipe's own options, or {flags}"
             )
-    options.check(arguments)
-    return split(arguments.cls, arguments.given)
+    options.check_parsed_arguments(arguments)
+    return split_options(arguments.recipe_class, arguments.given_options)
 
 
-def on_ranks(
+def run_or_launch(
     context: click.Context, where: dict[str, Any], check: Callable[[], object], work: Callable[[World], object]
 ) -> int:
     """Do the work, if this process is a rank; else start the same command on ranks, after a check. The exit code."""
@@ -239,30 +239,30 @@ def on_ranks(
             raise UserError("-np 1: there is nothing to exchange; expected 2 ranks or more")
         if where["ranks"] is None and not any(where[name] for name in ("hosts", "hostfile", "source")):
             where["ranks"] = 2
-        return start(["bench", str(context.command.name), *own_arguments(context)], check, **where)
-    share_cores()
+        return launch_ranks(["bench", str(context.command.name), *collect_own_arguments(context)], check, **where)
+    set_rank_threads()
     if "HOROVOD_RANK" not in os.environ:
         # MPI has started this rank; begun here, it outlives Horovod, which `bench step` starts anew.
         from mpi4py import MPI  # noqa: F401
-    with leaving_on_failure():
+    with exit_on_failure():
         check()
-        world = begin()
+        world = start_rank()
         if world.size == 1:
             raise UserError("this is the only rank: there is nothing to exchange; expected 2 ranks or more")
         work(world)
-    messages.send("finished", rank=world.rank, code=0)
+    messages.send_message("finished", rank=world.rank, code=0)
     from hvdtrain.comm import collectives
 
     collectives.barrier("end")  # launchers end all ranks when one has left
     return 0
 
 
-def own_arguments(context: click.Context) -> list[str]:
+def collect_own_arguments(context: click.Context) -> list[str]:
     """What was given to a command, without what says where its ranks run."""
     given: list[str] = []
     for parameter in context.command.params:
         name = str(parameter.name)
-        if name in WHERE_NAMES or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        if name in LAUNCH_OPTION_NAMES or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = context.params[name]
         values = value if isinstance(value, tuple) else (value,)

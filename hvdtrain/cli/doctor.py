@@ -10,28 +10,28 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hvdtrain.cli.launch import launch_options, start
-from hvdtrain.cli.rank import leaving_on_failure, quit_at_once, share_cores
+from hvdtrain.cli.launch import add_launch_options, launch_ranks
+from hvdtrain.cli.rank import exit_immediately, exit_on_failure, set_rank_threads
 from hvdtrain.comm.world import rank_from_environment
-from hvdtrain.doctor.findings import Finding, of_host, worst_first
-from hvdtrain.doctor.report import verdict
-from hvdtrain.launch.schedulers import given
+from hvdtrain.doctor.findings import DoctorFinding, diagnose_host, sort_by_severity
+from hvdtrain.doctor.report import format_verdict
+from hvdtrain.launch.schedulers import resolve_hosts
 from hvdtrain.system import messages, signed_http
 from hvdtrain.system.errors import EXIT_FAILED, UserError
 from hvdtrain.system.ssh import Ssh
 from hvdtrain.system.strict_json import encode_json
 
 # Of the options that say where ranks run: those that have no use here, and those that name the hosts.
-UNUSED = {"ranks", "dry_run"}
-HOSTS = {"hosts", "hostfile", "source"}
+EXCLUDED_OPTIONS = {"ranks", "dry_run"}
+HOST_OPTIONS = {"hosts", "hostfile", "source"}
 
 
 @click.command("doctor", context_settings={"max_content_width": 100})
-@launch_options
+@add_launch_options
 @click.option("--json", "as_json", is_flag=True, help="Print all that was found out as JSON.")
 @click.option("--meet", hidden=True, help="Where a rank that the doctor has started meets it.")
 @click.pass_context
-def command(context: click.Context, /, as_json: bool, meet: str | None, **where: Any) -> int:
+def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, **where: Any) -> int:
     """See what is wrong with this host, or with several and what joins them.
 
     \b
@@ -45,41 +45,48 @@ def command(context: click.Context, /, as_json: bool, meet: str | None, **where:
     Exit codes: 0 nothing stands in the way of a run; 1 something does; 2 a mistake in the command line.
     """
     if meet is not None:
-        return attend(meet, where["nic"]) if rank_from_environment() is not None else launch(meet, **where)
+        return (
+            run_doctor_worker(meet, where["nic"])
+            if rank_from_environment() is not None
+            else launch_workers(meet, **where)
+        )
     if where["launcher"] == "srun":
         raise UserError("--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun")
-    hosts = given(where["hosts"], where["hostfile"], where["source"], os.environ)
+    hosts = resolve_hosts(where["hosts"], where["hostfile"], where["source"], os.environ)
     if hosts:
-        return several([host.name for host in hosts], context, as_json, where)
-    from hvdtrain.doctor.facts import Wanted, gather
-    from hvdtrain.doctor.report import describe
+        return report_on_hosts([host.name for host in hosts], context, as_json, where)
+    from hvdtrain.doctor.facts import FactsRequest, gather_facts
+    from hvdtrain.doctor.report import describe_host
     from hvdtrain.native.cache import wheel_folder
 
-    facts = gather(Wanted(("runs", str(wheel_folder()))))
-    found = worst_first(of_host(facts))
-    return tell(found, {"facts": facts}, describe(facts), as_json)
+    facts = gather_facts(FactsRequest(("runs", str(wheel_folder()))))
+    found = sort_by_severity(diagnose_host(facts))
+    return print_findings(found, {"facts": facts}, describe_host(facts), as_json)
 
 
-command.params = [parameter for parameter in command.params if parameter.name not in UNUSED]
+doctor_command.params = [parameter for parameter in doctor_command.params if parameter.name not in EXCLUDED_OPTIONS]
 
 
-def several(hosts: list[str], context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
+def report_on_hosts(hosts: list[str], context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
     """The doctor of some hosts; the exit code."""
-    from hvdtrain.doctor.between import describe, examine, values
+    from hvdtrain.doctor.between import build_json_report, describe_hosts, examine_hosts
 
     ssh = Ssh(where["ssh_port"], where["ssh_identity"])
-    ssh.check()
-    options = ["-H", ",".join(f"{host}:1" for host in hosts), *options_of(context)]
-    answers, measured, found = examine(hosts, nic=where["nic"], ssh=ssh.options(), options=options)
-    return tell(found, values(answers, measured), describe(answers, measured), as_json)
+    ssh.check_identity()
+    options = ["-H", ",".join(f"{host}:1" for host in hosts), *collect_launch_options(context)]
+    answers, measured, found = examine_hosts(hosts, nic=where["nic"], ssh=ssh.ssh_arguments(), options=options)
+    return print_findings(found, build_json_report(answers, measured), describe_hosts(answers, measured), as_json)
 
 
-def options_of(context: click.Context) -> list[str]:
+def collect_launch_options(context: click.Context) -> list[str]:
     """The options that say how ranks are started, as they were given."""
     words = []
     for parameter in context.command.params:
         name = str(parameter.name)
-        if name in HOSTS | {"as_json", "meet"} or context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
+        if (
+            name in HOST_OPTIONS | {"as_json", "meet"}
+            or context.get_parameter_source(name) != ParameterSource.COMMANDLINE
+        ):
             continue
         value = context.params[name]
         for one in value if isinstance(value, tuple) else (value,):
@@ -87,36 +94,36 @@ def options_of(context: click.Context) -> list[str]:
     return words
 
 
-def tell(found: Sequence[Finding], facts: dict[str, Any], text: str, as_json: bool) -> int:
+def print_findings(found: Sequence[DoctorFinding], facts: dict[str, Any], text: str, as_json: bool) -> int:
     """Print what was found out, and what is wrong; the exit code."""
     if as_json:
         findings = [finding._asdict() for finding in found]
-        click.echo(encode_json(facts | {"findings": findings, "verdict": verdict(found)}, indent=2))
+        click.echo(encode_json(facts | {"findings": findings, "verdict": format_verdict(found)}, indent=2))
     else:
         click.echo(f"{text}\n")
         for finding in found[1:]:
             click.echo(f"{'wrong' if finding.bad else 'warning'}: {finding}")
-        click.echo(verdict(found))
+        click.echo(format_verdict(found))
     return EXIT_FAILED if any(finding.bad for finding in found) else 0
 
 
-def launch(meet: str, **where: Any) -> int:
+def launch_workers(meet: str, **where: Any) -> int:
     """Start a rank on each host; the launcher's exit code."""
     nic = ["--nic", where["nic"]] if where["nic"] else []
-    return start(["doctor", "--meet", meet, *nic], lambda: None, ranks=None, dry_run=False, **where)
+    return launch_ranks(["doctor", "--meet", meet, *nic], lambda: None, ranks=None, dry_run=False, **where)
 
 
-def attend(meet: str, nic: str | None) -> int:
+def run_doctor_worker(meet: str, nic: str | None) -> int:
     """Be one of the ranks."""
     from hvdtrain.doctor import peer
 
-    share_cores()
+    set_rank_threads()
     rank = rank_from_environment()
     assert rank is not None
-    messages.send("started", rank=rank, host=socket.gethostname(), pid=os.getpid())
+    messages.send_message("started", rank=rank, host=socket.gethostname(), pid=os.getpid())
     address, port = meet.split(":")
-    with leaving_on_failure():
-        peer.attend((address, int(port)), signed_http.read_key(), rank, nic)
-    messages.send("finished", rank=rank, code=0)
+    with exit_on_failure():
+        peer.run_worker((address, int(port)), signed_http.read_key(), rank, nic)
+    messages.send_message("finished", rank=rank, code=0)
     # Horovod's exit handler would wait for the others.
-    quit_at_once(0)
+    exit_immediately(0)

@@ -12,7 +12,7 @@ from hvdtrain.system.errors import EXIT_FAILED, UserError
 
 @click.group("horovod", invoke_without_command=True)
 @click.pass_context
-def command(context: click.Context) -> None:
+def horovod_command(context: click.Context) -> None:
     """Build Horovod for the installed torch, or check it.
 
     Horovod must be built for the very torch it works with. `build` does that, once per torch and machine type;
@@ -22,7 +22,7 @@ def command(context: click.Context) -> None:
         raise UserError("`hvdtrain horovod` needs a command: build or check")
 
 
-@command.command()
+@horovod_command.command("build")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and why; build nothing.")
 @click.option(
     "--without",
@@ -38,7 +38,9 @@ def command(context: click.Context) -> None:
     help="Keep wheels in DIR/KEY (default: $XDG_CACHE_HOME or ~/.cache, /hvdtrain/wheels).",
 )
 @click.option("--force", is_flag=True, help="Build and install anew, even if it is there already.")
-def build(dry_run: bool, without: tuple[str, ...], jobs: int | None, wheel_dir: Path | None, force: bool) -> None:
+def build_command(
+    dry_run: bool, without: tuple[str, ...], jobs: int | None, wheel_dir: Path | None, force: bool
+) -> None:
     """Build Horovod 0.28.1 for the installed torch and install it into this environment.
 
     The released source is fetched through pip, mended where it does not fit today's torch, and built with Gloo,
@@ -51,8 +53,8 @@ def build(dry_run: bool, without: tuple[str, ...], jobs: int | None, wheel_dir: 
     make(without=without, jobs=jobs or len(os.sched_getaffinity(0)), wheel_dir=wheel_dir, force=force, dry_run=dry_run)
 
 
-@command.command()
-def check() -> int:
+@horovod_command.command("check")
+def check_command() -> int:
     """Show what the installed Horovod is built for, and all-reduce with it.
 
     Prints the parts that are built in, the torch they are built for, and the torch, MPI and Python that are there;

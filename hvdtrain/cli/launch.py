@@ -10,26 +10,26 @@ from typing import Any, TypeVar
 
 import click
 
-from hvdtrain.doctor.preflight import preflight
-from hvdtrain.launch.command import check_home, command_line, hvdtrain_command
-from hvdtrain.launch.elastic import Elastic, keep_running
-from hvdtrain.launch.elastic import command_line as elastic_command_line
+from hvdtrain.doctor.preflight import check_hosts
+from hvdtrain.launch.command import build_command_line, check_home_directory, hvdtrain_command
+from hvdtrain.launch.elastic import ElasticOptions, run_with_relaunches
+from hvdtrain.launch.elastic import build_elastic_command_line as elastic_command_line
 from hvdtrain.launch.environment import rank_environment
-from hvdtrain.launch.hosts import place
-from hvdtrain.launch.job import Listed
-from hvdtrain.launch.run import run
-from hvdtrain.launch.schedulers import KNOWN_BY, given
-from hvdtrain.launch.screen import announce, count_ranks
-from hvdtrain.launch.signals import Caught, requeued
+from hvdtrain.launch.hosts import assign_slots
+from hvdtrain.launch.job import HostLister
+from hvdtrain.launch.run import run_launcher
+from hvdtrain.launch.schedulers import SCHEDULER_VARIABLES, resolve_hosts
+from hvdtrain.launch.screen import announce_start, format_rank_count
+from hvdtrain.launch.signals import SignalInbox, exit_75_on_usr1
 from hvdtrain.native.installed import require_signed
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.network import interface_to, is_here
+from hvdtrain.system.network import interface_toward, is_local_host
 from hvdtrain.system.ssh import Ssh
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # As `start` takes them.
-WHERE = (
+LAUNCH_OPTIONS = (
     click.option(
         "-np", "ranks", type=click.IntRange(min=1), metavar="N", help="Ranks. Default: all slots of the hosts."
     ),
@@ -45,7 +45,7 @@ WHERE = (
     click.option(
         "--from",
         "source",
-        type=click.Choice([*KNOWN_BY, "auto"]),
+        type=click.Choice([*SCHEDULER_VARIABLES, "auto"]),
         help="Hosts: those of the batch job that this runs in; auto finds out of which kind it is.",
     ),
     click.option(
@@ -77,15 +77,15 @@ WHERE = (
     ),
     click.option("--dry-run", is_flag=True, help="Print the exact command line, and start nothing."),
 )
-WHERE_NAMES = (
+LAUNCH_OPTION_NAMES = (
     *("ranks", "hosts", "hostfile", "source", "launcher", "controller", "nic"),
     *("ssh_port", "ssh_identity", "extra", "dry_run"),
 )
 
 
-def launch_options(function: F) -> F:
+def add_launch_options(function: F) -> F:
     """Give a command the options that say where ranks run and what starts them."""
-    for option in reversed(WHERE):
+    for option in reversed(LAUNCH_OPTIONS):
         function = option(function)
     return function
 
@@ -95,7 +95,7 @@ def launch_options(function: F) -> F:
     context_settings={"allow_interspersed_args": False, "max_content_width": 100},
     options_metavar="[LAUNCH OPTIONS]",
 )
-@launch_options
+@add_launch_options
 @click.option("--elastic", is_flag=True, help="Let hosts come and go while it trains.")
 @click.option("--min-np", "least", type=click.IntRange(min=1), metavar="N", help="Elastic: wait below so many ranks.")
 @click.option("--max-np", "most", type=click.IntRange(min=1), metavar="N", help="Elastic: no more ranks than these.")
@@ -123,7 +123,7 @@ def launch_options(function: F) -> F:
 )
 @click.argument("recipe")
 @click.argument("train_args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
-def command(
+def launch_command(
     recipe: str,
     train_args: tuple[str, ...],
     elastic: bool,
@@ -162,17 +162,17 @@ def command(
     75 saved, or not begun, and to be run again with --resume; 130 or 143 ended at once by Ctrl-C or SIGTERM.
     """
     args = [recipe, *train_args]
-    with requeued():
+    with exit_75_on_usr1():
         if elastic:
-            return start_elastic(args, least or 1, most, discovery, relaunch, **where)
+            return launch_elastic(args, least or 1, most, discovery, relaunch, **where)
         only = (("--min-np", least), ("--max-np", most), ("--discovery", discovery), ("--relaunch", relaunch))
         for name, value in only:
             if value:
                 raise UserError(f"{name} {value} goes with --elastic")
-        return start(["train", *args], lambda: check_train_arguments(args), **where)
+        return launch_ranks(["train", *args], lambda: check_train_arguments(args), **where)
 
 
-def start(
+def launch_ranks(
     args: Sequence[str],
     check: Callable[[], object],
     *,
@@ -200,37 +200,39 @@ def start(
     if launcher == "srun" and hosts is None and hostfile is None and "SLURM_JOB_NODELIST" in os.environ:
         source = source or "slurm"
     ssh = Ssh(ssh_port, ssh_identity)
-    ssh.check()
+    ssh.check_identity()
     controller = "mpi" if launcher == "mpirun" else controller or "gloo"
     if controller == "mpi":
-        check_home(os.environ)
-    placed = place(given(hosts, hostfile, source, os.environ), ranks)
-    away = launcher == "srun" or not all(is_here(host.name) for host in placed)
+        check_home_directory(os.environ)
+    placed = assign_slots(resolve_hosts(hosts, hostfile, source, os.environ), ranks)
+    away = launcher == "srun" or not all(is_local_host(host.name) for host in placed)
     if away and nic is None and launcher != "srun":
-        nic = interface_to(host.name for host in placed)
+        nic = interface_toward(host.name for host in placed)
     # Before the check: importing the recipe may change this process's environment.
     environ = rank_environment(os.environ, launcher, controller, away=away, extra=extra)
     names = [host.name for host in placed]
     # srun needs no ssh, nor does mpirun where it knows the job's batch system. The doctor has asked more already.
-    by_ssh = launcher == "horovodrun" or (launcher == "mpirun" and not any(map(os.environ.get, KNOWN_BY.values())))
+    by_ssh = launcher == "horovodrun" or (
+        launcher == "mpirun" and not any(map(os.environ.get, SCHEDULER_VARIABLES.values()))
+    )
     ask_hosts = away and not dry_run and by_ssh and args[0] != "doctor"
     if not dry_run and args[0] == "train":  # others print tables that programs read
-        announce(count_ranks(sum(host.slots for host in placed)), launcher, names)
+        announce_start(format_rank_count(sum(host.slots for host in placed)), launcher, names)
     check()  # first: a mistake in the arguments is reported before any host was asked
     if ask_hosts:
-        preflight(names, args, nic=nic, ssh=ssh.options())
+        check_hosts(names, args, nic=nic, ssh=ssh.ssh_arguments())
     command = hvdtrain_command(args)
-    line = command_line(launcher, controller, placed, command, environ, nic=nic, ssh=ssh, extra=extra)
+    line = build_command_line(launcher, controller, placed, command, environ, nic=nic, ssh=ssh, extra=extra)
     if dry_run:
         click.echo(shlex.join(line))
         return 0
     if launcher == "horovodrun":
         require_signed()
     known = [] if launcher == "srun" and placed[0].name == "localhost" else placed
-    return run(line, environ, known, ssh=ssh, grace=grace)[0]
+    return run_launcher(line, environ, known, ssh=ssh, grace=grace)[0]
 
 
-def start_elastic(
+def launch_elastic(
     args: list[str],
     least: int,
     most: int | None,
@@ -258,35 +260,37 @@ def start_elastic(
     if (discovery is not None) + (hosts is not None) + (hostfile is not None) + (source is not None) != 1:
         raise UserError("--elastic takes its hosts from one of --discovery, -H, --hostfile and --from: give one")
     ssh = Ssh(ssh_port, ssh_identity)
-    ssh.check()
-    listed = given(hosts, hostfile, source, os.environ)
-    elastic = Elastic(least, most, discovery, listed)
-    elastic.check()
+    ssh.check_identity()
+    listed = resolve_hosts(hosts, hostfile, source, os.environ)
+    elastic = ElasticOptions(least, most, discovery, listed)
+    elastic.check_options()
     if nic is None:
-        nic = interface_to(elastic.now())
-    away = discovery is not None or not all(is_here(host.name) for host in listed)
+        nic = interface_toward(elastic.current_hosts())
+    away = discovery is not None or not all(is_local_host(host.name) for host in listed)
     environ = rank_environment(os.environ, launcher, "gloo", away=away, extra=extra)
     if not dry_run:
         where = [str(discovery)] if discovery else [host.name for host in listed]
-        announce(f"{least} {f'to {most}' if most else 'or more'} elastic ranks", launcher, where)
+        announce_start(f"{least} {f'to {most}' if most else 'or more'} elastic ranks", launcher, where)
     check_train_arguments(args, elastic=True)
     if relaunch and not any(arg == "--run-dir" or arg.startswith("--run-dir=") for arg in args):
         raise UserError("--relaunch needs --run-dir: the folder whose checkpoints the job goes on from")
 
-    def command(resume: bool) -> list[str]:
+    def build_train_command(resume: bool) -> list[str]:
         return hvdtrain_command(["train", *args, *(["--resume"] if resume and "--resume" not in args else [])])
 
     if dry_run:
-        line = elastic_command_line(elastic, command(False), Path("hosts.json"), nic=nic, ssh=ssh)
+        line = elastic_command_line(elastic, build_train_command(False), Path("hosts.json"), nic=nic, ssh=ssh)
         click.echo(shlex.join(line))
         return 0
 
     require_signed()
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: Caught, listed: Listed) -> tuple[int, bool]:
-        return run(line, environ, [], ssh=ssh, grace=grace, elastic=True, listed=listed, caught=caught)
+    def launch_once(
+        line: list[str], environ: Mapping[str, str], caught: SignalInbox, listed: HostLister
+    ) -> tuple[int, bool]:
+        return run_launcher(line, environ, [], ssh=ssh, grace=grace, elastic=True, listed=listed, caught=caught)
 
-    return keep_running(launch, elastic, command, environ, nic=nic, ssh=ssh, relaunch=relaunch)
+    return run_with_relaunches(launch_once, elastic, build_train_command, environ, nic=nic, ssh=ssh, relaunch=relaunch)
 
 
 def check_train_arguments(args: list[str], elastic: bool = False) -> None:

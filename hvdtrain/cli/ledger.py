@@ -12,7 +12,7 @@ from hvdtrain.system.strict_json import encode_json
 
 @click.group("ledger", invoke_without_command=True)
 @click.pass_context
-def command(context: click.Context) -> None:
+def ledger_command(context: click.Context) -> None:
     """See from a run's ledger whether every epoch visited every example exactly once.
 
     A run writes down in RUN_DIR/ledger which examples each step consumed: a place in the epoch's order, how many
@@ -23,10 +23,10 @@ def command(context: click.Context) -> None:
         raise UserError("`hvdtrain ledger` needs a command: verify")
 
 
-@command.command()
+@ledger_command.command("verify")
 @click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def verify(run_dir: Path, as_json: bool) -> int:
+def verify_command(run_dir: Path, as_json: bool) -> int:
     """Replay a run's ledger: did every epoch visit every example exactly once?
 
     Steps that a crash undid, and that were done again after --resume, count once; an epoch that is not complete is
@@ -35,8 +35,8 @@ def verify(run_dir: Path, as_json: bool) -> int:
 
     Exit codes: 0 exactly once, 1 not, 2 there is no ledger in RUN_DIR or a segment's header is damaged.
     """
-    from hvdtrain.ledger.verify import verify as replay
+    from hvdtrain.ledger.verify import verify_ledger as replay
 
     verdict = replay(run_dir)
-    click.echo(encode_json(verdict.as_json(), indent=2) if as_json else "\n".join(verdict.lines()))
-    return 0 if verdict.exactly_once else EXIT_FAILED
+    click.echo(encode_json(verdict.as_json(), indent=2) if as_json else "\n".join(verdict.format_lines()))
+    return 0 if verdict.is_exactly_once else EXIT_FAILED

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import click
 
-from hvdtrain.recipe.registry import find_all
+from hvdtrain.recipe.registry import find_all_recipes
 
 
 @click.command("list")
-def command() -> None:
+def list_command() -> None:
     """List the recipes found: name, framework, what it is.
 
     Looks in ./recipes, then among those that hvdtrain ships. A recipe elsewhere runs by its path.
     """
-    recipes = find_all()
+    recipes = find_all_recipes()
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         click.echo(f"{recipe.name:{width}}  {recipe.framework:5}  {recipe.summary}")

@@ -8,23 +8,23 @@ from typing import Any
 
 import click
 
-from hvdtrain.recipe.base import Field, Recipe, fields
-from hvdtrain.recipe.registry import split_spec
-from hvdtrain.system.errors import UserError, nearest
+from hvdtrain.recipe.base import OptionField, Recipe, option_fields
+from hvdtrain.recipe.registry import split_recipe_spec
+from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training import schedule
-from hvdtrain.training.options import RunOptions, split
+from hvdtrain.training.options import RunOptions, split_options
 
-TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
+CLICK_TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
 
 
-def click_option(field: Field) -> click.Option:
+def make_click_option(field: OptionField) -> click.Option:
     """A field as a click option; a bool becomes --name/--no-name."""
     flag = field.flag if field.type is not bool else f"{field.flag}/--no-{field.flag[2:]}"
-    kind = click.Choice(field.choices) if field.choices else TYPES.get(field.type, click.Path(path_type=Path))
-    return click.Option([field.name, flag], type=kind, default=None, help=_help(field))
+    kind = click.Choice(field.choices) if field.choices else CLICK_TYPES.get(field.type, click.Path(path_type=Path))
+    return click.Option([field.name, flag], type=kind, default=None, help=_format_help(field))
 
 
-def _help(field: Field) -> str:
+def _format_help(field: OptionField) -> str:
     shown = field.default if field.type is not bool else ("on" if field.default else "off")
     return field.help if field.default is None else f"{field.help}  [{shown}]"
 
@@ -33,14 +33,16 @@ class TrainCommand(click.Command):
     """The options of one recipe, with a help that lists them apart from the run options."""
 
     def __init__(self, name: str, recipe: type[Recipe], **kwargs: Any) -> None:
-        common = fields(Recipe)
-        self.recipe_options = [f for f in fields(recipe) if f.name not in {c.name for c in common}]
+        common = option_fields(Recipe)
+        self.recipe_options = [f for f in option_fields(recipe) if f.name not in {c.name for c in common}]
         # Epochs, batch size, learning rate and schedule are the recipe's to default, and every run's to set.
-        self.run_options = [f for f in fields(recipe) if f.name in {c.name for c in common}] + fields(RunOptions)
+        self.run_options = [f for f in option_fields(recipe) if f.name in {c.name for c in common}] + option_fields(
+            RunOptions
+        )
         clash = {f.name for f in self.recipe_options} & {f.name for f in self.run_options}
         if clash:
             raise UserError(f"{recipe.__name__}.{clash.pop()} is a run option; name the recipe's option otherwise")
-        options = [click_option(f) for f in [*self.recipe_options, *self.run_options]]
+        options = [make_click_option(f) for f in [*self.recipe_options, *self.run_options]]
         flags = ["--help", *(flag for option in options for flag in (*option.opts, *option.secondary_opts))]
         twice = [flag for flag in flags if flags.count(flag) > 1]
         if twice:
@@ -57,22 +59,22 @@ class TrainCommand(click.Command):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class TrainArguments:
     """A parsed command line of `hvdtrain train`."""
 
-    cls: type[Recipe]
+    recipe_class: type[Recipe]
     name: str  # of the recipe, as the run folder records it
-    given: dict[str, Any]  # only what was given
+    given_options: dict[str, Any]  # only what was given
 
 
 def recipe_name(spec: str) -> str:
     """`digits`, `digits:Wide`, `my/recipe.py:Class` as a name without folders."""
-    where, cls = split_spec(spec)
+    where, cls = split_recipe_spec(spec)
     stem = where.rsplit("/", 1)[-1].removesuffix(".py")
     return f"{stem}:{cls}" if cls else stem
 
 
-def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
+def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArguments:
     """Parse what follows RECIPE. Raises UserError for an unknown option or a wrong value, naming the nearest right one.
 
     `--help` prints the help and raises click's Exit.
@@ -83,7 +85,7 @@ def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
             given = {key: value for key, value in context.params.items() if value is not None}
     except click.NoSuchOption as error:
         names = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
-        raise UserError(f"no option {error.option_name}{nearest(error.option_name, names)}") from error
+        raise UserError(f"no option {error.option_name}{suggest_nearest(error.option_name, names)}") from error
     except click.BadParameter as error:
         option = error.param.opts[0] if error.param else ""
         raise UserError(f"{option}: {error.message.rstrip('.')}") from error
@@ -93,15 +95,15 @@ def parse(cls: type[Recipe], spec: str, args: list[str]) -> Arguments:
         if one in given and other in given:
             flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
             raise UserError(f"{' and '.join(flags)} exclude each other: give one")
-    return Arguments(cls, recipe_name(spec), given)
+    return TrainArguments(cls, recipe_name(spec), given)
 
 
-def check(arguments: Arguments) -> None:
+def check_parsed_arguments(arguments: TrainArguments) -> None:
     """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
     from hvdtrain.compression import spec
     from hvdtrain.recipe.framework import check_framework
 
-    check_framework(arguments.cls)
-    recipe, run = split(arguments.cls, arguments.given)
-    schedule.parse(recipe.schedule, 1000, 10)
-    spec.parse(run.compression)
+    check_framework(arguments.recipe_class)
+    recipe, run = split_options(arguments.recipe_class, arguments.given_options)
+    schedule.parse_schedule(recipe.schedule, 1000, 10)
+    spec.parse_compression(run.compression)

@@ -13,79 +13,81 @@ from dataclasses import replace
 from typing import NoReturn
 
 from hvdtrain.comm.world import World, init, local_size_from_environment, rank_from_environment
-from hvdtrain.elastic.membership import Gone, Membership
+from hvdtrain.elastic.membership import Membership, MembershipEnded
 from hvdtrain.system import cpus, messages
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER, KnownError, RecipeError, UserError
-from hvdtrain.system.exits import end_children
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR, KnownError, RecipeError, UserError
+from hvdtrain.system.exits import stop_descendants
 from hvdtrain.system.recipe_errors import recipe_traceback
 
-ORIGIN_FIRST = 1.0  # seconds that other ranks leave the one that failed to print its traceback
+ORIGIN_HEAD_START = 1.0  # seconds that other ranks leave the one that failed to print its traceback
 
 
-def share_cores() -> None:
+def set_rank_threads() -> None:
     """Set OMP_NUM_THREADS, unless it is, to this rank's share of its host's cores: before torch is imported."""
     cpus.set_threads(local_size_from_environment())
 
 
-def begin(member: Membership | None = None) -> World:
+def start_rank(member: Membership | None = None) -> World:
     """Start Horovod, and tell the launcher. Raises UserError.
 
     A member of an elastic run is alone at first, and tells when it has joined the others.
     """
     world = init()
     if member is not None:
-        cpus.bind(member.slot.local_rank, member.slot.local_size)
+        cpus.bind_to_cores(member.slot.local_rank, member.slot.local_size)
         return replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
-    messages.send("started", rank=world.rank, host=world.host, pid=os.getpid())
+    messages.send_message("started", rank=world.rank, host=world.host, pid=os.getpid())
     return world
 
 
 @contextlib.contextmanager
-def leaving_on_failure(member: Membership | None = None) -> Iterator[None]:
+def exit_on_failure(member: Membership | None = None) -> Iterator[None]:
     """End this rank at once when what is done in here fails; with it the run, if this is a member of an elastic one."""
     try:
         yield
-    except Gone as gone:
-        quit_at_once(gone.code)
+    except MembershipEnded as gone:
+        exit_immediately(gone.exit_code)
     except KnownError as error:
-        code = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
-        if member is not None and member.joined:
-            member.end(code, str(error))
-        leave(code, str(error), error.trace if isinstance(error, RecipeError) else "", error.origin)
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+        if member is not None and member.has_joined:
+            member.publish_end(code, str(error))
+        abort_rank(code, str(error), error.trace if isinstance(error, RecipeError) else "", error.origin)
     except SystemExit as leaving:  # of code that is not one of the recipe's methods: a hook, a library
-        leave(EXIT_FAILED, f"sys.exit({leaving.code!r}) was called in the run", recipe_traceback(leaving))
+        abort_rank(EXIT_FAILED, f"sys.exit({leaving.code!r}) was called in the run", recipe_traceback(leaving))
     except KeyboardInterrupt:
-        leave(130, "interrupted", "")
+        abort_rank(130, "interrupted", "")
     except Exception as error:
-        leave(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
+        abort_rank(EXIT_FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def leave(code: int, error: str, trace: str, origin: int | None = None) -> NoReturn:
+def abort_rank(code: int, error: str, trace: str, origin: int | None = None) -> NoReturn:
     """End this rank at once, reporting why; the launcher, or the broken connection, ends the others.
 
     origin: the rank on which it happened, if all ranks end with this error; that rank alone prints the traceback.
     """
-    tell_failure(code, error, trace, origin)
-    if not messages.launched():
+    report_failure(code, error, trace, origin)
+    if not messages.is_launched():
         rank = rank_from_environment()
         prefix = f"rank {rank} on {socket.gethostname()}: " if rank is not None and origin is None else ""
         own = origin in (None, rank or 0)
         print(f"{trace if own else ''}hvdtrain: error: {prefix}{error}", file=sys.stderr, flush=True)
         if not own:
-            time.sleep(ORIGIN_FIRST)  # a launcher ends all ranks when one has ended: the traceback must be out by then
-    quit_at_once(code)
+            time.sleep(
+                ORIGIN_HEAD_START
+            )  # a launcher ends all ranks when one has ended: the traceback must be out by then
+    exit_immediately(code)
 
 
-def quit_at_once(code: int) -> NoReturn:
+def exit_immediately(code: int) -> NoReturn:
     """End this process and its children without Horovod's exit handler, which would wait for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
-    end_children()
+    stop_descendants()
     os._exit(code)
 
 
-def tell_failure(code: int, error: str, trace: str, origin: int | None = None) -> None:
+def report_failure(code: int, error: str, trace: str, origin: int | None = None) -> None:
     """Report to the launcher, if there is one, that this rank fails."""
     rank, host = rank_from_environment() or 0, socket.gethostname()
     fields = {"code": code, "error": error, "traceback": trace, "origin": origin}
-    messages.send("failed", rank=rank, host=host, pid=os.getpid(), **fields)
+    messages.send_message("failed", rank=rank, host=host, pid=os.getpid(), **fields)

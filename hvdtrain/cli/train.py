@@ -8,20 +8,22 @@ import sys
 import click
 
 from hvdtrain.cli import options
-from hvdtrain.cli.rank import begin, leaving_on_failure, share_cores, tell_failure
-from hvdtrain.comm.world import FUSION_BYTES
+from hvdtrain.cli.rank import exit_on_failure, report_failure, set_rank_threads, start_rank
+from hvdtrain.comm.world import HOROVOD_FUSION_BYTES
 from hvdtrain.elastic import membership, places
 from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import read_copy
 from hvdtrain.system import activity
-from hvdtrain.system.errors import EXIT_REQUEUE, EXIT_USER, Requeued, UserError
-from hvdtrain.training.hang import watching
-from hvdtrain.training.options import refuse_elastic
+from hvdtrain.system.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RequeueExit, UserError
+from hvdtrain.training.hang import watch_for_hangs
+from hvdtrain.training.options import check_elastic_options
 
-HELP = """Train a recipe. This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
+TRAIN_HELP = """Train a recipe.
+
+This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
 
 RECIPE is a name (`hvdtrain list`), a path (my/recipe.py) or my/recipe.py:ClassName. Its own options and the run
 options follow it; `hvdtrain train RECIPE --help` lists both, with the recipe's defaults.
@@ -32,7 +34,7 @@ go on with --resume --run-dir DIR."""
 
 @click.command(
     "train",
-    help=HELP,
+    help=TRAIN_HELP,
     add_help_option=False,
     options_metavar="",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -40,7 +42,7 @@ go on with --resume --run-dir DIR."""
 @click.argument("recipe", required=False, metavar="RECIPE")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
 @click.pass_context
-def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> int:
+def train_command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> int:
     if recipe in (None, "--help", "-h"):
         if recipe is None:
             raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
@@ -50,53 +52,53 @@ def command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> in
         click.echo(formatter.getvalue(), nl=False)
         return 0
     assert recipe is not None
-    if os.environ.get("HOROVOD_ELASTIC") == "1" and places.MEMBER not in os.environ:
-        return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).run()
-    member = membership.from_environment()
-    ctx.with_resource(watching(command=True))
-    activity.enter("importing the recipe", patient=True)
+    if os.environ.get("HOROVOD_ELASTIC") == "1" and places.MEMBER_VARIABLE not in os.environ:
+        return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).supervise_worker()
+    member = membership.membership_from_environment()
+    ctx.with_resource(watch_for_hangs(command=True))
+    activity.enter_activity("importing the recipe", patient=True)
     try:
-        arguments = arguments_of([recipe, *args], copy_of_run(member))
-        options.check(arguments)
-        if arguments.given.get("exchange") == "horovod":
-            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(FUSION_BYTES))
-        activity.enter("meeting the other ranks", waits=True, patient=True)
-        world = begin(member)
+        arguments = load_arguments([recipe, *args], read_recipe_copy(member))
+        options.check_parsed_arguments(arguments)
+        if arguments.given_options.get("exchange") == "horovod":
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
+        activity.enter_activity("meeting the other ranks", waits=True, patient=True)
+        world = start_rank(member)
     except UserError as error:
-        tell_failure(EXIT_USER, str(error), "")
+        report_failure(EXIT_USER_ERROR, str(error), "")
         raise
     from hvdtrain.training.fit import fit_from_command_line
 
-    with leaving_on_failure(member):
-        summary = fit_from_command_line(arguments.cls, arguments.name, arguments.given, world, member)
+    with exit_on_failure(member):
+        summary = fit_from_command_line(arguments.recipe_class, arguments.name, arguments.given_options, world, member)
     return 0 if summary["finished"] else EXIT_REQUEUE
 
 
-def copy_of_run(member: membership.Membership | None) -> RecipeSource | None:
+def read_recipe_copy(member: membership.Membership | None) -> RecipeSource | None:
     """The recipe's source as the elastic run that this worker joins copied it: the file may have been edited since."""
-    described = member.board.fact("source") if member is not None else None
+    described = member.store.get("source") if member is not None else None
     return read_copy(described) if described is not None else None
 
 
-def arguments_of(args: list[str], source: RecipeSource | None = None) -> options.Arguments:
+def load_arguments(args: list[str], source: RecipeSource | None = None) -> options.TrainArguments:
     """Import the recipe, from `source` if it is given, and parse its options. Raises UserError."""
     spec, *rest = args
     if spec.startswith("-"):
         raise UserError(f"RECIPE comes first and its options after it: hvdtrain train RECIPE {spec} ...")
-    share_cores()  # before the recipe imports torch, and so for every library it brings
+    set_rank_threads()  # before the recipe imports torch, and so for every library it brings
     try:
-        cls = load(spec, source)
-    except Requeued:
+        cls = load_recipe(spec, source)
+    except RequeueExit:
         raise
     except SystemExit as leaving:
         text = f"{spec} called sys.exit({leaving.code!r}) when it was imported"
         raise UserError(f"{text}: put what it runs under `if __name__ == '__main__':`") from None
-    return options.parse(cls, spec, rest)
+    return options.parse_arguments(cls, spec, rest)
 
 
 def check_arguments(args: list[str], elastic: bool = False) -> None:
     """What `hvdtrain launch` checks before any rank starts: RECIPE and its options. Raises UserError."""
-    arguments = arguments_of(args)
-    options.check(arguments)
+    arguments = load_arguments(args)
+    options.check_parsed_arguments(arguments)
     if elastic:
-        refuse_elastic(arguments.given)
+        check_elastic_options(arguments.given_options)

@@ -24,11 +24,11 @@ from hvdtrain.comm.world import World
 from hvdtrain.system.errors import KnownError, UserError
 
 DIGEST_BYTES = 16
-RECORDED_BYTES = 32 << 10  # of a part's values as JSON; of longer ones only the hash is recorded
+MAX_RECORDED_BYTES = 32 << 10  # of a part's values as JSON; of longer ones only the hash is recorded
 
 
 @dataclass(frozen=True)
-class Part:
+class ConsistentPart:
     """Something that has to be the same everywhere.
 
     Attributes:
@@ -42,35 +42,35 @@ class Part:
 
     name: str
     values: Mapping[str, str]
-    difference: str
-    absent: str = "none"
-    again: Callable[[], Mapping[str, str]] | None = None
+    difference_message: str
+    absent_text: str = "none"
+    recompute: Callable[[], Mapping[str, str]] | None = None
 
     @property
-    def digest(self) -> bytes:
+    def values_digest(self) -> bytes:
         data = json.dumps([self.name, sorted(self.values.items())]).encode()
         return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
-    def stable(self) -> dict[str, str]:
+    def find_stable_values(self) -> dict[str, str]:
         """The values, without those that are different when they are computed again."""
-        again = self.again() if self.again is not None else self.values
+        again = self.recompute() if self.recompute is not None else self.values
         return {key: value for key, value in self.values.items() if again.get(key) == value}
 
-    def describe(self, here: Mapping[str, str], there: Mapping[str, str], who: str, base: str) -> str | None:
+    def describe_difference(self, here: Mapping[str, str], there: Mapping[str, str], who: str, base: str) -> str | None:
         """The first difference between two places' values in words; None if they are the same."""
-        key = first_difference(here, there)
+        key = find_first_difference(here, there)
         if key is None:
             return None
-        values = {"here": here.get(key, self.absent), "there": there.get(key, self.absent)}
-        return self.difference.format(who=who, rank=who.partition(" on ")[0], base=base, key=key, **values)
+        values = {"here": here.get(key, self.absent_text), "there": there.get(key, self.absent_text)}
+        return self.difference_message.format(who=who, rank=who.partition(" on ")[0], base=base, key=key, **values)
 
 
-def first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
+def find_first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
     """The first key whose values differ; None if there is none."""
     return next((key for key in [*there, *here] if here.get(key) != there.get(key)), None)
 
 
-def agree(name: str, parts: Sequence[Part], group: collectives.Group = None) -> None:
+def check_agreement(name: str, parts: Sequence[ConsistentPart], group: collectives.Group = None) -> None:
     """Return if all ranks have the same parts. All ranks call it, with the same parts in the same order.
 
     Args:
@@ -82,17 +82,17 @@ def agree(name: str, parts: Sequence[Part], group: collectives.Group = None) -> 
     """
     if collectives.size(group) == 1:
         return
-    own = np.frombuffer(b"".join(part.digest for part in parts), np.uint8).reshape(len(parts), DIGEST_BYTES)
+    own = np.frombuffer(b"".join(part.values_digest for part in parts), np.uint8).reshape(len(parts), DIGEST_BYTES)
     everyone = collectives.gather_array(own, name, group)  # (ranks, parts, DIGEST_BYTES)
     differing = (everyone != everyone[0]).any(axis=(0, 2)).tolist()
     for part in (part for part, differs in zip(parts, differing, strict=True) if differs):
-        _name_difference(f"{name}.values", part, group)
+        _raise_difference(f"{name}.values", part, group)
 
 
-def _name_difference(name: str, part: Part, group: collectives.Group) -> None:
+def _raise_difference(name: str, part: ConsistentPart, group: collectives.Group) -> None:
     """Raise UserError for the first difference of a part between ranks; none is left if its values are not stable."""
     try:
-        stable = part.stable()
+        stable = part.find_stable_values()
     except KnownError:  # it worked before: nothing of it can be relied on
         stable = {}
     answers = collectives.gather_json(
@@ -102,33 +102,33 @@ def _name_difference(name: str, part: Part, group: collectives.Group) -> None:
     values = [{key: value for key, value in items if key not in unstable} for *_, items, _ in answers]
     base = f"rank {answers[0][0]}"
     for (rank, host, *_), here in zip(answers, values, strict=True):
-        if text := part.describe(here, values[0], f"rank {rank} on {host}", base):
+        if text := part.describe_difference(here, values[0], f"rank {rank} on {host}", base):
             error = UserError(text)
             error.origin = rank
             raise error
 
 
-def record(parts: Sequence[Part]) -> dict[str, Any]:
+def make_agreement_record(parts: Sequence[ConsistentPart]) -> dict[str, Any]:
     """What later workers of an elastic run compare themselves with, for JSON."""
     entries = {}
     for part in parts:
         items = list(part.values.items())
-        short = len(json.dumps(items)) <= RECORDED_BYTES
-        entries[part.name] = {"digest": part.digest.hex(), "values": items if short else None}
+        short = len(json.dumps(items)) <= MAX_RECORDED_BYTES
+        entries[part.name] = {"digest": part.values_digest.hex(), "values": items if short else None}
     return entries
 
 
-def compare_with_record(parts: Sequence[Part], recorded: Mapping[str, Any], world: World) -> None:
+def check_against_record(parts: Sequence[ConsistentPart], recorded: Mapping[str, Any], world: World) -> None:
     """Raise UserError, naming the first difference, if this worker has other parts than the run's first one had."""
     for part in parts:
         entry = recorded[part.name]
-        if entry["digest"] == part.digest.hex():
+        if entry["digest"] == part.values_digest.hex():
             continue
         who = f"this worker on {world.host}"
         if entry["values"] is None:
             raise UserError(f"{who}: its {part.name} differ from those of the run")
-        here, there = part.stable(), dict(entry["values"])
+        here, there = part.find_stable_values(), dict(entry["values"])
         unstable = part.values.keys() - here.keys()
         there = {key: value for key, value in there.items() if key not in unstable}
-        if text := part.describe(here, there, who, "the run"):
+        if text := part.describe_difference(here, there, who, "the run"):
             raise UserError(text)

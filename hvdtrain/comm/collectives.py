@@ -22,7 +22,7 @@ from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 T = TypeVar("T")
 Handle = int
 Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
-_names: dict[Handle, str] = {}  # of collectives that were started and not waited for
+_collective_names: dict[Handle, str] = {}  # of collectives that were started and not waited for
 PeersLost = HorovodInternalError  # what collectives raise when another rank is gone, or has left
 
 
@@ -38,28 +38,30 @@ def size(group: Group = None) -> int:
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
     op = hvd.Average if average else hvd.Sum
-    return named(hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set), name)
+    return remember_name(
+        hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set), name
+    )
 
 
 def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start sending part i of a 1-D tensor, in equal parts, to rank i; the parts received come in rank order."""
-    return named(hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
+    return remember_name(hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start bringing every rank's 1-D tensor to all ranks, one behind the other in rank order."""
-    return named(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
+    return remember_name(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
-def named(handle: Handle, name: str) -> Handle:
+def remember_name(handle: Handle, name: str) -> Handle:
     """Remember what a collective is called, for whoever is found waiting for it."""
-    _names[handle] = name
+    _collective_names[handle] = name
     return handle
 
 
 def forget_names() -> None:
     """Forget collectives that nobody will wait for."""
-    _names.clear()
+    _collective_names.clear()
 
 
 def broadcast_async_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> Handle:
@@ -78,7 +80,7 @@ class CallCounter(dict[Handle, Any]):
 
 
 @contextlib.contextmanager
-def counted_calls() -> Iterator[CallCounter]:
+def count_calls() -> Iterator[CallCounter]:
     """Count the collectives that this process starts, by whatever code, in the `calls` of what is yielded."""
     table = mpi_ops._handle_map
     counter = mpi_ops._handle_map = CallCounter(table)
@@ -90,7 +92,7 @@ def counted_calls() -> Iterator[CallCounter]:
         mpi_ops._handle_map = table
 
 
-def arrived(handle: Handle) -> bool:
+def is_complete(handle: Handle) -> bool:
     """Whether `wait` would return at once."""
     return bool(mpi_ops.poll(handle))
 
@@ -102,11 +104,11 @@ def wait(handle: Handle) -> torch.Tensor:
     communication thread needs; so ask at intervals first. Not at shorter ones: MPI's threads spin and yield, and each
     yield to this one sets them back (Linux 6.18). At 0.2 ms three ranks on two cores stood still for a minute.
     """
-    name = _names.pop(handle, "")
-    if not arrived(handle):
-        with activity.waiting(name):
+    name = _collective_names.pop(handle, "")
+    if not is_complete(handle):
+        with activity.waiting_in_collective(name):
             pause = 20e-6
-            while not arrived(handle):
+            while not is_complete(handle):
                 time.sleep(pause)
                 pause = min(2 * pause, 1e-3)
     output = hvd.synchronize(handle)
@@ -117,7 +119,11 @@ def wait(handle: Handle) -> torch.Tensor:
 def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> None:
     """Overwrite a contiguous tensor with that of the root, a rank among all, also where only a group takes part."""
     if size(group) > 1:
-        wait(named(hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set), name))
+        wait(
+            remember_name(
+                hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set), name
+            )
+        )
 
 
 def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group = None) -> bytes:
@@ -175,14 +181,14 @@ def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:
         UserError, RunError, RecipeError: what the root's `function` raised, with its text, on all ranks.
         Any other error of `function` is raised on the root as it is, and as a RunError that names it on the others.
     """
-    value, error = _attempt(function) if hvd.rank() == root else (None, None)
-    answer = broadcast_json([value, _described(error)], name, root)
+    value, error = _call_and_catch(function) if hvd.rank() == root else (None, None)
+    answer = broadcast_json([value, _encode_error(error)], name, root)
     if answer[1] is not None:
-        raise _agreed_error(answer[1], root, error, named=False)
+        raise _make_agreed_error(answer[1], root, error, named=False)
     return answer[0]  # type: ignore[no-any-return]
 
 
-def all_or_none(name: str, function: Callable[[], T]) -> T:
+def on_all_ranks(name: str, function: Callable[[], T]) -> T:
     """Call `function` on every rank and return this rank's result; if it raises on any rank, raise on all of them.
 
     All ranks raise the error of the first rank that has one, which the text names with its host, unless `function`
@@ -196,16 +202,16 @@ def all_or_none(name: str, function: Callable[[], T]) -> T:
         UserError, RunError, RecipeError: the first rank's.
         Any other error of `function` is raised as it is on that rank, and as a RunError that names it on the others.
     """
-    value, error = _attempt(function)
-    failures = gather_json(_described(error), name)
+    value, error = _call_and_catch(function)
+    failures = gather_json(_encode_error(error), name)
     failed = [rank for rank, failure in enumerate(failures) if failure is not None]
     if failed:
         alike = all(failure is not None and failure[:2] == failures[0][:2] for failure in failures)
-        raise _agreed_error(failures[failed[0]], failed[0], error, named=not alike)
+        raise _make_agreed_error(failures[failed[0]], failed[0], error, named=not alike)
     return value  # type: ignore[return-value]
 
 
-def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _call_and_catch(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """Either the result or the error of a function; a lost peer ends this rank's part in the collective at once."""
     try:
         return function(), None
@@ -215,7 +221,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _described(error: Exception | None) -> tuple[str, str, str, str] | None:
+def _encode_error(error: Exception | None) -> tuple[str, str, str, str] | None:
     """An error as its class, its text, its recipe's traceback and the host it is from, to be sent to other ranks."""
     if error is None:
         return None
@@ -224,7 +230,7 @@ def _described(error: Exception | None) -> tuple[str, str, str, str] | None:
     return known.__name__, str(error), trace, socket.gethostname()
 
 
-def _agreed_error(failure: list[str], origin: int, own: Exception | None, *, named: bool) -> Exception:
+def _make_agreed_error(failure: list[str], origin: int, own: Exception | None, *, named: bool) -> Exception:
     """What this rank raises for a failure on `origin`: the same on every rank if its class is a known one."""
     kind, text, trace, host = failure
     if kind not in ("UserError", "RunError", "RecipeError"):
@@ -254,6 +260,6 @@ def barrier(name: str) -> None:
     sum_float64(np.zeros(1), name)
 
 
-def ring_bytes(payload: int, size: int) -> int:
+def ring_all_reduce_bytes(payload: int, size: int) -> int:
     """Bytes that one rank sends in a ring all-reduce of `payload` bytes over `size` ranks."""
     return payload * 2 * (size - 1) // size

@@ -12,58 +12,58 @@ import torch
 
 from hvdtrain.comm import collectives
 
-SIZES = tuple(1 << power for power in (12, 16, 18, 20, 22))  # bytes: 4 KiB to 4 MiB
-LONG = 0.15  # seconds: larger sizes than the first that takes so long are not tried
+PROBE_SIZES = tuple(1 << power for power in (12, 16, 18, 20, 22))  # bytes: 4 KiB to 4 MiB
+MAX_PROBE_SECONDS = 0.15  # seconds: larger sizes than the first that takes so long are not tried
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkModel:
     """What joins the ranks. A collective takes latency + sent / bandwidth seconds."""
 
     ranks: int
     latency: float  # seconds
     bandwidth: float  # bytes per second that one rank sends
 
-    def seconds(self, sent: float) -> float:
+    def predict_seconds(self, sent: float) -> float:
         """How long a collective takes in which each rank sends so many bytes."""
         return self.latency + sent / self.bandwidth
 
 
-def fit(name: str, group: collectives.Group = None, device: torch.device | str = "cpu") -> Network:
+def measure_network(name: str, group: collectives.Group = None, device: torch.device | str = "cpu") -> NetworkModel:
     """Measure the network between the ranks of the group by a few all-reduces; the same answer on all of them.
 
     device: where the tensors lie, which decides who carries them. Takes two seconds at 100 Mbit/s, and all ranks.
     """
     ranks = collectives.size(group)
     if ranks == 1:
-        return Network(1, 0.0, math.inf)
+        return NetworkModel(1, 0.0, math.inf)
     sent: list[int] = []
     seconds: list[float] = []
-    for size in SIZES:
-        sent.append(collectives.ring_bytes(size, ranks))
-        repeats = 3 if seconds and seconds[-1] > LONG / 10 else 9
-        taken = all_reduce_seconds(torch.zeros(size // 4, device=device), f"{name}.{size}", repeats, group)
+    for size in PROBE_SIZES:
+        sent.append(collectives.ring_all_reduce_bytes(size, ranks))
+        repeats = 3 if seconds and seconds[-1] > MAX_PROBE_SECONDS / 10 else 9
+        taken = time_all_reduces(torch.zeros(size // 4, device=device), f"{name}.{size}", repeats, group)
         seconds.append(statistics.median(taken))
-        if seconds[-1] > LONG:
+        if seconds[-1] > MAX_PROBE_SECONDS:
             break
-    return Network(ranks, *line(sent, seconds))
+    return NetworkModel(ranks, *fit_line(sent, seconds))
 
 
-def all_reduce_seconds(tensor: torch.Tensor, name: str, repeats: int, group: collectives.Group = None) -> list[float]:
+def time_all_reduces(tensor: torch.Tensor, name: str, repeats: int, group: collectives.Group = None) -> list[float]:
     """Seconds of each of some in-place all-reduces, after one that does not count; the slowest rank's, on all ranks."""
     seconds = []
     for _ in range(repeats + 1):
         # All begin together, or the first to come would count its wait for the last.
         collectives.gather_json(None, f"{name}.barrier", group)
-        settle(tensor.device)
+        synchronize_device(tensor.device)
         begin = time.perf_counter()
         collectives.wait(collectives.all_reduce_async_(tensor, name, group=group))
-        settle(tensor.device)
+        synchronize_device(tensor.device)
         seconds.append(time.perf_counter() - begin)
     return [max(column) for column in zip(*collectives.gather_json(seconds[1:], f"{name}.seconds", group), strict=True)]
 
 
-def line(sent: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+def fit_line(sent: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     """Latency and bandwidth of the line through the smallest and the largest size, which come first and last.
 
     Where the largest hardly takes longer than the smallest, a tenth of its time is taken to be for its bytes.
@@ -73,7 +73,7 @@ def line(sent: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     return max(seconds[0] - sent[0] / bandwidth, 0.0), bandwidth
 
 
-def settle(device: torch.device) -> None:
+def synchronize_device(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,10 +11,10 @@ import threading
 from hvdtrain.system import signed_http
 from hvdtrain.system.signed_http import SignedHandler, SignedServer
 
-WAIT = 1.0  # seconds; Gloo asks again, every 10 ms, until its own time is up
+GET_WAIT_SECONDS = 1.0  # seconds; Gloo asks again, every 10 ms, until its own time is up
 
 
-class Server(SignedServer):
+class RendezvousServer(SignedServer):
     """Keeps what is PUT to /scope/key. It lives until `end`, for Gloo's later contexts (process sets).
 
     A GET for what is not there yet is answered when it comes, or by 404 after WAIT.
@@ -32,36 +32,36 @@ class Server(SignedServer):
             OSError: the port is taken, or the environment has no secret.
         """
         self.values = {f"/rank_and_size/{slot}": text.encode() for slot, text in assignments.items()}
-        self.changed = threading.Condition()
-        super().__init__((address, port), Handler, key or signed_http.read_key())
+        self.values_changed = threading.Condition()
+        super().__init__((address, port), RendezvousHandler, key or signed_http.read_key())
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def port(self) -> int:
         return int(self.server_address[1])
 
-    def end(self) -> None:
+    def stop_serving(self) -> None:
         """Answer nobody any more. Returns at once; the port is free some 50 ms later."""
-        threading.Thread(target=self._end, daemon=True).start()
+        threading.Thread(target=self._shut_down, daemon=True).start()
 
-    def _end(self) -> None:
+    def _shut_down(self) -> None:
         self.shutdown()
         self.server_close()
 
 
-class Handler(SignedHandler):
-    server: Server
+class RendezvousHandler(SignedHandler):
+    server: RendezvousServer
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
         server = self.server
         if method == "GET":
-            with server.changed:
-                server.changed.wait_for(lambda: path in server.values, WAIT)
+            with server.values_changed:
+                server.values_changed.wait_for(lambda: path in server.values, GET_WAIT_SECONDS)
                 value = server.values.get(path)
             return (404, b"") if value is None else (200, value)
         if method == "PUT":
-            with server.changed:
+            with server.values_changed:
                 server.values[path] = body
-                server.changed.notify_all()
+                server.values_changed.notify_all()
         # Horovod sends DELETE when it has found its peers; they may still be reading.
         return 200, b""

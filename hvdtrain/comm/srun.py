@@ -16,32 +16,32 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvdtrain.comm.rendezvous import Server
+from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
-from hvdtrain.system.network import address, address_of, interface_to, is_here
-from hvdtrain.system.nodelist import counts, nodes
+from hvdtrain.system.network import interface_address, interface_toward, is_local_host, resolve_address
+from hvdtrain.system.nodelist import parse_node_list, parse_repeated_counts
 from hvdtrain.system.signed_http import SECRET, NotSigned, SignedClient
 
-PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
-ASK_SECONDS = 5.0  # for an answer of rank 0
-WAIT_SECONDS = 120.0  # for rank 0 to serve; HOROVOD_START_TIMEOUT, if set
-NAME = "/hvdtrain.job/name"  # under which the server tells whose it is
+RENDEZVOUS_PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
+SERVER_RESPONSE_TIMEOUT = 5.0  # for an answer of rank 0
+SERVER_START_TIMEOUT = 120.0  # for rank 0 to serve; HOROVOD_START_TIMEOUT, if set
+JOB_KEY = "/hvdtrain.job/name"  # under which the server tells whose it is
 
 
-def tasks(environ: Mapping[str, str] = os.environ) -> int:
+def count_tasks(environ: Mapping[str, str] = os.environ) -> int:
     """How many tasks srun started along with this process; 1 outside of srun."""
     number = environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(number) if number.isdecimal() and "SLURM_PROCID" in environ else 1
 
 
-def place(environ: Mapping[str, str]) -> dict[str, str]:
+def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Horovod's variables for the place of this task, for Gloo, but for where the server is.
 
     Raises UserError for variables that are not understood.
     """
     rank, local_rank, node = (int(environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
-    on_nodes = counts(environ["SLURM_STEP_TASKS_PER_NODE"], "SLURM_STEP_TASKS_PER_NODE")
+    on_nodes = parse_repeated_counts(environ["SLURM_STEP_TASKS_PER_NODE"], "SLURM_STEP_TASKS_PER_NODE")
     across = [number for number, on_node in enumerate(on_nodes) if on_node > local_rank]
     return {
         "HOROVOD_RANK": str(rank),
@@ -56,30 +56,30 @@ def place(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def port(environ: Mapping[str, str]) -> int:
+def rendezvous_port(environ: Mapping[str, str]) -> int:
     """Where rank 0 serves: a reserved port of the step (srun --resv-ports), or else one that its numbers give."""
     reserved = environ.get("SLURM_STEP_RESV_PORTS", "").partition("-")[0].partition(",")[0]
     if reserved.isdecimal():
         return int(reserved)
-    return PORTS[(int(environ["SLURM_JOB_ID"]) * 17 + int(environ["SLURM_STEP_ID"])) % len(PORTS)]
+    return RENDEZVOUS_PORTS[(int(environ["SLURM_JOB_ID"]) * 17 + int(environ["SLURM_STEP_ID"])) % len(RENDEZVOUS_PORTS)]
 
 
-def meet(environ: Mapping[str, str]) -> tuple[dict[str, str], Server | None]:
+def join_rendezvous(environ: Mapping[str, str]) -> tuple[dict[str, str], RendezvousServer | None]:
     """Horovod's variables for this task; rank 0's with the server, which is to live as long as the process.
 
     Returns when the server answers. HOROVOD_GLOO_IFACE in `environ` chooses the interface.
     Raises UserError where the nodes' names do not resolve; RunError if rank 0 cannot serve, or does not in time.
     """
-    own = place(environ)
-    names = nodes(environ["SLURM_STEP_NODELIST"], "SLURM_STEP_NODELIST")
+    own = task_environment(environ)
+    names = parse_node_list(environ["SLURM_STEP_NODELIST"], "SLURM_STEP_NODELIST")
     here = environ["SLURMD_NODENAME"]
-    one_machine = len(names) == 1 or all(is_here(name) for name in names)  # which several nodes can be
+    one_machine = len(names) == 1 or all(is_local_host(name) for name in names)  # which several nodes can be
     others = [name for name in names if name != here]
-    interface = environ.get("HOROVOD_GLOO_IFACE") or ("lo" if one_machine else interface_to(others))
+    interface = environ.get("HOROVOD_GLOO_IFACE") or ("lo" if one_machine else interface_toward(others))
     # On the first node its own name may be that of the loopback.
-    first = address_of(interface) if one_machine or here == names[0] else address(names[0])
+    first = interface_address(interface) if one_machine or here == names[0] else resolve_address(names[0])
     job = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
-    number = port(environ)
+    number = rendezvous_port(environ)
     own |= {
         "HOROVOD_GLOO_IFACE": interface,
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": first,
@@ -88,29 +88,29 @@ def meet(environ: Mapping[str, str]) -> tuple[dict[str, str], Server | None]:
     server = None
     if own["HOROVOD_RANK"] == "0":
         if SECRET not in environ:
-            own[SECRET] = leave_secret(secret_file(environ))
+            own[SECRET] = write_secret(secret_path(environ))
         try:
-            server = Server(first, {}, number, signed_http.read_key({**environ, **own}))
+            server = RendezvousServer(first, {}, number, signed_http.read_key({**environ, **own}))
         except OSError as error:
             raise RunError(f"rank 0 cannot serve the others at {first}:{number}: {error.strerror or error}") from None
-        server.values[NAME] = job.encode()
-    own[SECRET] = wait_for((first, number), job, {**environ, **own})
+        server.values[JOB_KEY] = job.encode()
+    own[SECRET] = wait_for_server((first, number), job, {**environ, **own})
     return own, server
 
 
-def wait_for(server: tuple[str, int], job: str, environ: Mapping[str, str]) -> str:
+def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str]) -> str:
     """Return the run's secret when the server of this job answers to it.
 
     Raises:
         RunError: it does not in time.
     """
-    seconds = float(environ.get("HOROVOD_START_TIMEOUT", WAIT_SECONDS))
+    seconds = float(environ.get("HOROVOD_START_TIMEOUT", SERVER_START_TIMEOUT))
     until = time.monotonic() + seconds
     while True:
         try:
-            secret = environ.get(SECRET) or find_secret(secret_file(environ))
+            secret = environ.get(SECRET) or read_secret(secret_path(environ))
             client = SignedClient(signed_http.read_key({SECRET: secret}))
-            _, answer = client.request(*server, "GET", NAME, timeout=ASK_SECONDS)
+            _, answer = client.request(*server, "GET", JOB_KEY, timeout=SERVER_RESPONSE_TIMEOUT)
             if answer.decode(errors="replace") == job:
                 return secret
             problem = f"another job's server ({answer.decode(errors='replace')}) is there"
@@ -125,14 +125,14 @@ def wait_for(server: tuple[str, int], job: str, environ: Mapping[str, str]) -> s
         time.sleep(0.1)
 
 
-def secret_file(environ: Mapping[str, str]) -> Path:
+def secret_path(environ: Mapping[str, str]) -> Path:
     """Where rank 0 leaves the secret of this job's step."""
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     words = [re.sub(r"[^\w-]", "", environ.get(name, "")) for name in names]
     return Path.home() / ".hvdtrain" / f"secret-{'.'.join(words)}"
 
 
-def leave_secret(path: Path) -> str:
+def write_secret(path: Path) -> str:
     """Make a secret, and leave it in a file that only this user can read.
 
     Raises:
@@ -149,7 +149,7 @@ def leave_secret(path: Path) -> str:
     return secret
 
 
-def find_secret(path: Path) -> str:
+def read_secret(path: Path) -> str:
     """The secret that rank 0 has left.
 
     Raises:
@@ -167,4 +167,4 @@ def find_secret(path: Path) -> str:
 def remove_secret(environ: Mapping[str, str]) -> None:
     """Remove what rank 0 has left, once all ranks have met."""
     with contextlib.suppress(OSError):
-        secret_file(environ).unlink(missing_ok=True)
+        secret_path(environ).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdtrain.comm import srun
-from hvdtrain.comm.rendezvous import Server
+from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.native import installed
 from hvdtrain.system import cpus
 from hvdtrain.system.errors import UserError
@@ -21,12 +21,12 @@ from hvdtrain.system.errors import UserError
 # What launchers leave in the environment of a rank.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 PMIX_SERVER = re.compile(r"tcp4://([\d.]+):(\d{1,9})")
-FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
+HOROVOD_FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
-M_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
+MALLOC_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
-serving: dict[str, Server | None] = {}  # keeps srun's server alive
+rendezvous_servers: dict[str, RendezvousServer | None] = {}  # keeps srun's server alive
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def rank_from_environment() -> int | None:
     for name in RANK_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return int(os.environ["SLURM_PROCID"]) if srun.tasks() > 1 else None
+    return int(os.environ["SLURM_PROCID"]) if srun.count_tasks() > 1 else None
 
 
 def local_size_from_environment() -> int:
@@ -53,7 +53,7 @@ def local_size_from_environment() -> int:
     for name in LOCAL_SIZE_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return int(srun.place(os.environ)["HOROVOD_LOCAL_SIZE"]) if srun.tasks() > 1 else 1
+    return int(srun.task_environment(os.environ)["HOROVOD_LOCAL_SIZE"]) if srun.count_tasks() > 1 else 1
 
 
 def init(comm: Any = None) -> World:
@@ -72,33 +72,33 @@ def init(comm: Any = None) -> World:
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     keep_freed_memory()
     alone: dict[str, str] = {}
-    if comm is None and srun.tasks() > 1 and not any(name in os.environ for name in RANK_VARIABLES):
-        environment, serving["here"] = srun.meet(os.environ)
+    if comm is None and srun.count_tasks() > 1 and not any(name in os.environ for name in RANK_VARIABLES):
+        environment, rendezvous_servers["here"] = srun.join_rendezvous(os.environ)
         os.environ.update(environment)
     elif comm is None and rank_from_environment() is None:
         alone = {name: "gloo" for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS") if name not in os.environ}
         os.environ.update(alone)
-    check_interface()
+    check_gloo_interface()
     if comm is None and "HOROVOD_RANK" not in os.environ:
-        refuse_stale_pmix(os.environ)
+        reject_stale_pmix(os.environ)
     import horovod.torch as hvd
 
-    restore_hangup()
+    restore_hangup_handler()
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
     for name in alone:
         os.environ.pop(name, None)  # what this process launches chooses by itself
-    if serving.get("here") is not None:
+    if rendezvous_servers.get("here") is not None:
         srun.remove_secret(os.environ)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
     if not hvd.mpi_enabled():  # MPI has options of its own for it, and its ranks take a whole core to wait
-        cpus.bind(world.local_rank, world.local_size)
-    if comm is None and world.size == 1 and srun.tasks() > 1 and "HOROVOD_RANK" not in os.environ:
-        raise UserError(f"srun started {srun.tasks()} tasks that do not see each other: use `srun --mpi=none`")
+        cpus.bind_to_cores(world.local_rank, world.local_size)
+    if comm is None and world.size == 1 and srun.count_tasks() > 1 and "HOROVOD_RANK" not in os.environ:
+        raise UserError(f"srun started {srun.count_tasks()} tasks that do not see each other: use `srun --mpi=none`")
     return world
 
 
-def refuse_stale_pmix(environ: Mapping[str, str]) -> None:
+def reject_stale_pmix(environ: Mapping[str, str]) -> None:
     """Raise UserError for a PMIx server that mpirun or Slurm named in the environment and that has ended.
 
     A shell, a tmux or a container that was started within an MPI job keeps the variables when the job has ended, and
@@ -118,13 +118,13 @@ def refuse_stale_pmix(environ: Mapping[str, str]) -> None:
             return
 
 
-def restore_hangup() -> None:
+def restore_hangup_handler() -> None:
     """Undo that importing horovod.torch replaces what SIGHUP does in this process, behind Python's back."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
 
 
-def check_interface() -> None:
+def check_gloo_interface() -> None:
     """Raise UserError where this host has no interface of the name that Horovod was told."""
     name = os.environ.get("HOROVOD_GLOO_IFACE")
     there = [interface for _, interface in socket.if_nameindex()]
@@ -135,7 +135,7 @@ def check_interface() -> None:
         )
 
 
-def enter(environment: Mapping[str, str]) -> World:
+def enter_world(environment: Mapping[str, str]) -> World:
     """Start Horovod in another world than the one that was left.
 
     environment: the HOROVOD_ variables of this process's place there.
@@ -163,11 +163,11 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library may have none
     if mallopt is not None:
-        for parameter, value in M_SETTINGS:
+        for parameter, value in MALLOC_SETTINGS:
             mallopt(parameter, value)
 
 
-def leave() -> None:
+def shut_down_horovod() -> None:
     """Leave Horovod, alone or together with the other ranks; collectives of theirs then fail."""
     import horovod.torch as hvd
     from horovod.torch import mpi_ops

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key
+from hvdtrain.compression.codec import Collective, RandomKey
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,18 @@ class Fp16:
 
     collective: Collective = "sum"
     feedback: bool = False
-    block: int = 1
+    block_size: int = 1
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(n,) -> (n,) float16"""
         return x.to(torch.float16)
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
         return payload.float()
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+    def add_decoded(
+        self, total: Tensor, payload: Tensor, key: RandomKey, alpha: float = 1, fresh: bool = False
+    ) -> None:
         if fresh:
             torch.mul(payload, alpha, out=total)
         else:
@@ -42,11 +44,11 @@ class Cast:
     dtype: torch.dtype
     collective: Collective = "exchange"
     feedback: bool = False
-    block: int = 1
+    block_size: int = 1
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, 2 n) uint8"""
         return x.to(self.dtype).view(torch.uint8)
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
         return payload.view(self.dtype).float()

@@ -12,7 +12,7 @@ Collective = Literal["sum", "exchange", "gather"]
 
 
 @dataclass(frozen=True)
-class Key:
+class RandomKey:
     """Where randomness comes from: never the global generators, and never what was drawn before."""
 
     seed: int
@@ -21,7 +21,7 @@ class Key:
     rank: int
     round: int = 0  # the second encoding of an exchange must not draw what the first did
 
-    def generator(self, device: torch.device, *, shared: bool) -> torch.Generator:
+    def make_generator(self, device: torch.device, *, shared: bool) -> torch.Generator:
         """A generator that is the same on all ranks (shared) or this rank's own."""
         mixed = hash((self.seed, self.step, self.bucket, -1 if shared else self.rank, self.round)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(mixed)
@@ -44,23 +44,25 @@ class Codec(Protocol):
     @property
     def feedback(self) -> bool: ...
     @property
-    def block(self) -> int: ...
+    def block_size(self) -> int: ...
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """x -> payload; the shape of the payload depends on the shape of x only."""
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
         """payload -> float32 in the shape that x had, n being its last size."""
 
 
-class Adding(Codec, Protocol):
+class AddingCodec(Codec, Protocol):
     """A codec for "sum" or "gather"; it needs no dense copy of what a payload stands for."""
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+    def add_decoded(
+        self, total: Tensor, payload: Tensor, key: RandomKey, alpha: float = 1, fresh: bool = False
+    ) -> None:
         """Add alpha times the decoded payload to total, (n,) float32; fresh: overwrite total with it."""
 
 
-def decode_by_adding(codec: Adding, payload: Tensor, n: int, key: Key) -> Tensor:
+def decode_by_adding(codec: AddingCodec, payload: Tensor, n: int, key: RandomKey) -> Tensor:
     total = torch.empty(n, device=payload.device)
-    codec.add(total, payload, key, fresh=True)
+    codec.add_decoded(total, payload, key, fresh=True)
     return total

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key
-from hvdtrain.compression.packing import in_blocks, join, split
+from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.packing import join_scales, reshape_to_blocks, split_scales
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class Int8:
 
     collective: Collective = "exchange"
     feedback: bool = True
-    block: int = 512
+    block_size: int = 512
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, n + 4 n / block) uint8"""
-        blocks = in_blocks(x.float(), self.block)
+        blocks = reshape_to_blocks(x.float(), self.block_size)
         # Not below the normal floats, where a multiple of it could be the largest magnitude's double.
         scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
         # What is not finite is told by the scale.
         values = (blocks / scale).nan_to_num_(0.0, 0.0, 0.0).round_().to(torch.int8)
-        return join(values.flatten(-2).view(torch.uint8), scale.squeeze(-1))
+        return join_scales(values.flatten(-2).view(torch.uint8), scale.squeeze(-1))
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
-        values, scale = split(payload, n, n // self.block)
-        blocks = in_blocks(values.view(torch.int8), self.block).float()
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
+        values, scale = split_scales(payload, n, n // self.block_size)
+        blocks = reshape_to_blocks(values.view(torch.int8), self.block_size).float()
         return blocks.mul_(scale.unsqueeze(-1)).flatten(-2)

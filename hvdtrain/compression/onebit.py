@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key
-from hvdtrain.compression.packing import in_blocks, join, pack_bits, split, unpack_bits
+from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.packing import join_scales, pack_bits, reshape_to_blocks, split_scales, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class OneBit:
 
     collective: Collective = "exchange"
     feedback: bool = True
-    block: int = 1024
+    block_size: int = 1024
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, n / 8 + 4 n / block) uint8"""
-        scale = in_blocks(x.float(), self.block).abs().mean(-1)
-        return join(pack_bits(x >= 0), scale)
+        scale = reshape_to_blocks(x.float(), self.block_size).abs().mean(-1)
+        return join_scales(pack_bits(x >= 0), scale)
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
-        packed, scale = split(payload, n // 8, n // self.block)
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
+        packed, scale = split_scales(payload, n // 8, n // self.block_size)
         signs = unpack_bits(packed).float().mul_(2).sub_(1)
-        return in_blocks(signs, self.block).mul_(scale.unsqueeze(-1)).flatten(-2)
+        return reshape_to_blocks(signs, self.block_size).mul_(scale.unsqueeze(-1)).flatten(-2)

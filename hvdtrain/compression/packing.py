@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 
-def in_blocks(x: Tensor, size: int) -> Tensor:
+def reshape_to_blocks(x: Tensor, size: int) -> Tensor:
     """(..., n) -> (..., n / size, size)"""
     return x.reshape(*x.shape[:-1], -1, size)
 
 
-def join(values: Tensor, scales: Tensor) -> Tensor:
+def join_scales(values: Tensor, scales: Tensor) -> Tensor:
     """(rows, b) uint8 and (rows, s) float32 -> (rows, b + 4 s) uint8"""
     return torch.cat([values, scales.float().contiguous().view(torch.uint8)], -1)
 
 
-def split(payload: Tensor, value_bytes: int, scales: int) -> tuple[Tensor, Tensor]:
+def split_scales(payload: Tensor, value_bytes: int, scales: int) -> tuple[Tensor, Tensor]:
     """The reverse of `join`: (rows, b) uint8 and (rows, scales) float32."""
     values, rest = torch.split(payload, [value_bytes, 4 * scales], -1)
     # A view as float32 needs 4-byte alignment, which a slice lacks.
@@ -34,7 +34,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 def pack_bits_by_torch(bits: Tensor) -> Tensor:
     """`pack_bits` on any device; on a CPU numpy is faster."""
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (in_blocks(bits, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (reshape_to_blocks(bits, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor) -> Tensor:

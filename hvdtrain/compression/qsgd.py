@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key
-from hvdtrain.compression.packing import in_blocks, join, split
+from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.packing import join_scales, reshape_to_blocks, split_scales
 
 
 @dataclass(frozen=True)
@@ -22,31 +22,31 @@ class Qsgd:
     bits: int = 4
     collective: Collective = "exchange"
     feedback: bool = False
-    block: int = 512
+    block_size: int = 512
 
     @property
-    def levels(self) -> int:
+    def max_level(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, n bits / 8 + 4 n / block) uint8"""
-        blocks = in_blocks(x.float(), self.block)
-        scale = blocks.abs().amax(-1, keepdim=True) / self.levels
-        generator = key.generator(x.device, shared=False)
+        blocks = reshape_to_blocks(x.float(), self.block_size)
+        scale = blocks.abs().amax(-1, keepdim=True) / self.max_level
+        generator = key.make_generator(x.device, shared=False)
         noise = torch.rand(blocks.shape, generator=generator, device=x.device)
-        whole = (blocks / scale).nan_to_num_(0.0, 0.0, 0.0).add_(noise).floor_().add_(self.levels)
-        values = whole.clamp_(0, 2 * self.levels).to(torch.uint8).flatten(-2)
+        whole = (blocks / scale).nan_to_num_(0.0, 0.0, 0.0).add_(noise).floor_().add_(self.max_level)
+        values = whole.clamp_(0, 2 * self.max_level).to(torch.uint8).flatten(-2)
         per_byte = 8 // self.bits
         if per_byte > 1:
-            parts = in_blocks(values, per_byte).unbind(-1)
+            parts = reshape_to_blocks(values, per_byte).unbind(-1)
             values = parts[0].clone()
             for place, part in enumerate(parts[1:], 1):
                 values |= part << (self.bits * place)
-        return join(values, scale.squeeze(-1))
+        return join_scales(values, scale.squeeze(-1))
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
-        packed, scale = split(payload, n * self.bits // 8, n // self.block)
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
+        packed, scale = split_scales(payload, n * self.bits // 8, n // self.block_size)
         mask = (1 << self.bits) - 1
         parts = [(packed >> (self.bits * place)) & mask for place in range(8 // self.bits)]
-        values = torch.stack(parts, -1).flatten(-2).float().sub_(self.levels)
-        return in_blocks(values, self.block).mul_(scale.unsqueeze(-1)).flatten(-2)
+        values = torch.stack(parts, -1).flatten(-2).float().sub_(self.max_level)
+        return reshape_to_blocks(values, self.block_size).mul_(scale.unsqueeze(-1)).flatten(-2)

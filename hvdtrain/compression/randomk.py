@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, Key, decode_by_adding
+from hvdtrain.compression.codec import Collective, RandomKey, decode_by_adding
 
 
 @dataclass(frozen=True)
@@ -22,36 +22,40 @@ class RandomK:
     ratio: float = 0.25
     unbiased: bool = False
     collective: Collective = "sum"
-    block: int = 1
+    block_size: int = 1
 
     @property
     def feedback(self) -> bool:
         return not self.unbiased
 
     @property
-    def group(self) -> int:
+    def group_size(self) -> int:
         return max(1, round(1 / self.ratio))
 
-    def places(self, n: int, key: Key, device: torch.device) -> Tensor:
+    def draw_indices(self, n: int, key: RandomKey, device: torch.device) -> Tensor:
         """(ceil(n / group),) int64; a last, smaller group is drawn from alike, and its place may lie behind the end."""
-        groups = -(-n // self.group)
-        drawn = torch.randint(self.group, (groups,), generator=key.generator(device, shared=True), device=device)
-        return torch.arange(groups, device=device) * self.group + drawn
+        groups = -(-n // self.group_size)
+        drawn = torch.randint(
+            self.group_size, (groups,), generator=key.make_generator(device, shared=True), device=device
+        )
+        return torch.arange(groups, device=device) * self.group_size + drawn
 
-    def encode(self, x: Tensor, key: Key) -> Tensor:
+    def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(n,) -> (ceil(n / group),) float32"""
-        places = self.places(len(x), key, x.device)
+        places = self.draw_indices(len(x), key, x.device)
         values = x[places.clamp(max=len(x) - 1)].float()
         if self.unbiased:
-            values *= self.group
+            values *= self.group_size
         # A group behind whose end the place lies sends nothing this time. What is not looked at must not hide a NaN.
         return values.mul_(places < len(x)).add_(x.sum() * 0)
 
-    def decode(self, payload: Tensor, n: int, key: Key) -> Tensor:
+    def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
         return decode_by_adding(self, payload, n, key)
 
-    def add(self, total: Tensor, payload: Tensor, key: Key, alpha: float = 1, fresh: bool = False) -> None:
+    def add_decoded(
+        self, total: Tensor, payload: Tensor, key: RandomKey, alpha: float = 1, fresh: bool = False
+    ) -> None:
         if fresh:
             total.zero_()
-        places = self.places(len(total), key, payload.device)
+        places = self.draw_indices(len(total), key, payload.device)
         total.index_add_(0, places.clamp(max=len(total) - 1), payload * (places < len(total)), alpha=alpha)

@@ -22,20 +22,20 @@ from dataclasses import dataclass, field
 import torch
 
 from hvdtrain.compression.cast import Cast, Fp16
-from hvdtrain.compression.codec import Codec, Key
+from hvdtrain.compression.codec import Codec, RandomKey
 from hvdtrain.compression.int8 import Int8
 from hvdtrain.compression.onebit import OneBit
 from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.compression.qsgd import Qsgd
 from hvdtrain.compression.randomk import RandomK
 from hvdtrain.compression.topk import TopK
-from hvdtrain.system.errors import UserError, nearest
+from hvdtrain.system.errors import UserError, suggest_nearest
 
 METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
-DEFAULTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.25", "powersgd": "4"}
+DEFAULT_ARGUMENTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.25", "powersgd": "4"}
 # What training needs at its beginning to end as well as dense (tests/benchmarks/accuracy.py).
-WARMUP = {"topk": "100", "randomk": "100", "powersgd": "100"}
-OPTIONS = ("warmup", "min", "feedback", "momentum")
+DEFAULT_WARMUP = {"topk": "100", "randomk": "100", "powersgd": "100"}
+OPTION_NAMES = ("warmup", "min", "feedback", "momentum")
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,25 @@ class Spec:
         if self.method == "none" or values == 0:
             return None
         for layer, argument in sorted(self.layers.items(), key=lambda item: -len(item[0])):
-            if covers(layer, name):
+            if layer_contains(layer, name):
                 return None if argument == "none" else argument
         return None if values < self.min or axes < 2 else self.argument
 
 
-def covers(layer: str, name: str) -> bool:
+def layer_contains(layer: str, name: str) -> bool:
     """Whether a parameter is that layer or in it."""
     return name == layer or name.startswith(f"{layer}.")
 
 
-def parse(text: str) -> Spec:
+def parse_compression(text: str) -> Spec:
     """Parse a specification. Raises UserError naming the part that is wrong, and the nearest right one."""
     head, *options = text.split(",")
     method, colon, argument = head.partition(":")
     if method not in METHODS:
-        raise UserError(f"compression {text!r}: no method {method!r}{nearest(method, METHODS)}")
-    if colon and method not in DEFAULTS:
+        raise UserError(f"compression {text!r}: no method {method!r}{suggest_nearest(method, METHODS)}")
+    if colon and method not in DEFAULT_ARGUMENTS:
         raise UserError(f"compression {text!r}: {method} takes no argument")
-    argument = _checked(method, argument or DEFAULTS.get(method, ""), text)
+    argument = _check_argument(method, argument or DEFAULT_ARGUMENTS.get(method, ""), text)
     values: dict[str, str] = {}
     layers: dict[str, str] = {}
     for option in options:
@@ -82,12 +82,14 @@ def parse(text: str) -> Spec:
         if not equals:
             raise UserError(f"compression {text!r}: {option!r} is no option; an option is KEY=VALUE")
         if key.startswith("layer."):
-            layers[key.removeprefix("layer.")] = value if value == "none" else _checked(method, value, text)
-        elif key in OPTIONS:
+            layers[key.removeprefix("layer.")] = value if value == "none" else _check_argument(method, value, text)
+        elif key in OPTION_NAMES:
             values[key] = value
         else:
-            raise UserError(f"compression {text!r}: no option {key!r}{nearest(key, (*OPTIONS, 'layer.NAME'))}")
-    momentum = _number(values, "momentum", "0", text)
+            raise UserError(
+                f"compression {text!r}: no option {key!r}{suggest_nearest(key, (*OPTION_NAMES, 'layer.NAME'))}"
+            )
+    momentum = _parse_number(values, "momentum", "0", text)
     if momentum and method != "topk":
         raise UserError(f"compression {text!r}: momentum goes with topk")
     if not 0 <= momentum < 1:
@@ -101,15 +103,15 @@ def parse(text: str) -> Spec:
         text=text,
         method=method,
         argument=argument,
-        warmup=int(_number(values, "warmup", WARMUP.get(method, "0"), text)),
-        min=int(_number(values, "min", "8192", text)),
+        warmup=int(_parse_number(values, "warmup", DEFAULT_WARMUP.get(method, "0"), text)),
+        min=int(_parse_number(values, "min", "8192", text)),
         feedback=None if feedback is None else feedback == "on",
         momentum=momentum,
         layers=layers,
     )
 
 
-def _number(values: dict[str, str], key: str, default: str, text: str) -> float:
+def _parse_number(values: dict[str, str], key: str, default: str, text: str) -> float:
     """An option that is a number and not negative; a whole one but for momentum."""
     value = values.get(key, default)
     try:
@@ -122,9 +124,9 @@ def _number(values: dict[str, str], key: str, default: str, text: str) -> float:
     return number
 
 
-def _checked(method: str, argument: str, text: str) -> str:
+def _check_argument(method: str, argument: str, text: str) -> str:
     """An argument of the method that makes sense, as it is."""
-    if argument and method not in DEFAULTS:
+    if argument and method not in DEFAULT_ARGUMENTS:
         raise UserError(f"compression {text!r}: {method} takes no argument")
     if method == "qsgd" and argument not in ("2bit", "4bit", "8bit"):
         raise UserError(f"compression {text!r}: {argument!r} is no width; expected 2bit, 4bit or 8bit")
@@ -140,7 +142,7 @@ def _checked(method: str, argument: str, text: str) -> str:
     return argument
 
 
-def make_codec(spec: Spec, argument: str, shapes: list[tuple[int, int]], key: Key, device: torch.device) -> Codec:
+def make_codec(spec: Spec, argument: str, shapes: list[tuple[int, int]], key: RandomKey, device: torch.device) -> Codec:
     """The codec of a bucket. shapes: its parameters as matrices, which only powersgd looks at."""
     if spec.method == "powersgd":
         return PowerSgd(int(argument), shapes, key, device)

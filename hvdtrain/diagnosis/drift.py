@@ -12,13 +12,13 @@ from dataclasses import dataclass
 class Drift:
     """Replicas that are not the same."""
 
-    tensor: str  # the first that differs, in the model's order
+    first_tensor: str  # the first that differs, in the model's order
     ranks: list[int]  # whose tensor is not that of most ranks; all, where no more than half have the same
-    majority: bool
-    tensors: int  # how many differ
+    has_majority: bool
+    num_differing: int  # how many differ
 
 
-def digest(checksums: Mapping[str, int]) -> int:
+def hash_checksums(checksums: Mapping[str, int]) -> int:
     """One number, 64 bits with a sign, of all names and checksums."""
     seen = hashlib.blake2b(repr(list(checksums.items())).encode(), digest_size=8)
     return int.from_bytes(seen.digest(), "little", signed=True)

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 # What the time between the ends of two exchanges goes to: loading batches; forward and backward, until the last
 # gradient is ready; waiting for the exchange; and all between the steps: the update, reports, evaluations, checkpoints.
-PARTS = ("data", "compute", "wait", "between")
-WAIT = PARTS.index("wait")
-OWN = [place for place in range(len(PARTS)) if place != WAIT]
-FEWEST = 8  # steps that can tell
-SHARE = 0.1  # of a step: what a straggler costs at least
+TIME_PARTS = ("data", "compute", "wait", "between")
+WAIT_INDEX = TIME_PARTS.index("wait")
+NON_WAIT_INDEXES = [place for place in range(len(TIME_PARTS)) if place != WAIT_INDEX]
+MIN_COMPARED_STEPS = 8  # steps that can tell
+MIN_COST_SHARE = 0.1  # of a step: what a straggler costs at least
 # The part of the steps that may cost less than half of the median. Nine of ten steps that agree come by chance once in
 # some hundreds of intervals of ten, where steps vary by a third of their length, and never in long ones.
-UNLIKE = 0.1
+MAX_OUTLIER_FRACTION = 0.1
 
-Times = NDArray[np.float64]  # (steps, ranks, PARTS): seconds
+StepTimes = NDArray[np.float64]  # (steps, ranks, PARTS): seconds
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Straggler:
     cause: str  # of PARTS: which of its own times is longer than the others'
     longer: float  # seconds a step, by how much
 
-    def row(self) -> dict[str, Any]:
+    def as_json_row(self) -> dict[str, Any]:
         """For JSON."""
         return {name: round(value, 6) if name != "cause" else value for name, value in asdict(self).items()}
 
 
-def name_straggler(times: Times) -> Straggler | None:
+def find_straggler(times: StepTimes) -> Straggler | None:
     """The straggler, or None where the steps do not clearly show one.
 
     Steps are compared one by one, each with the others' median: what slows all ranks alike takes no part, and a step
@@ -45,24 +45,24 @@ def name_straggler(times: Times) -> Straggler | None:
     or more, in the median of the steps and about as much in nearly all of them.
     """
     steps, ranks, _ = times.shape
-    if ranks < 2 or steps < FEWEST:
+    if ranks < 2 or steps < MIN_COMPARED_STEPS:
         return None
-    waits = times[:, :, WAIT]
+    waits = times[:, :, WAIT_INDEX]
     rank = int(np.argmin(np.median(waits, axis=0)))
     # What at least half of the others wait longer: where one of two others is as slow, none is the straggler.
     others = np.sort(np.delete(waits, rank, axis=1), axis=1)
     lost = others[:, (ranks - 2) // 2] - waits[:, rank]
     cost = float(np.median(lost))
     step = float(np.median(times.sum(axis=2)))
-    if cost <= 0 or cost < SHARE * step:
+    if cost <= 0 or cost < MIN_COST_SHARE * step:
         return None
-    if np.sort(lost)[int(UNLIKE * steps)] < cost / 2:
+    if np.sort(lost)[int(MAX_OUTLIER_FRACTION * steps)] < cost / 2:
         return None
-    longer = np.median(excess(times, rank), axis=0)
-    cause = max(OWN, key=lambda part: longer[part])
-    return Straggler(rank, cost, cost / step, PARTS[cause], float(longer[cause]))
+    longer = np.median(compute_excess(times, rank), axis=0)
+    cause = max(NON_WAIT_INDEXES, key=lambda part: longer[part])
+    return Straggler(rank, cost, cost / step, TIME_PARTS[cause], float(longer[cause]))
 
 
-def excess(times: Times, rank: int) -> NDArray[np.float64]:
+def compute_excess(times: StepTimes, rank: int) -> NDArray[np.float64]:
     """(steps, PARTS): how much longer each time of a rank is than the median of the others' in the same step."""
     return times[:, rank] - np.median(np.delete(times, rank, axis=1), axis=1)

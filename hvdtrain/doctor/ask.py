@@ -19,87 +19,89 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from hvdtrain.doctor.facts import Facts, Wanted, dump, gather, parse
+from hvdtrain.doctor.facts import Facts, FactsRequest, dump_request, gather_facts, parse_facts
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.network import address_of, is_here, own_address_to, ssh_command
+from hvdtrain.system.network import build_ssh_command, interface_address, is_local_host, local_address_toward
 from hvdtrain.system.signed_http import MOST_STRANGERS
 
-CONNECT_SECONDS = 5
+SSH_CONNECT_TIMEOUT = 5
 # Python may take long to start from a file server that nobody has read from today.
-ANSWER_SECONDS = 30.0
-NO_FOLDER, NO_PYTHON, SSH_FAILED = 93, 94, 255
-FORWARDED = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
-NOTHING_BACK = "ssh brings back nothing"
+QUERY_TIMEOUT = 30.0
+EXIT_NO_FOLDER, EXIT_NO_PYTHON, EXIT_SSH_FAILED = 93, 94, 255
+FORWARDED_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
+NO_SSH_OUTPUT = "ssh brings back nothing"
 
 
 @dataclass(frozen=True)
-class Answer:
+class HostReply:
     """What a host said, or in `wrong` why it said nothing."""
 
     host: str
     facts: Facts = field(default_factory=dict)
-    wrong: str | None = None
-    clock: float = 0.0  # seconds that its clock is ahead of this host's, at least; below 0 if behind
+    error: str | None = None
+    clock_offset: float = 0.0  # seconds that its clock is ahead of this host's, at least; below 0 if behind
 
 
 @dataclass
-class Question:
+class Query:
     """An ssh that runs."""
 
     host: str
     process: subprocess.Popen[bytes]
-    asked: float  # by the clock
-    said: bytearray = field(default_factory=bytearray)
+    sent_at: float  # by the clock
+    output: bytearray = field(default_factory=bytearray)
 
 
-def ask(wanted: Mapping[str, Wanted], ssh: Sequence[str] = ()) -> list[Answer]:
+def query_hosts(wanted: Mapping[str, FactsRequest], ssh: Sequence[str] = ()) -> list[HostReply]:
     """Ask each host for the facts wanted of it; the answers in the same order.
 
     ssh: more options for ssh. Takes about as long as the slowest host, and ANSWER_SECONDS at most.
     """
-    here = [host for host in wanted if is_here(host)]
-    answers: dict[str, Answer] = {}
+    here = [host for host in wanted if is_local_host(host)]
+    answers: dict[str, HostReply] = {}
     with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
         others = [host for host in wanted if host not in here]
         with ThreadPoolExecutor(16) as pool:  # for ssh's configuration of each
-            commands = list(pool.map(lambda host: question_command(host, wanted[host], ssh), others))
+            commands = list(pool.map(lambda host: build_query_command(host, wanted[host], ssh), others))
         for host, command in zip(others, commands, strict=True):
-            question = start(host, command)
-            undo.callback(end, question.process)
+            question = start_query(host, command)
+            undo.callback(kill_ssh, question.process)
             assert question.process.stdout is not None
             selector.register(question.process.stdout, selectors.EVENT_READ, question)
         for host in here:
-            answers[host] = Answer(host, gather(wanted[host]))
-        for question in finished(selector):
-            answers[question.host] = understand(question)
+            answers[host] = HostReply(host, gather_facts(wanted[host]))
+        for question in completed_queries(selector):
+            answers[question.host] = parse_reply(question)
         answers |= {
-            host: Answer(host, wrong=f"did not answer within {ANSWER_SECONDS:g} s")
+            host: HostReply(host, error=f"did not answer within {QUERY_TIMEOUT:g} s")
             for host in wanted
             if host not in answers
         }
     return [answers[host] for host in wanted]
 
 
-def finished(selector: selectors.BaseSelector) -> Iterator[Question]:
+def completed_queries(selector: selectors.BaseSelector) -> Iterator[Query]:
     """The questions of a selector, each when its answer is complete; those that take too long never come."""
-    until = time.monotonic() + ANSWER_SECONDS
+    until = time.monotonic() + QUERY_TIMEOUT
     while selector.get_map() and (left := until - time.monotonic()) > 0:
         for key, _ in selector.select(left):
             data = os.read(key.fd, 65536)
-            key.data.said += data
+            key.data.output += data
             if not data:
                 selector.unregister(key.fileobj)
                 yield key.data
 
 
-def question_command(host: str, wanted: Wanted, ssh: Sequence[str]) -> list[str]:
+def build_query_command(host: str, wanted: FactsRequest, ssh: Sequence[str]) -> list[str]:
     """The ssh that asks a host. Raises UserError if there is no ssh."""
     if shutil.which("ssh") is None:
         raise UserError(f"host {host!r} is not this one, and there is no ssh on the PATH to reach it")
-    return ssh_command(host, [remote_command(wanted)], [*ssh, "-o", f"ConnectTimeout={CONNECT_SECONDS}"])
+    return build_ssh_command(
+        host, [build_remote_command(wanted)], [*ssh, "-o", f"ConnectTimeout={SSH_CONNECT_TIMEOUT}"]
+    )
 
 
-def start(host: str, command: Sequence[str]) -> Question:
+def start_query(host: str, command: Sequence[str]) -> Query:
     """Start to ask a host."""
     process = subprocess.Popen(
         command,
@@ -108,10 +110,10 @@ def start(host: str, command: Sequence[str]) -> Question:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    return Question(host, process, time.time())
+    return Query(host, process, time.time())
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def kill_ssh(process: subprocess.Popen[bytes]) -> None:
     """End an ssh that may still run."""
     process.kill()
     process.wait()
@@ -119,14 +121,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.stdout.close()
 
 
-def remote_command(wanted: Wanted) -> str:
+def build_remote_command(wanted: FactsRequest) -> str:
     """What a host's shell is to do: the same Python in the same folder, as the launchers start ranks."""
-    names = [name for name in os.environ if name in FORWARDED or name.startswith("PYTHON")]
+    names = [name for name in os.environ if name in FORWARDED_VARIABLES or name.startswith("PYTHON")]
     python = ["env", *(f"{name}={os.environ[name]}" for name in names), sys.executable, "-m", "hvdtrain.doctor.facts"]
     lines = [
-        f"cd {shlex.quote(working_folder())} 2>/dev/null || exit {NO_FOLDER}",
-        f"test -x {shlex.quote(sys.executable)} || exit {NO_PYTHON}",
-        f"exec {shlex.join([*python, dump(wanted)])}",
+        f"cd {shlex.quote(working_folder())} 2>/dev/null || exit {EXIT_NO_FOLDER}",
+        f"test -x {shlex.quote(sys.executable)} || exit {EXIT_NO_PYTHON}",
+        f"exec {shlex.join([*python, dump_request(wanted)])}",
     ]
     # Whatever the login shell is.
     return shlex.join(["sh", "-c", "; ".join(lines)])
@@ -137,27 +139,27 @@ def working_folder() -> str:
     return os.getcwd()  # noqa: PTH109 - as it is written, not where links lead
 
 
-def understand(question: Question) -> Answer:
+def parse_reply(question: Query) -> HostReply:
     """The facts in what ssh printed, or why there are none."""
     come, code = time.time(), question.process.wait()
-    said = question.said.decode(errors="replace")
-    facts = parse(said) if code == 0 else None
+    said = question.output.decode(errors="replace")
+    facts = parse_facts(said) if code == 0 else None
     if facts is None:
-        return Answer(question.host, wrong=why(code, said))
+        return HostReply(question.host, error=explain_failure(code, said))
     # Its clock was read at some time between these two.
-    clock = max(0.0, facts["time"] - come) - max(0.0, question.asked - facts["time"])
-    return Answer(question.host, facts, clock=clock)
+    clock = max(0.0, facts["time"] - come) - max(0.0, question.sent_at - facts["time"])
+    return HostReply(question.host, facts, clock_offset=clock)
 
 
-def why(code: int, said: str) -> str:
+def explain_failure(code: int, said: str) -> str:
     """Why a host told no facts, from ssh's code and words."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = lines[-1].removeprefix("ssh: ") if lines else NOTHING_BACK
-    if code == NO_FOLDER:
+    last = lines[-1].removeprefix("ssh: ") if lines else NO_SSH_OUTPUT
+    if code == EXIT_NO_FOLDER:
         return f"has no folder {working_folder()}, which the ranks start in"
-    if code == NO_PYTHON:
+    if code == EXIT_NO_PYTHON:
         return f"has no {sys.executable}: it needs this Python at the same path"
-    if code == SSH_FAILED:
+    if code == EXIT_SSH_FAILED:
         if "banner exchange" in said:
             return "takes connections and does not answer: it hangs, or has no time"
         if "Permission denied" in said or "Too many authentication failures" in said:
@@ -168,27 +170,27 @@ def why(code: int, said: str) -> str:
     return f"cannot run {sys.executable}, which ended with code {code}: {last[:300]}"
 
 
-def way_to(name: str) -> str | None:
+def local_address_or_none(name: str) -> str | None:
     """This host's address on the way to another one, None where there is no way."""
     try:
-        return own_address_to(name)
+        return local_address_toward(name)
     except UserError:
         return None
 
 
-def ask_with_way_back(
+def query_hosts_and_connect_back(
     hosts: Sequence[str], nic: str | None, *, full: bool, first: Sequence[str], ssh: Sequence[str]
-) -> list[Answer]:
+) -> list[HostReply]:
     """As `ask`, and whether each host can connect to this one: by the interface `nic`, if given.
 
     first: folders of the first host, where rank 0 writes. Raises UserError if this host has no such interface.
     """
     # Nothing is read from it: that a host can connect is all.
-    own = address_of(nic) if nic else None
+    own = interface_address(nic) if nic else None
     with socket.create_server((own or "", 0), backlog=len(hosts) + MOST_STRANGERS) as door:
         port = door.getsockname()[1]
         wanted = {}
         for host in hosts:
-            back = own or way_to(host)
-            wanted[host] = Wanted(first if host == hosts[0] else (), (back, port) if back else None, full)
-        return ask(wanted, ssh)
+            back = own or local_address_or_none(host)
+            wanted[host] = FactsRequest(first if host == hosts[0] else (), (back, port) if back else None, full)
+        return query_hosts(wanted, ssh)

@@ -24,15 +24,15 @@ from hvdtrain import __version__
 from hvdtrain.native import installed, torchinfo
 from hvdtrain.system.errors import RunError
 
-MARK = "##hvdtrain-facts "  # before the facts in the output: a login shell may print too
-BACK_SECONDS = 3.0
-UNKNOWN = "(unknown)"  # the wheel of a Horovod that hvdtrain has not built
+FACTS_MARKER = "##hvdtrain-facts "  # before the facts in the output: a login shell may print too
+CONNECT_BACK_TIMEOUT = 3.0
+UNKNOWN_WHEEL = "(unknown)"  # the wheel of a Horovod that hvdtrain has not built
 
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FactsRequest:
     """What to find out beyond what takes no time."""
 
     folders: Sequence[str] = ()  # how full their disks are, beside that of temporary files
@@ -40,24 +40,24 @@ class Wanted:
     full: bool = True  # what takes up to a second too: MPI, GPUs, compiler, network
 
 
-def gather(wanted: Wanted) -> Facts:
+def gather_facts(wanted: FactsRequest) -> Facts:
     """All facts. Takes about 0.1 s, or 0.5 s if `full`."""
     facts: Facts = {"hostname": socket.gethostname()}
-    facts |= software()
-    facts["disks"] = {folder: disk(Path(folder)) for folder in folders(wanted.folders)}
+    facts |= gather_software_facts()
+    facts["disks"] = {folder: gather_disk_facts(Path(folder)) for folder in list_disk_folders(wanted.folders)}
     if wanted.full:
         from hvdtrain.doctor import machine, nics
 
-        facts |= machine.facts() | nics.facts() | {"own name": own_name()}
+        facts |= machine.gather_machine_facts() | nics.gather_network_facts() | {"own name": resolve_own_name()}
     else:
         facts["interfaces"] = sorted(name for _, name in socket.if_nameindex())
     if wanted.back is not None:
-        facts["way back"] = way_back(*wanted.back)
+        facts["way back"] = connect_back_error(*wanted.back)
     facts["time"] = time.time()
     return facts
 
 
-def software() -> Facts:
+def gather_software_facts() -> Facts:
     """Python and what is installed in it; `horovod wrong` says in one line why Horovod cannot work, if so."""
     facts: Facts = {
         "python": platform.python_version(),
@@ -78,7 +78,7 @@ def software() -> Facts:
         facts |= {"torch": torch.version, "torch cuda": torch.cuda}
     if horovod is not None:
         record = horovod.record or {}
-        facts |= {"horovod": horovod.version, "wheel": record.get("key", UNKNOWN)}
+        facts |= {"horovod": horovod.version, "wheel": record.get("key", UNKNOWN_WHEEL)}
         facts["built with"] = {name: record.get(name) for name in ("torch", "mpi", "nccl", "cuda")} if record else None
     if torch is None:
         facts["horovod wrong"] = "no torch: pip install torch"
@@ -89,13 +89,13 @@ def software() -> Facts:
     return facts
 
 
-def folders(more: Sequence[str]) -> list[str]:
+def list_disk_folders(more: Sequence[str]) -> list[str]:
     """The folders whose disks matter, each once."""
     # Not tempfile's: it looks for another folder where this one is full.
     return list(dict.fromkeys([*(str(Path(folder).absolute()) for folder in more), os.environ.get("TMPDIR", "/tmp")]))
 
 
-def disk(folder: Path) -> Facts:
+def gather_disk_facts(folder: Path) -> Facts:
     """Free and total bytes where a folder lies, or will lie, and in `wrong` why nothing can be written there."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -111,7 +111,7 @@ def disk(folder: Path) -> Facts:
     return {"free": usage.free, "total": usage.total, "wrong": wrong}
 
 
-def own_name() -> list[str]:
+def resolve_own_name() -> list[str]:
     """The IPv4 addresses that this host's own name stands for here; none if it does not resolve."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
@@ -120,18 +120,18 @@ def own_name() -> list[str]:
     return sorted({str(address[0]) for *_, address in found})
 
 
-def way_back(address: str, port: int) -> str | None:
+def connect_back_error(address: str, port: int) -> str | None:
     """Why this host cannot connect to an address and port; None if it can."""
     try:
-        with socket.create_connection((address, port), BACK_SECONDS):
+        with socket.create_connection((address, port), CONNECT_BACK_TIMEOUT):
             return None
     except TimeoutError:
-        return f"no answer within {BACK_SECONDS:g} s"
+        return f"no answer within {CONNECT_BACK_TIMEOUT:g} s"
     except OSError as error:
         return error.strerror or str(error)
 
 
-def text_of(path: str) -> str | None:
+def read_stripped_text(path: str) -> str | None:
     """A small file's text without white space around it, None if it cannot be read."""
     try:
         return Path(path).read_text(errors="replace").strip()
@@ -139,7 +139,7 @@ def text_of(path: str) -> str | None:
         return None
 
 
-def first_line(command: Sequence[str], seconds: float = 5.0) -> str | None:
+def first_output_line(command: Sequence[str], seconds: float = 5.0) -> str | None:
     """The first line that a program prints, None if there is no such program or it fails."""
     try:
         done = subprocess.run(
@@ -151,16 +151,16 @@ def first_line(command: Sequence[str], seconds: float = 5.0) -> str | None:
     return lines[0] if lines and done.returncode == 0 else None
 
 
-def parse(output: str) -> Facts | None:
+def parse_facts(output: str) -> Facts | None:
     """The facts in what this file printed as a program."""
-    at = output.find(MARK)
+    at = output.find(FACTS_MARKER)
     if at < 0:
         return None
-    facts = json.loads(output[at + len(MARK) :].splitlines()[0])
+    facts = json.loads(output[at + len(FACTS_MARKER) :].splitlines()[0])
     return facts if isinstance(facts, dict) else None
 
 
-def dump(wanted: Wanted) -> str:
+def dump_request(wanted: FactsRequest) -> str:
     """`wanted` as this file takes it as a program."""
     return json.dumps(asdict(wanted))
 
@@ -170,7 +170,7 @@ def main(text: str, write: Callable[[str], object] = sys.stdout.write) -> None:
     given = json.loads(text)
     if given["back"] is not None:
         given["back"] = tuple(given["back"])
-    write(f"{MARK}{json.dumps(gather(Wanted(**given)))}\n")
+    write(f"{FACTS_MARKER}{json.dumps(gather_facts(FactsRequest(**given)))}\n")
 
 
 if __name__ == "__main__":

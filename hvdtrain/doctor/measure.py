@@ -6,28 +6,28 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hvdtrain.doctor.meeting import Meeting
-from hvdtrain.doctor.peer import Reply
+from hvdtrain.doctor.meeting import Coordinator
+from hvdtrain.doctor.peer import WorkerMessage
 from hvdtrain.system.signed_http import new_secret
 
-ALL_PAIRS = 6  # hosts; of more, the ring and what is odd
-TRIES = 2  # more, of what is odd, with nothing else going on: the best one counts
-LINK_SECONDS, REDUCE_SECONDS = 15.0, 90.0
-SEND_SECONDS = (0.25, 1.0)  # over each way, and where it is tried again
-BUSY = 1.5
+MAX_HOSTS_ALL_PAIRS = 6  # hosts; of more, the ring and what is odd
+EXTRA_TRIES = 2  # more, of what is odd, with nothing else going on: the best one counts
+COMMAND_TIMEOUT, ALL_REDUCE_TIMEOUT = 15.0, 90.0
+LINK_SEND_SECONDS = (0.25, 1.0)  # over each way, and where it is tried again
+BUSY_FACTOR = 1.5
 
 Pair = tuple[int, int]
 
 
 @dataclass
-class Way:
+class LinkMeasurement:
     """From one rank to another."""
 
     round_trip: float | None = None  # seconds
     rate: float | None = None  # bits per second
     error: str | None = None
 
-    def better(self, other: Way) -> Way:
+    def merge_best(self, other: LinkMeasurement) -> LinkMeasurement:
         """The best of two measurements of the same way."""
         if self.error or other.error:
             return other if self.error else self
@@ -35,27 +35,27 @@ class Way:
         assert self.rate is not None and other.rate is not None
         # Of two that are alike, the later one was longer, and is nearer the truth.
         rate = self.rate if self.rate > 2 * other.rate else other.rate
-        return Way(min(self.round_trip, other.round_trip), rate)
+        return LinkMeasurement(min(self.round_trip, other.round_trip), rate)
 
 
 @dataclass
-class Measured:
+class NetworkMeasurements:
     """All that was measured; ranks stand for their hosts."""
 
-    busy: dict[int, float] = field(default_factory=dict)  # how many times longer work takes than alone
-    ways: dict[Pair, Way] = field(default_factory=dict)
-    reduced: dict[Pair, tuple[float, bool]] = field(default_factory=dict)  # seconds, and whether the sum was right
-    failed: dict[int, str] = field(default_factory=dict)  # ranks that could not all-reduce
+    cpu_slowdowns: dict[int, float] = field(default_factory=dict)  # how many times longer work takes than alone
+    links: dict[Pair, LinkMeasurement] = field(default_factory=dict)
+    all_reduces: dict[Pair, tuple[float, bool]] = field(default_factory=dict)  # seconds, and whether the sum was right
+    all_reduce_errors: dict[int, str] = field(default_factory=dict)  # ranks that could not all-reduce
 
 
-def pairs_of(ranks: int) -> list[Pair]:
+def choose_pairs(ranks: int) -> list[Pair]:
     """All pairs of few ranks, the ring of many."""
-    if ranks <= ALL_PAIRS:
+    if ranks <= MAX_HOSTS_ALL_PAIRS:
         return [(one, other) for other in range(ranks) for one in range(other)]
     return [*((rank, rank + 1) for rank in range(ranks - 1)), (0, ranks - 1)]
 
 
-def more_pairs(ranks: int, odd: Iterable[Pair], known: Iterable[Pair]) -> list[Pair]:
+def choose_extra_pairs(ranks: int, odd: Iterable[Pair], known: Iterable[Pair]) -> list[Pair]:
     """Pairs of the hosts of odd links with others, to see whether the link or the host is bad."""
     bad = {rank for pair in odd for rank in pair}
     well = [rank for rank in range(ranks) if rank not in bad][:3]
@@ -63,7 +63,7 @@ def more_pairs(ranks: int, odd: Iterable[Pair], known: Iterable[Pair]) -> list[P
     return sorted(wanted - set(known))
 
 
-def rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
+def schedule_rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """The pairs in rounds, in each of which no rank is twice."""
     found: list[list[Pair]] = []
     for pair in pairs:
@@ -76,14 +76,14 @@ def rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return found
 
 
-def measure_busy(room: Meeting, ranks: Sequence[int]) -> dict[int, float]:
+def measure_cpu_slowdowns(room: Coordinator, ranks: Sequence[int]) -> dict[int, float]:
     """How busy each host is: all at once, and again, one by one, those that seem to be."""
-    replies = room.tell({rank: {"do": "burn"} for rank in ranks}, LINK_SECONDS)
+    replies = room.run_commands({rank: {"do": "burn"} for rank in ranks}, COMMAND_TIMEOUT)
     found = {rank: float(reply.get("ratio", 0.0)) for rank, reply in replies.items()}
-    for _ in range(TRIES):
+    for _ in range(EXTRA_TRIES):
         # Hosts that share cores keep each other busy, as long as they work at the same time.
-        for rank in [rank for rank, ratio in found.items() if ratio > BUSY]:
-            again = room.tell({rank: {"do": "burn"}}, LINK_SECONDS)[rank].get("ratio", found[rank])
+        for rank in [rank for rank, ratio in found.items() if ratio > BUSY_FACTOR]:
+            again = room.run_commands({rank: {"do": "burn"}}, COMMAND_TIMEOUT)[rank].get("ratio", found[rank])
             found[rank] = min(found[rank], float(again))
     return found
 
@@ -93,49 +93,53 @@ def busy_ranks(ratios: Mapping[int, float]) -> list[int]:
     if len(ratios) < 2:
         return []
     usual = statistics.median_low(ratios.values())
-    return [rank for rank, ratio in ratios.items() if ratio > BUSY * max(usual, 1.0)]
+    return [rank for rank, ratio in ratios.items() if ratio > BUSY_FACTOR * max(usual, 1.0)]
 
 
-def measure_ways(room: Meeting, pairs: Sequence[Pair], seconds: float = SEND_SECONDS[0]) -> dict[Pair, Way]:
+def measure_links(
+    room: Coordinator, pairs: Sequence[Pair], seconds: float = LINK_SEND_SECONDS[0]
+) -> dict[Pair, LinkMeasurement]:
     """Both ways of each pair, sending for so many seconds; pairs that share no host at the same time."""
     found = {}
-    for together in rounds(pairs):
+    for together in schedule_rounds(pairs):
         for ways in (together, [(other, one) for one, other in together]):
-            commands: dict[int, Reply] = {}
+            commands: dict[int, WorkerMessage] = {}
             for one, other in ways:
                 ticket = new_secret()  # by which the one that serves knows the other
                 commands[other] = {"do": "serve", "ticket": ticket}
-                to = room.ranks[other].at
+                to = room.workers[other].listen_address
                 commands[one] = {"do": "link", "to": to, "ticket": ticket, "seconds": seconds}
-            replies = room.tell(commands, LINK_SECONDS)
+            replies = room.run_commands(commands, COMMAND_TIMEOUT)
             for one, other in ways:
-                found[one, other] = way(replies[one], replies[other])
+                found[one, other] = build_link_measurement(replies[one], replies[other])
     return found
 
 
-def way(sender: Reply, receiver: Reply) -> Way:
+def build_link_measurement(sender: WorkerMessage, receiver: WorkerMessage) -> LinkMeasurement:
     """What both ends say of a way."""
     error = sender.get("error") or receiver.get("error")
-    return Way(error=str(error)) if error else Way(sender["round trip"], receiver["rate"])
+    return LinkMeasurement(error=str(error)) if error else LinkMeasurement(sender["round trip"], receiver["rate"])
 
 
-def measure_again(room: Meeting, found: dict[Pair, Way], odd: Iterable[Pair]) -> None:
+def remeasure_links(room: Coordinator, found: dict[Pair, LinkMeasurement], odd: Iterable[Pair]) -> None:
     """Try odd ways again, one pair at a time; the best of all tries is kept. A cut one has been tried enough."""
-    for _ in range(TRIES):
+    for _ in range(EXTRA_TRIES):
         for pair in sorted({(min(way), max(way)) for way in odd if not found[way].error}):
-            for ends, again in measure_ways(room, [pair], SEND_SECONDS[1]).items():
-                found[ends] = found[ends].better(again)
+            for ends, again in measure_links(room, [pair], LINK_SEND_SECONDS[1]).items():
+                found[ends] = found[ends].merge_best(again)
 
 
-def reduce(room: Meeting, ranks: int, pairs: Sequence[Pair], measured: Measured) -> None:
+def measure_all_reduces(room: Coordinator, ranks: int, pairs: Sequence[Pair], measured: NetworkMeasurements) -> None:
     """All-reduce over each pair, by Horovod."""
-    in_rounds = [pair for together in rounds(pairs) for pair in together]
-    replies = room.tell({rank: {"do": "reduce", "pairs": in_rounds} for rank in range(ranks)}, REDUCE_SECONDS)
+    in_rounds = [pair for together in schedule_rounds(pairs) for pair in together]
+    replies = room.run_commands(
+        {rank: {"do": "reduce", "pairs": in_rounds} for rank in range(ranks)}, ALL_REDUCE_TIMEOUT
+    )
     for rank, reply in replies.items():
         if "error" in reply:
-            measured.failed[rank] = reply["error"]
+            measured.all_reduce_errors[rank] = reply["error"]
         for name, (seconds, right) in reply.get("reduced", {}).items():
             one, _, other = name.partition("-")
             pair = int(one), int(other)
-            before = measured.reduced.get(pair, (0.0, True))
-            measured.reduced[pair] = max(seconds, before[0]), right and before[1]
+            before = measured.all_reduces.get(pair, (0.0, True))
+            measured.all_reduces[pair] = max(seconds, before[0]), right and before[1]

@@ -6,13 +6,13 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from hvdtrain.doctor.ask import ask_with_way_back
-from hvdtrain.doctor.findings import of_hosts
+from hvdtrain.doctor.ask import query_hosts_and_connect_back
+from hvdtrain.doctor.findings import diagnose_hosts
 from hvdtrain.system.errors import RunError
-from hvdtrain.system.network import is_here
+from hvdtrain.system.network import is_local_host
 
 
-def preflight(
+def check_hosts(
     hosts: Sequence[str], args: Sequence[str] = (), *, nic: str | None = None, ssh: Sequence[str] = ()
 ) -> None:
     """Ask all hosts at once what they have, unless all are this one; warn of what may be harmless.
@@ -22,10 +22,10 @@ def preflight(
     Raises RunError with a line for each host that cannot take part: that is no mistake in the command line, so it ends
     as a rank that fails would. Raises UserError if this host has no interface `nic`.
     """
-    if all(is_here(host) for host in hosts):
+    if all(is_local_host(host) for host in hosts):
         return
-    answers = ask_with_way_back(hosts, nic, full=False, first=run_folder(args), ssh=ssh)
-    found = of_hosts(answers, nic)
+    answers = query_hosts_and_connect_back(hosts, nic, full=False, first=parse_run_dir(args), ssh=ssh)
+    found = diagnose_hosts(answers, nic)
     for finding in found:
         if not finding.bad:
             print(f"hvdtrain: warning: {finding}", file=sys.stderr)
@@ -34,7 +34,7 @@ def preflight(
         raise RunError("\n".join(wrong))
 
 
-def run_folder(args: Sequence[str]) -> list[str]:
+def parse_run_dir(args: Sequence[str]) -> list[str]:
     """Where `hvdtrain ARGS` writes, if it is a training."""
     if args[:1] != ["train"]:
         return []

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from hvdtrain.doctor.ask import Answer
+from hvdtrain.doctor.ask import HostReply
 from hvdtrain.doctor.facts import Facts
-from hvdtrain.doctor.findings import Finding, size
+from hvdtrain.doctor.findings import DoctorFinding, format_bytes
 
 # What a table of several hosts shows where it differs. Addresses and free bytes always do, and say nothing.
-TOLD = (
+COMPARED_FACTS = (
     *("hostname", "system", "python", "executable", "hvdtrain", "torch", "horovod", "wheel", "mpi", "nccl", "compiler"),
     *("driver cuda", "gpus", "cpu", "cores usable", "cores allowed", "memory", "memory allowed", "interfaces"),
 )
 
 
-def describe(facts: Facts) -> str:
+def describe_host(facts: Facts) -> str:
     """All facts of one host, a line each."""
     built = facts["built with"] or {}
     parts = ", ".join(f"{name} {version}" for name, version in built.items() if version)
@@ -43,38 +43,39 @@ def describe(facts: Facts) -> str:
         ),
         (
             "memory",
-            f"{size(facts['memory'])}, {size(facts['memory free'])} free{f', {size(limit)} allowed' if limit else ''}",
+            f"{format_bytes(facts['memory'])}, {format_bytes(facts['memory free'])} "
+            f"free{f', {format_bytes(limit)} allowed' if limit else ''}",
         ),
-        *(("disk", f"{folder}: {space(state)}") for folder, state in facts["disks"].items()),
-        ("/dev/shm", space(facts["shared memory"])),
+        *(("disk", f"{folder}: {describe_disk(state)}") for folder, state in facts["disks"].items()),
+        ("/dev/shm", describe_disk(facts["shared memory"])),
         ("limits", ", ".join(f"{name} {'none' if at is None else at}" for name, at in facts["limits"].items())),
         *(("InfiniBand", name) for name in facts["infiniband"]),
-        *(("interface", f"{name}: {interface(nic)}") for name, nic in facts["nics"].items()),
+        *(("interface", f"{name}: {describe_interface(nic)}") for name, nic in facts["nics"].items()),
         *(("route", route) for route in facts["routes"]),
     ]
     return "\n".join(f"{name:10}  {text}" for name, text in lines)
 
 
-def space(state: Facts) -> str:
+def describe_disk(state: Facts) -> str:
     """Free and total bytes of a disk."""
     if state["free"] is None:
         return str(state["wrong"])
     wrong = f", {state['wrong']}" if state["wrong"] else ""
-    return f"{size(state['free'])} of {size(state['total'])} free{wrong}"
+    return f"{format_bytes(state['free'])} of {format_bytes(state['total'])} free{wrong}"
 
 
-def interface(nic: Facts) -> str:
+def describe_interface(nic: Facts) -> str:
     """An interface in words."""
     speed = f", {nic['speed']} Mbit/s" if nic["speed"] else ""
     return f"{', '.join(nic['addresses']) or 'no address'}, {'up' if nic['up'] else 'down'}, mtu {nic['mtu']}{speed}"
 
 
-def table(answers: Sequence[Answer]) -> str:
+def tabulate_differences(answers: Sequence[HostReply]) -> str:
     """The facts that differ between hosts, a row each; "" where none does."""
-    well = [answer for answer in answers if not answer.wrong]
+    well = [answer for answer in answers if not answer.error]
     rows = []
-    for name in TOLD:
-        values = [text_of(answer.facts[name]) for answer in well]
+    for name in COMPARED_FACTS:
+        values = [format_cell(answer.facts[name]) for answer in well]
         if len(set(values)) > 1 and not (name == "hostname" and values == [answer.host for answer in well]):
             rows.append([name, *values])
     if not rows:
@@ -86,14 +87,14 @@ def table(answers: Sequence[Answer]) -> str:
     )
 
 
-def text_of(value: object) -> str:
+def format_cell(value: object) -> str:
     """A fact as a cell of a table."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)
 
 
-def verdict(found: Sequence[Finding]) -> str:
+def format_verdict(found: Sequence[DoctorFinding]) -> str:
     """The last line: all fine, or the worst that was found."""
     if not found:
         return "all fine"

@@ -9,36 +9,36 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdtrain.elastic.places import Slot
-from hvdtrain.elastic.store import Board
-from hvdtrain.elastic.tries import STEP_TRIES, Death, count_tries, describe_end
+from hvdtrain.elastic.store import KeyValueStore
+from hvdtrain.elastic.tries import MAX_TRIES_PER_STEP, WorkerDeath, count_tries, describe_exit_code
 from hvdtrain.system import messages
-from hvdtrain.system.activity import Record
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER
+from hvdtrain.system.activity import ActivityRecord
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR
 
-STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
-NOW_AND_THEN = 60.0  # seconds
+MAX_FAILED_STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
+RETRY_INTERVAL = 60.0  # seconds
 
 
 @dataclass(frozen=True)
-class AfterDeath:
+class DeathResponse:
     """What a supervisor does when its worker has died."""
 
     failed_starts: int  # in a row, of its workers
-    pause: float = 0.0  # seconds before the next worker is started
-    code: int | None = None  # to leave with instead
+    restart_delay: float = 0.0  # seconds before the next worker is started
+    exit_code: int | None = None  # to leave with instead
 
 
 @dataclass(frozen=True)
-class Endings:
+class FailureHandler:
     """What one slot's supervisor, called `name` on the board, may say of the end."""
 
-    board: Board
+    store: KeyValueStore
     name: str
     slot: Slot
 
-    def judge_death(
-        self, member: str, code: int, record: Record, failed_starts: int, others: Sequence[Mapping[str, Any]]
-    ) -> AfterDeath:
+    def decide_after_death(
+        self, member: str, code: int, record: ActivityRecord, failed_starts: int, others: Sequence[Mapping[str, Any]]
+    ) -> DeathResponse:
         """Decide what follows the death of this slot's worker, and end the run if it makes no progress.
 
         Args:
@@ -46,26 +46,26 @@ class Endings:
             failed_starts: how many of this slot's workers before it died without joining a generation.
             others: the pulses of the other supervisors that are alive.
         """
-        plans, (_, steps, _, what) = self.board.facts("plan-"), record.read()
+        plans, (_, steps, _, what) = self.store.get_by_prefix("plan-"), record.read_activity()
         generations = [int(number) for number, plan in plans.items() if member in [m["id"] for m in plan["members"]]]
-        text = f"a worker on {self.slot.host} {describe_end(code)} while it was {what}"
+        text = f"a worker on {self.slot.host} {describe_exit_code(code)} while it was {what}"
         if generations:
-            death = asdict(Death(max(generations), steps, describe_end(code), what, self.slot.host))
-            deaths = {**self.board.facts("died-"), member: self.board.propose(f"died-{member}", death)}
-            tries = count_tries(deaths, self.board.facts("error-"), self.board.facts("began-"))
-            ending = self.end_run(EXIT_FAILED, f"no progress: {tries.text}") if tries.given_up else None
-            return AfterDeath(0, tries.pause(), ending)
+            death = asdict(WorkerDeath(max(generations), steps, describe_exit_code(code), what, self.slot.host))
+            deaths = {**self.store.get_by_prefix("died-"), member: self.store.put_if_absent(f"died-{member}", death)}
+            tries = count_tries(deaths, self.store.get_by_prefix("error-"), self.store.get_by_prefix("began-"))
+            ending = self.end_run(EXIT_FAILED, f"no progress: {tries.text}") if tries.should_give_up else None
+            return DeathResponse(0, tries.next_try_delay(), ending)
         failed_starts += 1
-        if not plans and (code == EXIT_USER or failed_starts >= STARTS):
-            ending = EXIT_USER if code == EXIT_USER else EXIT_FAILED
+        if not plans and (code == EXIT_USER_ERROR or failed_starts >= MAX_FAILED_STARTS):
+            ending = EXIT_USER_ERROR if code == EXIT_USER_ERROR else EXIT_FAILED
             self.report_failure(ending, f"no worker starts: {text}", ends=False)
-            return AfterDeath(failed_starts, code=ending)
-        gone = self.board.facts("gone-")
+            return DeathResponse(failed_starts, exit_code=ending)
+        gone = self.store.get_by_prefix("gone-")
         if not plans or any(other["joined"] and other["member"] not in gone for other in others):  # who train
-            return AfterDeath(failed_starts, NOW_AND_THEN if failed_starts >= STARTS else 0.0)
-        if failed_starts < STEP_TRIES or any(other["failed"] < STEP_TRIES - 1 for other in others):
-            return AfterDeath(failed_starts, min(2.0**failed_starts, NOW_AND_THEN))
-        return AfterDeath(failed_starts, code=self.end_run(EXIT_FAILED, f"no worker starts any more: {text}"))
+            return DeathResponse(failed_starts, RETRY_INTERVAL if failed_starts >= MAX_FAILED_STARTS else 0.0)
+        if failed_starts < MAX_TRIES_PER_STEP or any(other["failed"] < MAX_TRIES_PER_STEP - 1 for other in others):
+            return DeathResponse(failed_starts, min(2.0**failed_starts, RETRY_INTERVAL))
+        return DeathResponse(failed_starts, exit_code=self.end_run(EXIT_FAILED, f"no worker starts any more: {text}"))
 
     def end_run(self, code: int, error: str) -> int:
         """End the run for all with an exit code, and report why, unless it has ended already; the run's exit code.
@@ -73,16 +73,16 @@ class Endings:
         error: "" for a stop.
         """
         mine = {"code": code, "error": error, "by": self.name}
-        verdict = self.board.propose("verdict", mine)
+        verdict = self.store.put_if_absent("verdict", mine)
         if verdict == mine and error:
             self.report_failure(code, error, ends=True)
         elif verdict == mine:
-            messages.send("finished", rank=self.slot.local_rank, code=code)
+            messages.send_message("finished", rank=self.slot.local_rank, code=code)
         return int(verdict["code"])
 
     def report_failure(self, code: int, error: str, *, ends: bool) -> None:
         """Report to the launcher why this slot fails. ends: and the run with it, whoever else is there."""
         about = {"rank": self.slot.local_rank, "host": self.slot.host, "pid": os.getpid()}
-        messages.send("failed", **about, code=code, error=error, traceback="", ends=ends)
-        if not messages.launched():
+        messages.send_message("failed", **about, code=code, error=error, traceback="", ends=ends)
+        if not messages.is_launched():
             print(f"hvdtrain: error: {error}", file=sys.stderr, flush=True)

@@ -9,19 +9,19 @@ from typing import Any
 
 
 @dataclass
-class Watch:
+class HeartbeatMonitor:
     """When the others' pulses last changed, by this process's monotonic clock: no clock of theirs counts."""
 
-    seen: dict[str, tuple[int, float]] = field(default_factory=dict)
-    looked: float = 0.0
+    last_changes: dict[str, tuple[int, float]] = field(default_factory=dict)
+    last_check: float = 0.0
 
-    def look(self, pulses: Mapping[str, Any], lease: float) -> list[str]:
+    def find_expired(self, pulses: Mapping[str, Any], lease: float) -> list[str]:
         """The supervisors that have given no sign of life for so long."""
         now = time.monotonic()
-        if now - self.looked > lease / 2:  # this process was frozen itself: it knows nothing of the others
-            self.seen.clear()
-        self.looked = now
+        if now - self.last_check > lease / 2:  # this process was frozen itself: it knows nothing of the others
+            self.last_changes.clear()
+        self.last_check = now
         for key, pulse in pulses.items():
-            if key not in self.seen or self.seen[key][0] != pulse["beats"]:
-                self.seen[key] = (pulse["beats"], now)
-        return [key for key, (_, since) in self.seen.items() if now - since > lease]
+            if key not in self.last_changes or self.last_changes[key][0] != pulse["beats"]:
+                self.last_changes[key] = (pulse["beats"], now)
+        return [key for key, (_, since) in self.last_changes.items() if now - since > lease]

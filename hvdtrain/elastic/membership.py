@@ -16,77 +16,77 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from hvdtrain.comm.rendezvous import Server
-from hvdtrain.elastic.places import MEMBER, MESSAGES, Place, Slot, places
-from hvdtrain.elastic.store import Board, BoardLost
+from hvdtrain.comm.rendezvous import RendezvousServer
+from hvdtrain.elastic.places import MEMBER_VARIABLE, MESSAGE_FD_VARIABLE, RankAssignment, Slot, assign_ranks
+from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.elastic.tries import count_tries
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RecipeError, RunError, UserError
-from hvdtrain.system.network import address_of
+from hvdtrain.system.network import interface_address
 
-POLL = 0.02  # seconds
-EAGER = 10.0  # seconds that it polls so often
-PREFLIGHT = 10.0  # seconds for all of a plan to say that they follow it
-PATIENCE = 60.0  # seconds that the first generation waits for slots that do not come
-LOST = "the others went on without this member: it was frozen, or out of reach"
-PROPOSER = 1.0  # seconds after which another proposes a plan if the first in line does not
+PLAN_POLL_INTERVAL = 0.02  # seconds
+FAST_POLL_SECONDS = 10.0  # seconds that it polls so often
+FOLLOW_TIMEOUT = 10.0  # seconds for all of a plan to say that they follow it
+FIRST_PLAN_TIMEOUT = 60.0  # seconds that the first generation waits for slots that do not come
+EVICTED_TEXT = "the others went on without this member: it was frozen, or out of reach"
+PROPOSER_TIMEOUT = 1.0  # seconds after which another proposes a plan if the first in line does not
 
 
-class Gone(Exception):
+class MembershipEnded(Exception):
     """This member is none any more, and its process has to end, with this exit code."""
 
     def __init__(self, why: str, code: int) -> None:
         super().__init__(why)
-        self.code = code
+        self.exit_code = code
 
 
 class Membership:
     """This worker's membership."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        given = json.loads(environ[MEMBER])
+        given = json.loads(environ[MEMBER_VARIABLE])
         self.slot, self.member = Slot(**given["slot"]), str(given["member"])
-        self.board = Board(self.slot.address, self.slot.port)
-        self.messages = int(environ[MESSAGES])
-        os.set_blocking(self.messages, False)
-        self.generation = newest_plan(self.board)[0]
-        self.joined = False
-        self.leaving = self.stopping = self.regrouping = False
-        self.server: Server | None = None
-        self.took = ""  # how long the last generation took to form, for people
+        self.store = KeyValueStore(self.slot.address, self.slot.port)
+        self.message_fd = int(environ[MESSAGE_FD_VARIABLE])
+        os.set_blocking(self.message_fd, False)
+        self.generation = get_newest_plan(self.store)[0]
+        self.has_joined = False
+        self.leave_requested = self.stop_requested = self.regroup_requested = False
+        self.server: RendezvousServer | None = None
+        self.formation_text = ""  # how long the last generation took to form, for people
 
     @property
-    def changes(self) -> int:
+    def change_count(self) -> int:
         """How often the members have changed."""
         return self.generation - 1
 
-    def hear(self) -> None:
+    def poll_supervisor(self) -> None:
         """Take in what the supervisor has said: `leaving`, `stopping` and `regrouping`. Costs microseconds."""
         try:
-            said = os.read(self.messages, 4096)
+            said = os.read(self.message_fd, 4096)
         except BlockingIOError:
             return
-        self.leaving |= b"d" in said or not said  # nothing to read, ever again: the supervisor is dead
-        self.regrouping |= b"r" in said
-        self.stopping |= b"s" in said
+        self.leave_requested |= b"d" in said or not said  # nothing to read, ever again: the supervisor is dead
+        self.regroup_requested |= b"r" in said
+        self.stop_requested |= b"s" in said
 
-    def asked(self) -> tuple[bool, bool, bool]:
+    def get_requests(self) -> tuple[bool, bool, bool]:
         """Whether this member was asked to stop the run, to leave it, to regroup."""
-        return self.stopping, self.leaving, self.regrouping
+        return self.stop_requested, self.leave_requested, self.regroup_requested
 
-    def too_few(self, members: int) -> bool:
+    def is_below_minimum(self, members: int) -> bool:
         return members < self.slot.least
 
-    def leave_if_asked(self) -> None:
+    def leave_if_requested(self) -> None:
         """Leave at the end of a generation, if this member was asked to. Raises Gone then."""
-        if self.leaving:
-            self.leave()
+        if self.leave_requested:
+            self.announce_departure()
 
-    def leave(self) -> NoReturn:
+    def announce_departure(self) -> NoReturn:
         """Tell the others that this member is gone, and raise Gone."""
-        self.board.propose(f"gone-{self.member}", "left")
-        raise Gone("left, as it was asked to", EXIT_REQUEUE)
+        self.store.put_if_absent(f"gone-{self.member}", "left")
+        raise MembershipEnded("left, as it was asked to", EXIT_REQUEUE)
 
-    def next_place(self, step: int) -> Place:
+    def form_next_generation(self, step: int) -> RankAssignment:
         """Form the next generation with whoever is there; returns when all of it say that they follow its plan.
 
         step: that this worker's state has reached; -1 where it has none.
@@ -95,21 +95,21 @@ class Membership:
         """
         while True:
             number = self.generation + 1
-            plan = self._plan(number, step)
+            plan = self._agree_on_plan(number, step)
             self.generation = number
-            self._end_server_unless(plan)
+            self._stop_stale_server(plan)
             if plan.get("error"):
                 raise RunError(plan["error"])
             names = [member["id"] for member in plan["members"]]
             if self.member not in names:
-                if self.joined:
-                    raise Gone(LOST, EXIT_FAILED)
+                if self.has_joined:
+                    raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
                 continue
-            if self._all_follow(number, names):
-                self.joined, self.regrouping = True, False
+            if self._confirm_plan(number, names):
+                self.has_joined, self.regroup_requested = True, False
                 mine = plan["members"][names.index(self.member)]
                 keys = ("rank", "local_rank", "local_size", "cross_rank", "cross_size", "host")
-                return Place(
+                return RankAssignment(
                     generation=number,
                     size=len(names),
                     root=plan["root"],
@@ -118,46 +118,46 @@ class Membership:
                     **{key: mine[key] for key in keys},
                 )
 
-    def _plan(self, number: int, step: int) -> dict[str, Any]:
+    def _agree_on_plan(self, number: int, step: int) -> dict[str, Any]:
         """The plan of a generation, proposed by this member if it is the one to.
 
         A member that is asked to leave or to stop meanwhile leaves, if it has no state. One that has makes a generation
         with those who are there, however few: at the end of a step, they all save.
         """
-        board, began, complete_since = self.board, time.monotonic(), None
-        about = {"step": step, "host": self.slot.host, "slot": self.slot.local_rank, "joined": self.joined}
-        board.propose(f"here-{number}-{self.member}", about)
-        previous = (board.fact(f"plan-{number - 1}") or {"members": []})["members"]
+        board, began, complete_since = self.store, time.monotonic(), None
+        about = {"step": step, "host": self.slot.host, "slot": self.slot.local_rank, "joined": self.has_joined}
+        board.put_if_absent(f"here-{number}-{self.member}", about)
+        previous = (board.get(f"plan-{number - 1}") or {"members": []})["members"]
         previous = [member["id"] for member in previous]
         while True:
-            if (plan := board.fact(f"plan-{number}")) is not None:
+            if (plan := board.get(f"plan-{number}")) is not None:
                 return dict(plan)
-            if (verdict := board.fact("verdict")) is not None:
-                raise Gone("the run has ended", int(verdict["code"]))
-            self.hear()
-            asked = self.leaving or self.stopping
-            if asked and not self.joined:
-                self.leave()
-            here, gone = board.facts(f"here-{number}-"), board.facts("gone-")
+            if (verdict := board.get("verdict")) is not None:
+                raise MembershipEnded("the run has ended", int(verdict["code"]))
+            self.poll_supervisor()
+            asked = self.leave_requested or self.stop_requested
+            if asked and not self.has_joined:
+                self.announce_departure()
+            here, gone = board.get_by_prefix(f"here-{number}-"), board.get_by_prefix("gone-")
             if self.member in gone:
-                raise Gone(LOST, EXIT_FAILED)
+                raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
             present = {member: about for member, about in here.items() if member not in gone}
             if previous:
                 complete = all(member in here or member in gone for member in previous)
             else:
                 # horovodrun's newest list lacks slots that could not be filled.
-                expected = min((pulse["size"] for pulse in board.pulses().values()), default=self.slot.size)
-                complete = len(here) >= expected or time.monotonic() - began > PATIENCE
+                expected = min((pulse["size"] for pulse in board.get_heartbeats().values()), default=self.slot.size)
+                complete = len(here) >= expected or time.monotonic() - began > FIRST_PLAN_TIMEOUT
             if complete and (asked or len(present) >= self.slot.least):
                 complete_since = complete_since or time.monotonic()
                 line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
-                if line[0] == self.member or time.monotonic() - complete_since > PROPOSER:
-                    return self._propose(number, line, present)
+                if line[0] == self.member or time.monotonic() - complete_since > PROPOSER_TIMEOUT:
+                    return self._propose_plan(number, line, present)
             # Others may train for long, or be too few, before there is a place for this one.
-            time.sleep(POLL if time.monotonic() - began < EAGER else 10 * POLL)
+            time.sleep(PLAN_POLL_INTERVAL if time.monotonic() - began < FAST_POLL_SECONDS else 10 * PLAN_POLL_INTERVAL)
 
-    def _propose(self, number: int, line: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
-        members = places(line, present)
+    def _propose_plan(self, number: int, line: Sequence[str], present: Mapping[str, Any]) -> dict[str, Any]:
+        members = assign_ranks(line, present)
         assignments = {
             f"{m['host']}:{m['local_rank']}": ",".join(
                 str(v)
@@ -165,41 +165,41 @@ class Membership:
             )
             for m in members
         }
-        address = own_address(self.slot.interface, self.slot.address)
-        server = Server(address, assignments)
+        address = get_own_address(self.slot.interface, self.slot.address)
+        server = RendezvousServer(address, assignments)
         steps = [present[member["id"]]["step"] for member in members]
         plan = {
             "members": members,
             "server": [address, server.port],
             "root": steps.index(max(steps)),
             "step": max(steps),
-            "error": self._reason_to_end(),
+            "error": self._find_give_up_reason(),
         }
-        chosen = self.board.propose(f"plan-{number}", plan)
+        chosen = self.store.put_if_absent(f"plan-{number}", plan)
         if chosen != plan:
-            server.end()
+            server.stop_serving()
         else:
             if self.server is not None:
-                self.server.end()
+                self.server.stop_serving()
             self.server = server
         return dict(chosen)
 
-    def _end_server_unless(self, plan: Mapping[str, Any]) -> None:
+    def _stop_stale_server(self, plan: Mapping[str, Any]) -> None:
         """End the server of an earlier generation that this member gave, unless the plan is of it."""
         if self.server is not None and plan["server"] != [self.server.server_address[0], self.server.port]:
-            self.server.end()
+            self.server.stop_serving()
             self.server = None
 
-    def _all_follow(self, number: int, names: Sequence[str]) -> bool:
+    def _confirm_plan(self, number: int, names: Sequence[str]) -> bool:
         """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""
-        self.board.propose(f"follows-{number}-{self.member}", True)
-        deadline = time.monotonic() + PREFLIGHT
+        self.store.put_if_absent(f"follows-{number}-{self.member}", True)
+        deadline = time.monotonic() + FOLLOW_TIMEOUT
         while time.monotonic() < deadline:
-            if len(self.board.facts(f"follows-{number}-")) == len(names):
+            if len(self.store.get_by_prefix(f"follows-{number}-")) == len(names):
                 return True
-            if set(names) & set(self.board.facts("gone-")):
+            if set(names) & set(self.store.get_by_prefix("gone-")):
                 return False
-            time.sleep(POLL)
+            time.sleep(PLAN_POLL_INTERVAL)
         return False
 
     def report_error(self, step: int, error: Exception) -> None:
@@ -209,58 +209,60 @@ class Membership:
         else:
             text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         print(f"{trace}hvdtrain: retrying once after an error after step {step}: {text}", file=sys.stderr)
-        self.board.propose(f"error-{self.generation}-{self.member}", {"step": step, "text": text})
+        self.store.put_if_absent(f"error-{self.generation}-{self.member}", {"step": step, "text": text})
 
-    def note_start(self, step: int) -> None:
+    def publish_start(self, step: int) -> None:
         """Publish, on rank 0, after how many steps this generation begins: what is behind it is safe."""
-        self.board.propose(f"began-{self.generation}", step)
+        self.store.put_if_absent(f"began-{self.generation}", step)
 
-    def _reason_to_end(self) -> str | None:
+    def _find_give_up_reason(self) -> str | None:
         """Why there is to be no further generation, or None."""
-        tries = count_tries(self.board.facts("died-"), self.board.facts("error-"), self.board.facts("began-"))
-        return self._repeated_error() or (f"no progress: {tries.text}" if tries.given_up else None)
+        tries = count_tries(
+            self.store.get_by_prefix("died-"), self.store.get_by_prefix("error-"), self.store.get_by_prefix("began-")
+        )
+        return self._find_repeated_error() or (f"no progress: {tries.text}" if tries.should_give_up else None)
 
-    def _repeated_error(self) -> str | None:
+    def _find_repeated_error(self) -> str | None:
         said: dict[tuple[int, str], set[str]] = {}
-        for key, error in self.board.facts("error-").items():
+        for key, error in self.store.get_by_prefix("error-").items():
             said.setdefault((error["step"], error["text"]), set()).add(key.partition("-")[0])
         twice = [(step, text) for (step, text), generations in said.items() if len(generations) > 1]
         return f"the same error came twice at step {twice[0][0]}: {twice[0][1]}" if twice else None
 
-    def end(self, code: int, error: str = "") -> None:
+    def publish_end(self, code: int, error: str = "") -> None:
         """Say that the run has ended, with an exit code."""
-        self.board.propose("verdict", {"code": code, "error": error})
+        self.store.put_if_absent("verdict", {"code": code, "error": error})
 
-    def over(self) -> bool:
+    def has_run_ended(self) -> bool:
         """Whether the run has ended; also if nobody is left who could know."""
         try:
-            return self.board.fact("verdict") is not None
-        except BoardLost:
+            return self.store.get("verdict") is not None
+        except StoreUnreachable:
             return True
 
-    def verdict(self) -> dict[str, Any] | None:
+    def get_verdict(self) -> dict[str, Any] | None:
         """How the run has ended, {code, error}; None if it has not or nobody is left who could know."""
         try:
-            return self.board.fact("verdict")  # type: ignore[no-any-return]
-        except BoardLost:
+            return self.store.get("verdict")  # type: ignore[no-any-return]
+        except StoreUnreachable:
             return None
 
 
-def newest_plan(board: Board) -> tuple[int, dict[str, Any] | None]:
+def get_newest_plan(board: KeyValueStore) -> tuple[int, dict[str, Any] | None]:
     """The newest generation's number and plan; 0 and None where there is none yet."""
-    plans = board.facts("plan-")
+    plans = board.get_by_prefix("plan-")
     newest = max((int(number) for number in plans), default=0)
     return newest, plans.get(str(newest))
 
 
-def own_address(interface: str, fallback: str) -> str:
+def get_own_address(interface: str, fallback: str) -> str:
     """This host's IPv4 address on an interface; `fallback` where it has none."""
     try:
-        return address_of(interface)
+        return interface_address(interface)
     except UserError:
         return fallback
 
 
-def from_environment() -> Membership | None:
+def membership_from_environment() -> Membership | None:
     """This worker's membership, or None where the run is not elastic."""
-    return Membership(os.environ) if MEMBER in os.environ else None
+    return Membership(os.environ) if MEMBER_VARIABLE in os.environ else None

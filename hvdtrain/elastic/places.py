@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MEMBER = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
-MESSAGES = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
+MEMBER_VARIABLE = "HVDTRAIN_MEMBER"  # in a worker's environment: its slot and its name
+MESSAGE_FD_VARIABLE = "HVDTRAIN_MESSAGES"  # the file descriptor on which its supervisor tells it things
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankAssignment:
     """A member's place in a generation."""
 
     generation: int
@@ -57,7 +57,7 @@ class Place:
     step: int  # that it has reached; -1: nobody has a state
     server: tuple[str, int]
 
-    def environment(self) -> dict[str, str]:
+    def horovod_environment(self) -> dict[str, str]:
         """What Horovod reads when it starts."""
         names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
         values = {f"HOROVOD_{name.upper()}": str(getattr(self, name)) for name in names}
@@ -66,7 +66,7 @@ class Place:
         return values | {"HOROVOD_HOSTNAME": self.host}
 
 
-def places(line: Sequence[str], present: Mapping[str, Any]) -> list[dict[str, Any]]:
+def assign_ranks(line: Sequence[str], present: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The members with their ranks: those of a host follow each other, hosts and members in the order of the line."""
     hosts: dict[str, list[str]] = {}
     for member in line:

@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
-HOST = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
-LARGEST = 2**62
+MEMBER_HOST_PATTERN = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+RECORD_INTEGER_BOUND = 2**62
 
 
 class Verdict(TypedDict):
@@ -33,7 +33,7 @@ class PlannedMember(TypedDict):
     cross_size: int
 
 
-class Plan(TypedDict):
+class GenerationPlan(TypedDict):
     """A generation."""
 
     members: list[PlannedMember]
@@ -59,7 +59,7 @@ class WorkerError(TypedDict):
     text: str
 
 
-class Pulse(TypedDict):
+class Heartbeat(TypedDict):
     """A supervisor's sign of life."""
 
     beats: int
@@ -73,7 +73,7 @@ class Pulse(TypedDict):
 
 
 class DeathRecord(TypedDict):
-    """How a worker that had joined a generation ended: hvdtrain.elastic.tries.Death."""
+    """How a worker that had joined a generation ended: hvdtrain.elastic.tries.WorkerDeath."""
 
     generation: int
     steps: int
@@ -83,9 +83,9 @@ class DeathRecord(TypedDict):
 
 
 # By the form of the key.
-FACTS: list[tuple[re.Pattern[str], Any]] = [
+FACT_TYPES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"verdict"), Verdict),
-    (re.compile(r"plan-[0-9]{1,9}"), Plan),
+    (re.compile(r"plan-[0-9]{1,9}"), GenerationPlan),
     (re.compile(r"here-[0-9]{1,9}-.+"), Presence),
     (re.compile(r"follows-[0-9]{1,9}-.+"), bool),
     (re.compile(r"error-[0-9]{1,9}-.+"), WorkerError),
@@ -94,26 +94,26 @@ FACTS: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"began-[0-9]{1,9}"), int),
     (re.compile(r"folder"), str),
 ]
-KINDS = ("verdict", "plan", "here", "follows", "error", "gone", "died", "began", "folder")
+FACT_KINDS = ("verdict", "plan", "here", "follows", "error", "gone", "died", "began", "folder")
 
 
 def parse_fact(key: str, text: bytes | str) -> Any:
     """The value of a fact. Raises ValueError if it is not one that its key can have."""
-    value = parse_json(text)
-    for form, kind in FACTS:
+    value = load_json(text)
+    for form, kind in FACT_TYPES:
         if form.fullmatch(key):
-            return check(value, kind)
-    if key.partition("-")[0] in KINDS:
+            return check_record(value, kind)
+    if key.partition("-")[0] in FACT_KINDS:
         raise ValueError("a key of an unknown form")
     return value
 
 
-def parse_pulse(text: bytes | str) -> Any:
+def parse_heartbeat(text: bytes | str) -> Any:
     """A supervisor's sign of life. Raises ValueError."""
-    return check(parse_json(text), Pulse)
+    return check_record(load_json(text), Heartbeat)
 
 
-def parse_json(text: bytes | str) -> Any:
+def load_json(text: bytes | str) -> Any:
     """The value of JSON text. Raises ValueError."""
     try:
         return json.loads(text)
@@ -121,42 +121,46 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def check(value: Any, kind: Any) -> Any:
+def check_record(value: Any, kind: Any) -> Any:
     """The value, if it has the fields of its kind with values of their types. Raises ValueError."""
-    if not fits(value, kind):
+    if not matches_type(value, kind):
         raise ValueError(f"{value!r:.100} is no {getattr(kind, '__name__', kind)}")
     if kind is Verdict and not 0 <= value["code"] < 256:
         raise ValueError(f"code {value['code']}")
-    if kind is Plan:
-        check_plan(value)
-    if isinstance(value, dict) and "host" in value and not HOST.fullmatch(value["host"]):
+    if kind is GenerationPlan:
+        check_generation_plan(value)
+    if isinstance(value, dict) and "host" in value and not MEMBER_HOST_PATTERN.fullmatch(value["host"]):
         raise ValueError(f"host {value['host']!r:.100}")
     return value
 
 
-def check_plan(plan: Plan) -> None:
+def check_generation_plan(plan: GenerationPlan) -> None:
     """Raise ValueError for places that do not fit together."""
     members, server = plan["members"], plan["server"]
     if [member["rank"] for member in members] != list(range(len(members))) or not 0 <= plan["root"] < len(members):
         raise ValueError("ranks that do not count up, or a root that is none of them")
-    if any(not HOST.fullmatch(member["host"]) for member in members):
+    if any(not MEMBER_HOST_PATTERN.fullmatch(member["host"]) for member in members):
         raise ValueError("a member on no host")
-    right = len(server) == 2 and fits(server[0], str) and fits(server[1], int) and 0 < server[1] < 1 << 16
-    if not right or not HOST.fullmatch(server[0]):
+    right = (
+        len(server) == 2 and matches_type(server[0], str) and matches_type(server[1], int) and 0 < server[1] < 1 << 16
+    )
+    if not right or not MEMBER_HOST_PATTERN.fullmatch(server[0]):
         raise ValueError(f"server {server!r:.100}")
 
 
-def fits(value: Any, kind: Any) -> bool:
+def matches_type(value: Any, kind: Any) -> bool:
     """Whether a JSON value has a type: a TypedDict, a list of one, a union, int, str, bool or None."""
     if kind is Any:
         return True
     if is_typeddict(kind):
         hints = get_type_hints(kind)
-        return isinstance(value, dict) and all(name in value and fits(value[name], hints[name]) for name in hints)
+        return isinstance(value, dict) and all(
+            name in value and matches_type(value[name], hints[name]) for name in hints
+        )
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(fits(one, get_args(kind)[0]) for one in value)
+        return isinstance(value, list) and all(matches_type(one, get_args(kind)[0]) for one in value)
     if get_args(kind):
-        return any(fits(value, one) for one in get_args(kind))
+        return any(matches_type(value, one) for one in get_args(kind))
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < RECORD_INTEGER_BOUND
     return isinstance(value, kind)

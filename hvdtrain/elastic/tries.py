@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STEP_TRIES = 3
-ALL_TRIES = 10
-PAUSE = (2.0, 30.0)  # seconds before the second try, doubled for each further one, and at most
+MAX_TRIES_PER_STEP = 3
+MAX_TRIES = 10
+RETRY_DELAYS = (2.0, 30.0)  # seconds before the second try, doubled for each further one, and at most
 
 
 @dataclass(frozen=True)
-class Death:
+class WorkerDeath:
     """How a worker that had joined a generation ended."""
 
     generation: int
@@ -36,23 +36,23 @@ class Death:
 
 
 @dataclass(frozen=True)
-class Tries:
+class TriesWithoutProgress:
     """How often the run was tried since it last made progress."""
 
     count: int
-    at_step: int  # of these, how many ended at the same step as the last one
+    count_at_step: int  # of these, how many ended at the same step as the last one
     text: str  # what the last one ended by
 
     @property
-    def given_up(self) -> bool:
-        return self.at_step >= STEP_TRIES or self.count >= ALL_TRIES
+    def should_give_up(self) -> bool:
+        return self.count_at_step >= MAX_TRIES_PER_STEP or self.count >= MAX_TRIES
 
-    def pause(self) -> float:
+    def next_try_delay(self) -> float:
         """Seconds to wait before the next try."""
-        return 0.0 if self.count <= 1 else min(PAUSE[0] * 2.0 ** (self.count - 2), PAUSE[1])
+        return 0.0 if self.count <= 1 else min(RETRY_DELAYS[0] * 2.0 ** (self.count - 2), RETRY_DELAYS[1])
 
 
-def count_tries(deaths: Mapping[str, Any], errors: Mapping[str, Any], began: Mapping[str, Any]) -> Tries:
+def count_tries(deaths: Mapping[str, Any], errors: Mapping[str, Any], began: Mapping[str, Any]) -> TriesWithoutProgress:
     """Count the tries without progress.
 
     Args:
@@ -61,7 +61,7 @@ def count_tries(deaths: Mapping[str, Any], errors: Mapping[str, Any], began: Map
         began: by generation, the steps that were done when it began.
     """
     ends: dict[int, list[tuple[int, str]]] = {}  # by generation: steps done, and the end in words
-    for death in (Death(**fields) for fields in deaths.values()):
+    for death in (WorkerDeath(**fields) for fields in deaths.values()):
         text = f"a worker on {death.host} {death.cause} while it was {death.what}"
         ends.setdefault(death.generation, []).append((death.steps, text))
     for key, error in errors.items():
@@ -80,10 +80,10 @@ def count_tries(deaths: Mapping[str, Any], errors: Mapping[str, Any], began: Map
             why = ends[generation][-1][1]
             tries = f"{count} tries" if count > 1 else "the first try"
             text = f"step {steps + 1} was not passed in {tries}; in the last one, {why}"
-    return Tries(count, at_step, text)
+    return TriesWithoutProgress(count, at_step, text)
 
 
-def describe_end(code: int) -> str:
+def describe_exit_code(code: int) -> str:
     """How a process ended, by its return code as subprocess gives it."""
     if code >= 0:
         return f"ended with code {code}"

@@ -10,61 +10,69 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.elastic.places import MEMBER, MESSAGES, Slot
+from hvdtrain.elastic.places import MEMBER_VARIABLE, MESSAGE_FD_VARIABLE, Slot
 from hvdtrain.system import cpus
-from hvdtrain.system.activity import PATIENT, RECORD_FD, Record
+from hvdtrain.system.activity import ACTIVITY_FD_VARIABLE, PATIENT_FACTOR, ActivityRecord
 
-BLOCKED = 120.0  # seconds after the hang limit for a worker to end by itself
+BLOCKED_GRACE = 120.0  # seconds after the hang limit for a worker to end by itself
 
 
 @dataclass
-class Worker:
+class WorkerProcess:
     """A worker process and what its supervisor knows of it. Times are by the monotonic clock."""
 
     process: subprocess.Popen[bytes]
     member: str
     pidfd: int
-    messages: int  # the writing end of a pipe to it
-    record: Record  # what it is in
+    message_fd: int  # the writing end of a pipe to it
+    record: ActivityRecord  # what it is in
     stopped_since: float | None = None
     beats: int = 0  # of its watcher, when they were last looked at
-    beat_at: float = 0.0  # when they last changed
+    beats_changed_at: float = 0.0  # when they last changed
 
-    def stopped(self, seconds: float) -> bool:
+    def is_stopped(self, seconds: float) -> bool:
         """Whether somebody has stopped it, by a signal, for so long."""
         with contextlib.suppress(OSError):
             state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
             self.stopped_since = (self.stopped_since or time.monotonic()) if state in "tT" else None
         return self.stopped_since is not None and time.monotonic() - self.stopped_since > seconds
 
-    def blocked(self) -> bool:
+    def is_blocked(self) -> bool:
         """Whether not even its watcher has run for long after its hang limit: no signal may reach it."""
-        beats, _, limit, _ = self.record.read()
+        beats, _, limit, _ = self.record.read_activity()
         if beats != self.beats:
-            self.beats, self.beat_at = beats, time.monotonic()
-        return bool(beats and limit and time.monotonic() - self.beat_at > PATIENT * limit + BLOCKED)
+            self.beats, self.beats_changed_at = beats, time.monotonic()
+        return bool(
+            beats and limit and time.monotonic() - self.beats_changed_at > PATIENT_FACTOR * limit + BLOCKED_GRACE
+        )
 
     def close(self) -> None:
         """Close what this process holds of it, once it has ended."""
         os.close(self.pidfd)
-        os.close(self.messages)
+        os.close(self.message_fd)
         self.record.memory.close()
 
 
-def start_worker(command: Sequence[str], environ: Mapping[str, str], slot: Slot, member: str) -> Worker:
+def start_worker(command: Sequence[str], environ: Mapping[str, str], slot: Slot, member: str) -> WorkerProcess:
     """Start a worker, as a world of one; it joins the others when it has built its model."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     memory = os.memfd_create("hvdtrain-record")
     environ = {name: value for name, value in environ.items() if "RENDEZVOUS" not in name}
-    environ |= {MEMBER: slot.to_json(member), MESSAGES: str(reading), RECORD_FD: str(memory)}
+    environ |= {
+        MEMBER_VARIABLE: slot.to_json(member),
+        MESSAGE_FD_VARIABLE: str(reading),
+        ACTIVITY_FD_VARIABLE: str(memory),
+    }
     environ |= {f"HOROVOD_{what}RANK": "0" for what in ("", "LOCAL_", "CROSS_")}
     environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
     # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
     environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
     cpus.set_threads(slot.local_size, environ)
-    record = Record(memory)
+    record = ActivityRecord(memory)
     process = subprocess.Popen(command, env=environ, pass_fds=[reading, memory])
     os.close(reading)
     os.close(memory)
-    return Worker(process, member, os.pidfd_open(process.pid), writing, record, beat_at=time.monotonic())
+    return WorkerProcess(
+        process, member, os.pidfd_open(process.pid), writing, record, beats_changed_at=time.monotonic()
+    )

@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.reducer import Channel, Plain
+from hvdtrain.compression.reducer import CompressedReducer, PlainReducer
 from hvdtrain.compression.spec import Spec
-from hvdtrain.exchange.buckets import Bucket, Named, check, check_dtype, width
-from hvdtrain.exchange.layout import Layout, wants_exchange
+from hvdtrain.exchange.buckets import Bucket, NamedParameters, check_dtype, check_parameters, real_numel
+from hvdtrain.exchange.layout import BucketLayout, expects_gradient
 from hvdtrain.system.errors import UserError
 
 # What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
 # times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
-SPARSE = 1 / 1024
+SPARSE_FLAG = 1 / 1024
 
 
-class Exchange(Layout):
+class BucketedExchange(BucketLayout):
     """Reduces the gradients of `named` over ranks once per step, overlapping with the backward pass.
 
     In the backward pass that ends a step (`passes` of them make one step), each gradient is copied into its bucket
@@ -38,11 +38,11 @@ class Exchange(Layout):
     So the first step's buckets are made as well, in the order in which its gradients became ready.
     """
 
-    _open: ClassVar[weakref.WeakSet[Exchange]] = weakref.WeakSet()  # those whose hooks are in place
+    _open_exchanges: ClassVar[weakref.WeakSet[BucketedExchange]] = weakref.WeakSet()  # those whose hooks are in place
 
     def __init__(
         self,
-        named: Named,
+        named: NamedParameters,
         average: bool,
         spec: Spec,
         seed: int = 0,
@@ -55,13 +55,13 @@ class Exchange(Layout):
         self.waited = 0.0  # seconds that the last `finish` waited for communication
         self.backward_end = 0.0  # when the last `finish` was called, by time.perf_counter
         self.size = collectives.size(group)
-        check(named, spec)
-        taken = {p for other in self._open for p in other.names}
+        check_parameters(named, spec)
+        taken = {p for other in self._open_exchanges for p in other.names}
         for name, p in named:
             if p in taken:
                 raise ValueError(f"{name} is in another DistributedOptimizer already: call its exchange.close() first")
         self.checks_finite = False  # whether `finish` looks if all sums are finite
-        self.finite = True  # what it saw in the last step; the same on all ranks
+        self.sums_are_finite = True  # what it saw in the last step; the same on all ranks
         self.advisor = None
         if spec.method == "auto":
             from hvdtrain.exchange.advisor import Advisor
@@ -69,40 +69,42 @@ class Exchange(Layout):
             self.advisor = Advisor(self)
         # Finished gradients of parameters in no bucket that is sent, in the order in which they came.
         self._arrived: dict[torch.nn.Parameter, None] = {}
-        self._late: bool | None = None  # whether one of those has, or will have, a gradient; None: not looked yet
+        self._has_late_gradients: bool | None = (
+            None  # whether one of those has, or will have, a gradient; None: not looked yet
+        )
         self._repeated: set[torch.nn.Parameter] = set()  # whose gradients are finished only at the end of the pass
-        self._remaining: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
-        self._last_pass: bool | None = None  # of the step is under way; None: the caller does not announce passes
+        self._remaining_passes: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
+        self._is_last_pass: bool | None = None  # of the step is under way; None: the caller does not announce passes
         self._paused = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, p in named:
-            self._watch(name, p)
-        self.outside = list(self.names)
-        self._open.add(self)
+            self._register_parameter(name, p)
+        self.inactive_params = list(self.names)
+        self._open_exchanges.add(self)
 
-    def _watch(self, name: str, p: torch.nn.Parameter) -> None:
+    def _register_parameter(self, name: str, p: torch.nn.Parameter) -> None:
         """Put a hook on a parameter, also if it is frozen now."""
         self.names[p] = name
         if not (p.is_floating_point() or p.is_complex()):
             return  # it will never have a gradient
-        self._remaining[p] = self.passes
+        self._remaining_passes[p] = self.passes
         trained = p.requires_grad
         p.requires_grad_(True)  # torch puts hooks on no others
         self._hooks.append(p.register_post_accumulate_grad_hook(self._make_hook(name, p)))  # type: ignore[no-untyped-call]
         p.requires_grad_(trained)
 
-    def add(self, name: str, p: torch.nn.Parameter) -> None:
+    def add_parameter(self, name: str, p: torch.nn.Parameter) -> None:
         """Take in another parameter, on all ranks; where its first gradient comes, the ranks' values must be equal."""
         check_dtype(name, p)
-        self._watch(name, p)
-        self.added.add(p)
-        self.outside.append(p)
+        self._register_parameter(name, p)
+        self.new_params.add(p)
+        self.inactive_params.append(p)
 
     def close(self) -> None:
         """Leave the parameters, to which another exchange may come then; this one is of no more use."""
         for hook in self._hooks:
             hook.remove()
-        self._open.discard(self)
+        self._open_exchanges.discard(self)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,29 +116,29 @@ class Exchange(Layout):
             self._paused = before
 
     @property
-    def compressed(self) -> list[Bucket]:
+    def compressed_buckets(self) -> list[Bucket]:
         """The buckets that a codec carries."""
-        return [bucket for bucket in self.buckets if isinstance(bucket.channel, Channel)]
+        return [bucket for bucket in self.buckets if isinstance(bucket.reducer, CompressedReducer)]
 
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank sent in the last step, and received as many."""
-        return sum(bucket.channel.wire_bytes for bucket in self.awake) + self.flags.wire_bytes
+        return sum(bucket.reducer.wire_bytes for bucket in self.active_buckets) + self.flags.wire_bytes
 
     @property
-    def pending(self) -> bool:
+    def has_pending_gradients(self) -> bool:
         """Whether there are finished gradients of this rank that `finish` has not reduced yet."""
         return bool(self._arrived) or any(bucket.sent or bucket.filled for bucket in self.buckets)
 
-    def report(self) -> list[dict[str, Any]]:
+    def describe_buckets(self) -> list[dict[str, Any]]:
         """The buckets as they are sent: sizes in values and in bytes on this rank's wire per step."""
         return [
             {
                 "parameters": len(bucket.params),
                 "values": sum(p.numel() for p in bucket.params),
                 "compression": bucket.method,
-                "bytes_sent": 0 if bucket.asleep else bucket.channel.wire_bytes,
-                "bytes_received": 0 if bucket.asleep else bucket.channel.wire_bytes,  # rings are symmetric
+                "bytes_sent": 0 if bucket.suspended else bucket.reducer.wire_bytes,
+                "bytes_received": 0 if bucket.suspended else bucket.reducer.wire_bytes,  # rings are symmetric
             }
             for bucket in self.buckets
         ]
@@ -144,62 +146,62 @@ class Exchange(Layout):
     def set_passes(self, passes: int) -> None:
         """How many backward passes make the coming step on this rank: 0 where it has no examples."""
         self.passes = passes
-        self._remaining = dict.fromkeys(self._remaining, passes)
+        self._remaining_passes = dict.fromkeys(self._remaining_passes, passes)
 
     def announce_pass(self, last: bool) -> None:
         """A backward pass begins, the step's last or not. A caller that announces one announces all."""
-        self._last_pass = last
+        self._is_last_pass = last
 
-    def forget(self) -> None:
+    def discard_gradients(self) -> None:
         """Drop the gradients that have come since the last `finish`. Raises RuntimeError if some have been sent."""
         if any(bucket.sent for bucket in self.buckets):
             raise RuntimeError(
                 "zero_grad() between backward() and step(): the gradients are being reduced. If that backward() was "
                 "for another optimizer, run it within `with optimizer.paused():` of this one"
             )
-        self._clear()
+        self._reset_step()
 
-    def _clear(self) -> None:
+    def _reset_step(self) -> None:
         self._arrived.clear()
-        self._late = None
+        self._has_late_gradients = None
         for bucket in self.buckets:
             bucket.sent = False
             bucket.filled.clear()
-        self._remaining = dict.fromkeys(self._remaining, self.passes)
+        self._remaining_passes = dict.fromkeys(self._remaining_passes, self.passes)
 
     def _make_hook(self, name: str, p: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
-        def hook(_: torch.Tensor) -> None:
-            if self._paused or self._last_pass is False:
+        def on_gradient(_: torch.Tensor) -> None:
+            if self._paused or self._is_last_pass is False:
                 return
-            if self._last_pass is None:
-                self._remaining[p] -= 1
-                if self._remaining[p] > 0:
+            if self._is_last_pass is None:
+                self._remaining_passes[p] -= 1
+                if self._remaining_passes[p] > 0:
                     return
-                if self._remaining[p] < 0:
-                    self._refuse_another(name)
-            bucket, index = self.place.get(p, (None, 0))
+                if self._remaining_passes[p] < 0:
+                    self._raise_second_gradient(name)
+            bucket, index = self.locations.get(p, (None, 0))
             if bucket is None:
                 if p in self._arrived:
                     self._repeated.add(p)
                 self._arrived[p] = None
             elif bucket.sent:
-                self._refuse_another(name)
+                self._raise_second_gradient(name)
             elif index in bucket.filled or p in self._repeated:
                 bucket.filled.discard(index)
                 self._repeated.add(p)
             else:
-                self._fill(bucket, index)
+                self._store_gradient(bucket, index)
                 if len(bucket.filled) == len(bucket.params):
-                    self._send(bucket)
+                    self._send_bucket(bucket)
                 for other in self.buckets:
                     if other.sent:
-                        other.channel.turn(wait=False)
+                        other.reducer.start_second_round(wait=False)
 
-        return hook
+        return on_gradient
 
-    def _refuse_another(self, name: str) -> None:
+    def _raise_second_gradient(self, name: str) -> None:
         checkpointing = "activation checkpointing of a block that is used more than once needs use_reentrant=False"
-        if self._last_pass is not None:
+        if self._is_last_pass is not None:
             raise UserError(f"a gradient of {name} came in two parts, the second after it was sent: {checkpointing}")
         raise RuntimeError(
             f"a gradient of {name} came after its exchange had begun: more backward passes than "
@@ -207,45 +209,45 @@ class Exchange(Layout):
             f"for another optimizer within `with optimizer.paused():` of this one; and {checkpointing}"
         )
 
-    def _fill(self, bucket: Bucket, index: int) -> None:
+    def _store_gradient(self, bucket: Bucket, index: int) -> None:
         p, view = bucket.params[index], bucket.views[index]
         assert p.grad is not None
-        bucket.flags[index] = SPARSE if p.grad.is_sparse else 1
+        bucket.flags[index] = SPARSE_FLAG if p.grad.is_sparse else 1
         # Rows of a sparse gradient (an embedding's) travel densely: one way for all, and the sizes stay fixed.
-        bucket.put(index, p.grad.to_dense() if p.grad.is_sparse else p.grad, self.steps)
+        bucket.put_gradient(index, p.grad.to_dense() if p.grad.is_sparse else p.grad, self.steps)
         if p.grad is not view and p.grad.dtype == view.dtype:
             p.grad = view  # its memory is of use again at once
         bucket.filled.add(index)
 
-    def _send(self, bucket: Bucket) -> None:
-        bucket.ready = time.perf_counter()
+    def _send_bucket(self, bucket: Bucket) -> None:
+        bucket.ready_time = time.perf_counter()
         for index in range(len(bucket.params)):
             if index not in bucket.filled:
-                bucket.put(index, None, self.steps)
+                bucket.put_gradient(index, None, self.steps)
                 bucket.flags[index] = 0
-        bucket.late.fill_(self._look_for_late())
-        if isinstance(bucket.channel, Channel):
-            bucket.channel.start(self.steps, added_up=bucket.channel.adds_up(self.steps))
+        bucket.late_flag.fill_(self._check_late_gradients())
+        if isinstance(bucket.reducer, CompressedReducer):
+            bucket.reducer.start_reduction(self.steps, added_up=bucket.reducer.fuses_residual(self.steps))
         else:
-            bucket.channel.start(self.steps)
+            bucket.reducer.start_reduction(self.steps)
         bucket.sent = True
 
-    def _look_for_late(self) -> bool:
+    def _check_late_gradients(self) -> bool:
         """Whether this rank has, or will have, gradients of parameters in no bucket that is sent; once per step."""
-        if self._late is None:
-            self._late = any(map(wants_exchange, self.outside))
-        return self._late
+        if self._has_late_gradients is None:
+            self._has_late_gradients = any(map(expects_gradient, self.inactive_params))
+        return self._has_late_gradients
 
-    def finish(self) -> None:
+    def finish_exchange(self) -> None:
         """Send what is left, wait for all, and set every gradient. All ranks call it once per step."""
         self.backward_end = time.perf_counter()
         self.waited = 0.0
-        buckets = self.awake
-        late = bool(self.names) and (not self.joined or self._reduce(buckets, self.flags))
+        buckets = self.active_buckets
+        late = bool(self.names) and (not self.build_orders or self._reduce_buckets(buckets, self.flags))
         if late:
-            newcomers = self.join(self._arrived.keys())
-            self._late = False
-            self._reduce(newcomers, self.join_flags(newcomers))
+            newcomers = self.add_newcomers(self._arrived.keys())
+            self._has_late_gradients = False
+            self._reduce_buckets(newcomers, self.join_flags(newcomers))
             buckets += newcomers
         elif self._arrived:
             names = ", ".join(self.names[p] for p in self._arrived)
@@ -253,54 +255,54 @@ class Exchange(Layout):
                 f"{names} began to require a gradient in a backward pass: change that before or after it"
             )
         # All memories or none: a step with anything that is not finite is not made.
-        remembers = any(isinstance(b.channel, Channel) or b.channel.owed is not None for b in buckets)
+        remembers = any(isinstance(b.reducer, CompressedReducer) or b.reducer.owed is not None for b in buckets)
         if remembers or self.checks_finite:
-            self.finite = all(bucket.channel.finite() for bucket in buckets)
+            self.sums_are_finite = all(bucket.reducer.sum_is_finite() for bucket in buckets)
         for bucket in buckets:
-            self._set_gradients(bucket, committed=remembers and self.finite)
-        self._clear()
+            self._set_gradients(bucket, committed=remembers and self.sums_are_finite)
+        self._reset_step()
         self.steps += 1
-        if self.let_sleep() or late:
-            self.arrange()
+        if self.suspend_frozen() or late:
+            self.refresh_layout()
         if self.advisor is not None:
             if late:
-                self.advisor.restart()
-            self.advisor.after_step()
+                self.advisor.restart_trials()
+            self.advisor.advance_trials()
 
-    def _reduce(self, buckets: list[Bucket], flags: Plain) -> bool:
+    def _reduce_buckets(self, buckets: list[Bucket], flags: PlainReducer) -> bool:
         """Send what is left of the buckets and wait for all; return whether a rank has gradients in no bucket."""
         for bucket in buckets:
             if not bucket.sent:
                 for index, p in enumerate(bucket.params):
                     # Used in some of this step's passes only: what has been accumulated is all there is.
                     if index not in bucket.filled and p.grad is not None:
-                        self._fill(bucket, index)
-                self._send(bucket)
+                        self._store_gradient(bucket, index)
+                self._send_bucket(bucket)
         if len(flags.flat):
-            flags.flat[0] = self._look_for_late()
-            flags.start(self.steps)
+            flags.flat[0] = self._check_late_gradients()
+            flags.start_reduction(self.steps)
         if buckets and buckets[0].views[0].is_cuda:
             # Waiting for the backward pass's kernels is compute, not communication.
             torch.cuda.current_stream().synchronize()
         begin = time.perf_counter()
         # All second rounds are under way before any is waited for.
         for bucket in buckets:
-            bucket.channel.turn()
+            bucket.reducer.start_second_round()
         # In the order in which they were sent: what has arrived is decoded while a slower rank sends its last.
         for bucket in buckets:
-            bucket.channel.finish()
+            bucket.reducer.finish_reduction()
         if len(flags.flat):
-            flags.finish()
+            flags.finish_reduction()
         self.waited += time.perf_counter() - begin
-        return bool(flags.flat[0] if len(flags.flat) else buckets[0].late)
+        return bool(flags.flat[0] if len(flags.flat) else buckets[0].late_flag)
 
     def _set_gradients(self, bucket: Bucket, committed: bool) -> None:
-        used = (bucket.flags if bucket.coded or not self.average else bucket.flags * self.size).tolist()
-        bucket.idle = 0 if any(used) else bucket.idle + 1
+        used = (bucket.flags if bucket.compressible or not self.average else bucket.flags * self.size).tolist()
+        bucket.idle_steps = 0 if any(used) else bucket.idle_steps + 1
         if committed:
-            ends = itertools.accumulate(width(p) for p in bucket.params)
+            ends = itertools.accumulate(real_numel(p) for p in bucket.params)
             places = zip(ends, bucket.params, used, strict=True)
-            bucket.channel.commit([(end - width(p), end) for end, p, ranks in places if ranks == 0])
+            bucket.reducer.commit_step([(end - real_numel(p), end) for end, p, ranks in places if ranks == 0])
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
                 p.grad = None

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.codec import Key
+from hvdtrain.compression.codec import RandomKey
 from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.reducer import Channel, Plain
-from hvdtrain.compression.spec import Spec, covers, make_codec
+from hvdtrain.compression.reducer import CompressedReducer, PlainReducer
+from hvdtrain.compression.spec import Spec, layer_contains, make_codec
 from hvdtrain.system.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
@@ -22,7 +22,7 @@ CPU_BUCKET_BYTES = 8 << 20
 GPU_BUCKET_BYTES = 25 << 20
 # Horovod reduces no other floating type; bfloat16 travels as float32.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
-EXCHANGED = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
+SUPPORTED_DTYPES = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
 
 
 @dataclass(eq=False)
@@ -37,42 +37,42 @@ class Bucket:
     names: list[str]
     views: list[torch.Tensor]  # of the channel's flat, each in its parameter's shape and memory format
     flags: torch.Tensor  # (len(params),), summed over ranks
-    late: torch.Tensor  # (1,), or (0,) if coded
-    channel: Channel | Plain
-    coded: bool  # a codec may carry it; whether one does, the channel knows
+    late_flag: torch.Tensor  # (1,), or (0,) if coded
+    reducer: CompressedReducer | PlainReducer
+    compressible: bool  # a codec may carry it; whether one does, the channel knows
     method: str = "none"  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
-    asleep: bool = False  # not sent: on no rank does a parameter of it require a gradient
-    idle: int = 0  # steps in a row in which no rank used it
+    suspended: bool = False  # not sent: on no rank does a parameter of it require a gradient
+    idle_steps: int = 0  # steps in a row in which no rank used it
     memory_views: dict[torch.Tensor, list[torch.Tensor]] = field(default_factory=dict)
-    ready: float = 0.0  # when it was full in the last step, by time.perf_counter
+    ready_time: float = 0.0  # when it was full in the last step, by time.perf_counter
 
-    def put(self, index: int, gradient: torch.Tensor | None, step: int) -> None:
+    def put_gradient(self, index: int, gradient: torch.Tensor | None, step: int) -> None:
         """Take in the gradient of the parameter with that index; None: it has none on this rank, which is zero."""
-        channel, view = self.channel, self.views[index]
-        if not (isinstance(channel, Channel) and channel.adds_up(step)):
+        channel, view = self.reducer, self.views[index]
+        if not (isinstance(channel, CompressedReducer) and channel.fuses_residual(step)):
             if gradient is None:
                 view.zero_()
             elif gradient is not view:
                 view.copy_(gradient)
             return
         # In one go through memory: the gradient and what has not been sent of those before it.
-        assert channel.residual is not None and channel.spare is not None
-        residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.spare))
+        assert channel.residual is not None and channel.next_residual is not None
+        residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.next_residual))
         if gradient is None:
             gradient = view.zero_()
         if isinstance(channel.codec, PowerSgd):
             if gradient.stride() != view.stride():
                 gradient = view.copy_(gradient)
             n, m = channel.codec.shapes[index]
-            channel.codec.take(index, *(x.as_strided((n, m), (m, 1)) for x in (total, residual, gradient)))
+            channel.codec.encode_fused(index, *(x.as_strided((n, m), (m, 1)) for x in (total, residual, gradient)))
         else:
             torch.add(residual, gradient, out=total)
 
-    def cut(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split_flat(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The parameters' parts of a tensor that is laid out as the channel's flat."""
-        widths = [width(p) for p in self.params]
+        widths = [real_numel(p) for p in self.params]
         return torch.split(flat[: sum(widths)], widths)
 
     def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
@@ -83,13 +83,13 @@ class Bucket:
         return self.memory_views[memory]
 
 
-Named = list[tuple[str, torch.nn.Parameter]]
+NamedParameters = list[tuple[str, torch.nn.Parameter]]
 
 
-def check(named: Named, spec: Spec) -> None:
+def check_parameters(named: NamedParameters, spec: Spec) -> None:
     """Raise UserError if a layer of the spec matches no parameter, or a parameter's type cannot be exchanged."""
     for layer in spec.layers:
-        if not any(covers(layer, name) for name, _ in named):
+        if not any(layer_contains(layer, name) for name, _ in named):
             names = ", ".join(sorted({name.rpartition(".")[0] or name for name, _ in named}))
             raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {names}")
     for name, p in named:
@@ -98,20 +98,20 @@ def check(named: Named, spec: Spec) -> None:
 
 def check_dtype(name: str, p: torch.nn.Parameter) -> None:
     """Raise UserError if the parameter requires a gradient and that has a type that cannot be exchanged."""
-    if p.requires_grad and p.dtype not in EXCHANGED:
+    if p.requires_grad and p.dtype not in SUPPORTED_DTYPES:
         raise UserError(
             f"parameter {name} is {p.dtype}, whose gradient cannot be exchanged; expected float16, bfloat16, float32, "
             "float64, complex64 or complex128: convert it, or freeze it with requires_grad_(False)"
         )
 
 
-def width(p: torch.Tensor) -> int:
+def real_numel(p: torch.Tensor) -> int:
     """How many real numbers a parameter holds: two for each complex one."""
     return p.numel() * (2 if p.is_complex() else 1)
 
 
 def make_buckets(
-    named: Named,
+    named: NamedParameters,
     spec: Spec,
     seed: int,
     group: collectives.Group,
@@ -126,7 +126,7 @@ def make_buckets(
         bucket_bytes: of one, about; None: as suits the device and, on a GPU, the codec.
         first: the number of the first bucket; those before it exist already.
     """
-    groups: dict[tuple[torch.dtype, torch.device, str | None, bool], Named] = {}
+    groups: dict[tuple[torch.dtype, torch.device, str | None, bool], NamedParameters] = {}
     for name, p in named:
         argument = None if p.is_complex() else spec.argument_for(name, p.numel(), p.dim())
         # Whoever encodes takes float32.
@@ -140,19 +140,19 @@ def make_buckets(
         while members:
             count, taken = 0, 0
             while count < len(members) and taken < limit:
-                taken += width(members[count][1]) * dtype.itemsize
+                taken += real_numel(members[count][1]) * dtype.itemsize
                 count += 1
             number = first + len(buckets)
             buckets.append(make_bucket(members[:count], dtype, number, group, average, coded=argument is not None))
             if argument is not None and spec.method != "auto":
-                choose(buckets[-1], spec, argument, Key(seed, 0, number, collectives.rank(group)))
+                set_compression(buckets[-1], spec, argument, RandomKey(seed, 0, number, collectives.rank(group)))
             members = members[count:]
             limit = most
     return buckets
 
 
 def make_bucket(
-    members: Named, dtype: torch.dtype, number: int, group: collectives.Group, average: bool, coded: bool
+    members: NamedParameters, dtype: torch.dtype, number: int, group: collectives.Group, average: bool, coded: bool
 ) -> Bucket:
     """A bucket that is all-reduced as it is.
 
@@ -160,33 +160,35 @@ def make_bucket(
     exactly, and are summed.
     """
     params = [p for _, p in members]
-    count = sum(map(width, params))
+    count = sum(map(real_numel, params))
     flat = torch.zeros(count + (0 if coded else len(params) + 1), dtype=dtype, device=params[0].device)
     flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:-1]
     late = flat[:0] if coded else flat[-1:]
-    channel = Plain(f"gradients.{number}", flat, average, group)
+    channel = PlainReducer(f"gradients.{number}", flat, average, group)
     return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, late, channel, coded)
 
 
-def choose(bucket: Bucket, spec: Spec, argument: str, key: Key) -> None:
+def set_compression(bucket: Bucket, spec: Spec, argument: str, key: RandomKey) -> None:
     """Let a codec carry the bucket, or none; what the channel before it had not sent yet, the new one owes.
 
     spec: its method may be none. argument: the codec's.
     """
-    owed = bucket.channel.debt()
-    bucket.channel = make_channel(bucket, bucket.channel.flat, spec, argument, key)
-    bucket.channel.owed = owed
+    owed = bucket.reducer.total_unsent()
+    bucket.reducer = make_reducer(bucket, bucket.reducer.flat, spec, argument, key)
+    bucket.reducer.owed = owed
     bucket.memory_views.clear()
     bucket.method = f"{spec.method}:{argument}" if argument else spec.method
 
 
-def make_channel(bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: Key) -> Channel | Plain:
+def make_reducer(
+    bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: RandomKey
+) -> CompressedReducer | PlainReducer:
     """A way over the ranks for a flat tensor that is laid out as the bucket's."""
-    average, group = bucket.channel.average, bucket.channel.group
+    average, group = bucket.reducer.average, bucket.reducer.group
     if spec.method == "none":
-        return Plain(f"gradients.{key.bucket}", flat, average, group)
+        return PlainReducer(f"gradients.{key.bucket}", flat, average, group)
     shapes = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel()) for p in bucket.params]
-    return Channel(
+    return CompressedReducer(
         f"gradients.{key.bucket}.{spec.method}{argument}",
         flat,
         make_codec(spec, argument, shapes, key, flat.device),
@@ -203,8 +205,8 @@ def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[tor
     """The parameters' places in flat, one behind the other, in their own shapes and memory formats."""
     views, offset = [], 0
     for p in params:
-        piece = flat[offset : offset + width(p)]
-        offset += width(p)
+        piece = flat[offset : offset + real_numel(p)]
+        offset += real_numel(p)
         if p.is_complex():
             piece = torch.view_as_complex(
                 piece.view(-1, 2)

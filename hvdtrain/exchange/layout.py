@@ -8,18 +8,18 @@ from itertools import chain
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.reducer import Plain
+from hvdtrain.compression.reducer import PlainReducer
 from hvdtrain.compression.spec import Spec
 from hvdtrain.exchange.buckets import Bucket, make_buckets
-from hvdtrain.exchange.checksums import checksum
+from hvdtrain.exchange.checksums import checksum_tensor
 from hvdtrain.system.errors import RunError
 
 # After so many steps in a row without a gradient, and after twice as many each time, the ranks agree whether a bucket
 # is frozen. Not sooner: layers that are frozen and trained in turns should stay.
-IDLE_STEPS = {10 * 2**doubling for doubling in range(40)}
+IDLE_CHECK_STEPS = {10 * 2**doubling for doubling in range(40)}
 
 
-class Layout:
+class BucketLayout:
     """The buckets of an exchange, some of which may be asleep, and the parameters that are in none that is sent.
 
         frozen, in no bucket --(a gradient on some rank)--> in a bucket --(frozen on all ranks)--> bucket asleep
@@ -34,20 +34,22 @@ class Layout:
     ) -> None:
         self.average, self.spec, self.seed, self.group, self.bucket_bytes = average, spec, seed, group, bucket_bytes
         self.names: dict[torch.nn.Parameter, str] = {}
-        self.added: set[torch.nn.Parameter] = set()  # later than the first, and in no bucket yet
+        self.new_params: set[torch.nn.Parameter] = set()  # later than the first, and in no bucket yet
         self.buckets: list[Bucket] = []
-        self.joined: list[list[str]] = []  # the names in the order in which buckets were made of them, at each time
-        self.place: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}  # only in buckets that are sent
-        self.outside: list[torch.nn.Parameter] = []  # all others
+        self.build_orders: list[
+            list[str]
+        ] = []  # the names in the order in which buckets were made of them, at each time
+        self.locations: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}  # only in buckets that are sent
+        self.inactive_params: list[torch.nn.Parameter] = []  # all others
         # The flags of buckets that a codec may carry, joined, behind `late`.
         self.flags = self.join_flags([])
 
     @property
-    def awake(self) -> list[Bucket]:
+    def active_buckets(self) -> list[Bucket]:
         """The buckets that are sent."""
-        return [bucket for bucket in self.buckets if not bucket.asleep]
+        return [bucket for bucket in self.buckets if not bucket.suspended]
 
-    def build(self, order: Sequence[str]) -> list[Bucket]:
+    def build_buckets(self, order: Sequence[str]) -> list[Bucket]:
         """Make buckets of parameters that are in none, in this order of names, and return them."""
         by_name = {name: p for p, name in self.names.items()}
         there = {name for bucket in self.buckets for name in bucket.names}
@@ -55,61 +57,61 @@ class Layout:
         options = (self.spec, self.seed, self.group, self.average, self.bucket_bytes)
         made = make_buckets(named, *options, first=len(self.buckets))
         self.buckets += made
-        self.joined.append([name for name, _ in named])
+        self.build_orders.append([name for name, _ in named])
         return made
 
-    def arrange(self) -> None:
+    def refresh_layout(self) -> None:
         """Set what depends on which buckets there are and which of them are sent."""
-        self.place = {p: (bucket, i) for bucket in self.awake for i, p in enumerate(bucket.params)}
-        self.outside = [p for p in self.names if p not in self.place]
-        self.flags = self.join_flags(self.awake)
+        self.locations = {p: (bucket, i) for bucket in self.active_buckets for i, p in enumerate(bucket.params)}
+        self.inactive_params = [p for p in self.names if p not in self.locations]
+        self.flags = self.join_flags(self.active_buckets)
 
-    def join_flags(self, buckets: list[Bucket]) -> Plain:
+    def join_flags(self, buckets: list[Bucket]) -> PlainReducer:
         """Join the flags of coded buckets, after `late`, in one tensor; an empty one if `late` travels in buckets."""
-        coded = [bucket for bucket in buckets if bucket.coded]
+        coded = [bucket for bucket in buckets if bucket.compressible]
         count = sum(len(bucket.params) for bucket in coded) + bool(coded or not buckets)
         flat = torch.zeros(count, device=coded[0].flags.device if coded else None)
         pieces = torch.split(flat[1:], [len(bucket.params) for bucket in coded])
         for bucket, piece in zip(coded, pieces, strict=True):
             bucket.flags = piece
-        return Plain("gradients.flags", flat, average=False, group=self.group)
+        return PlainReducer("gradients.flags", flat, average=False, group=self.group)
 
-    def join(self, arrived: Collection[torch.nn.Parameter]) -> list[Bucket]:
+    def add_newcomers(self, arrived: Collection[torch.nn.Parameter]) -> list[Bucket]:
         """Agree with all ranks on the parameters to be exchanged from now on; return the buckets that they are in.
 
         Args:
             arrived: parameters in no bucket that is sent whose gradients have come, in that order, with quick `in`.
         """
-        others = [p for p in reversed(self.outside) if wants_exchange(p) and p not in arrived]
-        known = {name: describe(p, values=p in self.added) for p, name in self.names.items()}
+        others = [p for p in reversed(self.inactive_params) if expects_gradient(p) and p not in arrived]
+        known = {name: describe_parameter(p, values=p in self.new_params) for p, name in self.names.items()}
         names = agree_on_newcomers([self.names[p] for p in arrived], [self.names[p] for p in others], known, self.group)
-        woken = [bucket for bucket in self.buckets if bucket.asleep and set(bucket.names) & set(names)]
+        woken = [bucket for bucket in self.buckets if bucket.suspended and set(bucket.names) & set(names)]
         for bucket in woken:
-            bucket.asleep, bucket.idle = False, 0
-        self.added.clear()
-        return [*woken, *self.build(names)]
+            bucket.suspended, bucket.idle_steps = False, 0
+        self.new_params.clear()
+        return [*woken, *self.build_buckets(names)]
 
-    def let_sleep(self) -> bool:
+    def suspend_frozen(self) -> bool:
         """Stop sending what is frozen on all ranks, from time to time; return whether there was any."""
-        if not any(bucket.idle in IDLE_STEPS for bucket in self.awake):
+        if not any(bucket.idle_steps in IDLE_CHECK_STEPS for bucket in self.active_buckets):
             return False
-        idle = [number for number, bucket in enumerate(self.buckets) if bucket.idle]
-        frozen = [number for number in idle if not any(map(wants_exchange, self.buckets[number].params))]
+        idle = [number for number, bucket in enumerate(self.buckets) if bucket.idle_steps]
+        frozen = [number for number in idle if not any(map(expects_gradient, self.buckets[number].params))]
         agreed = set.intersection(*map(set, collectives.gather_json(frozen, "gradients.frozen", self.group)))
         for number in agreed:
-            self.buckets[number].asleep = True
+            self.buckets[number].suspended = True
         return bool(agreed)
 
 
-def wants_exchange(p: torch.nn.Parameter) -> bool:
+def expects_gradient(p: torch.nn.Parameter) -> bool:
     """Whether a parameter has a gradient or is to get one."""
     return p.requires_grad or p.grad is not None
 
 
-def describe(p: torch.nn.Parameter, *, values: bool) -> str:
+def describe_parameter(p: torch.nn.Parameter, *, values: bool) -> str:
     """What must be the same of a parameter on all ranks: its type and shape and, if asked for, every bit of it."""
     text = f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
-    return f"{text} with checksum {int(checksum(p)) & (2**64 - 1):016x}" if values else text
+    return f"{text} with checksum {int(checksum_tensor(p)) & (2**64 - 1):016x}" if values else text
 
 
 def agree_on_newcomers(

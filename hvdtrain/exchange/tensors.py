@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
+INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
 # Writing through `.data` leaves no mark: so contents are compared as well, in the first steps and then at intervals.
-FIRST, EVERY = 8, 16
-COPIED = (torch.strided, torch.sparse_coo)  # layouts that `copy.deepcopy` copies
-Mark = tuple[int, int]  # of a tensor: its version and where its memory is
+INITIAL_COMPARED_STEPS, COMPARISON_INTERVAL = 8, 16
+DEEPCOPY_LAYOUTS = (torch.strided, torch.sparse_coo)  # layouts that `copy.deepcopy` copies
+TensorVersion = tuple[int, int]  # of a tensor: its version and where its memory is
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
@@ -36,23 +36,23 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     return [tensor.to_dense() if tensor.layout != torch.strided else tensor]
 
 
-def bits_of(tensor: Tensor) -> Tensor:
+def view_as_bits(tensor: Tensor) -> Tensor:
     """View a plain tensor as integers of the same size (two for a complex number)."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.resolve_neg().view(BITS[tensor.element_size()])
+    return tensor.resolve_neg().view(INTEGER_DTYPES[tensor.element_size()])
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
+def has_same_bits(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have the same type, shape and bits; NaN equals the same NaN."""
     if (one.dtype, one.shape, one.layout) != (other.dtype, other.shape, other.layout):
         return False
     pairs = list(zip(dense_parts(one), dense_parts(other), strict=True))
-    return all(a.shape == b.shape and torch.equal(bits_of(a), bits_of(b.to(a.device))) for a, b in pairs)
+    return all(a.shape == b.shape and torch.equal(view_as_bits(a), view_as_bits(b.to(a.device))) for a, b in pairs)
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_writable_in_place(tensor: Tensor) -> bool:
     """Return whether a tensor is dense, with one place in memory for each value: it can be written in place."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_inference():
         return False
@@ -66,7 +66,7 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in dense_parts(tensor))
 
 
-def mark(tensor: Tensor) -> Mark:
+def read_version(tensor: Tensor) -> TensorVersion:
     """Return what changes when a tensor is written in place (but through `.data`) or is given other memory."""
     version = -1 if tensor.is_inference() else tensor._version
     plain = tensor.layout == torch.strided and not hasattr(tensor, "__tensor_flatten__")
@@ -80,26 +80,26 @@ def read_tensors(data: bytes, device: torch.device | None = None) -> Any:
         return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
 
 
-def is_due(step: int) -> bool:
+def is_content_check_due(step: int) -> bool:
     """Return whether contents are compared in a step. step: counted from 0."""
-    return step < FIRST or step % EVERY == 0
+    return step < INITIAL_COMPARED_STEPS or step % COMPARISON_INTERVAL == 0
 
 
 @torch.no_grad()
-def fingerprints(named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def fingerprint_tensors(named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return a number for each plain tensor that almost any change of its values changes: its norm, or its sum.
 
     In one pass through memory, without waiting for a GPU.
     """
-    plain = [(name, t.detach()) for name, t in named if is_plain(t) and t.numel()]
+    plain = [(name, t.detach()) for name, t in named if is_writable_in_place(t) and t.numel()]
     floating = {name: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for name, t in plain}
     floating = {name: t for name, t in floating.items() if t.is_floating_point() and t.element_size() > 1}
     norms = torch._foreach_norm(list(floating.values())) if floating else ()
     found = {name: norm.nan_to_num() for name, norm in zip(floating, norms, strict=True)}
-    return found | {name: bits_of(t).sum() for name, t in plain if name not in floating}
+    return found | {name: view_as_bits(t).sum() for name, t in plain if name not in floating}
 
 
-def differing(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+def find_differing(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
     """Return the names of those in `now` whose number is another one than in `before`."""
     different = [(now[name] != before[name]).reshape(()) for name in now]
     found = torch.stack([one.to(different[0].device) for one in different]).tolist() if different else []
@@ -107,14 +107,14 @@ def differing(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[s
 
 
 @torch.no_grad()
-def overwrite(model: nn.Module, old: Tensor, new: Tensor) -> None:
+def overwrite_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
     """Give a parameter or buffer of a model new bits: in place if possible, else by putting a copy in its place.
 
     Nothing is written if the bits are the same already.
     """
-    if same_bits(old, new):
+    if has_same_bits(old, new):
         return
-    if is_plain(old) and old.shape == new.shape:
+    if is_writable_in_place(old) and old.shape == new.shape:
         old.copy_(new)
         return
     fresh: Tensor = new.to(old.device) if new.device != old.device else new.clone()
@@ -127,17 +127,17 @@ def overwrite(model: nn.Module, old: Tensor, new: Tensor) -> None:
                     names[name] = fresh  # type: ignore[assignment]
 
 
-def copies_for_memo(model: nn.Module) -> dict[int, Any]:
+def build_deepcopy_memo(model: nn.Module) -> dict[int, Any]:
     """Return copies of those tensors of a model that torch does not deepcopy, as a memo for `copy.deepcopy`."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
-            if isinstance(value, Tensor) and (not value.is_leaf or value.layout not in COPIED):
+            if isinstance(value, Tensor) and (not value.is_leaf or value.layout not in DEEPCOPY_LAYOUTS):
                 memo[id(value)] = value.detach().clone()  # the first kind is computed again in each forward pass
     return memo
 
 
-def layer_of(model: nn.Module, name: str) -> str:
+def describe_layer(model: nn.Module, name: str) -> str:
     """Return the class of the module that has a parameter or buffer, with its article: "a Linear"."""
     layer = type(model.get_submodule(name.rpartition(".")[0])).__name__
     return f"a{'n' * (layer[0] in 'AEIOU')} {layer}"
@@ -148,14 +148,14 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def load_module(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_module_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """`model.load_state_dict(state)`, also for tensors that may not be written in place."""
     own = model.state_dict(keep_vars=True)
-    odd = [name for name, t in own.items() if isinstance(t, Tensor) and name in state and not is_plain(t)]
+    odd = [name for name, t in own.items() if isinstance(t, Tensor) and name in state and not is_writable_in_place(t)]
     for name in odd:
         if own[name].shape != state[name].shape:
             raise RuntimeError(f"size mismatch for {name}: {tuple(state[name].shape)}, not {tuple(own[name].shape)}")
-        overwrite(model, own[name], state[name])
+        overwrite_tensor(model, own[name], state[name])
     missing, unexpected = model.load_state_dict({k: v for k, v in state.items() if k not in set(odd)}, strict=False)
     problems = [f"{name} is in the model only" for name in missing if name not in set(odd)]
     problems += [f"{name} is in the checkpoint only" for name in unexpected]

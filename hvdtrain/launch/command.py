@@ -9,10 +9,10 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
-from hvdtrain.launch.environment import bin_folder, forwarded
-from hvdtrain.launch.hosts import Host, host_of_each_rank, host_text
+from hvdtrain.launch.environment import bin_folder, forwarded_variables
+from hvdtrain.launch.hosts import Host, format_hosts, hosts_by_rank
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.ssh import AS_CONFIGURED, Ssh
+from hvdtrain.system.ssh import DEFAULT_SSH, Ssh
 
 
 def hvdtrain_command(args: Sequence[str]) -> list[str]:
@@ -20,7 +20,7 @@ def hvdtrain_command(args: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "hvdtrain", *args]
 
 
-def command_line(
+def build_command_line(
     launcher: str,
     controller: str,
     hosts: Sequence[Host],
@@ -28,7 +28,7 @@ def command_line(
     environ: Mapping[str, str],
     *,
     nic: str | None = None,
-    ssh: Ssh = AS_CONFIGURED,
+    ssh: Ssh = DEFAULT_SSH,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """The command line by which `launcher` runs `command` once in each slot of `hosts`.
@@ -39,14 +39,14 @@ def command_line(
     program = find_program(launcher)
     if launcher == "srun":
         return [program, *srun_options(hosts, environ, nic), *command]
-    where = ["-np", str(sum(host.slots for host in hosts)), "-H", host_text(hosts)]
+    where = ["-np", str(sum(host.slots for host in hosts)), "-H", format_hosts(hosts)]
     if launcher == "mpirun":
         root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        options = ["--bind-to", "none", "--map-by", "slot", *root, "--tag-output", *mpi_daemons(nic, ssh)]
+        options = ["--bind-to", "none", "--map-by", "slot", *root, "--tag-output", *mpi_daemon_options(nic, ssh)]
         if nic:
             options += ["--mca", "btl_tcp_if_include", nic]
             options += ["-x", f"NCCL_SOCKET_IFNAME={nic}"]
-        for name in forwarded(environ, extra):
+        for name in forwarded_variables(environ, extra):
             if not (nic and name == "NCCL_SOCKET_IFNAME"):
                 options += ["-x", name]
         return [program, *where, *options, *command]
@@ -55,29 +55,29 @@ def command_line(
         nic = None  # horovodrun takes the loopback then, and fails if told of another interface
     if nic:
         options += ["--network-interfaces", nic]
-    options += horovodrun_ssh(ssh)
+    options += horovodrun_ssh_options(ssh)
     if controller == "mpi":
         # Open MPI 5 fails on horovodrun's own single-dash binding options, and overlooks its way to give ssh's options.
         options.append("--binding-args=--bind-to none --map-by slot")
-        daemons = mpi_daemons(nic, ssh)
+        daemons = mpi_daemon_options(nic, ssh)
         if daemons:
             options.append(f"--mpi-args={shlex.join(daemons)}")
     return [program, *where, *options, *command]
 
 
-def horovodrun_ssh(ssh: Ssh) -> list[str]:
+def horovodrun_ssh_options(ssh: Ssh) -> list[str]:
     """horovodrun's options for ssh."""
     port = ["--ssh-port", str(ssh.port)] if ssh.port else []
     return port + (["--ssh-identity-file", str(ssh.identity)] if ssh.identity else [])
 
 
-def mpi_daemons(nic: str | None, ssh: Ssh) -> list[str]:
+def mpi_daemon_options(nic: str | None, ssh: Ssh) -> list[str]:
     """Open MPI 5's options for how its daemons reach each other: the network interface, and ssh's options."""
     options = []
     if nic and nic != "lo":  # which they refuse
         options += ["--prtemca", "oob_tcp_if_include", nic]
-    if ssh.options():
-        options += ["--prtemca", "plm_ssh_args", " ".join(ssh.options())]
+    if ssh.ssh_arguments():
+        options += ["--prtemca", "plm_ssh_args", " ".join(ssh.ssh_arguments())]
     return options
 
 
@@ -89,7 +89,7 @@ def srun_options(hosts: Sequence[Host], environ: Mapping[str, str], nic: str | N
     options = [f"--ntasks={sum(host.slots for host in hosts)}"]
     if [host.name for host in hosts] != ["localhost"]:
         # A name for each rank: the only form that allows different slots.
-        names = ",".join(host_of_each_rank(hosts))
+        names = ",".join(hosts_by_rank(hosts))
         options += [f"--nodes={len(hosts)}", "--distribution=arbitrary", f"--nodelist={names}"]
     if "SLURM_CPUS_PER_TASK" in environ:  # which steps do not take over from their job since Slurm 22.05
         options.append(f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}")
@@ -97,7 +97,7 @@ def srun_options(hosts: Sequence[Host], environ: Mapping[str, str], nic: str | N
     return [*options, "--mpi=none", "--label", "--kill-on-bad-exit=1", f"--export=ALL{names}"]
 
 
-def check_home(environ: Mapping[str, str]) -> None:
+def check_home_directory(environ: Mapping[str, str]) -> None:
     """Raise UserError if Open MPI would not find a home directory: it says so in a line among many others, and ends."""
     try:
         pwd.getpwuid(os.getuid())

@@ -20,20 +20,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvdtrain.launch.hosts import MOST_HOSTS, MOST_SLOTS
+from hvdtrain.launch.hosts import MAX_HOSTS, MAX_SLOTS_PER_HOST
 
-SECONDS = 5.0  # for the script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it
-MOST_BYTES = 1 << 20  # that are read of the script's output, and of its errors
-LINE = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([1-9]\d{0,8}))?", re.ASCII)
+SCRIPT_TIMEOUT = 5.0  # for the script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it
+MAX_OUTPUT_BYTES = 1 << 20  # that are read of the script's output, and of its errors
+HOST_LINE = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([1-9]\d{0,8}))?", re.ASCII)
 
 
-class NoAnswer(Exception):
+class DiscoveryError(Exception):
     """The script gave no answer that can be used; says why."""
 
 
-def ask(script: str) -> dict[str, int]:
+def run_discovery_script(script: str) -> dict[str, int]:
     """The script's hosts and their slots; a host without slots has one. Raises NoAnswer."""
-    seconds = float(os.environ.get("HVDTRAIN_DISCOVERY_SECONDS", SECONDS))
+    seconds = float(os.environ.get("HVDTRAIN_DISCOVERY_SECONDS", SCRIPT_TIMEOUT))
     try:
         process = subprocess.Popen(
             [script],
@@ -43,22 +43,22 @@ def ask(script: str) -> dict[str, int]:
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        raise NoAnswer(f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
+        raise DiscoveryError(f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
     with process:
         try:
-            said, complained = read_output(process, time.monotonic() + seconds)
+            said, complained = read_script_output(process, time.monotonic() + seconds)
         except BaseException as error:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started
             if isinstance(error, subprocess.TimeoutExpired):
-                raise NoAnswer(f"took longer than {seconds:g} s") from None
+                raise DiscoveryError(f"took longer than {seconds:g} s") from None
             raise
     if process.returncode != 0:
-        raise NoAnswer(f"ended with code {process.returncode}: {(complained.strip().splitlines() or [''])[-1]}")
-    return parse_answer(said)
+        raise DiscoveryError(f"ended with code {process.returncode}: {(complained.strip().splitlines() or [''])[-1]}")
+    return parse_script_output(said)
 
 
-def read_output(process: subprocess.Popen[bytes], deadline: float) -> tuple[str, str]:
+def read_script_output(process: subprocess.Popen[bytes], deadline: float) -> tuple[str, str]:
     """What a process prints on standard output and standard error until it ends.
 
     Raises NoAnswer after MOST_BYTES of either, subprocess.TimeoutExpired at the deadline.
@@ -77,33 +77,35 @@ def read_output(process: subprocess.Popen[bytes], deadline: float) -> tuple[str,
                 if not data:
                     selector.unregister(key.fileobj)
                 output[key.fileobj] += data  # type: ignore[index]
-                if len(output[key.fileobj]) > MOST_BYTES:  # type: ignore[index]
-                    raise NoAnswer(f"printed more than {MOST_BYTES >> 20} MiB")
+                if len(output[key.fileobj]) > MAX_OUTPUT_BYTES:  # type: ignore[index]
+                    raise DiscoveryError(f"printed more than {MAX_OUTPUT_BYTES >> 20} MiB")
     process.wait(max(0.0, deadline - time.monotonic()))
     said, complained = (bytes(data).decode(errors="replace") for data in output.values())
     return said, complained
 
 
-def parse_answer(said: str) -> dict[str, int]:
+def parse_script_output(said: str) -> dict[str, int]:
     """The hosts that a script printed, and their slots. Raises NoAnswer."""
     hosts = {}
     for line in said.splitlines():
         if not line.strip():
             continue
-        match = LINE.fullmatch(line.strip())
+        match = HOST_LINE.fullmatch(line.strip())
         if not match:
-            raise NoAnswer(f"printed {line.strip()[:200]!r}, which is neither `host` nor `host:slots`")
+            raise DiscoveryError(f"printed {line.strip()[:200]!r}, which is neither `host` nor `host:slots`")
         hosts[match[1]] = int(match[2] or 1)
-        if hosts[match[1]] > MOST_SLOTS:
-            raise NoAnswer(f"printed {line.strip()!r}: more than {MOST_SLOTS} slots for a host")
-        if len(hosts) > MOST_HOSTS:
-            raise NoAnswer(f"printed more than {MOST_HOSTS} hosts")
+        if hosts[match[1]] > MAX_SLOTS_PER_HOST:
+            raise DiscoveryError(f"printed {line.strip()!r}: more than {MAX_SLOTS_PER_HOST} slots for a host")
+        if len(hosts) > MAX_HOSTS:
+            raise DiscoveryError(f"printed more than {MAX_HOSTS} hosts")
     if not hosts:
-        raise NoAnswer("printed no host")
+        raise DiscoveryError("printed no host")
     return hosts
 
 
-def settle(standing: Mapping[str, int], last: Mapping[str, int] | None, now: Mapping[str, int]) -> dict[str, int]:
+def apply_confirmed_changes(
+    standing: Mapping[str, int], last: Mapping[str, int] | None, now: Mapping[str, int]
+) -> dict[str, int]:
     """What is told to horovodrun: what stood until now, changed where the last two answers agree on it."""
     if last is None:  # the first answer of all
         return dict(now)
@@ -116,7 +118,7 @@ def settle(standing: Mapping[str, int], last: Mapping[str, int] | None, now: Map
     return settled
 
 
-def read_standing(state_file: Path) -> list[str]:
+def read_reported_hosts(state_file: Path) -> list[str]:
     """The names of the hosts that horovodrun was told of last; none if it has not been yet."""
     return list(json.loads(state_file.read_text())["standing"]) if state_file.exists() else []
 
@@ -125,16 +127,16 @@ def main(state_file: Path, script: str) -> int:
     state = json.loads(state_file.read_text()) if state_file.exists() else {"standing": {}, "last": None}
     try:
         try:
-            now = ask(script)
-        except NoAnswer:
+            now = run_discovery_script(script)
+        except DiscoveryError:
             raise
         except Exception as error:  # whatever it is, horovodrun must get an answer
-            raise NoAnswer(f"failed: {type(error).__name__}: {error}") from error
-        state = {"standing": settle(state["standing"], state["last"], now), "last": now}
+            raise DiscoveryError(f"failed: {type(error).__name__}: {error}") from error
+        state = {"standing": apply_confirmed_changes(state["standing"], state["last"], now), "last": now}
         beside = state_file.with_name(f".{state_file.name}.new")
         beside.write_text(json.dumps(state))
         beside.replace(state_file)
-    except NoAnswer as error:
+    except DiscoveryError as error:
         print(f"discovery script {script} {error}; its last good answer stands", file=sys.stderr)
         if not state["standing"]:
             return 1

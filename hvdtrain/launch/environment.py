@@ -15,18 +15,18 @@ from hvdtrain.system import signed_http
 from hvdtrain.system.errors import UserError
 
 # For ranks, on whichever host.
-FORWARDED = (
+FORWARDED_PREFIXES = (
     *("HVDTRAIN_", "HOROVOD_", "NCCL_", "GLOO_", "UCX_"),
     *("OMP_", "MKL_", "MALLOC_", "PYTHON", "PYTORCH_", "TORCH_"),
 )
 FORWARDED_NAMES = {"PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "GLIBC_TUNABLES", "CUBLAS_WORKSPACE_CONFIG"}
 # For the launcher on this host, and the programs that it starts. horovodrun hands these on as well.
-BASE = ("LC_",)
+BASE_PREFIXES = ("LC_",)
 BASE_NAMES = {"HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "TMPDIR", "LANG", "LANGUAGE"}
 BASE_NAMES |= {"SSH_AUTH_SOCK", "KRB5CCNAME", "CUDA_VISIBLE_DEVICES"}
 # Settings of mpirun, and by which it and srun know their Slurm job.
-MPI = ("OMPI_", "PMIX_", "PRTE_")
-SLURM = ("SLURM_", "SLURMD_", "SRUN_")
+MPI_PREFIXES = ("OMPI_", "PMIX_", "PRTE_")
+SLURM_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_")
 
 
 def rank_environment(
@@ -42,7 +42,9 @@ def rank_environment(
             hint = "; give the name alone, its value is taken from the environment" if "=" in name else ""
             raise UserError(f"--env {name}: there is no such variable in the environment{hint}")
     env = {
-        name: value for name, value in environ.items() if not away or name in extra or kept(name, launcher, controller)
+        name: value
+        for name, value in environ.items()
+        if not away or name in extra or is_forwarded(name, launcher, controller)
     }
     # This Python's tools come first: the virtual environment need not be active.
     env["PATH"] = os.pathsep.join([str(bin_folder()), *filter(None, [env.get("PATH")])])
@@ -61,18 +63,18 @@ def rank_environment(
     return env
 
 
-def kept(name: str, launcher: str, controller: str) -> bool:
+def is_forwarded(name: str, launcher: str, controller: str) -> bool:
     """Whether a variable goes with a run over hosts."""
-    ranks = name in FORWARDED_NAMES or name.startswith(FORWARDED)
-    base = name in BASE_NAMES or name.startswith(BASE)
-    mpi = controller == "mpi" and name.startswith((*MPI, *SLURM))
-    return ranks or base or mpi or (launcher == "srun" and name.startswith(SLURM))
+    ranks = name in FORWARDED_NAMES or name.startswith(FORWARDED_PREFIXES)
+    base = name in BASE_NAMES or name.startswith(BASE_PREFIXES)
+    mpi = controller == "mpi" and name.startswith((*MPI_PREFIXES, *SLURM_PREFIXES))
+    return ranks or base or mpi or (launcher == "srun" and name.startswith(SLURM_PREFIXES))
 
 
-def forwarded(environ: Mapping[str, str], extra: Iterable[str] = ()) -> list[str]:
+def forwarded_variables(environ: Mapping[str, str], extra: Iterable[str] = ()) -> list[str]:
     """The names of the variables that mpirun is to give to ranks on other hosts."""
     listed = {*FORWARDED_NAMES, *extra}
-    return sorted(name for name in environ if name in listed or name.startswith(FORWARDED))
+    return sorted(name for name in environ if name in listed or name.startswith(FORWARDED_PREFIXES))
 
 
 def bin_folder() -> Path:

@@ -18,8 +18,8 @@ import time
 
 import psutil
 
-SOFT_SECONDS = 5.0  # between SIGTERM and SIGKILL
-HARD_SECONDS = 10.0  # a process that outlives this hangs in the kernel: nothing more can be done
+TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+KILL_SECONDS = 10.0  # a process that outlives this hangs in the kernel: nothing more can be done
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -43,24 +43,24 @@ def main(args: list[str]) -> int:
             break
         os.read(woken, 4096)
     code = child.poll()
-    end_descendants()
+    terminate_guarded_processes()
     if code is None:
         code = child.poll() or 128 + signal.SIGTERM
     return code if code >= 0 else 128 - code
 
 
-def end_descendants() -> None:
+def terminate_guarded_processes() -> None:
     """Send SIGTERM to every descendant, SIGKILL some seconds later, and return when none is left."""
     me = psutil.Process()
     asked: set[int] = set()
-    kill_at = time.monotonic() + SOFT_SECONDS
+    kill_at = time.monotonic() + TERMINATE_SECONDS
     while True:
         # Only zombies that are children of the guard itself can be, and need to be, waited for.
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         alive = me.children(recursive=True)
-        if not alive or time.monotonic() > kill_at + HARD_SECONDS:
+        if not alive or time.monotonic() > kill_at + KILL_SECONDS:
             return
         hard = time.monotonic() > kill_at
         for process in alive:

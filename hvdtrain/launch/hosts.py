@@ -11,10 +11,10 @@ from typing import NamedTuple
 from hvdtrain.system import nodelist
 from hvdtrain.system.errors import UserError
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
-MOST_SLOTS = 1024  # of a host: more is a mistake, such as a port
-MOST_HOSTS = 10_000
-MAX_SLOTS = ("max_slots", "max-slots")
+HOST_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
+MAX_SLOTS_PER_HOST = 1024  # of a host: more is a mistake, such as a port
+MAX_HOSTS = 10_000
+MAX_SLOTS_KEYS = ("max_slots", "max-slots")
 
 
 class Host(NamedTuple):
@@ -31,10 +31,10 @@ def parse_hosts(text: str) -> list[Host]:
     """
     refuse_host_list(text, f"-H {text}")
     items = text.split(",")
-    if len(items) > MOST_HOSTS:
-        raise UserError(f"-H has {len(items)} hosts; expected at most {MOST_HOSTS}")
+    if len(items) > MAX_HOSTS:
+        raise UserError(f"-H has {len(items)} hosts; expected at most {MAX_HOSTS}")
     hosts = [parse_host(item.strip(), f"-H {text}") for item in items]
-    refuse_duplicates((f"-H {text}", host) for host in hosts)
+    refuse_duplicate_hosts((f"-H {text}", host) for host in hosts)
     return hosts
 
 
@@ -54,25 +54,25 @@ def read_hostfile(path: Path) -> list[Host]:
         text = line.partition("#")[0].strip()
         if text:
             where = f"{path} line {number}"
-            hosts.append((where, parse_line(text, where)))
+            hosts.append((where, parse_hostfile_line(text, where)))
     if not hosts:
         raise UserError(f"--hostfile {path}: there is no host in it")
-    if len(hosts) > MOST_HOSTS:
-        raise UserError(f"--hostfile {path} has {len(hosts)} hosts; expected at most {MOST_HOSTS}")
-    refuse_duplicates(hosts)
+    if len(hosts) > MAX_HOSTS:
+        raise UserError(f"--hostfile {path} has {len(hosts)} hosts; expected at most {MAX_HOSTS}")
+    refuse_duplicate_hosts(hosts)
     return [host for _, host in hosts]
 
 
-def parse_line(text: str, where: str) -> Host:
+def parse_hostfile_line(text: str, where: str) -> Host:
     """The host of a line of a host file. Raises UserError."""
     name, *words = re.sub(r"\s*=\s*", "=", text).split()
     host = parse_host(name, where)
     told = dict(word.partition("=")[::2] for word in words)
-    if len(told) < len(words) or not set(told) <= {"slots", *MAX_SLOTS} or ("slots" in told and ":" in name):
+    if len(told) < len(words) or not set(told) <= {"slots", *MAX_SLOTS_KEYS} or ("slots" in told and ":" in name):
         raise UserError(f"{where}: {text!r} is not `host slots=N`, `host:N` or `host`")
     if "slots" in told:
         host = parse_host(f"{host.name}:{told['slots']}", where)
-    for most in (told[key] for key in MAX_SLOTS if key in told):
+    for most in (told[key] for key in MAX_SLOTS_KEYS if key in told):
         if parse_host(f"{host.name}:{most}", where).slots < host.slots:
             raise UserError(f"{where}: max_slots={most} is less than the {host.slots} slots of host {host.name!r}")
     return host
@@ -94,15 +94,15 @@ def parse_host(text: str, where: str) -> Host:
     if "@" in name:
         user, _, host = name.partition("@")
         raise UserError(f"{where}: {name!r} names a user: write `Host {host}` and `User {user}` into ~/.ssh/config")
-    if not NAME.match(name):
+    if not HOST_NAME.match(name):
         raise UserError(f"{where}: {name!r} is not a host name or IPv4 address")
     if not colon:
         return Host(name, 1)
     if not (slots.isascii() and slots.isdigit() and int(slots[:9]) > 0):
         raise UserError(f"{where}: {slots!r} slots for host {name!r}; expected a whole number above 0")
-    if int(slots[:9]) > MOST_SLOTS:
+    if int(slots[:9]) > MAX_SLOTS_PER_HOST:
         raise UserError(
-            f"{where}: {slots} slots for host {name!r}; expected at most {MOST_SLOTS} (--ssh-port takes a port)"
+            f"{where}: {slots} slots for host {name!r}; expected at most {MAX_SLOTS_PER_HOST} (--ssh-port takes a port)"
         )
     return Host(name, int(slots))
 
@@ -121,14 +121,14 @@ def refuse_host_list(text: str, where: str) -> None:
     if "[" not in text or is_ipv6(text):
         return
     try:
-        names = nodelist.nodes(re.sub(r":\d+", "", text).replace(" ", ""), where)
+        names = nodelist.parse_node_list(re.sub(r":\d+", "", text).replace(" ", ""), where)
     except UserError:
         names = []
     written = f"{','.join(names[:3])}{',...' if len(names) > 3 else ''}" if names else "node01,node02"
     raise UserError(f"{where}: {text!r} is a list in brackets; write each name: {written} (--from slurm reads lists)")
 
 
-def refuse_duplicates(hosts: Iterable[tuple[str, Host]]) -> None:
+def refuse_duplicate_hosts(hosts: Iterable[tuple[str, Host]]) -> None:
     """Raise UserError, naming the place, for the first host given twice."""
     seen = set()
     for where, host in hosts:
@@ -138,7 +138,7 @@ def refuse_duplicates(hosts: Iterable[tuple[str, Host]]) -> None:
         seen.add(name)
 
 
-def place(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
+def assign_slots(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
     """The hosts with exactly as many slots as there are ranks, filled in order; without hosts, this one.
 
     horovodrun starts a rank in every slot it is told of, whatever its -np says, so unused slots must go.
@@ -162,11 +162,11 @@ def place(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
     return placed
 
 
-def host_text(hosts: Iterable[Host]) -> str:
+def format_hosts(hosts: Iterable[Host]) -> str:
     """The hosts as horovodrun and mpirun take them."""
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)
 
 
-def host_of_each_rank(hosts: Iterable[Host]) -> list[str]:
+def hosts_by_rank(hosts: Iterable[Host]) -> list[str]:
     """The host name at index `rank`: both launchers fill the hosts in order."""
     return [host.name for host in hosts for _ in range(host.slots)]

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from hvdtrain.launch.report import SSH_FAILED, Process, Report, process_of
+from hvdtrain.launch.report import SSH_FAILURE_CODE, JobReport, ProcessKey, message_sender
 from hvdtrain.launch.screen import Screen
-from hvdtrain.system.messages import message_mark
-from hvdtrain.system.network import ssh_command
+from hvdtrain.system.messages import message_prefix
+from hvdtrain.system.network import build_ssh_command
 from hvdtrain.system.ssh import Ssh
 
-SSH_SECONDS = 10  # to end ranks on another host, at most
+REMOTE_KILL_SECONDS = 10  # to end ranks on another host, at most
 
 
-Listed = Callable[[], Collection[str]]  # names of hosts
+HostLister = Callable[[], Collection[str]]  # names of hosts
 
 
 @dataclass
@@ -31,26 +31,26 @@ class Job:
     """A launcher that runs, under its guard."""
 
     guard: subprocess.Popen[bytes]
-    life: contextlib.ExitStack  # closes the pipe that keeps it alive
-    report: Report
+    keep_alive: contextlib.ExitStack  # closes the pipe that keeps it alive
+    report: JobReport
     ssh: Ssh
     grace: float
     mark: str  # begins the messages of its ranks
-    launcher: str = ""  # its name
+    launcher_name: str = ""  # its name
     screen: Screen = field(default_factory=Screen)
-    asked: int | None = None  # the signal by which the user asked for a stop
-    asked_at: float = 0.0  # when, by the monotonic clock
-    too_early: bool = False  # for any rank to be asked
-    told: set[Process] = field(default_factory=set)  # that were asked to
-    deadline: float | None = None  # of the stop, by the monotonic clock
-    ended: bool = False  # by us, before its time
-    elastic: bool = False
-    listed: Listed | None = None  # the hosts that horovodrun was told of last, in an elastic run
-    known: set[str] = field(default_factory=set)  # all that it was told of, also those that have left
-    calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # of ssh, with the host
+    stop_signal: int | None = None  # the signal by which the user asked for a stop
+    stop_requested_at: float = 0.0  # when, by the monotonic clock
+    stopped_before_start: bool = False  # for any rank to be asked
+    signalled: set[ProcessKey] = field(default_factory=set)  # that were asked to
+    stop_deadline: float | None = None  # of the stop, by the monotonic clock
+    terminated: bool = False  # by us, before its time
+    is_elastic: bool = False
+    list_hosts: HostLister | None = None  # the hosts that horovodrun was told of last, in an elastic run
+    known_hosts: set[str] = field(default_factory=set)  # all that it was told of, also those that have left
+    ssh_calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # of ssh, with the host
 
 
-def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh: Ssh, grace: float) -> Job:
+def start_job(line: Sequence[str], environ: Mapping[str, str], report: JobReport, ssh: Ssh, grace: float) -> Job:
     """Start the launcher under a guard, which ends it with all its children when our end of a pipe closes."""
     pipe, life = os.pipe()
     guard = subprocess.Popen(
@@ -66,30 +66,30 @@ def start(line: Sequence[str], environ: Mapping[str, str], report: Report, ssh: 
     os.close(pipe)
     closing = contextlib.ExitStack()
     closing.callback(os.close, life)
-    return Job(guard, closing, report, ssh, grace, message_mark(environ))
+    return Job(guard, closing, report, ssh, grace, message_prefix(environ))
 
 
-def end(job: Job) -> None:
+def terminate_job(job: Job) -> None:
     """Tell the guard to end everything now."""
-    job.ended = True
-    job.life.close()
+    job.terminated = True
+    job.keep_alive.close()
 
 
-def end_remote_ranks(job: Job) -> None:
+def kill_remote_ranks(job: Job) -> None:
     """Kill the ranks on other hosts that have not said that they end: the guard reaches only this host's.
 
     srun ends its ranks when it is ended, and Slurm does if it cannot.
     """
-    if job.launcher == "srun":
+    if job.launcher_name == "srun":
         return
-    said = set(job.report.finished) | {message["rank"] for message in job.report.failed}
+    said = set(job.report.finished) | {message["rank"] for message in job.report.failures}
     here = socket.gethostname()
     # Of an elastic run's earlier ranks the processes are gone, and their numbers may be others'.
-    known = job.report.running if job.elastic else set(job.report.started)
+    known = job.report.running if job.is_elastic else set(job.report.started)
     left = [rank for rank in sorted(known - said) if job.report.started[rank].get("host") != here]
     signal_ranks(job, "KILL", left)
-    deadline = time.monotonic() + SSH_SECONDS
-    for _, process in job.calls:
+    deadline = time.monotonic() + REMOTE_KILL_SECONDS
+    for _, process in job.ssh_calls:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -102,7 +102,7 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
 
     Under srun it goes to all ranks, as SIGUSR1, which is the one of those asking for a stop that srun hands on.
     """
-    if job.launcher == "srun":
+    if job.launcher_name == "srun":
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(job.guard.pid).children():
                 child.send_signal(signal.SIGUSR1)
@@ -110,30 +110,30 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
     remote: dict[str, list[str]] = {}
     for rank in ranks:
         told = job.report.started[rank]
-        if name == "USR1" and process_of(told) in job.told:
+        if name == "USR1" and message_sender(told) in job.signalled:
             continue
-        job.told.add(process_of(told))
+        job.signalled.add(message_sender(told))
         # A supervisor hears of a stop also while it has no worker.
         pid = told["supervisor"] if name == "USR1" and "supervisor" in told else told["pid"]
         if told.get("host") == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.Signals[f"SIG{name}"])
         else:
-            remote.setdefault(job.report.host(rank), []).append(str(pid))
+            remote.setdefault(job.report.reachable_host(rank), []).append(str(pid))
     for host, pids in remote.items():
         process = subprocess.Popen(
-            ssh_command(host, ["kill", f"-{name}", *pids], job.ssh.options()),
+            build_ssh_command(host, ["kill", f"-{name}", *pids], job.ssh.ssh_arguments()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             # A rank that is already gone is no error.
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        job.calls.append((host, process))
+        job.ssh_calls.append((host, process))
 
 
-def unreached(job: Job) -> list[str]:
+def pop_unreachable_hosts(job: Job) -> list[str]:
     """The hosts that could not be reached, each told once; nobody needs them where all is being ended."""
-    failed = [call for call in job.calls if call[1].poll() == SSH_FAILED and not job.ended]
-    job.calls = [call for call in job.calls if call not in failed]
+    failed = [call for call in job.ssh_calls if call[1].poll() == SSH_FAILURE_CODE and not job.terminated]
+    job.ssh_calls = [call for call in job.ssh_calls if call not in failed]
     return [host for host, _ in failed]

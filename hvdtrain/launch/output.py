@@ -10,19 +10,21 @@ from typing import Any, NamedTuple
 from hvdtrain.system import messages
 
 # horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
-PREFIX = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")
+LINE_PREFIX = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")
 # srun: " 0: text", the number as wide as the largest one.
 SRUN_PREFIX = re.compile(rb" *(?P<rank>\d+): ?")
-SRUN_PIECE = 1024  # bytes: srun breaks longer lines there, and shows each piece as a line
-END = re.compile(rb"[\r\n]")
-SRUN_END = re.compile(rb"\n")  # which is all that makes srun begin a new piece
+SRUN_PIECE_BYTES = 1024  # bytes: srun breaks longer lines there, and shows each piece as a line
+LINE_END = re.compile(rb"[\r\n]")
+SRUN_LINE_END = re.compile(rb"\n")  # which is all that makes srun begin a new piece
 # The prefix of each line of a rank, as `Lines.take_plain` replaces it; and what is looked at line by line.
-PLAIN_PREFIX = rb"^\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<%b>:(?(job) ?)"
-PLAIN = {stream: re.compile(PLAIN_PREFIX % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")}
-NOT_PLAIN = (b"##hvdtrain ", b"Peer host:")
+PLAIN_PREFIX_TEMPLATE = rb"^\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<%b>:(?(job) ?)"
+PLAIN_PREFIXES = {
+    stream: re.compile(PLAIN_PREFIX_TEMPLATE % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")
+}
+SPECIAL_MARKS = (b"##hvdtrain ", b"Peer host:")
 
 
-class Line(NamedTuple):
+class OutputLine(NamedTuple):
     """A line of output; rank is None if it is the launcher's own."""
 
     rank: int | None
@@ -30,41 +32,41 @@ class Line(NamedTuple):
     text: str
 
 
-class Lines:
+class OutputParser:
     """Takes the bytes of one of the launcher's streams and gives back lines, each as soon as it is complete.
 
     A carriage return ends a line too, so that a rank's own progress bar comes through as it moves.
     """
 
-    def __init__(self, stream: str, prefix: re.Pattern[bytes] = PREFIX) -> None:
+    def __init__(self, stream: str, prefix: re.Pattern[bytes] = LINE_PREFIX) -> None:
         self.stream = stream
         self.prefix = prefix
-        self.end = SRUN_END if prefix is SRUN_PREFIX else END
+        self.line_end = SRUN_LINE_END if prefix is SRUN_PREFIX else LINE_END
         self.buffer = bytearray()
         self.searched = 0  # so much of the buffer has no line end
         self.owner: tuple[int | None, str] = (None, stream)  # of text that goes on after a carriage return
         self.pieces: dict[int, bytes] = {}  # of each rank's line that srun broke
-        self.returned: set[tuple[int | None, str]] = set()  # whose last line ended with a carriage return
+        self.ended_by_return: set[tuple[int | None, str]] = set()  # whose last line ended with a carriage return
 
-    def feed(self, data: bytes) -> Iterator[Line]:
+    def parse_bytes(self, data: bytes) -> Iterator[OutputLine]:
         """The lines that `data` completes; without data, also the last, unfinished one."""
         self.buffer += data
         start = 0
-        while end := self.end.search(self.buffer, self.searched):
-            yield from self.line(bytes(self.buffer[start : end.start()]), end.group())
+        while end := self.line_end.search(self.buffer, self.searched):
+            yield from self.parse_output_line(bytes(self.buffer[start : end.start()]), end.group())
             start = self.searched = end.end()
         del self.buffer[:start]
         self.searched = len(self.buffer)
         if not data and self.buffer:
-            yield from self.line(bytes(self.buffer), b"\n")
+            yield from self.parse_output_line(bytes(self.buffer), b"\n")
             self.buffer.clear()
             self.searched = 0
         if not data:
             for rank, raw in self.pieces.items():
-                yield Line(rank, self.stream, raw.decode("utf-8", errors="replace"))
+                yield OutputLine(rank, self.stream, raw.decode("utf-8", errors="replace"))
             self.pieces.clear()
 
-    def take_plain(self, data: bytes) -> tuple[str, bytes]:
+    def convert_plain_lines(self, data: bytes) -> tuple[str, bytes]:
         """Take the lines that `data` completes in one piece, `[rank] text` each, if that makes no difference.
 
         A rank that prints much is not to wait for this process to look at each line. It makes a difference where a
@@ -75,10 +77,10 @@ class Lines:
         """
         whole = bytes(self.buffer) + data
         head = whole[: whole.rfind(b"\n") + 1]
-        odd = self.prefix is not PREFIX or self.returned or self.owner != (None, self.stream)
-        if odd or b"\r" in head or any(mark in head for mark in NOT_PLAIN):
+        odd = self.prefix is not LINE_PREFIX or self.ended_by_return or self.owner != (None, self.stream)
+        if odd or b"\r" in head or any(mark in head for mark in SPECIAL_MARKS):
             return "", data
-        text, count = PLAIN[self.stream].subn(rb"[\g<rank>] ", head)
+        text, count = PLAIN_PREFIXES[self.stream].subn(rb"[\g<rank>] ", head)
         if count == 0 or count != head.count(b"\n"):
             return "", data
         try:
@@ -89,7 +91,7 @@ class Lines:
         self.searched = 0
         return plain, whole[len(head) :]
 
-    def line(self, raw: bytes, end: bytes) -> Iterator[Line]:
+    def parse_output_line(self, raw: bytes, end: bytes) -> Iterator[OutputLine]:
         """The line in `raw`, unless it is only half of a two-byte line end."""
         prefix = self.prefix.match(raw)
         if prefix:
@@ -101,40 +103,40 @@ class Lines:
             self.owner = (int(part["rank"]), "stdout" if stream == b"stdout" else "stderr")
             if self.prefix is SRUN_PREFIX:
                 whole = self.pieces.pop(self.owner[0], b"") + raw
-                if len(raw) == SRUN_PIECE:
+                if len(raw) == SRUN_PIECE_BYTES:
                     self.pieces[self.owner[0]] = whole
                     return
                 raw = whole
         if self.prefix is SRUN_PREFIX:
             *returned, raw = raw.split(b"\r")
             for text in filter(None, returned):
-                yield Line(*self.owner, text.decode("utf-8", errors="replace"))
+                yield OutputLine(*self.owner, text.decode("utf-8", errors="replace"))
             if returned and not raw:
                 return
         owner = self.owner
-        half = not raw and (end == b"\r" or owner in self.returned)
+        half = not raw and (end == b"\r" or owner in self.ended_by_return)
         if end == b"\r":
-            self.returned.add(owner)
+            self.ended_by_return.add(owner)
         else:
-            self.returned.discard(owner)
+            self.ended_by_return.discard(owner)
             self.owner = (None, self.stream)
         if not half:
-            yield Line(*owner, raw.decode("utf-8", errors="replace"))
+            yield OutputLine(*owner, raw.decode("utf-8", errors="replace"))
 
 
-def take_message(line: Line, mark: str, *, elastic: bool = False) -> dict[str, Any] | None:
+def extract_message(line: OutputLine, mark: str, *, elastic: bool = False) -> dict[str, Any] | None:
     """The message in a line, if it is one: `mark` begins those of this run.
 
     The rank is that of the launcher's prefix. In an elastic run that is the number of the slot when it was filled, and
     the message has the rank of this generation.
     """
-    message = messages.parse(line.text, mark) if line.stream == "stdout" else None
+    message = messages.parse_message(line.text, mark) if line.stream == "stdout" else None
     if message is not None and line.rank is not None and not elastic and "rank" in message:
         message["rank"] = line.rank
     return message
 
 
-class Death(NamedTuple):
+class RankExit(NamedTuple):
     """What the launcher says of a rank's end. A code above 128 is 128 + a signal's number."""
 
     rank: int
@@ -142,39 +144,41 @@ class Death(NamedTuple):
 
 
 # The system's words for each signal.
-WORDS = {str(signal.strsignal(number)): number for number in signal.valid_signals() if signal.strsignal(number)}
+SIGNALS_BY_DESCRIPTION = {
+    str(signal.strsignal(number)): number for number in signal.valid_signals() if signal.strsignal(number)
+}
 # Each in the launcher's own words, joined by single spaces.
-DEATHS = re.compile(
+RANK_EXIT_PATTERN = re.compile(
     r"\bProcess (?P<rank>\d+) exit with status code (?P<code>\d+)\."  # horovodrun
     r"|process rank (?P<rank2>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"  # Open MPI
     r"|due to process rank (?P<rank5>\d+) with PID \d+ on node \S+ exiting improperly"  # Open MPI, of code 0
     r"|Process name: \[[^\]]*,(?P<rank3>\d+)\] Exit code: (?P<code3>\d+)"  # Open MPI
     r"|srun: error: \S+: tasks? (?P<rank4>\d+)[-,\d]*: "
-    rf"(?:Exited with exit code (?P<code4>\d+)|(?P<words>{'|'.join(map(re.escape, WORDS))}))"
+    rf"(?:Exited with exit code (?P<code4>\d+)|(?P<words>{'|'.join(map(re.escape, SIGNALS_BY_DESCRIPTION))}))"
 )
 
 
-def deaths(lines: list[str]) -> list[Death]:
+def find_rank_exits(lines: list[str]) -> list[RankExit]:
     """The ranks that ended badly by the launcher's own lines, in their order."""
     found = []
-    for match in DEATHS.finditer(" ".join(" ".join(lines).split())):
+    for match in RANK_EXIT_PATTERN.finditer(" ".join(" ".join(lines).split())):
         part = match.groupdict()
         rank = part["rank"] or part["rank2"] or part["rank3"] or part["rank4"] or part["rank5"]
-        number = WORDS[part["words"]] if part["words"] else int(part["signal"] or 0)
+        number = SIGNALS_BY_DESCRIPTION[part["words"]] if part["words"] else int(part["signal"] or 0)
         code = 128 + number if number else int(part["code"] or part["code3"] or part["code4"] or 0)
-        found.append(Death(int(rank), code))
+        found.append(RankExit(int(rank), code))
     return found
 
 
 # Open MPI's launcher of a host, and a rank of the host that another rank is on.
-LOST = re.compile(
+LOST_HOST_PATTERN = re.compile(
     r"lost communication with a remote daemon\b.*? Remote daemon: \[\S+\] on node (\S+)"
     r"|daemon failed to report back after being spawned\..*? Remote host: (\S+)"  # said of one that had, too
 )
-PEER = re.compile(r"\s+Peer host:\s+(\S+)\s*\Z")
+PEER_HOST_PATTERN = re.compile(r"\s+Peer host:\s+(\S+)\s*\Z")
 
 
-def lost_host(lines: list[str]) -> str | None:
+def find_lost_host(lines: list[str]) -> str | None:
     """The first host that Open MPI says it lost; it may end with code 0 then."""
-    match = LOST.search(" ".join(" ".join(lines).split()))
+    match = LOST_HOST_PATTERN.search(" ".join(" ".join(lines).split()))
     return match.group(match.lastindex or 0) if match else None

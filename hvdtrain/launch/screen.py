@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from hvdtrain.launch.output import Line
+    from hvdtrain.launch.output import OutputLine
 
 
 class Screen:
@@ -19,27 +19,27 @@ class Screen:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
-    def line(self, line: Line) -> None:
+    def print_line(self, line: OutputLine) -> None:
         """Print a line of a rank, `[rank] text`, or of the launcher, as it is, to the stream that it came from."""
         text = line.text if line.rank is None else f"[{line.rank}] {line.text}"
-        self.write(text, line.stream)
+        self.write_line(text, line.stream)
 
-    def takes_plain(self, stream: str) -> bool:
+    def can_print_plain(self, stream: str) -> bool:
         """Whether lines may be written as they are: no bar is in their way, and the stream takes all characters."""
         out = sys.stdout if stream == "stdout" else sys.stderr
         return self.bar is None and (out.encoding or "").lower().replace("-", "") == "utf8"
 
-    def plain(self, text: str, stream: str) -> None:
+    def print_plain(self, text: str, stream: str) -> None:
         """Print lines of ranks that are complete."""
         out = sys.stdout if stream == "stdout" else sys.stderr
         out.write(text)
         out.flush()
 
-    def note(self, text: str) -> None:
+    def print_note(self, text: str) -> None:
         """Print what launch itself has to say."""
-        self.write(f"hvdtrain: {text}", "stderr")
+        self.write_line(f"hvdtrain: {text}", "stderr")
 
-    def write(self, text: str, stream: str) -> None:
+    def write_line(self, text: str, stream: str) -> None:
         """Print a line at once."""
         out = sys.stdout if stream == "stdout" else sys.stderr
         if self.bar and out.isatty():
@@ -50,14 +50,16 @@ class Screen:
         out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         out.flush()
 
-    def progress(self, message: dict[str, Any]) -> None:
+    def update_progress(self, message: dict[str, Any]) -> None:
         """Move the bar, if standard error is a terminal."""
         if not sys.stderr.isatty():
             return
         if self.bar is None or self.task is None:
-            self.bar = new_bar()
+            self.bar = create_progress_bar()
             self.task = self.bar.add_task("", info="")
-        self.bar.update(self.task, total=message.get("steps"), completed=message.get("step") or 0, info=info(message))
+        self.bar.update(
+            self.task, total=message.get("steps"), completed=message.get("step") or 0, info=format_progress(message)
+        )
         self.bar.start()  # does nothing the second time
 
     def close(self) -> None:
@@ -67,11 +69,11 @@ class Screen:
             self.bar = None
 
 
-def count_ranks(count: int) -> str:
+def format_rank_count(count: int) -> str:
     return f"{count} rank{'s' * (count > 1)}"
 
 
-def announce(what: str, launcher: str, hosts: Sequence[str]) -> None:
+def announce_start(what: str, launcher: str, hosts: Sequence[str]) -> None:
     """Print what is being started, at once: the check and the ranks take seconds before they print anything.
 
     To standard output: on standard error a mistake stays one line.
@@ -80,7 +82,7 @@ def announce(what: str, launcher: str, hosts: Sequence[str]) -> None:
     print(f"hvdtrain: starting {what} with {launcher} on {where} ...", flush=True)
 
 
-def new_bar() -> Progress:
+def create_progress_bar() -> Progress:
     """A bar with steps, time left, and what `info` makes of a progress message."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -91,7 +93,7 @@ def new_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
 
 
-def info(message: dict[str, Any]) -> str:
+def format_progress(message: dict[str, Any]) -> str:
     """The words after the bar: `epoch 3  loss 0.1234  812/s`, and the rank's own text."""
     formats = {"epoch": "epoch {}", "loss": "loss {:.4f}", "rate": "{:,.0f}/s", "text": "{}"}
     return "  ".join(form.format(message[key]) for key, form in formats.items() if message.get(key) not in (None, ""))

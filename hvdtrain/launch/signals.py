@@ -7,20 +7,20 @@ import os
 import signal
 from collections.abc import Iterator
 
-from hvdtrain.system.errors import EXIT_REQUEUE, Requeued
+from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit
 from hvdtrain.system.signals import ignores_hangup
 
-Caught = tuple[list[int], int]
+SignalInbox = tuple[list[int], int]
 
 
 @contextlib.contextmanager
-def requeued() -> Iterator[None]:
+def exit_75_on_usr1() -> Iterator[None]:
     """While nothing runs yet, SIGUSR1, which batch systems send ahead of the end, ends this process with 75."""
 
-    def end(*_: object) -> None:
-        raise Requeued(EXIT_REQUEUE)
+    def raise_requeued(*_: object) -> None:
+        raise RequeueExit(EXIT_REQUEUE)
 
-    before = signal.signal(signal.SIGUSR1, end)
+    before = signal.signal(signal.SIGUSR1, raise_requeued)
     try:
         yield
     finally:
@@ -28,7 +28,7 @@ def requeued() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Caught]:
+def catch_stop_signals() -> Iterator[SignalInbox]:
     """Catch the signals that stop: a list that they are added to, and a file to read when one came or a child ended."""
     received: list[int] = []
     woken, wake = os.pipe()

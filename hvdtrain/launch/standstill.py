@@ -10,9 +10,9 @@ from typing import Any
 
 from hvdtrain.system.activity import Standstill
 
-COLLECT = 3.0  # seconds from the first rank's report to the line: the others' come meanwhile
-MOST_NAMED = 4
-STATES = {
+COLLECT_SECONDS = 3.0  # seconds from the first rank's report to the line: the others' come meanwhile
+MAX_NAMED_RANKS = 4
+PROCESS_STATES = {
     "T": "it is stopped by a signal",
     "t": "it is stopped by a debugger",
     "D": "it waits for a disk or a network file system",
@@ -52,27 +52,29 @@ def describe_standstill(reports: Mapping[str, Standstill], silent: Mapping[str, 
         causes = [f"{name} is {stands}" for name, stands in busy.items()]
     else:
         waits = [f"{name} has waited for {stands.seconds:.0f} s while {stands}" for name, stands in waiting.items()]
-        return f"{join(waits)}: they wait for each other" if len(waits) > 1 else join(waits)
+        return f"{join_shortened(waits)}: they wait for each other" if len(waits) > 1 else join_shortened(waits)
     if not waiting:
-        return join(causes)
+        return join_shortened(causes)
     longest = max(waiting.values(), key=lambda stands: stands.seconds)
     whom = "it" if len(causes) == 1 else "them"
     rest = len(waiting) == len(reports) + len(silent) - len(causes)
-    who = "the others wait" if rest and len(waiting) > 1 else f"{join(waiting)} wait{'s' * (len(waiting) == 1)}"
-    return f"{join(causes)}; {who} for {whom} while {longest}"
+    who = (
+        "the others wait" if rest and len(waiting) > 1 else f"{join_shortened(waiting)} wait{'s' * (len(waiting) == 1)}"
+    )
+    return f"{join_shortened(causes)}; {who} for {whom} while {longest}"
 
 
-def join(texts: Iterable[str]) -> str:
+def join_shortened(texts: Iterable[str]) -> str:
     """The first few texts, and how many more there are."""
     found = list(texts)
-    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-    return ", ".join(found[:MOST_NAMED]) + more
+    more = f" and {len(found) - MAX_NAMED_RANKS} more" if len(found) > MAX_NAMED_RANKS else ""
+    return ", ".join(found[:MAX_NAMED_RANKS]) + more
 
 
-def state_of(host: object, pid: object) -> str:
+def describe_process_state(host: object, pid: object) -> str:
     """Why a process of this host may report nothing; "" if that is not known."""
     if host != socket.gethostname():
         return ""
     with contextlib.suppress(OSError, IndexError):
-        return STATES.get(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0], "")
+        return PROCESS_STATES.get(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0], "")
     return ""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvdtrain.ledger.writer import hashes
-from hvdtrain.recipe.order import BLOCK, Ids, Order
+from hvdtrain.ledger.writer import hash_ids
+from hvdtrain.recipe.order import BLOCK_POSITIONS, Ids, SampleOrder
 
 
 @dataclass(frozen=True)
@@ -21,34 +21,34 @@ class EpochOrder:
     epoch: int  # from 1
     version: int
 
-    def hash_sum(self, begin: int, end: int) -> int:
+    def sum_hashes(self, begin: int, end: int) -> int:
         """The sum of the hashes of the ids at positions [begin, end)."""
         total = 0
-        for number in range(begin // BLOCK, -(-end // BLOCK)):
-            sums, first = _block_sums(self, number), number * BLOCK
-            total += int(sums[min(end - first, BLOCK)] - sums[max(begin - first, 0)])
+        for number in range(begin // BLOCK_POSITIONS, -(-end // BLOCK_POSITIONS)):
+            sums, first = _block_hash_sums(self, number), number * BLOCK_POSITIONS
+            total += int(sums[min(end - first, BLOCK_POSITIONS)] - sums[max(begin - first, 0)])
         return total
 
-    def whole(self) -> WholeOrder:
+    def materialize(self) -> MaterializedOrder:
         """All of it in memory: only a ledger with something wrong in it takes that."""
-        return _whole(self)
+        return _materialize_order(self)
 
     def ids(self, begin: int, end: int) -> Ids:
         """The ids at positions [begin, end)."""
-        return _drawn(self).ids(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
+        return _draw_order(self).ids_between(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
 
 
-class WholeOrder(NamedTuple):
+class MaterializedOrder(NamedTuple):
     """An epoch's order, its hashes and their sums."""
 
     ids: Ids  # (examples,)
     hashes: Ids  # (examples,): of these ids
-    before: Ids  # (examples + 1,): sums of all hashes before
+    hash_sums_before: Ids  # (examples + 1,): sums of all hashes before
 
 
 @lru_cache(maxsize=4)
-def _drawn(order: EpochOrder) -> Order:
-    return Order(order.examples, order.seed, order.epoch - 1)
+def _draw_order(order: EpochOrder) -> SampleOrder:
+    return SampleOrder(order.examples, order.seed, order.epoch - 1)
 
 
 @lru_cache(maxsize=2)
@@ -59,14 +59,14 @@ def _sorted_philox(order: EpochOrder) -> Ids:
 
 
 @lru_cache(maxsize=16)
-def _block_sums(order: EpochOrder, number: int) -> Ids:
+def _block_hash_sums(order: EpochOrder, number: int) -> Ids:
     """(BLOCK + 1,) at most: the sums of the hashes of a block's ids before each of its positions."""
-    ids = order.ids(number * BLOCK, min((number + 1) * BLOCK, order.examples))
-    return np.concatenate([[0], np.cumsum(hashes(ids).astype(np.int64))])
+    ids = order.ids(number * BLOCK_POSITIONS, min((number + 1) * BLOCK_POSITIONS, order.examples))
+    return np.concatenate([[0], np.cumsum(hash_ids(ids).astype(np.int64))])
 
 
 @lru_cache(maxsize=2)
-def _whole(order: EpochOrder) -> WholeOrder:
+def _materialize_order(order: EpochOrder) -> MaterializedOrder:
     ids = order.ids(0, order.examples)
-    drawn = hashes(ids).astype(np.int64)
-    return WholeOrder(ids, drawn, np.concatenate([[0], np.cumsum(drawn)]))
+    drawn = hash_ids(ids).astype(np.int64)
+    return MaterializedOrder(ids, drawn, np.concatenate([[0], np.cumsum(drawn)]))

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 from hvdtrain.recipe import order
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.files import is_same_file, write_new
+from hvdtrain.system.files import create_atomically, is_same_file
 
-FORMAT = f"hvdtrain ledger {order.VERSION}"  # its number is that of the order that rows are ranges of
-HEADER = re.compile(r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
+LEDGER_FORMAT = f"hvdtrain ledger {order.ORDER_VERSION}"  # its number is that of the order that rows are ranges of
+HEADER_PATTERN = re.compile(r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
 # 64-bit numbers at most, so that those who read them need not expect others.
-ROW = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
-AGAIN = 1.0  # seconds after which a segment that cannot be written is tried again
-MOST = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
+ROW_PATTERN = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")
+SEGMENT_RETRY_INTERVAL = 1.0  # seconds after which a segment that cannot be written is tried again
+MAX_STEP_EXAMPLES = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
 
-class Row(NamedTuple):
+class LedgerRow(NamedTuple):
     """What a step consumed: ids that are neighbours in their epoch's order."""
 
     step: int  # from 1
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     hash_sum: int  # of the hashes of these ids, likewise
 
 
-def hashes(ids: Ids) -> NDArray[np.uint64]:
+def hash_ids(ids: Ids) -> NDArray[np.uint64]:
     """32 bits for each id, as if drawn by lot: the upper half of splitmix64 (Steele et al., OOPSLA'14)."""
     mixed = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -51,9 +51,9 @@ def hashes(ids: Ids) -> NDArray[np.uint64]:
     return upper
 
 
-def hash_sum(ids: Ids) -> int:
+def sum_id_hashes(ids: Ids) -> int:
     """The sum of the ids' hashes: the same in any order, and on any division among ranks."""
-    return int(hashes(ids).sum())
+    return int(hash_ids(ids).sum())
 
 
 class Ledger:
@@ -63,13 +63,15 @@ class Ledger:
     of them can go on writing where another was lost.
     """
 
-    def __init__(self, seed: int, examples: int, batch: int, from_step: int = 0, rows: Iterable[Row] = ()) -> None:
+    def __init__(
+        self, seed: int, examples: int, batch: int, from_step: int = 0, rows: Iterable[LedgerRow] = ()
+    ) -> None:
         """from_step: the step after which the run starts or resumes; `rows` are those since then."""
         self.seed, self.examples, self.batch = seed, examples, batch
         self.from_step, self.rows = from_step, list(rows)
-        self.saved = from_step  # up to here this rank knows them to be on disk
+        self.durable_step = from_step  # up to here this rank knows them to be on disk
         self.error: OSError | None = None  # why the last rows are in memory only
-        self._failed = 0.0  # when that was, by the monotonic clock
+        self._failed_at = 0.0  # when that was, by the monotonic clock
         self._folder: Path | None = None
         self._file: int | None = None  # the segment that is written to
         self._path: Path | None = None  # its path
@@ -77,9 +79,9 @@ class Ledger:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Ledger:
         """A ledger that knows what the one with this state knew."""
-        return cls(**{**state, "rows": [Row(*row) for row in state["rows"]]})
+        return cls(**{**state, "rows": [LedgerRow(*row) for row in state["rows"]]})
 
-    def state(self) -> dict[str, Any]:
+    def to_state(self) -> dict[str, Any]:
         """All that it knows, as plain data for JSON."""
         sizes = {"seed": self.seed, "examples": self.examples, "batch": self.batch}
         return {**sizes, "from_step": self.from_step, "rows": [list(row) for row in self.rows]}
@@ -92,34 +94,34 @@ class Ledger:
         self.close()
         self._folder = folder
         if self.rows or not at_first_row:
-            self._begin(folder)
+            self._begin_segment(folder)
 
-    def _begin(self, folder: Path) -> None:
+    def _begin_segment(self, folder: Path) -> None:
         first = self.from_step + 1
-        header = f"# {FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
-        lines = [header, ",".join(Row._fields), *(",".join(map(str, row)) for row in self.rows)]
+        header = f"# {LEDGER_FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
+        lines = [header, ",".join(LedgerRow._fields), *(",".join(map(str, row)) for row in self.rows)]
         try:
             folder.mkdir(exist_ok=True)  # no parents: a run folder that was deleted is not made again
             while True:
-                path = folder / f"segment-{max(numbered(folder), default=0) + 1:06}.csv"
+                path = folder / f"segment-{max(find_segments(folder), default=0) + 1:06}.csv"
                 try:
-                    write_new(path, ("\n".join(lines) + "\n").encode())
+                    create_atomically(path, ("\n".join(lines) + "\n").encode())
                     break
                 except FileExistsError:  # another writer was faster
                     continue
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             self._path, self.error = path, None
         except OSError as error:
-            self._fail(error)
+            self._abandon_segment(error)
 
-    def _fail(self, error: OSError) -> None:
+    def _abandon_segment(self, error: OSError) -> None:
         """Leave this segment as it is: a later step tries a new one, with all that is in memory."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.close(self._file)
-        self._file, self.error, self._failed = None, error, time.monotonic()
+        self._file, self.error, self._failed_at = None, error, time.monotonic()
 
-    def append(self, row: Row) -> None:
+    def append_row(self, row: LedgerRow) -> None:
         """A step is done. What is written survives the process; `durable` makes it survive the machine.
 
         If it cannot be written now, `error` says why, and the row is written with a later one.
@@ -128,49 +130,49 @@ class Ledger:
         if self._folder is None:
             return
         if self._file is None:
-            if time.monotonic() - self._failed > AGAIN:
-                self._begin(self._folder)
+            if time.monotonic() - self._failed_at > SEGMENT_RETRY_INTERVAL:
+                self._begin_segment(self._folder)
             return
         line = b"%d,%d,%d,%d,%d\n" % row
         try:
             if os.write(self._file, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._fail(error)
+            self._abandon_segment(error)
 
-    def durable(self) -> None:
+    def make_durable(self) -> None:
         """Before a checkpoint is saved, on the rank that writes: all rows survive the machine.
 
         Raises OSError if they cannot be written now.
         """
         if self._folder is not None:
             if self._file is None:
-                self._begin(self._folder)
+                self._begin_segment(self._folder)
             try:
                 if self._file is not None:
                     os.fsync(self._file)
             except OSError as error:  # rows may be lost that were written
-                self._fail(error)
+                self._abandon_segment(error)
             if self.error is not None:
                 raise self.error
         if self.rows:
-            self.saved = self.rows[-1].step
+            self.durable_step = self.rows[-1].step
 
-    def in_place(self) -> bool:
+    def is_segment_in_place(self) -> bool:
         """Whether the segment that is written to, if there is one, is still where it was made."""
         return self._file is None or self._path is None or is_same_file(self._path, os.fstat(self._file))
 
-    def forget(self, step: int) -> None:
+    def discard_rows(self, step: int) -> None:
         """The rank that writes has told the others its `saved`: rows up to there need not be kept in memory."""
         if step > self.from_step:
             self.rows = [row for row in self.rows if row.step > step]
-            self.from_step, self.saved = step, max(self.saved, step)
+            self.from_step, self.durable_step = step, max(self.durable_step, step)
 
-    def rollback(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """All ranks go on after this step: later ones are undone."""
         undone = step < self.from_step or any(row.step > step for row in self.rows)
         self.rows = [row for row in self.rows if row.step <= step]
-        self.from_step, self.saved = min(self.from_step, step), min(self.saved, step)
+        self.from_step, self.durable_step = min(self.from_step, step), min(self.durable_step, step)
         if undone and self._folder is not None:
             self.open_for_writing(self._folder)
 
@@ -196,12 +198,12 @@ class Segment:
     examples: int
     batch: int
     first_step: int
-    order: int  # version
-    rows: list[Row]
-    unreadable: list[int]  # numbers of lines that are no rows
+    order_version: int  # version
+    rows: list[LedgerRow]
+    invalid_lines: list[int]  # numbers of lines that are no rows
 
 
-def numbered(folder: Path) -> dict[int, Path]:
+def find_segments(folder: Path) -> dict[int, Path]:
     """The segments' files by their numbers, in order."""
     found = {int(path.stem[8:]): path for path in folder.glob("segment-*.csv") if path.stem[8:].isdecimal()}
     return dict(sorted(found.items()))
@@ -213,15 +215,17 @@ def read_segment(path: Path) -> Segment:
         lines = path.read_bytes().decode("ascii", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    header = HEADER.fullmatch(lines[0])
+    header = HEADER_PATTERN.fullmatch(lines[0])
     # What stands behind the last end of a line is torn, or nothing.
-    if header is None or len(lines) < 3 or lines[1] != ",".join(Row._fields):
-        raise UserError(f"{path} is no segment of a ledger of this hvdtrain: expected a header of format {FORMAT!r}")
+    if header is None or len(lines) < 3 or lines[1] != ",".join(LedgerRow._fields):
+        raise UserError(
+            f"{path} is no segment of a ledger of this hvdtrain: expected a header of format {LEDGER_FORMAT!r}"
+        )
     version, seed, examples, batch, first_step = map(int, header.groups())
     rows, unreadable = [], []
     for number, line in enumerate(lines[2:-1], start=3):
-        if found := ROW.fullmatch(line):
-            rows.append(Row(*map(int, found.groups())))
+        if found := ROW_PATTERN.fullmatch(line):
+            rows.append(LedgerRow(*map(int, found.groups())))
         else:
             unreadable.append(number)
     return Segment(path.name, seed, examples, batch, first_step, version, rows, unreadable)

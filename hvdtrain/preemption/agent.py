@@ -12,29 +12,29 @@ from pathlib import Path
 from types import FrameType
 
 from hvdtrain.preemption.membership_folder import (
-    Draining,
-    Member,
-    draining_path,
-    read_draining,
-    read_member,
-    remove_member,
-    write_draining,
-    write_member,
+    DrainNotice,
+    HostRecord,
+    drain_notice_path,
+    read_drain_notice,
+    read_host_record,
+    remove_host_record,
+    write_drain_notice,
+    write_host_record,
 )
-from hvdtrain.preemption.notices import Notice, Source, say, watch
+from hvdtrain.preemption.notices import Notice, NoticeSource, log_agent_message, watch_source
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.signals import SAME_STOP, ignores_hangup
+from hvdtrain.system.signals import SAME_STOP_SECONDS, ignores_hangup
 
 # Which signals are a notice; under the others they end the agent, or mean nothing.
-NOTICES = {
+NOTICE_SIGNALS = {
     "signal": (signal.SIGTERM, signal.SIGUSR1),
     "slurm": (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1),
 }
-RETRY = 1.0  # seconds after which a notice that could not be written is tried again
+NOTICE_RETRY_INTERVAL = 1.0  # seconds after which a notice that could not be written is tried again
 
 
 @dataclass(frozen=True)
-class Host:
+class AgentConfig:
     """What an agent is for. `source` is the name of what gives notices; boot_id names this life of the host."""
 
     folder: Path
@@ -49,71 +49,75 @@ class Host:
 class Agent:
     """Heartbeats until told to end; from the first notice on as a draining host."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, host: AgentConfig) -> None:
+        self.config = host
         # Put into by signal handlers, which SimpleQueue allows, and by the thread that watches the source.
         self._inbox: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
         self._started = time.time()
-        self._beat = 0
-        self._draining: Draining | None = None
-        self._noticed = 0.0  # by the monotonic clock, as is
-        self._ends: float | None = None
-        self._told: set[str] = set()
+        self._heartbeats = 0
+        self._draining: DrainNotice | None = None
+        self._noticed_at = 0.0  # by the monotonic clock, as is
+        self._exit_at: float | None = None
+        self._reported: set[str] = set()
 
-    def run(self, source: Source | None) -> None:
+    def run_agent(self, source: NoticeSource | None) -> None:
         """Return when the host is deregistered."""
-        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *NOTICES.get(self.host.source, ())}:
+        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *NOTICE_SIGNALS.get(self.config.source, ())}:
             if number != signal.SIGHUP or not ignores_hangup():
                 signal.signal(number, self._on_signal)
-        self._adopt()
+        self._resume_draining()
         if source is not None:
-            watcher = threading.Thread(target=watch, args=(source, self._inbox.put, self.host.source), daemon=True)
+            watcher = threading.Thread(
+                target=watch_source, args=(source, self._inbox.put, self.config.source), daemon=True
+            )
             watcher.start()
-        self._write()
-        while self._listen(time.monotonic() + self._pause()):
-            self._write()
+        self._write_heartbeat()
+        while self._wait_until_heartbeat(time.monotonic() + self._heartbeat_interval()):
+            self._write_heartbeat()
         try:
-            remove_member(self.host.folder, self.host.name, self.host.boot_id, os.getpid())
+            remove_host_record(self.config.folder, self.config.name, self.config.boot_id, os.getpid())
         except OSError as error:
-            self._tell(error)
+            self._report_once(error)
 
-    def _pause(self) -> float:
-        return self.host.interval if self._draining is None else min(self.host.interval, RETRY)
+    def _heartbeat_interval(self) -> float:
+        return self.config.interval if self._draining is None else min(self.config.interval, NOTICE_RETRY_INTERVAL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number not in NOTICES.get(self.host.source, ()):
+        if number not in NOTICE_SIGNALS.get(self.config.source, ()):
             self._inbox.put(None)
         elif self._draining is None:
             reason = signal.Signals(number).name
-            self._inbox.put(Notice(self.host.source, reason, self.host.grace))
+            self._inbox.put(Notice(self.config.source, reason, self.config.grace))
         elif (
             number == signal.SIGTERM
-            and self.host.source != "slurm"  # which sends it again at the end of its grace
-            and time.monotonic() - self._noticed > SAME_STOP
+            and self.config.source != "slurm"  # which sends it again at the end of its grace
+            and time.monotonic() - self._noticed_at > SAME_STOP_SECONDS
         ):
             self._inbox.put(None)
 
-    def _adopt(self) -> None:
+    def _resume_draining(self) -> None:
         """Go on draining if this life of the host was told to go; a notice for an earlier one is taken away."""
         try:
-            left = read_draining(self.host.folder, self.host.name)
-            if left is not None and left.boot_id == self.host.boot_id:
-                self._drain(left, max(0.0, left.deadline - time.time()))
-                path = draining_path(self.host.folder, self.host.name)
-                say(f"{left.host} is still draining ({left.source}: {left.reason}); if not so, end me, remove {path}")
+            left = read_drain_notice(self.config.folder, self.config.name)
+            if left is not None and left.boot_id == self.config.boot_id:
+                self._start_draining(left, max(0.0, left.deadline - time.time()))
+                path = drain_notice_path(self.config.folder, self.config.name)
+                log_agent_message(
+                    f"{left.host} is still draining ({left.source}: {left.reason}); if not so, end me, remove {path}"
+                )
             else:
-                draining_path(self.host.folder, self.host.name).unlink(missing_ok=True)
+                drain_notice_path(self.config.folder, self.config.name).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"--membership {self.host.folder}: {error.strerror}") from None
+            raise UserError(f"--membership {self.config.folder}: {error.strerror}") from None
 
-    def _listen(self, until: float) -> bool:
+    def _wait_until_heartbeat(self, until: float) -> bool:
         """Wait until the next heartbeat for what comes in; False to end."""
         while True:
             now = time.monotonic()
-            if self._ends is not None and now >= self._ends:
+            if self._exit_at is not None and now >= self._exit_at:
                 return False
             try:
-                limit = until if self._ends is None else min(until, self._ends)
+                limit = until if self._exit_at is None else min(until, self._exit_at)
                 message = self._inbox.get(timeout=max(0.0, limit - now))
             except queue.Empty:
                 if time.monotonic() >= until:
@@ -121,44 +125,48 @@ class Agent:
                 continue
             if message is None:
                 return False
-            if self._take(message):
+            if self._accept_notice(message):
                 return True  # and write it now
 
-    def _take(self, notice: Notice) -> bool:
+    def _accept_notice(self, notice: Notice) -> bool:
         """Drain by this notice, unless there is one already that gives no more time."""
         deadline = time.time() + notice.seconds
         if self._draining is not None and deadline > self._draining.deadline - 1.0:
             return False
-        host = self.host
-        draining = Draining(host.name, host.boot_id, deadline, notice.seconds, notice.source, notice.reason)
-        self._drain(draining, notice.seconds)
-        say(f"{host.name} is to go in {notice.seconds:.0f} s ({notice.source}: {notice.reason})")
+        host = self.config
+        draining = DrainNotice(host.name, host.boot_id, deadline, notice.seconds, notice.source, notice.reason)
+        self._start_draining(draining, notice.seconds)
+        log_agent_message(f"{host.name} is to go in {notice.seconds:.0f} s ({notice.source}: {notice.reason})")
         return True
 
-    def _drain(self, draining: Draining, seconds: float) -> None:
-        self._draining, self._noticed = draining, time.monotonic()
-        if self.host.source == "slurm":  # which ends the allocation then, and not the host
-            self._ends = self._noticed + seconds
+    def _start_draining(self, draining: DrainNotice, seconds: float) -> None:
+        self._draining, self._noticed_at = draining, time.monotonic()
+        if self.config.source == "slurm":  # which ends the allocation then, and not the host
+            self._exit_at = self._noticed_at + seconds
 
-    def _write(self) -> None:
+    def _write_heartbeat(self) -> None:
         """One heartbeat; and the notice, if it is not there."""
-        host = self.host
+        host = self.config
         try:
-            if self._draining is not None and read_draining(host.folder, host.name) != self._draining:
-                write_draining(host.folder, self._draining)
-            there = read_member(host.folder, host.name)
-            if self._beat and there is not None and (there.boot_id, there.pid) != (host.boot_id, os.getpid()):
-                self._tell(f"another agent, process {there.pid}, also writes {host.name}.json: give each its --host")
-            self._beat += 1
+            if self._draining is not None and read_drain_notice(host.folder, host.name) != self._draining:
+                write_drain_notice(host.folder, self._draining)
+            there = read_host_record(host.folder, host.name)
+            if self._heartbeats and there is not None and (there.boot_id, there.pid) != (host.boot_id, os.getpid()):
+                self._report_once(
+                    f"another agent, process {there.pid}, also writes {host.name}.json: give each its --host"
+                )
+            self._heartbeats += 1
             state = "live" if self._draining is None else "draining"
-            member = Member(host.name, host.slots, host.boot_id, os.getpid(), self._started, self._beat, state)
-            write_member(host.folder, member)
+            member = HostRecord(
+                host.name, host.slots, host.boot_id, os.getpid(), self._started, self._heartbeats, state
+            )
+            write_host_record(host.folder, member)
         except OSError as error:
-            self._tell(error)
+            self._report_once(error)
 
-    def _tell(self, trouble: OSError | str) -> None:
+    def _report_once(self, trouble: OSError | str) -> None:
         """Say each trouble once."""
-        text = trouble if isinstance(trouble, str) else f"{self.host.folder}: {trouble.strerror}; trying on"
-        if text not in self._told:
-            self._told.add(text)
-            say(text)
+        text = trouble if isinstance(trouble, str) else f"{self.config.folder}: {trouble.strerror}; trying on"
+        if text not in self._reported:
+            self._reported.add(text)
+            log_agent_message(text)

@@ -25,7 +25,7 @@ KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
-class Member:
+class HostRecord:
     """A host, as its agent sees it."""
 
     host: str
@@ -38,7 +38,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Draining:
+class DrainNotice:
     """A host that is about to go."""
 
     host: str
@@ -49,37 +49,37 @@ class Draining:
     reason: str
 
 
-def member_path(folder: Path, host: str) -> Path:
+def host_record_path(folder: Path, host: str) -> Path:
     return folder / f"{host}.json"
 
 
-def draining_path(folder: Path, host: str) -> Path:
+def drain_notice_path(folder: Path, host: str) -> Path:
     return folder / f"{host}.draining"
 
 
-def write_member(folder: Path, member: Member) -> None:
+def write_host_record(folder: Path, member: HostRecord) -> None:
     """Write HOST.json, atomically."""
-    write_json(member_path(folder, member.host), asdict(member))
+    write_json(host_record_path(folder, member.host), asdict(member))
 
 
-def write_draining(folder: Path, draining: Draining) -> None:
+def write_drain_notice(folder: Path, draining: DrainNotice) -> None:
     """Write HOST.draining, atomically."""
-    write_json(draining_path(folder, draining.host), asdict(draining))
+    write_json(drain_notice_path(folder, draining.host), asdict(draining))
 
 
-def read_member(folder: Path, host: str) -> Member | None:
+def read_host_record(folder: Path, host: str) -> HostRecord | None:
     """What HOST.json says; None if there is none, or it is no such record. Raises OSError."""
-    record = read_record(member_path(folder, host), Member)
-    return Member(**record) if record is not None else None
+    record = read_record_fields(host_record_path(folder, host), HostRecord)
+    return HostRecord(**record) if record is not None else None
 
 
-def read_draining(folder: Path, host: str) -> Draining | None:
+def read_drain_notice(folder: Path, host: str) -> DrainNotice | None:
     """What HOST.draining says; None if there is none, or it is no such record. Raises OSError."""
-    record = read_record(draining_path(folder, host), Draining)
-    return Draining(**record) if record is not None else None
+    record = read_record_fields(drain_notice_path(folder, host), DrainNotice)
+    return DrainNotice(**record) if record is not None else None
 
 
-def read_record(path: Path, kind: type[Any]) -> dict[str, Any] | None:
+def read_record_fields(path: Path, kind: type[Any]) -> dict[str, Any] | None:
     """The fields of a dataclass from a JSON object; others, of a later version perhaps, are left out."""
     try:
         record = json.loads(path.read_bytes())
@@ -91,14 +91,14 @@ def read_record(path: Path, kind: type[Any]) -> dict[str, Any] | None:
     return {name: record[name] for name in names}
 
 
-def remove_member(folder: Path, host: str, boot_id: str, pid: int) -> None:
+def remove_host_record(folder: Path, host: str, boot_id: str, pid: int) -> None:
     """Remove HOST.json, unless another agent has written it. Raises OSError."""
-    there = read_member(folder, host)
+    there = read_host_record(folder, host)
     if there is None or (there.boot_id, there.pid) == (boot_id, pid):
-        member_path(folder, host).unlink(missing_ok=True)
+        host_record_path(folder, host).unlink(missing_ok=True)
 
 
-def this_life(environ: Mapping[str, str] = os.environ, *, slurm: bool = False) -> str:
+def host_boot_id(environ: Mapping[str, str] = os.environ, *, slurm: bool = False) -> str:
     """What names this life of the host: the kernel's boot id.
 
     slurm: with the job and how often it was requeued, for Slurm takes the node from a job without a boot, and may

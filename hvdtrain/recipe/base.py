@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from hvdtrain.system.errors import UserError, nearest
+from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import describe_error, in_recipe
 
 
@@ -21,7 +21,7 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-CONTRACTS = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
+CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Field:
+class OptionField:
     """One option of a recipe or of a run, as the command line needs it."""
 
     name: str
@@ -60,7 +60,7 @@ class Field:
         return "--" + self.name.replace("_", "-")
 
 
-def fields(cls: type) -> list[Field]:
+def option_fields(cls: type) -> list[OptionField]:
     """The options of a dataclass, in the order of declaration.
 
     Raises UserError if a class is not a dataclass of its own, a field has the name of something else in the recipe
@@ -68,13 +68,13 @@ def fields(cls: type) -> list[Field]:
     """
     if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
         raise UserError(f"recipe class {cls.__name__} has fields but is no dataclass: add @dataclass(kw_only=True)")
-    contract = [base for base in cls.__mro__ if base.__module__ in CONTRACTS]
+    contract = [base for base in cls.__mro__ if base.__module__ in CONTRACT_MODULES]
     shared = {field.name for base in contract for field in dataclasses.fields(base)}
     reserved = {name for base in contract for name in vars(base)} - shared
     for field in dataclasses.fields(cls):
         if field.name in reserved:
             raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: name the option otherwise")
-    return [_field(cls, field, resolve_hint(cls, field)) for field in dataclasses.fields(cls) if field.init]
+    return [_make_option_field(cls, field, resolve_hint(cls, field)) for field in dataclasses.fields(cls) if field.init]
 
 
 def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:
@@ -94,7 +94,7 @@ def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:
         ) from error
 
 
-def _field(cls: type, field: dataclasses.Field[Any], hint: Any) -> Field:
+def _make_option_field(cls: type, field: dataclasses.Field[Any], hint: Any) -> OptionField:
     optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
@@ -112,10 +112,10 @@ def _field(cls: type, field: dataclasses.Field[Any], hint: Any) -> Field:
         default = field.default_factory()
     if default is dataclasses.MISSING:
         raise UserError(f"{cls.__name__}.{field.name} needs a default")
-    return Field(field.name, hint, optional, choices, default, _help(cls, field.name))
+    return OptionField(field.name, hint, optional, choices, default, _find_help(cls, field.name))
 
 
-def _help(cls: type, name: str) -> str:
+def _find_help(cls: type, name: str) -> str:
     """A field's help, from the nearest class that gives one: overriding a default keeps it."""
     for base in cls.__mro__:
         declared = base.__dict__.get("__dataclass_fields__", {}).get(name)
@@ -124,7 +124,7 @@ def _help(cls: type, name: str) -> str:
     return ""
 
 
-def checked(field: Field, value: Any) -> Any:
+def convert_value(field: OptionField, value: Any) -> Any:
     """A value as the field's type; a str may stand for a path and an int for a float. Raises UserError for others."""
     if value is None and (field.optional or field.default is None):
         return None
@@ -143,7 +143,7 @@ def checked(field: Field, value: Any) -> Any:
     return value
 
 
-def check_finite(field: Field, value: Any) -> None:
+def check_finite(field: OptionField, value: Any) -> None:
     """Raise UserError for NaN, and for an infinite number unless the field's default is infinite too."""
     if not isinstance(value, float) or math.isfinite(value):
         return
@@ -151,16 +151,16 @@ def check_finite(field: Field, value: Any) -> None:
         raise UserError(f"{field.flag} is {value}; expected a finite number")
 
 
-def make(cls: type[Any], values: dict[str, Any]) -> Any:
+def make_from_values(cls: type[Any], values: dict[str, Any]) -> Any:
     """A recipe (or run options) from values; what its own checks refuse is a user's mistake.
 
     Raises UserError for an unknown name and for a ValueError out of `__post_init__`.
     """
-    known = {field.name: field for field in fields(cls)}
+    known = {field.name: field for field in option_fields(cls)}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{cls.__name__} has no option {name!r}{nearest(name, known)}")
-        values = {**values, name: checked(known[name], value)}
+            raise UserError(f"{cls.__name__} has no option {name!r}{suggest_nearest(name, known)}")
+        values = {**values, name: convert_value(known[name], value)}
     with in_recipe(cls, "__post_init__()"):
         try:
             return cls(**values)

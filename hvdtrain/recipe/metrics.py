@@ -8,6 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def means(names: Sequence[str], sums: NDArray[np.float64], count: int) -> dict[str, float]:
+def compute_means(names: Sequence[str], sums: NDArray[np.float64], count: int) -> dict[str, float]:
     """Name each metric's mean over `count` examples. sums: (len(names),) float64."""
     return {name: float(total) / count for name, total in zip(names, sums, strict=True)}

@@ -31,13 +31,13 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-VERSION = 2  # of the order; 1 sorted Philox's output, see hvdtrain.ledger.epoch_order
+ORDER_VERSION = 2  # of the order; 1 sorted Philox's output, see hvdtrain.ledger.epoch_order
 MAX_EXAMPLES = 1 << 62  # a and b stay below 2^32
-BLOCK = 8192  # positions computed at a time: fewer cost more each, as numpy's calls do
-GOLDEN, MIX, HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)
+BLOCK_POSITIONS = 8192  # positions computed at a time: fewer cost more each, as numpy's calls do
+GOLDEN_GAMMA, MIX_MULTIPLIER, HALF_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)
 
 
-def rounds(side: int) -> int:
+def rounds_needed(side: int) -> int:
     """How many rounds a network needs whose shorter side has so many values: 48 for 2, 16 for 8, 8 from 64 on.
 
     What tells a network from a random permutation shrinks with each two rounds by a factor of the side at least; this
@@ -46,7 +46,7 @@ def rounds(side: int) -> int:
     return max(8, 2 * -(-24 // max(1, side.bit_length() - 1)))
 
 
-class Order:
+class SampleOrder:
     """The order of an epoch of `examples` examples; it holds a few hundred bytes."""
 
     def __init__(self, examples: int, seed: int, epoch: int) -> None:
@@ -63,33 +63,33 @@ class Order:
         root = math.isqrt(examples - 1) + 1
         a = root + root % 2
         b = -(-examples // a)
-        key = f"hvdtrain order {VERSION}: {examples} examples, seed {seed}, epoch {epoch}"
-        drawn = hashlib.shake_128(key.encode()).digest(8 * rounds(b))
+        key = f"hvdtrain order {ORDER_VERSION}: {examples} examples, seed {seed}, epoch {epoch}"
+        drawn = hashlib.shake_128(key.encode()).digest(8 * rounds_needed(b))
         self._a, self._b = np.uint64(a), np.uint64(b)
         self._keys: Words = np.frombuffer(drawn, "<u8").astype(np.uint64)
 
-    def ids(self, begin: int, end: int) -> Ids:
+    def ids_between(self, begin: int, end: int) -> Ids:
         """The ids at positions [begin, end): (end - begin,) int64."""
         if not 0 <= begin <= end <= self.examples:
             raise ValueError(f"positions {begin} to {end} of an order of {self.examples} examples")
-        found = self._permute(np.arange(begin, end, dtype=np.uint64))
+        found = self._permute_positions(np.arange(begin, end, dtype=np.uint64))
         while len(outside := np.flatnonzero(found >= np.uint64(self.examples))):
-            found[outside] = self._permute(found[outside])
+            found[outside] = self._permute_positions(found[outside])
         return found.astype(np.int64)
 
-    def _permute(self, values: Words) -> Words:
+    def _permute_positions(self, values: Words) -> Words:
         """The network, once: a permutation of [0, a * b)."""
         left: Words = values % self._a
         right: Words = values // self._a
         moduli = (self._a, self._b)
         for j, key in enumerate(self._keys):
             modulus = moduli[j % 2]
-            mixed = right * GOLDEN + key
-            mixed ^= mixed >> HALF
-            mixed *= MIX
-            mixed >>= HALF
+            mixed = right * GOLDEN_GAMMA + key
+            mixed ^= mixed >> HALF_BITS
+            mixed *= MIX_MULTIPLIER
+            mixed >>= HALF_BITS
             mixed *= modulus  # 32 random bits to [0, modulus), without a division
-            mixed >>= HALF
+            mixed >>= HALF_BITS
             mixed += left
             # Below twice the modulus; unsigned, it wraps to a large number where there is nothing to take away.
             left, right = right, np.minimum(mixed, mixed - modulus)
@@ -97,17 +97,17 @@ class Order:
         return joined
 
 
-def steps(examples: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> Iterator[Ids]:
+def iterate_batches(examples: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> Iterator[Ids]:
     """The global batches of an epoch from example `offset` of its order on; the last one may be ragged."""
-    order = Order(examples, seed, epoch)
-    block = max(1, BLOCK // batch_size) * batch_size
+    order = SampleOrder(examples, seed, epoch)
+    block = max(1, BLOCK_POSITIONS // batch_size) * batch_size
     for begin in range(offset, examples, block):
-        ids = order.ids(begin, min(begin + block, examples))
+        ids = order.ids_between(begin, min(begin + block, examples))
         for start in range(0, len(ids), batch_size):
             yield ids[start : start + batch_size]
 
 
-def bounds(count: int, rank: int, size: int) -> tuple[int, int]:
+def part_bounds(count: int, rank: int, size: int) -> tuple[int, int]:
     """Where a rank's part of `count` examples begins and ends.
 
     Parts are contiguous and differ by one example at most; rank 0 is never empty where any rank is not.
@@ -115,7 +115,7 @@ def bounds(count: int, rank: int, size: int) -> tuple[int, int]:
     return -(-count * rank // size), -(-count * (rank + 1) // size)
 
 
-def chunks(ids: Ids, most: int) -> list[Ids]:
+def split_micro_batches(ids: Ids, most: int) -> list[Ids]:
     """Cut ids into micro-batches of at most `most`, as even as can be; none where there are no ids."""
     number = -(-len(ids) // most)
-    return [ids[slice(*bounds(len(ids), i, number))] for i in range(number)]
+    return [ids[slice(*part_bounds(len(ids), i, number))] for i in range(number)]

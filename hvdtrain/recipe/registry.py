@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.classes import Leads, read_classes
+from hvdtrain.recipe.classes import RecipeStatus, read_classes
 from hvdtrain.recipe.source import RecipeSource, import_source, read_source
-from hvdtrain.system.errors import UserError, nearest
+from hvdtrain.system.errors import UserError, suggest_nearest
 
-SHIPPED = Path(__file__).parents[1] / "recipes"
-if not SHIPPED.is_dir():  # an editable install: the recipes lie beside the package
-    SHIPPED = Path(__file__).parents[2] / "recipes"
+SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
+if not SHIPPED_RECIPES.is_dir():  # an editable install: the recipes lie beside the package
+    SHIPPED_RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRecipe:
     """A recipe class seen in a file."""
 
     name: str  # what the command line takes: "digits" or "digits:Wide"
@@ -25,39 +25,41 @@ class Found:
     path: Path
 
 
-def folders() -> list[Path]:
+def recipe_folders() -> list[Path]:
     """Where a name is looked for: ./recipes, then the recipes that hvdtrain ships."""
     here = Path("recipes").absolute()
-    return [here, SHIPPED] if here.is_dir() and here.resolve() != SHIPPED.resolve() else [SHIPPED]
+    return (
+        [here, SHIPPED_RECIPES] if here.is_dir() and here.resolve() != SHIPPED_RECIPES.resolve() else [SHIPPED_RECIPES]
+    )
 
 
-def find_all() -> list[Found]:
+def find_all_recipes() -> list[FoundRecipe]:
     """Every recipe in `folders()`, by reading the files' syntax only; the first folder wins a name."""
-    found: dict[str, Found] = {}
-    for folder in folders():
+    found: dict[str, FoundRecipe] = {}
+    for folder in recipe_folders():
         for path in sorted(folder.glob("*.py")):
             if not path.name.startswith("_"):
-                for recipe in find_in_file(path):
+                for recipe in find_recipes_in_file(path):
                     found.setdefault(recipe.name, recipe)
     return sorted(found.values(), key=lambda recipe: recipe.name)
 
 
-def find_in_file(path: Path) -> list[Found]:
+def find_recipes_in_file(path: Path) -> list[FoundRecipe]:
     """The recipe classes in a file, without running it. A file that cannot be read or does not parse has none."""
     try:
         source = read_source(path)
         seen = read_classes(source)
     except UserError:
         return []
-    recipes = [cls for cls in seen if cls.leads == Leads.RECIPE]
-    default = default_class(path, [cls.name for cls in recipes])
+    recipes = [cls for cls in seen if cls.status == RecipeStatus.RECIPE]
+    default = choose_default_class(path, [cls.name for cls in recipes])
     return [
-        Found(path.stem if cls.name == default else f"{path.stem}:{cls.name}", cls.framework, cls.summary, path)
+        FoundRecipe(path.stem if cls.name == default else f"{path.stem}:{cls.name}", cls.framework, cls.summary, path)
         for cls in recipes
     ]
 
 
-def default_class(path: Path, names: list[str]) -> str | None:
+def choose_default_class(path: Path, names: list[str]) -> str | None:
     """The class that a path alone means: the only one, or the one named as the file is."""
     if len(names) == 1:
         return names[0]
@@ -65,7 +67,7 @@ def default_class(path: Path, names: list[str]) -> str | None:
     return next((name for name in names if name.lower() == stem), None)
 
 
-def split_spec(spec: str) -> tuple[str, str]:
+def split_recipe_spec(spec: str) -> tuple[str, str]:
     """RECIPE as a name or path, and the class named after its last colon: "" if there is none.
 
     A path may have colons of its own: what follows the last one is a class only if the path does not exist as it is.
@@ -74,15 +76,15 @@ def split_spec(spec: str) -> tuple[str, str]:
     return (where, class_name) if colon and class_name.isidentifier() and not Path(spec).is_file() else (spec, "")
 
 
-def find_source(spec: str) -> RecipeSource:
+def find_recipe_source(spec: str) -> RecipeSource:
     """Read the source of `digits`, `my/recipe.py` or one of these with `:ClassName`, without running it.
 
     Raises UserError if there is no such file, or it does not parse.
     """
-    where, _ = split_spec(spec)
+    where, _ = split_recipe_spec(spec)
     path = Path(where)
     if path.suffix != ".py" and path.name == where:
-        path = _by_name(where)
+        path = _find_by_name(where)
     if not path.is_file():
         raise UserError(f"no recipe file {where!r}")
     if path.suffix != ".py":
@@ -90,7 +92,7 @@ def find_source(spec: str) -> RecipeSource:
     return read_source(path)
 
 
-def load(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
+def load_recipe(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
     """Import the recipe class for `digits`, `digits:Wide`, `my/recipe.py` or `my/recipe.py:ClassName`.
 
     A file without a class that could be a recipe is not run.
@@ -102,9 +104,9 @@ def load(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
     Raises:
         UserError: there is no such file or class, saying the nearest; or the import fails.
     """
-    source = source or find_source(spec)
-    where, class_name = split_spec(spec)
-    path = source.shown
+    source = source or find_recipe_source(spec)
+    where, class_name = split_recipe_spec(spec)
+    path = source.display_path
     possible = [cls.name for cls in read_classes(source)]
     if not possible:
         raise UserError(
@@ -112,7 +114,7 @@ def load(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
             "(`hvdtrain list` shows the recipes that are found by name)"
         )
     if class_name and class_name not in possible:
-        raise UserError(f"{path} has no recipe class {class_name!r}{nearest(class_name, possible)}")
+        raise UserError(f"{path} has no recipe class {class_name!r}{suggest_nearest(class_name, possible)}")
     module = import_source(source)
     classes = {
         name: value
@@ -121,9 +123,9 @@ def load(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
     }
     if class_name:
         if class_name not in classes:
-            raise UserError(f"{path} has no recipe class {class_name!r}{nearest(class_name, classes)}")
+            raise UserError(f"{path} has no recipe class {class_name!r}{suggest_nearest(class_name, classes)}")
         return classes[class_name]
-    default = default_class(path, list(classes))
+    default = choose_default_class(path, list(classes))
     if default is None:
         if not classes:
             raise UserError(f"{path} defines no recipe: subclass hvdtrain.torch.Recipe")
@@ -131,8 +133,8 @@ def load(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
     return classes[default]
 
 
-def _by_name(name: str) -> Path:
-    for folder in folders():
+def _find_by_name(name: str) -> Path:
+    for folder in recipe_folders():
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
-    raise UserError(f"no recipe {name!r}{nearest(name, {recipe.path.stem for recipe in find_all()})}")
+    raise UserError(f"no recipe {name!r}{suggest_nearest(name, {recipe.path.stem for recipe in find_all_recipes()})}")

@@ -48,26 +48,26 @@ class RecipeSource:
     root: Path
     main: str
     module: str
-    relative: bool
+    has_relative_imports: bool
     files: dict[str, bytes]
-    shown: Path
+    display_path: Path
 
     @property
-    def path(self) -> Path:
+    def main_path(self) -> Path:
         return self.root / self.main
 
     @property
-    def digest(self) -> str:
+    def content_digest(self) -> str:
         """A hash of all files and their paths."""
-        return hashlib.sha256(repr(sorted(self.digests.items())).encode()).hexdigest()
+        return hashlib.sha256(repr(sorted(self.file_digests.items())).encode()).hexdigest()
 
     @property
-    def digests(self) -> dict[str, str]:
+    def file_digests(self) -> dict[str, str]:
         """A hash of each file, by its relative path."""
         return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
 
 
-imported: dict[str, RecipeSource] = {}  # by the name of the recipe's module
+imported_sources: dict[str, RecipeSource] = {}  # by the name of the recipe's module
 
 
 def parse_file(path: Path, data: bytes) -> ast.Module:
@@ -148,7 +148,7 @@ def absolute_name(node: ast.ImportFrom, package: str) -> str:
 def own_files(root: Path, name: str) -> list[Path]:
     """The files that importing a module takes from the recipe's own folder: with its packages, all of their modules."""
     top, *rest = name.split(".")
-    if not is_own(root, top):
+    if not is_own_module(root, top):
         return []
     if (root / top).is_dir() and not (root / f"{top}.py").is_file():
         if (root / top / "__init__.py").is_file():
@@ -168,21 +168,21 @@ def package_files(folder: Path) -> list[Path]:
     return found
 
 
-def is_own(root: Path, top: str) -> bool:
+def is_own_module(root: Path, top: str) -> bool:
     """Whether a top-level module is one of the recipe's own folder: what is installed comes first, as in sys.path."""
     if top in sys.stdlib_module_names or top in (OWN_PACKAGE, "horovod", "torch", "numpy", ""):
         return False
     if not (root / f"{top}.py").is_file() and not (root / top).is_dir():
         return False
     try:
-        places = [entry for entry in sys.path if entry not in added_folders and not same_folder(entry, root)]
+        places = [entry for entry in sys.path if entry not in added_folders and not is_same_folder(entry, root)]
         spec = importlib.machinery.PathFinder.find_spec(top, places)
     except (ImportError, ValueError):
         spec = None
     return spec is None or spec.origin is None
 
 
-def same_folder(entry: str, folder: Path) -> bool:
+def is_same_folder(entry: str, folder: Path) -> bool:
     """Whether an entry of sys.path is a folder."""
     return os.path.realpath(entry or ".") == os.path.realpath(folder)
 
@@ -239,19 +239,19 @@ class SourceFinder(importlib.abc.MetaPathFinder):
 
 def import_source(source: RecipeSource) -> ModuleType:
     """Import the recipe's module from what was read. Raises UserError, with the line, if that fails."""
-    path = source.path
+    path = source.main_path
     for finder in [finder for finder in sys.meta_path if isinstance(finder, SourceFinder)]:
         if finder.source.root == source.root or finder.source.module == source.module:
             sys.meta_path.remove(finder)
     finder = SourceFinder(source)
-    forget_others(source)
+    unload_stale_modules(source)
     sys.meta_path.insert(0, finder)
     # What is not found by reading the imports, such as what importlib.import_module is given.
     if str(source.root) not in sys.path:
         sys.path.append(str(source.root))
         added_folders.add(str(source.root))
     in_package = "." in source.module
-    as_package = source.relative and not in_package
+    as_package = source.has_relative_imports and not in_package
     loader = SourceLoader(source.module, str(path), source.files[source.main])
     spec = importlib.util.spec_from_file_location(
         source.module,
@@ -269,21 +269,21 @@ def import_source(source: RecipeSource) -> ModuleType:
     except Exception as error:
         sys.modules.pop(source.module, None)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f"{source.shown}:{lines[-1]}" if lines else f"{source.shown}"
+        where = f"{source.display_path}:{lines[-1]}" if lines else f"{source.display_path}"
         raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    imported[source.module] = source
+    imported_sources[source.module] = source
     return module
 
 
-def source_of(cls: type) -> RecipeSource | None:
+def source_of_class(cls: type) -> RecipeSource | None:
     """The source of a recipe's class, also of one that a script defines; None if no file is known."""
-    if cls.__module__ in imported:
-        return imported[cls.__module__]
+    if cls.__module__ in imported_sources:
+        return imported_sources[cls.__module__]
     path = Path(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
     return read_source(path) if path.suffix == ".py" and path.is_file() else None
 
 
-def forget_others(source: RecipeSource) -> None:
+def unload_stale_modules(source: RecipeSource) -> None:
     """Remove modules from sys.modules that have a name of the source's own and come from elsewhere, or are older."""
     for file, data in source.files.items():
         name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")

@@ -16,7 +16,7 @@ from typing import Any
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.system.files import sync_folder
 
-FOLDER = "source"
+SOURCE_FOLDER = "source"
 
 
 def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
@@ -28,11 +28,11 @@ def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
     Raises:
         OSError: it cannot be written.
     """
-    target = run_dir / FOLDER
+    target = run_dir / SOURCE_FOLDER
     earlier = read_files(target)
     if earlier == source.files:
         return None
-    new = run_dir / f".{FOLDER}.new"
+    new = run_dir / f".{SOURCE_FOLDER}.new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(mode=0o700)  # a recipe may hold secrets
     for name, data in source.files.items():
@@ -46,7 +46,7 @@ def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
         sync_folder(Path(folder))
     note = None
     if earlier:
-        numbered = (run_dir / f"{FOLDER}-{number}" for number in itertools.count(1))
+        numbered = (run_dir / f"{SOURCE_FOLDER}-{number}" for number in itertools.count(1))
         kept = next(path for path in numbered if not path.exists())
         target.rename(kept)
         names = [name for name in {**source.files, **earlier} if source.files.get(name) != earlier.get(name)]
@@ -68,13 +68,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def describe_copy(run_dir: Path, source: RecipeSource) -> dict[str, Any]:
     """What another process needs to import the copy as the original, for JSON."""
     return {
-        "folder": str((run_dir / FOLDER).absolute()),
+        "folder": str((run_dir / SOURCE_FOLDER).absolute()),
         "root": str(source.root),
         "main": source.main,
         "module": source.module,
-        "relative": source.relative,
-        "shown": str(source.shown),
-        "digest": source.digest,
+        "relative": source.has_relative_imports,
+        "shown": str(source.display_path),
+        "digest": source.content_digest,
     }
 
 
@@ -91,8 +91,8 @@ def read_copy(described: Mapping[str, Any]) -> RecipeSource | None:
         root=Path(described["root"]),
         main=main,
         module=described["module"],
-        relative=described["relative"],
+        has_relative_imports=described["relative"],
         files={main: files.pop(main), **files},
-        shown=Path(described["shown"]),
+        display_path=Path(described["shown"]),
     )
-    return source if source.digest == described["digest"] else None
+    return source if source.content_digest == described["digest"] else None

@@ -8,23 +8,23 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-USABLE = frozenset(os.sched_getaffinity(0))  # by this process, before `bind` gave it its share
-GPU_DRIVER = Path("/dev/nvidiactl")
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
-THREADS = "OMP_NUM_THREADS"
-THREADS_SOURCE = "HVDTRAIN_THREADS_SOURCE"  # set together with THREADS if hvdtrain chose it, not the user
+USABLE_CPUS = frozenset(os.sched_getaffinity(0))  # by this process, before `bind` gave it its share
+GPU_DRIVER_FILE = Path("/dev/nvidiactl")
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
+OWN_CGROUPS_FILE = Path("/proc/self/cgroup")
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+THREADS_SOURCE_VARIABLE = "HVDTRAIN_THREADS_SOURCE"  # set together with THREADS if hvdtrain chose it, not the user
 
 
 @dataclass(frozen=True)
-class Threads:
+class ThreadCount:
     """How many threads a rank uses, and who chose that."""
 
     count: int
     source: str
 
 
-def cpu_quota(own: Path = OWN_CGROUPS, mounted: Path = CGROUPS) -> float | None:
+def cpu_quota(own: Path = OWN_CGROUPS_FILE, mounted: Path = CGROUP_MOUNT) -> float | None:
     """How many cores' worth of time this process's control groups allow it; None if they set no limit.
 
     Reads `cpu.max` (cgroup v2) or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (v1) of its group and of all groups that
@@ -44,12 +44,12 @@ def cpu_quota(own: Path = OWN_CGROUPS, mounted: Path = CGROUPS) -> float | None:
             for root in hierarchies:
                 group = root / path.strip("/").removeprefix("../")
                 for folder in (group, *group.parents):
-                    if folder.is_relative_to(root) and (quota := quota_of_group(folder)) is not None:
+                    if folder.is_relative_to(root) and (quota := read_group_quota(folder)) is not None:
                         quotas.append(quota)
     return min(quotas, default=None)
 
 
-def quota_of_group(folder: Path) -> float | None:
+def read_group_quota(folder: Path) -> float | None:
     """The cores that one control group allows, or None if it sets no limit or does not exist."""
     try:
         if (folder / "cpu.max").exists():
@@ -62,49 +62,51 @@ def quota_of_group(folder: Path) -> float | None:
         return None
 
 
-QUOTA = cpu_quota()
+CPU_QUOTA = cpu_quota()
 
 
-def available() -> float:
+def available_cores() -> float:
     """How many cores this process may use: by its affinity mask and its control groups' quota."""
-    return len(USABLE) if QUOTA is None else min(len(USABLE), QUOTA)
+    return len(USABLE_CPUS) if CPU_QUOTA is None else min(len(USABLE_CPUS), CPU_QUOTA)
 
 
-def has_quota() -> bool:
+def has_cpu_quota() -> bool:
     """Whether this process may use less than all of its cores' time."""
-    return available() < len(USABLE)
+    return available_cores() < len(USABLE_CPUS)
 
 
-def per_rank(local_size: int) -> int:
+def cores_per_rank(local_size: int) -> int:
     """How many cores each of `local_size` ranks on this host has to itself; 1 if there are fewer cores."""
-    return max(1, int(available() / local_size))
+    return max(1, int(available_cores() / local_size))
 
 
-def choose_threads(local_size: int, environ: Mapping[str, str] = os.environ) -> Threads:
+def choose_threads(local_size: int, environ: Mapping[str, str] = os.environ) -> ThreadCount:
     """How many threads each of `local_size` ranks on this host uses, unless --threads gives a number.
 
     By OMP_NUM_THREADS, else SLURM_CPUS_PER_TASK if the ranks' tasks fit into the cores, else an even share of them.
     """
-    given = environ.get(THREADS, "").split(",")[0].strip()
+    given = environ.get(THREADS_VARIABLE, "").split(",")[0].strip()
     if given.isascii() and given.isdigit() and int(given) > 0:
-        return Threads(int(given), environ.get(THREADS_SOURCE, THREADS))
+        return ThreadCount(int(given), environ.get(THREADS_SOURCE_VARIABLE, THREADS_VARIABLE))
     per_task = environ.get("SLURM_CPUS_PER_TASK", "")
-    if per_task.isascii() and per_task.isdigit() and 0 < int(per_task) * local_size <= available():
-        return Threads(int(per_task), "SLURM_CPUS_PER_TASK")
-    what = f"the CPU quota of {available():g} cores" if has_quota() else f"the host's {len(USABLE)} cores"
+    if per_task.isascii() and per_task.isdigit() and 0 < int(per_task) * local_size <= available_cores():
+        return ThreadCount(int(per_task), "SLURM_CPUS_PER_TASK")
+    what = (
+        f"the CPU quota of {available_cores():g} cores" if has_cpu_quota() else f"the host's {len(USABLE_CPUS)} cores"
+    )
     shared = f", shared by {local_size} ranks" if local_size > 1 else ""
-    return Threads(per_rank(local_size), f"{what}{shared}")
+    return ThreadCount(cores_per_rank(local_size), f"{what}{shared}")
 
 
 def set_threads(local_size: int, environ: MutableMapping[str, str] = os.environ) -> None:
     """Set OMP_NUM_THREADS to what `choose_threads` says, and note where the number is from."""
     chosen = choose_threads(local_size, environ)
-    if chosen.source != THREADS:
-        environ[THREADS_SOURCE] = chosen.source
-    environ[THREADS] = environ[THREADS] if chosen.source == THREADS else str(chosen.count)
+    if chosen.source != THREADS_VARIABLE:
+        environ[THREADS_SOURCE_VARIABLE] = chosen.source
+    environ[THREADS_VARIABLE] = environ[THREADS_VARIABLE] if chosen.source == THREADS_VARIABLE else str(chosen.count)
 
 
-def bind(local_rank: int, local_size: int) -> None:
+def bind_to_cores(local_rank: int, local_size: int) -> None:
     """Keep this thread, and those that it starts, to this rank's share of the cores.
 
     Ranks that the scheduler moves about get into each other's way, and all wait for the one that lost
@@ -112,16 +114,16 @@ def bind(local_rank: int, local_size: int) -> None:
     container), under a CPU quota, which does not say which cores, where ranks outnumber the cores, and next to GPUs,
     whose nearest cores are better than even shares.
     """
-    if 1 < local_size <= len(USABLE) == os.cpu_count() and not has_quota() and not GPU_DRIVER.exists():
-        os.sched_setaffinity(0, share(sorted(USABLE, key=place), local_rank, local_size))
+    if 1 < local_size <= len(USABLE_CPUS) == os.cpu_count() and not has_cpu_quota() and not GPU_DRIVER_FILE.exists():
+        os.sched_setaffinity(0, select_cores(sorted(USABLE_CPUS, key=read_cpu_topology), local_rank, local_size))
 
 
-def share(cores: Sequence[int], local_rank: int, local_size: int) -> Sequence[int]:
+def select_cores(cores: Sequence[int], local_rank: int, local_size: int) -> Sequence[int]:
     """The cores of one of `local_size` ranks: neighbours, as many as the others have or one more."""
     return cores[local_rank * len(cores) // local_size : (local_rank + 1) * len(cores) // local_size]
 
 
-def place(cpu: int) -> tuple[int, int, int]:
+def read_cpu_topology(cpu: int) -> tuple[int, int, int]:
     """Where a CPU of Linux is, (package, core, CPU): in this order those that share a core are neighbours."""
     folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
     try:

@@ -6,21 +6,21 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_FAILED = 1  # a rank failed
-EXIT_USER = 2  # the user's mistake, found before any rank starts
+EXIT_USER_ERROR = 2  # the user's mistake, found before any rank starts
 EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of sysexits.h)
 
 
 class KnownError(Exception):
     """A failure whose text is all that a user needs to read.
 
-    origin: the rank on which it happened, if all ranks raise it together (`hvdtrain.comm.collectives.all_or_none`).
+    origin: the rank on which it happened, if all ranks raise it together (`hvdtrain.comm.collectives.on_all_ranks`).
     The text then names that rank where it matters, and nobody has to add it.
     """
 
     origin: int | None = None
 
 
-class Requeued(SystemExit):
+class RequeueExit(SystemExit):
     """A batch system's signal that ends this process, raised wherever it is; not by a recipe that exits."""
 
 
@@ -46,7 +46,7 @@ class RecipeError(KnownError):
         return self.text
 
 
-def nearest(value: str, valid: Iterable[str]) -> str:
+def suggest_nearest(value: str, valid: Iterable[str]) -> str:
     """The end of an error message: which valid name is nearest, or which there are."""
     names = sorted(valid)
     close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)

@@ -11,29 +11,29 @@ import threading
 import time
 from typing import NoReturn
 
-GRACE = 2.0  # seconds for threads and children of a recipe to end by themselves once the command is done
-HANDLERS = 10.0  # seconds for exit handlers
+STRAGGLER_GRACE = 2.0  # seconds for threads and children of a recipe to end by themselves once the command is done
+EXIT_HANDLERS_TIMEOUT = 10.0  # seconds for exit handlers
 
 
-def end_process(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process now that its command is done, whatever the recipe has left running in it.
 
     Python itself would wait for threads and for children of multiprocessing, for ever. They get GRACE seconds; then
     they are named and ended. Exit handlers run, for HANDLERS seconds at most.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error for a loader's worker that ends
-    left = wait_for_stragglers(time.monotonic() + GRACE)
+    left = wait_for_stragglers(time.monotonic() + STRAGGLER_GRACE)
     if left:
         print(f"hvdtrain: the run is over; ending what the recipe left running: {', '.join(left)}", file=sys.stderr)
-    end_children(spare_daemons=True)
-    watchdog = threading.Timer(HANDLERS, _give_up, [code])
+    stop_descendants(spare_daemons=True)
+    watchdog = threading.Timer(EXIT_HANDLERS_TIMEOUT, _exit_without_handlers, [code])
     watchdog.daemon = True
     watchdog.start()
     with contextlib.suppress(BaseException):  # each handler's error is printed; the first one is raised as well
         atexit._run_exitfuncs()
         _finalize_mpi()
-    end_children()
-    _flush_and_end(code)
+    stop_descendants()
+    _flush_and_exit(code)
 
 
 def _finalize_mpi() -> None:
@@ -51,19 +51,19 @@ def wait_for_stragglers(deadline: float) -> list[str]:
             for thread in threading.enumerate()
             if thread is not threading.current_thread() and not thread.daemon
         ]
-        children = [f"process {pid}" for pid, daemon in multiprocessing_children() if not daemon]
+        children = [f"process {pid}" for pid, daemon in list_multiprocessing_children() if not daemon]
         if not (threads or children) or time.monotonic() > deadline:
             return threads + children
         time.sleep(0.02)
 
 
-def multiprocessing_children() -> list[tuple[int | None, bool]]:
+def list_multiprocessing_children() -> list[tuple[int | None, bool]]:
     """The living children of multiprocessing, and whether each is a daemon, which its exit handler ends."""
     module = sys.modules.get("multiprocessing")
     return [(child.pid, child.daemon) for child in module.active_children()] if module is not None else []
 
 
-def end_children(*, spare_daemons: bool = False) -> None:
+def stop_descendants(*, spare_daemons: bool = False) -> None:
     """End all processes that descend from this one.
 
     spare_daemons: but not multiprocessing's daemons (a loader's workers) and servers, which its exit handler ends.
@@ -72,7 +72,7 @@ def end_children(*, spare_daemons: bool = False) -> None:
 
     spared: set[int | None] = set()
     if spare_daemons:
-        spared = {pid for pid, daemon in multiprocessing_children() if daemon}
+        spared = {pid for pid, daemon in list_multiprocessing_children() if daemon}
         for module, name in (("resource_tracker", "_resource_tracker"), ("forkserver", "_forkserver")):
             server = getattr(sys.modules.get(f"multiprocessing.{module}"), name, None)
             spared |= {getattr(server, "_pid", None), getattr(server, "_forkserver_pid", None)} - {None}
@@ -87,13 +87,13 @@ def end_children(*, spare_daemons: bool = False) -> None:
                 child.kill()
 
 
-def _give_up(code: int) -> None:
-    print(f"hvdtrain: exit handlers took longer than {HANDLERS:g} s: ended without them", file=sys.stderr)
-    end_children()
-    _flush_and_end(code)
+def _exit_without_handlers(code: int) -> None:
+    print(f"hvdtrain: exit handlers took longer than {EXIT_HANDLERS_TIMEOUT:g} s: ended without them", file=sys.stderr)
+    stop_descendants()
+    _flush_and_exit(code)
 
 
-def _flush_and_end(code: int) -> NoReturn:
+def _flush_and_exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -13,15 +13,15 @@ from typing import Any
 
 from hvdtrain.system.strict_json import encode_json
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of these, how much room there is helps to find the cause
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # from file systems without hard links
-FOR_ALL, FOR_OWNER = 0o666, 0o600  # modes of new files, before the umask
+DISK_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of these, how much room there is helps to find the cause
+UNSUPPORTED_LINK_ERRORS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # from file systems without hard links
+SHARED_MODE, PRIVATE_MODE = 0o666, 0o600  # modes of new files, before the umask
 
 
-def write_atomically(path: Path, data: bytes, mode: int = FOR_ALL) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = SHARED_MODE) -> None:
     """Write to a file next to `path`, fsync it, rename it over `path`, fsync the folder."""
     beside = path.with_name(f".{path.name}.new")
-    _write_whole(beside, data, mode)
+    _write_and_sync(beside, data, mode)
     try:
         beside.replace(path)
     except OSError:
@@ -30,14 +30,14 @@ def write_atomically(path: Path, data: bytes, mode: int = FOR_ALL) -> None:
     sync_folder(path.parent)
 
 
-def write_new(path: Path, data: bytes, mode: int = FOR_ALL) -> None:
+def create_atomically(path: Path, data: bytes, mode: int = SHARED_MODE) -> None:
     """Likewise, but never over another file. Raises FileExistsError, to one of two that write at the same time."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    _write_whole(beside, data, mode)
+    _write_and_sync(beside, data, mode)
     try:
         path.hardlink_to(beside)
     except OSError as error:
-        if error.errno not in NO_LINKS:
+        if error.errno not in UNSUPPORTED_LINK_ERRORS:
             raise
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode))  # empty for a moment
         beside.replace(path)
@@ -46,7 +46,7 @@ def write_new(path: Path, data: bytes, mode: int = FOR_ALL) -> None:
     sync_folder(path.parent)
 
 
-def _write_whole(path: Path, data: bytes, mode: int) -> None:
+def _write_and_sync(path: Path, data: bytes, mode: int) -> None:
     path.unlink(missing_ok=True)  # of a process that was killed
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -60,7 +60,7 @@ def _write_whole(path: Path, data: bytes, mode: int) -> None:
         raise
 
 
-def write_json(path: Path, value: Any, mode: int = FOR_ALL) -> None:
+def write_json(path: Path, value: Any, mode: int = SHARED_MODE) -> None:
     """Write a value as indented JSON, atomically; numbers that are not finite become null."""
     write_atomically(path, (encode_json(value, indent=2) + "\n").encode(), mode)
 
@@ -74,10 +74,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def trouble(what: str, folder: Path, error: OSError) -> str:
+def write_error_text(what: str, folder: Path, error: OSError) -> str:
     """That something cannot be written in a folder, and why, with what room there is if that may be the cause."""
     text = f"cannot write {what} in {folder}: {error.strerror or error}"
-    if error.errno in NO_ROOM:
+    if error.errno in DISK_SPACE_ERRORS:
         with contextlib.suppress(OSError):
             there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
             text += f" ({shutil.disk_usage(there).free >> 10:,} KiB free)"
@@ -106,54 +106,54 @@ class BufferedAppender:
         self.path = path
         self._prepare: Callable[[], bytes] | None = prepare
         self.error: OSError | None = None  # why not all is written
-        self._held = bytearray()  # to be written
+        self._pending = bytearray()  # to be written
         self._unsynced = bytearray()  # written since the last fsync
-        self._known: os.stat_result | None = None  # which file it is; None: it was never opened
+        self._file_status: os.stat_result | None = None  # which file it is; None: it was never opened
         self._synced_size = 0  # of the file at the last fsync, or when it was opened first
-        self._rewrite = False  # what was written since the last fsync
+        self._truncate_on_open = False  # what was written since the last fsync
         self._file: int | None = None
 
     def write(self, data: bytes) -> None:
         """Append, now or later."""
-        self._held += data
+        self._pending += data
         self.flush()
 
     def flush(self) -> None:
         """Write what is held, as far as that is possible; `error` says why it is not."""
         try:
             if self._file is None:
-                self._file = self._open()
-            while self._held:
+                self._file = self._open_file()
+            while self._pending:
                 # What was written of a line stays; the rest follows it.
-                count = os.write(self._file, self._held)
-                self._unsynced += self._held[:count]
-                del self._held[:count]
+                count = os.write(self._file, self._pending)
+                self._unsynced += self._pending[:count]
+                del self._pending[:count]
             self.error = None
         except OSError as error:
-            self._fail(error)
+            self._record_error(error)
 
-    def _open(self) -> int:
+    def _open_file(self) -> int:
         # A file that was deleted while the run wrote to it is not made again: its rows would be in two places.
-        create = os.O_CREAT if self._known is None else 0
+        create = os.O_CREAT if self._file_status is None else 0
         if self._prepare is not None:
-            self._held[:0] = self._prepare()
+            self._pending[:0] = self._prepare()
             self._prepare = None
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | create, FOR_ALL)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | create, SHARED_MODE)
         try:
             now = os.fstat(file)
-            if self._known is None:
-                self._known, self._synced_size = now, now.st_size
-            if not os.path.samestat(self._known, now):
+            if self._file_status is None:
+                self._file_status, self._synced_size = now, now.st_size
+            if not os.path.samestat(self._file_status, now):
                 raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
-            if self._rewrite:
+            if self._truncate_on_open:
                 os.ftruncate(file, self._synced_size)
-                self._rewrite = False
+                self._truncate_on_open = False
         except OSError:
             os.close(file)
             raise
         return file
 
-    def _fail(self, error: OSError) -> None:
+    def _record_error(self, error: OSError) -> None:
         self.error = error
         self._close_file()
 
@@ -163,7 +163,7 @@ class BufferedAppender:
                 os.close(self._file)
         self._file = None
 
-    def sync(self) -> None:
+    def sync_to_disk(self) -> None:
         """Write what is held, so that it survives the machine. Raises OSError if that is not possible now."""
         self.flush()
         if self.error is None and self._file is not None:
@@ -172,16 +172,16 @@ class BufferedAppender:
                 self._synced_size = os.fstat(self._file).st_size
                 self._unsynced.clear()
             except OSError as error:
-                self._held[:0] = self._unsynced
+                self._pending[:0] = self._unsynced
                 self._unsynced.clear()
-                self._rewrite = True
-                self._fail(error)
+                self._truncate_on_open = True
+                self._record_error(error)
         if self.error is not None:
             raise self.error
 
-    def in_place(self) -> bool:
+    def is_file_in_place(self) -> bool:
         """Whether the path still leads to the file that is written to."""
-        return self._known is None or is_same_file(self.path, self._known)
+        return self._file_status is None or is_same_file(self.path, self._file_status)
 
     def close(self) -> None:
         """Write no longer; what is held then is lost."""

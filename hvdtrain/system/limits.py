@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hvdtrain.system.errors import UserError
 
 
-def seconds_from(environ: Mapping[str, str], name: str, default: float) -> float:
+def read_time_limit(environ: Mapping[str, str], name: str, default: float) -> float:
     """The seconds that a variable of the environment gives, or the default. Raises UserError for anything else."""
     text = environ.get(name, "")
     try:

@@ -31,28 +31,28 @@ from typing import Any
 from hvdtrain.system import signed_http
 from hvdtrain.system.strict_json import encode_json
 
-HOST = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # never an option of ssh
+HOST_PATTERN = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # never an option of ssh
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether `hvdtrain launch` reads this process's output."""
     return os.environ.get("HVDTRAIN_LAUNCH") == "1"
 
 
-def message_mark(environ: Mapping[str, str]) -> str:
+def message_prefix(environ: Mapping[str, str]) -> str:
     """How the messages of the run begin whose secret is in an environment."""
     return f"##hvdtrain {signed_http.authenticate(signed_http.read_key(environ), 'messages')[:32]} "
 
 
-def send(kind: str, **fields: Any) -> None:
+def send_message(kind: str, **fields: Any) -> None:
     """Write one message to standard output, if `hvdtrain launch` reads it."""
-    if launched():
+    if is_launched():
         sys.stdout.flush()
-        sys.stdout.write(f"\r{message_mark(os.environ)}{encode_json({'kind': kind, **fields})}\n")
+        sys.stdout.write(f"\r{message_prefix(os.environ)}{encode_json({'kind': kind, **fields})}\n")
         sys.stdout.flush()
 
 
-def parse(line: str, mark: str) -> dict[str, Any] | None:
+def parse_message(line: str, mark: str) -> dict[str, Any] | None:
     """The message in a line of output, or None if it is an ordinary line or no valid message."""
     if not line.startswith(mark):
         return None
@@ -60,16 +60,16 @@ def parse(line: str, mark: str) -> dict[str, Any] | None:
         message = json.loads(line[len(mark) :])
     except (ValueError, RecursionError):
         return None
-    return message if isinstance(message, dict) and is_valid(message) else None
+    return message if isinstance(message, dict) and is_valid_message(message) else None
 
 
-def is_valid(message: Mapping[str, Any]) -> bool:
+def is_valid_message(message: Mapping[str, Any]) -> bool:
     """Whether a message has all fields of its kind, and each that it has is what it should be."""
     kind = message.get("kind")
-    if not isinstance(kind, str) or kind not in REQUIRED:
+    if not isinstance(kind, str) or kind not in REQUIRED_FIELDS:
         return False
-    checked = all(is_right(message[name]) for name, is_right in FIELDS.items() if name in message)
-    return checked and all(name in message for name in REQUIRED[kind])
+    checked = all(is_right(message[name]) for name, is_right in FIELD_CHECKS.items() if name in message)
+    return checked and all(name in message for name in REQUIRED_FIELDS[kind])
 
 
 def is_count(value: object) -> bool:
@@ -86,18 +86,18 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-REQUIRED = {
+REQUIRED_FIELDS = {
     "started": ("rank", "host", "pid"),
     "progress": (),
     "failed": ("rank",),
     "finished": ("rank", "code"),
     "standstill": ("rank", "host", "pid", "what", "collective", "where", "step", "seconds", "waits", "after"),
 }
-FIELDS: dict[str, Callable[[Any], bool]] = {
+FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rank", "code", "size"), is_count),
     **dict.fromkeys(("step", "steps", "epoch", "loss", "rate", "seconds", "after"), is_number),
     **dict.fromkeys(("waits", "ends"), lambda value: isinstance(value, bool)),
     **dict.fromkeys(("text", "error", "traceback", "what", "collective", "where"), is_text),
-    **dict.fromkeys(("host", "reach"), lambda value: isinstance(value, str) and bool(HOST.fullmatch(value))),
+    **dict.fromkeys(("host", "reach"), lambda value: isinstance(value, str) and bool(HOST_PATTERN.fullmatch(value))),
     **dict.fromkeys(("pid", "supervisor"), lambda value: is_count(value) and value > 1),
 }

@@ -7,36 +7,36 @@ from itertools import product
 
 from hvdtrain.system.errors import UserError
 
-MOST = 100_000  # nodes: more is no list of nodes
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+MAX_NODES = 100_000  # nodes: more is no list of nodes
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 # Commas between brackets belong to the name.
-ITEM = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
-PART = re.compile(r"\[([^\]]*)\]|([^\[]+)")
+ITEM_PATTERN = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
+PART_PATTERN = re.compile(r"\[([^\]]*)\]|([^\[]+)")
 
 
-def nodes(text: str, where: str) -> list[str]:
+def parse_node_list(text: str, where: str) -> list[str]:
     """The names in a list of nodes, in its order, with leading zeros as written; `where` begins the error.
 
     Raises UserError for what is no such list.
     """
     found: list[str] = []
-    if ",".join(ITEM.findall(text)) != text or not text:
+    if ",".join(ITEM_PATTERN.findall(text)) != text or not text:
         raise UserError(f"{where}={text!r} is not a list of nodes such as n[0-3,7],gpu01")
-    for item in ITEM.findall(text):
-        parts = [[plain] if plain else numbers(ranges) for ranges, plain in PART.findall(item)]
+    for item in ITEM_PATTERN.findall(text):
+        parts = [[plain] if plain else expand_ranges(ranges) for ranges, plain in PART_PATTERN.findall(item)]
         made = 1
         for part in parts:
             made *= len(part)
-        if not 0 < made <= MOST - len(found):
+        if not 0 < made <= MAX_NODES - len(found):
             raise UserError(f"{where}={text!r} is not a list of nodes: {item!r}")
         found += ["".join(name) for name in product(*parts)]
     for name in found:
-        if not NAME.fullmatch(name):
+        if not NAME_PATTERN.fullmatch(name):
             raise UserError(f"{where}={text!r} is not a list of nodes: {name!r} is no name of a host")
     return found
 
 
-def numbers(ranges: str) -> list[str]:
+def expand_ranges(ranges: str) -> list[str]:
     """The numbers of `01-03,7`, as wide as the first of each range; none for what is not understood."""
     found = []
     for item in ranges.split(","):
@@ -44,13 +44,13 @@ def numbers(ranges: str) -> list[str]:
         if not match:
             return []
         first, last = int(match[1]), int(match[2] or match[1])
-        if not 0 <= last - first < MOST:
+        if not 0 <= last - first < MAX_NODES:
             return []
         found += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
     return found
 
 
-def counts(text: str, where: str) -> list[int]:
+def parse_repeated_counts(text: str, where: str) -> list[int]:
     """The numbers of `2(x3),1`: 2, 2, 2, 1. Raises UserError."""
     found: list[int] = []
     for item in text.split(","):

@@ -6,7 +6,7 @@ import signal
 
 # A launcher, or timeout(1), may send a signal to a process and again to its group, and Slurm sends two: those that come
 # within so many seconds after the first one are the same stop.
-SAME_STOP = 1.0
+SAME_STOP_SECONDS = 1.0
 
 
 def ignores_hangup() -> bool:

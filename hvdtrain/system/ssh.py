@@ -14,12 +14,12 @@ class Ssh(NamedTuple):
     port: int | None = None
     identity: Path | None = None
 
-    def options(self) -> list[str]:
+    def ssh_arguments(self) -> list[str]:
         """Them as ssh takes them."""
         port = ["-p", str(self.port)] if self.port else []
         return port + (["-i", str(self.identity)] if self.identity else [])
 
-    def check(self) -> None:
+    def check_identity(self) -> None:
         """Raise UserError for a key that is not there, or that launchers cannot pass on."""
         if self.identity is None:
             return
@@ -29,4 +29,4 @@ class Ssh(NamedTuple):
             raise UserError(f"--ssh-identity {self.identity}: launchers cannot pass on such a name; rename the file")
 
 
-AS_CONFIGURED = Ssh()
+DEFAULT_SSH = Ssh()

@@ -15,23 +15,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-NAMES = ("stdout", "stderr")
+STREAM_NAMES = ("stdout", "stderr")
 
 
 @dataclass
-class Dropped:
+class DroppedOutput:
     """What could not be written to a stream."""
 
-    size: int = 0  # bytes, ever
-    unreported: int = 0  # bytes since the stream last worked
-    error: str = ""  # why, the last time
+    total_bytes: int = 0  # bytes, ever
+    unreported_bytes: int = 0  # bytes since the stream last worked
+    last_error: str = ""  # why, the last time
 
 
 class DroppingFile(io.RawIOBase):
     """A file descriptor, written to without errors: bytes that it does not take are dropped."""
 
     def __init__(self, descriptor: int) -> None:
-        self.dropped = Dropped()
+        self.dropped = DroppedOutput()
         self._descriptor = descriptor
 
     def write(self, data: Any, /) -> int:
@@ -39,17 +39,17 @@ class DroppingFile(io.RawIOBase):
         view = memoryview(data).cast("B")
         written = 0
         try:
-            if self.dropped.unreported:
-                lost = self.dropped.unreported
-                line = f"\nhvdtrain: {lost} bytes of output could not be written: {self.dropped.error}\n"
+            if self.dropped.unreported_bytes:
+                lost = self.dropped.unreported_bytes
+                line = f"\nhvdtrain: {lost} bytes of output could not be written: {self.dropped.last_error}\n"
                 self._write_all(memoryview(line.encode()))
-                self.dropped.unreported = 0
+                self.dropped.unreported_bytes = 0
             while written < len(view):
                 written += self._write_some(view[written:])
         except OSError as error:
-            self.dropped.size += len(view) - written
-            self.dropped.unreported += len(view) - written
-            self.dropped.error = error.strerror or str(error)
+            self.dropped.total_bytes += len(view) - written
+            self.dropped.unreported_bytes += len(view) - written
+            self.dropped.last_error = error.strerror or str(error)
         return len(view)
 
     def _write_all(self, view: memoryview) -> None:
@@ -73,7 +73,7 @@ class DroppingFile(io.RawIOBase):
         return os.isatty(self._descriptor)
 
 
-def dropping_stream(stream: TextIO | None, descriptor: int) -> TextIO:
+def make_dropping_stream(stream: TextIO | None, descriptor: int) -> TextIO:
     """A text stream like `stream`, or for a descriptor that was closed, that drops what it cannot write."""
     file = io.BufferedWriter(DroppingFile(descriptor))
     errors = stream.errors if stream is not None else None
@@ -101,26 +101,26 @@ def open_closed_descriptors() -> None:
             os.set_inheritable(descriptor, True)
 
 
-def install() -> None:
+def install_dropping_streams() -> None:
     """Let this process's own standard output and standard error drop what they cannot write, from now on.
 
     A stream that somebody has put in their place (a notebook, a test) is left alone.
     """
     open_closed_descriptors()
-    for descriptor, name in enumerate(NAMES, start=1):
+    for descriptor, name in enumerate(STREAM_NAMES, start=1):
         stream: TextIO | None = getattr(sys, name)
         if stream is None or stream is getattr(sys, f"__{name}__"):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.flush()
-            setattr(sys, name, dropping_stream(stream, descriptor))
+            setattr(sys, name, make_dropping_stream(stream, descriptor))
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def dropping_streams() -> Iterator[None]:
     """`install` for the time of the block, which is part of another program."""
-    before = {name: getattr(sys, name) for name in NAMES}
-    install()
+    before = {name: getattr(sys, name) for name in STREAM_NAMES}
+    install_dropping_streams()
     try:
         yield
     finally:
@@ -129,14 +129,14 @@ def installed() -> Iterator[None]:
             setattr(sys, name, stream)
 
 
-def dropped() -> dict[str, Dropped]:
+def find_dropped_output() -> dict[str, DroppedOutput]:
     """By the stream's name, what could not be written so far; streams of others and those without a loss left out."""
     found = {}
-    for name in NAMES:
+    for name in STREAM_NAMES:
         stream = getattr(sys, name)
         file = getattr(getattr(stream, "buffer", None), "raw", None)
         if isinstance(file, DroppingFile):
             stream.flush()
-            if file.dropped.size:
+            if file.dropped.total_bytes:
                 found[name] = file.dropped
     return found

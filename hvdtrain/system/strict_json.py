@@ -12,7 +12,7 @@ import math
 import reprlib
 from typing import Any, NoReturn
 
-MOST = 2**64  # integers that are read are below it
+INTEGER_BOUND = 2**64  # integers that are read are below it
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:
@@ -31,25 +31,25 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
-def parse_json(data: bytes) -> Any:
+def parse_strict_json(data: bytes) -> Any:
     """The value of strict JSON. Raises ValueError, also for NaN and Infinity and for text nested too deeply."""
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_reject_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def seal(content: dict[str, Any]) -> bytes:
+def encode_with_digest(content: dict[str, Any]) -> bytes:
     """Indented JSON of an object and, as its last entry, the SHA-256 of its JSON without that."""
     digest = hashlib.sha256(encode_json(content, indent=2).encode()).hexdigest()
     return (encode_json({**content, "sha256": digest}, indent=2) + "\n").encode()
 
 
-def take(content: Any, where: str, *names: str) -> dict[str, Any]:
+def check_entries(content: Any, where: str, *names: str) -> dict[str, Any]:
     """Exactly these entries of an object. Raises ValueError."""
     if not isinstance(content, dict):
         raise ValueError(f"has no object {where.rstrip('.')!r}")
@@ -62,14 +62,14 @@ def take(content: Any, where: str, *names: str) -> dict[str, Any]:
     return content
 
 
-def integer(value: Any, where: str) -> int:
+def check_count(value: Any, where: str) -> int:
     """A count. Raises ValueError for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MOST:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < INTEGER_BOUND:
         raise ValueError(f"has {reprlib.repr(value)} as {where}; expected an integer from 0 on")
     return value
 
 
-def number(value: Any, where: str) -> float:
+def check_finite_number(value: Any, where: str) -> float:
     """A finite number. Raises ValueError for anything else."""
     with contextlib.suppress(OverflowError):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

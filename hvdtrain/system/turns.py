@@ -15,17 +15,19 @@ from pathlib import Path
 
 from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError
-from hvdtrain.system.limits import seconds_from
+from hvdtrain.system.limits import read_time_limit
 
-WAIT = "HVDTRAIN_DATA_WAIT"  # in the environment: seconds to wait for the turn, instead of
-WAIT_SECONDS = 3600.0
-QUIET = 5.0  # seconds to wait without a word
-POLL = 0.1  # seconds
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without flock
+TURN_WAIT_VARIABLE = "HVDTRAIN_DATA_WAIT"  # in the environment: seconds to wait for the turn, instead of
+DEFAULT_TURN_WAIT = 3600.0
+SILENT_WAIT = 5.0  # seconds to wait without a word
+LOCK_POLL_INTERVAL = 0.1  # seconds
+UNSUPPORTED_LOCK_ERRORS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without flock
 
 
 @contextlib.contextmanager
-def take_turn(name: str, what: str, environ: Mapping[str, str] = os.environ, quiet: float = QUIET) -> Iterator[None]:
+def hold_host_lock(
+    name: str, what: str, environ: Mapping[str, str] = os.environ, quiet: float = SILENT_WAIT
+) -> Iterator[None]:
     """Let one process of this user on this host after the other do what is in the block.
 
     A wait is announced on standard error, with the process that is waited for.
@@ -40,8 +42,8 @@ def take_turn(name: str, what: str, environ: Mapping[str, str] = os.environ, qui
         RunError: another process does not end its turn in time.
         UserError: the limit in the environment is not a number of seconds.
     """
-    limit = seconds_from(environ, WAIT, WAIT_SECONDS)
-    lock = open_lock(f"{socket.gethostname()}-{name}.lock", environ)
+    limit = read_time_limit(environ, TURN_WAIT_VARIABLE, DEFAULT_TURN_WAIT)
+    lock = open_lock_file(f"{socket.gethostname()}-{name}.lock", environ)
     if lock is None:
         print(
             "hvdtrain: warning: processes of this host do not take turns: neither XDG_RUNTIME_DIR nor ~/.cache is a "
@@ -52,8 +54,10 @@ def take_turn(name: str, what: str, environ: Mapping[str, str] = os.environ, qui
         return
     descriptor, path = lock
     try:
-        with activity.doing(f"waiting for another process to {what}", endless=True):  # that has a limit of its own
-            locked = wait_for(descriptor, path, what, limit, quiet)
+        with activity.temporary_activity(
+            f"waiting for another process to {what}", endless=True
+        ):  # that has a limit of its own
+            locked = wait_for_lock(descriptor, path, what, limit, quiet)
         if locked:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
@@ -64,11 +68,11 @@ def take_turn(name: str, what: str, environ: Mapping[str, str] = os.environ, qui
         os.close(descriptor)
 
 
-def open_lock(name: str, environ: Mapping[str, str]) -> tuple[int, Path] | None:
+def open_lock_file(name: str, environ: Mapping[str, str]) -> tuple[int, Path] | None:
     """Open a lock file in the first of the user's folders that is private; None if there is none."""
-    for folder in folders(environ):
+    for folder in lock_folders(environ):
         with contextlib.suppress(OSError):
-            descriptor = open_private(folder)
+            descriptor = open_private_folder(folder)
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
                 lock = os.open(name, flags, 0o600, dir_fd=descriptor)
@@ -81,7 +85,7 @@ def open_lock(name: str, environ: Mapping[str, str]) -> tuple[int, Path] | None:
     return None
 
 
-def folders(environ: Mapping[str, str]) -> list[Path]:
+def lock_folders(environ: Mapping[str, str]) -> list[Path]:
     """Where the user's lock files may be, best first."""
     found = []
     if runtime := environ.get("XDG_RUNTIME_DIR"):
@@ -93,7 +97,7 @@ def folders(environ: Mapping[str, str]) -> list[Path]:
     return [folder for folder in found if folder.is_absolute()]
 
 
-def open_private(folder: Path) -> int:
+def open_private_folder(folder: Path) -> int:
     """Make and open a folder that only this user may enter. Raises OSError if it is another user's, or a link."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -107,7 +111,7 @@ def open_private(folder: Path) -> int:
     return descriptor
 
 
-def wait_for(descriptor: int, path: Path, what: str, limit: float, quiet: float) -> bool:
+def wait_for_lock(descriptor: int, path: Path, what: str, limit: float, quiet: float) -> bool:
     """Wait for a lock, at most so many seconds; False if the file system has none. Raises RunError."""
     since, announced = time.monotonic(), False
     while True:
@@ -117,7 +121,7 @@ def wait_for(descriptor: int, path: Path, what: str, limit: float, quiet: float)
         except BlockingIOError:
             pass
         except OSError as error:
-            if error.errno in NO_LOCKS:
+            if error.errno in UNSUPPORTED_LOCK_ERRORS:
                 return False
             raise RunError(f"cannot lock {path}: {error.strerror}") from error
         waited = time.monotonic() - since
@@ -125,7 +129,8 @@ def wait_for(descriptor: int, path: Path, what: str, limit: float, quiet: float)
         who = f"pid {holder}" if holder.isdecimal() else "a process"
         if waited > limit:
             raise RunError(
-                f"{who} holds {path}, to {what}, for more than {limit:.0f} s: end it, or set {WAIT} to more seconds"
+                f"{who} holds {path}, to {what}, for more than {limit:.0f} s: end it, or set {TURN_WAIT_VARIABLE} "
+                f"to more seconds"
             )
         if waited > quiet and not announced:
             announced = True
@@ -134,4 +139,4 @@ def wait_for(descriptor: int, path: Path, what: str, limit: float, quiet: float)
                 file=sys.stderr,
                 flush=True,
             )
-        time.sleep(POLL)
+        time.sleep(LOCK_POLL_INTERVAL)

@@ -9,10 +9,10 @@ import horovod.torch as hvd
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.agreement import agree
-from hvdtrain.exchange.tensors import is_plain, named_tensors, overwrite, read_tensors
+from hvdtrain.comm.agreement import check_agreement
+from hvdtrain.exchange.tensors import is_writable_in_place, named_tensors, overwrite_tensor, read_tensors
 from hvdtrain.torch.fingerprint import model_parts
-from hvdtrain.torch.readable import make_savable, refuse_unreadable
+from hvdtrain.torch.readable import check_readable, make_savable
 
 
 def broadcast_state(
@@ -29,9 +29,9 @@ def broadcast_state(
     """
     if collectives.size(process_set) == 1:
         return
-    agree("state.agreement", model_parts(model), process_set)
+    check_agreement("state.agreement", model_parts(model), process_set)
     everything = [t for _, t in named_tensors(model)]
-    tensors = [t for t in everything if is_plain(t)]
+    tensors = [t for t in everything if is_writable_in_place(t)]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         part = [t.detach() for t in tensors if t.dtype == dtype]
         # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
@@ -39,16 +39,18 @@ def broadcast_state(
         collectives.broadcast_(flat, f"state.{dtype}", root, process_set)
         for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):
             t.copy_(piece.view(t.shape))
-    if odd := [t for t in everything if not is_plain(t)]:  # sparse, expanded, quantized: the same already, as a rule
+    if odd := [
+        t for t in everything if not is_writable_in_place(t)
+    ]:  # sparse, expanded, quantized: the same already, as a rule
         buffer = io.BytesIO()
         torch.save([t.detach() for t in odd], buffer)
         data = collectives.broadcast_bytes(buffer.getvalue(), "state.odd", root, process_set)
         for t, value in zip(odd, read_tensors(data), strict=True):
-            overwrite(model, t, value)
+            overwrite_tensor(model, t, value)
     if optimizer is not None:
         make_savable(optimizer)
         state = optimizer.state_dict()
-        refuse_unreadable(state, "the optimizer's state")
+        check_readable(state, "the optimizer's state")
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = collectives.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)

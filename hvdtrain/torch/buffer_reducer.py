@@ -17,21 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.exchange.tensors import differing, fingerprints, is_due, is_plain, mark
+from hvdtrain.exchange.tensors import (
+    find_differing,
+    fingerprint_tensors,
+    is_content_check_due,
+    is_writable_in_place,
+    read_version,
+)
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.buffers import Buffer, Mode, known_mode, rebound, value_before
+from hvdtrain.torch.buffers import Buffer, BufferMode, describe_rebinding, find_builtin_mode, get_previous_value
 
-OTHERS = '  # or "mean", "sum", "local"'
+OTHER_MODES_HINT = '  # or "mean", "sum", "local"'
 
 
 @dataclass
-class Travelling:
+class PendingReduction:
     """Buffers on their way over the ranks, joined by how they are combined."""
 
-    floats: list[Buffer] = field(default_factory=list)  # float64: means, sums of floats, small counts of rank 0
-    integers: list[Buffer] = field(default_factory=list)  # int64: sums of integers
-    raw: list[Buffer] = field(default_factory=list)  # bytes of rank 0
-    flats: list[Tensor] = field(default_factory=list)
+    float_buffers: list[Buffer] = field(default_factory=list)  # float64: means, sums of floats, small counts of rank 0
+    integer_buffers: list[Buffer] = field(default_factory=list)  # int64: sums of integers
+    broadcast_buffers: list[Buffer] = field(default_factory=list)  # bytes of rank 0
+    flat_tensors: list[Tensor] = field(default_factory=list)
     handles: list[collectives.Handle] = field(default_factory=list)
 
 
@@ -42,44 +48,50 @@ class BufferReducer:
     A buffer begins to travel in the step after the first in which a rank changed it; in that one it follows at the end.
     """
 
-    def __init__(self, recipe: str, model: nn.Module, modes: Mapping[str, Mode], size: int, fixed: bool) -> None:
+    def __init__(self, recipe: str, model: nn.Module, modes: Mapping[str, BufferMode], size: int, fixed: bool) -> None:
         """modes: those that the recipe declares, by name. fixed: no buffer may change (--deterministic)."""
-        self.recipe, self.model, self.modes, self.size, self.fixed = recipe, model, modes, size, fixed
+        self.recipe_name, self.model, self.declared_modes, self.world_size, self.forbids_changes = (
+            recipe,
+            model,
+            modes,
+            size,
+            fixed,
+        )
         self._warnings: list[str] = []  # lines for the user, until they are taken
         self._warned: set[str] = set()
-        self._buffers = [self._track(name, b) for name, b in model.named_buffers()]
-        self._modules = [(module._buffers, len(module._buffers)) for module in model.modules()]
-        self._travelling: Travelling | None = None
-        self._share = 1.0
+        self._buffers = [self._make_buffer(name, b) for name, b in model.named_buffers()]
+        self._buffer_counts = [(module._buffers, len(module._buffers)) for module in model.modules()]
+        self._pending_reduction: PendingReduction | None = None
+        self._batch_share = 1.0
         self._steps = 0
-        self._contents = fingerprints(self._constants())
+        self._fingerprints = fingerprint_tensors(self._constant_buffers())
 
-    def _track(self, name: str, b: Tensor) -> Buffer:
+    def _make_buffer(self, name: str, b: Tensor) -> Buffer:
         owner_name, _, key = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
-        mode = self.modes.get(name) or known_mode(owner, key)
-        return Buffer(name, owner, b, mode, name in self.modes, mark(b))
+        mode = self.declared_modes.get(name) or find_builtin_mode(owner, key)
+        return Buffer(name, owner, b, mode, name in self.declared_modes, read_version(b))
 
     @property
-    def places(self) -> int:
+    def num_change_flags(self) -> int:
         """How many numbers `changes` returns."""
         return len(self._buffers) + 1
 
     @property
-    def changing(self) -> list[Buffer]:
+    def changed_buffers(self) -> list[Buffer]:
         """The buffers that have changed so far."""
-        return [b for b in self._buffers if b.travels]
+        return [b for b in self._buffers if b.is_reduced]
 
     @property
     def payload_bytes(self) -> int:
         """Bytes that a step joins to its exchange."""
-        travelling = _sort([b for b in self._buffers if b.travels])
-        values = [b.tensor.numel() * (2 if b.tensor.is_complex() else 1) for b in travelling.floats]
-        counts = [b.tensor.numel() for b in travelling.integers]
-        return 8 * sum(values) + 8 * sum(counts) + sum(b.tensor.nbytes for b in travelling.raw)
+        travelling = _group_by_reduction([b for b in self._buffers if b.is_reduced])
+        values = [b.tensor.numel() * (2 if b.tensor.is_complex() else 1) for b in travelling.float_buffers]
+        counts = [b.tensor.numel() for b in travelling.integer_buffers]
+        return 8 * sum(values) + 8 * sum(counts) + sum(b.tensor.nbytes for b in travelling.broadcast_buffers)
 
     @property
-    def local(self) -> set[str]:
+    def local_names(self) -> set[str]:
         """The names of the buffers that each rank keeps for itself."""
         return {b.name for b in self._buffers if b.mode == "local"}
 
@@ -94,205 +106,212 @@ class BufferReducer:
         All ranks call it with the same names.
         """
         found = [b for b in self._buffers if b.name in names]
-        self._refuse(found)
+        self._check_allowed_changes(found)
         for b in found:
-            b.travels = True
+            b.is_reduced = True
 
-    def start_world(self, size: int) -> None:
+    def set_world_size(self, size: int) -> None:
         """Continue with another number of ranks, which have the same buffers."""
-        self.size, self._travelling, self._steps = size, None, 0
-        self._refuse(self.changing)
+        self.world_size, self._pending_reduction, self._steps = size, None, 0
+        self._check_allowed_changes(self.changed_buffers)
 
     def start_step(self) -> None:
         """A step begins: remember the buffers as they are before it."""
         self._steps += 1
-        self.remember()
+        self.save_values()
 
     @torch.no_grad()
-    def remember(self) -> None:
+    def save_values(self) -> None:
         """Remember the buffers as they are, for `restore`."""
         for b in self._buffers:
-            if b.mode is not None or b.travels:
-                b.before = b.tensor.clone()
+            if b.mode is not None or b.is_reduced:
+                b.previous_value = b.tensor.clone()
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore_values(self) -> None:
         """Undo what was done to the buffers since they were remembered."""
         for b in self._buffers:
-            if b.before is not None and b.mode != "local" and is_plain(b.tensor):
-                b.tensor.copy_(b.before)
-                b.mark = mark(b.tensor)
+            if b.previous_value is not None and b.mode != "local" and is_writable_in_place(b.tensor):
+                b.tensor.copy_(b.previous_value)
+                b.version = read_version(b.tensor)
 
-    def accept(self) -> None:
+    def set_baseline(self) -> None:
         """Take the buffers as they are now for unchanged: they were loaded, or broadcast."""
         for b in self._buffers:
-            current = b.owner._buffers.get(b.key)
+            current = b.owner._buffers.get(b.local_name)
             if current is not None:
-                b.tensor, b.mark = current, mark(current)
-        self._contents = fingerprints(self._constants())
+                b.tensor, b.version = current, read_version(current)
+        self._fingerprints = fingerprint_tensors(self._constant_buffers())
 
-    def _constants(self) -> list[tuple[str, Tensor]]:
-        return [(b.name, b.tensor) for b in self._buffers if b.mode is None or self.fixed]
+    def _constant_buffers(self) -> list[tuple[str, Tensor]]:
+        return [(b.name, b.tensor) for b in self._buffers if b.mode is None or self.forbids_changes]
 
-    def changes(self) -> list[float]:
+    def detect_changes(self) -> list[float]:
         """Return for each buffer 1 if it changed on this rank, and whether there are others than before; then `start`.
 
         A rank without examples changes nothing.
         """
-        changed = [self._changed(b) for b in self._buffers]
-        if self.fixed or (self.size > 1 and is_due(self._steps - 1)):
-            unlike = set(differing(self._contents, fingerprints(self._constants())))
+        changed = [self._has_changed(b) for b in self._buffers]
+        if self.forbids_changes or (self.world_size > 1 and is_content_check_due(self._steps - 1)):
+            unlike = set(find_differing(self._fingerprints, fingerprint_tensors(self._constant_buffers())))
             changed = [already or b.name in unlike for already, b in zip(changed, self._buffers, strict=True)]
-        return [*map(float, changed), float(self._other_buffers() is not None)]
+        return [*map(float, changed), float(self._find_structure_problem() is not None)]
 
-    def _changed(self, b: Buffer) -> bool:
-        current = b.owner._buffers.get(b.key)
-        if current is not b.tensor and current is not None and not b.persistent and not b.declared:
-            b.tensor, b.mark = current, mark(current)  # a cache, computed again
-            self._contents |= fingerprints([(b.name, current)])
+    def _has_changed(self, b: Buffer) -> bool:
+        current = b.owner._buffers.get(b.local_name)
+        if current is not b.tensor and current is not None and not b.is_persistent and not b.is_declared:
+            b.tensor, b.version = current, read_version(current)  # a cache, computed again
+            self._fingerprints |= fingerprint_tensors([(b.name, current)])
         # torch's layers leave no mark where they write their statistics.
-        unmarked = b.declared or (b.mode is not None and b.owner.training)
-        return mark(b.tensor) != b.mark or (unmarked and not self.fixed)
+        unmarked = b.is_declared or (b.mode is not None and b.owner.training)
+        return read_version(b.tensor) != b.version or (unmarked and not self.forbids_changes)
 
-    def _other_buffers(self) -> str | None:
+    def _find_structure_problem(self) -> str | None:
         """Return what is wrong if a buffer is another tensor than it was, or was registered since."""
         for b in self._buffers:
-            if b.owner._buffers.get(b.key) is not b.tensor:
-                return rebound(b)
-        if self.size > 1 and any(len(names) != count for names, count in self._modules):
+            if b.owner._buffers.get(b.local_name) is not b.tensor:
+                return describe_rebinding(b)
+        if self.world_size > 1 and any(len(names) != count for names, count in self._buffer_counts):
             known = {b.name for b in self._buffers}
             for name, tensor in self.model.named_buffers():
-                added = self._track(name, tensor)
-                if name not in known and added.persistent:
+                added = self._make_buffer(name, tensor)
+                if name not in known and added.is_persistent:
                     return (
-                        f"training registers the buffer {added.title}, so that it cannot be kept the same on all "
+                        f"training registers the buffer {added.description}, so that it cannot be kept the same on all "
                         "ranks: register it in the constructor"
                     )
         return None
 
-    def start(self, share: float) -> None:
+    def start_combining(self, share: float) -> None:
         """Start combining the buffers that travel. share: this rank's of the global batch; they add up to 1."""
-        self._share = share
-        if self.size > 1:
-            self._travelling = self._send([b for b in self._buffers if b.travels], "step.buffers")
+        self._batch_share = share
+        if self.world_size > 1:
+            self._pending_reduction = self._launch_collectives(
+                [b for b in self._buffers if b.is_reduced], "step.buffers"
+            )
 
-    def finish(self, changed: Sequence[float]) -> None:
+    def finish_combining(self, changed: Sequence[float]) -> None:
         """Wait, and put what was combined into the buffers. changed: what `changes` returned, summed over ranks.
 
         Raises UserError on all ranks for a change that cannot be kept the same on them.
         """
         if changed[-1]:
-            problems = collectives.gather_json(self._other_buffers(), "buffers.others")
+            problems = collectives.gather_json(self._find_structure_problem(), "buffers.others")
             raise UserError(next(filter(None, problems)))
-        new = [b for b, ranks in zip(self._buffers, changed, strict=False) if ranks and not b.travels]
-        self._refuse(new)
-        if self._travelling is not None:
-            self._receive(self._travelling, changed)
-            self._travelling = None
-        if self.size > 1 and new:
-            self._receive(self._send(new, "step.buffers.first"), changed)
+        new = [b for b, ranks in zip(self._buffers, changed, strict=False) if ranks and not b.is_reduced]
+        self._check_allowed_changes(new)
+        if self._pending_reduction is not None:
+            self._apply_results(self._pending_reduction, changed)
+            self._pending_reduction = None
+        if self.world_size > 1 and new:
+            self._apply_results(self._launch_collectives(new, "step.buffers.first"), changed)
         for b in new:
-            b.travels = True
+            b.is_reduced = True
         for b, ranks in zip(self._buffers, changed, strict=False):
             if ranks:
-                b.mark = mark(b.tensor)
+                b.version = read_version(b.tensor)
 
-    def _refuse(self, changed: list[Buffer]) -> None:
-        if self.fixed and changed:
+    def _check_allowed_changes(self, changed: list[Buffer]) -> None:
+        if self.forbids_changes and changed:
             raise UserError(
-                f"--deterministic: training changes the buffer {changed[0].title}, which depends on the number of "
+                f"--deterministic: training changes the buffer {changed[0].description}, which depends on the "
+                f"number of "
                 "ranks; use a layer without such buffers, GroupNorm for instance"
             )
         unknown = [b for b in changed if b.mode is None]
         if not unknown:
             return
         line = ", ".join(f'"{b.name}": "rank0"' for b in unknown)
-        advice = f"add to {self.recipe}: buffers = {{{line}}}{OTHERS}"
-        if self.size > 1:
+        advice = f"add to {self.recipe_name}: buffers = {{{line}}}{OTHER_MODES_HINT}"
+        if self.world_size > 1:
             raise UserError(
-                f"training changes the buffer {unknown[0].title}, and how its values on {self.size} ranks are to be "
+                f"training changes the buffer {unknown[0].description}, and how its values on {self.world_size} "
+                f"ranks are to be "
                 f"combined is not known: {advice}"
             )
         if not self._warned.issuperset(b.name for b in unknown):
             self._warned |= {b.name for b in unknown}
             self._warnings.append(
-                f"buffers   training changes the buffer {unknown[0].title}; before it is trained on several ranks, "
+                f"buffers   training changes the buffer {unknown[0].description}; before it is trained on several "
+                f"ranks, "
                 f"{advice}"
             )
 
-    def _send(self, buffers: list[Buffer], name: str) -> Travelling:
-        travelling = _sort(buffers)
-        if travelling.floats:
-            flat = torch.cat([self._contribution(b) for b in travelling.floats])
-            travelling.flats.append(flat)
+    def _launch_collectives(self, buffers: list[Buffer], name: str) -> PendingReduction:
+        travelling = _group_by_reduction(buffers)
+        if travelling.float_buffers:
+            flat = torch.cat([self._local_contribution(b) for b in travelling.float_buffers])
+            travelling.flat_tensors.append(flat)
             travelling.handles.append(collectives.all_reduce_async_(flat, name))
-        if travelling.integers:
-            differences = [b.tensor.to(torch.int64) - value_before(b).to(torch.int64) for b in travelling.integers]
+        if travelling.integer_buffers:
+            differences = [
+                b.tensor.to(torch.int64) - get_previous_value(b).to(torch.int64) for b in travelling.integer_buffers
+            ]
             flat = torch.cat([difference.reshape(-1) for difference in differences])
-            travelling.flats.append(flat)
+            travelling.flat_tensors.append(flat)
             travelling.handles.append(collectives.all_reduce_async_(flat, f"{name}.integers"))
-        if travelling.raw:
-            flat = torch.cat([_bytes(b.tensor) for b in travelling.raw])
-            travelling.flats.append(flat)
+        if travelling.broadcast_buffers:
+            flat = torch.cat([_view_as_bytes(b.tensor) for b in travelling.broadcast_buffers])
+            travelling.flat_tensors.append(flat)
             travelling.handles.append(collectives.broadcast_async_(flat, f"{name}.rank0"))
         return travelling
 
-    def _contribution(self, b: Buffer) -> Tensor:
+    def _local_contribution(self, b: Buffer) -> Tensor:
         """(n,) float64: what this rank adds to the sum over ranks."""
-        value = _float64(b.tensor)
+        value = _flatten_float64(b.tensor)
         if b.mode == "rank0":
             return value if collectives.rank() == 0 else torch.zeros_like(value)
         if b.mode == "sum":
-            return value - _float64(value_before(b))
-        if self._share == 0:  # or what is not finite would become NaN
+            return value - _flatten_float64(get_previous_value(b))
+        if self._batch_share == 0:  # or what is not finite would become NaN
             return torch.zeros_like(value)
-        return (value if b.is_float() else value - _float64(value_before(b))) * self._share
+        return (value if b.is_float() else value - _flatten_float64(get_previous_value(b))) * self._batch_share
 
     @torch.no_grad()
-    def _receive(self, travelling: Travelling, changed: Sequence[float]) -> None:
+    def _apply_results(self, travelling: PendingReduction, changed: Sequence[float]) -> None:
         for handle in travelling.handles:
             collectives.wait(handle)
-        flats = iter(travelling.flats)
+        flats = iter(travelling.flat_tensors)
         touched = {b for b, ranks in zip(self._buffers, changed, strict=False) if ranks}
-        if travelling.floats:
-            parts = torch.split(next(flats), [_float64(b.tensor).numel() for b in travelling.floats])
-            for b, part in zip(travelling.floats, parts, strict=True):
+        if travelling.float_buffers:
+            parts = torch.split(next(flats), [_flatten_float64(b.tensor).numel() for b in travelling.float_buffers])
+            for b, part in zip(travelling.float_buffers, parts, strict=True):
                 if b not in touched:
                     continue
                 if b.mode == "sum":
-                    part = part + _float64(value_before(b))
+                    part = part + _flatten_float64(get_previous_value(b))
                 if b.tensor.is_complex():
                     part = torch.view_as_complex(part.view(-1, 2))
                 if b.mode == "mean" and not b.is_float():
-                    b.tensor.copy_(value_before(b) + part.round().view(b.tensor.shape).to(b.tensor.dtype))
+                    b.tensor.copy_(get_previous_value(b) + part.round().view(b.tensor.shape).to(b.tensor.dtype))
                 else:
                     b.tensor.copy_(part.view(b.tensor.shape))
-        if travelling.integers:
-            parts = torch.split(next(flats), [b.tensor.numel() for b in travelling.integers])
-            for b, part in zip(travelling.integers, parts, strict=True):
-                b.tensor.copy_(value_before(b).to(torch.int64) + part.view(b.tensor.shape))
-        if travelling.raw:
-            parts = torch.split(next(flats), [b.tensor.nbytes for b in travelling.raw])
-            for b, part in zip(travelling.raw, parts, strict=True):
+        if travelling.integer_buffers:
+            parts = torch.split(next(flats), [b.tensor.numel() for b in travelling.integer_buffers])
+            for b, part in zip(travelling.integer_buffers, parts, strict=True):
+                b.tensor.copy_(get_previous_value(b).to(torch.int64) + part.view(b.tensor.shape))
+        if travelling.broadcast_buffers:
+            parts = torch.split(next(flats), [b.tensor.nbytes for b in travelling.broadcast_buffers])
+            for b, part in zip(travelling.broadcast_buffers, parts, strict=True):
                 b.tensor.copy_(part.clone().view(b.tensor.dtype).view(b.tensor.shape))
 
 
-def _sort(buffers: list[Buffer]) -> Travelling:
-    travelling = Travelling()
+def _group_by_reduction(buffers: list[Buffer]) -> PendingReduction:
+    travelling = PendingReduction()
     for b in buffers:
-        if b.mode == "rank0" and (b.declared or b.is_float()):
-            travelling.raw.append(b)
+        if b.mode == "rank0" and (b.is_declared or b.is_float()):
+            travelling.broadcast_buffers.append(b)
         elif b.mode == "sum" and not b.is_float():
-            travelling.integers.append(b)
+            travelling.integer_buffers.append(b)
         elif b.mode in ("mean", "sum", "rank0"):
-            travelling.floats.append(b)
+            travelling.float_buffers.append(b)
     return travelling
 
 
-def _float64(tensor: Tensor) -> Tensor:
+def _flatten_float64(tensor: Tensor) -> Tensor:
     plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return plain.detach().reshape(-1).to(torch.float64)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def _view_as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

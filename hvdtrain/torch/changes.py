@@ -9,14 +9,14 @@ from torch import nn
 
 from hvdtrain.exchange.tensors import is_finite
 from hvdtrain.torch.buffer_reducer import BufferReducer
-from hvdtrain.torch.buffers import Mode, refuse_nonfinite
-from hvdtrain.torch.modes import Modes
-from hvdtrain.torch.watch import LearningRates, ParameterWatch
+from hvdtrain.torch.buffers import BufferMode, check_tensors_finite
+from hvdtrain.torch.modes import TrainingModes
+from hvdtrain.torch.watch import LearningRateWatch, ParameterWatch
 
-Groups = Sequence[dict[str, Any]]  # of an optimizer
+ParamGroups = Sequence[dict[str, Any]]  # of an optimizer
 
 
-class Changes:
+class ChangeTracker:
     """Watches all that `score` may change, and keeps it the same on all ranks or refuses it on all of them.
 
     `start_step`, the forward passes, `votes`, then with the votes summed over ranks `settle`; then `accept` or `skip`.
@@ -26,81 +26,85 @@ class Changes:
         self,
         recipe: str,
         model: nn.Module,
-        modes: Modes,
-        buffer_modes: Mapping[str, Mode],
+        modes: TrainingModes,
+        buffer_modes: Mapping[str, BufferMode],
         size: int,
         deterministic: bool,
     ) -> None:
         """recipe: its name. size: the number of ranks."""
-        self.modes = modes
-        self.buffers = BufferReducer(recipe, model, buffer_modes, size, deterministic)
-        self.parameters = ParameterWatch(recipe, model, size, deterministic)
-        self.rates = LearningRates(recipe)
+        self.training_modes = modes
+        self.buffer_reducer = BufferReducer(recipe, model, buffer_modes, size, deterministic)
+        self.parameter_watch = ParameterWatch(recipe, model, size, deterministic)
+        self.learning_rate_watch = LearningRateWatch(recipe)
         self.model = model
         frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        self._infinite = {name for name, p in frozen if not is_finite(p)}  # from the start: a mask, say
+        self._initially_nonfinite = {name for name, p in frozen if not is_finite(p)}  # from the start: a mask, say
 
     @property
-    def places(self) -> int:
+    def num_change_flags(self) -> int:
         """How many numbers `votes` returns."""
-        return 2 + self.buffers.places
+        return 2 + self.buffer_reducer.num_change_flags
 
     def start_step(self) -> None:
         """A step begins: its forward passes follow."""
         self.end_evaluation()
-        self.buffers.start_step()
-        self.parameters.start_step()
+        self.buffer_reducer.start_step()
+        self.parameter_watch.start_step()
 
-    def votes(self, groups: Groups) -> list[float]:
+    def collect_change_flags(self, groups: ParamGroups) -> list[float]:
         """Return 1 for what has changed on this rank: its parameters, its learning rates, each buffer."""
-        return [float(self.parameters.changes()), float(self.rates.changed(groups)), *self.buffers.changes()]
+        return [
+            float(self.parameter_watch.detect_changes()),
+            float(self.learning_rate_watch.has_changed(groups)),
+            *self.buffer_reducer.detect_changes(),
+        ]
 
-    def settle(self, votes: Sequence[float], passes: int) -> None:
+    def reconcile_changes(self, votes: Sequence[float], passes: int) -> None:
         """Combine what has changed. votes: summed over ranks. passes: how often this rank has called score.
 
         Raises UserError on all ranks for what cannot be kept the same on them.
         """
         if votes[0]:
-            self.parameters.agree(int(votes[0]), passes)
+            self.parameter_watch.reconcile_parameters(int(votes[0]), passes)
         if votes[1]:
-            raise self.rates.refuse()
-        self.buffers.finish(votes[2:])
+            raise self.learning_rate_watch.build_error()
+        self.buffer_reducer.finish_combining(votes[2:])
 
-    def accept(self) -> None:
+    def accept_update(self) -> None:
         """Take the parameters as they are now, after an update, for unchanged."""
-        self.parameters.accept()
+        self.parameter_watch.set_baseline()
 
-    def skip(self) -> None:
+    def skip_step(self) -> None:
         """Undo what the step did to buffers."""
-        self.buffers.restore()
-        self.parameters.accept()
+        self.buffer_reducer.restore_values()
+        self.parameter_watch.set_baseline()
 
-    def take_loaded(self, groups: Groups) -> None:
+    def accept_loaded_state(self, groups: ParamGroups) -> None:
         """Take all as it is now, after it was loaded, for unchanged."""
-        self.buffers.accept()
-        self.parameters.accept()
-        self.rates.accept(groups)
+        self.buffer_reducer.set_baseline()
+        self.parameter_watch.set_baseline()
+        self.learning_rate_watch.set_baseline(groups)
 
-    def refuse_nonfinite(self) -> None:
+    def check_state_finite(self) -> None:
         """Raise RunError if a parameter, or a buffer that has changed, is not finite and was not so from the start."""
-        tensors = [(name, p) for name, p in self.model.named_parameters() if name not in self._infinite]
-        refuse_nonfinite([*tensors, *((b.name, b.tensor) for b in self.buffers.changing)])
+        tensors = [(name, p) for name, p in self.model.named_parameters() if name not in self._initially_nonfinite]
+        check_tensors_finite([*tensors, *((b.name, b.tensor) for b in self.buffer_reducer.changed_buffers)])
 
     def start_evaluation(self) -> bool:
         """Put the model into evaluation mode. Returns whether an evaluation begins."""
-        begins = not self.modes.evaluating
+        begins = not self.training_modes.is_evaluating
         if begins:
-            self.buffers.remember()
-            self.modes.evaluate()
+            self.buffer_reducer.save_values()
+            self.training_modes.enter_evaluation()
         return begins
 
     def end_evaluation(self) -> None:
         """Put the modules into their modes of training, and back what an evaluation has done to buffers."""
-        if self.modes.train():
-            self.buffers.restore()
+        if self.training_modes.leave_evaluation():
+            self.buffer_reducer.restore_values()
 
-    def start_world(self, size: int) -> None:
+    def set_world_size(self, size: int) -> None:
         """Continue with so many ranks."""
-        self.modes.train()
-        self.buffers.start_world(size)
-        self.parameters.start_world(size)
+        self.training_modes.leave_evaluation()
+        self.buffer_reducer.set_world_size(size)
+        self.parameter_watch.set_world_size(size)

@@ -20,8 +20,8 @@ from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
 from hvdtrain.system.shared_memory import explain_full
 from hvdtrain.torch.recipe import Recipe
 
-FIRST = 8  # examples that are looked at before training, with the middle and the last one
-SHOWN = 5  # ids in a message
+NUM_CHECKED_EXAMPLES = 8  # examples that are looked at before training, with the middle and the last one
+MAX_IDS_SHOWN = 5  # ids in a message
 
 
 def seed_all(entropy: Sequence[int]) -> None:
@@ -30,12 +30,12 @@ def seed_all(entropy: Sequence[int]) -> None:
     Randomness is a function of (seed, step, place in the global batch) or (seed, epoch, example), never of what was
     drawn before: so no generator's state has to be saved, and a resumed run draws what the other would have drawn.
     """
-    seed = seed_host(entropy)
+    seed = seed_cpu_generators(entropy)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
 
 
-def seed_host(entropy: Sequence[int]) -> int:
+def seed_cpu_generators(entropy: Sequence[int]) -> int:
     """Seed the CPU's generators, in 7 microseconds: for each example, torch.manual_seed's 100 would be too many."""
     digest = hashlib.blake2b(repr(tuple(entropy)).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
@@ -46,14 +46,14 @@ def seed_host(entropy: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """Examples to be loaded as one batch."""
 
     ids: Ids  # (B,)
     entropy: tuple[int, ...]  # what, with its id, each one's randomness is drawn from
 
 
-class Examples(Dataset[Any]):
+class BatchDataset(Dataset[Any]):
     """The batches of a split, by request: what loader processes are given.
 
     Everything that the dataset draws from torch's, numpy's or Python's global generators for an example is a function
@@ -67,17 +67,17 @@ class Examples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, request: Request) -> tuple[Ids, Any] | KnownError:
+    def __getitem__(self, request: BatchRequest) -> tuple[Ids, Any] | KnownError:
         """The ids that were loaded and their batch, or the error that says why there is none.
 
         Returned, not raised: a loader process would wrap it into one with another text.
         """
         try:
-            return self.load(request)
+            return self.load_batch(request)
         except KnownError as error:
             return error
 
-    def load(self, request: Request) -> tuple[Ids, Any]:
+    def load_batch(self, request: BatchRequest) -> tuple[Ids, Any]:
         """The ids that were loaded, (B,), and their batch.
 
         Raises:
@@ -85,38 +85,38 @@ class Examples(Dataset[Any]):
             RecipeError: for what the dataset or `collate` raises.
         """
         ids = request.ids.tolist()
-        examples = [self.example(i, request.entropy) for i in ids]
-        seed_host([*request.entropy, *ids[:1], len(ids)])
-        return request.ids, self._collate(ids, examples)
+        examples = [self.load_example(i, request.entropy) for i in ids]
+        seed_cpu_generators([*request.entropy, *ids[:1], len(ids)])
+        return request.ids, self._collate_examples(ids, examples)
 
-    def example(self, i: int, entropy: Sequence[int]) -> Any:
+    def load_example(self, i: int, entropy: Sequence[int]) -> Any:
         """One example. Raises RunError if it is None, RecipeError for what the dataset raises."""
-        seed_host([*entropy, i])
+        seed_cpu_generators([*entropy, i])
         try:
             example = self.dataset[i]
         except (Exception, SystemExit):  # entered only now: there are many examples
-            with in_recipe(self.recipe, self._call(i)):
+            with in_recipe(self.recipe, self._format_call(i)):
                 raise
         if example is None:
-            raise RunError(f"{self._name(i)} is None; expected an example")
+            raise RunError(f"{self._name_example(i)} is None; expected an example")
         return example
 
-    def _collate(self, ids: Sequence[int], examples: list[Any]) -> Any:
+    def _collate_examples(self, ids: Sequence[int], examples: list[Any]) -> Any:
         recipe = self.recipe
         if type(recipe).collate is Recipe.collate:
             try:
                 return recipe.collate(examples)
             except Exception as error:
-                raise explain_full(error) or RunError(self._misfit(ids, examples, error)) from error
-        more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
-        of = f"of dataset({self.split!r})[{', '.join(map(str, ids[:SHOWN]))}]{more}"
+                raise explain_full(error) or RunError(self._explain_collate_error(ids, examples, error)) from error
+        more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""
+        of = f"of dataset({self.split!r})[{', '.join(map(str, ids[:MAX_IDS_SHOWN]))}]{more}"
         with in_recipe(recipe, f"collate() {of}"):
             batch = recipe.collate(examples)
         if batch is None:
             raise RunError(f"{name_call(recipe, 'collate()')} returned None; expected a batch")
         return batch
 
-    def _misfit(self, ids: Sequence[int], examples: list[Any], error: Exception) -> str:
+    def _explain_collate_error(self, ids: Sequence[int], examples: list[Any], error: Exception) -> str:
         """Why torch's default collation refuses a batch: which example, or which two."""
         name = type(self.recipe).__name__
         own = getattr(self.dataset, "collate_fn", None)
@@ -127,16 +127,18 @@ class Examples(Dataset[Any]):
                 self.recipe.collate([example])
             except Exception as alone:
                 what = f"is {_with_article(type(example).__name__)}, which torch's default collation cannot batch"
-                text = f"{self._name(i)} {what} ({describe_error(alone)})"
+                text = f"{self._name_example(i)} {what} ({describe_error(alone)})"
                 return f"{text}; return tensors, numbers, tuples or dicts, or {how}"
         for i, example in zip(ids[1:], examples[1:], strict=True):
             try:
                 self.recipe.collate([examples[0], example])
             except Exception as pair:
-                return f"{self._name(ids[0])} and [{i}] do not fit into one batch ({describe_error(pair)}); {how}"
-        return f"{self._name(ids[0])} to [{ids[-1]}] do not fit into one batch ({describe_error(error)}); {how}"
+                return (
+                    f"{self._name_example(ids[0])} and [{i}] do not fit into one batch ({describe_error(pair)}); {how}"
+                )
+        return f"{self._name_example(ids[0])} to [{ids[-1]}] do not fit into one batch ({describe_error(error)}); {how}"
 
-    def _check_passing(self, batch: Any) -> None:
+    def _check_picklable(self, batch: Any) -> None:
         try:
             pickle.dumps(batch)
         except Exception as error:
@@ -146,28 +148,28 @@ class Examples(Dataset[Any]):
                 "can be pickled, or load without such processes (--workers 0)"
             ) from error
 
-    def _call(self, i: int) -> str:
+    def _format_call(self, i: int) -> str:
         return f"dataset({self.split!r})[{i}]"
 
-    def _name(self, i: int) -> str:
-        return name_call(self.recipe, self._call(i))
+    def _name_example(self, i: int) -> str:
+        return name_call(self.recipe, self._format_call(i))
 
-    def look_at(self, entropy: Sequence[int], most: int, *, passed_on: bool) -> None:
+    def check_examples(self, entropy: Sequence[int], most: int, *, passed_on: bool) -> None:
         """Load the first few examples, the middle and the last one, and, if batches hold several, join them.
 
         most: examples per batch. passed_on: by loader processes, where an error in that would be seen by nobody.
         Raises UserError for what is wrong with them, RecipeError for what the recipe raises.
         """
         count = len(self)
-        ids = sorted({*range(min(FIRST, count)), count // 2, count - 1})
+        ids = sorted({*range(min(NUM_CHECKED_EXAMPLES, count)), count // 2, count - 1})
         try:
-            examples = [self.example(i, entropy) for i in ids]
+            examples = [self.load_example(i, entropy) for i in ids]
             size = len(ids) if most > 1 else 1
             for first in range(0, len(ids), size):
-                seed_host([*entropy, ids[first], size])
-                batch = self._collate(ids[first : first + size], examples[first : first + size])
+                seed_cpu_generators([*entropy, ids[first], size])
+                batch = self._collate_examples(ids[first : first + size], examples[first : first + size])
                 if passed_on:
-                    self._check_passing(batch)
+                    self._check_picklable(batch)
         except RunError as error:
             raise UserError(str(error)) from error
 

@@ -12,7 +12,7 @@ import torch
 from hvdtrain.torch.recipe import Recipe
 
 
-def trace(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> bytes | None:
+def trace_loss(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> bytes | None:
     """Trace the loss of a batch into a serialized GraphDef; None for a batch that is not a sequence of tensors.
 
     All ranks call it, for `score` may exchange something with the others. draw: return the graph; otherwise None.
@@ -21,7 +21,7 @@ def trace(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> byt
     if not isinstance(batch, (list, tuple)) or not all(isinstance(part, torch.Tensor) for part in batch):
         return None
 
-    class Loss(torch.nn.Module):
+    class LossModule(torch.nn.Module):
         """Tracing needs a module from tensors to a tensor."""
 
         def __init__(self) -> None:
@@ -35,7 +35,7 @@ def trace(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> byt
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # tracing warns of every branch in Python
         # Traced here, for the check that tracing does by default would import torch's compiler.
-        traced = torch.jit.trace(Loss().eval(), tuple(batch), check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(LossModule().eval(), tuple(batch), check_trace=False)  # type: ignore[no-untyped-call]
         if not draw:
             return None
         from torch.utils.tensorboard._pytorch_graph import graph

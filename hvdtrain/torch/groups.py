@@ -32,7 +32,8 @@ def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.
     for p in held:
         if p not in names:
             raise UserError(
-                f"{method}: {find_name(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of the model, so it "
+                f"{method}: {find_recipe_attribute(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of "
+                f"the model, so it "
                 "would be neither saved nor sent to other ranks: put it into the model in model(), and take it from "
                 "there"
             )
@@ -54,7 +55,7 @@ def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.
     return warnings
 
 
-def find_name(recipe: Recipe, p: nn.Parameter) -> str:
+def find_recipe_attribute(recipe: Recipe, p: nn.Parameter) -> str:
     """What a parameter that is not the model's is called in the recipe."""
     for name, value in vars(recipe).items():
         if value is p:
@@ -66,7 +67,7 @@ def find_name(recipe: Recipe, p: nn.Parameter) -> str:
     return "a parameter"
 
 
-def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+def get_parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
     """The names of each group's parameters, in the group's order."""
     names = {p: name for name, p in model.named_parameters()}
     groups = vars(optimizer).get("param_groups", optimizer.param_groups)
@@ -82,12 +83,14 @@ def match_groups(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -
     Raises:
         UserError: that names the first parameter that is missing, new, or in another group.
     """
-    refuse_others(saved, now)
+    check_same_groups(saved, now)
     sets = [set(names) for names in saved]
     return [sets.index(set(names)) for names in now]
 
 
-def reordered(state: dict[str, Any], saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> dict[str, Any]:
+def reorder_state(
+    state: dict[str, Any], saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]
+) -> dict[str, Any]:
     """An optimizer's saved state for an optimizer that has the same groups and parameters in another order.
 
     Args:
@@ -107,7 +110,7 @@ def reordered(state: dict[str, Any], saved: Sequence[Sequence[str]], now: Sequen
     return {**state, "param_groups": [{**groups[i], "params": [numbers[name] for name in names]} for i, names in order]}
 
 
-def refuse_others(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:
+def check_same_groups(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:
     """Raise UserError that names the first parameter by which two lists of groups differ, the order aside."""
     before = {name: number for number, names in enumerate(saved) for name in names}
     after = {name: number for number, names in enumerate(now) for name in names}

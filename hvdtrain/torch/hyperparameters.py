@@ -7,17 +7,22 @@ from typing import Any
 
 from hvdtrain.system.errors import UserError
 
-PLAIN = (bool, int, float, str, tuple, type(None))
-HOW = ("foreach", "fused", "capturable", "differentiable")  # a step is computed, not what it is
-Settings = dict[str, Any]  # of a parameter group, by name
+SCALAR_TYPES = (bool, int, float, str, tuple, type(None))
+IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")  # a step is computed, not what it is
+Hyperparameters = dict[str, Any]  # of a parameter group, by name
 
 
-def settings_of(groups: Sequence[Settings]) -> list[Settings]:
+def get_hyperparameters(groups: Sequence[Hyperparameters]) -> list[Hyperparameters]:
     """What a new optimizer's parameter groups were given: weight_decay, betas ..."""
-    return [{k: v for k, v in group.items() if isinstance(v, PLAIN) and k not in HOW} for group in groups]
+    return [
+        {k: v for k, v in group.items() if isinstance(v, SCALAR_TYPES) and k not in IMPLEMENTATION_FLAGS}
+        for group in groups
+    ]
 
 
-def change(groups: Sequence[Settings], given: Sequence[Settings], earlier: Sequence[Settings]) -> None:
+def apply_overrides(
+    groups: Sequence[Hyperparameters], given: Sequence[Hyperparameters], earlier: Sequence[Hyperparameters]
+) -> None:
     """Set in restored groups the numbers that are given now and were not earlier. Others stay: some count steps there.
 
     Raises UserError for what an optimizer has a state for, or none: a switch, a name, momentum or none.

@@ -23,55 +23,57 @@ from hvdtrain.recipe.framework import Ids
 from hvdtrain.system.errors import KnownError, RecipeError, RunError
 from hvdtrain.system.recipe_errors import name_call
 from hvdtrain.system.shared_memory import explain_full
-from hvdtrain.torch.data import Examples, Request
+from hvdtrain.torch.data import BatchDataset, BatchRequest
 
-GRACE = 2.0  # seconds for loader processes to end by themselves
+LOADER_EXIT_TIMEOUT = 2.0  # seconds for loader processes to end by themselves
 PR_SET_PDEATHSIG = 1  # prctl(2)
-LONGEST_FOLDER = 60  # bytes of TMPDIR that leave room for a socket's name in the 108 of unix(7)
+MAX_TMPDIR_BYTES = 60  # bytes of TMPDIR that leave room for a socket's name in the 108 of unix(7)
 # What a launcher, a batch system or a terminal sends to all processes of a job: the rank decides what comes of it.
-SIGNALS_OF_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Requests:
+class RequestSampler:
     """What is to be loaded next, as the sampler of a DataLoader; each of its iterations takes up what was set last."""
 
     def __init__(self) -> None:
-        self.next: Iterator[Request] = iter(())
+        self.requests: Iterator[BatchRequest] = iter(())
 
-    def __iter__(self) -> Iterator[Request]:
-        return self.next
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return self.requests
 
 
-class Loader:
+class BatchLoader:
     """Loads batches of a split: by `workers` processes, which `start` forks and `close` ends, or in this process."""
 
-    def __init__(self, examples: Examples, workers: int) -> None:
-        self.examples, self.workers = examples, workers
-        self._requests = Requests()
+    def __init__(self, examples: BatchDataset, workers: int) -> None:
+        self.examples, self.num_workers = examples, workers
+        self._requests = RequestSampler()
         self._loader = DataLoader(
             examples,
             batch_size=None,  # a request is a batch
             sampler=self._requests,
-            collate_fn=_as_it_is,
+            collate_fn=_pass_through,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_begin_worker if workers else None,
+            worker_init_fn=_init_worker if workers else None,
             generator=torch.Generator(),  # the loader draws from it; the global generator stays ours
         )
 
-    def start(self) -> None:
+    def start_workers(self) -> None:
         """Fork the processes, unless they are there and well."""
-        if not self.workers or (self._processes() and all(process.is_alive() for process in self._processes())):
+        if not self.num_workers or (
+            self._worker_processes() and all(process.is_alive() for process in self._worker_processes())
+        ):
             return
         self.close()
-        wait_until_others_sleep()
-        self._requests.next = iter(())
+        wait_for_idle_threads()
+        self._requests.requests = iter(())
         main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD)
         # They leave these signals to the rank from their first moment on: see _begin_worker.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_RANKS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
         try:
             iter(self._loader)
         except OSError as error:
@@ -86,7 +88,7 @@ class Loader:
             signal.signal(signal.SIGCHLD, handler)
         atexit.register(self.close)
 
-    def batches(self, parts: Iterable[Ids], entropy: Sequence[int]) -> Iterator[tuple[Ids, Any]]:
+    def load_batches(self, parts: Iterable[Ids], entropy: Sequence[int]) -> Iterator[tuple[Ids, Any]]:
         """The ids that were loaded and their batches, in order; `parts` is read no farther ahead than needed.
 
         A later call ends an earlier one, also if that has batches left.
@@ -94,8 +96,8 @@ class Loader:
         Raises:
             RunError, RecipeError: see Examples.load; and for a loader process that has ended.
         """
-        self.start()
-        self._requests.next = (Request(ids, tuple(entropy)) for ids in parts)
+        self.start_workers()
+        self._requests.requests = (BatchRequest(ids, tuple(entropy)) for ids in parts)
         loaded: Iterator[Any] | None = None
         while True:
             try:
@@ -104,7 +106,7 @@ class Loader:
             except StopIteration:
                 return
             except (OSError, EOFError, RuntimeError) as error:
-                explained = self._explain(error)
+                explained = self._explain_error(error)
                 if explained is None:
                     raise
                 raise explained from error
@@ -112,44 +114,44 @@ class Loader:
                 raise batch
             yield batch
 
-    def _explain(self, error: Exception) -> KnownError | None:
+    def _explain_error(self, error: Exception) -> KnownError | None:
         """What to raise instead of an error of torch's loader: mostly one of its processes has ended."""
         name = name_call(self.examples.recipe, f"dataset({self.examples.split!r})")
         deadline = time.monotonic() + 1  # its connections may break before it can be seen to have ended
-        while time.monotonic() < deadline and self.workers:
-            ended = [process.exitcode for process in self._processes() if process.exitcode is not None]
+        while time.monotonic() < deadline and self.num_workers:
+            ended = [process.exitcode for process in self._worker_processes() if process.exitcode is not None]
             if ended:
-                return RecipeError(f"a process that loads {name} {_describe_end(ended[0])}")
+                return RecipeError(f"a process that loads {name} {_describe_exit(ended[0])}")
             time.sleep(0.01)
         if isinstance(error, RuntimeError):
             return explain_full(error)
         reason = str(error).strip().splitlines()[-1]
         return RunError(f"a process that loads {name} cannot pass on a batch: {reason}")
 
-    def _processes(self) -> list[Any]:
+    def _worker_processes(self) -> list[Any]:
         iterator = self._loader._iterator
         return [] if iterator is None else list(iterator._workers)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """End the processes; those that do not end by themselves in GRACE seconds are killed."""
-        processes = self._processes()
+        processes = self._worker_processes()
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is None:
             return
         atexit.unregister(self.close)
         # torch alone would wait 10 s for each that is stuck, one after the other.
-        timer = threading.Timer(GRACE, lambda: [process.kill() for process in processes])
+        timer = threading.Timer(LOADER_EXIT_TIMEOUT, lambda: [process.kill() for process in processes])
         timer.daemon = True
         timer.start()
         iterator._shutdown_workers()  # type: ignore[attr-defined]
         timer.cancel()
 
 
-def _as_it_is(loaded: Any) -> Any:
+def _pass_through(loaded: Any) -> Any:
     return loaded
 
 
-def _describe_end(code: int) -> str:
+def _describe_exit(code: int) -> str:
     """How a process ended, by its exit code as multiprocessing has it, and the usual reason."""
     if code >= 0:
         return f"ended with code {code}"
@@ -157,11 +159,11 @@ def _describe_end(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}{reasons.get(signal.Signals(-code), '')}"
 
 
-def _leave_to_rank(*_: object) -> None:
+def _ignore_signal(*_: object) -> None:
     """Handle a signal by doing nothing."""
 
 
-def _begin_worker(_: int) -> None:
+def _init_worker(_: int) -> None:
     """In a loader process: end with the rank, leave signals to it, and have room for a socket."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
@@ -169,16 +171,16 @@ def _begin_worker(_: int) -> None:
         parent = multiprocessing.parent_process()
         if parent is None or os.getppid() != parent.pid:  # it has ended in the meantime
             os._exit(1)
-    for number in SIGNALS_OF_RANKS:
-        signal.signal(number, _leave_to_rank)  # ignoring it would pass on to programs that the dataset starts
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_OF_RANKS)
-    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER:
+    for number in RANK_SIGNALS:
+        signal.signal(number, _ignore_signal)  # ignoring it would pass on to programs that the dataset starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, RANK_SIGNALS)
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TMPDIR_BYTES:
         chosen, tempfile.tempdir = tempfile.tempdir, "/tmp"
         multiprocessing.util.get_temp_dir()  # a private folder, which this process keeps for its sockets
         tempfile.tempdir = chosen
 
 
-def wait_until_others_sleep(seconds: float = 2.0) -> None:
+def wait_for_idle_threads(seconds: float = 2.0) -> None:
     """Return when all other threads of this process sleep, or after so long; before it is forked.
 
     Horovod's thread, as it lets go of a tensor, takes a lock of Python's that a process forked in that moment waits for

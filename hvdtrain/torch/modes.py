@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-class Modes:
+class TrainingModes:
     """Puts a model into evaluation mode, and back to what each of its modules was in before.
 
     A layer that `model()` has put into evaluation mode (a frozen batch norm) stays there, and what `score` changes
@@ -14,16 +14,16 @@ class Modes:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.starts_evaluating = not any(module.training for module in model.modules())
+        self.started_in_eval = not any(module.training for module in model.modules())
         before = [(module, module.training) for module in model.modules()]
-        if not self.starts_evaluating:
+        if not self.started_in_eval:
             model.train()  # one that keeps layers frozen in its `train` does so from the start
-            _restore([(module, module.training and training) for module, training in before])
-        self._before: list[tuple[nn.Module, bool]] | None = None  # during an evaluation
+            _restore_modes([(module, module.training and training) for module, training in before])
+        self._saved_modes: list[tuple[nn.Module, bool]] | None = None  # during an evaluation
 
-    def notes(self) -> list[str]:
+    def get_warnings(self) -> list[str]:
         """Return a line for the user if the model as a whole does not train."""
-        if not self.starts_evaluating:
+        if not self.started_in_eval:
             return []
         return [
             "modes     model() returns the model in evaluation mode, in which it stays: without dropout, and with "
@@ -31,27 +31,27 @@ class Modes:
         ]
 
     @property
-    def evaluating(self) -> bool:
-        return self._before is not None
+    def is_evaluating(self) -> bool:
+        return self._saved_modes is not None
 
-    def evaluate(self) -> None:
+    def enter_evaluation(self) -> None:
         """Put all modules into evaluation mode."""
-        if self._before is None:
-            self._before = [(module, module.training) for module in self.model.modules()]
+        if self._saved_modes is None:
+            self._saved_modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
 
-    def train(self) -> bool:
+    def leave_evaluation(self) -> bool:
         """End the evaluation, if there is one. Returns whether there was."""
-        if self._before is None:
+        if self._saved_modes is None:
             return False
-        if self._before[0][1]:
+        if self._saved_modes[0][1]:
             self.model.train()
-        _restore(self._before)
-        self._before = None
+        _restore_modes(self._saved_modes)
+        self._saved_modes = None
         return True
 
 
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     """Set each module's mode, parents first."""
     for module, training in modes:
         if module.training != training and type(module).train is not nn.Module.train:

@@ -13,10 +13,10 @@ import torch
 from horovod.torch import optimizer as horovod_optimizer
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.spec import parse
-from hvdtrain.exchange.bucketed import Exchange
-from hvdtrain.exchange.buckets import Named, check
-from hvdtrain.exchange.sharded import ShardExchange
+from hvdtrain.compression.spec import parse_compression
+from hvdtrain.exchange.bucketed import BucketedExchange
+from hvdtrain.exchange.buckets import NamedParameters, check_parameters
+from hvdtrain.exchange.sharded import ShardedExchange
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.broadcast import load_in_place
 from hvdtrain.torch.readable import make_savable
@@ -55,18 +55,18 @@ def DistributedOptimizer(
     8 MiB on CPUs, 25 MiB on GPUs.
     exchange: "horovod" leaves the exchange to Horovod, for comparison; compression is then none or fp16.
     shards: sum over so many virtual shards of the batch, the same bits on any number of ranks; only with average=False,
-    and the caller says through `exchange.begin` and `exchange.passed` what belongs to which
+    and the caller says through `exchange.start_exchange` and `exchange.end_backward_pass` what belongs to which
     (`hvdtrain.exchange.sharded`).
     Clip after `synchronize()`: torch.nn.utils.clip_grad_norm_(model.parameters(), ...) does not go through it.
     Raises ValueError where a parameter of the optimizer has no name, a name stands twice or a parameter is in another
     DistributedOptimizer whose `exchange` was not closed; UserError for a wrong compression.
     """
     if hasattr(type(optimizer), "inner_class"):
-        unwrap(optimizer)
+        unwrap_optimizer(optimizer)
     named_parameters = list(named_parameters)
-    refuse_unnamed(optimizer, named_parameters)
+    check_all_named(optimizer, named_parameters)
     make_savable(optimizer)
-    spec = parse(compression)
+    spec = parse_compression(compression)
     stock = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
     if exchange == "horovod" and compression not in stock:
         raise UserError(f"compression {compression!r} needs the bucketed exchange; Horovod's own takes none or fp16")
@@ -78,35 +78,35 @@ def DistributedOptimizer(
                 kind = "complex" if p.is_complex() else "channels-last"
                 raise UserError(f"Horovod's own exchange takes no {kind} parameter, as {name} is; use bucketed")
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    check([(name, p) for name, p in named_parameters if p in held], spec)
+    check_parameters([(name, p) for name, p in named_parameters if p in held], spec)
     inner_class = type(optimizer)
     body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
     body |= {
         "inner_class": inner_class,
-        "inner_step": _inner_step(optimizer),
+        "inner_step": _find_inner_step(optimizer),
         "exchange": None,
         "waited": 0.0,
         "wire_bytes": 0,
         "stock_synchronize": body["synchronize"],
         "stock_load_state_dict": body["load_state_dict"],
         "synchronize": _synchronize,
-        "step": _step,
+        "step": _reduce_and_step,
         "zero_grad": _zero_grad,
-        "paused": _paused,
+        "paused": _pause_exchange,
         "add_param_group": _add_param_group,
         "load_state_dict": _load_state_dict,
         "param_groups": property(_get_param_groups, _set_param_groups),
     }
 
-    def make_exchange(_: Any, named: Named) -> Exchange | ShardExchange:
+    def make_exchange(_: Any, named: NamedParameters) -> BucketedExchange | ShardedExchange:
         if shards is not None:
-            return ShardExchange(named, shards, process_set)
-        return Exchange(named, average, spec, seed, process_set, bucket_bytes)
+            return ShardedExchange(named, shards, process_set)
+        return BucketedExchange(named, average, spec, seed, process_set, bucket_bytes)
 
     if exchange == "bucketed":
         body |= {
             "_register_hooks": _register_hooks,
-            "set_backward_passes_per_step": _set_passes,
+            "set_backward_passes_per_step": _set_backward_passes,
             "_make_exchange": make_exchange,
         }
     wrapped: Any = optimizer
@@ -133,16 +133,16 @@ def DistributedOptimizer(
             wrapped._register_hooks()  # which Horovod's constructor leaves out on one rank
     except BaseException:
         vars(wrapped)["wrapped_attributes"] = set(vars(wrapped)) - before
-        unwrap(wrapped)
+        unwrap_optimizer(wrapped)
         raise
     vars(wrapped)["wrapped_attributes"] = set(vars(wrapped)) - before
     return optimizer
 
 
-def unwrap(optimizer: torch.optim.Optimizer) -> None:
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Undo `DistributedOptimizer`: the object is one of its own class again, and its parameters are free."""
     wrapped: Any = optimizer
-    if isinstance(wrapped.exchange, Exchange):
+    if isinstance(wrapped.exchange, BucketedExchange):
         wrapped.exchange.close()
     vars(wrapped).get("_grad_accs", []).clear()  # with which Horovod's own hooks go
     for name in vars(wrapped).pop("wrapped_attributes", ()):
@@ -152,7 +152,7 @@ def unwrap(optimizer: torch.optim.Optimizer) -> None:
         wrapped.step = step
 
 
-def refuse_unnamed(optimizer: torch.optim.Optimizer, named: Named) -> None:
+def check_all_named(optimizer: torch.optim.Optimizer, named: NamedParameters) -> None:
     """Raise ValueError if a parameter of the optimizer has no name."""
     known = {p for _, p in named}
     for number, group in enumerate(optimizer.param_groups):
@@ -169,13 +169,13 @@ def _register_hooks(self: Any) -> None:
     # _parameter_names is sorted by name; the optimizer's own order is the model's, and so backward's reversed.
     params = [p for group in self.param_groups for p in group["params"]]
     self.exchange = self._make_exchange([(self._parameter_names[p], p) for p in params])
-    _set_passes(self, self.backward_passes_per_step)
+    _set_backward_passes(self, self.backward_passes_per_step)
 
 
-def _set_passes(self: Any, passes: int) -> None:
+def _set_backward_passes(self: Any, passes: int) -> None:
     """How many backward passes this rank makes before the next step: ranks may differ, and 0 is allowed."""
     self.backward_passes_per_step = passes
-    if isinstance(self.exchange, Exchange):  # others are told by the caller what a pass belongs to
+    if isinstance(self.exchange, BucketedExchange):  # others are told by the caller what a pass belongs to
         self.exchange.set_passes(passes)
 
 
@@ -184,7 +184,7 @@ def _synchronize(self: Any) -> None:
     if self._synchronized:
         return
     if self.exchange is not None:
-        self.exchange.finish()
+        self.exchange.finish_exchange()
         self.waited, self.wire_bytes = self.exchange.waited, self.exchange.wire_bytes
     elif self._requires_update:  # Horovod's own hooks are in place
         for group in self.param_groups:
@@ -199,11 +199,11 @@ def _synchronize(self: Any) -> None:
         self.waited = time.perf_counter() - begin
         halved = 2 if self._compression is hvd.Compression.fp16 else 1
         payload = sum(p.numel() * p.element_size() for p in self._requires_update) // halved
-        self.wire_bytes = collectives.ring_bytes(payload, collectives.size(self.process_set))
+        self.wire_bytes = collectives.ring_all_reduce_bytes(payload, collectives.size(self.process_set))
     self._synchronized = True
 
 
-def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
+def _reduce_and_step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
     """Reduce the gradients, unless that was done, and step."""
     if closure is not None and self.process_set.size() > 1:
         raise ValueError("step(closure) would evaluate gradients that are not reduced; call backward() before step()")
@@ -215,10 +215,10 @@ def _step(self: Any, closure: Callable[[], float] | None = None) -> float | None
         return step(self) if closure is None else step(self, closure)  # type: ignore[no-any-return]
 
 
-_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so that they do not wrap it themselves
+_reduce_and_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so that they do not wrap it themselves
 
 
-def _inner_step(optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Any], bool]:
+def _find_inner_step(optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Any], bool]:
     """The optimizer's step without what torch wraps around it, and whether that turns gradients off.
 
     Ours is wrapped already: its hooks would run twice. And the other wrapper imports torch's compiler, which takes as
@@ -240,19 +240,19 @@ def _zero_grad(self: Any, set_to_none: bool = True) -> None:
     if self._handles:
         raise RuntimeError("zero_grad() between backward() and step(): the gradients are being reduced")
     if self.exchange is not None:
-        self.exchange.forget()
+        self.exchange.discard_gradients()
     self._synchronized = False
     super(self.__class__, self).zero_grad(set_to_none)
 
 
-def _paused(self: Any) -> contextlib.AbstractContextManager[None]:
+def _pause_exchange(self: Any) -> contextlib.AbstractContextManager[None]:
     """Let backward passes within this be for other optimizers, as where a generator learns from a discriminator.
 
     What they add to the gradients of this optimizer's parameters is not exchanged; zero_grad() drops it.
     """
     if self.exchange is None and self._requires_update:
         raise UserError("paused() needs the bucketed exchange")
-    return self.exchange.paused() if isinstance(self.exchange, Exchange) else contextlib.nullcontext()
+    return self.exchange.paused() if isinstance(self.exchange, BucketedExchange) else contextlib.nullcontext()
 
 
 def _add_param_group(self: Any, group: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ def _add_param_group(self: Any, group: dict[str, Any]) -> None:
             raise ValueError(f"another parameter is named {name}: give other names in the group's 'params'")
         name = self._parameter_names.setdefault(p, name)
         if self.exchange is not None:
-            self.exchange.add(name, p)
+            self.exchange.add_parameter(name, p)
 
 
 def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
@@ -276,7 +276,7 @@ def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _get_param_groups(self: Any) -> list[dict[str, Any]]:
-    if self.exchange is not None and self.exchange.pending:
+    if self.exchange is not None and self.exchange.has_pending_gradients:
         self.synchronize()
     declared = inspect.getattr_static(self.inner_class, "param_groups", None)
     if declared is not None:  # a property, of an optimizer around another

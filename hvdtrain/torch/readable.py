@@ -13,8 +13,8 @@ import torch
 
 from hvdtrain.system.errors import UserError
 
-READABLE = (bool, int, float, complex, str, bytes, type(None))
-TENSORS = (torch.Tensor, torch.nn.Parameter)
+READABLE_TYPES = (bool, int, float, complex, str, bytes, type(None))
+TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def make_savable(optimizer: torch.optim.Optimizer) -> None:
@@ -26,17 +26,17 @@ def make_savable(optimizer: torch.optim.Optimizer) -> None:
         for when in ("pre", "post"):
             vars(optimizer).setdefault(f"_optimizer_{call}_{when}_hooks", OrderedDict())
     for settings in (optimizer.defaults, *optimizer.param_groups):
-        settings.update({name: plain(value) for name, value in settings.items() if name != "params"})
+        settings.update({name: to_python_numbers(value) for name, value in settings.items() if name != "params"})
 
 
-def plain(value: Any) -> Any:
+def to_python_numbers(value: Any) -> Any:
     """A value with Python's numbers for numpy's."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(to_python_numbers, value)) if type(value) in (list, tuple) else value
 
 
-def refuse_unreadable(state: Any, what: str) -> None:
+def check_readable(state: Any, what: str) -> None:
     """Raise UserError that names the first part of a state that could be saved, but not read back.
 
     Plain tensors and numbers can; all else is saved and read back here.
@@ -45,8 +45,8 @@ def refuse_unreadable(state: Any, what: str) -> None:
         state: dicts, lists and tuples of tensors and others.
         what: the words for the state.
     """
-    for path, value in leaves(state, ""):
-        if type(value) in READABLE or type(value) in TENSORS:
+    for path, value in iterate_leaves(state, ""):
+        if type(value) in READABLE_TYPES or type(value) in TENSOR_TYPES:
             continue
         buffer = io.BytesIO()
         try:
@@ -61,14 +61,14 @@ def refuse_unreadable(state: Any, what: str) -> None:
             ) from error
 
 
-def leaves(state: Any, path: str) -> Iterator[tuple[str, Any]]:
+def iterate_leaves(state: Any, path: str) -> Iterator[tuple[str, Any]]:
     """What stands in nested dicts, lists and tuples, each with the keys that lead to it: "['a'][0]"."""
     if isinstance(state, Mapping) and type(state).__module__ in ("builtins", "collections"):
         for key, value in state.items():
-            yield from leaves(key, f"{path}.keys()")
-            yield from leaves(value, f"{path}[{key!r}]")
+            yield from iterate_leaves(key, f"{path}.keys()")
+            yield from iterate_leaves(value, f"{path}[{key!r}]")
     elif type(state) in (list, tuple):
         for place, value in enumerate(state):
-            yield from leaves(value, f"{path}[{place}]")
+            yield from iterate_leaves(value, f"{path}[{place}]")
     else:
         yield path, state

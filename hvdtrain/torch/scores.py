@@ -11,22 +11,22 @@ from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
 
 # What metrics.jsonl holds besides the recipe's metrics.
-RESERVED = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
-RESERVED |= {"gradient_norm", "loss_scale", "skipped"}
+RESERVED_COLUMNS = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
+RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"}
 
 
-def metrics_of(recipe: Recipe, scores: Any) -> tuple[str, ...]:
+def get_metric_names(recipe: Recipe, scores: Any) -> tuple[str, ...]:
     """The names of the scores, "loss" first. Raises UserError where there is no loss, or a name is taken."""
     if not isinstance(scores, dict) or "loss" not in scores:
-        raise UserError(f"{type(recipe).__name__}.score must return a dict with 'loss', got {shown(scores)}")
+        raise UserError(f"{type(recipe).__name__}.score must return a dict with 'loss', got {describe_value(scores)}")
     names = ("loss", *(name for name in scores if name != "loss"))
-    taken = sorted(set(names) & RESERVED)
+    taken = sorted(set(names) & RESERVED_COLUMNS)
     if taken:
         raise UserError(f"{type(recipe).__name__}.score: {taken[0]!r} is a column of metrics.jsonl; rename it")
     return names
 
 
-def check(recipe: Recipe, scores: dict[str, torch.Tensor], metrics: Sequence[str], count: int) -> None:
+def check_scores(recipe: Recipe, scores: dict[str, torch.Tensor], metrics: Sequence[str], count: int) -> None:
     """Raise UserError unless there is each metric and no other, with one value for each of `count` examples."""
     if scores.keys() != set(metrics):
         raise UserError(
@@ -37,14 +37,14 @@ def check(recipe: Recipe, scores: dict[str, torch.Tensor], metrics: Sequence[str
         if not isinstance(score, torch.Tensor) or score.shape != (count,):
             raise UserError(
                 f"{type(recipe).__name__}.score must return one value per example: {name!r} should have "
-                f"shape ({count},) for {count} examples, got {shown(score)}"
+                f"shape ({count},) for {count} examples, got {describe_value(score)}"
             )
 
 
-def sums(scores: dict[str, torch.Tensor], metrics: Sequence[str]) -> torch.Tensor:
+def sum_scores(scores: dict[str, torch.Tensor], metrics: Sequence[str]) -> torch.Tensor:
     """(metrics,) float64: each score added up over the batch."""
     return torch.stack([scores[name].detach().double().sum() for name in metrics])
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

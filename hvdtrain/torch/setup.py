@@ -21,11 +21,11 @@ from hvdtrain.compression.spec import Spec
 from hvdtrain.recipe.framework import SPLITS, Split, StepOptions
 from hvdtrain.system.errors import RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
-from hvdtrain.system.turns import take_turn
+from hvdtrain.system.turns import hold_host_lock
 from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
 
-NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, of the operation that it names before
+NONDETERMINISTIC_TEXT = " does not have a deterministic implementation"  # torch, of the operation that it names before
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -38,21 +38,21 @@ def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
 
     Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
-    with data_turn(recipe) if world.size == 1 else contextlib.nullcontext():
-        return _load_in_turns(recipe, world, seed)
+    with lock_data_loading(recipe) if world.size == 1 else contextlib.nullcontext():
+        return _load_local_leader_first(recipe, world, seed)
 
 
-def data_turn(recipe: Recipe) -> AbstractContextManager[None]:
+def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
     """The turn of this process among those of its host that load a recipe's data."""
     name = type(recipe).__name__
     source = hashlib.sha256(inspect.getfile(type(recipe)).encode()).hexdigest()[:8]
-    return take_turn(f"{name}-{source}", f"load the data of {name}")
+    return hold_host_lock(f"{name}-{source}", f"load the data of {name}")
 
 
-def _load_in_turns(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
+def _load_local_leader_first(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
     loaded: dict[Split, Any] = {}
 
-    def load() -> None:
+    def load_splits() -> None:
         for split in SPLITS:
             seed_all([seed])
             with in_recipe(recipe, f"dataset({split!r})"):
@@ -61,11 +61,11 @@ def _load_in_turns(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
             loaded[split] = dataset
 
     if world.local_rank == 0:
-        collectives.all_or_none("datasets.first", load)
-        collectives.all_or_none("datasets.others", lambda: None)
+        collectives.on_all_ranks("datasets.first", load_splits)
+        collectives.on_all_ranks("datasets.others", lambda: None)
     else:
-        collectives.all_or_none("datasets.first", lambda: None)
-        collectives.all_or_none("datasets.others", load)
+        collectives.on_all_ranks("datasets.first", lambda: None)
+        collectives.on_all_ranks("datasets.others", load_splits)
     return {split: dataset for split, dataset in loaded.items() if dataset is not None}
 
 
@@ -95,16 +95,16 @@ def make_optimizer(recipe: Recipe, params: Iterable[torch.nn.Parameter]) -> torc
     return optimizer
 
 
-def set_up(options: StepOptions) -> None:
+def configure_torch(options: StepOptions) -> None:
     """Prepare this process's torch: its threads, the same bits each time if asked for, no compiler unless asked for."""
     torch.set_num_threads(options.threads)
-    if options.shards is not None:
-        be_deterministic(options.threads)
+    if options.virtual_shards is not None:
+        enable_determinism(options.threads)
     if not options.compile:
-        leave_out_compiler()
+        skip_compiler_import()
 
 
-def leave_out_compiler() -> None:
+def skip_compiler_import() -> None:
     """Let optimizers be made without importing torch's compiler, a third of what it takes a rank to start.
 
     Some of their methods are wrapped so that the compiler passes over them; the wrapper looks for the function to call
@@ -116,7 +116,7 @@ def leave_out_compiler() -> None:
             inner.__dynamo_disable = inner
 
 
-def be_deterministic(threads: int) -> None:
+def enable_determinism(threads: int) -> None:
     """From now on, let the same operations on the same numbers give the same bits in this process.
 
     Before CUDA starts: cuBLAS reads its workspace's size only once.
@@ -128,22 +128,22 @@ def be_deterministic(threads: int) -> None:
     threadpool_limits(threads)
 
 
-def names_refusals(function: Function) -> Function:
+def explain_nondeterminism(function: Function) -> Function:
     """Make torch's refusal of an operation, once `be_deterministic` was called, a RunError that names it."""
 
     @functools.wraps(function)
-    def named(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except (RuntimeError, RecipeError) as error:
             cause = error.__cause__ if isinstance(error, RecipeError) else error
-            operation, refused, _ = str(cause).partition(NOT_DETERMINISTIC)
+            operation, refused, _ = str(cause).partition(NONDETERMINISTIC_TEXT)
             if not refused:
                 raise
             text = f"{operation} has no deterministic form in torch on this device: "
             raise RunError(f"{text}use another operation, or leave out --deterministic") from None
 
-    return named  # type: ignore[return-value]
+    return wrapper  # type: ignore[return-value]
 
 
 def check_momentum(spec: Spec, optimizer: torch.optim.Optimizer, world: World) -> None:

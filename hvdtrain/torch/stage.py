@@ -23,51 +23,51 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvdtrain.exchange.tensors import copies_for_memo, mark, named_tensors, overwrite
+from hvdtrain.exchange.tensors import build_deepcopy_memo, named_tensors, overwrite_tensor, read_version
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
 
 MISSING = object()
-INSTALLED = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-OWN = Path(__file__).parents[1]
+INSTALL_ROOTS = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+PACKAGE_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Sandbox:
     """Where a trial takes place: copies, or, if they cannot be made, the recipe and model themselves."""
 
     recipe: Recipe
     model: nn.Module
-    problem: str | None  # why there are no copies
+    copy_error: str | None  # why there are no copies
 
 
 @contextlib.contextmanager
-def stage(recipe: Recipe, model: nn.Module, shared: Sequence[Any], in_place: bool = False) -> Iterator[Stage]:
+def open_sandbox(recipe: Recipe, model: nn.Module, shared: Sequence[Any], in_place: bool = False) -> Iterator[Sandbox]:
     """Give copies of a recipe and its model for a trial, and put back whatever it changes besides them.
 
     shared: objects that the copies refer to as they are, such as datasets. in_place: let the trial have the model
     itself, and put back its parts except parameters and buffers that had no memory yet.
     Raises UserError if the trial has changed parameters of the model although it ran on a copy.
     """
-    copies, problem = (None, None) if in_place else _copies(recipe, model, shared)
+    copies, problem = (None, None) if in_place else _copy_recipe_and_model(recipe, model, shared)
     with contextlib.ExitStack() as exits:
-        exits.enter_context(random_state_kept())
-        exits.enter_context(groups_kept(shared))
-        exits.enter_context(names_kept(_own_namespaces(recipe, model)))
+        exits.enter_context(preserve_random_state())
+        exits.enter_context(preserve_param_groups(shared))
+        exits.enter_context(preserve_attributes(_user_namespaces(recipe, model)))
         if copies is not None:
-            exits.enter_context(_left_alone(model))
-            yield Stage(*copies, None)
+            exits.enter_context(_guard_original_model(model))
+            yield Sandbox(*copies, None)
         else:
-            exits.enter_context(tensors_kept(model))
+            exits.enter_context(preserve_tensors(model))
             # The contents of modules last: first what they are bound to.
-            exits.enter_context(names_kept([recipe, *(m for m in model.modules() if not is_lazy(m))]))
-            yield Stage(recipe, model, problem)
+            exits.enter_context(preserve_attributes([recipe, *(m for m in model.modules() if not is_lazy_module(m))]))
+            yield Sandbox(recipe, model, problem)
 
 
-def _copies(
+def _copy_recipe_and_model(
     recipe: Recipe, model: nn.Module, shared: Sequence[Any]
 ) -> tuple[tuple[Recipe, nn.Module] | None, str | None]:
-    memo = copies_for_memo(model)
+    memo = build_deepcopy_memo(model)
     for thing in shared:
         memo[id(thing)] = thing
         # What a dataset holds may be large, and the recipe may hold it too.
@@ -83,7 +83,7 @@ def _copies(
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserve_random_state() -> Iterator[None]:
     """Put back the states of torch's (on all devices), numpy's and Python's global generators at the end."""
     host, arrays, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
@@ -98,47 +98,47 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def names_kept(owners: Sequence[Any]) -> Iterator[None]:
+def preserve_attributes(owners: Sequence[Any]) -> Iterator[None]:
     """Put back the attributes of objects, classes or modules at the end, and lists, dicts and sets that they are."""
     before = [
-        (owner, {name: (value, _contents(value)) for name, value in vars(owner).items() if _may_change(name)})
+        (owner, {name: (value, _copy_container(value)) for name, value in vars(owner).items() if _is_restorable(name)})
         for owner in owners
     ]
     try:
         yield
     finally:
         for owner, values in before:
-            for name in [name for name in vars(owner) if _may_change(name) and name not in values]:
-                _unbind(owner, name)
+            for name in [name for name in vars(owner) if _is_restorable(name) and name not in values]:
+                _delete_attribute(owner, name)
             for name, (value, contents) in values.items():
                 if vars(owner).get(name, MISSING) is not value:
-                    _bind(owner, name, value)
-                _put_back(value, contents)
+                    _set_attribute(owner, name, value)
+                _restore_container(value, contents)
 
 
-def _may_change(name: str) -> bool:
+def _is_restorable(name: str) -> bool:
     return not (name.startswith("__") and name.endswith("__"))
 
 
-def _bind(owner: Any, name: str, value: Any) -> None:
+def _set_attribute(owner: Any, name: str, value: Any) -> None:
     if isinstance(owner, type):
         setattr(owner, name, value)
     else:  # not through a module's __setattr__, which sorts parameters out
         vars(owner)[name] = value
 
 
-def _unbind(owner: Any, name: str) -> None:
+def _delete_attribute(owner: Any, name: str) -> None:
     if isinstance(owner, type):
         delattr(owner, name)
     else:
         del vars(owner)[name]
 
 
-def _contents(value: Any) -> Any:
+def _copy_container(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (list, dict, set, deque)) else None
 
 
-def _put_back(value: Any, contents: Any) -> None:
+def _restore_container(value: Any, contents: Any) -> None:
     if isinstance(value, dict):
         same = value.keys() == contents.keys() and all(value[key] is contents[key] for key in contents)
     elif isinstance(value, (list, deque)):
@@ -150,28 +150,28 @@ def _put_back(value: Any, contents: Any) -> None:
         (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
 
 
-def _own_namespaces(recipe: Recipe, model: nn.Module) -> list[Any]:
+def _user_namespaces(recipe: Recipe, model: nn.Module) -> list[Any]:
     """The classes that the user has written for the recipe and its model, and the modules that they are in."""
-    classes = {cls for thing in (recipe, *model.modules()) for cls in type(thing).__mro__ if _is_users(cls)}
+    classes = {cls for thing in (recipe, *model.modules()) for cls in type(thing).__mro__ if _is_user_class(cls)}
     modules = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
     for module in modules:
         classes |= {v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__}
     return [*modules, *classes]
 
 
-def _is_users(cls: type) -> bool:
+def _is_user_class(cls: type) -> bool:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if file is None:
         return cls.__module__ not in sys.builtin_module_names
-    return not INSTALLED.union({OWN}).intersection(Path(file).parents)
+    return not INSTALL_ROOTS.union({PACKAGE_ROOT}).intersection(Path(file).parents)
 
 
-def is_lazy(module: nn.Module) -> bool:
+def is_lazy_module(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
 
 
 @contextlib.contextmanager
-def groups_kept(shared: Sequence[Any]) -> Iterator[None]:
+def preserve_param_groups(shared: Sequence[Any]) -> Iterator[None]:
     """Put back the settings of optimizers at the end."""
     groups = [group for thing in shared for group in getattr(thing, "__dict__", {}).get("param_groups", ())]
     before = [dict(group) for group in groups]
@@ -183,32 +183,32 @@ def groups_kept(shared: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
+def preserve_tensors(model: nn.Module) -> Iterator[None]:
     """Put back the values of a model's parameters and buffers, and its gradients, at the end."""
     before = [(t, t.detach().clone(), t.grad) for _, t in named_tensors(model) if not nn.parameter.is_lazy(t)]
     try:
         yield
     finally:
         for tensor, values, gradient in before:
-            overwrite(model, tensor, values)
+            overwrite_tensor(model, tensor, values)
             tensor.grad = gradient
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
+def _guard_original_model(model: nn.Module) -> Iterator[None]:
     """Put back a model's buffers, which a hook may have reached past the copy.
 
     Raises UserError if a parameter was.
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    parameters = [(name, p, mark(p)) for name, p in model.named_parameters()]
+    parameters = [(name, p, read_version(p)) for name, p in model.named_parameters()]
     try:
         yield
     finally:
         for b, values in buffers:
-            overwrite(model, b, values)
+            overwrite_tensor(model, b, values)
     for name, p, old in parameters:
-        if mark(p) != old:
+        if read_version(p) != old:
             raise UserError(
                 f"score changes the parameter {name!r} past the model that it is given (by a hook or a global variable "
                 "that refers to it): use the model that score is given"

@@ -13,23 +13,25 @@ from hvdtrain.comm import collectives
 from hvdtrain.exchange.tensors import named_tensors
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
-from hvdtrain.torch.buffers import find_changed, remember_buffers
-from hvdtrain.torch.graph import trace
+from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
+from hvdtrain.torch.graph import trace_loss
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.scores import check, metrics_of
-from hvdtrain.torch.stage import is_lazy, stage
+from hvdtrain.torch.scores import check_scores, get_metric_names
+from hvdtrain.torch.stage import is_lazy_module, open_sandbox
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialResult:
     """What a trial has found."""
 
     metrics: tuple[str, ...]  # the scores' names, "loss" first
-    buffers: list[str]  # the names of those that training changes
-    collectives: bool  # `score` calls collectives of its own
+    changed_buffers: list[str]  # the names of those that training changes
+    calls_collectives: bool  # `score` calls collectives of its own
 
 
-def try_out(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, count: int, context: Any) -> Trial:
+def run_trial(
+    recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, count: int, context: Any
+) -> TrialResult:
     """Score a batch in training mode and make a backward pass, on copies.
 
     Args:
@@ -43,30 +45,30 @@ def try_out(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any,
     Raises:
         UserError: for scores that are not as they should be, or buffers that are replaced.
     """
-    with stage(recipe, model, shared) as trial:
-        before = remember_buffers(trial.model)
-        with collectives.counted_calls() as counter:
+    with open_sandbox(recipe, model, shared) as trial:
+        before = snapshot_buffers(trial.model)
+        with collectives.count_calls() as counter:
             with context, in_recipe(recipe, "score()"):
                 scores = trial.recipe.score(trial.model, batch)
-            metrics = metrics_of(recipe, scores)
-            check(recipe, scores, metrics, count)
+            metrics = get_metric_names(recipe, scores)
+            check_scores(recipe, scores, metrics, count)
             if scores["loss"].requires_grad:
                 scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
-        return Trial(metrics, find_changed(before), counter.calls > 0)
+        return TrialResult(metrics, find_changed_buffers(before), counter.calls > 0)
 
 
-def draw(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, rank: int) -> bytes | None:
+def trace_model_graph(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, rank: int) -> bytes | None:
     """Return the model's graph on rank 0, if the batch can be traced; all ranks call it.
 
     Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
     """
-    with stage(recipe, model, shared) as trial:
-        if trial.problem is not None:
-            raise UserError(f"the recipe or its model cannot be copied ({trial.problem})")
-        return trace(trial.recipe, trial.model, batch, draw=rank == 0)
+    with open_sandbox(recipe, model, shared) as trial:
+        if trial.copy_error is not None:
+            raise UserError(f"the recipe or its model cannot be copied ({trial.copy_error})")
+        return trace_loss(trial.recipe, trial.model, batch, draw=rank == 0)
 
 
-def refuse_sync_batch_norm(model: nn.Module) -> None:
+def reject_sync_batch_norm(model: nn.Module) -> None:
     """Raise UserError for torch's SyncBatchNorm, which exchanges nothing without torch.distributed."""
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
@@ -76,12 +78,12 @@ def refuse_sync_batch_norm(model: nn.Module) -> None:
             )
 
 
-def initialize_lazy(recipe: Recipe, model: nn.Module, make_batch: Callable[[], Any]) -> None:
+def initialize_lazy_modules(recipe: Recipe, model: nn.Module, make_batch: Callable[[], Any]) -> None:
     """Give lazy modules their shapes by one call of `score`, of which nothing else remains."""
-    lazy = [module for module in model.modules() if is_lazy(module)]
+    lazy = [module for module in model.modules() if is_lazy_module(module)]
     if not lazy:
         return
-    with stage(recipe, model, [], in_place=True), torch.no_grad():
+    with open_sandbox(recipe, model, [], in_place=True), torch.no_grad():
         batch = make_batch()
         with in_recipe(recipe, "score()"):
             recipe.score(model, batch)

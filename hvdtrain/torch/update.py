@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
-from hvdtrain.compression.spec import parse
+from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange import state as exchange_state
-from hvdtrain.exchange.bucketed import Exchange
-from hvdtrain.exchange.sharded import ShardExchange
+from hvdtrain.exchange.bucketed import BucketedExchange
+from hvdtrain.exchange.sharded import ShardedExchange
 from hvdtrain.recipe.framework import StepOptions
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.groups import check_optimizer, match_groups, names_of, reordered
-from hvdtrain.torch.hyperparameters import change, settings_of
-from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap
-from hvdtrain.torch.readable import refuse_unreadable
+from hvdtrain.torch.groups import check_optimizer, get_parameter_names, match_groups, reorder_state
+from hvdtrain.torch.hyperparameters import apply_overrides, get_hyperparameters
+from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
+from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.setup import check_momentum, make_optimizer
 
 # A detector's first batches may hold no object, so that their loss is zero without a graph; so many in a row do not.
-STEPS_WITHOUT_GRADIENT = 5
+MAX_STEPS_WITHOUT_GRADIENT = 5
 
 
 class Updater:
@@ -39,28 +39,28 @@ class Updater:
 
     def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, options: StepOptions) -> None:
         self.model, self.options = model, options
-        self.recipe = type(recipe).__name__
-        self.news: list[str] = []
-        self.optimizer: Any = collectives.all_or_none("optimizer", lambda: self._make(recipe))
+        self.recipe_name = type(recipe).__name__
+        self.log_lines: list[str] = []
+        self.optimizer: Any = collectives.on_all_ranks("optimizer", lambda: self._make_optimizer(recipe))
         self.scaler = torch.amp.GradScaler(device.type) if options.amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here also where there are no examples
-        self._carried: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
-        self._empty_steps: int | None = 0  # steps made without any gradient; None: there has been one
-        self._norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
+        self._carried_state: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
+        self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
+        self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
         self._state_checked = False
 
-    def _make(self, recipe: Recipe) -> torch.optim.Optimizer:
+    def _make_optimizer(self, recipe: Recipe) -> torch.optim.Optimizer:
         optimizer = make_optimizer(recipe, list(self.model.parameters()))
-        self.news += check_optimizer(recipe, optimizer, self.model)
+        self.log_lines += check_optimizer(recipe, optimizer, self.model)
         return optimizer
 
-    def start_world(self, world: World) -> None:
+    def join_world(self, world: World) -> None:
         """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
-        first = not hasattr(self, "settings")
+        first = not hasattr(self, "hyperparameters")
         if first:
-            check_momentum(parse(self.options.compression), self.optimizer, world)
-        held = set(self._params())
+            check_momentum(parse_compression(self.options.compression), self.optimizer, world)
+        held = set(self._optimized_parameters())
         self.optimizer = DistributedOptimizer(
             self.optimizer,
             [(name, p) for name, p in self.model.named_parameters() if p in held],
@@ -69,92 +69,95 @@ class Updater:
             exchange=self.options.exchange,
             seed=self.options.seed,
             bucket_bytes=None if self.options.bucket_mib is None else int(self.options.bucket_mib * 2**20),
-            shards=self.options.shards,
+            shards=self.options.virtual_shards,
         )
         exchange = self.optimizer.exchange
-        self.bucketed = exchange if isinstance(exchange, Exchange) else None
-        self.shards = exchange if isinstance(exchange, ShardExchange) else None
+        self.bucketed_exchange = exchange if isinstance(exchange, BucketedExchange) else None
+        self.shard_exchange = exchange if isinstance(exchange, ShardedExchange) else None
         if exchange is not None:
             exchange.checks_finite = self.scaler is None and self.options.clip_norm is None
-        if self.bucketed is not None and self.bucketed.advisor is not None:
-            self.bucketed.advisor.tell = self.news.append
+        if self.bucketed_exchange is not None and self.bucketed_exchange.advisor is not None:
+            self.bucketed_exchange.advisor.log_line = self.log_lines.append
         if first:
             self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-            self.settings = settings_of(self.optimizer.param_groups)
-            refuse_unreadable(self.model.state_dict(), "the model's state")
-            refuse_unreadable(self.optimizer.state_dict(), "the optimizer's state")
+            self.hyperparameters = get_hyperparameters(self.optimizer.param_groups)
+            check_readable(self.model.state_dict(), "the model's state")
+            check_readable(self.optimizer.state_dict(), "the optimizer's state")
 
     def leave_world(self) -> None:
         """Leave the exchange of a world; what it has not sent is kept for the next."""
-        if self.bucketed is not None and (self._carried is None or self.bucketed.buckets):
-            self._carried = exchange_state.own(self.bucketed)  # else the state was to come into a world that broke
+        if self.bucketed_exchange is not None and (self._carried_state is None or self.bucketed_exchange.buckets):
+            self._carried_state = exchange_state.local_exchange_state(
+                self.bucketed_exchange
+            )  # else the state was to come into a world that broke
         self.close()
 
     def close(self) -> None:
         """Give the recipe's optimizer and its parameters back as they were before `start_world`."""
         if hasattr(type(self.optimizer), "inner_class"):
-            unwrap(self.optimizer)
+            unwrap_optimizer(self.optimizer)
 
-    def _params(self) -> list[nn.Parameter]:
+    def _optimized_parameters(self) -> list[nn.Parameter]:
         groups = vars(self.optimizer).get("param_groups", self.optimizer.param_groups)
         return [p for group in groups for p in group["params"]]
 
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._params() if p.grad is not None]
+    def _collect_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._optimized_parameters() if p.grad is not None]
 
     def start_step(self, passes: Sequence[int]) -> None:
         """Forget the last step's gradients. passes: the backward passes of each of this rank's shards."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(sum(passes))
-        if self.shards is not None:
-            self.shards.begin(passes)
+        if self.shard_exchange is not None:
+            self.shard_exchange.start_exchange(passes)
 
     def backward(self, objective: Tensor, last: bool) -> None:
         """Add the gradient of an objective, if it has one, and start exchanging what is ready in the last pass."""
-        if self.bucketed is not None:
-            self.bucketed.announce_pass(last)
+        if self.bucketed_exchange is not None:
+            self.bucketed_exchange.announce_pass(last)
         if objective.requires_grad:
             (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
-        if self.shards is not None:
-            self.shards.passed()
+        if self.shard_exchange is not None:
+            self.shard_exchange.end_backward_pass()
 
-    def exchange(self) -> tuple[str, ...]:
+    def reduce_gradients(self) -> tuple[str, ...]:
         """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
         self.optimizer.synchronize()
         if self.scaler is not None:
             return ()  # which skips such steps itself
         exchange = self.optimizer.exchange
         if self.options.clip_norm is not None:
-            self._norm = nn.utils.get_total_norm(self._gradients())
-            finite = bool(torch.isfinite(self._norm))
+            self._gradient_norm = nn.utils.get_total_norm(self._collect_gradients())
+            finite = bool(torch.isfinite(self._gradient_norm))
         else:
-            finite = exchange.finite if exchange is not None else all_finite(self._gradients())
+            finite = exchange.sums_are_finite if exchange is not None else all_finite(self._collect_gradients())
         if finite:
             return ()
         names = {p: name for name, p in self.model.named_parameters()}
-        return tuple(names[p] for p in self._params() if p.grad is not None and not all_finite([p.grad])) or (
-            "the sum",
-        )
+        return tuple(
+            names[p] for p in self._optimized_parameters() if p.grad is not None and not all_finite([p.grad])
+        ) or ("the sum",)
 
-    def refuse_untrained(self, loss: float) -> None:
+    def check_loss_trains(self, loss: float) -> None:
         """Raise UserError if no rank's loss has depended on a parameter so far, and that is no accident.
 
         Args:
             loss: the sum of the step's losses over all ranks.
         """
-        if self._empty_steps is None:
+        if self._steps_without_gradient is None:
             return
-        if self._gradients():
-            self._empty_steps = None
+        if self._collect_gradients():
+            self._steps_without_gradient = None
             return
-        self._empty_steps += 1
-        if loss or self._empty_steps == STEPS_WITHOUT_GRADIENT:
+        self._steps_without_gradient += 1
+        if loss or self._steps_without_gradient == MAX_STEPS_WITHOUT_GRADIENT:
             raise UserError(
-                f"{self.recipe}.score: 'loss' depends on no parameter that is trained, on no rank: compute it from the "
+                f"{self.recipe_name}.score: 'loss' depends on no parameter that is trained, on no rank: compute it "
+                f"from the "
                 "model's outputs, without detach(), item() or no_grad(), and with parameters that require a gradient"
             )
 
-    def apply(self, factor: float) -> dict[str, float]:
+    def clip_and_step(self, factor: float) -> dict[str, float]:
         """Clip, and step at `factor` times the learning rates; return what is to be reported."""
         groups = self.optimizer.param_groups
         self.base_lrs += [float(group["lr"]) for group in groups[len(self.base_lrs) :]]  # added since
@@ -165,66 +168,76 @@ class Updater:
             report["loss_scale"] = self.scaler.get_scale()
             self.scaler.unscale_(self.optimizer)
         if self.options.clip_norm is not None:
-            params = [p for p in self._params() if p.grad is not None]
-            norm = self._norm if self._norm is not None else nn.utils.get_total_norm(self._gradients())
+            params = [p for p in self._optimized_parameters() if p.grad is not None]
+            norm = (
+                self._gradient_norm
+                if self._gradient_norm is not None
+                else nn.utils.get_total_norm(self._collect_gradients())
+            )
             nn.utils.clip_grads_with_norm_(params, self.options.clip_norm, norm)
-            report["gradient_norm"], self._norm = float(norm), None
+            report["gradient_norm"], self._gradient_norm = float(norm), None
         if self.scaler is None:
-            self._step()
+            self._step_optimizer()
         else:
             # The gradients are the same on all ranks, and so is the decision to skip.
             self.scaler.step(self.optimizer)
             self.scaler.update()
             scale = self.scaler.get_scale()
             report["skipped"] = float(scale < report["loss_scale"])
-            if self.bucketed is not None and scale != report["loss_scale"]:
-                exchange_state.scale(self.bucketed, scale / report["loss_scale"])
+            if self.bucketed_exchange is not None and scale != report["loss_scale"]:
+                exchange_state.scale_memories(self.bucketed_exchange, scale / report["loss_scale"])
         return report
 
-    def _step(self) -> None:
+    def _step_optimizer(self) -> None:
         try:
             self.optimizer.step()
         except (AssertionError, TypeError) as error:
             if "closure" not in str(error):
                 raise
             raise UserError(
-                f"{self.recipe}.optimizer: {type(self.optimizer).__name__} needs a closure: it cannot be used"
+                f"{self.recipe_name}.optimizer: {type(self.optimizer).__name__} needs a closure: it cannot be used"
             ) from error
         if not self._state_checked:
-            refuse_unreadable(self.optimizer.state_dict(), "the optimizer's state")
+            check_readable(self.optimizer.state_dict(), "the optimizer's state")
             self._state_checked = True
 
-    def gather_memories(self) -> dict[str, Any] | None:
+    def gather_carried_state(self) -> dict[str, Any] | None:
         """The exchange's part of the state, on all ranks; all of them call it."""
-        return exchange_state.gather(self.bucketed, self.options.exact_residuals) if self.bucketed is not None else None
+        return (
+            exchange_state.gather_exchange_state(self.bucketed_exchange, self.options.exact_residuals)
+            if self.bucketed_exchange is not None
+            else None
+        )
 
-    def memories_of_rank(self) -> dict[str, Any] | None:
+    def local_carried_state(self) -> dict[str, Any] | None:
         """This rank's part of what the exchange had not sent in the world before, without debts."""
-        return {**self._carried, "debts": {}} if self._carried is not None else None
+        return {**self._carried_state, "debts": {}} if self._carried_state is not None else None
 
-    def state(self) -> dict[str, Any]:
+    def optimizer_state(self) -> dict[str, Any]:
         """All but the exchange's part."""
-        names = names_of(self.optimizer, self.model)
-        state = {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.settings}
+        names = get_parameter_names(self.optimizer, self.model)
+        state = {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.hyperparameters}
         return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state. Raises UserError or torch's own errors for one of other parameters."""
-        own, earlier = state["optimizer"], state.get("settings", self.settings)
+        own, earlier = state["optimizer"], state.get("settings", self.hyperparameters)
         if "parameters" in state:  # an earlier hvdtrain matched by order
-            now = names_of(self.optimizer, self.model)
+            now = get_parameter_names(self.optimizer, self.model)
             places = match_groups(state["parameters"], now)
-            own = reordered(own, state["parameters"], now)
+            own = reorder_state(own, state["parameters"], now)
             earlier = [earlier[place] for place in places if place < len(earlier)]
         self.optimizer.load_state_dict(own)
-        change(self.optimizer.param_groups, self.settings, earlier)
+        apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if self.bucketed is not None and "exchange" in state:
-            exchange_state.load(self.bucketed, state["exchange"])
-            if self._carried is not None and not state["exchange"]["debts"]:  # a checkpoint has those of all ranks
-                exchange_state.keep(self.bucketed, self._carried)
-            self._carried = None
+        if self.bucketed_exchange is not None and "exchange" in state:
+            exchange_state.load_exchange_state(self.bucketed_exchange, state["exchange"])
+            if (
+                self._carried_state is not None and not state["exchange"]["debts"]
+            ):  # a checkpoint has those of all ranks
+                exchange_state.restore_local_memories(self.bucketed_exchange, self._carried_state)
+            self._carried_state = None
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:

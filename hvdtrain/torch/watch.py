@@ -20,22 +20,30 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from hvdtrain.comm import collectives
-from hvdtrain.exchange.checksums import checksum
-from hvdtrain.exchange.tensors import Mark, differing, fingerprints, is_due, is_plain, layer_of, mark
+from hvdtrain.exchange.checksums import checksum_tensor
+from hvdtrain.exchange.tensors import (
+    TensorVersion,
+    describe_layer,
+    find_differing,
+    fingerprint_tensors,
+    is_content_check_due,
+    is_writable_in_place,
+    read_version,
+)
 from hvdtrain.system.errors import UserError
 
 
 @dataclass(frozen=True)
-class Report:
+class ParameterReport:
     """What a rank reports of the parameters that `score` has changed."""
 
-    passes: int  # how often it called score in this step
-    sums: dict[str, int]  # checksums of those that it changed, by name
+    score_calls: int  # how often it called score in this step
+    checksums: dict[str, int]  # checksums of those that it changed, by name
 
 
-def find_difference(reports: Sequence[Report]) -> str | None:
+def find_divergent_parameter(reports: Sequence[ParameterReport]) -> str | None:
     """Return the first parameter that ranks which called score have changed differently, or None."""
-    called = [report.sums for report in reports if report.passes]
+    called = [report.checksums for report in reports if report.score_calls]
     names = dict.fromkeys(name for sums in called for name in sums)
     return next((name for name in names if len({sums.get(name) for sums in called}) > 1), None)
 
@@ -49,117 +57,124 @@ class ParameterWatch:
 
     def __init__(self, recipe: str, model: nn.Module, size: int, fixed: bool) -> None:
         """fixed: no parameter may change (--deterministic)."""
-        self.recipe, self.model, self.fixed = recipe, model, fixed
-        self._named = list(model.named_parameters())
-        self.start_world(size)
-        self.accept()
+        self.recipe_name, self.model, self.forbids_changes = recipe, model, fixed
+        self._named_parameters = list(model.named_parameters())
+        self.set_world_size(size)
+        self.set_baseline()
 
-    def start_world(self, size: int) -> None:
+    def set_world_size(self, size: int) -> None:
         """Begin with so many ranks, whose parameters are the same."""
-        self.size = size
-        self._steps = self._compared = 0
-        self._unmarked: set[str] = set()  # those that were written without leaving a mark
-        self._contents: dict[str, Tensor] = {}
-        self._changed: list[str] = []
+        self.world_size = size
+        self._steps = self._num_comparisons = 0
+        self._untracked_writes: set[str] = set()  # those that were written without leaving a mark
+        self._fingerprints: dict[str, Tensor] = {}
+        self._changed_names: list[str] = []
 
-    def accept(self) -> None:
+    def set_baseline(self) -> None:
         """Take the parameters as they are now for what they should be."""
-        self._marks: list[Mark] = [mark(p) for _, p in self._named]
+        self._versions: list[TensorVersion] = [read_version(p) for _, p in self._named_parameters]
 
     def start_step(self) -> None:
         """A step begins."""
-        self._contents = {}
-        if self.fixed or (self.size > 1 and is_due(self._steps)):
-            self._contents = fingerprints(self._named)
-        elif self._unmarked:
-            self._contents = fingerprints([(name, p) for name, p in self._named if name in self._unmarked])
+        self._fingerprints = {}
+        if self.forbids_changes or (self.world_size > 1 and is_content_check_due(self._steps)):
+            self._fingerprints = fingerprint_tensors(self._named_parameters)
+        elif self._untracked_writes:
+            self._fingerprints = fingerprint_tensors(
+                [(name, p) for name, p in self._named_parameters if name in self._untracked_writes]
+            )
         self._steps += 1
 
-    def changes(self) -> bool:
+    def detect_changes(self) -> bool:
         """Return whether this rank's parameters have changed since `accept`."""
         marked: list[str] = []
-        if self.size > 1 and not self.fixed:
-            marked = [name for (name, p), old in zip(self._named, self._marks, strict=True) if mark(p) != old]
-        if self._contents:
-            now = fingerprints([(name, p) for name, p in self._named if name in self._contents])
-            found = differing(self._contents, now)
-            self._unmarked |= set(found) - set(marked)
+        if self.world_size > 1 and not self.forbids_changes:
+            marked = [
+                name
+                for (name, p), old in zip(self._named_parameters, self._versions, strict=True)
+                if read_version(p) != old
+            ]
+        if self._fingerprints:
+            now = fingerprint_tensors([(name, p) for name, p in self._named_parameters if name in self._fingerprints])
+            found = find_differing(self._fingerprints, now)
+            self._untracked_writes |= set(found) - set(marked)
             marked += [name for name in found if name not in marked]
-        self._changed = marked
+        self._changed_names = marked
         return bool(marked)
 
-    def agree(self, ranks: int, passes: int) -> None:
+    def reconcile_parameters(self, ranks: int, passes: int) -> None:
         """Make sure that all ranks have changed their parameters alike. ranks: how many have changed any.
 
         Raises UserError on all ranks if they have not.
         """
-        if self.fixed:
-            name = next((n for r in self._gather(passes) for n in r.sums), "?")
+        if self.forbids_changes:
+            name = next((n for r in self._gather_reports(passes) for n in r.checksums), "?")
             raise UserError(
                 f"--deterministic: score changes the parameter {name!r}, as often as it is called, which depends on "
                 "the number of ranks; leave out --deterministic, or change it in the optimizer's step"
             )
-        if self.size == 1:
+        if self.world_size == 1:
             return
-        self._compared += 1
-        if ranks == self.size and not is_due(self._compared - 1):
+        self._num_comparisons += 1
+        if ranks == self.world_size and not is_content_check_due(self._num_comparisons - 1):
             return
-        reports = self._gather(passes)
-        different = find_difference(reports)
+        reports = self._gather_reports(passes)
+        different = find_divergent_parameter(reports)
         if different is not None:
-            layer = layer_of(self.model, different)
-            calls = [report.passes for report in reports if report.passes]
+            layer = describe_layer(self.model, different)
+            calls = [report.score_calls for report in reports if report.score_calls]
             uneven = f" (it is called {min(calls)} to {max(calls)} times on a rank)" if len(set(calls)) > 1 else ""
             raise UserError(
-                f"{self.recipe}.score changes the parameter {different!r} of {layer} differently on each rank"
+                f"{self.recipe_name}.score changes the parameter {different!r} of {layer} differently on each rank"
                 f"{uneven}: what it is changed to must not depend on the examples; initialise it from dataset('train') "
                 "in model(), or train on one rank"
             )
-        root = next(rank for rank, report in enumerate(reports) if report.passes)
-        if any(not report.passes for report in reports):
-            named = dict(self._named)
-            for changed in reports[root].sums:
-                if is_plain(named[changed]):
-                    self._take_over(named[changed], changed, root)
+        root = next(rank for rank, report in enumerate(reports) if report.score_calls)
+        if any(not report.score_calls for report in reports):
+            named = dict(self._named_parameters)
+            for changed in reports[root].checksums:
+                if is_writable_in_place(named[changed]):
+                    self._broadcast_parameter(named[changed], changed, root)
 
     @torch.no_grad()
-    def _take_over(self, p: Tensor, name: str, root: int) -> None:
+    def _broadcast_parameter(self, p: Tensor, name: str, root: int) -> None:
         flat = p.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).clone()
         collectives.broadcast_(flat, f"watch.{name}", root)
         p.copy_(flat.view(p.dtype).view(p.shape))
 
-    def _gather(self, passes: int) -> list[Report]:
-        named = dict(self._named)
-        mine: Any = [passes, {name: int(checksum(named[name])) for name in self._changed}]
-        return [Report(*report) for report in collectives.gather_json(mine, "watch.parameters")]
+    def _gather_reports(self, passes: int) -> list[ParameterReport]:
+        named = dict(self._named_parameters)
+        mine: Any = [passes, {name: int(checksum_tensor(named[name])) for name in self._changed_names}]
+        return [ParameterReport(*report) for report in collectives.gather_json(mine, "watch.parameters")]
 
 
-class LearningRates:
+class LearningRateWatch:
     """The learning rates that hvdtrain has set, by which those that somebody else has set are noticed."""
 
     def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
-        self._own: list[float] | None = None
+        self.recipe_name = recipe
+        self._own_rates: list[float] | None = None
 
-    def accept(self, groups: Sequence[dict[str, Any]]) -> None:
+    def set_baseline(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take the rates that the groups have now for hvdtrain's own."""
-        self._own = [group["lr"] for group in groups]
+        self._own_rates = [group["lr"] for group in groups]
 
-    def changed(self, groups: Sequence[dict[str, Any]]) -> bool:
+    def has_changed(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether a group's rate is not what it was at `accept`."""
-        return self._own is not None and any(
+        return self._own_rates is not None and any(
             group["lr"] is not own and float(group["lr"]) != float(own)
-            for group, own in zip(groups, self._own, strict=False)
+            for group, own in zip(groups, self._own_rates, strict=False)
         )
 
-    def refuse(self) -> UserError:
+    def build_error(self) -> UserError:
         return UserError(
-            f"{self.recipe} changes the learning rate of its optimizer itself, which hvdtrain sets in each step: leave "
+            f"{self.recipe_name} changes the learning rate of its optimizer itself, which hvdtrain sets in each "
+            f"step: leave "
             "out its scheduler, and name a schedule instead, e.g. schedule = 'warmup:5ep cosine' or --schedule"
         )
 
 
-def refuse_scheduler(recipe: Any, optimizer: torch.optim.Optimizer) -> None:
+def reject_scheduler(recipe: Any, optimizer: torch.optim.Optimizer) -> None:
     """Raise UserError if a recipe has made a learning-rate scheduler for its optimizer, which would have no effect."""
     kept = next((type(value).__name__ for value in vars(recipe).values() if isinstance(value, LRScheduler)), None)
     if kept is None and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):

@@ -20,13 +20,19 @@ from typing import Any, Literal
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import sync_folder, write_atomically
-from hvdtrain.system.strict_json import integer, number, parse_json, seal, take
+from hvdtrain.system.strict_json import (
+    check_count,
+    check_entries,
+    check_finite_number,
+    encode_with_digest,
+    parse_strict_json,
+)
 
-FORMAT = "hvdtrain checkpoint 2"
+CHECKPOINT_FORMAT = "hvdtrain checkpoint 2"
 # Read as well: meta.json has no checksum of its own, and lacks fields of Position that came later.
-FORMAT_1 = "hvdtrain checkpoint 1"
+CHECKPOINT_FORMAT_1 = "hvdtrain checkpoint 1"
 FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples")
-NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+FOLDER_NAME_PATTERN = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 class DamagedCheckpoint(UserError):
@@ -54,12 +60,12 @@ class Position:
     order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
     first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
 
-    def take_order(self, examples: int, seed: int) -> None:
+    def set_example_order(self, examples: int, seed: int) -> None:
         """Let the order be that of `examples` examples and a seed.
 
         Raises UserError in mid-epoch if it was begun in another order: some examples would come twice, others never.
         """
-        if self.offset and self.order_version != order.VERSION:
+        if self.offset and self.order_version != order.ORDER_VERSION:
             raise UserError(
                 f"the checkpoint is at example {self.offset} of an epoch that another version of hvdtrain shuffled "
                 "differently: resume from a checkpoint at the end of an epoch, or with that version"
@@ -70,9 +76,9 @@ class Position:
                 f"the checkpoint is at example {self.offset} of an epoch of {begun}, and the training data is now "
                 f"{examples} examples" + (f" by --seed {seed}" if self.seed != seed else "") + ": resume with the same"
             )
-        self.examples, self.seed, self.order_version = examples, seed, order.VERSION
+        self.examples, self.seed, self.order_version = examples, seed, order.ORDER_VERSION
 
-    def advance(self, count: int, loss_sum: float | None) -> None:
+    def advance_past_step(self, count: int, loss_sum: float | None) -> None:
         """A step consumed `count` of the epoch's examples; their losses add up to `loss_sum`, None if skipped."""
         self.step += 1
         self.samples += count
@@ -92,11 +98,11 @@ class Checkpoint:
     folder: Path
     position: Position
     state: bytes
-    damaged: list[str] = field(default_factory=list)  # what is wrong with newer ones, which were passed over
+    damage_reports: list[str] = field(default_factory=list)  # what is wrong with newer ones, which were passed over
 
 
 @dataclass(frozen=True)
-class Meta:
+class CheckpointMeta:
     """What meta.json holds."""
 
     recipe: str
@@ -106,9 +112,9 @@ class Meta:
 
     def encode(self) -> bytes:
         """The bytes of meta.json: indented JSON that holds the SHA-256 of itself without that entry."""
-        return seal(
+        return encode_with_digest(
             {
-                "format": FORMAT,
+                "format": CHECKPOINT_FORMAT,
                 "recipe": self.recipe,
                 "position": asdict(self.position),
                 "files": {"state": {"bytes": self.state_bytes, "sha256": self.state_sha256}},
@@ -116,7 +122,7 @@ class Meta:
         )
 
 
-def save(
+def write_checkpoint(
     run_dir: Path, position: Position, state: bytes, recipe: str, confirm: Callable[[], None] = lambda: None
 ) -> Path:
     """Write a checkpoint and return its folder. An existing one of the same step is replaced.
@@ -129,7 +135,7 @@ def save(
     beside.mkdir()
     try:
         write_atomically(beside / "state", state)
-        meta = Meta(recipe, position, len(state), hashlib.sha256(state).hexdigest())
+        meta = CheckpointMeta(recipe, position, len(state), hashlib.sha256(state).hexdigest())
         write_atomically(beside / "meta.json", meta.encode())
         confirm()
         shutil.rmtree(folder, ignore_errors=True)
@@ -141,25 +147,29 @@ def save(
     return folder
 
 
-def listed(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    found = [
+        path
+        for path in (run_dir / "checkpoints").glob("step-*")
+        if FOLDER_NAME_PATTERN.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(found, key=step_from_folder)
 
 
-def step_of(folder: Path) -> int:
+def step_from_folder(folder: Path) -> int:
     """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
-def prune(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> None:
+def prune_checkpoints(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> None:
     """Remove all but the last `keep` checkpoints and the best; `checkpoints/best` is a link to that one.
 
     Best is told only of checkpoints that were evaluated themselves.
     """
-    folders = listed(run_dir)
+    folders = list_checkpoints(run_dir)
     metric, direction = best
-    scored = {path: value for path in folders if (value := _evaluated(path, metric)) is not None}
+    scored = {path: value for path in folders if (value := _read_metric(path, metric)) is not None}
     chosen = (min if direction == "min" else max)(scored, key=scored.__getitem__) if scored else None
     if chosen is not None:
         link = run_dir / "checkpoints" / ".best.new"
@@ -171,17 +181,17 @@ def prune(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> 
             shutil.rmtree(path)
 
 
-def load_newest(run_dir: Path, recipe: str, *, unattended: bool = False) -> Checkpoint | None:
+def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = False) -> Checkpoint | None:
     """The newest checkpoint, or None if there is none.
 
     unattended: nobody can choose another one; if the newest is damaged, take the newest that is whole.
     Raises UserError if it is damaged, offering the newest that is whole, or of another recipe or format.
     """
-    folders = listed(run_dir)
+    folders = list_checkpoints(run_dir)
     damaged: list[DamagedCheckpoint] = []
     for i in reversed(range(len(folders))):
         try:
-            found = _load(folders[i], recipe)
+            found = _read_checkpoint(folders[i], recipe)
         except DamagedCheckpoint as error:
             damaged.append(error)
             continue
@@ -199,7 +209,7 @@ def load_newest(run_dir: Path, recipe: str, *, unattended: bool = False) -> Chec
     return None
 
 
-def _load(folder: Path, recipe: str) -> Checkpoint:
+def _read_checkpoint(folder: Path, recipe: str) -> Checkpoint:
     meta = _read_meta(folder)
     if meta.recipe != recipe:
         raise UserError(f"{folder} is a checkpoint of recipe {meta.recipe!r}, not of {recipe!r}")
@@ -214,7 +224,7 @@ def _load(folder: Path, recipe: str) -> Checkpoint:
     return Checkpoint(folder, meta.position, state)
 
 
-def _evaluated(folder: Path, metric: str) -> float | None:
+def _read_metric(folder: Path, metric: str) -> float | None:
     """The metric that this checkpoint was evaluated to; None for none, NaN or a folder that cannot be read."""
     try:
         position = _read_meta(folder).position
@@ -224,27 +234,27 @@ def _evaluated(folder: Path, metric: str) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _read_meta(folder: Path) -> Meta:
+def _read_meta(folder: Path) -> CheckpointMeta:
     """Read a checkpoint's meta.json. Raises DamagedCheckpoint."""
     try:
         data = (folder / "meta.json").read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(f"{folder} is damaged: its meta.json cannot be read: {error.strerror}") from error
     try:
-        return _parse_meta(data, step_of(folder))
+        return _parse_meta(data, step_from_folder(folder))
     except ValueError as error:
-        what = "of another hvdtrain" if isinstance(error, UnknownFormat) else "damaged"
+        what = "of another hvdtrain" if isinstance(error, UnknownCheckpointFormat) else "damaged"
         raise DamagedCheckpoint(f"{folder} is {what}: its meta.json {error}") from None
 
 
-class UnknownFormat(ValueError):
+class UnknownCheckpointFormat(ValueError):
     """A meta.json of another hvdtrain, or with a damaged format."""
 
 
-def _parse_meta(data: bytes, step: int) -> Meta:
+def _parse_meta(data: bytes, step: int) -> CheckpointMeta:
     """Parse meta.json of a checkpoint after `step`. Raises ValueError that says what is wrong with it."""
     try:
-        content = parse_json(data)
+        content = parse_strict_json(data)
     except ValueError:
         try:
             content = json.loads(data)  # the first format has NaN
@@ -252,26 +262,32 @@ def _parse_meta(data: bytes, step: int) -> Meta:
             raise ValueError("is not valid JSON") from None
     if not isinstance(content, dict):
         raise ValueError("is not an object")
-    if content.get("format") == FORMAT_1:
+    if content.get("format") == CHECKPOINT_FORMAT_1:
         files = {"state": {"bytes": content.pop("state_bytes", None), "sha256": content.pop("state_sha256", None)}}
         content["files"] = files
-    elif content.get("format") == FORMAT:
+    elif content.get("format") == CHECKPOINT_FORMAT:
         content.pop("sha256", None)
-        if seal(content) != data:
+        if encode_with_digest(content) != data:
             raise ValueError("has a wrong checksum")
     elif isinstance(content.get("format"), str) and content["format"].startswith("hvdtrain checkpoint "):
-        raise UnknownFormat(f"has the format {content['format']!r}; this hvdtrain reads {FORMAT!r} and older")
+        raise UnknownCheckpointFormat(
+            f"has the format {content['format']!r}; this hvdtrain reads {CHECKPOINT_FORMAT!r} and older"
+        )
     else:
-        raise ValueError(f"is not of the format {FORMAT!r}")
-    entries = take(content, "", "format", "recipe", "position", "files")
-    state = take(take(entries["files"], "files.", "state")["state"], "files.state.", "bytes", "sha256")
-    lenient = entries["format"] == FORMAT_1
+        raise ValueError(f"is not of the format {CHECKPOINT_FORMAT!r}")
+    entries = check_entries(content, "", "format", "recipe", "position", "files")
+    state = check_entries(
+        check_entries(entries["files"], "files.", "state")["state"], "files.state.", "bytes", "sha256"
+    )
+    lenient = entries["format"] == CHECKPOINT_FORMAT_1
     position = parse_position(entries["position"], allow_missing=FIELDS_SINCE_1 if lenient else ())
     if position.step != step:
         raise ValueError(f"is that of step {position.step}")
     if not isinstance(entries["recipe"], str) or not isinstance(state["sha256"], str):
         raise ValueError("has an entry of the wrong type")
-    return Meta(entries["recipe"], position, integer(state["bytes"], "files.state.bytes"), state["sha256"])
+    return CheckpointMeta(
+        entries["recipe"], position, check_count(state["bytes"], "files.state.bytes"), state["sha256"]
+    )
 
 
 def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Position:
@@ -280,12 +296,12 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
     if isinstance(content, dict):
         known = {name: kind for name, kind in known.items() if name in content or name not in allow_missing}
     values: dict[str, Any] = {}
-    for name, value in take(content, "position.", *known).items():
+    for name, value in check_entries(content, "position.", *known).items():
         kind, where = known[name], f"position.{name}"
         if kind == "int" or (kind == "int | None" and value is not None):
-            values[name] = integer(value, where)
+            values[name] = check_count(value, where)
         elif kind == "float":
-            values[name] = number(value, where)
+            values[name] = check_finite_number(value, where)
         elif kind == "dict[str, str]":
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 raise ValueError(f"has no object of texts {where!r}")
@@ -296,7 +312,7 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             values[name] = {
                 key: math.nan
                 if one is None or (isinstance(one, float) and not math.isfinite(one))
-                else number(one, where)
+                else check_finite_number(one, where)
                 for key, one in value.items()
             }
         elif kind == "int | None":

@@ -31,27 +31,27 @@ class EventWriter:
 
         self.file = BufferedAppender(folder / name, make_folder)
         self._records = RecordWriter(self.file)
-        self._waiting: list[bytes] | None = []  # events before the first scalars
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._pending_events: list[bytes] | None = []  # events before the first scalars
+        self._add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        waiting, self._waiting = self._waiting, None
+        waiting, self._pending_events = self._pending_events, None
         for event in waiting or []:
             self._records.write(event)
-        self._add(Event(wall_time=time.time(), step=step, summary=summary))
+        self._add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def graph(self, graph: bytes) -> None:
+    def add_graph(self, graph: bytes) -> None:
         """graph: a serialized GraphDef."""
-        self._add(Event(wall_time=time.time(), graph_def=graph))
+        self._add_event(Event(wall_time=time.time(), graph_def=graph))
 
-    def _add(self, event: Event) -> None:
-        if self._waiting is not None:
-            self._waiting.append(event.SerializeToString())
+    def _add_event(self, event: Event) -> None:
+        if self._pending_events is not None:
+            self._pending_events.append(event.SerializeToString())
         else:
             self._records.write(event.SerializeToString())
 
-    def abandon(self) -> None:
+    def close_without_flush(self) -> None:
         """Close the file without writing what is left."""
         self.file.close()
 

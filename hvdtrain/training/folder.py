@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from hvdtrain.comm import collectives
-from hvdtrain.ledger.writer import Ledger, numbered
+from hvdtrain.ledger.writer import Ledger, find_segments
 from hvdtrain.system.errors import UserError
 from hvdtrain.training import checkpoint
 from hvdtrain.training.lease import FolderLost, Lease
@@ -17,7 +17,7 @@ from hvdtrain.training.options import RunOptions
 from hvdtrain.training.reporter import Reporter
 
 # What a run leaves while it writes, if it is killed.
-LEFTOVERS = (".*.new", "*/.*.new", "checkpoints/.*.new/.*.new", "ledger/.segment-*.csv.*", ".owner.json.*")
+LEFTOVER_PATTERNS = (".*.new", "*/.*.new", "checkpoints/.*.new/.*.new", "ledger/.segment-*.csv.*", ".owner.json.*")
 
 
 def open_run_folder(options: RunOptions, name: str, lease: Lease) -> Path:
@@ -30,17 +30,17 @@ def open_run_folder(options: RunOptions, name: str, lease: Lease) -> Path:
         folder = options.run_dir
         try:
             if folder is None:
-                folder = make_unused(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
+                folder = make_unused_folder(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
             elif not options.resume:
-                refuse_used(folder, lease)
+                refuse_used_folder(folder, lease)
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir(parents=True)
             else:
                 folder.mkdir(parents=True, exist_ok=True)
             lease.acquire(folder, wait=options.resume)
             if not options.resume:
-                refuse_used(folder, lease)  # another run may have been faster
-            elif checkpoint.listed(folder) and not (folder / "config.json").exists():
+                refuse_used_folder(folder, lease)  # another run may have been faster
+            elif checkpoint.list_checkpoints(folder) and not (folder / "config.json").exists():
                 raise UserError(
                     f"run folder {folder} has checkpoints and no config.json, which holds the options that they were "
                     "trained with: restore it, or choose another --run-dir"
@@ -54,20 +54,20 @@ def open_run_folder(options: RunOptions, name: str, lease: Lease) -> Path:
     return Path(collectives.on_root("run_folder", open_folder))
 
 
-def hand_on_folder(folder: Path, lease: Lease) -> Path:
+def take_over_folder(folder: Path, lease: Lease) -> Path:
     """Let rank 0 of an elastic run's new world be the owner of its folder. Raises RunError on all ranks."""
 
-    def hand_on() -> None:
-        before = lease.held
-        lease.hand_on(folder)
+    def take_over_on_root() -> None:
+        before = lease.is_held
+        lease.take_over(folder)
         if not before:
             remove_leftovers(folder)
 
-    collectives.on_root("run_folder.hand_on", hand_on)
+    collectives.on_root("run_folder.hand_on", take_over_on_root)
     return folder
 
 
-def make_unused(folder: Path) -> Path:
+def make_unused_folder(folder: Path) -> Path:
     """Make a folder, with a number behind its name if there is one already."""
     numbers = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     for path in itertools.chain([folder], numbers):
@@ -77,17 +77,21 @@ def make_unused(folder: Path) -> Path:
     raise AssertionError  # there is always another number
 
 
-def refuse_used(folder: Path, lease: Lease) -> None:
+def refuse_used_folder(folder: Path, lease: Lease) -> None:
     """Raise UserError if a folder holds a run."""
     files = ("config.json", "metrics.jsonl", "summary.json")
-    if any((folder / name).exists() for name in files) or checkpoint.listed(folder) or numbered(folder / "ledger"):
-        lease.refuse_owned(folder)
+    if (
+        any((folder / name).exists() for name in files)
+        or checkpoint.list_checkpoints(folder)
+        or find_segments(folder / "ledger")
+    ):
+        lease.refuse_owned_folder(folder)
         raise UserError(f"run folder {folder} already holds a run: add --resume to go on, or name another")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the files and folders that a killed process was about to rename."""
-    for pattern in LEFTOVERS:
+    for pattern in LEFTOVER_PATTERNS:
         for path in list(folder.glob(pattern)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -96,24 +100,24 @@ def remove_leftovers(folder: Path) -> None:
                     path.unlink()
 
 
-def check_folder(folder: Path, lease: Lease, report: Reporter, ledger: Ledger) -> None:
+def check_folder_ownership(folder: Path, lease: Lease, report: Reporter, ledger: Ledger) -> None:
     """Before a checkpoint, on rank 0: raise FolderLost if the folder, or a file in it, is not this run's any more.
 
     Raises OSError if that cannot be found out now.
     """
-    lease.check(now=True)
+    lease.check_ownership(now=True)
     in_place = {
-        "config.json": is_there(folder / "config.json"),
-        "checkpoints": is_there(folder / "checkpoints"),
-        "metrics.jsonl": report.in_place(),
-        "the ledger's last segment": ledger.in_place(),
+        "config.json": path_exists(folder / "config.json"),
+        "checkpoints": path_exists(folder / "checkpoints"),
+        "metrics.jsonl": report.metrics_file_in_place(),
+        "the ledger's last segment": ledger.is_segment_in_place(),
     }
     for what, there in in_place.items():
         if not there:
             raise FolderLost(f"{what} in run folder {folder} was deleted or replaced during the run")
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Whether a path leads to something. Raises OSError if that cannot be found out."""
     try:
         path.stat()

@@ -11,10 +11,10 @@ from dataclasses import asdict
 
 from hvdtrain.comm.world import rank_from_environment
 from hvdtrain.system import messages
-from hvdtrain.system.activity import Standstill, Watcher
+from hvdtrain.system.activity import HangWatcher, Standstill
 from hvdtrain.system.errors import EXIT_FAILED
-from hvdtrain.system.exits import end_children
-from hvdtrain.training.options import HANG_LIMIT
+from hvdtrain.system.exits import stop_descendants
+from hvdtrain.training.options import DEFAULT_HANG_LIMIT
 
 
 class HangReporter:
@@ -24,61 +24,69 @@ class HangReporter:
     """
 
     def __init__(self, *, command: bool) -> None:
-        self.rank, self.size, self.command = rank_from_environment(), 1, command
-        self.watcher = Watcher(self.notice, self.end, HANG_LIMIT if command else 0.0)
+        self.rank, self.size, self.is_train_command = rank_from_environment(), 1, command
+        self.watcher = HangWatcher(
+            self.report_standstill, self.end_hung_process, DEFAULT_HANG_LIMIT if command else 0.0
+        )
 
-    def know(self, rank: int, size: int, limit: float) -> None:
+    def set_rank_and_limit(self, rank: int, size: int, limit: float) -> None:
         """Take over this rank's place in the world, and the run's --hang-limit in seconds."""
         self.rank, self.size = rank, size
-        self.watcher.limit = limit if self.command or size > 1 else 0.0
-        self.watcher.blocked = self.command and size > 1
+        self.watcher.hang_limit = limit if self.is_train_command or size > 1 else 0.0
+        self.watcher.ends_if_blocked = self.is_train_command and size > 1
 
-    def name(self) -> str:
+    def describe_process(self) -> str:
         """`rank 1 on b`."""
         host = socket.gethostname()
         return f"rank {self.rank} on {host}" if self.rank is not None else f"this process on {host}"
 
-    def notice(self, stands: Standstill, after: float) -> None:
+    def report_standstill(self, stands: Standstill, after: float) -> None:
         """Report what this rank is in, as no step was made for so long."""
-        if messages.launched():
+        if messages.is_launched():
             about = {"rank": self.rank or 0, "host": socket.gethostname(), "pid": os.getpid()}
-            messages.send("standstill", **about, **asdict(stands), after=after)
+            messages.send_message("standstill", **about, **asdict(stands), after=after)
         elif stands.seconds >= after:
-            print(f"hvdtrain: {self.name()} has been {stands} for {stands.seconds:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"hvdtrain: {self.describe_process()} has been {stands} for {stands.seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def end(self, stands: Standstill) -> None:
+    def end_hung_process(self, stands: Standstill) -> None:
         """End this process, as it hangs; the others are ended by the launcher, or continue without it."""
-        error = f"it has been {stands} for {stands.seconds:.0f} s: it hangs, by --hang-limit {self.watcher.limit:g}"
+        error = (
+            f"it has been {stands} for {stands.seconds:.0f} s: it hangs, by --hang-limit {self.watcher.hang_limit:g}"
+        )
         about = {"rank": self.rank or 0, "host": socket.gethostname(), "pid": os.getpid()}
         fields = {"code": EXIT_FAILED, "error": error, "traceback": "", "waits": stands.waits}
-        messages.send("failed", **about, **fields)
-        if not messages.launched():
-            print(f"hvdtrain: error: {self.name()} failed: {error}", file=sys.stderr, flush=True)
-        end_children()
+        messages.send_message("failed", **about, **fields)
+        if not messages.is_launched():
+            print(f"hvdtrain: error: {self.describe_process()} failed: {error}", file=sys.stderr, flush=True)
+        stop_descendants()
         os._exit(EXIT_FAILED)
 
 
-class _Current:
+class _ActiveReporter:
     reporter: HangReporter | None = None
 
 
 @contextlib.contextmanager
-def watching(*, command: bool = False) -> Iterator[None]:
+def watch_for_hangs(*, command: bool = False) -> Iterator[None]:
     """Watch this rank in a block.
 
     command: the block is all of `hvdtrain train`, and not part of another program.
     """
-    before = _Current.reporter
-    _Current.reporter = before or HangReporter(command=command)
+    before = _ActiveReporter.reporter
+    _ActiveReporter.reporter = before or HangReporter(command=command)
     try:
         yield
     finally:
         if before is None:
-            _Current.reporter.watcher.stop()
-            _Current.reporter = None
+            _ActiveReporter.reporter.watcher.stop_watching()
+            _ActiveReporter.reporter = None
 
 
-def know(rank: int, size: int, limit: float) -> None:
+def configure_hang_reporter(rank: int, size: int, limit: float) -> None:
     """Note this rank's place in the world, and the run's --hang-limit in seconds."""
-    if _Current.reporter is not None:
-        _Current.reporter.know(rank, size, limit)
+    if _ActiveReporter.reporter is not None:
+        _ActiveReporter.reporter.set_rank_and_limit(rank, size, limit)

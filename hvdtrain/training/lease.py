@@ -31,18 +31,20 @@ from pathlib import Path
 
 from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError, UserError
-from hvdtrain.system.files import FOR_ALL
-from hvdtrain.system.limits import seconds_from
+from hvdtrain.system.files import SHARED_MODE
+from hvdtrain.system.limits import read_time_limit
 from hvdtrain.training.owner import Owner
 
-NAME = "owner.json"
-SECONDS = 60.0  # without a renewal after which a lease may be taken over
-SECONDS_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number of seconds
-RELAUNCH = "HVDTRAIN_RELAUNCH"  # in the environment: a launch that outlives its jobs, and at whose end nobody looks
-RENEWALS = 6  # in that time
-LOOK = 1.0  # seconds between two looks of the holder at the lease
-RETRY = 0.2  # seconds that the renewing thread may take to end
-PAUSE = 0.02  # seconds for another process to remove a lease
+OWNER_FILE = "owner.json"
+FOLDER_LEASE_SECONDS = 60.0  # without a renewal after which a lease may be taken over
+FOLDER_LEASE_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number of seconds
+RELAUNCH_VARIABLE = (
+    "HVDTRAIN_RELAUNCH"  # in the environment: a launch that outlives its jobs, and at whose end nobody looks
+)
+RENEWALS_PER_LEASE = 6  # in that time
+CHECK_INTERVAL = 1.0  # seconds between two looks of the holder at the lease
+RENEWER_JOIN_TIMEOUT = 0.2  # seconds that the renewing thread may take to end
+CLAIM_WAIT = 0.02  # seconds for another process to remove a lease
 
 
 class FolderLost(RunError):
@@ -55,22 +57,24 @@ class FolderLost(RunError):
 
 
 @dataclass(frozen=True)
-class Found:
+class LeaseSnapshot:
     """A lease as it was read."""
 
     data: bytes
     stat: os.stat_result
     owner: Owner | None
 
-    def unchanged(self, other: Found) -> bool:
+    def is_unchanged_since(self, other: LeaseSnapshot) -> bool:
         """Whether it is the same lease, not renewed since."""
         same = os.path.samestat(self.stat, other.stat) and self.data == other.data
         return same and self.stat.st_mtime_ns == other.stat.st_mtime_ns
 
-    def describe(self) -> str:
+    def describe_holder(self) -> str:
         """Who holds it and since when it was not renewed; that is by the clocks of two hosts, for people only."""
         age = max(0.0, time.time() - self.stat.st_mtime)
-        who = f"pid {self.owner.pid} on {self.owner.host}" if self.owner else f"a process that {NAME} does not name"
+        who = (
+            f"pid {self.owner.pid} on {self.owner.host}" if self.owner else f"a process that {OWNER_FILE} does not name"
+        )
         return f"{who}, which renewed its lease {age:.0f} s ago"
 
 
@@ -80,19 +84,19 @@ class Lease:
     def __init__(self, launch: str | None = None, seconds: float | None = None) -> None:
         """launch: the name of the launch that all its processes know; None: this process alone is one."""
         self.launch = launch or secrets.token_hex(8)
-        self.seconds = seconds or seconds_from(os.environ, SECONDS_VARIABLE, SECONDS)
-        self.keep = False  # for the next process of the launch
+        self.seconds = seconds or read_time_limit(os.environ, FOLDER_LEASE_VARIABLE, FOLDER_LEASE_SECONDS)
+        self.keep_for_launch = False  # for the next process of the launch
         self._folder: Path | None = None
-        self._pending: Path | None = None  # to be handed on
+        self._pending_folder: Path | None = None  # to be handed on
         self._folder_stat: os.stat_result | None = None
-        self._file = -1
-        self._data = b""
-        self._looked = 0.0
-        self._stop = threading.Event()
+        self._descriptor = -1
+        self._owner_bytes = b""
+        self._last_check = 0.0
+        self._stop_renewing = threading.Event()
         self._renewer: threading.Thread | None = None
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         return self._folder is not None
 
     def acquire(self, folder: Path, *, wait: bool) -> None:
@@ -101,20 +105,20 @@ class Lease:
         wait: for another run that may have died, for as long as its lease lasts.
         Raises UserError, which names the owner, if the folder has one that may be alive, OSError if it cannot be told.
         """
-        here = Owner.here(self.launch, self.seconds)
-        path = folder / NAME
-        watched: Found | None = None
+        here = Owner.for_this_process(self.launch, self.seconds)
+        path = folder / OWNER_FILE
+        watched: LeaseSnapshot | None = None
         since = time.monotonic()
-        while not self._create(folder, here):
-            found = read(path)
+        while not self._create_owner_file(folder, here):
+            found = read_lease(path)
             if found is None:
                 continue
             owner = found.owner
             if owner is not None and (owner.launch == self.launch or owner.is_dead(here)):
-                take_away(path, found)
+                remove_lease(path, found)
                 continue
-            in_use = f"run folder {folder} is in use by {found.describe()}"
-            being_written = owner is None and time.monotonic() - since < min(LOOK, self.seconds / 2)
+            in_use = f"run folder {folder} is in use by {found.describe_holder()}"
+            being_written = owner is None and time.monotonic() - since < min(CHECK_INTERVAL, self.seconds / 2)
             if not wait and not being_written:
                 raise UserError(f"{in_use}: wait for its end, or choose another --run-dir")
             seconds = owner.seconds if owner is not None else self.seconds
@@ -125,103 +129,111 @@ class Lease:
                 watched, since = found, time.monotonic()
                 text = f"{in_use}: waiting up to {seconds:.0f} s, as that run may have died"
                 print(f"hvdtrain: {text}", file=sys.stderr, flush=True)
-            elif watched is not None and not found.unchanged(watched):
+            elif watched is not None and not found.is_unchanged_since(watched):
                 raise UserError(f"{in_use}, while this run waited for it: wait for its end, or end it")
             if time.monotonic() - since > seconds:
                 print(
-                    f"hvdtrain: run folder {folder}: taking over from {found.describe()}", file=sys.stderr, flush=True
+                    f"hvdtrain: run folder {folder}: taking over from {found.describe_holder()}",
+                    file=sys.stderr,
+                    flush=True,
                 )
-                take_away(path, found)
+                remove_lease(path, found)
                 continue
-            with activity.doing(f"waiting for the lease of run folder {folder}", endless=True):  # it has its own limit
-                time.sleep(min(LOOK, seconds / (2 * RENEWALS)))
+            with activity.temporary_activity(
+                f"waiting for the lease of run folder {folder}", endless=True
+            ):  # it has its own limit
+                time.sleep(min(CHECK_INTERVAL, seconds / (2 * RENEWALS_PER_LEASE)))
 
-    def refuse_owned(self, folder: Path) -> None:
+    def refuse_owned_folder(self, folder: Path) -> None:
         """Raise UserError, which names the owner, if a folder has one that may be alive."""
-        found = read(folder / NAME)
-        if found is not None and not (found.owner and found.owner.is_dead(Owner.here(self.launch, self.seconds))):
-            raise UserError(f"run folder {folder} is in use by {found.describe()}: choose another --run-dir")
+        found = read_lease(folder / OWNER_FILE)
+        if found is not None and not (
+            found.owner and found.owner.is_dead(Owner.for_this_process(self.launch, self.seconds))
+        ):
+            raise UserError(f"run folder {folder} is in use by {found.describe_holder()}: choose another --run-dir")
 
-    def hand_on(self, folder: Path) -> None:
+    def take_over(self, folder: Path) -> None:
         """Become the owner in place of another process of this launch, or stay it.
 
         It writes over what the other has written, for which a full disk has room. If it cannot be done now, `check`
         tries again.
         Raises FolderLost if the folder is not there or is not this run's any more.
         """
-        self._pending = None if self.held else folder
-        self.check(now=self.held)
+        self._pending_folder = None if self.is_held else folder
+        self.check_ownership(now=self.is_held)
 
-    def _replace(self, folder: Path) -> None:
-        path = folder / NAME
-        found = read(path)
+    def _overwrite_owner(self, folder: Path) -> None:
+        path = folder / OWNER_FILE
+        found = read_lease(path)
         if found is None or found.owner is None or found.owner.launch != self.launch:
-            raise self._lost(folder, found)
-        data = Owner.here(self.launch, self.seconds).encode()
+            raise self._explain_loss(folder, found)
+        data = Owner.for_this_process(self.launch, self.seconds).encode()
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.pwrite(file, data, 0)
             os.fsync(file)
-            self._hold(folder, file, data)
+            self._start_holding(folder, file, data)
         except OSError:
             os.close(file)
             raise
-        self._pending = None
+        self._pending_folder = None
 
-    def _create(self, folder: Path, here: Owner) -> bool:
+    def _create_owner_file(self, folder: Path, here: Owner) -> bool:
         """Make owner.json and hold it; False if there is one."""
         data = here.encode()
         try:
-            file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FOR_ALL)
+            file = os.open(folder / OWNER_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, SHARED_MODE)
         except FileExistsError:
             return False
         try:
             os.write(file, data)
             os.fsync(file)
-            self._hold(folder, file, data)
+            self._start_holding(folder, file, data)
         except OSError:
             os.close(file)
-            (folder / NAME).unlink(missing_ok=True)
+            (folder / OWNER_FILE).unlink(missing_ok=True)
             raise
         return True
 
-    def _hold(self, folder: Path, file: int, data: bytes) -> None:
+    def _start_holding(self, folder: Path, file: int, data: bytes) -> None:
         """Be the holder of what was written to an open file."""
         self._folder_stat = folder.stat()
-        self._folder, self._file, self._data, self._looked = folder, file, data, time.monotonic()
-        self._stop = threading.Event()
-        self._renewer = threading.Thread(target=renew, args=(file, self.seconds / RENEWALS, self._stop), daemon=True)
+        self._folder, self._descriptor, self._owner_bytes, self._last_check = folder, file, data, time.monotonic()
+        self._stop_renewing = threading.Event()
+        self._renewer = threading.Thread(
+            target=renew_lease, args=(file, self.seconds / RENEWALS_PER_LEASE, self._stop_renewing), daemon=True
+        )
         self._renewer.start()
 
-    def check(self, *, now: bool = False) -> None:
+    def check_ownership(self, *, now: bool = False) -> None:
         """Before something is written: raise FolderLost if the folder is not this run's any more.
 
         Does nothing if this process holds no lease, or looked within the last second, unless `now`.
         Raises OSError if it cannot be found out, and `now`.
         """
-        if not now and time.monotonic() - self._looked < LOOK:
+        if not now and time.monotonic() - self._last_check < CHECK_INTERVAL:
             return
         try:
-            if self._pending is not None:
-                self._replace(self._pending)
+            if self._pending_folder is not None:
+                self._overwrite_owner(self._pending_folder)
             if self._folder is None:
                 return
-            found = read(self._folder / NAME)
-            if not self._in_place(found):
-                raise self._lost(self._folder, found)
+            found = read_lease(self._folder / OWNER_FILE)
+            if not self._is_still_owner(found):
+                raise self._explain_loss(self._folder, found)
         except OSError:
             if now:
                 raise
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
 
-    def _in_place(self, found: Found | None) -> bool:
+    def _is_still_owner(self, found: LeaseSnapshot | None) -> bool:
         assert self._folder is not None and self._folder_stat is not None
-        if found is None or found.data != self._data:
+        if found is None or found.data != self._owner_bytes:
             return False
-        same = os.path.samestat(found.stat, os.fstat(self._file))
+        same = os.path.samestat(found.stat, os.fstat(self._descriptor))
         return same and os.path.samestat(self._folder.stat(), self._folder_stat)
 
-    def _lost(self, folder: Path, found: Found | None) -> FolderLost:
+    def _explain_loss(self, folder: Path, found: LeaseSnapshot | None) -> FolderLost:
         if not folder.is_dir():
             return FolderLost(f"run folder {folder} was deleted, moved or unmounted during the run")
         known = self._folder_stat
@@ -229,12 +241,12 @@ class Lease:
             return FolderLost(f"run folder {folder} was replaced or unmounted during the run")
         if found is None:
             return FolderLost(
-                f"{folder / NAME} is gone: another run took the folder over and has ended, or it was deleted"
+                f"{folder / OWNER_FILE} is gone: another run took the folder over and has ended, or it was deleted"
             )
-        if found.data == self._data:
+        if found.data == self._owner_bytes:
             return FolderLost(f"run folder {folder} was replaced by a copy during the run")
         same = found.owner is not None and found.owner.launch == self.launch
-        text = f"run folder {folder} was taken over by {found.describe()}; this run was frozen, or out of reach"
+        text = f"run folder {folder} was taken over by {found.describe_holder()}; this run was frozen, or out of reach"
         return FolderLost(text, same_launch=same)
 
     def __enter__(self) -> Lease:
@@ -247,25 +259,25 @@ class Lease:
         """Give the lease up, if it is held; unless it is to be kept for the next process of the launch."""
         if self._folder is None:
             return
-        self._stop.set()
+        self._stop_renewing.set()
         if self._renewer is not None:
-            self._renewer.join(RETRY)
+            self._renewer.join(RENEWER_JOIN_TIMEOUT)
         with contextlib.suppress(OSError):
-            found = read(self._folder / NAME)
-            if not self.keep and found is not None and found.data == self._data:
-                take_away(self._folder / NAME, found)
-        os.close(self._file)
+            found = read_lease(self._folder / OWNER_FILE)
+            if not self.keep_for_launch and found is not None and found.data == self._owner_bytes:
+                remove_lease(self._folder / OWNER_FILE, found)
+        os.close(self._descriptor)
         self._folder = None
 
 
-def renew(file: int, every: float, stop: threading.Event) -> None:
+def renew_lease(file: int, every: float, stop: threading.Event) -> None:
     """Set the time of a file until told to stop: a thread, so that long steps do not matter, but a freeze does."""
     while not stop.wait(every):
         with contextlib.suppress(OSError):
             os.utime(file)
 
 
-def read(path: Path) -> Found | None:
+def read_lease(path: Path) -> LeaseSnapshot | None:
     """A lease, None if there is none. Raises OSError."""
     try:
         with path.open("rb") as file:
@@ -273,10 +285,10 @@ def read(path: Path) -> Found | None:
             data = file.read(65536)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return Found(data, stat, Owner.parse(data))
+    return LeaseSnapshot(data, stat, Owner.decode(data))
 
 
-def take_away(path: Path, judged: Found) -> None:
+def remove_lease(path: Path, judged: LeaseSnapshot) -> None:
     """Remove a lease, but not one that has taken its place since it was read.
 
     Of several that want to remove the same one, only that which has made the claim's file does. It looks again then:
@@ -284,15 +296,15 @@ def take_away(path: Path, judged: Found) -> None:
     """
     claim = path.with_name(f".{path.name}.{hashlib.sha256(judged.data).hexdigest()[:16]}")
     try:
-        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FOR_ALL))
+        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, SHARED_MODE))
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - claim.stat().st_mtime > SECONDS:  # left by a process that was killed
+            if time.time() - claim.stat().st_mtime > FOLDER_LEASE_SECONDS:  # left by a process that was killed
                 claim.unlink()
-        time.sleep(PAUSE)
+        time.sleep(CLAIM_WAIT)
         return
     try:
-        found = read(path)
+        found = read_lease(path)
         if found is not None and found.data == judged.data:
             path.unlink(missing_ok=True)
     finally:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hvdtrain.recipe.base import Recipe, check_finite, fields, make, option
+from hvdtrain.recipe.base import Recipe, check_finite, make_from_values, option, option_fields
 from hvdtrain.system.errors import UserError
 
-HANG_LIMIT = 600.0  # seconds
+DEFAULT_HANG_LIMIT = 600.0  # seconds
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class RunOptions:
         "weights are the same; the run ends where they are not",
     )
     hang_limit: float = option(
-        HANG_LIMIT,
+        DEFAULT_HANG_LIMIT,
         "end a rank that spends so many seconds in one batch, one score or one update, and say in what; an elastic run "
         "replaces it. Three times as long before the first step, in a checkpoint, or waiting for others; 0: no limit",
     )
@@ -106,28 +106,28 @@ class RunOptions:
             raise ValueError("--deterministic with --compile: what is compiled depends on what a rank sees first")
 
 
-def refuse_elastic(given: Mapping[str, Any]) -> None:
+def check_elastic_options(given: Mapping[str, Any]) -> None:
     """Raise UserError for options that would not mean the same in each world of an elastic run."""
     if given.get("batch_per_rank"):
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
-    from hvdtrain.compression.spec import parse  # with which torch comes
+    from hvdtrain.compression.spec import parse_compression  # with which torch comes
 
     compression = given.get("compression", "none")
-    if parse(compression).momentum:
+    if parse_compression(compression).momentum:
         raise UserError(f"--compression {compression}: no momentum in an elastic run, which may come down to one rank")
 
 
-def split(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]:
+def split_options(cls: type[Recipe], given: dict[str, Any]) -> tuple[Recipe, RunOptions]:
     """A recipe and run options from one dict of values. Raises UserError where they refuse a value."""
     own = {key: value for key, value in given.items() if key in RunOptions.__dataclass_fields__}
-    recipe: Recipe = make(cls, {key: value for key, value in given.items() if key not in own})
-    check_sizes(recipe)
-    return recipe, make(RunOptions, own)
+    recipe: Recipe = make_from_values(cls, {key: value for key, value in given.items() if key not in own})
+    check_recipe_values(recipe)
+    return recipe, make_from_values(RunOptions, own)
 
 
-def check_sizes(recipe: Recipe) -> None:
+def check_recipe_values(recipe: Recipe) -> None:
     """Raise UserError for a number of epochs or a batch size below 1, and for numbers that are not finite."""
-    for field in fields(type(recipe)):
+    for field in option_fields(type(recipe)):
         check_finite(field, getattr(recipe, field.name))
     for name in ("epochs", "batch_size"):
         if getattr(recipe, name) < 1:

@@ -9,11 +9,11 @@ import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from hvdtrain.system.strict_json import encode_json, integer, number, parse_json, take
+from hvdtrain.system.strict_json import check_count, check_entries, check_finite_number, encode_json, parse_strict_json
 
-SIZE = 1024  # bytes, at least, of owner.json
-LONGEST = 604_800  # seconds of a lease
-UNKNOWN = -1  # when a process started, if the system hides it
+MIN_OWNER_FILE_BYTES = 1024  # bytes, at least, of owner.json
+MAX_LEASE_SECONDS = 604_800  # seconds of a lease
+UNKNOWN_START_TIME = -1  # when a process started, if the system hides it
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,35 @@ class Owner:
     seconds: float  # without a renewal after which the lease may be taken over
 
     @staticmethod
-    def here(launch: str, seconds: float) -> Owner:
+    def for_this_process(launch: str, seconds: float) -> Owner:
         """This process, as a holder."""
         return Owner(
             launch=launch,
             token=secrets.token_hex(8),
             host=socket.gethostname(),
-            machine=hashlib.sha256(name.encode()).hexdigest()[:16] if (name := _read("/etc/machine-id")) else "",
-            boot=_read("/proc/sys/kernel/random/boot_id"),
-            namespace=_namespace(),
+            machine=hashlib.sha256(name.encode()).hexdigest()[:16] if (name := _read_text("/etc/machine-id")) else "",
+            boot=_read_text("/proc/sys/kernel/random/boot_id"),
+            namespace=_read_pid_namespace(),
             pid=os.getpid(),
-            started=_start_of(os.getpid()) or 0,
+            started=_process_start_time(os.getpid()) or 0,
             seconds=seconds,
         )
 
     def encode(self) -> bytes:
         """The bytes of owner.json: always as many, so that one owner can write itself over another."""
-        return encode_json(asdict(self), indent=2).encode().ljust(SIZE - 1) + b"\n"
+        return encode_json(asdict(self), indent=2).encode().ljust(MIN_OWNER_FILE_BYTES - 1) + b"\n"
 
     @staticmethod
-    def parse(data: bytes) -> Owner | None:
+    def decode(data: bytes) -> Owner | None:
         """The owner that owner.json names, None if it does not hold one whole."""
         try:
-            entries = take(parse_json(data), "", *(field.name for field in fields(Owner)))
+            entries = check_entries(parse_strict_json(data), "", *(field.name for field in fields(Owner)))
             for name, value in entries.items():
                 if name in ("pid", "started"):
-                    integer(value, name)
+                    check_count(value, name)
                 elif name == "seconds":
-                    entries[name] = number(value, name)
-                    if not 0 < entries[name] <= LONGEST:
+                    entries[name] = check_finite_number(value, name)
+                    if not 0 < entries[name] <= MAX_LEASE_SECONDS:
                         return None
                 elif not isinstance(value, str):
                     return None
@@ -70,7 +70,7 @@ class Owner:
     def is_dead(self, here: Owner) -> bool:
         """Whether the process has ended for certain, as seen from `here`."""
         if self.is_local(here):
-            return _start_of(self.pid) not in (UNKNOWN, self.started)
+            return _process_start_time(self.pid) not in (UNKNOWN_START_TIME, self.started)
         rebooted = bool(self.boot) and self.boot != here.boot
         return rebooted and bool(self.machine) and (self.host, self.machine) == (here.host, here.machine)
 
@@ -79,21 +79,21 @@ class Owner:
         return bool(self.boot) and self.boot == here.boot and self.namespace == here.namespace
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text().strip()
     except OSError:
         return ""
 
 
-def _namespace() -> str:
+def _read_pid_namespace() -> str:
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 
 
-def _start_of(pid: int) -> int | None:
+def _process_start_time(pid: int) -> int | None:
     """When a living process started, in clock ticks since the boot; None if there is none."""
     try:
         os.kill(pid, 0)
@@ -104,5 +104,5 @@ def _start_of(pid: int) -> int | None:
     try:
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return UNKNOWN
+        return UNKNOWN_START_TIME
     return None if status[0] in "ZX" else int(status[19])

@@ -16,7 +16,7 @@ from hvdtrain.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The sizes of a run; the same on every rank."""
 
     ranks: int
@@ -24,23 +24,25 @@ class Plan:
     batch_size: int  # global
     shards: int  # parts of the global batch whose gradients are computed alone: one per rank, unless deterministic
     micro_batch: int  # most examples per pass
-    evaluated: int  # most examples per rank and pass of an evaluation
+    eval_micro_batch: int  # most examples per rank and pass of an evaluation
     deterministic: bool
-    passes: int  # most passes per rank and step
+    max_passes: int  # most passes per rank and step
     steps_per_epoch: int
     total_steps: int
     epochs: int
-    by_epochs: bool  # ends with the last epoch, not after a number of steps
+    ends_with_epoch: bool  # ends with the last epoch, not after a number of steps
     lr: float  # after scaling, before the schedule
     lr_scale: float
     schedule: Schedule
 
-    def position(self, at: Position) -> int:
+    def schedule_step(self, at: Position) -> int:
         """The step of the schedule: by what has been consumed, unless the run ends after a number of steps."""
-        return at.epoch * self.steps_per_epoch + at.offset // self.batch_size if self.by_epochs else at.step
+        return at.epoch * self.steps_per_epoch + at.offset // self.batch_size if self.ends_with_epoch else at.step
 
 
-def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int, at: Position) -> Plan:
+def make_training_plan(
+    recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int, at: Position
+) -> TrainingPlan:
     """Work out the plan for `examples` training examples at learning rate `lr` on `ranks` ranks, from `at` on.
 
     A run that is resumed with another batch size still ends with its last epoch.
@@ -56,26 +58,26 @@ def make_plan(recipe: Recipe, options: RunOptions, examples: int, lr: float, ran
     rest = 0 if at.epoch >= recipe.epochs else -(-(examples - at.offset) // batch_size)
     rest += max(0, recipe.epochs - at.epoch - 1) * steps_per_epoch
     lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.scale_lr]
-    return Plan(
+    return TrainingPlan(
         ranks=ranks,
         examples=examples,
         batch_size=batch_size,
         shards=shards,
         micro_batch=micro_batch,
-        evaluated=micro_batch if options.deterministic else min(options.micro_batch or per_rank, per_rank),
+        eval_micro_batch=micro_batch if options.deterministic else min(options.micro_batch or per_rank, per_rank),
         deterministic=options.deterministic,
-        passes=-(-shards // ranks) * -(-per_shard // micro_batch),
+        max_passes=-(-shards // ranks) * -(-per_shard // micro_batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=options.steps or at.step + rest,
         epochs=-(-options.steps // steps_per_epoch) if options.steps else recipe.epochs,
-        by_epochs=options.steps is None,
+        ends_with_epoch=options.steps is None,
         lr=lr * lr_scale,
         lr_scale=lr_scale,
-        schedule=schedule.parse(recipe.schedule, options.steps or whole, steps_per_epoch),
+        schedule=schedule.parse_schedule(recipe.schedule, options.steps or whole, steps_per_epoch),
     )
 
 
-def describe(plan: Plan, options: RunOptions) -> list[str]:
+def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]:
     """The plan in a few lines for people."""
     ragged = plan.examples % plan.batch_size
     weak = f" ({options.batch_per_rank} x {plan.ranks} ranks)" if options.batch_per_rank else ""
@@ -86,7 +88,7 @@ def describe(plan: Plan, options: RunOptions) -> list[str]:
         f"data      {plan.examples} examples, {plan.steps_per_epoch} steps an epoch"
         + (f", the last of {ragged} examples" if ragged else ""),
         f"batch     {plan.batch_size} global{weak} = {plan.ranks} rank{'s' * (plan.ranks > 1)} x "
-        f"{plan.passes} pass{'es' * (plan.passes > 1)} x at most {plan.micro_batch}",
+        f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {plan.epochs} epoch{'s' * (plan.epochs > 1)}",
         f"lr        {plan.schedule.text}: {corners}{scaled}",
         f"gradient  {way}, compression {options.compression}, amp {options.amp}"
@@ -96,18 +98,18 @@ def describe(plan: Plan, options: RunOptions) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Share:
+class StepShare:
     """What a step gives to a rank."""
 
-    examples: int  # of the step, on all ranks
-    first: int  # the place in the global batch of this rank's first
+    step_examples: int  # of the step, on all ranks
+    first_index: int  # the place in the global batch of this rank's first
     shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
 
 
-def shares(plan: Plan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[Share]:
+def iterate_step_shares(plan: TrainingPlan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[StepShare]:
     """A rank's share of each step of an epoch, from example `offset` of its order on."""
-    own = range(*order.bounds(plan.shards, rank, plan.ranks))
-    for ids in order.steps(plan.examples, plan.batch_size, seed, epoch, offset):
-        bounds = [order.bounds(len(ids), shard, plan.shards) for shard in own]
-        shards = [order.chunks(ids[first:end], plan.micro_batch) for first, end in bounds]
-        yield Share(len(ids), bounds[0][0] if bounds else 0, shards)
+    own = range(*order.part_bounds(plan.shards, rank, plan.ranks))
+    for ids in order.iterate_batches(plan.examples, plan.batch_size, seed, epoch, offset):
+        bounds = [order.part_bounds(len(ids), shard, plan.shards) for shard in own]
+        shards = [order.split_micro_batches(ids[first:end], plan.micro_batch) for first, end in bounds]
+        yield StepShare(len(ids), bounds[0][0] if bounds else 0, shards)

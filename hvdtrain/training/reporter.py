@@ -16,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system import messages, streams
-from hvdtrain.system.files import NO_ROOM, BufferedAppender, trouble, write_json
+from hvdtrain.system.files import DISK_SPACE_ERRORS, BufferedAppender, write_error_text, write_json
 from hvdtrain.system.strict_json import encode_json
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.event_writer import EventWriter
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.rows import cut_rows
 
-RECENT = 20  # rows that every rank remembers
+NUM_RECENT_ROWS = 20  # rows that every rank remembers
 
 
 class Reporter:
@@ -31,187 +31,197 @@ class Reporter:
 
     def __init__(self, options: RunOptions) -> None:
         self.quiet, self.log_every = options.quiet, options.log_every
-        self.active = self.talks = False
-        self.steps = 0
+        self.active = self.prints_output = False
+        self.total_steps = 0
         self.run_dir = Path()
         self.step_seconds: list[float] = []
         self.comm_seconds: list[float] = []
         self.train_seconds = 0.0
         self.train_samples = 0
-        self._since: list[tuple[int, float, float]] = []  # (examples, seconds, waited) since the last row
-        self._row: dict[str, float] = {}  # of the last step
-        self.recent: list[dict[str, float | None]] = []  # rows, the last of which may not be in the file
-        self.behind = 0  # rows that rank 0 could not write
-        self._at = Position()  # of the last step; its rows are counted here
-        self._failing: OSError | None = None  # why rows wait, as people were told
-        self._advice: dict[str, Any] | None = None  # that is still to be written
+        self._steps_since_row: list[tuple[int, float, float]] = []  # (examples, seconds, waited) since the last row
+        self._last_row: dict[str, float] = {}  # of the last step
+        self.recent_rows: list[dict[str, float | None]] = []  # rows, the last of which may not be in the file
+        self.pending_rows = 0  # rows that rank 0 could not write
+        self._position = Position()  # of the last step; its rows are counted here
+        self._write_error: OSError | None = None  # why rows wait, as people were told
+        self._pending_advice: dict[str, Any] | None = None  # that is still to be written
         self._advice_error: OSError | None = None
-        self._due = False
-        self._last_sent = 0.0
-        self._bar: Progress | None = None
+        self._row_due = False
+        self._last_progress_time = 0.0
+        self._progress_bar: Progress | None = None
 
-    def open(self, run_dir: Path, steps: int, at: Position, *, active: bool) -> None:
+    def open_files(self, run_dir: Path, steps: int, at: Position, *, active: bool) -> None:
         """Begin, or continue after a step; `active` on rank 0."""
         self.close()
-        self.run_dir, self.steps, self.active, self._at = run_dir, steps, active, at
-        self.talks = active and not self.quiet
-        self.recent = [row for row in self.recent if int(row["step"] or 0) <= at.step]
+        self.run_dir, self.total_steps, self.active, self._position = run_dir, steps, active, at
+        self.prints_output = active and not self.quiet
+        self.recent_rows = [row for row in self.recent_rows if int(row["step"] or 0) <= at.step]
         if not active:
             return
-        self._open_rows(at.step)
-        self._events = EventWriter(run_dir / "tensorboard")
-        if self.talks and sys.stderr.isatty() and not messages.launched():
+        self._open_row_file(at.step)
+        self._event_writer = EventWriter(run_dir / "tensorboard")
+        if self.prints_output and sys.stderr.isatty() and not messages.is_launched():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("training", total=steps, completed=at.step)
-            self._bar.start()
+            self._progress_bar = Progress(*columns, console=Console(stderr=True))
+            self._progress_task = self._progress_bar.add_task("training", total=steps, completed=at.step)
+            self._progress_bar.start()
 
-    def _open_rows(self, last_step: int) -> None:
+    def _open_row_file(self, last_step: int) -> None:
         """Open metrics.jsonl, cut after a step; what is missing before it is written again."""
-        rows, path, recent = self._at.rows, self.run_dir / "metrics.jsonl", list(self.recent)
+        rows, path, recent = self._position.rows, self.run_dir / "metrics.jsonl", list(self.recent_rows)
 
-        def cut() -> bytes:
+        def prepare_row_file() -> bytes:
             found = cut_rows(path, last_step)
-            missing = [row for row in recent if int(row["step"] or 0) > found.last]
+            missing = [row for row in recent if int(row["step"] or 0) > found.last_step]
             if missing:
-                found.kept, found.last = found.kept + len(missing), int(missing[-1]["step"] or 0)
-            text, gap = found.describe(last_step, rows)
+                found.kept_rows, found.last_step = found.kept_rows + len(missing), int(missing[-1]["step"] or 0)
+            text, gap = found.describe_changes(last_step, rows)
             if gap:
-                self.warn(f"metrics.jsonl: {text}")
+                self.print_warning(f"metrics.jsonl: {text}")
             elif text:
-                self.lines([f"metrics   {text}"])
+                self.print_lines([f"metrics   {text}"])
             return b"".join(encode_row(row) for row in missing)
 
-        self._rows = BufferedAppender(path, cut)
-        self._rows.flush()
-        self.behind = len(recent) if self._rows.error else 0
+        self._row_file = BufferedAppender(path, prepare_row_file)
+        self._row_file.flush()
+        self.pending_rows = len(recent) if self._row_file.error else 0
 
-    def lines(self, lines: Sequence[str]) -> None:
+    def print_lines(self, lines: Sequence[str]) -> None:
         """Tell people something."""
-        for line in lines if self.talks else ():
-            if self._bar is not None:
-                self._bar.console.print(line, highlight=False, markup=False)
+        for line in lines if self.prints_output else ():
+            if self._progress_bar is not None:
+                self._progress_bar.console.print(line, highlight=False, markup=False)
             else:
                 print(line, flush=True)
 
-    def warn(self, line: str) -> None:
+    def print_warning(self, line: str) -> None:
         """Tell people of trouble, also with --quiet. On rank 0."""
-        if self._bar is not None:
-            self._bar.console.print(f"hvdtrain: warning: {line}", highlight=False, markup=False)
+        if self._progress_bar is not None:
+            self._progress_bar.console.print(f"hvdtrain: warning: {line}", highlight=False, markup=False)
         else:
             print(f"hvdtrain: warning: {line}", file=sys.stderr, flush=True)
 
-    def look_for_room(self, ledger: Ledger) -> None:
+    def report_write_errors(self, ledger: Ledger) -> None:
         """Report when rows begin to wait because a file cannot be written, and when all are written. Once a step."""
         errors = [("the ledger", ledger.error)]
         if self.active:
-            errors += [("metrics.jsonl", self._rows.error), ("tensorboard", self._events.file.error)]
+            errors += [("metrics.jsonl", self._row_file.error), ("tensorboard", self._event_writer.file.error)]
             errors += [("advisor.json", self._advice_error)]
         found = next(((what, error) for what, error in errors if error is not None), None)
-        if found and self._failing is None:
-            self.warn(f"{trouble(found[0], self.run_dir, found[1])}; rows wait in memory, training goes on")
-        elif self._failing is not None and not found:
-            again = "has room" if self._failing.errno in NO_ROOM else "can be written"
-            self.warn(f"{self.run_dir} {again} again: all rows are written")
-        self._failing = found[1] if found else None
+        if found and self._write_error is None:
+            self.print_warning(
+                f"{write_error_text(found[0], self.run_dir, found[1])}; rows wait in memory, training goes on"
+            )
+        elif self._write_error is not None and not found:
+            again = "has room" if self._write_error.errno in DISK_SPACE_ERRORS else "can be written"
+            self.print_warning(f"{self.run_dir} {again} again: all rows are written")
+        self._write_error = found[1] if found else None
 
-    def graph(self, graph: bytes | None) -> None:
+    def write_graph(self, graph: bytes | None) -> None:
         if self.active and graph is not None:
-            self._events.graph(graph)
+            self._event_writer.add_graph(graph)
 
-    def advice(self, advice: dict[str, Any] | None) -> None:
+    def record_advice(self, advice: dict[str, Any] | None) -> None:
         """What `--compression auto` measured and chose, for the run folder."""
-        self._advice = advice if self.active else None
+        self._pending_advice = advice if self.active else None
 
-    def write_rows(self) -> None:
+    def sync_rows(self) -> None:
         """Write the row of this step, if it is due, and all that waits, to survive the machine.
 
         Raises OSError if that is not possible now.
         """
-        self.flush()
+        self.write_due_row()
         if self.active:
             with contextlib.suppress(OSError):  # these are not worth a checkpoint
-                self._events.file.sync()
-            self._rows.sync()
-            self.behind = 0
+                self._event_writer.file.sync_to_disk()
+            self._row_file.sync_to_disk()
+            self.pending_rows = 0
 
-    def in_place(self) -> bool:
+    def metrics_file_in_place(self) -> bool:
         """Whether metrics.jsonl is still where it was opened."""
-        return not self.active or self._rows.in_place()
+        return not self.active or self._row_file.is_file_in_place()
 
-    def step(
+    def record_step(
         self, at: Position, epoch: int, lr: float, values: dict[str, float], batch: int, seconds: float, waited: float
     ) -> None:
         """After a step of `batch` examples. epoch: from 1. values: loss, metrics and what the update reports."""
-        self._at = at
+        self._position = at
         self.step_seconds.append(seconds)
         self.comm_seconds.append(waited)
         self.train_seconds += seconds
         self.train_samples += batch
-        self._since.append((batch, seconds, waited))
-        rate = sum(b for b, _, _ in self._since) / sum(s for _, s, _ in self._since)
-        self._row = {
+        self._steps_since_row.append((batch, seconds, waited))
+        rate = sum(b for b, _, _ in self._steps_since_row) / sum(s for _, s, _ in self._steps_since_row)
+        self._last_row = {
             "step": at.step,
             "epoch": epoch,
             "samples": at.samples,
             "lr": lr,
             "samples_per_second": rate,
-            "comm_seconds": statistics.fmean(w for _, _, w in self._since),
+            "comm_seconds": statistics.fmean(w for _, _, w in self._steps_since_row),
             **values,
         }
-        self._due = at.step % self.log_every == 0 or at.step == self.steps
-        self._progress(at.step, epoch, values["loss"], rate)
+        self._row_due = at.step % self.log_every == 0 or at.step == self.total_steps
+        self._show_progress(at.step, epoch, values["loss"], rate)
 
-    def _progress(self, number: int, epoch: int, loss: float, rate: float) -> None:
+    def _show_progress(self, number: int, epoch: int, loss: float, rate: float) -> None:
         if not self.active:
             return
-        if self._bar is not None:
-            self._bar.update(
-                self._task, completed=number, description=f"epoch {epoch}  loss {loss:.4f}  {rate:,.0f} samples/s"
+        if self._progress_bar is not None:
+            self._progress_bar.update(
+                self._progress_task,
+                completed=number,
+                description=f"epoch {epoch}  loss {loss:.4f}  {rate:,.0f} samples/s",
             )
-        elif self.talks and (time.monotonic() - self._last_sent > 0.2 or number == self.steps):
-            self._last_sent = time.monotonic()
-            messages.send("progress", step=number, steps=self.steps, epoch=epoch, loss=loss, rate=rate, text="")
+        elif self.prints_output and (time.monotonic() - self._last_progress_time > 0.2 or number == self.total_steps):
+            self._last_progress_time = time.monotonic()
+            messages.send_message(
+                "progress", step=number, steps=self.total_steps, epoch=epoch, loss=loss, rate=rate, text=""
+            )
 
-    def evaluation(self, at: Position, epoch: int) -> None:
+    def record_evaluation(self, at: Position, epoch: int) -> None:
         """After an evaluation: `at.eval`. One that is made up for goes into its step's row, if that was this run's."""
-        self._at = at
-        if self.recent and self.recent[-1]["step"] == at.step:
+        self._position = at
+        if self.recent_rows and self.recent_rows[-1]["step"] == at.step:
             at.rows = at.rows and at.rows - 1
-            self._row = {name: math.nan if value is None else value for name, value in self.recent.pop().items()}
+            self._last_row = {
+                name: math.nan if value is None else value for name, value in self.recent_rows.pop().items()
+            }
             if self.active:
-                self._rows.close()
-                self._open_rows(at.step - 1)
-        if self._row.get("step") == at.step:
-            self._row |= {f"eval_{name}": value for name, value in at.eval.items()}
-            self._due = True
+                self._row_file.close()
+                self._open_row_file(at.step - 1)
+        if self._last_row.get("step") == at.step:
+            self._last_row |= {f"eval_{name}": value for name, value in at.eval.items()}
+            self._row_due = True
         shown = "  ".join(f"{name} {value:.4f}" for name, value in at.eval.items())
-        self.lines([f"epoch {epoch}  step {at.step}/{self.steps}  train loss {at.train_loss:.4f}  eval {shown}"])
+        self.print_lines(
+            [f"epoch {epoch}  step {at.step}/{self.total_steps}  train loss {at.train_loss:.4f}  eval {shown}"]
+        )
 
-    def flush(self) -> None:
+    def write_due_row(self) -> None:
         """Write the row of this step, if it is due. Called once a step, when its values are complete."""
-        if not self._due:
+        if not self._row_due:
             return
-        row = {name: value if math.isfinite(value) else None for name, value in self._row.items()}
-        self.recent = [*self.recent, row][-RECENT - self.behind :]
-        if self._at.rows is not None:
-            self._at.rows += 1
+        row = {name: value if math.isfinite(value) else None for name, value in self._last_row.items()}
+        self.recent_rows = [*self.recent_rows, row][-NUM_RECENT_ROWS - self.pending_rows :]
+        if self._position.rows is not None:
+            self._position.rows += 1
         if self.active:
-            self._rows.write(encode_row(row))
-            self.behind = self.behind + 1 if self._rows.error else 0
-            self._events.scalars(
-                int(self._row["step"]), {k: v for k, v in self._row.items() if k not in ("step", "samples")}
+            self._row_file.write(encode_row(row))
+            self.pending_rows = self.pending_rows + 1 if self._row_file.error else 0
+            self._event_writer.add_scalars(
+                int(self._last_row["step"]), {k: v for k, v in self._last_row.items() if k not in ("step", "samples")}
             )
-        self._since.clear()
-        self._due = False
-        if self._advice is not None:
+        self._steps_since_row.clear()
+        self._row_due = False
+        if self._pending_advice is not None:
             try:
-                write_json(self.run_dir / "advisor.json", self._advice)
-                self._advice = self._advice_error = None
+                write_json(self.run_dir / "advisor.json", self._pending_advice)
+                self._pending_advice = self._advice_error = None
             except OSError as error:
                 self._advice_error = error
 
-    def measured(self, values: dict[str, Any]) -> dict[str, Any]:
+    def add_measurements(self, values: dict[str, Any]) -> dict[str, Any]:
         """The summary, completed with what was measured."""
         seconds = self.train_seconds
         return values | {
@@ -226,12 +236,15 @@ class Reporter:
             return None
         what = "metrics.jsonl"
         try:
-            self.write_rows()
+            self.sync_rows()
             what = "summary.json"
-            lost = {name: {"bytes": lost.size, "error": lost.error} for name, lost in streams.dropped().items()}
+            lost = {
+                name: {"bytes": lost.total_bytes, "error": lost.last_error}
+                for name, lost in streams.find_dropped_output().items()
+            }
             write_json(self.run_dir / what, {**summary, "output_dropped": lost})
         except OSError as error:
-            return trouble(what, self.run_dir, error)
+            return write_error_text(what, self.run_dir, error)
         return None
 
     def __enter__(self) -> Reporter:
@@ -240,28 +253,28 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def abandon(self) -> None:
+    def close_without_flush(self) -> None:
         """Close the files without writing what is left: they are another run's now."""
-        self._due = False
+        self._row_due = False
         if self.active:
-            self._rows.close()
-            self._events.abandon()
+            self._row_file.close()
+            self._event_writer.close_without_flush()
         self.active = False
         self.close()
 
     def close(self) -> None:
         """Write what is left, and close the files."""
-        self.flush()
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self.write_due_row()
+        if self._progress_bar is not None:
+            self._progress_bar.stop()
+            self._progress_bar = None
         if self.active:
-            self._rows.close()
-            self._events.close()
+            self._row_file.close()
+            self._event_writer.close()
         self.active = False
 
 
-def describe_end(summary: dict[str, Any], folder: Path) -> list[str]:
+def describe_summary(summary: dict[str, Any], folder: Path) -> list[str]:
     """How a run ended, in a few lines for people."""
     ranks = f"{summary['world_size']} rank{'s' * (summary['world_size'] > 1)}"
     shown = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())

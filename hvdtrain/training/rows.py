@@ -6,56 +6,58 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.ledger.writer import numbered, read_segment
+from hvdtrain.ledger.writer import find_segments, read_segment
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import write_atomically
 
 
 @dataclass
-class Cut:
+class RowCutResult:
     """What became of the lines of metrics.jsonl."""
 
-    kept: int = 0  # rows
-    last: int = 0  # step of the last of them
-    later: int = 0  # rows of steps after the one that is resumed from, removed
-    damaged: int = 0  # lines that are not rows in order, or have no end, removed
+    kept_rows: int = 0  # rows
+    last_step: int = 0  # step of the last of them
+    later_rows: int = 0  # rows of steps after the one that is resumed from, removed
+    damaged_lines: int = 0  # lines that are not rows in order, or have no end, removed
 
-    def describe(self, step: int, expected: int | None) -> tuple[str, bool]:
+    def describe_changes(self, step: int, expected: int | None) -> tuple[str, bool]:
         """What was removed and what is missing, if anything, in one line; and whether something is missing.
 
         expected: rows that were written up to `step`, None if that is unknown.
         """
         parts = []
-        if self.later:
-            parts.append(f"{self.later} row{'s' * (self.later > 1)} after step {step} removed")
-        if self.damaged:
-            parts.append(f"{self.damaged} damaged line{'s' * (self.damaged > 1)} removed")
-        missing = expected is not None and self.kept != expected
+        if self.later_rows:
+            parts.append(f"{self.later_rows} row{'s' * (self.later_rows > 1)} after step {step} removed")
+        if self.damaged_lines:
+            parts.append(f"{self.damaged_lines} damaged line{'s' * (self.damaged_lines > 1)} removed")
+        missing = expected is not None and self.kept_rows != expected
         if missing:
-            parts.append(f"{self.kept} of {expected} rows up to step {step} are there, the last of step {self.last}")
+            parts.append(
+                f"{self.kept_rows} of {expected} rows up to step {step} are there, the last of step {self.last_step}"
+            )
         return "; ".join(parts), missing
 
 
-def cut_rows(path: Path, last_step: int) -> Cut:
+def cut_rows(path: Path, last_step: int) -> RowCutResult:
     """Keep the rows up to a step, in order; remove those of later steps, and lines that are not rows.
 
     At the end of the file that is done in place, for which a full disk has room. Raises OSError.
     """
-    cut, size, in_place, kept_lines = Cut(), 0, True, list[bytes]()
+    cut, size, in_place, kept_lines = RowCutResult(), 0, True, list[bytes]()
     if not path.exists():
         return cut
     with path.open("rb") as file:
         for line in file:
-            step = _step_of(line)
-            if step is None or (step <= cut.last and step <= last_step):
-                cut.damaged += 1
+            step = _parse_row_step(line)
+            if step is None or (step <= cut.last_step and step <= last_step):
+                cut.damaged_lines += 1
             elif step > last_step:
-                cut.later += 1
+                cut.later_rows += 1
             else:
-                in_place = in_place and not (cut.damaged or cut.later)
-                cut.kept, cut.last, size = cut.kept + 1, step, size + len(line)
+                in_place = in_place and not (cut.damaged_lines or cut.later_rows)
+                cut.kept_rows, cut.last_step, size = cut.kept_rows + 1, step, size + len(line)
                 kept_lines.append(line)
-    if not (cut.damaged or cut.later):
+    if not (cut.damaged_lines or cut.later_rows):
         return cut
     if in_place:
         with path.open("rb+") as file:
@@ -70,7 +72,7 @@ def find_ledger_gap(folder: Path, step: int) -> str | None:
 
     `hvdtrain ledger verify` finds what is missing before them.
     """
-    for path in reversed(numbered(folder).values()):
+    for path in reversed(find_segments(folder).values()):
         try:
             segment = read_segment(path)
         except UserError as error:
@@ -82,7 +84,7 @@ def find_ledger_gap(folder: Path, step: int) -> str | None:
     return None
 
 
-def _step_of(line: bytes) -> int | None:
+def _parse_row_step(line: bytes) -> int | None:
     """The step of a row, None for a line that is not a whole row."""
     try:
         row = json.loads(line)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch import Recipe, option
 
-Digits = load("digits")
+Digits = load_recipe("digits")
 SIDE = 32  # pixels
 EVALUATED = 5  # pictures of each digit that is held out
 

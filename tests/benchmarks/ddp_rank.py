@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from hvdtrain.recipe import order
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.data import Examples, seed_all
-from hvdtrain.torch.loader import Loader
-from hvdtrain.training.schedule import parse
+from hvdtrain.torch.data import BatchDataset, seed_all
+from hvdtrain.torch.loader import BatchLoader
+from hvdtrain.training.schedule import parse_schedule
 from tests.benchmarks.step_rank import in_ddp
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = load(str(options.recipe))()
+    recipe = load_recipe(str(options.recipe))()
     train, held_out = recipe.dataset("train"), recipe.dataset("eval")
     seed_all([options.seed])
     model = recipe.model()
@@ -46,15 +46,15 @@ def main() -> None:
     epochs = options.epochs or recipe.epochs
     steps_per_epoch = -(-len(train) // recipe.batch_size)
     steps = epochs * steps_per_epoch
-    schedule = parse(recipe.schedule, steps, steps_per_epoch)
+    schedule = parse_schedule(recipe.schedule, steps, steps_per_epoch)
 
     step = 0
     seconds: list[float] = []
     evaluations: list[tuple[int, float]] = []
     for epoch in range(epochs):
-        all_ids = list(order.steps(len(train), recipe.batch_size, options.seed, epoch))
-        parts = [ids[slice(*order.bounds(len(ids), rank, size))] for ids in all_ids]
-        loaded = Loader(Examples(recipe, "train", train), workers=0).batches(parts, [options.seed, epoch])
+        all_ids = list(order.iterate_batches(len(train), recipe.batch_size, options.seed, epoch))
+        parts = [ids[slice(*order.part_bounds(len(ids), rank, size))] for ids in all_ids]
+        loaded = BatchLoader(BatchDataset(recipe, "train", train), workers=0).load_batches(parts, [options.seed, epoch])
         for ids in all_ids:
             begin = time.perf_counter()
             _, batch = next(loaded)
@@ -80,9 +80,9 @@ def accuracy(recipe: Recipe, model: torch.nn.Module, held_out: torch.utils.data.
     """The part of the evaluation examples that is recognized, each by one rank; collective."""
     model.eval()
     count = len(held_out)  # type: ignore[arg-type]
-    chunks = order.chunks(np.arange(*order.bounds(count, rank, size)), recipe.batch_size)
+    chunks = order.split_micro_batches(np.arange(*order.part_bounds(count, rank, size)), recipe.batch_size)
     # What is called has no hooks: DDP's forward would wait for the other rank.
-    loaded = Loader(Examples(recipe, "eval", held_out), workers=0).batches(chunks, [0])
+    loaded = BatchLoader(BatchDataset(recipe, "eval", held_out), workers=0).load_batches(chunks, [0])
     scores = [recipe.score(model.module, batch)["accuracy"].sum() for _, batch in loaded]
     right = torch.stack(scores).sum()
     dist.all_reduce(right)

@@ -17,7 +17,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from tests.benchmarks.elastic_log import append
 
 EXAMPLES, BATCH, EPOCHS, PAUSE = 240, 10, 8, 0.3  # the batch is a worker's; seconds that each step takes longer
@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     hvd.init()
-    recipe = load("digits")()
+    recipe = load_recipe("digits")()
     data = Numbered(recipe.dataset("train"))
     model = recipe.model()
     optimizer = hvd.DistributedOptimizer(recipe.optimizer(model.parameters()), model.named_parameters())

@@ -15,7 +15,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from tests.benchmarks.elastic_log import StepLog
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     hvd.init()
-    recipe = load("digits")()
+    recipe = load_recipe("digits")()
     model, data = recipe.model(), recipe.dataset("train")
     optimizer = hvd.DistributedOptimizer(recipe.optimizer(model.parameters()), model.named_parameters())
     sampler = hvd.elastic.ElasticSampler(data)

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from hvdtrain.recipe import order
-from hvdtrain.recipe.registry import load
-from hvdtrain.torch.data import Examples
-from hvdtrain.torch.loader import Loader
+from hvdtrain.recipe.registry import load_recipe
+from hvdtrain.torch.data import BatchDataset
+from hvdtrain.torch.loader import BatchLoader
 from tests.benchmarks.elastic_log import StepLog
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    recipe = load("digits")()
+    recipe = load_recipe("digits")()
     model, data = recipe.model(), recipe.dataset("train")
     optimizer = recipe.optimizer(model.parameters())
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -47,9 +47,9 @@ def main() -> None:
         first = step % per_epoch
     log = StepLog(options.folder, rank, size)
     for epoch in itertools.count(step // per_epoch):
-        all_ids = list(order.steps(len(data), recipe.batch_size, 0, epoch))[first:]
-        parts = [ids[slice(*order.bounds(len(ids), rank, size))] for ids in all_ids]
-        loaded = Loader(Examples(recipe, "train", data), workers=0).batches(parts, [0, epoch])
+        all_ids = list(order.iterate_batches(len(data), recipe.batch_size, 0, epoch))[first:]
+        parts = [ids[slice(*order.part_bounds(len(ids), rank, size))] for ids in all_ids]
+        loaded = BatchLoader(BatchDataset(recipe, "train", data), workers=0).load_batches(parts, [0, epoch])
         first = 0
         for ids in all_ids:
             _, batch = next(loaded)

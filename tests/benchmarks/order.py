@@ -23,10 +23,10 @@ BATCH = 128
 def first_step(examples: int) -> tuple[float, float]:
     """Seconds and MiB until the ids of the first step are there."""
     begin = time.perf_counter()
-    next(order.steps(examples, BATCH, 0, 0))
+    next(order.iterate_batches(examples, BATCH, 0, 0))
     seconds = time.perf_counter() - begin
     tracemalloc.start()
-    next(order.steps(examples, BATCH, 0, 1))
+    next(order.iterate_batches(examples, BATCH, 0, 1))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return seconds, peak / 2**20
@@ -34,7 +34,7 @@ def first_step(examples: int) -> tuple[float, float]:
 
 def nanoseconds_per_id(examples: int, steps: int) -> float:
     """Of the steps of an epoch, one after the other."""
-    batches = order.steps(examples, BATCH, 0, 0)
+    batches = order.iterate_batches(examples, BATCH, 0, 0)
     begin = time.perf_counter()
     count = sum(len(next(batches)) for _ in range(steps))
     return (time.perf_counter() - begin) / count * 1e9
@@ -52,9 +52,9 @@ def digits_accuracies(seeds: int) -> tuple[list[float], list[float]]:
     import tempfile
 
     import hvdtrain
-    from hvdtrain.recipe.registry import load
+    from hvdtrain.recipe.registry import load_recipe
 
-    class Shuffled(order.Order):
+    class Shuffled(order.SampleOrder):
         def __init__(self, examples: int, seed: int, epoch: int) -> None:
             super().__init__(examples, seed, epoch)
             self._shuffled = np.random.default_rng([seed, epoch]).permutation(examples)
@@ -64,7 +64,9 @@ def digits_accuracies(seeds: int) -> tuple[list[float], list[float]]:
 
     def accuracy(seed: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            summary = hvdtrain.fit(load("digits")(), run_dir=f"{folder}/run", seed=seed, quiet=True, ledger=False)
+            summary = hvdtrain.fit(
+                load_recipe("digits")(), run_dir=f"{folder}/run", seed=seed, quiet=True, ledger=False
+            )
         return float(summary["eval"]["accuracy"])
 
     ours = [accuracy(seed) for seed in range(seeds)]

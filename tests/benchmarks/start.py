@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.launch import command
-from hvdtrain.system.cpus import USABLE
+from hvdtrain.system.cpus import USABLE_CPUS
 from tests.hosts.cluster import Host, cluster, missing
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def machines(rate: str | None, ranks: int) -> Iterator[list[Host]]:
         return
     if lack := missing():
         raise SystemExit(f"--rate: {lack}")
-    with cluster(ranks, rate, own_cores=ranks <= len(USABLE)) as hosts:
+    with cluster(ranks, rate, own_cores=ranks <= len(USABLE_CPUS)) as hosts:
         yield hosts
 
 

@@ -27,11 +27,11 @@ def bare_loop(steps: int) -> list[float]:
     import torch
     from torch.utils.data import DataLoader
 
-    from hvdtrain.recipe.registry import load
+    from hvdtrain.recipe.registry import load_recipe
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    recipe = load(str(RECIPE))(net="resnet18", synthetic=True, batch_size=BATCH)
+    recipe = load_recipe(str(RECIPE))(net="resnet18", synthetic=True, batch_size=BATCH)
     model = recipe.model()
     optimizer = recipe.optimizer(model.parameters())
     batches = iter(DataLoader(recipe.dataset("train"), BATCH, shuffle=True))

@@ -75,9 +75,9 @@ def main() -> None:
         model = model.to(memory_format=torch.channels_last)
     model, optimizer = wrapped(options.way, model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
     if options.cores == "own":
-        cpus.bind(*(int(os.environ[f"HOROVOD_LOCAL_{what}"]) for what in ("RANK", "SIZE")))
+        cpus.bind_to_cores(*(int(os.environ[f"HOROVOD_LOCAL_{what}"]) for what in ("RANK", "SIZE")))
     elif options.cores == "any":
-        os.sched_setaffinity(0, cpus.USABLE)
+        os.sched_setaffinity(0, cpus.USABLE_CPUS)
     seconds = []
     for _ in range(options.steps):
         begin = time.perf_counter()

@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Codec, Key
+from hvdtrain.compression.codec import Codec, RandomKey
 from hvdtrain.compression.powersgd import PowerSgd
 from hvdtrain.compression.qsgd import Qsgd
 from hvdtrain.compression.randomk import RandomK
-from hvdtrain.compression.spec import make_codec, parse
+from hvdtrain.compression.spec import make_codec, parse_compression
 
 SPECS = ["fp16", "bf16", "int8", "onebit", "qsgd:2bit", "qsgd:4bit", "qsgd:8bit"]
 SPECS += ["topk:0.01", "randomk:0.01", "randomk:0.01,feedback=on", "powersgd:4"]
-KEY = Key(seed=3, step=5, bucket=2, rank=1)
+KEY = RandomKey(seed=3, step=5, bucket=2, rank=1)
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 1024, 512
 TRIALS = 200
@@ -27,7 +27,7 @@ TOLERANCE, STRAY = 1e-4, 1e-4
 
 
 def made(text: str, device: torch.device, shapes: list[tuple[int, int]]) -> Codec:
-    spec = parse(text)
+    spec = parse_compression(text)
     return make_codec(spec, spec.argument, shapes, KEY, device)
 
 
@@ -74,22 +74,22 @@ def compare_randomk(codec: RandomK, x: Tensor) -> str:
     again = codec.decode(codec.encode(x, KEY), len(x), KEY)
     assert torch.equal(decoded, again), "the same key, the same places"
     places = decoded.nonzero().squeeze(1)
-    groups = -(-len(x) // codec.group)
+    groups = -(-len(x) // codec.group_size)
     assert groups - 1 <= len(places) <= groups
-    assert torch.equal(places // codec.group, torch.arange(len(places), device=x.device)), "one of each group"
-    gain = codec.group if codec.unbiased else 1
+    assert torch.equal(places // codec.group_size, torch.arange(len(places), device=x.device)), "one of each group"
+    gain = codec.group_size if codec.unbiased else 1
     torch.testing.assert_close(decoded[places], x[places] * gain, rtol=1e-6, atol=0)
     return "properties only (generators differ): one value of each group, rightly scaled, the same for the same key"
 
 
 def compare_qsgd(codec: Qsgd, x: Tensor) -> str:
     """Rounded by the device's generator: to a neighbour, and right in the mean."""
-    part = x[:, : codec.block * 8].contiguous()
-    blocks = part.reshape(-1, codec.block)
-    scale = (blocks.abs().amax(-1, keepdim=True) / codec.levels).expand_as(blocks).reshape(part.shape)
+    part = x[:, : codec.block_size * 8].contiguous()
+    blocks = part.reshape(-1, codec.block_size)
+    scale = (blocks.abs().amax(-1, keepdim=True) / codec.max_level).expand_as(blocks).reshape(part.shape)
     total = torch.zeros_like(part, dtype=torch.float64)
     for trial in range(TRIALS):
-        key = Key(0, trial, 0, 0)
+        key = RandomKey(0, trial, 0, 0)
         decoded = codec.decode(codec.encode(part, key), part.shape[-1], key)
         assert ((decoded - part).abs() <= scale * 1.0001).all(), "not a neighbour"
         total += decoded
@@ -101,15 +101,15 @@ def compare_qsgd(codec: Qsgd, x: Tensor) -> str:
 
 def compare_powersgd(here: PowerSgd, there: PowerSgd, x: Tensor, moved: Tensor) -> str:
     """From the same basis on, which is drawn by the device's generator; columns' signs are nobody's concern."""
-    there.basis = [basis.to(moved.device) for basis in here.basis]
+    there.bases = [basis.to(moved.device) for basis in here.bases]
     for _ in range(3):
         payloads = here.encode(x, KEY), there.encode(moved, KEY)
         expected = here.decode(payloads[0], len(x), KEY)
         decoded = there.decode(payloads[1], len(x), KEY).cpu()
         off = float((decoded - expected).norm() / expected.norm())
         assert off < 1e-3, f"off by {off:.1e}"
-        here.advance(payloads[0])
-        there.advance(payloads[1])
+        here.update_bases(payloads[0])
+        there.update_bases(payloads[1])
     return "decoded values as on the CPU over 3 steps, from the same first basis"
 
 

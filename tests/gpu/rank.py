@@ -65,23 +65,25 @@ def sums(device: torch.device, rank: int, size: int) -> dict[str, Any]:
 def channels(device: torch.device, rank: int, size: int) -> dict[str, Any]:
     """{spec: [copies to the CPU of more than a number, their bytes]} of a step of each codec."""
     from hvdtrain.comm import collectives
-    from hvdtrain.compression.codec import Key
-    from hvdtrain.compression.reducer import Channel
-    from hvdtrain.compression.spec import make_codec, parse
+    from hvdtrain.compression.codec import RandomKey
+    from hvdtrain.compression.reducer import CompressedReducer
+    from hvdtrain.compression.spec import make_codec, parse_compression
 
     found: dict[str, Any] = {}
     for number, text in enumerate(SPECS):
-        spec, key = parse(text), Key(0, 0, number, rank)
+        spec, key = parse_compression(text), RandomKey(0, 0, number, rank)
         codec = make_codec(spec, spec.argument, [(1024, 1000), (24, 1024)], key, device)
-        channel = Channel(f"gpu.{number}", torch.zeros(VALUES, device=device), codec, key, feedback=spec.feedback)
+        channel = CompressedReducer(
+            f"gpu.{number}", torch.zeros(VALUES, device=device), codec, key, feedback=spec.feedback
+        )
 
-        def step(i: int, channel: Channel = channel) -> None:
+        def step(i: int, channel: CompressedReducer = channel) -> None:
             channel.flat.normal_(generator=torch.Generator(device).manual_seed(1000 * rank + i))
-            channel.start(i)
-            channel.turn()
-            channel.finish()
-            assert channel.finite()
-            channel.commit()
+            channel.start_reduction(i)
+            channel.start_second_round()
+            channel.finish_reduction()
+            assert channel.sum_is_finite()
+            channel.commit_step()
 
         seen = hashlib.sha256()
         for i in range(3):

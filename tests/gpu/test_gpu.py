@@ -39,12 +39,12 @@ def test_horovod_is_built_with_nccl(gpu: str) -> None:
     check_build(gpu)
 
 
-def test_collectives(device: str) -> None:
+def test_collectives_give_correct_results(device: str) -> None:
     check_sums(device, 1)
 
 
 @pytest.mark.parametrize("text", codecs.SPECS)
-def test_codec_as_on_the_cpu(text: str, device: str) -> None:
+def test_codec_gives_the_same_result_as_on_the_cpu(text: str, device: str) -> None:
     check_codec(device, text)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from hvdtrain.system.cpus import USABLE, share
+from hvdtrain.system.cpus import USABLE_CPUS, select_cores
 from tests.hosts import furnish
 from tests.hosts.namespaces import NETWORK, members, start_first, start_in
 
@@ -143,8 +143,8 @@ def cluster(
     """
     if not 0 < n <= MOST:
         raise ValueError(f"{n} hosts; expected 1 to {MOST}")
-    if own_cores and n > len(USABLE):
-        raise ValueError(f"{n} hosts with cores of their own; this machine has {len(USABLE)} cores")
+    if own_cores and n > len(USABLE_CPUS):
+        raise ValueError(f"{n} hosts with cores of their own; this machine has {len(USABLE_CPUS)} cores")
     with contextlib.ExitStack() as undo:
         switch = start_first("switch")
         undo.callback(end_switch, switch)
@@ -155,7 +155,7 @@ def cluster(
             host = Host(f"h{number}", f"{PREFIX}{number + 1}", start_first(f"h{number}"), switch.pid)
             undo.callback(host.down)
             if own_cores:
-                os.sched_setaffinity(host.first.pid, share(sorted(USABLE), number, n))
+                os.sched_setaffinity(host.first.pid, select_cores(sorted(USABLE_CPUS), number, n))
             hosts.append(host)
         keys = []
         for host in hosts:

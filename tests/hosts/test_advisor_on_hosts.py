@@ -35,5 +35,7 @@ def test_auto_compresses_over_a_slow_link(tmp_path: Path) -> None:
     none = next(seconds for choice, seconds in measured.items() if set(choice) == {"none"})
     assert measured[tuple(advice["chosen"])] < none / 3, done.stdout
     # What is hopeless costs no more steps than it takes to see that.
-    assert next(row for row in advice["rows"] if set(row["choice"]) == {"none"})["measured_steps"] == advisor.TRIAL
+    assert (
+        next(row for row in advice["rows"] if set(row["choice"]) == {"none"})["measured_steps"] == advisor.TRIAL_STEPS
+    )
     assert json.loads((folder / "summary.json").read_text())["wire_bytes_per_step"] < 0.2 * 1.2e6 * 4

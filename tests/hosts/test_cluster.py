@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.system.cpus import USABLE
+from hvdtrain.system.cpus import USABLE_CPUS
 from tests.hosts.cluster import Host, cluster, missing
 from tests.hosts.namespaces import living_in
 from tests.ranks.harness import ROOT, skip_or_fail
@@ -229,7 +229,7 @@ def test_nothing_is_left_when_the_owner_is_killed() -> None:
     assert traces() == before
 
 
-def test_by_hand() -> None:
+def test_cluster_is_controlled_from_the_command_line() -> None:
     def by_hand(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tests.hosts", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
@@ -257,10 +257,10 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hosts_with_cores_of_their_own() -> None:
-    if len(USABLE) < 2:
+    if len(USABLE_CPUS) < 2:
         skip_or_fail("two hosts with cores of their own need two cores")
     ask = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
     with cluster(2, own_cores=True) as hosts:
         first = json.loads(hosts[0].run(ask).stdout)
         second = json.loads(ssh(hosts[0], "h1", shlex.join(ask)).stdout)
-    assert first and second and set(first) | set(second) == USABLE and not set(first) & set(second)
+    assert first and second and set(first) | set(second) == USABLE_CPUS and not set(first) & set(second)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hvdtrain.launch.output import Line
-from hvdtrain.launch.report import Report, outcome
+from hvdtrain.launch.output import OutputLine
+from hvdtrain.launch.report import JobReport, determine_outcome
 
 LOST_HOST = """
 Connection to h1 closed by remote host.
@@ -35,14 +35,14 @@ MISSED = ["An MPI communication peer process has unexpectedly disconnected.  Thi
 
 def ended(launcher: str, text: str, code: int, hosts: list[str], of_rank: list[str] | None = None) -> tuple[int, str]:
     """The outcome after a launcher has said some text, and rank 0 some lines; both ranks had started."""
-    report = Report(hosts)
+    report = JobReport(hosts)
     for rank in (0, 1):
-        report.take({"kind": "started", "rank": rank, "pid": 7, "host": hosts[rank]})
+        report.add_message({"kind": "started", "rank": rank, "pid": 7, "host": hosts[rank]})
     for line in of_rank or []:
-        report.hear(Line(0, "stderr", line))
+        report.note_lost_peer(OutputLine(0, "stderr", line))
     for line in text.splitlines():
-        report.hold(Line(None, "stderr", line))
-    return outcome(report, launcher, code)
+        report.hold_line(OutputLine(None, "stderr", line))
+    return determine_outcome(report, launcher, code)
 
 
 def test_mpirun_that_loses_a_host_ends_with_code_0_but_launch_does_not() -> None:

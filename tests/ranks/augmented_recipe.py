@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 
 
 @dataclass(kw_only=True)
-class AugmentedRecipe(load(str(Path(__file__).parents[2] / "recipes" / "cifar10.py"))):
+class AugmentedRecipe(load_recipe(str(Path(__file__).parents[2] / "recipes" / "cifar10.py"))):
     """A linear model of augmented images."""
 
     lr: float = 0.001

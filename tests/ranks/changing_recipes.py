@@ -340,7 +340,7 @@ def train_plainly(recipe: Base, steps: int = STEPS, clip: float | None = None) -
     """The same by torch alone, in this process: a step whose gradients are not finite is skipped."""
     net = recipe.model()
     optimizer = recipe.optimizer(list(net.parameters()))
-    rates = schedule.parse(recipe.schedule, steps, 1)
+    rates = schedule.parse_schedule(recipe.schedule, steps, 1)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("own_lr", group["lr"]) * rates.factor(step)

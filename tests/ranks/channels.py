@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.codec import Key
-from hvdtrain.compression.reducer import Channel
-from hvdtrain.compression.spec import make_codec, parse
+from hvdtrain.compression.codec import RandomKey
+from hvdtrain.compression.reducer import CompressedReducer
+from hvdtrain.compression.spec import make_codec, parse_compression
 
 numbers = itertools.count(1)
 
@@ -22,16 +22,16 @@ def at_once(text: str) -> str:
     return text if "warmup" in text else f"{text},warmup=0"
 
 
-def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None) -> Channel:
+def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None) -> CompressedReducer:
     """A channel as the exchange makes it. number: its name and its randomness; one that no other has, if not given."""
     spec, key = (
-        parse(at_once(text)),
-        Key(0, 0, next(numbers) if number is None else number, collectives.rank()),
+        parse_compression(at_once(text)),
+        RandomKey(0, 0, next(numbers) if number is None else number, collectives.rank()),
     )
     codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
     flat = torch.zeros(sum(n * m for n, m in shapes))
     options = {"feedback": spec.feedback, "warmup": spec.warmup, "momentum": spec.momentum}
-    return Channel(f"checks.{key.bucket}", flat, codec, key, **options)
+    return CompressedReducer(f"checks.{key.bucket}", flat, codec, key, **options)
 
 
 def gradient(step: int, n: int) -> Tensor:
@@ -40,14 +40,14 @@ def gradient(step: int, n: int) -> Tensor:
     return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).exp()
 
 
-def exchange(c: Channel, step: int, flat: Tensor) -> Tensor:
+def exchange(c: CompressedReducer, step: int, flat: Tensor) -> Tensor:
     """The sum over ranks as every rank has decoded it, in the channel's own memory."""
     c.flat.copy_(flat)
-    c.start(step)
-    c.turn()
-    c.finish()
-    if c.finite():
-        c.commit()
+    c.start_reduction(step)
+    c.start_second_round()
+    c.finish_reduction()
+    if c.sum_is_finite():
+        c.commit_step()
     return c.flat
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from mpi4py import MPI
 
 import hvdtrain
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 
 WORLD = MPI.COMM_WORLD
 COLOR = WORLD.rank % 2
 FOLDER = Path(sys.argv[1])
 
-cls = load(sys.argv[2])
+cls = load_recipe(sys.argv[2])
 part = WORLD.Split(COLOR, WORLD.rank)
 summary = hvdtrain.fit(cls(lr=0.003 if COLOR else 0.001), comm=part, run_dir=FOLDER / str(COLOR), steps=30, log_every=1)
 assert summary["world_size"] == 2, summary

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch import option
 
-Slow: Any = load(str(Path(__file__).with_name("slow_recipe.py")))
+Slow: Any = load_recipe(str(Path(__file__).with_name("slow_recipe.py")))
 
 
 @dataclass(kw_only=True)

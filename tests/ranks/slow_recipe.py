@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch import option
 
-Digits: Any = load("digits")
+Digits: Any = load_recipe("digits")
 
 
 @dataclass(kw_only=True)

@@ -70,7 +70,7 @@ def digest(model: nn.Module) -> str:
 
 @on_ranks(2)
 @pytest.mark.parametrize("text", SPECS)
-def test_two_hundred_steps(text: str) -> None:
+def test_two_hundred_steps_agree_with_buckets_awaited_in_opposite_orders(text: str) -> None:
     """Odd ranks also wait for their buckets in the opposite order."""
     train(text)
 
@@ -111,7 +111,7 @@ def train(text: str) -> None:
     assert model.never.weight.grad is None
     assert all(p.isfinite().all() for p in model.parameters()), text
     assert loss_of(model, 0).item() < first, text
-    compressed = optimizer.exchange.compressed
+    compressed = optimizer.exchange.compressed_buckets
     coded = {name for bucket in compressed for name in bucket.names}
     expected = {name for name, p in model.named_parameters() if p.dim() > 1} | {"scale"}
     assert coded == (set() if text == "none" else expected), (text, coded ^ expected)

@@ -81,7 +81,9 @@ def secrets_of(job: Job) -> set[str]:
     return found - {""}
 
 
-def test_a_static_run(tmp_path: Path, reference: list[float], recorder: Recorder) -> None:
+def test_static_run_survives_forged_messages_and_replayed_requests(
+    tmp_path: Path, reference: list[float], recorder: Recorder
+) -> None:
     """Forged messages in the output of a rank, everything bad to all ports, and all requests once more."""
     touched, run_dir = tmp_path / "touched", tmp_path / "run"
     with subprocess.Popen(["sleep", "300"]) as victim:
@@ -110,7 +112,9 @@ def test_a_static_run(tmp_path: Path, reference: list[float], recorder: Recorder
     check_undisturbed(run_dir, reference)
 
 
-def test_an_elastic_run(tmp_path: Path, reference: list[float], recorder: Recorder) -> None:
+def test_elastic_run_keeps_its_secret_and_survives_attacks(
+    tmp_path: Path, reference: list[float], recorder: Recorder
+) -> None:
     touched = tmp_path / "touched"
     with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "2", least=2, most=2) as job:
         job.step(3)
@@ -163,7 +167,7 @@ print("trained", hvd.rank(), state.sizes, flush=True)
 """
 
 
-def test_a_script_of_stock_horovod(tmp_path: Path) -> None:
+def test_stock_horovod_script_grows_while_attacks_are_refused(tmp_path: Path) -> None:
     """hvd.elastic.run grows by a host while what CVE-2024-10190 sends, and more, is refused."""
     (tmp_path / "stock.py").write_text(STOCK)
     (tmp_path / "hosts").write_text("localhost:1\n")
@@ -206,7 +210,7 @@ def slurm_environment(rank: int, job: int, home: Path) -> dict[str, str]:
     }
 
 
-def test_tasks_of_srun_that_share_no_secret_yet(tmp_path: Path, reference: list[float]) -> None:
+def test_srun_tasks_share_a_secret_by_file_and_refuse_an_impostor(tmp_path: Path, reference: list[float]) -> None:
     """Rank 0 leaves one in a file that only its user reads; somebody who has taken its port is not believed."""
     touched, run_dir = tmp_path / "touched", tmp_path / "run"
     train_line = [*HVDTRAIN, "train", RECIPE, "--run-dir", str(run_dir), "--pause", "0.6", *FAST]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.comm.collectives import ring_bytes
+from hvdtrain.comm.collectives import ring_all_reduce_bytes
 from tests.ranks.harness import HVDTRAIN, ROOT, run
 
 MLP = str(ROOT / "recipes" / "mlp.py")
@@ -22,7 +22,7 @@ def lines(output: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["alone", "horovodrun", "mpirun"])
-def test_allreduce(kind: str, tmp_path: Path) -> None:
+def test_bench_allreduce_prints_the_same_table_with_any_launcher(kind: str, tmp_path: Path) -> None:
     """Started by itself or by a launcher, it prints the same table."""
     done = run(kind, 2, [*HVDTRAIN, "bench", "allreduce", "--sizes", "4K,1M", "--dtype", "float64"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,7 +37,7 @@ def test_allreduce(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
-def test_step(launcher: str, tmp_path: Path) -> None:
+def test_bench_step_compares_horovod_with_each_compression(launcher: str, tmp_path: Path) -> None:
     arguments = ["--steps", "3", "--compression", "none", "--compression", "int8", "--json", "step.json"]
     command = [*HVDTRAIN, "bench", "step", "--launcher", launcher, *arguments, MLP, "--width", "200"]
     done = run("alone", 2, command, cwd=tmp_path)
@@ -45,14 +45,14 @@ def test_step(launcher: str, tmp_path: Path) -> None:
     assert [row[0] for row in lines(done.stdout)] == ["way", "horovod", "no", "none", "int8"]
     rows = {row["way"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
     assert rows["horovod"]["gain"] == 1 and rows["no exchange"]["wire_bytes"] == 0
-    assert rows["horovod"]["wire_bytes"] == ring_bytes(4 * VALUES, 2)
-    assert rows["none"]["wire_bytes"] == ring_bytes(4 * (VALUES + 6 + 1), 2)  # a flag with each parameter
+    assert rows["horovod"]["wire_bytes"] == ring_all_reduce_bytes(4 * VALUES, 2)
+    assert rows["none"]["wire_bytes"] == ring_all_reduce_bytes(4 * (VALUES + 6 + 1), 2)  # a flag with each parameter
     assert 0 < rows["int8"]["wire_bytes"] < 0.4 * rows["none"]["wire_bytes"]
     for row in rows.values():
         assert 0 <= row["waited_seconds"] <= row["step_seconds"]
 
 
-def test_compression(tmp_path: Path) -> None:
+def test_bench_compression_writes_a_table_a_plot_and_json(tmp_path: Path) -> None:
     specs = ["fp16", "int8", "topk:0.01", "powersgd:2"]
     chosen = [word for spec in specs for word in ("--compression", spec)]
     arguments = ["--steps", "3", *chosen, "--plot", "curves.png", "--json", "rows.json", MLP, "--width", "200"]
@@ -74,8 +74,8 @@ def test_compression(tmp_path: Path) -> None:
 
     # Only the matrix of 200 x 200 is large enough to be compressed; six flags travel, and whether others are to come.
     large, small = 200 * 200, VALUES - 200 * 200
-    dense = ring_bytes(4 * (small + 5 + 1), 2) + ring_bytes(4 * (1 + 1), 2)
-    assert rows["none"]["wire_bytes"] == ring_bytes(4 * (VALUES + 6 + 1), 2)
-    assert rows["fp16"]["wire_bytes"] == ring_bytes(2 * large, 2) + dense
-    assert rows["powersgd:2"]["wire_bytes"] == ring_bytes(4 * 2 * 200, 2) + dense
+    dense = ring_all_reduce_bytes(4 * (small + 5 + 1), 2) + ring_all_reduce_bytes(4 * (1 + 1), 2)
+    assert rows["none"]["wire_bytes"] == ring_all_reduce_bytes(4 * (VALUES + 6 + 1), 2)
+    assert rows["fp16"]["wire_bytes"] == ring_all_reduce_bytes(2 * large, 2) + dense
+    assert rows["powersgd:2"]["wire_bytes"] == ring_all_reduce_bytes(4 * 2 * 200, 2) + dense
     assert dense < rows["topk:0.01"]["wire_bytes"] <= 8 * (large // 100 + 1) + dense

@@ -26,14 +26,14 @@ def check_same(found, expected, tolerance=1e-12):
 
 @on_ranks(1, 2, 3)
 @pytest.mark.parametrize("name", [*CHANGED, *ODD_OPTIMIZERS, *ODD_SCORES])
-def test_equals_plain_torch(name, tmp_path):
+def test_changing_recipes_train_as_in_plain_torch(name, tmp_path):
     found, _ = fit(getattr(recipes, name), tmp_path / "run", skip_nonfinite=1)
     check_same(found, train_plainly(getattr(recipes, name)()))
 
 
 @on_ranks(2)
 @pytest.mark.parametrize("name", ["Unfrozen", "LoRA", "Complex", "NanGradient"])
-def test_clipped_equals_plain_torch(name, tmp_path):
+def test_changing_recipes_clipped_train_as_in_plain_torch(name, tmp_path):
     """The norm is of what is trained at the time."""
     found, _ = fit(getattr(recipes, name), tmp_path / "run", skip_nonfinite=1, clip_norm=0.5)
     check_same(found, train_plainly(getattr(recipes, name)(), clip=0.5))
@@ -41,7 +41,7 @@ def test_clipped_equals_plain_torch(name, tmp_path):
 
 @on_ranks(2)
 @pytest.mark.parametrize("name", ["Unfrozen", "InTurns", "LoRA", "NanGradient"])
-def test_compressed_gradients_follow(name, tmp_path):
+def test_changing_recipes_compressed_train_close_to_plain_torch(name, tmp_path):
     """Values that round to float32 on the way, and memories that outlive steps without them and NaN."""
     for spec, tolerance in (("fp16,min=1", 5e-3), ("topk:1.0,min=1,warmup=0", 1e-5)):
         found, _ = fit(getattr(recipes, name), tmp_path / spec[:4], compression=spec, skip_nonfinite=1)

@@ -10,10 +10,10 @@ from torch import nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.spec import parse
+from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange import buckets
 from hvdtrain.exchange import state as state_of
-from hvdtrain.exchange.bucketed import SPARSE, Exchange
+from hvdtrain.exchange.bucketed import SPARSE_FLAG, BucketedExchange
 from hvdtrain.torch import DistributedOptimizer
 from tests.ranks.channels import at_once, channel, exchange, gradient, summed
 from tests.support.worlds import on_ranks
@@ -57,13 +57,13 @@ def memories(c):
     """A copy of all that a channel knows of earlier steps."""
     kept = {name: getattr(c, name) for name in ("residual", "owned", "velocity")}
     if isinstance(c.codec, PowerSgd):
-        kept |= {f"basis {i}": basis for i, basis in enumerate(c.codec.basis)}
-        kept["left"] = torch.tensor(c.codec.left)
+        kept |= {f"basis {i}": basis for i, basis in enumerate(c.codec.bases)}
+        kept["left"] = torch.tensor(c.codec.sends_left)
     return {name: memory.clone() for name, memory in kept.items() if memory is not None}
 
 
 @on_ranks(1, 2, 3)
-def test_nothing_is_lost():
+def test_applied_and_residual_add_up_to_the_gradients():
     """Each step: gradients and debts before = what was applied and debts after."""
     for text in MINDFUL:
         c = channel(text, SHAPES)
@@ -85,7 +85,7 @@ def test_nothing_is_lost():
 
 
 @on_ranks(1, 2, 3)
-def test_debts_stay_small():
+def test_residuals_stay_bounded_over_100_steps():
     """Over 100 steps of unit gradients, in a bucket that is mostly padding too."""
     limits = {"int8": 0.1, "onebit": 30, "topk:0.05": 60, "randomk:0.1,feedback=on": 60, "powersgd:2": 60}
     for text, limit in limits.items():
@@ -103,7 +103,7 @@ def test_debts_stay_small():
 
 
 @on_ranks(1, 2, 3)
-def test_unbiased_over_ranks():
+def test_stochastic_methods_are_unbiased_over_ranks():
     """The sum of what arrives has the right mean: over both rounds of rounding."""
     shapes, trials = [(16, 64)], 250
     for text in ("qsgd:2bit", "qsgd:4bit", "qsgd:8bit", "randomk:0.25"):
@@ -120,7 +120,7 @@ def test_unbiased_over_ranks():
 
 
 @on_ranks(1, 2, 3)
-def test_any_order_of_finishing():
+def test_buckets_may_finish_in_any_order_with_the_same_bits():
     """Some ranks go through the channels backwards, in each phase: no hang, and the same bits."""
     results = []
     for turned in (False, True):
@@ -133,7 +133,7 @@ def test_any_order_of_finishing():
             for phase in ("start", "turn", "finish"):
                 backwards = turned and (collectives.rank() + step + len(phase)) % 2
                 for c in reversed(channels) if backwards else channels:
-                    c.start(step) if phase == "start" else getattr(c, phase)()
+                    c.start_reduction(step) if phase == "start" else getattr(c, phase)()
             seen += [c.flat.clone() for c in channels]
         assert_same_on_all("opposite orders", *seen)
         results.append(seen)
@@ -143,7 +143,7 @@ def test_any_order_of_finishing():
 
 
 @on_ranks(1, 2, 3)
-def test_what_is_not_finite():
+def test_nonfinite_gradients_reach_all_ranks_and_leave_no_residual():
     """On one rank only: all ranks see it, and no memory takes it in; the next step is as if it had not been."""
     for text in [*MINDFUL, *SPECS]:
         c = channel(text, SHAPES)
@@ -165,7 +165,7 @@ def test_what_is_not_finite():
 
 
 @on_ranks(1, 2, 3)
-def test_wire_bytes():
+def test_reported_wire_bytes_match_the_documented_formats():
     """What is reported is what is sent: reckoned here from the formats as they are documented."""
     n = N
     ring = lambda payload: payload * 2 * (collectives.size() - 1) // collectives.size()  # noqa: E731
@@ -251,7 +251,7 @@ def loss_of(model, inputs, step=0):
 
 
 @on_ranks(1, 2, 3)
-def test_not_finite_through_the_optimizer():
+def test_all_ranks_skip_a_step_with_nonfinite_gradients():
     """All gradients of a compressed bucket's parameters or none: every rank skips the same step."""
     for text in SPECS:
         model = Crossed((torch.float64, torch.bfloat16))  # torch unscales no float16
@@ -263,7 +263,9 @@ def test_not_finite_through_the_optimizer():
             if step == 2 and collectives.rank() == collectives.size() - 1:
                 loss = loss * math.inf
             before = [p.detach().clone() for p in model.parameters()]
-            kept = [memories(b.channel) for b in optimizer.exchange.compressed] if collectives.size() > 1 else []
+            kept = (
+                [memories(b.reducer) for b in optimizer.exchange.compressed_buckets] if collectives.size() > 1 else []
+            )
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -274,9 +276,9 @@ def test_not_finite_through_the_optimizer():
                 assert not all(gradient.isfinite().all() for gradient in reduced), text
                 assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
                 for bucket, old in zip(
-                    optimizer.exchange.compressed if collectives.size() > 1 else [], kept, strict=True
+                    optimizer.exchange.compressed_buckets if collectives.size() > 1 else [], kept, strict=True
                 ):
-                    new = memories(bucket.channel)
+                    new = memories(bucket.reducer)
                     assert all(torch.equal(new[name], old[name]) for name in old), (text, bucket.names)
         assert_same_on_all(text, *model.parameters())
 
@@ -311,7 +313,7 @@ def differ(a, b):
 
 
 @on_ranks(1)
-def test_one_rank_is_plain():
+def test_one_rank_trains_uncompressed():
     plain = train("none", 4)
     for text in SPECS:
         assert_close(train(f"{text},min=1", 4)[-1], plain[-1], 0)
@@ -344,7 +346,7 @@ def test_an_excepted_layer_is_dense():
 
 
 @on_ranks(1, 2, 3)
-def test_lossless_limits():
+def test_sparse_and_low_rank_methods_without_loss_equal_dense_training():
     plain = train("none", 10)
     for text in ("topk:1", "randomk:1", "randomk:1,feedback=on"):
         assert_close(train(f"{text},min=1", 10)[-1], plain[-1], 1e-5)
@@ -419,7 +421,7 @@ def excess(compression, lr, steps, seed):
 
 
 @on_ranks(1, 2, 3)
-def test_gradients_as_they_come():
+def test_gradients_added_one_by_one_encode_as_all_at_once():
     """Piece by piece, of any memory format or missing, a bucket sends and keeps what it does of all at once."""
     shapes, made = [(8, 3, 3, 3), (6, 5), (16, 4, 1, 1)], torch.Generator().manual_seed(collectives.rank())
     named = [(f"p{i}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
@@ -427,7 +429,7 @@ def test_gradients_as_they_come():
     for text in MINDFUL:
         if "momentum" in text:
             continue
-        spec = parse(f"{at_once(text)},min=1")
+        spec = parse_compression(f"{at_once(text)},min=1")
         pieces, whole = (buckets.make_buckets(named, spec, 0, None, False, None) for _ in range(2))
         assert len(pieces) == len(whole) == 1
         for step in range(4):
@@ -435,19 +437,19 @@ def test_gradients_as_they_come():
                 gradient = torch.randn(shapes[i], generator=made)
                 gradient = gradient.to(memory_format=torch.channels_last) if i == 0 and step % 2 else gradient
                 view.copy_(gradient if (i + step) % 4 else torch.zeros(()))
-                pieces[0].put(i, gradient if (i + step) % 4 else None, step)
+                pieces[0].put_gradient(i, gradient if (i + step) % 4 else None, step)
             for bucket, added_up in ((pieces[0], True), (whole[0], False)):
-                assert bucket.channel.adds_up(step)
-                bucket.channel.start(step, added_up)
-                bucket.channel.turn()
-                bucket.channel.finish()
-                bucket.channel.commit()
-            assert_close(pieces[0].channel.flat, whole[0].channel.flat, 1e-5)
-            assert_close(pieces[0].channel.residual, whole[0].channel.residual, 1e-5)
+                assert bucket.reducer.fuses_residual(step)
+                bucket.reducer.start_reduction(step, added_up)
+                bucket.reducer.start_second_round()
+                bucket.reducer.finish_reduction()
+                bucket.reducer.commit_step()
+            assert_close(pieces[0].reducer.flat, whole[0].reducer.flat, 1e-5)
+            assert_close(pieces[0].reducer.residual, whole[0].reducer.residual, 1e-5)
 
 
 @on_ranks(2, 3)
-def test_what_was_saved_fits_or_is_shared():
+def test_saved_residuals_are_restored_for_another_method_rank_or_bucket_size():
     """Another method, rank or size of buckets takes over all debts, and only such memories as it has itself."""
     changes = [
         ("int8", "int8", 200),
@@ -464,15 +466,15 @@ def test_what_was_saved_fits_or_is_shared():
             model = nn.Sequential(small_model(), nn.Linear(3, 40), nn.Linear(40, 3))
             optimizer = wrap(model, 0.05, f"{text},min=1,warmup=0", bucket_bytes=size)
             if states:
-                state_of.load(optimizer.exchange, states[0])
-                states.append(state_of.gather(optimizer.exchange, exact=True))
+                state_of.load_exchange_state(optimizer.exchange, states[0])
+                states.append(state_of.gather_exchange_state(optimizer.exchange, exact=True))
             for step in range(3):
                 optimizer.zero_grad()
                 loss_of(model, inputs_of(step)).backward()
                 optimizer.step()
             assert_same_on_all(f"{before} to {after}", *model.parameters())
             if not states:
-                states.append(state_of.gather(optimizer.exchange, exact=True))
+                states.append(state_of.gather_exchange_state(optimizer.exchange, exact=True))
         old, new = states
         assert any(debt.any() for debt in old["debts"].values())
         for name, debt in old["debts"].items():
@@ -486,16 +488,16 @@ def test_what_was_saved_fits_or_is_shared():
 
 
 @on_ranks(1, 2, 3)
-def test_what_only_some_ranks_owe():
+def test_residuals_of_only_some_ranks_are_saved_and_sent():
     """As in a world with newcomers, which owe nothing: it is saved, and sent until a step counts that uses it."""
     used, rare = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))
-    own = Exchange([("used", used), ("rare", rare)], False, parse("none"))
+    own = BucketedExchange([("used", used), ("rare", rare)], False, parse_compression("none"))
     (used.sum() + rare.sum()).backward()
-    own.finish()
+    own.finish_exchange()
     assert len(own.buckets) == 1
     if collectives.rank() == 0:
-        own.buckets[0].channel.owed = torch.cat([torch.ones(17), torch.zeros(3)])
-    saved = state_of.gather(own, exact=True)
+        own.buckets[0].reducer.owed = torch.cat([torch.ones(17), torch.zeros(3)])
+    saved = state_of.gather_exchange_state(own, exact=True)
     assert torch.equal(saved["debts"]["used.residual"], torch.ones(12))
     # A step that is not made; one that does not use all; one that does; one with nothing owed.
     steps = [
@@ -507,7 +509,7 @@ def test_what_only_some_ranks_owe():
     for factor, with_rare, sums in steps:
         used.grad = rare.grad = None
         (factor * (used.sum() + (rare.sum() if with_rare else 0))).backward()
-        own.finish()
+        own.finish_exchange()
         assert torch.equal(used.grad, torch.full((4, 3), float(sums[0])))
         assert torch.equal(rare.grad, torch.full((5,), float(sums[1]))) if with_rare else rare.grad is None
     own.close()
@@ -517,11 +519,15 @@ def test_what_only_some_ranks_owe():
 def test_one_dense_gradient_among_many_ranks():
     """A mean of flags, times the ranks, is not quite their sum; it is no sparse gradient for that."""
     p = nn.Parameter(torch.ones(4, 3))
-    own = Exchange([("p", p)], True, parse("none"))
+    own = BucketedExchange([("p", p)], True, parse_compression("none"))
     p.sum().backward()
-    own.finish()
+    own.finish_exchange()
     for ranks in range(1, 900):
-        for flag, layout in ((1, torch.strided), (SPARSE, torch.sparse_coo), (ranks * SPARSE, torch.sparse_coo)):
+        for flag, layout in (
+            (1, torch.strided),
+            (SPARSE_FLAG, torch.sparse_coo),
+            (ranks * SPARSE_FLAG, torch.sparse_coo),
+        ):
             own.size = ranks
             own.buckets[0].flags.fill_(flag).div_(ranks)
             own._set_gradients(own.buckets[0], committed=False)
@@ -531,7 +537,7 @@ def test_one_dense_gradient_among_many_ranks():
 
 @on_ranks(2)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_quality(seed):
+def test_default_compression_reaches_the_loss_of_dense_training(seed):
     """Each method by default comes as near to the least loss as dense; onebit and topk need their feedback for it."""
     for text in ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd"):
         left = excess(f"{text},min=1", 0.3, 300, seed)

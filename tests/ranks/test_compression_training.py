@@ -10,7 +10,7 @@ import torch
 
 import hvdtrain
 from hvdtrain.recipe.framework import StepOptions
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch.step import TorchStep
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 from tests.support.worlds import KeptWorld, refusal, train
@@ -57,9 +57,9 @@ def test_the_debt_of_all_ranks_survives_a_change_of_their_number(
 
 def load_and_save(compression: str, saved: Path, again: Path) -> None:
     world = hvdtrain.init()
-    step = TorchStep(load(DIGITS)(), world, StepOptions(compression=compression))
+    step = TorchStep(load_recipe(DIGITS)(), world, StepOptions(compression=compression))
     step.load_state(saved.read_bytes())
-    state = step.state()
+    state = step.gather_state()
     if world.rank == 0:
         again.write_bytes(state)
 
@@ -105,7 +105,9 @@ def test_horovods_own_exchange_trains_alike(compression: str, world2: KeptWorld,
         ),
     ],
 )
-def test_wrong_specifications(options: list[str], message: str, world1: KeptWorld, tmp_path: Path) -> None:
+def test_invalid_compression_options_are_refused(
+    options: list[str], message: str, world1: KeptWorld, tmp_path: Path
+) -> None:
     assert refusal(world1, DIGITS, tmp_path / "run", *options) == message
 
 

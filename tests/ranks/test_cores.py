@@ -30,17 +30,17 @@ def asked(kind: str, ranks: int, *before: str) -> list[set[int]]:
 
 
 def test_ranks_share_the_cores() -> None:
-    if len(cpus.USABLE) < 2 or len(cpus.USABLE) != os.cpu_count() or cpus.GPU_DRIVER.exists():
+    if len(cpus.USABLE_CPUS) < 2 or len(cpus.USABLE_CPUS) != os.cpu_count() or cpus.GPU_DRIVER_FILE.exists():
         skip_or_fail("ranks are bound where there are two cores, all of them usable, and no GPU")
     first, second = asked("horovodrun", 2)
-    assert first and second and first | second == cpus.USABLE and not first & second
+    assert first and second and first | second == cpus.USABLE_CPUS and not first & second
 
 
-def test_left_where_they_are() -> None:
+def test_ranks_are_not_bound_if_alone_over_mpi_too_many_or_bound_already() -> None:
     """One rank has all cores; more ranks than cores are not bound; nor is MPI, or who was told a core to be on."""
-    assert asked("mpirun", 2) == [cpus.USABLE] * 2
-    assert asked("alone", 1) == [cpus.USABLE]
-    assert asked("horovodrun", len(cpus.USABLE) + 1) == [cpus.USABLE] * (len(cpus.USABLE) + 1)
-    if len(cpus.USABLE) > 1:
-        one = min(cpus.USABLE)
+    assert asked("mpirun", 2) == [cpus.USABLE_CPUS] * 2
+    assert asked("alone", 1) == [cpus.USABLE_CPUS]
+    assert asked("horovodrun", len(cpus.USABLE_CPUS) + 1) == [cpus.USABLE_CPUS] * (len(cpus.USABLE_CPUS) + 1)
+    if len(cpus.USABLE_CPUS) > 1:
+        one = min(cpus.USABLE_CPUS)
         assert asked("horovodrun", 2, "taskset", "-c", str(one)) == [{one}] * 2

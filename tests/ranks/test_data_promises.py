@@ -62,10 +62,10 @@ def write_recipe(folder: Path, body: str) -> str:
 def drawn_splits(seed: int) -> dict[str, Any]:
     """What a rank's datasets are: the examples of each split, as texts of their numbers."""
     import hvdtrain
-    from hvdtrain.recipe.registry import load
+    from hvdtrain.recipe.registry import load_recipe
     from hvdtrain.torch.setup import load_datasets
 
-    loaded = load_datasets(load(DRAWING)(), hvdtrain.init(), seed)
+    loaded = load_datasets(load_recipe(DRAWING)(), hvdtrain.init(), seed)
     return {split: [str(data.examples[i][0].tolist()) for i in range(len(data))] for split, data in loaded.items()}
 
 

@@ -72,12 +72,12 @@ def test_cifar10_trains_on_its_pickles(net: str, world2: KeptWorld, tmp_path: Pa
     recipe.write_text(
         "from torchvision.datasets import CIFAR10 as Files\n"
         "from dataclasses import dataclass\n"
-        "from hvdtrain.recipe.registry import load\n"
+        "from hvdtrain.recipe.registry import load_recipe\n"
         f"Files.train_list = {[[name, md5] for name, md5 in sums.items() if name.startswith('data')]}\n"
         f"Files.test_list = [['test_batch', {sums['test_batch']!r}]]\n"
         f"Files.meta = {{'filename': 'batches.meta', 'key': 'label_names', 'md5': {sums['batches.meta']!r}}}\n"
         "@dataclass(kw_only=True)\n"
-        f"class SmallCifar10(load({CIFAR10!r})):\n"
+        f"class SmallCifar10(load_recipe({CIFAR10!r})):\n"
         "    'CIFAR-10, cut down.'\n"
     )
     epochs = {"cnn": 8, "resnet18": 1}[net]

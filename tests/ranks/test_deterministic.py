@@ -79,7 +79,7 @@ def test_the_same_bits_over_mpi(alone: str, tmp_path: Path) -> None:
     assert digest(tmp_path / "run") == alone
 
 
-def test_digits_as_shipped(world1: KeptWorld, world3: KeptWorld, tmp_path: Path) -> None:
+def test_digits_has_the_same_bits_on_1_and_3_ranks(world1: KeptWorld, world3: KeptWorld, tmp_path: Path) -> None:
     options = ["--epochs", "3", "--deterministic", "--checkpoint-every", "5"]
     found = {trained(world, DIGITS, tmp_path / str(world.size), *options) for world in (world1, world3)}
     assert len(found) == 1
@@ -118,7 +118,7 @@ def test_running_statistics_are_refused_by_name(ranks: int, worlds: KeptWorlds, 
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_says_so(world1: KeptWorld, tmp_path: Path) -> None:
+def test_plan_shows_the_virtual_shards(world1: KeptWorld, tmp_path: Path) -> None:
     train(world1, DIGITS, tmp_path / "run", "--steps", "1", "--deterministic")
     assert "batch     128 global = 1 rank x 12 passes x at most 11\n" in world1.printed[0]
     assert "gradient  deterministic 12 virtual shards, compression none, amp off\n" in world1.printed[0]

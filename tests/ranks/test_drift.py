@@ -14,8 +14,8 @@ from torch import nn
 import hvdtrain
 from hvdtrain.comm import collectives
 from hvdtrain.diagnosis.diagnosis import Diagnosis
-from hvdtrain.exchange.checksums import BLOCK, checksums
-from hvdtrain.exchange.tensors import BITS
+from hvdtrain.exchange.checksums import CHECKSUM_BLOCK_VALUES, checksum_model
+from hvdtrain.exchange.tensors import INTEGER_DTYPES
 from hvdtrain.system.errors import RunError
 from tests.support.worlds import on_ranks
 
@@ -30,7 +30,7 @@ class Odd(nn.Module):
             self.register_parameter(f"p_{str(dtype)[6:]}", nn.Parameter(torch.randn(5, 7, dtype=dtype)))
         self.images = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         self.norm = nn.BatchNorm1d(6)
-        self.long = nn.Linear(1000, 2 * BLOCK // 1000)
+        self.long = nn.Linear(1000, 2 * CHECKSUM_BLOCK_VALUES // 1000)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("none", torch.zeros(0))
         self.register_buffer("scratch", torch.full((3,), float(collectives.rank())), persistent=False)
@@ -43,14 +43,14 @@ class OnlyChecksums:
         self.model = model
 
     def checksums(self) -> dict[str, int]:
-        return checksums(self.model)
+        return checksum_model(self.model)
 
 
 def flip(tensor: torch.Tensor, place: int, bit: int) -> None:
     """Change one bit of one value, by hand."""
     flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     values = flat.contiguous().reshape(-1)
-    bits = values.view(BITS[values.element_size()])
+    bits = values.view(INTEGER_DTYPES[values.element_size()])
     bits[place % len(bits)] ^= 1 << bit
     flat.copy_(values.view(flat.shape))
 
@@ -67,14 +67,14 @@ def test_one_bit_is_named_20_times_of_20(seed: int, tmp_path: Path) -> None:
     diagnosis = Diagnosis(world, tmp_path, 10, 0, [])
     tensors = {name: value for name, value in model.state_dict().items() if value.numel()}
     for trial in range(20):
-        diagnosis.exchanged(0.0, 0.0)
-        assert diagnosis.compare(step, 2 * trial + 1, ends=False) is not None  # all is the same
+        diagnosis.record_exchange(0.0, 0.0)
+        assert diagnosis.compare_ranks(step, 2 * trial + 1, ends=False) is not None  # all is the same
         rank, name, place, bit = draw.randrange(world.size), draw.choice(list(tensors)), draw.randrange(10**6), 0
         if rank == world.rank:
             flip(tensors[name], place, bit)
-        diagnosis.exchanged(0.0, 0.0)
+        diagnosis.record_exchange(0.0, 0.0)
         with pytest.raises(RunError) as found:
-            diagnosis.compare(step, 2 * trial + 2, ends=False)
+            diagnosis.compare_ranks(step, 2 * trial + 2, ends=False)
         said = f"differ after step {2 * trial + 2}, and were the same after step {2 * trial + 1}: on rank {rank} on "
         assert said in str(found.value) and f", {name} is not what it is on" in str(found.value), str(found.value)
         assert "more tensor" not in str(found.value)
@@ -83,7 +83,7 @@ def test_one_bit_is_named_20_times_of_20(seed: int, tmp_path: Path) -> None:
 
 
 @on_ranks(3)
-def test_two_tensors_and_no_majority(tmp_path: Path) -> None:
+def test_drift_names_the_first_tensor_and_no_rank_without_a_majority(tmp_path: Path) -> None:
     """The order of values counts, the second of two tensors is not named, and nobody is if no two ranks agree."""
     world, model = hvdtrain.init(), Odd()
     step: Any = OnlyChecksums(model)
@@ -92,14 +92,14 @@ def test_two_tensors_and_no_majority(tmp_path: Path) -> None:
         with torch.no_grad():
             model.long.bias.copy_(model.long.bias.flip(0))
             model.images.bias.add_(1)
-    diagnosis.exchanged(0.0, 0.0)
+    diagnosis.record_exchange(0.0, 0.0)
     with pytest.raises(RunError, match=r"on rank 1 on \S+, images.bias is not .*; 1 more tensor differs"):
-        diagnosis.compare(step, 50, ends=False)
+        diagnosis.compare_ranks(step, 50, ends=False)
     if world.rank:
         with torch.no_grad():
             model.images.bias.fill_(world.rank)
     with pytest.raises(RunError, match="no more than half of which agree"):
-        diagnosis.compare(step, 51, ends=False)
+        diagnosis.compare_ranks(step, 51, ends=False)
     if world.rank == 0:
         drift = json.loads((tmp_path / "diagnose.json").read_text())["drift"]
         assert (drift["step"], drift["tensor"], drift["majority"], drift["tensors"]) == (51, "images.bias", False, 2)

@@ -36,7 +36,7 @@ def test_a_recipe_that_exits_has_failed(tmp_path: Path, how: str, where: str, er
     assert done.stderr.splitlines()[-1] == f"hvdtrain: error: {error}: a recipe must not end the process"
 
 
-def test_the_rank_that_exits_is_blamed(tmp_path: Path) -> None:
+def test_the_rank_that_calls_sys_exit_is_named(tmp_path: Path) -> None:
     code, said = launch(3, tmp_path, "--how", "exit3", "--on", "1")
     assert code == 1 and "error: rank 1 on " in said and "failed: Ending.score() called sys.exit(3): " in said
 

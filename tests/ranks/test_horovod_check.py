@@ -42,7 +42,9 @@ def test_a_launcher_that_hangs_is_ended(tmp_path: Path) -> None:
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
-def test_horovod_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_that_horovod_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(check, "find", lambda: None)
     assert check.check() is False
     assert capsys.readouterr().out == "Horovod is not installed: run `hvdtrain horovod build`\n"

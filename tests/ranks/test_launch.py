@@ -97,7 +97,7 @@ def rank_pids(job: Launched) -> list[int]:
 
 
 @pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
-def test_ranks_that_succeed(launcher: str, controller: str) -> None:
+def test_output_of_successful_ranks_is_labelled_and_exit_code_is_0(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "ok") as job:
         assert job.wait() == 0
     for rank in (0, 1):
@@ -128,14 +128,14 @@ def test_rank_that_is_killed_is_named_with_the_signal(launcher: str, controller:
 
 
 @pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
-def test_rank_that_exits_without_a_word(launcher: str, controller: str) -> None:
+def test_rank_that_exits_without_a_message_is_named_with_its_code(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "code") as job:
         assert job.wait() == 1
     assert " ended with code 3 and no message" in job.err
 
 
 @pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
-def test_codes_that_pass_through(launcher: str, controller: str) -> None:
+def test_exit_codes_75_and_2_pass_through(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "requeue") as job:
         assert job.wait() == 75
     assert "error:" not in job.err
@@ -154,7 +154,7 @@ def test_carriage_returns_long_lines_and_a_last_line_without_an_end(launcher: st
 
 
 @pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
-def test_bytes_that_are_not_utf8(launcher: str, controller: str) -> None:
+def test_invalid_utf8_is_shown_as_replacement_characters(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "bytes") as job:
         assert job.wait() == 0
     assert "[0] bad \N{REPLACEMENT CHARACTER} bytes\n" in job.out
@@ -246,11 +246,11 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
 
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
     script = (
-        "import os, sys; from hvdtrain.launch.command import *; from hvdtrain.launch.run import run;"
+        "import os, sys; from hvdtrain.launch.command import *; from hvdtrain.launch.run import run_launcher;"
         "from hvdtrain.launch.environment import rank_environment;"
         "from hvdtrain.launch.hosts import Host; hosts = [Host('localhost', 1)];"
         "env = rank_environment(os.environ, 'mpirun', 'mpi');"
-        "sys.exit(run(command_line('mpirun', 'mpi', hosts, ['/no/such/program'], env), env, hosts)[0])"
+        "sys.exit(run_launcher(build_command_line('mpirun', 'mpi', hosts, ['/no/such/program'], env), env, hosts)[0])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1

@@ -11,14 +11,14 @@ import torch
 import hvdtrain
 from hvdtrain.comm import collectives
 from hvdtrain.comm import world as horovod
-from hvdtrain.comm.rendezvous import Server
+from hvdtrain.comm.rendezvous import RendezvousServer
 from tests.support.worlds import KeptWorld
 
 ROUNDS = 40
 HOST = socket.gethostname()
 
 
-def test_what_is_handed_over_while_another_leaves_ends(tmp_path: Path) -> None:
+def test_pending_all_reduces_fail_when_another_rank_leaves(tmp_path: Path) -> None:
     """A rank leaves while the other hands over sum after sum: each of them ends, with an error. Round after round."""
     with KeptWorld(2) as world:
         assert world.run(leave_and_meet_again, tmp_path) == [ROUNDS, 0]
@@ -47,14 +47,14 @@ def leave_and_meet_again(folder: Path) -> int:
                 except collectives.PeersLost:
                     continue
                 raise AssertionError("a sum of one rank only")
-        horovod.leave()
+        horovod.shut_down_horovod()
         if rank == 0:
             assignments = {f"{HOST}:{rank}": f"{rank},2,{rank},2,0,1" for rank in range(2)}
-            servers.append(Server("127.0.0.1", assignments))
+            servers.append(RendezvousServer("127.0.0.1", assignments))
             write(folder / f"port-{number}", str(servers[-1].port))
         port = wait_for(folder / f"port-{number}")
         address = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": port}
-        horovod.enter({**address, "HOROVOD_HOSTNAME": HOST})
+        horovod.enter_world({**address, "HOROVOD_HOSTNAME": HOST})
     return refused
 
 

@@ -79,7 +79,7 @@ def train_in_an_order_of_its_own(run_dir: Path) -> None:
     """Train with another order on each rank than rank 0's, which no option can make."""
     import horovod.torch as hvd
 
-    class Other(order.Order):
+    class Other(order.SampleOrder):
         def __init__(self, examples: int, seed: int, epoch: int) -> None:
             super().__init__(examples, seed + hvd.rank(), epoch)
 
@@ -96,7 +96,7 @@ def test_ranks_that_do_not_agree_on_the_order_are_found_out(world2: KeptWorld, t
     assert [(found["kind"], found["step"]) for found in findings] == [("ids", step) for step in range(1, 6)]
 
 
-def test_no_ledger(world1: KeptWorld, tmp_path: Path) -> None:
+def test_no_ledger_option_writes_no_ledger(world1: KeptWorld, tmp_path: Path) -> None:
     train(world1, EXACT, tmp_path / "run", "--steps", "3", "--no-ledger")
     assert not (tmp_path / "run" / "ledger").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["ledger"] is False

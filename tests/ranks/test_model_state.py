@@ -145,7 +145,7 @@ def test_a_declared_buffer_that_begins_to_change_later_is_combined(worlds: KeptW
         from hvdtrain.recipe import order
 
         for epoch in range(2):
-            for step, ids in enumerate(order.steps(40, 8, 0, epoch)):
+            for step, ids in enumerate(order.iterate_batches(40, 8, 0, epoch)):
                 if epoch or step >= 3:
                     halves = x[torch.from_numpy(ids.copy())].double().abs().view(2, 4, 4).amax(1)
                     expected = 0.9 * expected + 0.1 * halves.mean(0)

@@ -41,14 +41,14 @@ def on_this_rank() -> dict[str, list[Any]]:
         "root is refused": outcome(lambda: collectives.on_root("c", lambda: raising(UserError("no folder")))),
         "root fails": outcome(lambda: collectives.on_root("d", lambda: raising(RunError("disk full")))),
         "root has a bug": outcome(lambda: collectives.on_root("e", lambda: raising(ValueError("bug")))),
-        "all return": outcome(lambda: collectives.all_or_none("f", lambda: rank)),
+        "all return": outcome(lambda: collectives.on_all_ranks("f", lambda: rank)),
         "rank 1 is refused": outcome(
-            lambda: collectives.all_or_none("g", lambda: raising(UserError("no file")) if rank == 1 else rank)
+            lambda: collectives.on_all_ranks("g", lambda: raising(UserError("no file")) if rank == 1 else rank)
         ),
-        "both are refused alike": outcome(lambda: collectives.all_or_none("h", lambda: raising(UserError("empty")))),
-        "both are refused": outcome(lambda: collectives.all_or_none("i", lambda: raising(UserError(f"{rank} files")))),
+        "both are refused alike": outcome(lambda: collectives.on_all_ranks("h", lambda: raising(UserError("empty")))),
+        "both are refused": outcome(lambda: collectives.on_all_ranks("i", lambda: raising(UserError(f"{rank} files")))),
         "rank 1 has a bug": outcome(
-            lambda: collectives.all_or_none("j", lambda: raising(KeyError("bug")) if rank == 1 else rank)
+            lambda: collectives.on_all_ranks("j", lambda: raising(KeyError("bug")) if rank == 1 else rank)
         ),
     }
 

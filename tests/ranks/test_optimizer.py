@@ -38,7 +38,7 @@ def same(model, reference, tolerance=1e-12):
 
 
 @on_ranks(1, 2, 3)
-def test_plain_loop():
+def test_training_loop_equals_one_process_on_the_whole_batch():
     """Adam, momentum and all: the mean over ranks is the gradient of the whole batch."""
     for cls in (torch.optim.SGD, torch.optim.AdamW):
         model, reference = make_model(), make_model()
@@ -104,7 +104,7 @@ def test_scaler_unscales_what_is_reduced():
 
 
 @on_ranks(1, 2, 3)
-def test_accumulation():
+def test_accumulated_passes_equal_one_pass_on_the_whole_batch():
     model, reference = make_model(), make_model()
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), backward_passes_per_step=3)
     plain = torch.optim.SGD(reference.parameters(), lr=0.1)
@@ -154,7 +154,7 @@ def test_a_parameter_is_wrapped_once():
             loss_of(m, inputs).backward()
             each.step()
     assert (first.exchange.steps, optimizer.exchange.steps) == (3, STEPS - 3)
-    assert not first.exchange.pending
+    assert not first.exchange.has_pending_gradients
     same(model, reference)
 
 
@@ -200,7 +200,7 @@ def test_unused_frozen_and_shared_parameters():
 
 
 @on_ranks(1, 2, 3)
-def test_memory_formats_and_small_types():
+def test_channels_last_half_precision_and_scalar_parameters_train():
     """Channels-last weights, bfloat16 and float16 parameters, a 0-dim parameter."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         torch.manual_seed(4)

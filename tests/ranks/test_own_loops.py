@@ -94,7 +94,7 @@ def test_a_gan_with_two_optimizers(way):
 
 
 @on_ranks(2)
-def test_a_gan_without_any_of_the_ways_is_told_of_them():
+def test_a_gan_without_pausing_gets_an_error_that_names_the_remedy():
     (generator, discriminator) = nn.Linear(2, 4).double(), nn.Linear(4, 1).double()
     d = wrap(discriminator, torch.optim.Adam(discriminator.parameters()))
     for step in range(2):
@@ -137,7 +137,7 @@ def test_freezing_and_groups_added_later():
             (net(inputs).pow(2).mean() + (extra * inputs.mean()).sum()).backward()
             optimizer.step()
         if collectives.size() > 1 and step == 34:
-            asleep = [name for bucket in own.exchange.buckets if bucket.asleep for name in bucket.names]
+            asleep = [name for bucket in own.exchange.buckets if bucket.suspended for name in bucket.names]
             assert set(asleep) == {"0.weight", "0.bias"}, "frozen layers travel for ever"
     same(model, reference)
     torch.testing.assert_close(extras[0], extras[1])
@@ -186,7 +186,7 @@ def test_compression_remembers_through_frozen_steps():
         torch.testing.assert_close(applied, given)
         return
     bucket = next(bucket for bucket in own.exchange.buckets if bucket.names == ["0.weight"])
-    left = bucket.channel.residual.view(64, 64) / collectives.size()
+    left = bucket.reducer.residual.view(64, 64) / collectives.size()
     both = torch.stack([given, left])
     collectives.wait(collectives.all_reduce_async_(both, "test.both"))
     torch.testing.assert_close(applied + both[1], both[0], rtol=1e-4, atol=1e-4)

@@ -246,7 +246,7 @@ def seconds_to_agree(run_dir: Path) -> float:
 
     import hvdtrain
     from hvdtrain.comm import collectives
-    from hvdtrain.comm.agreement import agree
+    from hvdtrain.comm.agreement import check_agreement
     from hvdtrain.torch.fingerprint import model_parts
 
     hvdtrain.init()
@@ -255,7 +255,7 @@ def seconds_to_agree(run_dir: Path) -> float:
     for _ in range(10):
         collectives.barrier("agree.barrier")
         begin = time.perf_counter()
-        agree("agree.timed", model_parts(model))
+        check_agreement("agree.timed", model_parts(model))
         times.append(time.perf_counter() - begin)
     (run_dir / "times.json").write_text(json.dumps(times))
     return sorted(times)[len(times) // 2]

@@ -142,7 +142,7 @@ REFUSED = {
 
 @on_ranks(1, 2)
 @pytest.mark.parametrize("name", [cls.__name__ for cls in REFUSED])
-def test_refused_in_one_line(name, tmp_path):
+def test_untrainable_recipes_are_refused_in_one_line(name, tmp_path):
     cls = globals()[name]
     with pytest.raises(UserError) as raised:
         fit(cls, tmp_path / "run")

@@ -58,7 +58,7 @@ def reference(epochs: int) -> tuple[list[float], dict[str, float]]:
     velocity = np.zeros_like(weights)
     losses = []
     for epoch in range(epochs):
-        for ids in order.steps(len(inputs), recipe.batch_size, 0, epoch):
+        for ids in order.iterate_batches(len(inputs), recipe.batch_size, 0, epoch):
             x, y = inputs[ids], targets[ids]
             errors = x @ weights - y
             losses.append(float(np.mean(errors**2)))

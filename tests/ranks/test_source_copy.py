@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hvdtrain
-from hvdtrain.cli.train import arguments_of
+from hvdtrain.cli.train import load_arguments
 from hvdtrain.recipe.source import read_source
 from hvdtrain.recipe.source_copy import describe_copy, read_copy, read_files, write_copy
 from hvdtrain.system.errors import UserError
@@ -56,8 +56,8 @@ def mine(tmp_path: Path) -> Path:
 
 def train(path: Path, *options: str) -> float:
     """Train in this process and return the last training loss."""
-    arguments = arguments_of([str(path), "--run-dir", str(path.parent / "run"), "--threads", "1", *options])
-    summary = fit_from_command_line(arguments.cls, arguments.name, arguments.given, hvdtrain.init())
+    arguments = load_arguments([str(path), "--run-dir", str(path.parent / "run"), "--threads", "1", *options])
+    summary = fit_from_command_line(arguments.recipe_class, arguments.name, arguments.given_options, hvdtrain.init())
     return float(summary["train_loss"])
 
 
@@ -142,7 +142,7 @@ def test_other_examples_after_an_epoch_are_trained(mine: Path) -> None:
     train(mine, "--resume", "--steps", "6")
 
 
-def test_a_renamed_field_is_said_to_be_in_config_json(mine: Path) -> None:
+def test_resume_names_the_old_field_in_config_json(mine: Path) -> None:
     train(mine, "--steps", "2", "--old", "4")
     mine.write_text(RECIPE.replace("old: float", "older: float"))
     with pytest.raises(UserError) as refused:
@@ -165,8 +165,8 @@ def test_a_copy_is_imported_as_the_original(mine: Path, tmp_path: Path) -> None:
     mine.write_text("def broken(:")
     (mine.parent / "sizes.py").unlink()
     copy = read_copy(described)
-    assert copy is not None and copy.files == source.files and copy.path == mine
-    cls = arguments_of([str(mine)], copy).cls
+    assert copy is not None and copy.files == source.files and copy.main_path == mine
+    cls = load_arguments([str(mine)], copy).recipe_class
     assert cls.__name__ == "Mine" and cls().model()[0].weight.shape == (4, 4)  # type: ignore[attr-defined]
     (tmp_path / "source" / "mine.py").write_text("tampered")
     assert read_copy(described) is None

@@ -10,8 +10,8 @@ from tests.ranks.harness import run
 # What each of them costs at the start is seconds of a core; the graph for TensorBoard is drawn as well.
 TRAINING = """
 import sys, hvdtrain
-from hvdtrain.recipe.registry import load
-assert hvdtrain.fit(load("digits")(), steps=2, run_dir=sys.argv[1])["steps"] == 2
+from hvdtrain.recipe.registry import load_recipe
+assert hvdtrain.fit(load_recipe("digits")(), steps=2, run_dir=sys.argv[1])["steps"] == 2
 print("imported:", {"torch._dynamo", "torch.distributed.tensor", "sympy", "sklearn", "pandas"} & set(sys.modules))
 """
 

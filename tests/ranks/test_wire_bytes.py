@@ -50,7 +50,7 @@ def assert_same_on_all(text: str, seen: hashlib._Hash) -> None:
 
 
 @on_ranks(2, 4)
-def test_all_that_is_given_is_applied_or_owed() -> None:
+def test_applied_and_residual_add_up_over_all_steps() -> None:
     """Over all steps: the sum of what was applied and of what all ranks still owe is the exact gradients' sum.
 
     The debt does not grow with the steps, so the mean of what is applied comes to the exact mean as 1 / steps.
@@ -63,10 +63,10 @@ def test_all_that_is_given_is_applied_or_owed() -> None:
             g = gradient(step, N)
             given += g
             applied += exchange(c, step, g).double().numpy()
-            assert c.finite(), (text, step)
+            assert c.sum_is_finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
         assert_same_on_all(text, seen)
-        debt = c.debt()
+        debt = c.total_unsent()
         assert debt is not None
         exact, owed = summed(given), summed(debt)
         # An all-reduce in float16 rounds the sums on their way, which nobody remembers.
@@ -86,7 +86,7 @@ def test_casts_are_off_by_their_rounding() -> None:
             g = gradient(step, N)
             exact, size = summed(g), summed(g.abs())
             off = np.abs(exchange(c, step, g).double().numpy() - exact)
-            assert c.finite(), (text, step)
+            assert c.sum_is_finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
             roundings = collectives.size() if text == "fp16" else 2
             assert (off <= roundings * half * size * 1.01 + 1e-6).all(), (text, step)
@@ -104,7 +104,7 @@ def test_unbiased_methods_come_to_the_mean() -> None:
         single, total = 0.0, np.zeros(N)
         for step in range(trials):
             off = exchange(c, step, g).double().numpy() - exact
-            assert c.finite(), (text, step)
+            assert c.sum_is_finite(), (text, step)
             seen.update(c.flat.numpy().tobytes())
             single += float(np.square(off).mean()) / trials
             total += off / trials
@@ -152,7 +152,7 @@ def test_topk_sends_its_payload_to_every_other_rank(sent: dict[int, dict[str, fl
 def test_sums_and_bytes_on_eight_ranks() -> None:
     with KeptWorld(8) as world:
         for check in (
-            test_all_that_is_given_is_applied_or_owed,
+            test_applied_and_residual_add_up_over_all_steps,
             test_casts_are_off_by_their_rounding,
             test_unbiased_methods_come_to_the_mean,
         ):

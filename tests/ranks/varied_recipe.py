@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.registry import load_recipe
 
 
 class Shifted(Dataset):
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 @dataclass(kw_only=True)
-class Varied(load(str(Path(__file__).parents[2] / "recipes" / "digits.py"))):
+class Varied(load_recipe(str(Path(__file__).parents[2] / "recipes" / "digits.py"))):
     """Shifted digits."""
 
     width: int = 8

@@ -24,7 +24,7 @@ from _pytest.assertion import install_importhook
 from _pytest.config import get_config
 
 import hvdtrain
-from hvdtrain.exchange.bucketed import Exchange
+from hvdtrain.exchange.bucketed import BucketedExchange
 from tests.support.worlds import Reply, Request, receive, send
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def restored() -> Iterator[None]:
                 warnings.filterwarnings("default", category=DeprecationWarning, module=module)
             yield
     finally:
-        for exchange in list(Exchange._open):
+        for exchange in list(BucketedExchange._open_exchanges):
             exchange.close()
         os.chdir(folder)
         os.environ.clear()

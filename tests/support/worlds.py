@@ -289,14 +289,14 @@ def read_exactly(file: Any, count: int) -> bytes | None:
 def train_here(recipe: str, run_dir: Path, options: tuple[str, ...]) -> dict[str, Any]:
     """What `hvdtrain train RECIPE --run-dir RUN_DIR OPTIONS` does on a rank, in this process."""
     import hvdtrain
-    from hvdtrain.cli.train import arguments_of
+    from hvdtrain.cli.train import load_arguments
     from hvdtrain.training.fit import fit_from_command_line
 
-    arguments = arguments_of([recipe, "--run-dir", str(run_dir), *options])
+    arguments = load_arguments([recipe, "--run-dir", str(run_dir), *options])
     from hvdtrain.cli import options as checked
 
-    checked.check(arguments)
-    return fit_from_command_line(arguments.cls, arguments.name, arguments.given, hvdtrain.init())
+    checked.check_parsed_arguments(arguments)
+    return fit_from_command_line(arguments.recipe_class, arguments.name, arguments.given_options, hvdtrain.init())
 
 
 def train(world: KeptWorld, recipe: str, run_dir: Path, *options: str, **kwargs: Any) -> dict[str, Any]:

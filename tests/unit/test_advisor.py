@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.exchange.advisor import CANDIDATES, shortlist, shown
+from hvdtrain.exchange.advisor import CANDIDATES, format_choice, shortlist_choices
 
 METHODS = ("none", *CANDIDATES)
 tables = st.integers(1, 3).flatmap(
@@ -23,7 +23,7 @@ def test_the_best_mixture_comes_first_and_each_method_for_all_buckets_follows(ta
     def modelled(choice: tuple[str, ...]) -> float:
         return sum(row[METHODS.index(method)] for row, method in zip(table, choice, strict=True))
 
-    choices = shortlist(modelled, len(table))
+    choices = shortlist_choices(modelled, len(table))
     assert math.isclose(modelled(choices[0]), sum(min(row) for row in table), rel_tol=1e-4)
     rest = [modelled(choice) for choice in choices[1:]]
     assert rest == sorted(rest)
@@ -32,5 +32,5 @@ def test_the_best_mixture_comes_first_and_each_method_for_all_buckets_follows(ta
 
 
 def test_choices_are_shown_briefly() -> None:
-    assert shown(("int8",)) == shown(("int8", "int8")) == "int8"
-    assert shown(("none", "int8", "none")) == "2xnone+1xint8"
+    assert format_choice(("int8",)) == format_choice(("int8", "int8")) == "int8"
+    assert format_choice(("none", "int8", "none")) == "2xnone+1xint8"

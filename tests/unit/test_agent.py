@@ -15,7 +15,14 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.preemption.membership_folder import Draining, Member, read_draining, read_member, this_life, write_member
+from hvdtrain.preemption.membership_folder import (
+    DrainNotice,
+    HostRecord,
+    host_boot_id,
+    read_drain_notice,
+    read_host_record,
+    write_host_record,
+)
 from tests.unit.http_server import serving
 from tests.unit.test_notices import ACTION, AwsServer, iso
 
@@ -38,7 +45,7 @@ def start(folder: Path) -> Iterator[Start]:
         line += ["--boot-id", boot] if boot else []
         started.append(subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | environ))
         pid = started[-1].pid
-        wait_for(lambda: (member := read_member(folder, "a")) is not None and member.pid == pid)
+        wait_for(lambda: (member := read_host_record(folder, "a")) is not None and member.pid == pid)
         return started[-1]
 
     yield begin
@@ -56,19 +63,19 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def wait_beats(folder: Path, count: int = 3) -> Member:
+def wait_beats(folder: Path, count: int = 3) -> HostRecord:
     """The member after a few heartbeats more."""
-    first = read_member(folder, "a")
+    first = read_host_record(folder, "a")
     assert first is not None
-    wait_for(lambda: (now := read_member(folder, "a")) is not None and now.beat >= first.beat + count)
-    member = read_member(folder, "a")
+    wait_for(lambda: (now := read_host_record(folder, "a")) is not None and now.beat >= first.beat + count)
+    member = read_host_record(folder, "a")
     assert member is not None
     return member
 
 
-def wait_draining(folder: Path) -> Draining:
-    wait_for(lambda: read_draining(folder, "a") is not None)
-    draining = read_draining(folder, "a")
+def wait_draining(folder: Path) -> DrainNotice:
+    wait_for(lambda: read_drain_notice(folder, "a") is not None)
+    draining = read_drain_notice(folder, "a")
     assert draining is not None
     return draining
 
@@ -80,7 +87,9 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_registers_beats_and_deregisters(start: Start, folder: Path, tmp_path: Path, number: int) -> None:
+def test_agent_registers_sends_heartbeats_and_deregisters(
+    start: Start, folder: Path, tmp_path: Path, number: int
+) -> None:
     process = start("file", "--notice-file", str(tmp_path / "notice"), "--slots", "3")
     member = wait_beats(folder)
     assert (member.host, member.slots, member.boot_id, member.pid) == ("a", 3, "boot1", process.pid)
@@ -101,7 +110,7 @@ def test_a_signal_is_a_notice_and_a_later_one_the_end(start: Start, folder: Path
     process.send_signal(signal.SIGTERM)  # the same one, to the process group, say
     time.sleep(1.2)
     assert wait_beats(folder).state == "draining"
-    assert read_draining(folder, "a") == draining
+    assert read_drain_notice(folder, "a") == draining
     code, said = end(process, signal.SIGTERM)
     assert code == 0
     assert said == f"hvdtrain agent: a is to go in 50 s (signal: {draining.reason})\n"
@@ -113,19 +122,19 @@ def test_slurm_ends_at_the_deadline(start: Start, folder: Path, number: int) -> 
     process = start("slurm", "--grace", "4", boot=None, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
     process.send_signal(number)
     draining = wait_draining(folder)
-    assert draining.boot_id == f"{this_life({})}+17.1"
+    assert draining.boot_id == f"{host_boot_id({})}+17.1"
     time.sleep(1.1)
     process.send_signal(signal.SIGTERM)  # Slurm's second, at the end of the grace
     process.communicate(timeout=20)
     assert process.returncode == 0
     assert time.time() > draining.deadline - 1
-    assert read_member(folder, "a") is None
+    assert read_host_record(folder, "a") is None
     # The next allocation may have the same node, which was not booted in between.
     start("slurm", boot=None, SLURM_JOB_ID="18")
-    assert read_draining(folder, "a") is None
+    assert read_drain_notice(folder, "a") is None
 
 
-def test_file(start: Start, folder: Path, tmp_path: Path) -> None:
+def test_notice_file_makes_the_host_drain(start: Start, folder: Path, tmp_path: Path) -> None:
     process = start("file", "--notice-file", str(tmp_path / "notice"))
     (tmp_path / "notice").write_text("maintenance")
     draining = wait_draining(folder)
@@ -144,7 +153,7 @@ def test_aws_sooner_end_takes_the_place_of_a_later_one(start: Start, folder: Pat
         draining = wait_draining(folder)
         assert abs(draining.deadline - time.time() - 100) < 20
         assert end(process, signal.SIGTERM)[0] == 0
-    assert read_draining(folder, "a") == draining
+    assert read_drain_notice(folder, "a") == draining
 
 
 def test_a_host_told_to_go_stays_so_until_it_is_booted(start: Start, folder: Path) -> None:
@@ -156,13 +165,13 @@ def test_a_host_told_to_go_stays_so_until_it_is_booted(start: Start, folder: Pat
 
     process = start()
     assert wait_beats(folder).state == "draining"
-    assert read_draining(folder, "a") == draining
+    assert read_drain_notice(folder, "a") == draining
     code, said = end(process, signal.SIGINT)
     assert code == 0
     assert said.startswith("hvdtrain agent: a is still draining (signal: SIGUSR1)")
 
     process = start(boot="boot2")
-    assert read_draining(folder, "a") is None
+    assert read_drain_notice(folder, "a") is None
     member = wait_beats(folder)
     assert (member.state, member.boot_id) == ("live", "boot2")
 
@@ -193,25 +202,25 @@ def test_two_agents_of_one_name_are_told_so(start: Start, folder: Path) -> None:
     second = start(boot="boot2")
     time.sleep(1)
     assert f"another agent, process {second.pid}, also writes a.json" in end(first, signal.SIGINT)[1]
-    wait_for(lambda: read_member(folder, "a") is not None)  # the first may have been the last to write it
+    wait_for(lambda: read_host_record(folder, "a") is not None)  # the first may have been the last to write it
     assert wait_beats(folder).pid == second.pid
 
 
 def test_readers_never_see_half_a_file(folder: Path) -> None:
     folder.mkdir()
-    members = [Member("a", 1, "boot" * size, 1, 1.0, size, "live") for size in (1, 20000)]
-    write_member(folder, members[0])
+    members = [HostRecord("a", 1, "boot" * size, 1, 1.0, size, "live") for size in (1, 20000)]
+    write_host_record(folder, members[0])
     done = threading.Event()
 
     def write() -> None:
         while not done.is_set():
             for member in members:
-                write_member(folder, member)
+                write_host_record(folder, member)
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        assert {read_member(folder, "a") for _ in range(1000)} <= set(members)
+        assert {read_host_record(folder, "a") for _ in range(1000)} <= set(members)
     finally:
         done.set()
         writer.join()
@@ -221,10 +230,10 @@ def test_records_of_later_versions_and_junk(folder: Path) -> None:
     folder.mkdir()
     record = {"host": "a", "boot_id": "b", "deadline": 1.0, "seconds": 1.0, "source": "x", "reason": "y"}
     (folder / "a.draining").write_text(json.dumps(record | {"more": 1}))
-    assert read_draining(folder, "a") == Draining(**record)
+    assert read_drain_notice(folder, "a") == DrainNotice(**record)
     for junk in ("", "{", "[]", '{"host": "a"}'):
         (folder / "a.draining").write_text(junk)
-        assert read_draining(folder, "a") is None
+        assert read_drain_notice(folder, "a") is None
 
 
 @pytest.mark.parametrize(
@@ -240,7 +249,7 @@ def test_records_of_later_versions_and_junk(folder: Path) -> None:
         (["--source", "gcp", "--membership", "no/such"], "no/such: No such file or directory"),
     ],
 )
-def test_mistakes(tmp_path: Path, options: list[str], error: str) -> None:
+def test_invalid_agent_options_are_refused_in_one_line(tmp_path: Path, options: list[str], error: str) -> None:
     line = [sys.executable, "-m", "hvdtrain", "agent", "--membership", str(tmp_path), *options]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -249,7 +258,7 @@ def test_mistakes(tmp_path: Path, options: list[str], error: str) -> None:
 
 def test_starts_at_once_and_without_torch() -> None:
     code = (
-        "import sys; from hvdtrain.cli.agent import command; import hvdtrain.preemption.agent, hvdtrain.launch.hosts\n"
+        "import sys, hvdtrain.cli.agent, hvdtrain.preemption.agent, hvdtrain.launch.hosts\n"
         "heavy = {'torch', 'numpy', 'horovod'} & set(sys.modules); assert not heavy, heavy"
     )
     tries = []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.bench.plot import draw
-from hvdtrain.cli.bench import listed_sizes, size_range
+from hvdtrain.bench.plot import plot_step_times
+from hvdtrain.cli.bench import parse_size_list, size_range
 from hvdtrain.cli.main import main
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "linear_regression.py")
@@ -45,7 +45,9 @@ def bench(arguments: str) -> int:
         ),
     ],
 )
-def test_what_it_starts(arguments: str, where: str, own: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_launch_command(
+    arguments: str, where: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, _, rest = arguments.partition(" ")
     assert bench(f"{name} --dry-run {rest}") == 0
     line = capsys.readouterr().out.strip()
@@ -80,19 +82,23 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), CASES, ids=[arguments for arguments, _ in CASES])
-def test_one_line_and_exit_2(arguments: str, message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_bench_options_give_one_line_and_exit_2(
+    arguments: str, message: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message is None or error == f"hvdtrain: error: {message}\n"
 
 
-def test_sizes() -> None:
-    assert listed_sizes("1M, 4k,4096") == [4096, 1 << 20]
+def test_sizes_are_parsed_and_ranges_expanded() -> None:
+    assert parse_size_list("1M, 4k,4096") == [4096, 1 << 20]
     assert size_range("1K", "70K") == [1 << 10, 1 << 12, 1 << 14, 1 << 16]
 
 
 def test_plot_is_a_png() -> None:
     bandwidths = [1e6, 1e8, 1e10]
-    picture = draw("title", bandwidths, {"none": [3, 2, 1], "fp16": [2, 2, 2]}, 1e8, {"none": 2.1, "fp16": 1.9})
+    picture = plot_step_times(
+        "title", bandwidths, {"none": [3, 2, 1], "fp16": [2, 2, 2]}, 1e8, {"none": 2.1, "fp16": 1.9}
+    )
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000

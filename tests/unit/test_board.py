@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.comm.rendezvous import Server
+from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.elastic import store as boards
-from hvdtrain.elastic.places import places
-from hvdtrain.elastic.records import parse_fact, parse_pulse
-from hvdtrain.elastic.store import Board, BoardLost
+from hvdtrain.elastic.places import assign_ranks
+from hvdtrain.elastic.records import parse_fact, parse_heartbeat
+from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.system.signed_http import SECRET
 
 KEY = "k" * 64
-MEMBERS = places(["a:0:x.1", "b:0:y.1"], {"a:0:x.1": {"host": "a"}, "b:0:y.1": {"host": "b-1.net"}})
+MEMBERS = assign_ranks(["a:0:x.1", "b:0:y.1"], {"a:0:x.1": {"host": "a"}, "b:0:y.1": {"host": "b-1.net"}})
 PLAN = {"members": MEMBERS, "server": ["127.0.0.1", 4711], "root": 1, "step": -1, "error": None}
 PULSE = {
     "beats": 1,
@@ -83,42 +83,46 @@ def test_what_is_not_valid_is_refused(key: str, value: Any) -> None:
 
 
 def test_a_sign_of_life_that_is_not_valid_is_refused() -> None:
-    assert parse_pulse(json.dumps(PULSE)) == PULSE
+    assert parse_heartbeat(json.dumps(PULSE)) == PULSE
     for name in PULSE:
         with pytest.raises(ValueError):
-            parse_pulse(json.dumps({**PULSE, name: []}))
+            parse_heartbeat(json.dumps({**PULSE, name: []}))
         with pytest.raises(ValueError):
-            parse_pulse(json.dumps({other: value for other, value in PULSE.items() if other != name}))
+            parse_heartbeat(json.dumps({other: value for other, value in PULSE.items() if other != name}))
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[RendezvousServer]:
     monkeypatch.setenv(SECRET, KEY)
-    server = Server("127.0.0.1", {})
-    monkeypatch.setattr("hvdtrain.comm.rendezvous.WAIT", 0)
+    server = RendezvousServer("127.0.0.1", {})
+    monkeypatch.setattr("hvdtrain.comm.rendezvous.GET_WAIT_SECONDS", 0)
     yield server
-    server.end()
+    server.stop_serving()
 
 
 def test_a_value_that_is_not_valid_counts_as_not_written_and_is_reported_once(
-    store: Server, capsys: pytest.CaptureFixture[str]
+    store: RendezvousServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = Board("127.0.0.1", store.port)
-    store.values[f"/{boards.FACTS}/verdict"] = b'{"code": "0"}'
-    store.values[f"/{boards.ROUNDS}/newest"] = b"many"
+    board = KeyValueStore("127.0.0.1", store.port)
+    store.values[f"/{boards.FACT_SCOPE}/verdict"] = b'{"code": "0"}'
+    store.values[f"/{boards.ROUND_SCOPE}/newest"] = b"many"
     mixed = {"plan-1": json.dumps(PLAN), "plan-2": "{}", "plan-x": json.dumps(PLAN)}
-    store.values[f"/{boards.FACTS}/plan-*"] = json.dumps(mixed).encode()
-    store.values[f"/{boards.PULSES}/*"] = json.dumps({"a": json.dumps(PULSE), "b": "[]"}).encode()
+    store.values[f"/{boards.FACT_SCOPE}/plan-*"] = json.dumps(mixed).encode()
+    store.values[f"/{boards.HEARTBEAT_SCOPE}/*"] = json.dumps({"a": json.dumps(PULSE), "b": "[]"}).encode()
     for _ in range(2):
-        assert board.fact("verdict") is None
-        assert board.newest_round() == 0
-        assert board.facts("plan-") == {"1": PLAN}
-        assert board.pulses() == {"a": PULSE}
+        assert board.get("verdict") is None
+        assert board.get_newest_round() == 0
+        assert board.get_by_prefix("plan-") == {"1": PLAN}
+        assert board.get_heartbeats() == {"a": PULSE}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 5 and all(line.startswith("hvdtrain: dropped an invalid value of ") for line in said)
 
 
-def test_a_server_that_does_not_know_the_secret_is_lost(store: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_know_the_secret_is_lost(
+    store: RendezvousServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(SECRET, "o" * 64)
-    with pytest.raises(BoardLost, match=r"answers 401 to GET /hvdtrain.facts/verdict without this run's signature"):
-        Board("127.0.0.1", store.port).fact("verdict")
+    with pytest.raises(
+        StoreUnreachable, match=r"answers 401 to GET /hvdtrain.facts/verdict without this run's signature"
+    ):
+        KeyValueStore("127.0.0.1", store.port).get("verdict")

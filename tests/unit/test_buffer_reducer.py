@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import buffer_reducer
 from hvdtrain.torch.buffer_reducer import BufferReducer
-from hvdtrain.torch.buffers import buffer_modes
+from hvdtrain.torch.buffers import resolve_buffer_modes
 
 
 class Threads:
@@ -65,14 +65,14 @@ def step(reducer: BufferReducer, threads: Threads, share: float, forward: Callab
     """One step as TorchStep makes it."""
     reducer.start_step()
     forward()
-    changes = reducer.changes()
-    reducer.start(share)
+    changes = reducer.detect_changes()
+    reducer.start_combining(share)
     changed = [sum(column) for column in zip(*threads.gather_json(changes, "changes"), strict=True)]
-    reducer.finish(changed)
+    reducer.finish_combining(changed)
 
 
 def make(module: nn.Module, size: int, fixed: bool = False, **declared: str) -> BufferReducer:
-    return BufferReducer("Mine", module, buffer_modes("Mine", declared, module), size, fixed)
+    return BufferReducer("Mine", module, resolve_buffer_modes("Mine", declared, module), size, fixed)
 
 
 def test_batch_norm_keeps_the_mean_of_all_examples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_sums_of_integers_are_exact_and_skipped_steps_leave_no_trace(monkeypatch
         reducer = make(module, 2, count="sum")
         step(reducer, threads, 0.5, lambda: module.count.add_(1))
         step(reducer, threads, 0.5, lambda: module.count.add_(5))
-        reducer.restore()
+        reducer.restore_values()
         step(reducer, threads, 0.5, lambda: module.count.data.add_(2))
         return int(module.count)
 
@@ -196,13 +196,13 @@ def test_a_world_that_grows_refuses_what_one_rank_was_warned_of() -> None:
     reducer.expect_changes(["queue"])
     assert reducer.take_warnings() == []
     with pytest.raises(UserError, match="training changes the buffer 'queue'"):
-        reducer.start_world(2)
+        reducer.set_world_size(2)
 
 
 def test_names_are_worth_more_than_patterns_and_shared_buffers_have_two() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     module[1].running_mean = module[0].running_mean
-    assert buffer_modes("Mine", {"0.running_var": "local", "*": "rank0", "1.running_mean": "sum"}, module) == {
+    assert resolve_buffer_modes("Mine", {"0.running_var": "local", "*": "rank0", "1.running_mean": "sum"}, module) == {
         "0.running_mean": "sum",
         "0.running_var": "local",
         "0.num_batches_tracked": "rank0",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.system.errors import UserError
 from hvdtrain.training import checkpoint
-from hvdtrain.training.checkpoint import Position, load_newest, prune, save
+from hvdtrain.training.checkpoint import Position, prune_checkpoints, read_newest_checkpoint, write_checkpoint
 
 STATE = bytes(range(256)) * 4
 
@@ -33,7 +33,7 @@ def position(step: int) -> Position:
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "checkpoints").mkdir()
     for step in (10, 20):
-        save(tmp_path, position(step), STATE, "mine")
+        write_checkpoint(tmp_path, position(step), STATE, "mine")
     return tmp_path
 
 
@@ -42,21 +42,21 @@ def newest(run_dir: Path) -> Path:
 
 
 def test_what_was_saved_is_loaded(run_dir: Path) -> None:
-    found = load_newest(run_dir, "mine")
+    found = read_newest_checkpoint(run_dir, "mine")
     assert found is not None
-    assert (found.position, found.state, found.damaged) == (position(20), STATE, [])
-    assert load_newest(run_dir / "other", "mine") is None
+    assert (found.position, found.state, found.damage_reports) == (position(20), STATE, [])
+    assert read_newest_checkpoint(run_dir / "other", "mine") is None
 
 
 def test_an_evaluation_that_was_not_finite_is_null_in_json_and_nan_again(run_dir: Path) -> None:
     at = position(30)
     at.eval = {"loss": math.nan, "perplexity": math.inf, "accuracy": 0.5}
-    meta = json.loads((save(run_dir, at, STATE, "mine") / "meta.json").read_text())
+    meta = json.loads((write_checkpoint(run_dir, at, STATE, "mine") / "meta.json").read_text())
     assert meta["position"]["eval"] == {"loss": None, "perplexity": None, "accuracy": 0.5}
-    found = load_newest(run_dir, "mine")
+    found = read_newest_checkpoint(run_dir, "mine")
     assert found is not None
     assert [math.isnan(value) for value in found.position.eval.values()] == [True, True, False]
-    prune(run_dir, 1, ("loss", "min"))
+    prune_checkpoints(run_dir, 1, ("loss", "min"))
     assert (run_dir / "checkpoints" / "best").resolve().name == "step-10"
 
 
@@ -81,13 +81,13 @@ def test_any_change_of_any_byte_is_damage(run_dir: Path, data: st.DataObject) ->
     path.write_bytes(changed)
     try:
         with pytest.raises(UserError) as refused:
-            load_newest(run_dir, "mine")
+            read_newest_checkpoint(run_dir, "mine")
         offer = f"step-10 is whole, to resume from it: rm -r {newest(run_dir)}"
         assert str(refused.value).startswith(f"{newest(run_dir)} ") and str(refused.value).endswith(offer)
         assert "\n" not in str(refused.value)
-        taken = load_newest(run_dir, "mine", unattended=True)
+        taken = read_newest_checkpoint(run_dir, "mine", unattended=True)
         assert taken is not None and taken.position.step == 10
-        assert taken.damaged == [str(refused.value).partition("; step-10")[0]]
+        assert taken.damage_reports == [str(refused.value).partition("; step-10")[0]]
     finally:
         path.write_bytes(whole)
 
@@ -99,7 +99,7 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
         content = json.loads((folder / "meta.json").read_text())
         del content["sha256"]
         change(content)
-        (folder / "meta.json").write_bytes(checkpoint.seal(content))
+        (folder / "meta.json").write_bytes(checkpoint.encode_with_digest(content))
 
     return apply
 
@@ -138,27 +138,27 @@ def test_damage_is_named_in_one_line_with_the_checkpoint_before(
 ) -> None:
     damage(newest(run_dir))
     with pytest.raises(UserError) as refused:
-        load_newest(run_dir, "mine")
+        read_newest_checkpoint(run_dir, "mine")
     assert text in str(refused.value)
     assert str(refused.value).endswith(f"; step-10 is whole, to resume from it: rm -r {newest(run_dir)}")
 
 
 def test_of_several_damaged_ones_all_are_passed_over_or_none_is_left(run_dir: Path) -> None:
-    save(run_dir, position(30), STATE, "mine")
+    write_checkpoint(run_dir, position(30), STATE, "mine")
     for step in (20, 30):
         (run_dir / "checkpoints" / f"step-{step}" / "state").write_bytes(b"")
-    found = load_newest(run_dir, "mine", unattended=True)
+    found = read_newest_checkpoint(run_dir, "mine", unattended=True)
     assert found is not None and found.position.step == 10
-    assert [text.partition(" is damaged")[0][-7:] for text in found.damaged] == ["step-30", "step-20"]
+    assert [text.partition(" is damaged")[0][-7:] for text in found.damage_reports] == ["step-30", "step-20"]
     (run_dir / "checkpoints" / "step-10" / "state").write_bytes(b"")
     with pytest.raises(UserError, match=r"step-30 is damaged: .*; no earlier checkpoint is whole"):
-        load_newest(run_dir, "mine", unattended=True)
+        read_newest_checkpoint(run_dir, "mine", unattended=True)
 
 
 def test_another_recipe_is_refused_also_if_nobody_is_there(run_dir: Path) -> None:
     for unattended in (False, True):
         with pytest.raises(UserError, match="is a checkpoint of recipe 'mine', not of 'other'"):
-            load_newest(run_dir, "other", unattended=unattended)
+            read_newest_checkpoint(run_dir, "other", unattended=unattended)
 
 
 def write_format_1(run_dir: Path, step: int, /, drop: tuple[str, ...] = ("rows",), **changed: Any) -> Path:
@@ -180,11 +180,11 @@ def write_format_1(run_dir: Path, step: int, /, drop: tuple[str, ...] = ("rows",
 
 def test_checkpoints_of_the_first_format_are_loaded(run_dir: Path) -> None:
     write_format_1(run_dir, 30, eval={"loss": math.nan})
-    found = load_newest(run_dir, "mine")
+    found = read_newest_checkpoint(run_dir, "mine")
     assert found is not None
     assert (found.position.step, found.position.rows, math.isnan(found.position.eval["loss"])) == (30, None, True)
     write_format_1(run_dir, 40, drop=("rows", "evaluated", "saved", "examples", "seed"))
-    found = load_newest(run_dir, "mine")
+    found = read_newest_checkpoint(run_dir, "mine")
     assert found is not None and (found.position.step, found.position.examples) == (40, 0)
 
 
@@ -192,14 +192,14 @@ def test_checkpoints_of_the_first_format_are_loaded(run_dir: Path) -> None:
 def test_what_is_wrong_in_the_first_format_is_damage(run_dir: Path, changed: dict[str, Any]) -> None:
     write_format_1(run_dir, 30, **changed)
     with pytest.raises(UserError, match=r"step-30 is damaged: its meta.json has .*; step-20 is whole"):
-        load_newest(run_dir, "mine")
+        read_newest_checkpoint(run_dir, "mine")
 
 
 def test_names_that_are_no_steps_are_not_checkpoints(run_dir: Path) -> None:
     for name in ("step-²", "step-007", "step-", "step--1", "step-1e3", "step-99999999999999999999"):
         shutil.copytree(newest(run_dir), run_dir / "checkpoints" / name)
     (run_dir / "checkpoints" / "step-50").write_text("a file")
-    assert [path.name for path in checkpoint.listed(run_dir)] == ["step-10", "step-20"]
+    assert [path.name for path in checkpoint.list_checkpoints(run_dir)] == ["step-10", "step-20"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ESTALE])
@@ -212,7 +212,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)
         with pytest.raises(OSError):
-            save(run_dir, position(30), STATE, "mine")
+            write_checkpoint(run_dir, position(30), STATE, "mine")
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-10", "step-20"]
 
 
@@ -221,7 +221,7 @@ def test_a_run_that_lost_its_folder_leaves_the_checkpoints_of_the_other(run_dir:
         raise RuntimeError("lost")
 
     with pytest.raises(RuntimeError):
-        save(run_dir, position(20), b"other", "mine", refuse)
-    found = load_newest(run_dir, "mine")
+        write_checkpoint(run_dir, position(20), b"other", "mine", refuse)
+    found = read_newest_checkpoint(run_dir, "mine")
     assert found is not None and found.state == STATE
     assert not list((run_dir / "checkpoints").glob(".*"))

@@ -132,7 +132,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("args", "message"), CASES, ids=[" ".join(Path(a).name for a in args) for args, _ in CASES])
-def test_one_line_and_exit_2(
+def test_user_errors_give_one_line_and_exit_2(
     args: list[str],
     message: str | re.Pattern[str],
     tmp_path: Path,

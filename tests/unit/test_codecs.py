@@ -15,16 +15,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvdtrain.compression.cast import Cast, Fp16
-from hvdtrain.compression.codec import Codec, Key
+from hvdtrain.compression.codec import Codec, RandomKey
 from hvdtrain.compression.int8 import Int8
 from hvdtrain.compression.onebit import OneBit
-from hvdtrain.compression.packing import join, pack_bits, pack_bits_by_torch, split, unpack_bits, unpack_bits_by_torch
-from hvdtrain.compression.powersgd import PowerSgd, orthonormal
+from hvdtrain.compression.packing import (
+    join_scales,
+    pack_bits,
+    pack_bits_by_torch,
+    split_scales,
+    unpack_bits,
+    unpack_bits_by_torch,
+)
+from hvdtrain.compression.powersgd import PowerSgd, orthonormal_basis
 from hvdtrain.compression.qsgd import Qsgd
 from hvdtrain.compression.randomk import RandomK
-from hvdtrain.compression.topk import TopK, largest
+from hvdtrain.compression.topk import TopK, largest_indices
 
-KEY = Key(seed=3, step=5, bucket=2, rank=1)
+KEY = RandomKey(seed=3, step=5, bucket=2, rank=1)
 CPU = torch.device("cpu")
 N = 2048  # whole blocks of every codec
 SHAPES = [(32, 32), (16, 63), (1, 16)]  # N values
@@ -38,7 +45,7 @@ SUMS: list[Codec] = [Fp16(), RandomK(0.1), RandomK(0.1, unbiased=True), RandomK(
 def powersgd(left: bool = True, rank: int = 4, shapes: list[tuple[int, int]] = SHAPES) -> PowerSgd:
     codec = PowerSgd(rank, shapes, KEY, CPU)
     if not left:
-        codec.advance(codec.encode(torch.randn(N, generator=torch.Generator().manual_seed(8)), KEY))
+        codec.update_bases(codec.encode(torch.randn(N, generator=torch.Generator().manual_seed(8)), KEY))
     return codec
 
 
@@ -47,7 +54,7 @@ CODECS = [*EXCHANGES, *GATHERS, *SUMS, powersgd(), powersgd(left=False)]
 
 def name_of(codec: Codec) -> str:
     if isinstance(codec, PowerSgd):
-        return f"PowerSgd(left={codec.left})"
+        return f"PowerSgd(left={codec.sends_left})"
     shown = [str(v) for k, v in vars(codec).items() if k in ("bits", "ratio", "unbiased")]
     return f"{type(codec).__name__}({','.join(shown)})"
 
@@ -65,7 +72,7 @@ def values(seed: int = 0, n: int = N) -> Tensor:
     return torch.randn(n, generator=made) * torch.randn(n, generator=made).exp()
 
 
-def there_and_back(codec: Codec, x: Tensor, key: Key = KEY) -> Tensor:
+def there_and_back(codec: Codec, x: Tensor, key: RandomKey = KEY) -> Tensor:
     return codec.decode(codec.encode(x, key), x.shape[-1], key)
 
 
@@ -85,7 +92,7 @@ def documented_bytes(codec: Codec, n: int) -> int:
         case RandomK():
             return 4 * math.ceil(n / round(1 / codec.ratio))
         case PowerSgd():
-            return 4 * sum(min(4, *shape) * shape[0 if codec.left else 1] for shape in codec.shapes)
+            return 4 * sum(min(4, *shape) * shape[0 if codec.sends_left else 1] for shape in codec.shapes)
     raise AssertionError(codec)
 
 
@@ -138,7 +145,7 @@ def test_randomness_comes_from_the_key_alone(codec: Codec) -> None:
     once = codec.encode(x, KEY)
     codec.decode(once, x.shape[-1], KEY)
     if isinstance(codec, PowerSgd):
-        powersgd(codec.left)
+        powersgd(codec.sends_left)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
@@ -147,10 +154,10 @@ def test_randomness_comes_from_the_key_alone(codec: Codec) -> None:
 
 
 def test_keys_differ_in_every_part() -> None:
-    def drawn(key: Key, shared: bool) -> float:
-        return float(torch.rand((), generator=key.generator(CPU, shared=shared)))
+    def drawn(key: RandomKey, shared: bool) -> float:
+        return float(torch.rand((), generator=key.make_generator(CPU, shared=shared)))
 
-    keys = [Key(*numbers) for numbers in itertools.product(range(3), repeat=4)]
+    keys = [RandomKey(*numbers) for numbers in itertools.product(range(3), repeat=4)]
     assert len({drawn(key, shared=False) for key in keys}) == len(keys)
     assert len({drawn(key, shared=True) for key in keys}) == len(keys) / 3
     assert not {drawn(key, shared=False) for key in keys} & {drawn(key, shared=True) for key in keys}
@@ -159,13 +166,13 @@ def test_keys_differ_in_every_part() -> None:
 # What each codec says it does, said again in numpy, one value after the other.
 
 
-def test_casts() -> None:
+def test_casts_round_as_numpy_and_torch_do() -> None:
     x = values()
     assert torch.equal(there_and_back(Fp16(), x), torch.from_numpy(x.numpy().astype(np.float16).astype(np.float32)))
     assert torch.equal(there_and_back(BRAIN, x[None]), x[None].bfloat16().float())
 
 
-def test_int8() -> None:
+def test_int8_rounds_by_the_largest_value_of_each_block() -> None:
     x = values()
     expected = []
     for block in x.view(-1, 512).tolist():
@@ -174,7 +181,7 @@ def test_int8() -> None:
     torch.testing.assert_close(there_and_back(Int8(), x[None])[0], torch.tensor(expected), rtol=1e-5, atol=0)
 
 
-def test_onebit() -> None:
+def test_onebit_keeps_signs_and_the_mean_magnitude_of_each_block() -> None:
     x = values()
     x[7] = 0
     expected = []
@@ -198,7 +205,7 @@ def test_qsgd_rounds_to_a_neighbour(bits: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 5, 1000, 2**15, 2**15 + 1, 2**16 + 3])
 @pytest.mark.parametrize("ratio", [0.001, 0.01, 0.5, 1.0])
-def test_topk(n: int, ratio: float) -> None:
+def test_topk_keeps_the_largest_values(n: int, ratio: float) -> None:
     x = values(n=n)
     got = there_and_back(TopK(ratio), x)
     k = math.ceil(ratio * n)
@@ -214,14 +221,16 @@ def test_randomk_sends_one_of_each_group(n: int, ratio: float) -> None:
     x = values(n=n).abs() + 1
     seen = torch.zeros(n)
     for step in range(40 * group):
-        key = Key(0, step, 0, 1)
+        key = RandomKey(0, step, 0, 1)
         got = there_and_back(RandomK(ratio), x, key)
         assert torch.equal(got[got != 0], x[got != 0])
         counts = [(part != 0).sum().item() for part in got.split(group)]
         assert counts[:-1] == [1] * (len(counts) - 1)
         assert counts[-1] == 1 or (counts[-1] == 0 and n % group)
         assert torch.equal(there_and_back(RandomK(ratio, unbiased=True), x, key), got * group)
-        assert torch.equal(there_and_back(RandomK(ratio), x, Key(0, step, 0, 0)), got), "all ranks, the same places"
+        assert torch.equal(there_and_back(RandomK(ratio), x, RandomKey(0, step, 0, 0)), got), (
+            "all ranks, the same places"
+        )
         seen += got != 0
     assert seen.min() > 0
 
@@ -231,10 +240,10 @@ def test_powersgd_projects_in_turns() -> None:
     key = KEY
     for step in range(4):
         x = values(step)
-        bases = [basis.double().numpy() for basis in codec.basis]
+        bases = [basis.double().numpy() for basis in codec.bases]
         got = there_and_back(codec, x, key)
         for part, matrix, basis, (n, m) in zip(
-            got.split([n * m for n, m in SHAPES]), codec.matrices(x), bases, SHAPES, strict=True
+            got.split([n * m for n, m in SHAPES]), codec.split_matrices(x), bases, SHAPES, strict=True
         ):
             exact = matrix.double().numpy()
             r = min(4, n, m)
@@ -243,9 +252,9 @@ def test_powersgd_projects_in_turns() -> None:
             expected = exact @ basis @ basis.T if step % 2 == 0 else basis @ basis.T @ exact
             np.testing.assert_allclose(part.view(n, m).numpy(), expected, atol=1e-4)
         sent = codec.encode(x, key)
-        factors = [f.double().numpy() for f in codec.factors(sent)]
-        codec.advance(sent)
-        for factor, basis in zip(factors, codec.basis, strict=True):
+        factors = [f.double().numpy() for f in codec.unpack_factors(sent)]
+        codec.update_bases(sent)
+        for factor, basis in zip(factors, codec.bases, strict=True):
             # The basis spans what was sent.
             np.testing.assert_allclose(basis.numpy() @ (basis.numpy().T @ factor), factor, atol=1e-4)
 
@@ -253,15 +262,15 @@ def test_powersgd_projects_in_turns() -> None:
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("block", [1, 100, 1 << 18])
 def test_powersgd_takes_in_blocks_what_it_encodes(block: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvdtrain.compression.powersgd.BLOCK", block)
+    monkeypatch.setattr("hvdtrain.compression.powersgd.BLOCK_VALUES", block)
     codec = powersgd(left)
     residual, gradient, rest = values(3), values(4), torch.full((N,), math.nan)
-    parts = zip(*(codec.matrices(flat) for flat in (rest, residual, gradient)), strict=True)
+    parts = zip(*(codec.split_matrices(flat) for flat in (rest, residual, gradient)), strict=True)
     for number, matrices in reversed(list(enumerate(parts))):  # in any order
-        codec.take(number, *matrices)
+        codec.encode_fused(number, *matrices)
     x = residual + gradient
     sent = codec.encode(x, KEY)
-    torch.testing.assert_close(codec.taken(), sent, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(codec.pop_fused_payload(), sent, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rest, x - codec.decode(sent, N, KEY), rtol=1e-5, atol=1e-5)
 
 
@@ -270,7 +279,7 @@ def test_powersgd_finds_a_matrix_of_its_rank() -> None:
     made = torch.Generator().manual_seed(0)
     x = (torch.randn(30, 3, generator=made) @ torch.randn(3, 20, generator=made)).flatten()
     codec = PowerSgd(3, [(30, 20)], KEY, CPU)
-    codec.advance(codec.encode(x, KEY))
+    codec.update_bases(codec.encode(x, KEY))
     torch.testing.assert_close(there_and_back(codec, x), x, rtol=1e-4, atol=1e-4)
 
 
@@ -278,15 +287,15 @@ def test_powersgd_bases_survive_zeros_and_equal_columns() -> None:
     for x in (torch.zeros(N), torch.ones(N)):
         codec = powersgd()
         for _ in range(3):
-            codec.advance(codec.encode(x, KEY))
-            for basis in codec.basis:
+            codec.update_bases(codec.encode(x, KEY))
+            for basis in codec.bases:
                 torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
 
 
-def test_sums_decode_linearly() -> None:
+def test_decoding_a_sum_equals_the_sum_of_decoded_payloads() -> None:
     for codec in (RandomK(0.1), RandomK(0.1, unbiased=True), powersgd(), powersgd(left=False), Fp16()):
         parts = [values(seed) for seed in range(3)]
-        keys = [Key(3, 5, 2, rank) for rank in range(3)]
+        keys = [RandomKey(3, 5, 2, rank) for rank in range(3)]
         total = sum(codec.encode(x, key) for x, key in zip(parts, keys, strict=True))
         apart = sum(codec.decode(codec.encode(x, key), N, key) for x, key in zip(parts, keys, strict=True))
         tolerance = 2e-2 if isinstance(codec, Fp16) else 1e-4
@@ -305,10 +314,14 @@ def test_sums_decode_linearly() -> None:
     ],
     ids=lambda value: name_of(value) if not callable(value) else "",
 )
-def test_unbiased(codec: Codec, variance: Callable[[Tensor], Tensor]) -> None:
+def test_stochastic_codecs_are_unbiased_with_bounded_variance(
+    codec: Codec, variance: Callable[[Tensor], Tensor]
+) -> None:
     n, trials = 512, 3000
     x = values(n=n)
-    drawn = torch.stack([there_and_back(codec, shaped(codec, x, 1), Key(1, t, 0, 0)).flatten() for t in range(trials)])
+    drawn = torch.stack(
+        [there_and_back(codec, shaped(codec, x, 1), RandomKey(1, t, 0, 0)).flatten() for t in range(trials)]
+    )
     bound = variance(x).expand(n).double()
     z = (drawn.double().mean(0) - x) / (bound / trials).sqrt()
     assert z.abs().max() < 5.5
@@ -321,7 +334,7 @@ def test_unbiased(codec: Codec, variance: Callable[[Tensor], Tensor]) -> None:
 def test_qsgd_is_not_biased_by_chance_at_a_rank_or_step(bits: int) -> None:
     """The same x at two ranks is rounded independently: the error of the sum has twice the variance, not four times."""
     x = values()[None]
-    first, second = (there_and_back(Qsgd(bits), x, Key(0, 0, 0, rank)) - x for rank in (0, 1))
+    first, second = (there_and_back(Qsgd(bits), x, RandomKey(0, 0, 0, rank)) - x for rank in (0, 1))
     cosine = float((first * second).sum() / first.norm() / second.norm())
     assert abs(cosine) < 5 / math.sqrt(N)
 
@@ -345,7 +358,9 @@ CONTRACTIONS: list[tuple[Codec, Callable[[Tensor], float]]] = [
 @example(pattern=[0.0], scale=1.0)
 @example(pattern=[1.0, 0.0], scale=1.0)
 @settings(max_examples=60, deadline=None)
-def test_contraction(codec: Codec, delta: Callable[[Tensor], float], pattern: list[float], scale: float) -> None:
+def test_codec_error_is_within_its_contraction_bound(
+    codec: Codec, delta: Callable[[Tensor], float], pattern: list[float], scale: float
+) -> None:
     flat = torch.tensor(pattern * (N // len(pattern) + 1))[:N] * scale
     x = shaped(codec, flat)
     error = (there_and_back(codec, x).double() - x).flatten()
@@ -366,18 +381,18 @@ def test_powersgd_keeps_its_share_of_noise() -> None:
     [TopK(1.0), RandomK(1.0), RandomK(1.0, unbiased=True), powersgd()],
     ids=name_of,
 )
-def test_lossless_limit(codec: Codec) -> None:
+def test_codecs_at_their_limit_are_lossless(codec: Codec) -> None:
     x = values()
     if isinstance(codec, PowerSgd):
         square = PowerSgd(100, [(32, 32), (31, 31), (63, 1)], KEY, CPU)
         for _ in range(3):
             torch.testing.assert_close(there_and_back(square, x), x, rtol=1e-4, atol=1e-4)
-            square.advance(square.encode(x, KEY))
+            square.update_bases(square.encode(x, KEY))
     else:
         assert torch.equal(there_and_back(codec, x), x)
 
 
-def test_casts_are_lossless_on_what_they_can_say() -> None:
+def test_casts_are_lossless_on_representable_values() -> None:
     for codec, dtype in ((Fp16(), torch.float16), (HALF, torch.float16), (BRAIN, torch.bfloat16)):
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
         x = shaped(codec, every[every.isfinite()].float(), 1)
@@ -389,13 +404,13 @@ def test_casts_are_lossless_on_what_they_can_say() -> None:
 
 
 @all_codecs
-def test_zeros_are_zeros(codec: Codec) -> None:
+def test_zeros_decode_to_zeros(codec: Codec) -> None:
     assert not there_and_back(codec, shaped(codec, torch.zeros(N))).any()
 
 
 @all_codecs
 @pytest.mark.parametrize("place", [0, 700, N - 1])
-def test_one_value(codec: Codec, place: int) -> None:
+def test_a_single_nonzero_value_is_decoded_in_its_place(codec: Codec, place: int) -> None:
     x = torch.zeros(N)
     x[place] = -3.0
     got = there_and_back(codec, shaped(codec, x)).flatten()
@@ -433,7 +448,7 @@ def test_tiny_and_huge_values(codec: Codec, size: float) -> None:
 
 @pytest.mark.parametrize("codec", [*EXCHANGES, *GATHERS, Fp16()], ids=name_of)
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_decodes_to_what_is_not(codec: Codec, wrong: float) -> None:
+def test_nonfinite_values_decode_to_nonfinite(codec: Codec, wrong: float) -> None:
     for place in (0, 1, 511, 512, 1023, 1024, N - 1):
         for flat in (values(), torch.zeros(N), torch.full((N,), 1e30)):
             flat[place] = wrong
@@ -441,9 +456,9 @@ def test_what_is_not_finite_decodes_to_what_is_not(codec: Codec, wrong: float) -
             assert not got[place].isfinite()
 
 
-def test_largest_of_few() -> None:
-    assert largest(torch.tensor([1.0, -3.0, 2.0]), 2).tolist() == [1, 2]
-    assert largest(torch.tensor([0.0]), 1).tolist() == [0]
+def test_largest_returns_sorted_indices_of_short_tensors() -> None:
+    assert largest_indices(torch.tensor([1.0, -3.0, 2.0]), 2).tolist() == [1, 2]
+    assert largest_indices(torch.tensor([0.0]), 1).tolist() == [0]
 
 
 def cases_for_largest() -> Iterator[tuple[str, Tensor]]:
@@ -470,7 +485,7 @@ def cases_for_largest() -> Iterator[tuple[str, Tensor]]:
 def test_largest_is_topk() -> None:
     for name, x in cases_for_largest():
         for k in {1, 7, len(x) // 100, len(x) // 4, len(x) // 2, len(x)} - {0}:
-            places = largest(x, k)
+            places = largest_indices(x, k)
             assert places.dtype == torch.int64
             assert len(places) == k == len(places.unique()), name
             got = x[places].abs().sort().values
@@ -482,7 +497,7 @@ def test_largest_is_topk() -> None:
 
 
 @given(rows=st.integers(1, 4), count=st.integers(1, 40), seed=st.integers(0, 99))
-def test_bits(rows: int, count: int, seed: int) -> None:
+def test_packed_bits_are_unpacked_unchanged(rows: int, count: int, seed: int) -> None:
     bits = torch.rand(rows, 8 * count, generator=torch.Generator().manual_seed(seed)) < 0.5
     packed = pack_bits(bits)
     assert packed.tolist() == [
@@ -499,15 +514,15 @@ def test_bits(rows: int, count: int, seed: int) -> None:
 @given(rows=st.integers(1, 3), count=st.integers(1, 9), scales=st.integers(1, 5))
 def test_join_and_split(rows: int, count: int, scales: int) -> None:
     parts = torch.arange(rows * count).view(rows, count).to(torch.uint8), torch.rand(rows, scales)
-    joined = join(*parts)
+    joined = join_scales(*parts)
     assert joined.shape == (rows, count + 4 * scales)
-    again = split(joined, count, scales)
+    again = split_scales(joined, count, scales)
     assert torch.equal(again[0], parts[0])
     assert torch.equal(again[1], parts[1])
 
 
 def test_orthonormal_spans_its_columns() -> None:
     made = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    basis = orthonormal(made)
+    basis = orthonormal_basis(made)
     torch.testing.assert_close(basis @ (basis.T @ made), made)
     assert basis.T.is_contiguous()

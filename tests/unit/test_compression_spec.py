@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain.compression.codec import Key
-from hvdtrain.compression.spec import DEFAULTS, METHODS, Spec, make_codec, parse
+from hvdtrain.compression.codec import RandomKey
+from hvdtrain.compression.spec import DEFAULT_ARGUMENTS, METHODS, Spec, make_codec, parse_compression
 from hvdtrain.system.errors import UserError
 
-KEY = Key(0, 0, 0, 0)
+KEY = RandomKey(0, 0, 0, 0)
 CPU = torch.device("cpu")
 
 
@@ -45,8 +45,8 @@ CPU = torch.device("cpu")
         ("int8,layer.x=none", Spec("int8,layer.x=none", "int8", "", layers={"x": "none"})),
     ],
 )
-def test_meaning(text: str, expected: Spec) -> None:
-    assert parse(text) == expected
+def test_compression_text_is_parsed_to_its_spec(text: str, expected: Spec) -> None:
+    assert parse_compression(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_meaning(text: str, expected: Spec) -> None:
         ("int8,layer.fc=4", "int8 takes no argument"),
     ],
 )
-def test_mistakes(text: str, problem: str) -> None:
+def test_invalid_compression_text_is_refused_with_its_problem(text: str, problem: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse(text)
+        parse_compression(text)
     assert str(caught.value) == f"compression {text!r}: {problem}"
 
 
@@ -100,41 +100,41 @@ PIECES = ["topk", "powersgd", ":", ",", "=", "warmup", "layer.a", "0", "1", "-1"
 @given(st.text(max_size=30) | st.lists(st.sampled_from(PIECES)))
 def test_any_text_is_parsed_or_a_users_mistake(text: str | list[str]) -> None:
     try:
-        parse("".join(text))
+        parse_compression("".join(text))
     except UserError as error:
         assert str(error).startswith("compression ")
 
 
 def test_which_parameters_are_compressed() -> None:
-    spec = parse("powersgd:4,min=100,layer.head=2,layer.head.out=none,layer.norm=1")
+    spec = parse_compression("powersgd:4,min=100,layer.head=2,layer.head.out=none,layer.norm=1")
     assert spec.argument_for("body.weight", 100, 2) == "4"
     assert spec.argument_for("body.weight", 99, 2) is None
     assert spec.argument_for("body.bias", 1000, 1) is None
     assert spec.argument_for("head.weight", 10, 2) == "2"
     assert spec.argument_for("head.out.weight", 1000, 2) is None
     assert spec.argument_for("norm.bias", 10, 1) == "1"
-    assert parse("none").argument_for("body.weight", 10**6, 2) is None
+    assert parse_compression("none").argument_for("body.weight", 10**6, 2) is None
     # Nothing to send: no codec has to cope with it.
-    assert parse("int8,min=0").argument_for("empty", 0, 2) is None
-    assert parse("powersgd,layer.empty=2").argument_for("empty", 0, 2) is None
+    assert parse_compression("int8,min=0").argument_for("empty", 0, 2) is None
+    assert parse_compression("powersgd,layer.empty=2").argument_for("empty", 0, 2) is None
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("none", "auto")])
 def test_every_method_has_its_codec(method: str) -> None:
-    spec = parse(method)
+    spec = parse_compression(method)
     codec = make_codec(spec, spec.argument, [(8, 4)], KEY, CPU)
     assert type(codec).__name__.lower() == {"fp16": "cast", "bf16": "cast"}.get(method, method)
     assert codec.feedback == (method not in ("fp16", "bf16", "qsgd", "randomk"))
-    assert spec.argument == DEFAULTS.get(method, "")
+    assert spec.argument == DEFAULT_ARGUMENTS.get(method, "")
 
 
 def test_arguments_reach_the_codec() -> None:
     def made(text: str) -> object:
-        return make_codec(parse(text), parse(text).argument, [(8, 4), (2, 6)], KEY, CPU)
+        return make_codec(parse_compression(text), parse_compression(text).argument, [(8, 4), (2, 6)], KEY, CPU)
 
     assert made("qsgd:8bit").bits == 8
     assert made("topk:0.5").ratio == made("randomk:0.5").ratio == 0.5
-    assert made("powersgd:3").ranks == [3, 2]
+    assert made("powersgd:3").matrix_ranks == [3, 2]
     # What is not kept for later must be right in the mean.
     assert made("randomk").unbiased and made("randomk,feedback=off").unbiased
     assert not made("randomk,feedback=on").unbiased

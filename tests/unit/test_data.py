@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 
-from hvdtrain.torch.loader import wait_until_others_sleep
+from hvdtrain.torch.loader import wait_for_idle_threads
 
 
 def test_a_process_is_forked_while_its_other_threads_sleep() -> None:
@@ -16,17 +16,17 @@ def test_a_process_is_forked_while_its_other_threads_sleep() -> None:
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000)  # about a second, without Python's lock
         ended.append(time.monotonic())
 
-    wait_until_others_sleep()
+    wait_for_idle_threads()
     thread = threading.Thread(target=work)
     thread.start()
     time.sleep(0.2)
-    wait_until_others_sleep(60)
+    wait_for_idle_threads(60)
     assert ended
     thread.join()
     # One that works on and on holds up nobody for long.
     thread = threading.Thread(target=work)
     begin = time.monotonic()
     thread.start()
-    wait_until_others_sleep(0.1)
+    wait_for_idle_threads(0.1)
     assert time.monotonic() - begin < 60
     thread.join()

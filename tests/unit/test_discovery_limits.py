@@ -41,8 +41,8 @@ def test_an_answer_beyond_all_limits_is_none(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HVDTRAIN_DISCOVERY_SECONDS", "30")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(discover.NoAnswer, match=why):
-        discover.ask(script(tmp_path, text))
+    with pytest.raises(discover.DiscoveryError, match=why):
+        discover.run_discovery_script(script(tmp_path, text))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
     if (tmp_path / "pid").exists():
         until = time.monotonic() + 20
@@ -54,8 +54,8 @@ def test_an_answer_beyond_all_limits_is_none(
 
 @pytest.mark.parametrize("path", ["/no/such/script", "a\0b"])
 def test_a_script_that_cannot_be_run_is_no_answer(path: str) -> None:
-    with pytest.raises(discover.NoAnswer, match=r"^cannot be run: "):
-        discover.ask(path)
+    with pytest.raises(discover.DiscoveryError, match=r"^cannot be run: "):
+        discover.run_discovery_script(path)
 
 
 def test_whatever_fails_the_last_good_answer_stands(
@@ -63,7 +63,7 @@ def test_whatever_fails_the_last_good_answer_stands(
 ) -> None:
     state = tmp_path / "state"
     assert discover.main(state, script(tmp_path, "echo a:2")) == 0
-    monkeypatch.setattr(discover, "parse_answer", lambda said: 1 // 0)
+    monkeypatch.setattr(discover, "parse_script_output", lambda said: 1 // 0)
     assert discover.main(state, script(tmp_path, "echo b:2")) == 0
     out, err = capsys.readouterr()
     assert out == "a:2\na:2\n" and "failed: ZeroDivisionError" in err and "its last good answer stands" in err

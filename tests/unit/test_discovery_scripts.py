@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.preemption.membership_folder import Draining, Member, write_draining, write_member
+from hvdtrain.preemption.membership_folder import DrainNotice, HostRecord, write_drain_notice, write_host_record
 from tests.unit.http_server import serving
 
 SCRIPTS = Path(__file__).parents[2] / "cluster" / "discovery"
@@ -50,10 +50,10 @@ class Folder:
     def beat(self, *hosts: str, boot: str = "boot1", slots: int = 2) -> None:
         self.count += 1
         for host in hosts:
-            write_member(self.path, Member(host, slots, boot, 1, 1.0, self.count, "live"))
+            write_host_record(self.path, HostRecord(host, slots, boot, 1, 1.0, self.count, "live"))
 
     def drain(self, host: str, boot: str = "boot1") -> None:
-        write_draining(self.path, Draining(host, boot, 1.0, 1.0, "aws", "test"))
+        write_drain_notice(self.path, DrainNotice(host, boot, 1.0, 1.0, "aws", "test"))
 
     def ask(self, *options: object, settle: float = 0, **environ: str) -> tuple[int, str, str]:
         state = [] if environ else ["--state", self.path.with_name("state")]
@@ -317,7 +317,7 @@ def test_slurm_nodes_of_running_tasks(tmp_path: Path, options: list[str], expect
         ([], "not within a Slurm job (SLURM_JOB_NODELIST is not set); give --job or --name"),
     ],
 )
-def test_slurm_failures(tmp_path: Path, options: list[str], error: str) -> None:
+def test_slurm_script_exits_1_and_names_the_failure(tmp_path: Path, options: list[str], error: str) -> None:
     code, _, said = slurm(tmp_path, *options)
     assert code == 1
     assert said.startswith(f"slurm.py: {error}")
@@ -408,7 +408,7 @@ def test_kubernetes_pods_that_are_ready_and_stay() -> None:
         assert kubernetes(url) == (0, "", "")
 
 
-def test_kubernetes_failures() -> None:
+def test_kubernetes_script_names_bad_pods_answers_and_connections() -> None:
     api = Api([pod("v6", "fd00::1")])
     with serving(api) as url:
         assert kubernetes(url)[2] == (

@@ -14,15 +14,22 @@ from typing import Any
 import pytest
 
 from hvdtrain.doctor import ask, preflight
-from hvdtrain.doctor.ask import Answer
-from hvdtrain.doctor.facts import Facts, Wanted, disk, gather, way_back
-from hvdtrain.doctor.findings import Finding, of_host, of_hosts, size
-from hvdtrain.doctor.judge import judge, odd_ways
-from hvdtrain.doctor.measure import Measured, Pair, Way, more_pairs, pairs_of, rounds
-from hvdtrain.doctor.meeting import Meeting
-from hvdtrain.doctor.nics import routes
-from hvdtrain.doctor.peer import COMMANDS, attend, rate
-from hvdtrain.doctor.report import describe, verdict
+from hvdtrain.doctor.ask import HostReply
+from hvdtrain.doctor.facts import Facts, FactsRequest, connect_back_error, gather_disk_facts, gather_facts
+from hvdtrain.doctor.findings import DoctorFinding, diagnose_host, diagnose_hosts, format_bytes
+from hvdtrain.doctor.judge import diagnose_network, outlier_links
+from hvdtrain.doctor.measure import (
+    LinkMeasurement,
+    NetworkMeasurements,
+    Pair,
+    choose_extra_pairs,
+    choose_pairs,
+    schedule_rounds,
+)
+from hvdtrain.doctor.meeting import Coordinator
+from hvdtrain.doctor.nics import parse_routes
+from hvdtrain.doctor.peer import WORKER_COMMANDS, compute_rate, run_worker
+from hvdtrain.doctor.report import describe_host, format_verdict
 from hvdtrain.system.errors import RunError, UserError
 from tests.ranks.harness import ROOT
 
@@ -30,20 +37,20 @@ from tests.ranks.harness import ROOT
 @pytest.fixture(scope="module")
 def facts() -> Facts:
     """This host's, with what may be wrong with it put right."""
-    return gather(Wanted()) | {"own name": ["10.0.0.7"], "load": 0.1, "memory free": 1 << 34}
+    return gather_facts(FactsRequest()) | {"own name": ["10.0.0.7"], "load": 0.1, "memory free": 1 << 34}
 
 
-def texts(found: list[Finding]) -> list[str]:
+def texts(found: list[DoctorFinding]) -> list[str]:
     return [str(finding) for finding in found]
 
 
 def test_facts_come_quickly_without_torch_and_can_be_told() -> None:
     code = (
-        "import sys, time, json; from hvdtrain.doctor.facts import Wanted, gather\n"
+        "import sys, time, json; from hvdtrain.doctor.facts import FactsRequest, gather_facts\n"
         "tries = []\n"
         "for _ in range(4):\n"
         "    begin = time.perf_counter()\n"
-        "    facts = gather(Wanted(('runs',)))\n"
+        "    facts = gather_facts(FactsRequest(('runs',)))\n"
         "    tries.append(time.perf_counter() - begin)\n"
         "assert not {'torch', 'horovod', 'rich'} & set(sys.modules)\n"
         "print(min(tries)); print(json.dumps(facts))\n"
@@ -55,10 +62,10 @@ def test_facts_come_quickly_without_torch_and_can_be_told() -> None:
     assert facts["hostname"] == socket.gethostname() and facts["executable"] == sys.executable
     assert facts["torch"] and facts["wheel"].startswith("horovod0.28.1-torch")
     assert facts["cores"] and facts["memory"] > facts["memory free"] > 0 and "lo" in facts["interfaces"]
-    assert describe(facts).startswith(f"host        {facts['hostname']} (")
+    assert describe_host(facts).startswith(f"host        {facts['hostname']} (")
 
 
-def test_doctor_alone(tmp_path: Path) -> None:
+def test_doctor_without_hosts_reports_the_same_in_text_and_json(tmp_path: Path) -> None:
     """Whatever this machine has, the report holds together, and --json says the same."""
     command = [sys.executable, "-m", "hvdtrain", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -72,8 +79,8 @@ def test_doctor_alone(tmp_path: Path) -> None:
 
 
 def test_a_healthy_host_is_all_fine(facts: Facts) -> None:
-    assert of_host(facts) == [] and verdict([]) == "all fine"
-    assert of_hosts([Answer("h0", facts), Answer("h1", facts | {"hostname": "h1"})], "lo") == []
+    assert diagnose_host(facts) == [] and format_verdict([]) == "all fine"
+    assert diagnose_hosts([HostReply("h0", facts), HostReply("h1", facts | {"hostname": "h1"})], "lo") == []
 
 
 NOTHING = {"free": 1 << 40, "total": 1 << 41, "wrong": None}
@@ -100,33 +107,39 @@ NOTHING = {"free": 1 << 40, "total": 1 << 41, "wrong": None}
     ],
 )
 def test_what_is_wrong_with_one_host_is_told(facts: Facts, changed: dict[str, Any], expected: str) -> None:
-    found = of_host(facts | changed)
+    found = diagnose_host(facts | changed)
     assert len(found) == 1, found
-    assert verdict(found).startswith(expected)
+    assert format_verdict(found).startswith(expected)
 
 
 def test_the_odd_host_is_named(facts: Facts) -> None:
     other = facts | {"torch": "2.9.0+cu128", "horovod wrong": "Horovod is built for another torch"}
-    well, odd = [Answer(f"h{number}", facts | {"torch": "2.14.1+cu130"}) for number in range(4)], Answer("h7", other)
+    well, odd = (
+        [HostReply(f"h{number}", facts | {"torch": "2.14.1+cu130"}) for number in range(4)],
+        HostReply("h7", other),
+    )
     expected = "host h7: torch 2.9.0, the other 4 have 2.14.1"
-    assert texts(of_hosts([*well, odd])) == texts(of_hosts([odd, *well])) == [expected]
+    assert texts(diagnose_hosts([*well, odd])) == texts(diagnose_hosts([odd, *well])) == [expected]
     # Of two hosts nobody knows which is right: the first one counts.
-    assert texts(of_hosts([well[0], odd])) == ["host h7: torch 2.9.0, h0 has 2.14.1"]
+    assert texts(diagnose_hosts([well[0], odd])) == ["host h7: torch 2.9.0, h0 has 2.14.1"]
     # A patch of Python makes no difference, a wheel does; one finding for one host.
-    same, wheel = Answer("h8", facts | {"python": "3.11.99"}), Answer("h9", facts | {"wheel": "w", "mpi": "MPICH 4"})
+    same, wheel = (
+        HostReply("h8", facts | {"python": "3.11.99"}),
+        HostReply("h9", facts | {"wheel": "w", "mpi": "MPICH 4"}),
+    )
     python = {"python": "3.11.1"}
-    found = of_hosts([Answer("h0", facts | python), Answer("h1", facts | python), same, wheel])
+    found = diagnose_hosts([HostReply("h0", facts | python), HostReply("h1", facts | python), same, wheel])
     assert [finding.where for finding in found if "Python" not in finding.text] == ["host h9"]
     assert "MPICH 4, the other 3 have" in found[0].text
 
 
 def test_the_worst_comes_first(facts: Facts) -> None:
-    found = of_hosts(
+    found = diagnose_hosts(
         [
-            Answer("h0", facts, clock=-3.5),
-            Answer("h1", facts | {"way back": "no answer within 3 s"}),
-            Answer("h2", facts | {"own name": ["127.0.1.1"], "hostname": "h2"}),
-            Answer("h3", wrong="cannot be reached: No route to host"),
+            HostReply("h0", facts, clock_offset=-3.5),
+            HostReply("h1", facts | {"way back": "no answer within 3 s"}),
+            HostReply("h2", facts | {"own name": ["127.0.1.1"], "hostname": "h2"}),
+            HostReply("h3", error="cannot be reached: No route to host"),
         ],
         "lo",
     )
@@ -137,15 +150,17 @@ def test_the_worst_comes_first(facts: Facts) -> None:
         "host h2: its own name h2 is 127.0.1.1 there: give it its network address in /etc/hosts",
     ]
     assert [finding.bad for finding in found] == [True, True, False, False]
-    assert verdict(found[2:]).startswith("warning: host h0: its clock")
+    assert format_verdict(found[2:]).startswith("warning: host h0: its clock")
 
 
 def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for ahead, expected in ((0.0, 0.0), (100.0, 100.0), (-100.0, -100.0)):
-        text = f"{ask.parse.__module__}: motd\n##hvdtrain-facts {json.dumps({'time': time.time() + ahead})}\nbye\n"
+        text = (
+            f"{ask.parse_facts.__module__}: motd\n##hvdtrain-facts {json.dumps({'time': time.time() + ahead})}\nbye\n"
+        )
         with subprocess.Popen(["true"]) as ssh:
-            answer = ask.understand(ask.Question("h1", ssh, time.time() - 0.5, bytearray(text.encode())))  # type: ignore[arg-type]
-        assert answer.clock == pytest.approx(expected, abs=0.6)
+            answer = ask.parse_reply(ask.Query("h1", ssh, time.time() - 0.5, bytearray(text.encode())))  # type: ignore[arg-type]
+        assert answer.clock_offset == pytest.approx(expected, abs=0.6)
 
 
 @pytest.mark.parametrize(
@@ -160,57 +175,61 @@ def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.Mon
         (127, "sh: 1: no\n", "cannot run "),
         (1, "python: No module named hvdtrain.doctor.facts\n", "has no hvdtrain in "),
         (1, "(ModuleNotFoundError: No module named 'hvdtrain')\n", "has no hvdtrain in "),
-        (1, "ImportError: cannot import name 'Wanted' from 'hvdtrain.doctor.facts' (x.py)\n", "has no hvdtrain in "),
+        (
+            1,
+            "ImportError: cannot import name 'FactsRequest' from 'hvdtrain.doctor.facts' (x.py)\n",
+            "has no hvdtrain in ",
+        ),
         (93, "", f"has no folder {Path.cwd()}, which the ranks start in"),
     ],
 )
-def test_what_ssh_says_is_understood(code: int, said: str, expected: str) -> None:
-    assert ask.why(code, said).startswith(expected)
+def test_ssh_errors_are_explained(code: int, said: str, expected: str) -> None:
+    assert ask.explain_failure(code, said).startswith(expected)
 
 
 def test_preflight_leaves_this_host_alone_and_knows_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "start", None)
-    preflight.preflight(["localhost", socket.gethostname()], nic="lo")
+    monkeypatch.setattr(ask, "start_query", None)
+    preflight.check_hosts(["localhost", socket.gethostname()], nic="lo")
     with pytest.raises(UserError, match="has no network interface 'nic9' with an IPv4 address"):
-        preflight.preflight(["h-nowhere"], nic="nic9")
-    assert preflight.run_folder(["bench", "step"]) == []
-    assert preflight.run_folder(["train", "digits"]) == ["runs"]
-    assert preflight.run_folder(["train", "digits", "--run-dir", "a", "--lr", "1"]) == ["a"]
-    assert preflight.run_folder(["train", "digits", "--run-dir=b"]) == ["b"]
+        preflight.check_hosts(["h-nowhere"], nic="nic9")
+    assert preflight.parse_run_dir(["bench", "step"]) == []
+    assert preflight.parse_run_dir(["train", "digits"]) == ["runs"]
+    assert preflight.parse_run_dir(["train", "digits", "--run-dir", "a", "--lr", "1"]) == ["a"]
+    assert preflight.parse_run_dir(["train", "digits", "--run-dir=b"]) == ["b"]
 
 
 def test_preflight_names_a_host_that_does_not_resolve() -> None:
     with pytest.raises(RunError, match=r"^host nowhere\.invalid: cannot be reached: \S.*$"):
-        preflight.preflight(["localhost", "nowhere.invalid"])
+        preflight.check_hosts(["localhost", "nowhere.invalid"])
 
 
-def test_small_things(tmp_path: Path) -> None:
-    sizes = [size(count) for count in (0, 1000, 1023 << 10, 64 << 20, 3 << 40)]
+def test_sizes_routes_disks_and_connections_are_described(tmp_path: Path) -> None:
+    sizes = [format_bytes(count) for count in (0, 1000, 1023 << 10, 64 << 20, 3 << 40)]
     assert sizes == ["0 B", "1000 B", "1023 KiB", "64 MiB", "3 TiB"]
     lines = ["Iface ...", "eth0 00000000 010200C0 3 0 0 0 00000000 0", "eth0 000200C0 00000000 1 0 0 0 00FFFFFF 0"]
     if sys.byteorder == "little":
-        assert routes("\n".join(lines)) == ["default via 192.0.2.1 dev eth0", "192.0.2.0/24 dev eth0"]
-    assert disk(tmp_path / "not" / "there") == disk(tmp_path)
+        assert parse_routes("\n".join(lines)) == ["default via 192.0.2.1 dev eth0", "192.0.2.0/24 dev eth0"]
+    assert gather_disk_facts(tmp_path / "not" / "there") == gather_disk_facts(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert way_back(*server.getsockname()) is None
+        assert connect_back_error(*server.getsockname()) is None
         port = server.getsockname()[1]
-    assert way_back("127.0.0.1", port) == "Connection refused"
+    assert connect_back_error("127.0.0.1", port) == "Connection refused"
 
 
 NAMES = [f"h{number}" for number in range(9)]
 
 
-def ways(hosts: int, changed: dict[Pair, Way]) -> dict[Pair, Way]:
+def ways(hosts: int, changed: dict[Pair, LinkMeasurement]) -> dict[Pair, LinkMeasurement]:
     """All ways of some hosts at about 1 Gbit/s; those changed given one way round or both."""
     pairs = [(one, other) for one in range(hosts) for other in range(hosts) if one != other]
-    return {pair: changed.get(pair, Way(1e-4, 9.3e8 - 1e7 * sum(pair))) for pair in pairs}
+    return {pair: changed.get(pair, LinkMeasurement(1e-4, 9.3e8 - 1e7 * sum(pair))) for pair in pairs}
 
 
-def both(*pairs: Pair, way: Way) -> dict[Pair, Way]:
+def both(*pairs: Pair, way: LinkMeasurement) -> dict[Pair, LinkMeasurement]:
     return {ends: way for one, other in pairs for ends in ((one, other), (other, one))}
 
 
-SLOW, LATE, CUT = Way(1e-4, 9.4e6), Way(40e-3, 9e8), Way(error="no answer")
+SLOW, LATE, CUT = LinkMeasurement(1e-4, 9.4e6), LinkMeasurement(40e-3, 9e8), LinkMeasurement(error="no answer")
 
 
 @pytest.mark.parametrize(
@@ -241,24 +260,28 @@ SLOW, LATE, CUT = Way(1e-4, 9.4e6), Way(40e-3, 9e8), Way(error="no answer")
         ),
     ],
 )
-def test_the_bad_host_or_link_is_named(hosts: int, changed: dict[Pair, Way], expected: list[str]) -> None:
-    measured = Measured(dict.fromkeys(range(hosts), 1.1), ways(hosts, changed))
-    assert texts(judge(measured, NAMES)) == expected
-    assert set(odd_ways(measured.ways)) == set(changed)
+def test_the_bad_host_or_link_is_named(hosts: int, changed: dict[Pair, LinkMeasurement], expected: list[str]) -> None:
+    measured = NetworkMeasurements(dict.fromkeys(range(hosts), 1.1), ways(hosts, changed))
+    assert texts(diagnose_network(measured, NAMES)) == expected
+    assert set(outlier_links(measured.links)) == set(changed)
 
 
 def test_a_busy_host_explains_its_slow_links() -> None:
     slow = both((0, 2), (1, 2), (2, 3), way=SLOW)
-    measured = Measured({0: 1.0, 1: 1.2, 2: 4.0, 3: 1.1}, ways(4, slow), {(1, 2): (9.0, True), (0, 1): (0.01, True)})
+    measured = NetworkMeasurements(
+        {0: 1.0, 1: 1.2, 2: 4.0, 3: 1.1}, ways(4, slow), {(1, 2): (9.0, True), (0, 1): (0.01, True)}
+    )
     expected = ["host h2: it is busy: work takes 4.0 times as long as alone, on the others 1.1"]
-    assert texts(judge(measured, NAMES)) == expected
+    assert texts(diagnose_network(measured, NAMES)) == expected
     # All are busy alike where hosts share their cores, as in a test.
-    assert judge(Measured(dict.fromkeys(range(4), 4.0), ways(4, {})), NAMES) == []
+    assert diagnose_network(NetworkMeasurements(dict.fromkeys(range(4), 4.0), ways(4, {})), NAMES) == []
 
 
 def test_all_reduces_are_judged() -> None:
-    fine = dict.fromkeys(pairs_of(4), (0.001, True))
-    found = judge(Measured({}, ways(4, {}), fine | {(1, 2): (0.5, True), (0, 3): (0.001, False)}, {2: "lost"}), NAMES)
+    fine = dict.fromkeys(choose_pairs(4), (0.001, True))
+    found = diagnose_network(
+        NetworkMeasurements({}, ways(4, {}), fine | {(1, 2): (0.5, True), (0, 3): (0.001, False)}, {2: "lost"}), NAMES
+    )
     assert texts(found) == [
         "host h2: its rank cannot all-reduce: lost",
         "link h0-h3: the sum of an all-reduce is wrong",
@@ -272,38 +295,42 @@ def test_an_answer_that_comes_too_late_is_none(monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.5)
         return {"slept": True}
 
-    monkeypatch.setitem(COMMANDS, "nap", nap)
-    room = Meeting(1, "127.0.0.1")
-    where = ("127.0.0.1", room.server.getsockname()[1])
-    rank = threading.Thread(target=attend, args=(where, room.secret.encode(), 0, None))
+    monkeypatch.setitem(WORKER_COMMANDS, "nap", nap)
+    room = Coordinator(1, "127.0.0.1")
+    where = ("127.0.0.1", room.listener.getsockname()[1])
+    rank = threading.Thread(target=run_worker, args=(where, room.secret.encode(), 0, None))
     rank.start()
     with subprocess.Popen(["sleep", "60"]) as launcher:
-        assert room.welcome(launcher) == []
+        assert room.accept_workers(launcher) == []
         launcher.kill()
-    assert room.tell({0: {"do": "nap"}}, 0.1) == {0: {"error": "no answer within 0.1 s"}}
-    assert list(room.tell({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
+    assert room.run_commands({0: {"do": "nap"}}, 0.1) == {0: {"error": "no answer within 0.1 s"}}
+    assert list(room.run_commands({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
     # Both answers at once.
-    assert "error" in room.tell({0: {"do": "nap"}}, 0.1)[0]
+    assert "error" in room.run_commands({0: {"do": "nap"}}, 0.1)[0]
     time.sleep(1)
-    assert list(room.tell({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
+    assert list(room.run_commands({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
     room.close()
     rank.join(10)
     assert not rank.is_alive()
 
 
-def test_pairs() -> None:
-    assert len(pairs_of(6)) == 15 and len(pairs_of(7)) == 7 and pairs_of(1) == []
+def test_each_pair_of_hosts_is_measured_in_disjoint_rounds() -> None:
+    assert len(choose_pairs(6)) == 15 and len(choose_pairs(7)) == 7 and choose_pairs(1) == []
     for hosts in (2, 5, 6, 9):
-        assert sorted(pair for together in rounds(pairs_of(hosts)) for pair in together) == sorted(pairs_of(hosts))
-        assert all(len({rank for pair in one for rank in pair}) == 2 * len(one) for one in rounds(pairs_of(hosts)))
+        assert sorted(pair for together in schedule_rounds(choose_pairs(hosts)) for pair in together) == sorted(
+            choose_pairs(hosts)
+        )
+        assert all(
+            len({rank for pair in one for rank in pair}) == 2 * len(one) for one in schedule_rounds(choose_pairs(hosts))
+        )
     # Link 3-4 of a ring is odd: either end with three of the others, but for what is known.
-    assert more_pairs(9, [(3, 4)], pairs_of(9)) == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 4)]
-    ring = {pair: way for pair, way in ways(9, {}).items() if tuple(sorted(pair)) in pairs_of(9)}
-    assert judge(Measured({}, ring), NAMES) == []
+    assert choose_extra_pairs(9, [(3, 4)], choose_pairs(9)) == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 4)]
+    ring = {pair: way for pair, way in ways(9, {}).items() if tuple(sorted(pair)) in choose_pairs(9)}
+    assert diagnose_network(NetworkMeasurements({}, ring), NAMES) == []
 
 
 def test_a_rate_is_that_of_the_later_part() -> None:
     # A burst of a megabyte at first, then a megabyte a second.
     come = [(0.0, 0), (0.01, 1_000_000), *((second / 10, 1_000_000 + second * 100_000) for second in range(1, 11))]
-    assert rate(come) == pytest.approx(8e6)
-    assert rate([(0.0, 0)]) == 0.0 and rate([(0.0, 0), (1.0, 100)]) == pytest.approx(800)
+    assert compute_rate(come) == pytest.approx(8e6)
+    assert compute_rate([(0.0, 0)]) == 0.0 and compute_rate([(0.0, 0), (1.0, 100)]) == pytest.approx(800)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from hvdtrain.diagnosis.drift import Drift, digest, find_drift
+from hvdtrain.diagnosis.drift import Drift, find_drift, hash_checksums
 from hvdtrain.exchange import checksums
-from hvdtrain.exchange.tensors import BITS
+from hvdtrain.exchange.tensors import INTEGER_DTYPES
 from hvdtrain.system.errors import RunError
-from hvdtrain.torch.buffers import refuse_nonfinite
+from hvdtrain.torch.buffers import check_tensors_finite
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 def test_those_outside_the_majority_are_named(data: DataObject, tensors: int, ranks: int) -> None:
     same = {f"t{i}": data.draw(st.integers(-(2**63), 2**63 - 1)) for i in range(tensors)}
     replicas = [dict(same) for _ in range(ranks)]
-    assert find_drift(replicas) is None and len({digest(own) for own in replicas}) == 1
+    assert find_drift(replicas) is None and len({hash_checksums(own) for own in replicas}) == 1
     wrong = sorted(data.draw(st.sets(st.integers(0, ranks - 1), min_size=1, max_size=max(1, (ranks - 1) // 2))))
     first = data.draw(st.integers(0, tensors - 1))
     for rank in wrong:
@@ -30,7 +30,7 @@ def test_those_outside_the_majority_are_named(data: DataObject, tensors: int, ra
             replicas[rank][f"t{i}"] += 1
     expected = wrong if ranks > 2 else [0, 1]
     assert find_drift(replicas) == Drift(f"t{first}", expected, ranks > 2, tensors - first)
-    assert len({digest(own) for own in replicas}) == 2
+    assert len({hash_checksums(own) for own in replicas}) == 2
 
 
 def test_without_a_majority_all_are_named() -> None:
@@ -41,26 +41,26 @@ def test_without_a_majority_all_are_named() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_checksum_tells_every_bit_and_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checksums, "BLOCK", 64)
+    monkeypatch.setattr(checksums, "CHECKSUM_BLOCK_VALUES", 64)
     draw = torch.Generator().manual_seed(0)
     tensor = (torch.randn(10, 20, generator=draw) * 50).abs().to(dtype)
-    known = int(checksums.checksum(tensor))
-    assert int(checksums.checksum(tensor.t().contiguous().t())) == known  # however it lies in memory
+    known = int(checksums.checksum_tensor(tensor))
+    assert int(checksums.checksum_tensor(tensor.t().contiguous().t())) == known  # however it lies in memory
     found = set()
     real = torch.view_as_real(tensor) if dtype.is_complex else tensor
-    bits = real.reshape(-1).view(BITS[real.element_size()])
+    bits = real.reshape(-1).view(INTEGER_DTYPES[real.element_size()])
     for place in torch.randint(len(bits), (50,), generator=draw).tolist():
         bits[place] ^= 1
-        found.add(int(checksums.checksum(tensor)))
+        found.add(int(checksums.checksum_tensor(tensor)))
         bits[place] ^= 1
-    assert known not in found and int(checksums.checksum(tensor)) == known
-    assert int(checksums.checksum(tensor.flip(0))) != known
-    assert int(checksums.checksum(-tensor)) != known
+    assert known not in found and int(checksums.checksum_tensor(tensor)) == known
+    assert int(checksums.checksum_tensor(tensor.flip(0))) != known
+    assert int(checksums.checksum_tensor(-tensor)) != known
 
 
-def test_a_checksum_of_nothing() -> None:
-    assert int(checksums.checksum(torch.zeros(0))) == 0
-    assert checksums.checksums(torch.nn.ReLU()) == {}
+def test_empty_tensors_and_modules_have_checksums() -> None:
+    assert int(checksums.checksum_tensor(torch.zeros(0))) == 0
+    assert checksums.checksum_model(torch.nn.ReLU()) == {}
 
 
 def test_what_is_not_finite_is_named() -> None:
@@ -69,6 +69,6 @@ def test_what_is_not_finite_is_named() -> None:
     mean = model.running_mean
     assert mean is not None
     mean[1] = torch.inf
-    refuse_nonfinite(list(model.named_parameters()))
+    check_tensors_finite(list(model.named_parameters()))
     with pytest.raises(RunError, match="running_mean is not finite; no checkpoint was written"):
-        refuse_nonfinite([*model.named_parameters(), ("running_mean", mean)])
+        check_tensors_finite([*model.named_parameters(), ("running_mean", mean)])

@@ -17,22 +17,22 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain.cli.launch import command
-from hvdtrain.elastic.heartbeats import Watch
-from hvdtrain.elastic.places import places
+from hvdtrain.cli.launch import launch_command
+from hvdtrain.elastic.heartbeats import HeartbeatMonitor
+from hvdtrain.elastic.places import assign_ranks
 from hvdtrain.launch import discover
-from hvdtrain.launch.elastic import Elastic, keep_running
+from hvdtrain.launch.elastic import ElasticOptions, run_with_relaunches
 from hvdtrain.launch.hosts import Host
-from hvdtrain.launch.signals import Caught
+from hvdtrain.launch.signals import SignalInbox
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.ssh import AS_CONFIGURED
+from hvdtrain.system.ssh import DEFAULT_SSH
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
 def test_places_are_what_horovod_expects(hosts: list[str]) -> None:
     """Ranks and local ranks count up; a cross communicator holds one rank of each host that has so many."""
     line = [f"m{i}" for i in range(len(hosts))]
-    members = places(line, {name: {"host": host} for name, host in zip(line, hosts, strict=True)})
+    members = assign_ranks(line, {name: {"host": host} for name, host in zip(line, hosts, strict=True)})
     assert [m["rank"] for m in members] == list(range(len(hosts)))
     assert sorted(m["id"] for m in members) == sorted(line)
     assert members[0]["id"] == "m0"
@@ -49,17 +49,17 @@ ANSWERS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2))
 
 
 @given(ANSWERS, ANSWERS)
-def test_two_equal_answers_are_what_is_told(before: dict[str, int], now: dict[str, int]) -> None:
-    standing = discover.settle({}, None, before)
+def test_two_equal_answers_are_reported_to_horovodrun(before: dict[str, int], now: dict[str, int]) -> None:
+    standing = discover.apply_confirmed_changes({}, None, before)
     assert standing == before
-    assert discover.settle(discover.settle(standing, before, now), now, now) == now
+    assert discover.apply_confirmed_changes(discover.apply_confirmed_changes(standing, before, now), now, now) == now
 
 
 @given(ANSWERS, ANSWERS)
 def test_one_answer_changes_nothing(stood: dict[str, int], odd: dict[str, int]) -> None:
     """A host that is missing once, or there once, is no change."""
-    once = discover.settle(stood, stood, odd)
-    assert discover.settle(once, odd, stood) == once == stood
+    once = discover.apply_confirmed_changes(stood, stood, odd)
+    assert discover.apply_confirmed_changes(once, odd, stood) == once == stood
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,17 @@ def test_one_answer_changes_nothing(stood: dict[str, int], odd: dict[str, int]) 
         ("true", "printed no host"),
     ],
 )
-def test_a_script_that_gives_no_answer(tmp_path: Path, script: str, why: str) -> None:
+def test_unusable_script_output_is_refused_with_the_reason(tmp_path: Path, script: str, why: str) -> None:
     path = executable(tmp_path / "hosts.sh", script)
-    with pytest.raises(discover.NoAnswer, match=why):
-        discover.ask(str(path))
+    with pytest.raises(discover.DiscoveryError, match=why):
+        discover.run_discovery_script(str(path))
 
 
 def test_a_script_that_hangs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVDTRAIN_DISCOVERY_SECONDS", "1")
     path = executable(tmp_path / "hosts.sh", f"sleep 61 & echo $! > {tmp_path}/pid; sleep 61")
-    with pytest.raises(discover.NoAnswer, match="took longer than 1 s"):
-        discover.ask(str(path))
+    with pytest.raises(discover.DiscoveryError, match="took longer than 1 s"):
+        discover.run_discovery_script(str(path))
     pid = int((tmp_path / "pid").read_text())
     until = time.monotonic() + 10
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,7 +98,7 @@ def test_a_signal_between_two_launches(
     """While the lost job is cleaned up, or in the pause after it: the job is not launched again."""
     launches = []
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: Caught, listed: Any) -> tuple[int, bool]:
+    def launch(line: list[str], environ: Mapping[str, str], caught: SignalInbox, listed: Any) -> tuple[int, bool]:
         assert listed() == ["localhost"]
         launches.append(line)
         if seconds:
@@ -107,13 +107,15 @@ def test_a_signal_between_two_launches(
             os.kill(os.getpid(), number)
         return 1, False
 
-    fixed = Elastic(1, None, None, [Host("localhost", 1)])
-    assert keep_running(launch, fixed, lambda resume: ["true"], {}, nic=None, ssh=AS_CONFIGURED, relaunch=3) == code
+    fixed = ElasticOptions(1, None, None, [Host("localhost", 1)])
+    assert (
+        run_with_relaunches(launch, fixed, lambda resume: ["true"], {}, nic=None, ssh=DEFAULT_SSH, relaunch=3) == code
+    )
     assert len(launches) == 1
     assert "relaunch 1 of 3 in 2 s" in capsys.readouterr().err
 
 
-def test_what_a_script_last_said_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_good_answer_is_repeated_when_the_script_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, state = executable(tmp_path / "hosts.sh", "echo a:2; echo b"), tmp_path / "state.json"
     assert discover.main(state, str(path)) == 0
     executable(path, "exit 1")
@@ -126,14 +128,14 @@ def test_what_a_script_last_said_stands(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_lease_counts_changes_and_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    watch = Watch()
-    assert watch.look({"a": {"beats": 1}, "b": {"beats": 7}}, 10) == []
+    watch = HeartbeatMonitor()
+    assert watch.find_expired({"a": {"beats": 1}, "b": {"beats": 7}}, 10) == []
     for beats in range(2, 14):
         now += 1
-        lost = watch.look({"a": {"beats": beats}, "b": {"beats": 7}}, 10)
+        lost = watch.find_expired({"a": {"beats": beats}, "b": {"beats": 7}}, 10)
     assert lost == ["b"]
     now += 60  # this process was frozen, and nothing can be said of the others
-    assert watch.look({"a": {"beats": 13}, "b": {"beats": 7}}, 10) == []
+    assert watch.find_expired({"a": {"beats": 13}, "b": {"beats": 7}}, 10) == []
 
 
 @pytest.mark.parametrize(
@@ -155,15 +157,15 @@ def test_a_lease_counts_changes_and_no_clock(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_mistakes_are_found_before_anything_starts(options: list[str], expected: str) -> None:
-    result = CliRunner().invoke(command, options if "digits" in options else [*options, "digits"])
+    result = CliRunner().invoke(launch_command, options if "digits" in options else [*options, "digits"])
     assert isinstance(result.exception, UserError)
     assert expected in str(result.exception)
 
 
-def test_the_command_line(tmp_path: Path) -> None:
+def test_elastic_dry_run_prints_horovodruns_options(tmp_path: Path) -> None:
     script = executable(tmp_path / "hosts.sh", "echo localhost:2")
     options = ["--elastic", "--min-np", "1", "--max-np", "4", "--discovery", str(script), "--dry-run", "digits"]
-    said = CliRunner().invoke(command, options, catch_exceptions=False).output
+    said = CliRunner().invoke(launch_command, options, catch_exceptions=False).output
     assert "--min-np 1 --max-np 4 --blacklist-cooldown-range 10 300 --host-discovery-script" in said
     assert "--network-interfaces lo" in said
     assert said.rstrip().endswith("hvdtrain train digits")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.data import Examples, Request, check_dataset, to_device
+from hvdtrain.torch.data import BatchDataset, BatchRequest, check_dataset, to_device
 
 EXPECTED = "expected a map-style dataset, with len() and [i]"
 
@@ -58,12 +58,12 @@ class Padded(Mine):
         return torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
 
 
-def request(*ids: int, entropy: tuple[int, ...] = (0, 0)) -> Request:
-    return Request(np.array(ids, dtype=np.int64), entropy)
+def request(*ids: int, entropy: tuple[int, ...] = (0, 0)) -> BatchRequest:
+    return BatchRequest(np.array(ids, dtype=np.int64), entropy)
 
 
-def examples(example: Callable[[int], Any], recipe: Recipe | None = None) -> Examples:
-    return Examples(recipe or Mine(), "train", Listed(example))
+def examples(example: Callable[[int], Any], recipe: Recipe | None = None) -> BatchDataset:
+    return BatchDataset(recipe or Mine(), "train", Listed(example))
 
 
 def refused(example: Callable[[int], Any], *ids: int, recipe: Recipe | None = None) -> KnownError:
@@ -104,7 +104,7 @@ def test_a_collate_of_the_datasets_own_is_pointed_to() -> None:
         def collate_fn(self, given: list[Any]) -> Any:
             raise NotImplementedError
 
-    answer = Examples(Mine(), "eval", Own(lambda i: torch.ones(i)))[request(1, 2)]
+    answer = BatchDataset(Mine(), "eval", Own(lambda i: torch.ones(i)))[request(1, 2)]
     assert str(answer).endswith(
         "write Mine.collate(self, examples), which may call the dataset's collate_fn: Own.collate_fn"
     )
@@ -112,7 +112,7 @@ def test_a_collate_of_the_datasets_own_is_pointed_to() -> None:
 
 
 def test_the_recipes_collate_makes_the_batches() -> None:
-    ids, batch = examples(lambda i: torch.full((i,), float(i)), Padded()).load(request(1, 3))
+    ids, batch = examples(lambda i: torch.full((i,), float(i)), Padded()).load_batch(request(1, 3))
     assert ids.tolist() == [1, 3]
     assert batch.tolist() == [[1, 0, 0], [3, 3, 3]]
 
@@ -141,12 +141,12 @@ def test_errors_of_the_dataset_and_of_collate_are_named() -> None:
 def test_what_is_wrong_with_the_first_examples_the_middle_and_the_last_is_known_at_the_start() -> None:
     for at in (0, 1, 7, 20, 39):
         with pytest.raises(UserError, match=rf"^Mine\.dataset\('train'\)\[{at}\] is None; expected an example$"):
-            examples(lambda i, at=at: None if i == at else 1).look_at([0, 0], 8, passed_on=False)  # type: ignore[misc]
+            examples(lambda i, at=at: None if i == at else 1).check_examples([0, 0], 8, passed_on=False)  # type: ignore[misc]
     ragged = examples(lambda i: torch.ones(1 + i // 20))
     with pytest.raises(UserError, match=r"\[0\] and \[20\] do not fit into one batch"):
-        ragged.look_at([0, 0], 2, passed_on=False)
-    ragged.look_at([0, 0], 1, passed_on=False)  # one at a time they need not fit
-    Examples(Mine(), "train", [torch.ones(2)]).look_at([0, 0], 8, passed_on=True)
+        ragged.check_examples([0, 0], 2, passed_on=False)
+    ragged.check_examples([0, 0], 1, passed_on=False)  # one at a time they need not fit
+    BatchDataset(Mine(), "train", [torch.ones(2)]).check_examples([0, 0], 8, passed_on=True)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def draw() -> tuple[float, float, float]:
 def test_an_examples_randomness_is_its_own() -> None:
     """Of its id, seed and epoch; not of the batch, or of what was drawn before."""
     drawn = examples(lambda i: torch.tensor(draw()))
-    together = drawn.load(request(1, 2, 3))[1].tolist()
-    alone = [drawn.load(request(i))[1][0].tolist() for i in (3, 2, 1)]
+    together = drawn.load_batch(request(1, 2, 3))[1].tolist()
+    alone = [drawn.load_batch(request(i))[1][0].tolist() for i in (3, 2, 1)]
     assert together == alone[::-1]
     assert len({value for row in together for value in row}) == 9
-    assert drawn.load(request(1, entropy=(0, 1)))[1].tolist() != together[:1]
-    assert drawn.load(request(1, entropy=(1, 0)))[1].tolist() != together[:1]
+    assert drawn.load_batch(request(1, entropy=(0, 1)))[1].tolist() != together[:1]
+    assert drawn.load_batch(request(1, entropy=(1, 0)))[1].tolist() != together[:1]
 
 
 def test_what_collate_draws_belongs_to_the_batch() -> None:
@@ -215,9 +215,9 @@ def test_what_collate_draws_belongs_to_the_batch() -> None:
 
     seen: list[int] = []
     once = examples(lambda i: seen.append(i) or (draw() if seen.count(i) == 1 else 0), Masked())  # draws if not cached
-    first = once.load(request(1, 2))[1].tolist()
-    assert once.load(request(1, 2))[1].tolist() == first
-    assert once.load(request(3, 2))[1].tolist() != first
+    first = once.load_batch(request(1, 2))[1].tolist()
+    assert once.load_batch(request(1, 2))[1].tolist() == first
+    assert once.load_batch(request(3, 2))[1].tolist() != first
 
 
 def test_batches_of_any_kind_are_moved() -> None:
@@ -246,9 +246,9 @@ def test_a_batch_that_loader_processes_cannot_pass_on_is_refused_at_the_start() 
             return (example for example in examples)
 
     drawn = examples(float, Lazy())
-    drawn.look_at([0, 0], 8, passed_on=False)
+    drawn.check_examples([0, 0], 8, passed_on=False)
     with pytest.raises(UserError) as refusal:
-        drawn.look_at([0, 0], 8, passed_on=True)
+        drawn.check_examples([0, 0], 8, passed_on=True)
     assert str(refusal.value).startswith(
         "Lazy.collate() returned a batch that a loader process cannot pass on (TypeError"
     )

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hvdtrain.comm.agreement import Part, compare_with_record, record
+from hvdtrain.comm.agreement import ConsistentPart, check_against_record, make_agreement_record
 from hvdtrain.comm.world import World
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.fingerprint import changed_example, compared_ids, digest_example, examples_part
+from hvdtrain.torch.fingerprint import choose_compared_ids, digest_example, examples_part, find_changed_hash
 
 
 class Colour(Enum):
@@ -90,7 +90,7 @@ def test_sets_and_texts_have_the_same_hash_in_every_process() -> None:
 
 
 def test_three_examples_are_compared() -> None:
-    assert [compared_ids(count) for count in (0, 1, 2, 3, 40, 41)] == [
+    assert [choose_compared_ids(count) for count in (0, 1, 2, 3, 40, 41)] == [
         [],
         [0],
         [0, 1],
@@ -101,16 +101,16 @@ def test_three_examples_are_compared() -> None:
 
 
 def test_examples_that_are_never_the_same_are_not_compared() -> None:
-    from hvdtrain.torch.fingerprint import Getter
+    from hvdtrain.torch.fingerprint import SeededExamples
 
     calls = iter(range(100))
-    part = examples_part({"train": Getter(4, lambda i: i if i else next(calls))})
+    part = examples_part({"train": SeededExamples(4, lambda i: i if i else next(calls))})
     assert list(part.values) == ["dataset('train')[0]", "dataset('train')[2]", "dataset('train')[3]"]
-    assert list(part.stable()) == ["dataset('train')[2]", "dataset('train')[3]"]
+    assert list(part.find_stable_values()) == ["dataset('train')[2]", "dataset('train')[3]"]
     earlier = {**part.values, "dataset('train')[0]": "other"}
-    assert changed_example(part, earlier) is None
-    assert changed_example(part, {**earlier, "dataset('train')[3]": "other"}) == "dataset('train')[3]"
-    assert changed_example(part, {"dataset('train')[9]": "of a longer dataset"}) is None
+    assert find_changed_hash(part, earlier) is None
+    assert find_changed_hash(part, {**earlier, "dataset('train')[3]": "other"}) == "dataset('train')[3]"
+    assert find_changed_hash(part, {"dataset('train')[9]": "of a longer dataset"}) is None
 
 
 HERE = World(0, 1, 0, 1, "b")
@@ -128,20 +128,22 @@ HERE = World(0, 1, 0, 1, "b")
 )
 def test_a_newcomer_is_compared_with_the_run_s_record(here: dict[str, str], message: str | None) -> None:
     text = "{who}: {key} is {here}, {base} has {there}"
-    recorded = record([Part("a", {}, text), Part("settings", {"x": "1", "y": "2"}, text)])
-    parts = [Part("a", {}, text), Part("settings", here, text)]
+    recorded = make_agreement_record(
+        [ConsistentPart("a", {}, text), ConsistentPart("settings", {"x": "1", "y": "2"}, text)]
+    )
+    parts = [ConsistentPart("a", {}, text), ConsistentPart("settings", here, text)]
     if message is None:
-        compare_with_record(parts, recorded, HERE)
+        check_against_record(parts, recorded, HERE)
         return
     with pytest.raises(UserError) as refused:
-        compare_with_record(parts, recorded, HERE)
+        check_against_record(parts, recorded, HERE)
     assert str(refused.value) == message
 
 
 def test_of_a_long_part_the_record_holds_the_hash_only() -> None:
-    long = Part("parameters", {str(i): "x" * 100 for i in range(1000)}, "{who}: {key}")
-    recorded = record([long])
+    long = ConsistentPart("parameters", {str(i): "x" * 100 for i in range(1000)}, "{who}: {key}")
+    recorded = make_agreement_record([long])
     assert recorded["parameters"]["values"] is None
-    compare_with_record([long], recorded, HERE)
+    check_against_record([long], recorded, HERE)
     with pytest.raises(UserError, match=r"^this worker on b: its parameters differ from those of the run$"):
-        compare_with_record([Part("parameters", {}, "")], recorded, HERE)
+        check_against_record([ConsistentPart("parameters", {}, "")], recorded, HERE)

@@ -50,7 +50,7 @@ def test_a_host_text_that_is_refused(text: str, error: str) -> None:
     assert str(caught.value) == error
 
 
-def test_more_hosts_than_anybody_has(tmp_path: Path) -> None:
+def test_more_than_10000_hosts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^-H has 700000 hosts; expected at most 10000$"):
         parse_hosts(",".join(f"h{number}" for number in range(700_000)))
     (tmp_path / "hosts").write_text("\n".join(f"h{number}" for number in range(10_001)))

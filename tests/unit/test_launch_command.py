@@ -11,7 +11,7 @@ import pytest
 
 from hvdtrain.cli.main import main
 from hvdtrain.launch.command import find_program
-from hvdtrain.launch.environment import forwarded, rank_environment
+from hvdtrain.launch.environment import forwarded_variables, rank_environment
 from hvdtrain.system.errors import UserError
 
 TRAIN = "BIN/python -m hvdtrain train digits"
@@ -31,8 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     train = ModuleType("hvdtrain.cli.train")
     train.check_arguments = check_arguments  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hvdtrain.cli.train", train)
-    monkeypatch.setattr("hvdtrain.system.network.address", ADDRESSES.__getitem__)
-    monkeypatch.setattr("hvdtrain.cli.launch.interface_to", lambda hosts: "ib0")
+    monkeypatch.setattr("hvdtrain.system.network.resolve_address", ADDRESSES.__getitem__)
+    monkeypatch.setattr("hvdtrain.cli.launch.interface_toward", lambda hosts: "ib0")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HOME": "/home/me"})
@@ -107,7 +107,9 @@ def launch(arguments: str) -> int:
         ),
     ],
 )
-def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, line: str) -> None:
+def test_dry_run_prints_the_exact_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, line: str
+) -> None:
     assert launch(arguments.replace("BIN", str(folder))) == 0
     assert capsys.readouterr().out == line.replace("BIN", str(folder)) + "\n"
 
@@ -186,7 +188,9 @@ def test_mpirun_as_root(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         ("-np 2 --dry-run digits --epoks 3", "no option '--epoks'; did you mean '--epochs'?"),
     ],
 )
-def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, error: str) -> None:
+def test_invalid_launch_options_are_refused_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, error: str
+) -> None:
     assert launch(arguments) == 2
     assert capsys.readouterr().err == f"hvdtrain: error: {error}\n"
 
@@ -217,7 +221,7 @@ def test_environment_of_the_ranks(folder: Path) -> None:
     assert env["HVDTRAIN_LAUNCH"] == env["PYTHONUNBUFFERED"] == "1"
     assert "LSB_JOBID" not in env
     assert env["SECRET"] == "x"
-    assert "NCCL_DEBUG" in forwarded(env) and "SECRET" not in forwarded(env)
+    assert "NCCL_DEBUG" in forwarded_variables(env) and "SECRET" not in forwarded_variables(env)
     assert "SECRET" not in rank_environment({"PATH": "/bin", "SECRET": "x"}, "horovodrun", "gloo", away=True)
     over = {
         "SECRET": "x",
@@ -231,9 +235,9 @@ def test_environment_of_the_ranks(folder: Path) -> None:
     assert gloo.keys() & over.keys() == {"OTHER", "SSH_AUTH_SOCK", "VIRTUAL_ENV"}
     mpi = rank_environment(over, "mpirun", "mpi", away=True, extra=["OTHER"])
     assert mpi.keys() & over.keys() == over.keys() - {"SECRET"}
-    assert {"OTHER", "VIRTUAL_ENV"} <= set(forwarded(mpi, ["OTHER"])) and "SLURM_JOB_ID" not in forwarded(
-        mpi, ["OTHER"]
-    )
+    assert {"OTHER", "VIRTUAL_ENV"} <= set(
+        forwarded_variables(mpi, ["OTHER"])
+    ) and "SLURM_JOB_ID" not in forwarded_variables(mpi, ["OTHER"])
     assert "PYTHONUNBUFFERED" not in rank_environment({"PYTHONUNBUFFERED": "1"}, "horovodrun", "gloo")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.launch.hosts import Host, host_of_each_rank, host_text, parse_hosts, place, read_hostfile
+from hvdtrain.launch.hosts import Host, assign_slots, format_hosts, hosts_by_rank, parse_hosts, read_hostfile
 from hvdtrain.system.errors import UserError
 
 
@@ -17,7 +17,7 @@ from hvdtrain.system.errors import UserError
         ("10.0.0.1:2,gpu-1.my_lab.org:16", [("10.0.0.1", 2), ("gpu-1.my_lab.org", 16)]),
     ],
 )
-def test_hosts(text: str, hosts: list[tuple[str, int]]) -> None:
+def test_host_list_is_parsed(text: str, hosts: list[tuple[str, int]]) -> None:
     assert parse_hosts(text) == [Host(*host) for host in hosts]
 
 
@@ -45,18 +45,18 @@ def test_hosts(text: str, hosts: list[tuple[str, int]]) -> None:
         ),
     ],
 )
-def test_wrong_hosts(text: str, error: str) -> None:
+def test_invalid_host_list_is_refused(text: str, error: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_hosts(text)
     assert str(caught.value) == error
 
 
-def test_hostfile(tmp_path: Path) -> None:
+def test_hostfile_of_every_format_is_read(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_bytes(b"\xef\xbb\xbf# my hosts\r\n\r\na slots=4\r\n  b:2  # the small one\nc\n10.0.0.7\tslots = 3\n")
     assert read_hostfile(path) == [Host("a", 4), Host("b", 2), Host("c", 1), Host("10.0.0.7", 3)]
     path.write_text("a slots=2 max_slots=4\nb max-slots = 2 slots =2\nc:2 max_slots=2\n")
-    assert host_text(read_hostfile(path)) == "a:2,b:2,c:2"
+    assert format_hosts(read_hostfile(path)) == "a:2,b:2,c:2"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_hostfile(tmp_path: Path) -> None:
         (None, "--hostfile {path}: No such file or directory"),
     ],
 )
-def test_wrong_hostfile(tmp_path: Path, text: str | None, error: str) -> None:
+def test_invalid_hostfile_is_refused_with_its_line(tmp_path: Path, text: str | None, error: str) -> None:
     path = tmp_path / "hosts"
     if text is not None:
         path.write_text(text)
@@ -91,11 +91,11 @@ def test_wrong_hostfile(tmp_path: Path, text: str | None, error: str) -> None:
 
 def test_place_gives_each_rank_one_slot() -> None:
     hosts = parse_hosts("a:4,b:4")
-    assert host_text(place(hosts, None)) == "a:4,b:4"
-    assert host_text(place(hosts, 5)) == "a:4,b:1"
-    assert host_text(place(hosts, 4)) == "a:4"
-    assert host_text(place([], 3)) == "localhost:3"
-    assert host_of_each_rank(place(hosts, 5)) == ["a", "a", "a", "a", "b"]
+    assert format_hosts(assign_slots(hosts, None)) == "a:4,b:4"
+    assert format_hosts(assign_slots(hosts, 5)) == "a:4,b:1"
+    assert format_hosts(assign_slots(hosts, 4)) == "a:4"
+    assert format_hosts(assign_slots([], 3)) == "localhost:3"
+    assert hosts_by_rank(assign_slots(hosts, 5)) == ["a", "a", "a", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -107,5 +107,5 @@ def test_place_gives_each_rank_one_slot() -> None:
 )
 def test_wrong_number_of_ranks(text: str | None, ranks: int | None, error: str) -> None:
     with pytest.raises(UserError) as caught:
-        place(parse_hosts(text) if text else [], ranks)
+        assign_slots(parse_hosts(text) if text else [], ranks)
     assert str(caught.value) == error

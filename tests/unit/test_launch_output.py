@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.job import Job, unreached
-from hvdtrain.launch.output import SRUN_PREFIX, Death, Line, Lines, deaths
-from hvdtrain.launch.report import Report, outcome
-from hvdtrain.launch.run import is_of_this_launch, take
-from hvdtrain.launch.screen import info
-from hvdtrain.system.ssh import AS_CONFIGURED
+from hvdtrain.launch.job import Job, pop_unreachable_hosts
+from hvdtrain.launch.output import SRUN_PREFIX, OutputLine, OutputParser, RankExit, find_rank_exits
+from hvdtrain.launch.report import JobReport, determine_outcome
+from hvdtrain.launch.run import handle_message, is_of_this_launch
+from hvdtrain.launch.screen import format_progress
+from hvdtrain.system.ssh import DEFAULT_SSH
 
 
-def lines(*chunks: bytes, stream: str = "stdout") -> list[Line]:
-    parser = Lines(stream)
-    return [line for chunk in (*chunks, b"") for line in parser.feed(chunk)]
+def lines(*chunks: bytes, stream: str = "stdout") -> list[OutputLine]:
+    parser = OutputParser(stream)
+    return [line for chunk in (*chunks, b"") for line in parser.parse_bytes(chunk)]
 
 
 @pytest.mark.parametrize(
@@ -47,31 +47,33 @@ def lines(*chunks: bytes, stream: str = "stdout") -> list[Line]:
         ),
     ],
 )
-def test_lines(data: bytes, expected: list[tuple[int | None, str, str]]) -> None:
-    whole = [Line(*line) for line in expected]
+def test_output_is_split_into_lines_whole_or_byte_by_byte(
+    data: bytes, expected: list[tuple[int | None, str, str]]
+) -> None:
+    whole = [OutputLine(*line) for line in expected]
     assert lines(data) == whole
     assert lines(*(data[at : at + 1] for at in range(len(data)))) == whole
 
 
 def test_a_line_without_end_is_not_searched_again_and_again() -> None:
-    parser = Lines("stdout")
+    parser = OutputParser("stdout")
     for _ in range(2000):
-        assert list(parser.feed(b"x" * 10_000)) == []
-    (line,) = parser.feed(b"\n")
+        assert list(parser.parse_bytes(b"x" * 10_000)) == []
+    (line,) = parser.parse_bytes(b"\n")
     assert len(line.text) == 20_000_000
 
 
-def test_lines_of_srun() -> None:
+def test_srun_pieces_are_joined_to_lines() -> None:
     """It breaks a line after 1024 bytes, and gives each piece the rank's number."""
-    parser = Lines("stderr", SRUN_PREFIX)
+    parser = OutputParser("stderr", SRUN_PREFIX)
     data = b" 0: a\n10: " + b"x" * 1024 + b"\n 0: \n10: y\nsrun: error: n1\n 0: 1: b\n10: " + b"z" * 1024 + b"\n"
-    assert [*parser.feed(data), *parser.feed(b"")] == [
-        Line(0, "stderr", "a"),
-        Line(0, "stderr", ""),
-        Line(10, "stderr", "x" * 1024 + "y"),
-        Line(None, "stderr", "srun: error: n1"),
-        Line(0, "stderr", "1: b"),
-        Line(10, "stderr", "z" * 1024),
+    assert [*parser.parse_bytes(data), *parser.parse_bytes(b"")] == [
+        OutputLine(0, "stderr", "a"),
+        OutputLine(0, "stderr", ""),
+        OutputLine(10, "stderr", "x" * 1024 + "y"),
+        OutputLine(None, "stderr", "srun: error: n1"),
+        OutputLine(0, "stderr", "1: b"),
+        OutputLine(10, "stderr", "z" * 1024),
     ]
 
 
@@ -106,15 +108,15 @@ srun: Force Terminated StepId=4.0"""
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (SRUN, [Death(1, 139), Death(0, 143), Death(3, 2)]),
-        (MPI_KILLED, [Death(1, 137)]),
-        (MPI_CODE, [Death(2, 3)]),
-        (HOROVODRUN, [Death(1, 137), Death(0, 143)]),
+        (SRUN, [RankExit(1, 139), RankExit(0, 143), RankExit(3, 2)]),
+        (MPI_KILLED, [RankExit(1, 137)]),
+        (MPI_CODE, [RankExit(2, 3)]),
+        (HOROVODRUN, [RankExit(1, 137), RankExit(0, 143)]),
         ("", []),
     ],
 )
-def test_deaths(text: str, expected: list[Death]) -> None:
-    assert deaths(text.splitlines()) == expected
+def test_rank_exits_are_found_in_launcher_output(text: str, expected: list[RankExit]) -> None:
+    assert find_rank_exits(text.splitlines()) == expected
 
 
 def failed(rank: int, error: str, code: int = 1, traceback: str = "") -> dict[str, Any]:
@@ -191,56 +193,56 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
         ),
     ],
 )
-def test_outcome(
+def test_exit_code_and_text_name_the_first_failure(
     said: list[dict[str, Any]], launcher: str, code: int, asked: int | None, expected: tuple[int, str]
 ) -> None:
-    report = Report(["a", "b"])
+    report = JobReport(["a", "b"])
     for message in said:
-        report.take(json.loads(json.dumps(message)))
+        report.add_message(json.loads(json.dumps(message)))
     for line in launcher.splitlines():
-        report.hold(Line(None, "stderr", line))
-    assert outcome(report, "horovodrun", code, asked) == expected
+        report.hold_line(OutputLine(None, "stderr", line))
+    assert determine_outcome(report, "horovodrun", code, asked) == expected
 
 
-def test_who_runs_in_an_elastic_run() -> None:
+def test_only_ranks_of_the_newest_generation_count_as_running() -> None:
     """The newest generation's ranks, whatever became of those before it; it is over when the last one has finished."""
-    report = Report([])
+    report = JobReport([])
 
     def say(kind: str, rank: int, **more: int) -> None:
-        report.take({"kind": kind, "rank": rank, **more})
+        report.add_message({"kind": kind, "rank": rank, **more})
 
     for rank in range(3):
         say("started", rank, size=3, pid=10 + rank)
     say("finished", 2, code=75)
     newcomer = {"kind": "failed", "rank": 0, "pid": 13}
-    assert report.newcomer(newcomer) and not report.newcomer({**newcomer, "pid": 10})
-    assert report.running == {0, 1} and report.over_since is None
+    assert report.is_from_newcomer(newcomer) and not report.is_from_newcomer({**newcomer, "pid": 10})
+    assert report.running == {0, 1} and report.all_finished_at is None
     say("finished", 1, code=75)
     say("finished", 0, code=75)
-    assert report.running == set() and report.over_since is not None
+    assert report.running == set() and report.all_finished_at is not None
     for rank in range(3):
         say("started", rank, size=3, pid=20 + rank)
-    assert report.over_since is None
+    assert report.all_finished_at is None
     say("failed", 0, pid=20)
-    assert len(report.failed) == 1
+    assert len(report.failures) == 1
     # Ranks 0 and 2 are gone, and rank 1 goes on alone: what rank 0 failed of has not ended the run.
     say("started", 0, size=1, pid=21)
-    assert report.failed == []
+    assert report.failures == []
     assert report.running == {0} and report.started[0]["pid"] == 21
     say("finished", 0, code=0)
-    assert report.over_since is not None
+    assert report.all_finished_at is not None
 
 
 def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Before anybody has started it may be the run's; from then on it is a newcomer's."""
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#", elastic=True)
+        job = Job(guard, contextlib.ExitStack(), JobReport([]), DEFAULT_SSH, 30, "#", is_elastic=True)
         first = {**failed(1, "no such file", 2), "pid": 5}
-        take(job, first)
-        assert job.report.failed == [first] and capsys.readouterr().err == ""
-        take(job, {"kind": "started", "rank": 0, "size": 1, "host": "h0", "pid": 7})
-        take(job, {**failed(0, "boom", traceback="where\n"), "host": "h2", "pid": 7})
-        assert job.report.failed == []
+        handle_message(job, first)
+        assert job.report.failures == [first] and capsys.readouterr().err == ""
+        handle_message(job, {"kind": "started", "rank": 0, "size": 1, "host": "h0", "pid": 7})
+        handle_message(job, {**failed(0, "boom", traceback="where\n"), "host": "h2", "pid": 7})
+        assert job.report.failures == []
     told = capsys.readouterr().err
     assert "a worker on h1 failed, the others go on: no such file\n" in told
     assert "a worker on h2 failed, the others go on: boom\nwhere\n" in told
@@ -250,47 +252,54 @@ def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture
 def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
         job = Job(
-            guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#", elastic=elastic, asked=signal.SIGINT
+            guard,
+            contextlib.ExitStack(),
+            JobReport([]),
+            DEFAULT_SSH,
+            30,
+            "#",
+            is_elastic=elastic,
+            stop_signal=signal.SIGINT,
         )
         started = {"kind": "started", "rank": 0, "size": 1, "host": socket.gethostname(), "pid": rank.pid}
-        take(job, started)
+        handle_message(job, started)
         assert (rank.poll() or rank.wait(10)) == -signal.SIGUSR1 if elastic else rank.poll() is None
         rank.kill()
 
 
 def test_a_host_that_ssh_does_not_reach_is_told_once() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#")
-        job.calls = [("far", subprocess.Popen(["sh", "-c", "exit 255"])), ("near", subprocess.Popen(["false"]))]
-        for _, call in job.calls:
+        job = Job(guard, contextlib.ExitStack(), JobReport([]), DEFAULT_SSH, 30, "#")
+        job.ssh_calls = [("far", subprocess.Popen(["sh", "-c", "exit 255"])), ("near", subprocess.Popen(["false"]))]
+        for _, call in job.ssh_calls:
             call.wait()
-        assert unreached(job) == ["far"]
-        assert unreached(job) == []
+        assert pop_unreachable_hosts(job) == ["far"]
+        assert pop_unreachable_hosts(job) == []
 
 
 def test_the_launchers_lines_are_held_back_and_dropped_if_a_rank_explains_them() -> None:
-    line = Line(None, "stderr", "some help")
-    report = Report(["a"])
-    report.hold(line)
-    assert report.due() == []
-    assert report.due(last=True) == [line]
-    report.hold(line)
-    report.take(failed(0, "a"))
-    assert report.due(last=True) == []
-    assert report.next_due() is None
+    line = OutputLine(None, "stderr", "some help")
+    report = JobReport(["a"])
+    report.hold_line(line)
+    assert report.pop_due_lines() == []
+    assert report.pop_due_lines(last=True) == [line]
+    report.hold_line(line)
+    report.add_message(failed(0, "a"))
+    assert report.pop_due_lines(last=True) == []
+    assert report.next_due_at() is None
 
 
-def test_info() -> None:
+def test_progress_text_shows_epoch_loss_rate_and_text() -> None:
     message = {"step": 1, "steps": 9, "epoch": 3, "loss": 0.123456, "rate": 1234.5, "text": "lr 0.1"}
-    assert info(message) == "epoch 3  loss 0.1235  1,234/s  lr 0.1"
-    assert info({"step": 1, "loss": None, "text": ""}) == ""
+    assert format_progress(message) == "epoch 3  loss 0.1235  1,234/s  lr 0.1"
+    assert format_progress({"step": 1, "loss": None, "text": ""}) == ""
 
 
 def test_a_message_counts_for_ranks_and_hosts_of_this_launch_only() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        fixed = Job(guard, contextlib.ExitStack(), Report(["a", "b"]), AS_CONFIGURED, 30, "#")
+        fixed = Job(guard, contextlib.ExitStack(), JobReport(["a", "b"]), DEFAULT_SSH, 30, "#")
         started = {"kind": "started", "rank": 1, "host": "x", "pid": 7}
         assert is_of_this_launch(fixed, started) and not is_of_this_launch(fixed, {**started, "rank": 2})
-        elastic = Job(guard, contextlib.ExitStack(), Report([]), AS_CONFIGURED, 30, "#", listed=lambda: ["a"])
+        elastic = Job(guard, contextlib.ExitStack(), JobReport([]), DEFAULT_SSH, 30, "#", list_hosts=lambda: ["a"])
         assert is_of_this_launch(elastic, {**started, "rank": 99, "reach": "a"})
         assert not is_of_this_launch(elastic, {**started, "reach": "b"})

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.system.errors import UserError
 from hvdtrain.training import lease as lease_module
-from hvdtrain.training.lease import FolderLost, Lease, read, take_away
+from hvdtrain.training.lease import FolderLost, Lease, read_lease, remove_lease
 from hvdtrain.training.owner import Owner
 
 SHORT = 0.6
@@ -31,7 +31,7 @@ SHORT = 0.6
 def write_owner(folder: Path, **changed: Any) -> Owner:
     """A lease that somebody else holds; by default a living process of another machine."""
     there: dict[str, Any] = {"host": "elsewhere", "machine": "m", "boot": "b", "pid": 77}
-    owner = replace(Owner.here("other", SHORT), **{**there, **changed})
+    owner = replace(Owner.for_this_process("other", SHORT), **{**there, **changed})
     (folder / "owner.json").write_bytes(owner.encode())
     return owner
 
@@ -58,7 +58,7 @@ def test_a_lease_is_held_renewed_and_given_up(tmp_path: Path) -> None:
         before = (tmp_path / "owner.json").stat().st_mtime_ns
         time.sleep(SHORT / 2)
         assert (tmp_path / "owner.json").stat().st_mtime_ns > before
-        lease.check(now=True)
+        lease.check_ownership(now=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,7 +70,7 @@ def test_a_second_run_is_refused_in_a_line_that_names_the_first(tmp_path: Path) 
                 Lease(seconds=SHORT).acquire(tmp_path, wait=wait)
             who = f"run folder {tmp_path} is in use by pid {os.getpid()} on {os.uname().nodename}"
             assert str(refused.value).startswith(f"{who}, which renewed its lease 0 s ago: wait for its end, or ")
-        first.check(now=True)
+        first.check_ownership(now=True)
 
 
 def test_of_many_that_start_together_one_becomes_the_owner(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_of_many_that_start_together_one_becomes_the_owner(tmp_path: Path) -> No
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(acquire, leases)) == 1
     for lease in leases:
-        lease.check(now=True)
+        lease.check_ownership(now=True)
         lease.release()
 
 
@@ -98,7 +98,7 @@ def test_one_of_many_that_start_together_again_and_again(tmp_path: Path) -> None
 
 
 def local(**changed: Any) -> dict[str, Any]:
-    here = Owner.here("", 1)
+    here = Owner.for_this_process("", 1)
     return {"host": here.host, "machine": here.machine, "boot": here.boot, "pid": here.pid, **changed}
 
 
@@ -111,7 +111,7 @@ def local(**changed: Any) -> dict[str, Any]:
     ],
 )
 def test_the_lease_of_a_dead_process_of_this_machine_is_taken_at_once(dead: dict[str, Any], tmp_path: Path) -> None:
-    if "boot" in dead and not Owner.here("", 1).machine:
+    if "boot" in dead and not Owner.for_this_process("", 1).machine:
         pytest.skip("this machine has no /etc/machine-id")
     write_owner(tmp_path, **local(**dead), seconds=1000.0)
     with Lease(seconds=1000) as lease:
@@ -174,39 +174,39 @@ def test_a_lease_that_cannot_be_read_is_waited_for(content: bytes, tmp_path: Pat
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_any_bytes_are_an_owner_or_none(data: st.DataObject) -> None:
-    whole = Owner.here("launch", 60).encode()
+    whole = Owner.for_this_process("launch", 60).encode()
     at = data.draw(st.integers(0, len(whole)))
     some = data.draw(st.binary(max_size=8))
-    owner = Owner.parse(whole[:at] + some + whole[at + len(some) :])
+    owner = Owner.decode(whole[:at] + some + whole[at + len(some) :])
     assert owner is None or isinstance(owner.pid, int)
 
 
 def test_the_loser_notices_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "LOOK", 0.0)
+    monkeypatch.setattr(lease_module, "CHECK_INTERVAL", 0.0)
     first = Lease(seconds=SHORT)
     first.acquire(tmp_path, wait=False)
-    found = read(tmp_path / "owner.json")
+    found = read_lease(tmp_path / "owner.json")
     assert found is not None
-    take_away(tmp_path / "owner.json", found)
+    remove_lease(tmp_path / "owner.json", found)
     with Lease(seconds=SHORT) as second:
         second.acquire(tmp_path, wait=False)
         renewed_by_second = (tmp_path / "owner.json").stat().st_ino
         with pytest.raises(FolderLost, match=r"was taken over by pid \d+ on .*; this run was frozen, or out of reach"):
-            first.check()
+            first.check_ownership()
         first.release()
-        second.check(now=True)
+        second.check_ownership(now=True)
         assert (tmp_path / "owner.json").stat().st_ino == renewed_by_second
 
 
 def test_a_lease_that_was_judged_before_is_not_taken_from_its_next_holder(tmp_path: Path) -> None:
     write_owner(tmp_path)
-    judged = read(tmp_path / "owner.json")
+    judged = read_lease(tmp_path / "owner.json")
     assert judged is not None
-    take_away(tmp_path / "owner.json", judged)
+    remove_lease(tmp_path / "owner.json", judged)
     with Lease(seconds=SHORT) as second:
         second.acquire(tmp_path, wait=False)
-        take_away(tmp_path / "owner.json", judged)
-        second.check(now=True)
+        remove_lease(tmp_path / "owner.json", judged)
+        second.check_ownership(now=True)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_folder_that_is_not_the_same_any_more_is_lost(change: Any, text: str, 
         lease.acquire(folder, wait=False)
         change(folder)
         with pytest.raises(FolderLost, match=text):
-            lease.check(now=True)
+            lease.check_ownership(now=True)
 
 
 def replace_by_copy(folder: Path) -> None:
@@ -245,15 +245,15 @@ def replace_by_copy(folder: Path) -> None:
 def test_a_launch_hands_its_lease_on(tmp_path: Path) -> None:
     first, second = Lease("launch", SHORT), Lease("launch", SHORT)
     first.acquire(tmp_path, wait=False)
-    second.hand_on(tmp_path)
+    second.take_over(tmp_path)
     with pytest.raises(FolderLost) as lost:
-        first.check(now=True)
+        first.check_ownership(now=True)
     assert lost.value.same_launch
-    first.keep = True
+    first.keep_for_launch = True
     first.release()
-    second.check(now=True)
-    second.hand_on(tmp_path)  # in the next generation
-    second.keep = True
+    second.check_ownership(now=True)
+    second.take_over(tmp_path)  # in the next generation
+    second.keep_for_launch = True
     second.release()
     assert (tmp_path / "owner.json").exists()
     with Lease("launch", SHORT) as third:
@@ -262,12 +262,12 @@ def test_a_launch_hands_its_lease_on(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_launch_or_none_is_not_handed_on(tmp_path: Path) -> None:
     with pytest.raises(FolderLost, match="was deleted, moved or unmounted"):
-        Lease("launch", SHORT).hand_on(tmp_path / "run")
+        Lease("launch", SHORT).take_over(tmp_path / "run")
     with pytest.raises(FolderLost, match="is gone: another run took the folder over"):
-        Lease("launch", SHORT).hand_on(tmp_path)
+        Lease("launch", SHORT).take_over(tmp_path)
     write_owner(tmp_path)
     with pytest.raises(FolderLost, match="was taken over by pid 77 on elsewhere"):
-        Lease("launch", SHORT).hand_on(tmp_path)
+        Lease("launch", SHORT).take_over(tmp_path)
 
 
 def test_a_lease_that_cannot_be_handed_on_now_is_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,18 +279,18 @@ def test_a_lease_that_cannot_be_handed_on_now_is_later(tmp_path: Path, monkeypat
     with Lease("launch", 60) as second:
         with monkeypatch.context() as patch:
             patch.setattr(lease_module.os, "pwrite", fail)
-            second.hand_on(tmp_path)
+            second.take_over(tmp_path)
             with pytest.raises(OSError):
-                second.check(now=True)
-        assert not second.held
-        second.check(now=True)
-        assert second.held
+                second.check_ownership(now=True)
+        assert not second.is_held
+        second.check_ownership(now=True)
+        assert second.is_held
 
 
 def test_a_frozen_holder_is_waited_for_and_taken_over(tmp_path: Path) -> None:
     code = "from hvdtrain.training.lease import *; import time; l = Lease(seconds=0.6)\n"
     code += "l.acquire(Path(sys.argv[1]), wait=False); print(flush=True); time.sleep(2)\n"
-    code += "while True: l.check(); time.sleep(0.1)"
+    code += "while True: l.check_ownership(); time.sleep(0.1)"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -303,7 +303,7 @@ def test_a_frozen_holder_is_waited_for_and_taken_over(tmp_path: Path) -> None:
             process.send_signal(signal.SIGCONT)
             process.wait(30)
             assert "FolderLost" in process.stderr.read()
-            lease.check(now=True)
+            lease.check_ownership(now=True)
 
 
 def test_the_seconds_of_a_lease_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

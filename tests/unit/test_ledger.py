@@ -19,8 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdtrain.cli.main import main
-from hvdtrain.ledger.verify import Verdict, verify
-from hvdtrain.ledger.writer import MOST, Ledger, Row, hash_sum, hashes, numbered, read_segment
+from hvdtrain.ledger.verify import LedgerVerification, verify_ledger
+from hvdtrain.ledger.writer import (
+    MAX_STEP_EXAMPLES,
+    Ledger,
+    LedgerRow,
+    find_segments,
+    hash_ids,
+    read_segment,
+    sum_id_hashes,
+)
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 
@@ -64,27 +72,27 @@ class Training:
 
     @property
     def last(self) -> Path:
-        return max(numbered(self.run_dir / "ledger").items())[1]
+        return max(find_segments(self.run_dir / "ledger").items())[1]
 
     def step(self, fault: Fault = lambda ids: ids) -> None:
         """The ranks feed their parts of the next batch, or what a fault makes of it."""
         epoch, offset = self.position[-1]
-        ids = next(order.steps(self.examples, self.batch, self.seed, epoch, offset))
+        ids = next(order.iterate_batches(self.examples, self.batch, self.seed, epoch, offset))
         fed = fault(ids)
         told = [0, 0]
         for rank in range(3):
-            mine = fed[slice(*order.bounds(len(fed), rank, 3))]
-            told = [told[0] + len(mine), told[1] + hash_sum(mine)]
-        row = Row(len(self.position), epoch + 1, offset, *told)
-        kept = self.ranks[0].saved
+            mine = fed[slice(*order.part_bounds(len(fed), rank, 3))]
+            told = [told[0] + len(mine), told[1] + sum_id_hashes(mine)]
+        row = LedgerRow(len(self.position), epoch + 1, offset, *told)
+        kept = self.ranks[0].durable_step
         for ledger in self.ranks:
-            ledger.forget(kept)
-            ledger.append(row)
+            ledger.discard_rows(kept)
+            ledger.append_row(row)
         end = offset + len(ids)
         self.position.append((epoch, end) if end < self.examples else (epoch + 1, 0))
 
     def save(self) -> None:
-        self.ranks[0].durable()
+        self.ranks[0].make_durable()
         self.note_synced()
         self.saved = len(self.position) - 1
 
@@ -101,21 +109,21 @@ class Training:
         self.ranks[0].close()
         data = self.last.read_bytes()
         self.last.write_bytes(data[: self.synced[self.last]])
-        state = json.loads(json.dumps(self.ranks[1].state()))
+        state = json.loads(json.dumps(self.ranks[1].to_state()))
         self.ranks = [Ledger.from_state(state) for _ in range(3)]
         self.roll_back(step)
         self.open()
 
     def roll_back(self, step: int) -> None:
         del self.position[step + 1 :]
-        files = len(numbered(self.run_dir / "ledger"))
+        files = len(find_segments(self.run_dir / "ledger"))
         for ledger in self.ranks:
-            ledger.rollback(step)
-        if len(numbered(self.run_dir / "ledger")) > files:
+            ledger.roll_back(step)
+        if len(find_segments(self.run_dir / "ledger")) > files:
             self.note_synced()
 
-    def verdict(self) -> Verdict:
-        return verify(self.run_dir)
+    def verdict(self) -> LedgerVerification:
+        return verify_ledger(self.run_dir)
 
 
 @st.composite
@@ -142,7 +150,7 @@ def live(training: Training, events: list[tuple[str, int, bytes]]) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(events=lives(), examples=st.integers(1, 100), batch=st.integers(1, 40), seed=st.integers(0, 9))
-def test_whatever_happens_each_id_is_told_once(
+def test_any_sequence_of_faults_verifies_without_findings(
     events: list[tuple[str, int, bytes]], examples: int, batch: int, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, Training(Path(folder), examples, batch, seed) as training:
@@ -156,7 +164,7 @@ def test_whatever_happens_each_id_is_told_once(
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), events=lives(), examples=st.integers(8, 100), batch=st.integers(4, 40))
-def test_whatever_happens_one_wrong_id_is_named(
+def test_one_wrong_id_is_named_after_any_sequence_of_faults(
     data: st.DataObject, events: list[tuple[str, int, bytes]], examples: int, batch: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, Training(Path(folder), examples, batch) as training:
@@ -186,7 +194,7 @@ def test_whatever_happens_one_wrong_id_is_named(
             training.step()
         verdict = training.verdict()
         if not wrong:
-            assert verdict.exactly_once
+            assert verdict.is_exactly_once
             return
         found = next(finding for finding in verdict.findings if finding.kind == "ids")
         assert (found.step, found.missing, found.repeated) == (at, wrong["missing"], wrong["repeated"])
@@ -228,12 +236,12 @@ def test_the_summary_says_what_is_not_complete(whole: Training) -> None:
     line = (
         "exactly once: 2 epochs x 100 examples and 32 examples of epoch 3, which is not complete, 16 steps (2 segments)"
     )
-    assert whole.verdict().lines() == [line]
+    assert whole.verdict().format_lines() == [line]
 
 
 def test_a_missing_step_is_found(whole: Training) -> None:
     edit(whole.last, lambda lines: lines.pop(2 + 4))  # step 10 begins at 32 of epoch 2
-    ids = np.sort(order.Order(100, 0, 1).ids(32, 48)).tolist()
+    ids = np.sort(order.SampleOrder(100, 0, 1).ids_between(32, 48)).tolist()
     assert found(whole, "step") == ["step 10 is missing"]
     assert found(whole, "place") == ["step 11 begins at example 48 of epoch 2's order, expected 32 of epoch 2"]
     (epoch,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
@@ -241,12 +249,12 @@ def test_a_missing_step_is_found(whole: Training) -> None:
     names = ", ".join(map(str, ids[:10]))
     due = f"(id {ids[0]} was due after step 9)"
     assert epoch.text == f"epoch 2: ids {names} and 6 more not visited {due}"
-    assert not whole.verdict().exactly_once
+    assert not whole.verdict().is_exactly_once
 
 
 def test_a_repeated_step_is_found(whole: Training) -> None:
     edit(whole.last, lambda lines: lines.insert(7, lines[6]))
-    ids = np.sort(order.Order(100, 0, 1).ids(32, 48)).tolist()
+    ids = np.sort(order.SampleOrder(100, 0, 1).ids_between(32, 48)).tolist()
     assert found(whole, "step") == ["step 10 comes again after step 10"]
     (epoch,) = (finding for finding in whole.verdict().findings if finding.kind == "epoch")
     assert (epoch.epoch, epoch.missing, epoch.repeated) == (2, [], ids[:10])
@@ -271,14 +279,14 @@ def test_any_number_changed_is_found(whole: Training, column: int) -> None:
                 continue
             changed = ",".join(map(str, row))
             whole.last.write_text("\n".join([*lines[:at], changed, *lines[at + 1 :], ""]))
-            assert not whole.verdict().exactly_once, (lines[at], changed)
+            assert not whole.verdict().is_exactly_once, (lines[at], changed)
     whole.last.write_text(text)
-    assert whole.verdict().exactly_once
+    assert whole.verdict().is_exactly_once
 
 
 def test_ids_swapped_between_steps_are_found(whole: Training) -> None:
     """Each id was visited once, but not where the order says."""
-    first, second = order.Order(100, 0, 2).ids(32, 48), order.Order(100, 0, 2).ids(48, 64)
+    first, second = order.SampleOrder(100, 0, 2).ids_between(32, 48), order.SampleOrder(100, 0, 2).ids_between(48, 64)
     a, b = int(first[3]), int(second[5])
     whole.step(lambda ids: np.where(ids == a, b, ids))
     whole.step(lambda ids: np.where(ids == b, a, ids))
@@ -290,7 +298,7 @@ def test_ids_swapped_between_steps_are_found(whole: Training) -> None:
 
 
 def test_an_id_consumed_twice_is_found(whole: Training) -> None:
-    again = int(order.Order(100, 0, 2).ids(0, 100)[3])
+    again = int(order.SampleOrder(100, 0, 2).ids_between(0, 100)[3])
     whole.step(lambda ids: np.append(ids, again))
     whole.step()
     assert found(whole, "ids") == [f"step 17 (epoch 3): id {again} fed besides"]
@@ -303,7 +311,7 @@ def test_a_ranks_part_left_out_is_named(whole: Training, steps: int) -> None:
     for _ in range(steps):
         whole.step()
     epoch, offset = whole.position[-1]
-    part = order.Order(100, 0, epoch).ids(0, 100)[offset + 6 : offset + 11]
+    part = order.SampleOrder(100, 0, epoch).ids_between(0, 100)[offset + 6 : offset + 11]
     if steps == 5:
         assert (epoch, offset) == (3, 0)
     whole.step(lambda ids: ids[~np.isin(ids, part)])
@@ -316,7 +324,7 @@ def test_a_ranks_part_left_out_is_named(whole: Training, steps: int) -> None:
 
 
 def test_the_last_id_of_a_step_left_out_is_found(whole: Training) -> None:
-    left = int(order.Order(100, 0, 2).ids(0, 100)[47])
+    left = int(order.SampleOrder(100, 0, 2).ids_between(0, 100)[47])
     whole.step(lambda ids: ids[:-1])
     assert found(whole, "ids") == [f"step 17 (epoch 3): id {left} not fed"]
     whole.step()
@@ -332,7 +340,7 @@ def test_the_last_step_of_an_epoch_with_too_many(whole: Training) -> None:
     assert found(whole, "ids") == ["step 21 (epoch 3): id 7 fed besides"]
 
 
-def test_ids_that_cannot_be_told(whole: Training) -> None:
+def test_a_step_with_many_wrong_ids_is_reported_without_naming_them(whole: Training) -> None:
     whole.step(lambda ids: ids // 2)
     text = "step 17 (epoch 3): the 16 ids that were fed are not those of the order, and cannot be told"
     assert found(whole, "ids") == [text]
@@ -349,7 +357,7 @@ def test_another_seed_in_mid_epoch_is_found(whole: Training) -> None:
     assert finding.repeated and finding.missing
 
 
-def test_another_seed_from_an_epoch_on_is_none_of_the_ledgers_business(whole: Training) -> None:
+def test_another_seed_between_epochs_is_accepted(whole: Training) -> None:
     while whole.position[-1][1]:
         whole.step()
     whole.save()
@@ -357,7 +365,7 @@ def test_another_seed_from_an_epoch_on_is_none_of_the_ledgers_business(whole: Tr
     whole.kill(b"", 9)
     for _ in range(15):
         whole.step()
-    assert whole.verdict().exactly_once
+    assert whole.verdict().is_exactly_once
 
 
 def test_steps_without_a_ledger_are_missing(training: Training) -> None:
@@ -379,12 +387,12 @@ def test_a_segment_lost_and_lines_that_are_no_rows(whole: Training) -> None:
     assert found(whole, "file") == ["segment-000002.csv: line 5 is no row"]
     second.unlink()
     assert found(whole, "file") == ["segment-000002.csv is missing"]
-    assert not whole.verdict().exactly_once
+    assert not whole.verdict().is_exactly_once
 
 
 def test_a_lot_of_findings_are_cut(whole: Training) -> None:
     edit(whole.last, lambda lines: lines.__setitem__(0, lines[0].replace("seed=0", "seed=1")))
-    lines = whole.verdict().lines()
+    lines = whole.verdict().format_lines()
     assert lines[0].startswith("not exactly once: 2 epochs x 100 examples")
     assert len(lines) == 12
     assert lines[-1].endswith(" more findings")
@@ -417,7 +425,7 @@ def test_rows_that_cannot_be_written_wait(training: Training, number: int, monke
     training.step()
     with monkeypatch.context() as patch:
         patch.setattr("hvdtrain.ledger.writer.os.write", lambda *_: fail(number))
-        patch.setattr("hvdtrain.ledger.writer.write_new", lambda *_: fail(number))
+        patch.setattr("hvdtrain.ledger.writer.create_atomically", lambda *_: fail(number))
         training.step()
         assert writer.error is not None and writer.error.errno == number
         with pytest.raises(OSError):
@@ -437,10 +445,10 @@ def test_a_ledger_in_a_run_folder_that_was_deleted_is_not_made_again(tmp_path: P
     assert isinstance(ledger.error, FileNotFoundError)
     (tmp_path / "run").mkdir()
     ledger.open_for_writing(tmp_path / "run" / "ledger")
-    assert ledger.error is None and ledger.in_place()
+    assert ledger.error is None and ledger.is_segment_in_place()
     shutil.rmtree(tmp_path / "run")
-    assert not ledger.in_place()
-    ledger.append(Row(1, 1, 0, 2, 3))
+    assert not ledger.is_segment_in_place()
+    ledger.append_row(LedgerRow(1, 1, 0, 2, 3))
     assert not (tmp_path / "run").exists()
 
 
@@ -467,7 +475,7 @@ def test_two_writers_never_take_the_same_segment(tmp_path: Path) -> None:
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(lambda ledger: ledger.open_for_writing(tmp_path), ledgers))
     for ledger in ledgers:
-        ledger.append(Row(1, 1, 0, 2, 3))
+        ledger.append_row(LedgerRow(1, 1, 0, 2, 3))
         ledger.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"segment-{n:06}.csv" for n in range(1, 21)]
     assert all(len(read_segment(path).rows) == 1 for path in tmp_path.iterdir())
@@ -476,18 +484,18 @@ def test_two_writers_never_take_the_same_segment(tmp_path: Path) -> None:
 @given(ids=st.lists(st.integers(0, 2**40), unique=True, min_size=1), ranks=st.integers(1, 5))
 def test_the_sum_of_hashes_is_the_same_on_any_number_of_ranks(ids: list[int], ranks: int) -> None:
     array = np.array(ids)
-    parts = [array[slice(*order.bounds(len(ids), rank, ranks))] for rank in range(ranks)]
+    parts = [array[slice(*order.part_bounds(len(ids), rank, ranks))] for rank in range(ranks)]
     told = np.float64(0)
     for part in parts:
-        told += np.float64(hash_sum(part))
-    assert int(told) == hash_sum(array) == sum(int(value) for value in hashes(array))
+        told += np.float64(sum_id_hashes(part))
+    assert int(told) == sum_id_hashes(array) == sum(int(value) for value in hash_ids(array))
 
 
 def test_hashes_are_splitmix64() -> None:
     """Its first outputs from seed 0 are known; id n gives the output of state n, which is output 1 of seed n."""
-    assert hashes(np.array([0]))[0] == 0xE220A8397B1DCDAF >> 32
-    assert len(np.unique(hashes(np.arange(10_000)))) == 10_000
-    assert MOST * (2**32 - 1) < 2**53
+    assert hash_ids(np.array([0]))[0] == 0xE220A8397B1DCDAF >> 32
+    assert len(np.unique(hash_ids(np.arange(10_000)))) == 10_000
+    assert MAX_STEP_EXAMPLES * (2**32 - 1) < 2**53
 
 
 def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[object, str, str]:
@@ -497,7 +505,9 @@ def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[object, str
     return left.value.code, said.out, said.err
 
 
-def test_the_command(whole: Training, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ledger_command_verifies_and_reports_a_missing_step(
+    whole: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = str(whole.run_dir)
     code, out, _ = command(capsys, "verify", folder)
     assert code == 0
@@ -526,7 +536,7 @@ def test_no_ledger_and_damaged_headers(whole: Training, capsys: pytest.CaptureFi
         whole.last.write_text(wrong)
         assert command(capsys, "verify", str(whole.run_dir)) == (2, "", f"hvdtrain: error: {damaged}\n")
     with pytest.raises(UserError):
-        verify(whole.run_dir)
+        verify_ledger(whole.run_dir)
     for wrong in (
         "seed=18446744073709551616",
         "seed=0 examples=100000000000000000000",

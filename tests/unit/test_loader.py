@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from hvdtrain.system.errors import RecipeError, RunError
-from hvdtrain.torch.data import Examples
-from hvdtrain.torch.loader import Loader
+from hvdtrain.torch.data import BatchDataset
+from hvdtrain.torch.loader import BatchLoader
 from tests.unit.test_examples import Listed, Mine, draw
 
 PARTS = [np.arange(start, start + 4) for start in range(0, 40, 4)]
 
 
-OPEN: list[Loader] = []
+OPEN: list[BatchLoader] = []
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +39,13 @@ def no_process_is_left() -> Iterator[None]:
     assert left == set()
 
 
-def open_loader(example: Any, workers: int) -> Loader:
-    OPEN.append(Loader(Examples(Mine(), "train", Listed(example)), workers))
+def open_loader(example: Any, workers: int) -> BatchLoader:
+    OPEN.append(BatchLoader(BatchDataset(Mine(), "train", Listed(example)), workers))
     return OPEN[-1]
 
 
-def values(loader: Loader, epoch: int = 0, parts: Any = PARTS) -> list[list[Any]]:
-    return [batch.tolist() for _, batch in loader.batches(parts, [0, epoch])]
+def values(loader: BatchLoader, epoch: int = 0, parts: Any = PARTS) -> list[list[Any]]:
+    return [batch.tolist() for _, batch in loader.load_batches(parts, [0, epoch])]
 
 
 def test_batches_do_not_depend_on_the_processes() -> None:
@@ -90,7 +90,7 @@ def test_parts_are_read_as_they_are_needed() -> None:
     for workers in (0, 2):
         taken = 0
         loader = open_loader(lambda i: i, workers)
-        batches = loader.batches(endless(), [0])
+        batches = loader.load_batches(endless(), [0])
         for _ in range(10):
             next(batches)
         assert taken <= 10 + 2 * workers
@@ -141,8 +141,8 @@ def test_a_process_that_is_stuck_holds_nobody_up() -> None:
         return i
 
     loader = open_loader(example, 2)
-    next(loader.batches(PARTS, [0]))
-    pids = [process.pid for process in loader._processes()]
+    next(loader.load_batches(PARTS, [0]))
+    pids = [process.pid for process in loader._worker_processes()]
     begin = time.monotonic()
     loader.close()
     assert time.monotonic() - begin < 30  # 2 s; torch alone takes 10 s for each of two
@@ -152,8 +152,8 @@ def test_a_process_that_is_stuck_holds_nobody_up() -> None:
 def test_signals_of_a_job_are_the_ranks_to_heed() -> None:
     """A terminal, timeout(1) or a batch system signals all processes of a job."""
     loader = open_loader(lambda i: i, 2)
-    loader.start()
-    for process in loader._processes():
+    loader.start_workers()
+    for process in loader._worker_processes():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             os.kill(process.pid, number)
     assert values(loader) == [part.tolist() for part in PARTS]
@@ -165,8 +165,8 @@ def test_processes_end_with_a_rank_that_is_killed(tmp_path: Path) -> None:
         "import time\n"
         "from tests.unit.test_loader import open_loader\n"
         "loader = open_loader(lambda i: time.sleep(1000), 2)\n"
-        "loader.start()\n"
-        "print(*[process.pid for process in loader._processes()], flush=True)\n"
+        "loader.start_workers()\n"
+        "print(*[process.pid for process in loader._worker_processes()], flush=True)\n"
         "time.sleep(1000)\n"
     )
     root = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_loading_in_this_process_leaves_no_trace_in_the_generators_of_a_seeded_s
     drawn = []
     for workers in (0, 2):
         loader = open_loader(lambda i: torch.tensor(draw()), workers)
-        for _ in loader.batches(PARTS[:2], [0]):
+        for _ in loader.load_batches(PARTS[:2], [0]):
             seed_all((0, 5))
             drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
         loader.close()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.output import PREFIX, SRUN_PREFIX, Line, Lines, take_message
+from hvdtrain.launch.output import LINE_PREFIX, SRUN_PREFIX, OutputLine, OutputParser, extract_message
 from hvdtrain.system import messages
 
 ENVIRON = {"HVDTRAIN_SECRET": "s" * 32, "HVDTRAIN_LAUNCH": "1"}
-MARK = messages.message_mark(ENVIRON)
+MARK = messages.message_prefix(ENVIRON)
 STARTED = {"kind": "started", "rank": 0, "host": "h", "pid": 7}
 
 
@@ -22,8 +22,8 @@ def text_of(message: dict[str, Any], mark: str = MARK) -> str:
 
 def test_a_message_begins_with_the_mark_of_this_launch() -> None:
     assert MARK.startswith("##hvdtrain ") and len(MARK.split()[1]) == 32 and "s" * 8 not in MARK
-    assert messages.parse(text_of(STARTED), MARK) == STARTED
-    other = messages.message_mark({"HVDTRAIN_SECRET": "t" * 32})
+    assert messages.parse_message(text_of(STARTED), MARK) == STARTED
+    other = messages.message_prefix({"HVDTRAIN_SECRET": "t" * 32})
     for line in (
         text_of(STARTED, "##hvdtrain "),
         text_of(STARTED, other),
@@ -34,7 +34,7 @@ def test_a_message_begins_with_the_mark_of_this_launch() -> None:
         f"{MARK}[]",
         "plain",
     ):
-        assert messages.parse(line, MARK) is None
+        assert messages.parse_message(line, MARK) is None
 
 
 @pytest.mark.parametrize(
@@ -60,24 +60,26 @@ def test_a_message_begins_with_the_mark_of_this_launch() -> None:
     ],
 )
 def test_a_message_with_a_wrong_value_is_an_ordinary_line(change: dict[str, Any]) -> None:
-    assert messages.parse(text_of({**STARTED, "reach": "node-1.a_b", "size": 3}), MARK) is not None
-    assert messages.parse(text_of({**STARTED, **change}), MARK) is None
+    assert messages.parse_message(text_of({**STARTED, "reach": "node-1.a_b", "size": 3}), MARK) is not None
+    assert messages.parse_message(text_of({**STARTED, **change}), MARK) is None
 
 
 def test_a_message_without_one_of_its_fields_is_an_ordinary_line() -> None:
     for name in STARTED:
-        assert messages.parse(text_of({key: value for key, value in STARTED.items() if key != name}), MARK) is None
-    assert messages.parse(text_of({"kind": "progress", "loss": "x"}), MARK) is None
-    assert messages.parse(text_of({"kind": "progress", "loss": None, "step": 3}), MARK) is not None
+        assert (
+            messages.parse_message(text_of({key: value for key, value in STARTED.items() if key != name}), MARK) is None
+        )
+    assert messages.parse_message(text_of({"kind": "progress", "loss": "x"}), MARK) is None
+    assert messages.parse_message(text_of({"kind": "progress", "loss": None, "step": 3}), MARK) is not None
 
 
 def test_the_rank_is_the_launchers() -> None:
     """But in an elastic run, where the launcher's number is that of a slot. Standard error has no messages."""
-    line = Line(3, "stdout", text_of(STARTED))
-    assert take_message(line, MARK) == {**STARTED, "rank": 3}
-    assert take_message(line._replace(rank=None), MARK) == STARTED
-    assert take_message(line, MARK, elastic=True) == STARTED
-    assert take_message(line._replace(stream="stderr"), MARK) is None
+    line = OutputLine(3, "stdout", text_of(STARTED))
+    assert extract_message(line, MARK) == {**STARTED, "rank": 3}
+    assert extract_message(line._replace(rank=None), MARK) == STARTED
+    assert extract_message(line, MARK, elastic=True) == STARTED
+    assert extract_message(line._replace(stream="stderr"), MARK) is None
 
 
 @pytest.mark.parametrize(
@@ -89,8 +91,8 @@ def test_a_message_is_found_after_an_unfinished_line(
     """As the launchers bring it: horovodrun repeats its prefix after a carriage return, srun breaks long lines."""
     monkeypatch.setattr("os.environ", ENVIRON)
     print("10%\r50%", end="")
-    messages.send("failed", rank=4, error="e" * 3000)
-    messages.send("finished", rank=4, code=0)
+    messages.send_message("failed", rank=4, error="e" * 3000)
+    messages.send_message("finished", rank=4, code=0)
     said = capsys.readouterr().out.encode()
     if prefix == b" 4: ":
         pieces = [piece for line in said[:-1].split(b"\n") for piece in cut(line)]
@@ -99,13 +101,13 @@ def test_a_message_is_found_after_an_unfinished_line(
         said = b"".join(prefix + part for part in re.findall(rb"[^\r\n]*[\r\n]", said))
     else:
         said = b"".join(prefix + part + b"\n" for part in said[:-1].split(b"\n"))
-    lines = Lines("stdout", SRUN_PREFIX if prefix == b" 4: " else PREFIX)
-    found = [*lines.feed(said), *lines.feed(b"")]
-    assert [line for line in found if take_message(line, MARK) is None] == [
-        Line(4, "stdout", "10%"),
-        Line(4, "stdout", "50%"),
+    lines = OutputParser("stdout", SRUN_PREFIX if prefix == b" 4: " else LINE_PREFIX)
+    found = [*lines.parse_bytes(said), *lines.parse_bytes(b"")]
+    assert [line for line in found if extract_message(line, MARK) is None] == [
+        OutputLine(4, "stdout", "10%"),
+        OutputLine(4, "stdout", "50%"),
     ]
-    kept = [message for line in found if (message := take_message(line, MARK))]
+    kept = [message for line in found if (message := extract_message(line, MARK))]
     assert [message["kind"] for message in kept] == ["failed", "finished"] and kept[0]["error"] == "e" * 3000
 
 
@@ -115,5 +117,5 @@ def cut(line: bytes) -> list[bytes]:
 
 def test_only_ranks_of_a_launch_send(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("os.environ", {"HVDTRAIN_SECRET": "s" * 32})
-    messages.send("finished", rank=0, code=0)
+    messages.send_message("finished", rank=0, code=0)
     assert capsys.readouterr().out == ""

@@ -15,17 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hvdtrain.exchange.checksums import checksum
-from hvdtrain.exchange.tensors import fingerprints, is_plain, load_module, overwrite, same_bits
+from hvdtrain.exchange.checksums import checksum_tensor
+from hvdtrain.exchange.tensors import (
+    fingerprint_tensors,
+    has_same_bits,
+    is_writable_in_place,
+    load_module_state,
+    overwrite_tensor,
+)
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.modes import Modes
-from hvdtrain.torch.stage import stage
-from hvdtrain.torch.watch import LearningRates, Report, find_difference
+from hvdtrain.torch.modes import TrainingModes
+from hvdtrain.torch.stage import open_sandbox
+from hvdtrain.torch.watch import LearningRateWatch, ParameterReport, find_divergent_parameter
 from hvdtrain.training import schedule
 from hvdtrain.training.checkpoint import Position
-from hvdtrain.training.plan import Plan
+from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.ragged import count_passes, refuse_uneven_calls
 
 SEEN: list[int] = []
@@ -68,27 +74,27 @@ KINDS = [*odd_tensors(), *plain_tensors()]
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_of_any_layout_are_compared_copied_and_overwritten(kind: str) -> None:
     tensor, same = ({**odd_tensors(), **plain_tensors()}[kind] for _ in range(2))
-    assert is_plain(tensor) == (kind in plain_tensors())
-    assert same_bits(tensor, same)
-    assert int(checksum(tensor)) == int(checksum(same))
+    assert is_writable_in_place(tensor) == (kind in plain_tensors())
+    assert has_same_bits(tensor, same)
+    assert int(checksum_tensor(tensor)) == int(checksum_tensor(same))
     if tensor.numel() == 0:
         return
     model = nn.Module()
     model.register_buffer("one", tensor)
     model.register_buffer("tied", tensor)
-    overwrite(model, tensor, same)
+    overwrite_tensor(model, tensor, same)
     assert model.one is tensor
     other = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8) if kind == "quantized" else None
     if other is None:
         if kind == "channels":
             return
         other = ~tensor if tensor.dtype == torch.bool else tensor * 2
-    assert not same_bits(tensor, other)
-    assert int(checksum(tensor)) != int(checksum(other))
-    overwrite(model, tensor, other)
-    assert same_bits(model.one, other)
+    assert not has_same_bits(tensor, other)
+    assert int(checksum_tensor(tensor)) != int(checksum_tensor(other))
+    overwrite_tensor(model, tensor, other)
+    assert has_same_bits(model.one, other)
     assert model.tied is model.one
-    assert (model.one is tensor) == is_plain(tensor)
+    assert (model.one is tensor) == is_writable_in_place(tensor)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -101,26 +107,26 @@ def test_a_state_is_loaded_into_tensors_that_may_not_be_written() -> None:
 
     model, state = make(), make().state_dict()
     state["expanded"] = torch.full((1,), 5.0).expand(4)
-    load_module(model, state)
+    load_module_state(model, state)
     for name, value in model.state_dict().items():
-        assert same_bits(value, state[name]), name
+        assert has_same_bits(value, state[name]), name
     with pytest.raises(RuntimeError, match="size mismatch for expanded"):
-        load_module(model, {**state, "expanded": torch.ones(1).expand(5)})
+        load_module_state(model, {**state, "expanded": torch.ones(1).expand(5)})
     with pytest.raises(RuntimeError, match="other is in the checkpoint only"):
-        load_module(model, {**state, "other": torch.ones(1)})
+        load_module_state(model, {**state, "other": torch.ones(1)})
     del state["nan"]
     with pytest.raises(RuntimeError, match="nan is in the model only"):
-        load_module(model, state)
+        load_module_state(model, state)
 
 
 def test_fingerprints_change_with_any_kind_of_value() -> None:
     for name, tensor in plain_tensors().items():
-        before = fingerprints([(name, tensor)])
+        before = fingerprint_tensors([(name, tensor)])
         if name in before:
             changed = ~tensor if tensor.dtype == torch.bool else tensor + 1
             if tensor.dtype == torch.bool:
                 changed = torch.ones_like(tensor)
-            assert name == "nan" or not torch.equal(before[name], fingerprints([(name, changed)])[name]), name
+            assert name == "nan" or not torch.equal(before[name], fingerprint_tensors([(name, changed)])[name]), name
 
 
 @dataclass(kw_only=True)
@@ -167,7 +173,7 @@ def test_a_trial_leaves_nothing_behind(in_place: bool, fails: bool) -> None:
     before, names = copy.deepcopy(model.state_dict()), set(vars(model))
     draws = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     try:
-        with stage(recipe, model, [], in_place) as trial:
+        with open_sandbox(recipe, model, [], in_place) as trial:
             assert (trial.model is model) == (trial.recipe is recipe) == in_place
             trial.recipe.score(trial.model, torch.randn(4, 2))
             assert len(SEEN) == 1
@@ -180,7 +186,7 @@ def test_a_trial_leaves_nothing_behind(in_place: bool, fails: bool) -> None:
     assert set(vars(model)) == names
     assert not model._forward_hooks
     assert model.state_dict().keys() == before.keys()
-    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+    assert all(has_same_bits(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), draws[0])
@@ -193,8 +199,8 @@ def test_copies_share_datasets_and_keep_what_belongs_together() -> None:
     recipe.net = recipe.model()
     recipe.data = data = torch.utils.data.TensorDataset(torch.ones(3))
     recipe.x = data.tensors[0]
-    with stage(recipe, recipe.net, [data]) as trial:
-        assert trial.problem is None
+    with open_sandbox(recipe, recipe.net, [data]) as trial:
+        assert trial.copy_error is None
         assert trial.recipe.net is trial.model is not recipe.net
         assert trial.recipe.data is data and trial.recipe.x is data.tensors[0]
 
@@ -203,8 +209,8 @@ def test_a_dataset_that_refers_to_the_recipe_does_not_keep_it_from_being_copied(
     recipe = Observing()
     recipe.data = data = torch.utils.data.TensorDataset(torch.ones(3))
     data.recipe, data.nets = recipe, [model := recipe.model()]
-    with stage(recipe, model, [data]) as trial:
-        assert trial.problem is None
+    with open_sandbox(recipe, model, [data]) as trial:
+        assert trial.copy_error is None
         assert trial.recipe is not recipe and trial.model is not model
         assert trial.recipe.data is data
 
@@ -212,11 +218,11 @@ def test_a_dataset_that_refers_to_the_recipe_does_not_keep_it_from_being_copied(
 def test_a_hook_that_reaches_past_the_copy_is_undone_or_refused() -> None:
     recipe = Observing()
     model = recipe.model()
-    with stage(recipe, model, []):
+    with open_sandbox(recipe, model, []):
         model[1].running_mean.add_(1)
     assert torch.equal(model[1].running_mean, torch.zeros(2))
     refused = pytest.raises(UserError, match=r"score changes the parameter '0.bias' past the model that it is given")
-    with refused, stage(recipe, model, []), torch.no_grad():
+    with refused, open_sandbox(recipe, model, []), torch.no_grad():
         model[0].bias.add_(1)
 
 
@@ -224,8 +230,8 @@ def test_weights_that_are_computed_anew_do_not_keep_a_model_from_being_copied() 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.utils.weight_norm(nn.Linear(2, 2))
-    with stage(Observing(), model, []) as trial:
-        assert trial.problem is None
+    with open_sandbox(Observing(), model, []) as trial:
+        assert trial.copy_error is None
         trial.model(torch.ones(1, 2)).sum().backward()
 
 
@@ -241,60 +247,60 @@ class Merges(nn.Linear):
 
 def test_modes_come_back_after_an_evaluation() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Sequential(nn.Dropout(), Merges(2, 2)), Merges(2, 2).eval())
-    modes = Modes(model)
+    modes = TrainingModes(model)
     expected = [True, False, True, True, True, False]
     assert [module.training for module in model.modules()] == expected
     for _ in range(2):
-        modes.evaluate()
-        modes.evaluate()
+        modes.enter_evaluation()
+        modes.enter_evaluation()
         assert not any(module.training for module in model.modules())
         assert model[1][1].merged
-        assert modes.train()
+        assert modes.leave_evaluation()
         assert [module.training for module in model.modules()] == expected
         assert (model[1][1].merged, model[2].merged) == (False, True)
-    assert not modes.train()
+    assert not modes.leave_evaluation()
     model[0].train()  # by the recipe
-    modes.evaluate()
-    modes.train()
+    modes.enter_evaluation()
+    modes.leave_evaluation()
     assert model[0].training
-    assert Modes(nn.Linear(1, 1).eval()).starts_evaluating
+    assert TrainingModes(nn.Linear(1, 1).eval()).started_in_eval
 
 
 def test_reports_of_ranks_are_compared() -> None:
-    same = Report(1, {"a": 1, "b": 2})
-    assert find_difference([same, same]) is None
-    assert find_difference([same, Report(0, {})]) is None  # it has no examples
-    assert find_difference([same, Report(1, {"a": 1, "b": 3})]) == "b"
-    assert find_difference([same, Report(2, {"b": 2})]) == "a"
+    same = ParameterReport(1, {"a": 1, "b": 2})
+    assert find_divergent_parameter([same, same]) is None
+    assert find_divergent_parameter([same, ParameterReport(0, {})]) is None  # it has no examples
+    assert find_divergent_parameter([same, ParameterReport(1, {"a": 1, "b": 3})]) == "b"
+    assert find_divergent_parameter([same, ParameterReport(2, {"b": 2})]) == "a"
 
 
 def test_learning_rates_of_somebody_else_are_noticed() -> None:
     groups: list[dict[str, Any]] = [{"lr": 0.1}, {"lr": torch.tensor(0.2)}]
-    rates = LearningRates("Mine")
-    assert not rates.changed(groups)
-    rates.accept(groups)
-    assert not rates.changed(groups)
+    rates = LearningRateWatch("Mine")
+    assert not rates.has_changed(groups)
+    rates.set_baseline(groups)
+    assert not rates.has_changed(groups)
     groups[1]["lr"] = torch.tensor(0.3)
-    assert rates.changed(groups)
+    assert rates.has_changed(groups)
 
 
-def plan(examples: int, batch: int, ranks: int, micro: int, shards: int, steps: int) -> Plan:
-    return Plan(
+def plan(examples: int, batch: int, ranks: int, micro: int, shards: int, steps: int) -> TrainingPlan:
+    return TrainingPlan(
         ranks=ranks,
         examples=examples,
         batch_size=batch,
         shards=shards,
         micro_batch=micro,
-        evaluated=micro,
+        eval_micro_batch=micro,
         deterministic=False,
-        passes=0,
+        max_passes=0,
         steps_per_epoch=-(-examples // batch),
         total_steps=steps,
         epochs=1,
-        by_epochs=False,
+        ends_with_epoch=False,
         lr=0.1,
         lr_scale=1.0,
-        schedule=schedule.parse("constant", steps, 1),
+        schedule=schedule.parse_schedule("constant", steps, 1),
     )
 
 
@@ -323,13 +329,13 @@ def test_uneven_steps_are_found(
             count = min(batch, examples - first)
             passes = []
             for rank in range(ranks):
-                own = range(*order.bounds(made.shards, rank, ranks))
-                bounds = [order.bounds(count, shard, made.shards) for shard in own]
-                passes.append(sum(len(order.chunks(np.arange(a, b), micro)) for a, b in bounds))
+                own = range(*order.part_bounds(made.shards, rank, ranks))
+                bounds = [order.part_bounds(count, shard, made.shards) for shard in own]
+                passes.append(sum(len(order.split_micro_batches(np.arange(a, b), micro)) for a, b in bounds))
             assert count_passes(count, made) == passes
             uneven |= len(set(passes)) > 1
         start = 0
-    parts = [order.bounds(ranks * 7, rank, ranks) for rank in range(ranks)]
+    parts = [order.part_bounds(ranks * 7, rank, ranks) for rank in range(ranks)]
     assert len({b - a for a, b in parts}) == 1  # an evaluation that is even
     if uneven:
         with pytest.raises(UserError, match="calls collectives, for which all ranks must"):

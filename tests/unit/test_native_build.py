@@ -14,7 +14,7 @@ from hvdtrain.native.installed import Installed
 from hvdtrain.native.mpi import Mpi
 from hvdtrain.native.plan import Plan
 from hvdtrain.native.torchinfo import Torch, TorchBuild
-from hvdtrain.system.errors import EXIT_USER, RunError, UserError
+from hvdtrain.system.errors import EXIT_USER_ERROR, RunError, UserError
 from hvdtrain.system.progress import lines
 
 # From real builds: shortened, with the paths cut.
@@ -118,7 +118,7 @@ def test_store_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_wheel_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wheel_folder_follows_xdg_cache_home_or_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.wheel_folder() == tmp_path / "hvdtrain" / "wheels"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -133,12 +133,14 @@ def test_another_archive_is_refused(tmp_path: Path) -> None:
         source.unpack(archive, tmp_path)
 
 
-def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_without_a_compiler_names_the_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit) as left:
         main(["horovod", "build", "--force", "--wheel-dir", str(tmp_path / "wheels")])
-    assert left.value.code == EXIT_USER
+    assert left.value.code == EXIT_USER_ERROR
     assert capsys.readouterr().err == (
         "hvdtrain: error: no C++ compiler found (c++, g++ or clang++): apt-get install g++, or dnf install gcc-c++\n"
     )
@@ -191,7 +193,7 @@ def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-def test_ninja_progress() -> None:
+def test_ninja_lines_report_the_percentage_compiled() -> None:
     seen: list[int] = []
     for line in ["[21/84] Building CXX", "-- Found MPI", "[84/84] Linking"]:
         build.report_compiling(line, lambda stage, percent: seen.append(percent))
@@ -240,7 +242,7 @@ def test_require_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, horovod: In
 
 
 @pytest.mark.parametrize("horovod", [fake_installed("2.14.1+cu130"), fake_installed(None)])
-def test_require_accepts(monkeypatch: pytest.MonkeyPatch, horovod: Installed) -> None:
+def test_require_returns_a_matching_horovod(monkeypatch: pytest.MonkeyPatch, horovod: Installed) -> None:
     monkeypatch.setattr(installed, "find", lambda: horovod)
     monkeypatch.setattr(installed, "require_torch", lambda: NOW)
     assert installed.require() == horovod

@@ -46,7 +46,7 @@ def test_expected_text_twice(tmp_path: Path) -> None:
     assert (tmp_path / "setup.py").read_text() == "a = 1\nb = 2\na = 1\n"
 
 
-def test_file_missing(tmp_path: Path) -> None:
+def test_a_patch_to_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no CMakeLists\.txt"):
         apply(tmp_path, [Mend("CMakeLists.txt", "a", "b")])
 
@@ -64,5 +64,5 @@ def test_cuda_is_left_out_only_without_nccl() -> None:
     assert any(change.file.endswith("FindPytorch.cmake") for change in mends("20", nccl=False, rpath=[]))
 
 
-def test_cmake_text() -> None:
+def test_cmake_text_escapes_special_characters() -> None:
     assert cmake_text('$ORIGIN/"a"\\b') == r"\$ORIGIN/\"a\"\\b"

@@ -94,7 +94,7 @@ def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_they_apply_to_the_released_source(tmp_path: Path) -> None:
+def test_patches_apply_to_the_released_source(tmp_path: Path) -> None:
     """By git too, each on top of those before it; the changes that are made by text fit what comes out."""
     log, env = tmp_path / "log", {**os.environ, "PYTHONPATH": str(tmp_path / "tools")}
     source.fetch_tools(tmp_path / "tools", log, env)
@@ -112,5 +112,5 @@ def test_they_apply_to_the_released_source(tmp_path: Path) -> None:
     mend.apply(ours, mends("20", nccl=False, rpath=[]))
 
 
-def test_they_are_in_the_package() -> None:
+def test_patches_are_part_of_the_package() -> None:
     assert FOLDER.is_dir() and "patches/*.patch" in (Path(__file__).parents[2] / "pyproject.toml").read_text()

@@ -108,14 +108,14 @@ def test_no_common_architecture(machine: Path, monkeypatch: pytest.MonkeyPatch) 
         make_plan()
 
 
-def test_cpu_torch(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_torch_is_built_without_nccl(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "13.0.88")))
     monkeypatch.setattr(plan, "require_torch", lambda: CPU_TORCH)
     made = make_plan()
     assert made.nccl is None and made.nccl_why == "torch 2.13.0+cpu has no CUDA"
 
 
-def test_without(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_leaves_out_nccl_and_mpi(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(toolkit(machine / "cuda", "13.0.88")))
     command(machine / "bin" / "mpicxx", "")
     command(machine / "bin" / "mpirun", "mpirun (Open MPI) 5.0.11")
@@ -125,7 +125,7 @@ def test_without(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.nccl_why == "--without nccl" and made.mpi_why == "--without mpi"
 
 
-def test_mpi_beside_python(machine: Path) -> None:
+def test_mpi_next_to_python_is_found(machine: Path) -> None:
     command(machine / "env" / "bin" / "mpicxx", "")
     command(machine / "env" / "bin" / "mpirun", "mpirun (Open MPI) 5.0.11")
     made = make_plan()
@@ -141,11 +141,11 @@ def test_mpi_beside_python(machine: Path) -> None:
         ("", "unknown MPI"),
     ],
 )
-def test_mpi_version(text: str, version: str) -> None:
+def test_mpi_name_and_version_are_parsed(text: str, version: str) -> None:
     assert mpi.parse_version(text) == version
 
 
-def test_architectures_are_plain_and_in_order() -> None:
+def test_architectures_are_parsed_without_suffix_and_sorted() -> None:
     assert torchinfo.parse_archs("sm_120 sm_75 sm_90a compute_90 sm_100 sm_75") == ("75", "100", "120")
 
 
@@ -160,13 +160,13 @@ def test_torch_from_its_files(tmp_path: Path) -> None:
     assert torchinfo.read_torch(tmp_path) == Torch("2.6.0", None, "", "17")
 
 
-def test_torch_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchinfo, "find_torch", lambda: None)
     with pytest.raises(UserError, match=r"no torch .*pip install torch"):
         torchinfo.require_torch()
 
 
-def test_cpu_flags() -> None:
+def test_compiler_flags_follow_the_cpus_features() -> None:
     assert plan.cpu_flags("flags\t\t: fpu avx avx2 fma f16c\nflags : x") == "-mf16c -mavx -mfma"
     assert plan.cpu_flags("flags : fpu sse avx2") == ""
     assert plan.cpu_flags("Features : fp asimd") == ""

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 
 from hvdtrain.preemption import notices
-from hvdtrain.preemption.notices import AnswerError, Aws, Azure, File, Gcp, Notice, Source, unix_time, watch
+from hvdtrain.preemption.notices import (
+    AwsSource,
+    AzureSource,
+    FileSource,
+    GcpSource,
+    Notice,
+    NoticeSource,
+    UnexpectedResponse,
+    parse_unix_time,
+    watch_source,
+)
 from tests.unit.http_server import serving
 
 Answer = tuple[int, dict[str, str], str]
@@ -24,9 +34,9 @@ class Delivered(Exception):
     """Ends `watch`, which otherwise never does."""
 
 
-def first_notice(source: Source, count: int = 1) -> list[Notice]:
+def first_notice(source: NoticeSource, count: int = 1) -> list[Notice]:
     """The first notices that a watched source delivers."""
-    source.pause = 0.01
+    source.poll_interval = 0.01
     found: list[Notice] = []
 
     def deliver(notice: Notice) -> None:
@@ -35,7 +45,7 @@ def first_notice(source: Source, count: int = 1) -> list[Notice]:
             raise Delivered
 
     with pytest.raises(Delivered):
-        watch(source, deliver, "test")
+        watch_source(source, deliver, "test")
     return found
 
 
@@ -81,7 +91,7 @@ def test_aws_says_nothing_and_then_when_it_ends() -> None:
     server.pages[ACTION] = {"action": "terminate", "time": iso(time.time() + 120)}
     server.calls_until_action = 2
     with serving(server) as url:
-        [notice] = first_notice(Aws(url))
+        [notice] = first_notice(AwsSource(url))
     assert notice[:2] == ("aws", "spot instance action: terminate")
     assert 110 < notice.seconds <= 120.5
     assert server.asked == ["PUT /latest/api/token", *[f"GET {ACTION}"] * 3]
@@ -93,23 +103,23 @@ def test_aws_time_is_by_the_clock_of_aws(skew: float) -> None:
     server.date = {"Date": formatdate(time.time() + skew, usegmt=True)}
     server.pages[ACTION] = {"action": "stop", "time": iso(time.time() + skew + 60)}
     with serving(server) as url:
-        [notice] = first_notice(Aws(url))
+        [notice] = first_notice(AwsSource(url))
     assert 55 < notice.seconds <= 61
 
 
 def test_aws_token_is_renewed_when_refused_and_before_its_end() -> None:
     server = AwsServer()
     with serving(server) as url:
-        source = Aws(url)
-        assert source.poll() is None
+        source = AwsSource(url)
+        assert source.poll_notice() is None
         server.tokens.clear()
-        assert source.poll() is None
+        assert source.poll_notice() is None
         assert server.asked.count("PUT /latest/api/token") == 2
         source.token_seconds = 1
         server.tokens.clear()
-        assert source.poll() is None
+        assert source.poll_notice() is None
         time.sleep(1)
-        assert source.poll() is None
+        assert source.poll_notice() is None
     assert server.asked.count("PUT /latest/api/token") == 4
     assert server.asked.count(f"GET {ACTION}") == 6  # two of them refused
 
@@ -119,7 +129,7 @@ def test_aws_rebalance_recommendation_counts_if_asked_for(rebalance: bool) -> No
     server = AwsServer()
     server.pages[REBALANCE] = {"noticeTime": iso(time.time())}
     with serving(server) as url:
-        notice = Aws(url, rebalance=rebalance).poll()
+        notice = AwsSource(url, rebalance=rebalance).poll_notice()
     assert notice == (Notice("aws", "rebalance recommendation", 120.0) if rebalance else None)
 
 
@@ -127,8 +137,8 @@ def test_aws_without_a_time_gives_two_minutes() -> None:
     server = AwsServer()
     server.pages[ACTION] = {"action": "hibernate", "time": "soon"}
     with serving(server) as url:
-        assert Aws(url).poll() == Notice("aws", "spot instance action: hibernate", 120.0)
-        assert Aws(url, 7.0).poll() == Notice("aws", "spot instance action: hibernate", 7.0)
+        assert AwsSource(url).poll_notice() == Notice("aws", "spot instance action: hibernate", 120.0)
+        assert AwsSource(url, 7.0).poll_notice() == Notice("aws", "spot instance action: hibernate", 7.0)
 
 
 def test_failures_are_tried_again_and_said_once_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +146,7 @@ def test_failures_are_tried_again_and_said_once_a_kind(capsys: pytest.CaptureFix
     server.first = [500, 500, 503, 500]
     server.pages[ACTION] = {"action": "terminate", "time": iso(time.time() + 120)}
     with serving(server) as url:
-        first_notice(Aws(url))
+        first_notice(AwsSource(url))
     assert capsys.readouterr().err.splitlines() == [
         f"hvdtrain agent: test: {url}: HTTP status 500; trying on",
         f"hvdtrain agent: test: {url}: HTTP status 503; trying on",
@@ -148,12 +158,12 @@ def test_a_source_that_never_answered_is_named(
 ) -> None:
     monkeypatch.setattr(notices, "SILENT_FOR", 0.0)
 
-    class Refused(Aws):
+    class Refused(AwsSource):
         tries = 0
 
-        def poll(self) -> Notice | None:
+        def poll_notice(self) -> Notice | None:
             self.tries += 1
-            return super().poll() if self.tries < 4 else Notice("aws", "at last", 1.0)
+            return super().poll_notice() if self.tries < 4 else Notice("aws", "at last", 1.0)
 
     with serving(AwsServer()) as url:
         pass  # it is gone again: nobody listens there
@@ -174,7 +184,7 @@ def test_an_answer_that_is_nonsense_ends_nothing(capsys: pytest.CaptureFixture[s
         return (200, {}, next(pages)) if path == ACTION else (status, found, body)
 
     with serving(reply) as url:
-        [notice] = first_notice(Aws(url))
+        [notice] = first_notice(AwsSource(url))
     assert notice.reason == "spot instance action: stop"
     assert len(capsys.readouterr().err.splitlines()) == 2
 
@@ -212,7 +222,7 @@ def test_gcp_waits_for_the_change() -> None:
     with serving(server) as url:
         timer.start()
         begin = time.monotonic()
-        assert first_notice(Gcp(url)) == [Notice("gcp", "preempted", 30.0)]
+        assert first_notice(GcpSource(url)) == [Notice("gcp", "preempted", 30.0)]
         assert 0.4 < time.monotonic() - begin < 10
     timer.join()
     assert [query.get("last_etag") for query in server.asked] == [None, "411261ca6c9e4181"]
@@ -221,18 +231,18 @@ def test_gcp_waits_for_the_change() -> None:
 def test_gcp_waits_again_when_nothing_changed() -> None:
     server = GcpServer()
     with serving(server) as url:
-        source = Gcp(url)
-        source.wait = 1
-        assert [source.poll(), source.poll()] == [None, None]
+        source = GcpSource(url)
+        source.change_wait = 1
+        assert [source.poll_notice(), source.poll_notice()] == [None, None]
         server.preempt()
-        assert source.poll() is not None
+        assert source.poll_notice() is not None
 
 
 def test_gcp_preempted_before_the_agent_began() -> None:
     server = GcpServer()
     server.preempt()
     with serving(server) as url:
-        assert Gcp(url, 120.0).poll() == Notice("gcp", "preempted", 120.0)
+        assert GcpSource(url, 120.0).poll_notice() == Notice("gcp", "preempted", 120.0)
 
 
 class AzureServer:
@@ -273,7 +283,7 @@ def event(kind: str, not_before: str, *resources: str) -> dict[str, Any]:
 def test_azure_event_for_this_machine(kind: str, form: Any) -> None:
     server = AzureServer(event("Preempt", form(time.time()), "vmss_1"), event(kind, form(time.time() + 30), "VMSS_7"))
     with serving(server) as url:
-        notice = Azure(url, "worker").poll()
+        notice = AzureSource(url, "worker").poll_notice()
     assert notice is not None
     assert notice[:2] == ("azure", f"{kind} event")
     assert 25 < notice.seconds <= 31
@@ -282,50 +292,50 @@ def test_azure_event_for_this_machine(kind: str, form: Any) -> None:
 
 def test_azure_event_that_has_started_leaves_no_time() -> None:
     with serving(AzureServer(event("Preempt", "", "vmss_7"))) as url:
-        assert Azure(url, "worker").poll() == Notice("azure", "Preempt event", 0.0)
+        assert AzureSource(url, "worker").poll_notice() == Notice("azure", "Preempt event", 0.0)
 
 
 def test_azure_events_for_others_or_of_other_kinds() -> None:
     soon = formatdate(time.time() + 30, usegmt=True)
     events = [event("Preempt", soon, "vmss_1", "vmss_17"), event("Freeze", soon, "vmss_7"), event("Preempt", soon)]
     with serving(AzureServer(*events)) as url:
-        assert Azure(url, "worker").poll() is None
+        assert AzureSource(url, "worker").poll_notice() is None
 
 
 def test_azure_may_take_long_to_answer_first() -> None:
     server = AzureServer(event("Preempt", "", "worker"), slow=0.7)
     with serving(server) as url:
-        impatient = Azure(url, "worker")
+        impatient = AzureSource(url, "worker")
         impatient.first_timeout = 0.2
         with pytest.raises(OSError, match="timed out"):
-            impatient.poll()
+            impatient.poll_notice()
         server.slow = 0.7
-        assert Azure(url, "worker").poll() is not None
-    assert Azure.first_timeout > 120
+        assert AzureSource(url, "worker").poll_notice() is not None
+    assert AzureSource.first_timeout > 120
 
 
 def test_azure_answer_without_events() -> None:
     with (
         serving(lambda *_: (200, {}, "{}")) as url,
-        pytest.raises(AnswerError, match="an answer without Events"),
+        pytest.raises(UnexpectedResponse, match="an answer without Events"),
     ):
-        Azure(url, "worker").poll()
+        AzureSource(url, "worker").poll_notice()
 
 
 def test_a_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with serving(GcpServer()) as url:
-        assert Gcp(url).poll() is None
+        assert GcpSource(url).poll_notice() is None
 
 
-def test_file(tmp_path: Path) -> None:
+def test_notice_file_gives_its_first_line_as_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "notice"
-    source = File(path, 12.0)
-    assert source.poll() is None
+    source = FileSource(path, 12.0)
+    assert source.poll_notice() is None
     path.touch()
-    assert source.poll() == Notice("file", f"{path} is there", 12.0)
+    assert source.poll_notice() == Notice("file", f"{path} is there", 12.0)
     path.write_text("rack 7 is moved\nat noon\n")
-    assert source.poll() == Notice("file", "rack 7 is moved", 12.0)
+    assert source.poll_notice() == Notice("file", "rack 7 is moved", 12.0)
 
 
 @pytest.mark.parametrize(
@@ -340,5 +350,5 @@ def test_file(tmp_path: Path) -> None:
         (12, None),
     ],
 )
-def test_times(text: object, expected: float | None) -> None:
-    assert unix_time(text) == expected
+def test_times_of_notices_are_parsed_to_unix_seconds(text: object, expected: float | None) -> None:
+    assert parse_unix_time(text) == expected

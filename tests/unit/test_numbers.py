@@ -11,7 +11,7 @@ import pytest
 
 import hvdtrain
 from hvdtrain.cli.main import main
-from hvdtrain.recipe.base import checked, fields
+from hvdtrain.recipe.base import convert_value, option_fields
 from hvdtrain.recipe.base import option as recipe_option
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
@@ -23,27 +23,27 @@ class Bounded(Recipe):
     margin: float | None = None
 
 
-FIELDS = {field.name: field for field in fields(Bounded)}
+FIELDS = {field.name: field for field in option_fields(Bounded)}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, float("1e400")])
 def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
     for name in ("lr", "margin"):
         with pytest.raises(UserError, match=rf"^--{name} is {value}; expected a finite number$"):
-            checked(FIELDS[name], value)
+            convert_value(FIELDS[name], value)
 
 
 def test_infinity_is_allowed_if_it_is_the_default() -> None:
-    assert checked(FIELDS["most"], math.inf) == math.inf
-    assert checked(FIELDS["most"], -math.inf) == -math.inf
+    assert convert_value(FIELDS["most"], math.inf) == math.inf
+    assert convert_value(FIELDS["most"], -math.inf) == -math.inf
     with pytest.raises(UserError, match=r"^--most is nan; expected a finite number$"):
-        checked(FIELDS["most"], math.nan)
+        convert_value(FIELDS["most"], math.nan)
 
 
 def test_an_integer_beyond_floats_is_refused() -> None:
     with pytest.raises(UserError, match=r"^--lr: 10{400} is too large for a float$"):
-        checked(FIELDS["lr"], 10**400)
-    assert checked(FIELDS["lr"], 3) == 3.0
+        convert_value(FIELDS["lr"], 10**400)
+    assert convert_value(FIELDS["lr"], 3) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_an_integer_beyond_floats_is_refused() -> None:
         ("--bucket-mib", "-inf", "-inf"),
     ],
 )
-def test_the_command_line_refuses_them(
+def test_the_command_line_refuses_nonfinite_numbers(
     flag: str, value: str, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -67,10 +67,10 @@ def test_the_command_line_refuses_them(
     assert not (tmp_path / "run").exists()
 
 
-def test_fit_refuses_them_in_a_recipe_and_in_options(tmp_path: Path) -> None:
-    from hvdtrain.recipe.registry import load
+def test_fit_refuses_nonfinite_numbers_in_a_recipe_and_in_options(tmp_path: Path) -> None:
+    from hvdtrain.recipe.registry import load_recipe
 
-    digits = load("digits")
+    digits = load_recipe("digits")
     with pytest.raises(UserError, match=r"^--lr is nan; expected a finite number$"):
         hvdtrain.fit(digits(lr=math.nan), run_dir=tmp_path / "run")
     with pytest.raises(UserError, match=r"^--lr is inf; expected a finite number$"):
@@ -83,4 +83,4 @@ def test_fit_refuses_them_in_a_recipe_and_in_options(tmp_path: Path) -> None:
 def test_a_field_with_a_name_of_the_recipe_contract_is_refused(name: str) -> None:
     cls = dataclasses.make_dataclass("Mine", [(name, int, 3)], bases=(Recipe,), kw_only=True)
     with pytest.raises(UserError, match=rf"Mine\.{name} is a name of the recipe contract: name the option otherwise"):
-        fields(cls)
+        option_fields(cls)

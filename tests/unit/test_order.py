@@ -18,31 +18,31 @@ from hvdtrain.recipe.order import Ids
 
 @given(examples=st.integers(1, 500), batch=st.integers(1, 100), seed=st.integers(0, 2**32), epoch=st.integers(0, 9))
 def test_an_epoch_visits_each_example_once(examples: int, batch: int, seed: int, epoch: int) -> None:
-    steps = list(order.steps(examples, batch, seed, epoch))
+    steps = list(order.iterate_batches(examples, batch, seed, epoch))
     assert [len(ids) for ids in steps[:-1]] == [batch] * (len(steps) - 1)
     assert sorted(np.concatenate(steps)) == list(range(examples))
     # From the middle on: what was left.
-    rest = list(order.steps(examples, batch, seed, epoch, offset=min(batch, examples)))
+    rest = list(order.iterate_batches(examples, batch, seed, epoch, offset=min(batch, examples)))
     assert [ids.tolist() for ids in rest] == [ids.tolist() for ids in steps[1:]]
 
 
 @given(count=st.integers(0, 300), size=st.integers(1, 40), most=st.integers(1, 50))
 def test_parts_and_chunks_cover_a_batch_in_order(count: int, size: int, most: int) -> None:
     ids = np.arange(count)
-    parts = [ids[slice(*order.bounds(count, rank, size))] for rank in range(size)]
+    parts = [ids[slice(*order.part_bounds(count, rank, size))] for rank in range(size)]
     assert np.concatenate(parts).tolist() == ids.tolist()
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes[0] == max(sizes)
     for part in parts:
-        chunks = order.chunks(part, most)
+        chunks = order.split_micro_batches(part, most)
         assert [i for chunk in chunks for i in chunk] == part.tolist()
         assert all(1 <= len(chunk) <= most for chunk in chunks)
         assert len(chunks) == -(-len(part) // most)
 
 
 def whole(examples: int, seed: int, epoch: int = 0) -> Ids:
-    return order.Order(examples, seed, epoch).ids(0, examples)
+    return order.SampleOrder(examples, seed, epoch).ids_between(0, examples)
 
 
 def test_epochs_and_seeds_differ_and_the_order_is_for_ever() -> None:
@@ -50,7 +50,7 @@ def test_epochs_and_seeds_differ_and_the_order_is_for_ever() -> None:
     assert first != whole(10, 0, 1).tolist() != whole(10, 1, 1).tolist()
     # A change here breaks every run that is resumed.
     assert first == [8, 0, 7, 2, 3, 5, 6, 9, 1, 4]
-    assert order.Order(10**9, 7, 3).ids(123_456_789, 123_456_793).tolist() == [
+    assert order.SampleOrder(10**9, 7, 3).ids_between(123_456_789, 123_456_793).tolist() == [
         137940702,
         796029093,
         579735210,
@@ -82,7 +82,7 @@ def by_definition(position: int, examples: int, seed: int, epoch: int) -> int:
 def test_the_order_is_as_defined(data: st.DataObject, examples: int, seed: int, epoch: int) -> None:
     position = data.draw(st.integers(0, examples - 1))
     expected = by_definition(position, examples, seed, epoch)
-    assert order.Order(examples, seed, epoch).ids(position, position + 1).tolist() == [expected]
+    assert order.SampleOrder(examples, seed, epoch).ids_between(position, position + 1).tolist() == [expected]
 
 
 def test_no_two_seeds_share_an_order() -> None:
@@ -105,27 +105,27 @@ def test_every_id_comes_once_for_each_small_number_of_examples() -> None:
 def test_a_part_of_the_order_is_the_same_without_the_rest(data: st.DataObject, examples: int) -> None:
     begin = data.draw(st.integers(0, examples))
     end = data.draw(st.integers(begin, examples))
-    assert order.Order(examples, 1, 0).ids(begin, end).tolist() == whole(examples, 1)[begin:end].tolist()
+    assert order.SampleOrder(examples, 1, 0).ids_between(begin, end).tolist() == whole(examples, 1)[begin:end].tolist()
 
 
 def test_positions_that_are_not_there_are_refused() -> None:
     for begin, end in ((-1, 2), (3, 2), (0, 11)):
         with pytest.raises(ValueError, match="positions"):
-            order.Order(10, 0, 0).ids(begin, end)
+            order.SampleOrder(10, 0, 0).ids_between(begin, end)
     with pytest.raises(ValueError, match="0 examples"):
-        order.Order(0, 0, 0)
+        order.SampleOrder(0, 0, 0)
 
 
 def test_a_billion_examples_need_no_memory() -> None:
     whole(100, 0)
     tracemalloc.start()
-    first = next(order.steps(10**9, 128, 0, 0))
+    first = next(order.iterate_batches(10**9, 128, 0, 0))
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
     assert len(first) == 128
     assert first.min() >= 0
     assert first.max() < 10**9
-    huge = order.Order(order.MAX_EXAMPLES, 0, 0).ids(order.MAX_EXAMPLES - 5, order.MAX_EXAMPLES)
+    huge = order.SampleOrder(order.MAX_EXAMPLES, 0, 0).ids_between(order.MAX_EXAMPLES - 5, order.MAX_EXAMPLES)
     assert 0 <= huge.min() <= huge.max() < order.MAX_EXAMPLES
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.output import Line
-from hvdtrain.launch.report import Report, elastic_outcome, outcome
+from hvdtrain.launch.output import OutputLine
+from hvdtrain.launch.report import JobReport, determine_elastic_outcome, determine_outcome
 
 LOST = {"kind": "failed", "code": 1, "error": "HorovodInternalError: shut down", "traceback": ""}
 
@@ -24,12 +24,12 @@ def lost(rank: int) -> dict[str, Any]:
     return {**LOST, "rank": rank, "host": f"h{rank}", "pid": 100 + rank}
 
 
-def report_of(*messages: dict[str, Any], launcher: str = "", hosts: int = 3) -> Report:
-    report = Report([f"h{rank}" for rank in range(hosts)])
+def report_of(*messages: dict[str, Any], launcher: str = "", hosts: int = 3) -> JobReport:
+    report = JobReport([f"h{rank}" for rank in range(hosts)])
     for message in messages:
-        report.take(message)
+        report.add_message(message)
     for line in launcher.splitlines():
-        report.hold(Line(None, "stderr", line))
+        report.hold_line(OutputLine(None, "stderr", line))
     return report
 
 
@@ -64,22 +64,24 @@ VANISHED = "error: rank 1 on h1 ended with code 0 and no message before it had f
         ),
     ],
 )
-def test_a_rank_that_vanished_comes_before_those_that_lost_it(report: Report, code: int, expected: str) -> None:
-    assert outcome(report, "horovodrun", code) == (1, expected)
+def test_a_rank_that_vanished_comes_before_those_that_lost_it(report: JobReport, code: int, expected: str) -> None:
+    assert determine_outcome(report, "horovodrun", code) == (1, expected)
 
 
 def test_a_run_is_over_when_all_its_ranks_have_finished() -> None:
     report = report_of(*ALL, finished(0), finished(2))
-    assert report.over_since is None
-    report.take(finished(1))
-    assert report.over_since is not None
+    assert report.all_finished_at is None
+    report.add_message(finished(1))
+    assert report.all_finished_at is not None
 
 
 def test_a_failure_at_the_end_of_an_elastic_run_beats_the_others_finish() -> None:
-    report = Report([])
+    report = JobReport([])
     for rank in range(2):
-        report.take(started(rank, size=2))
-    report.take(finished(1))
+        report.add_message(started(rank, size=2))
+    report.add_message(finished(1))
     error = "cannot write summary.json in run: Permission denied"
-    report.take({"kind": "failed", "rank": 0, "host": "h0", "pid": 100, "code": 1, "error": error, "traceback": ""})
-    assert elastic_outcome(report, "horovodrun", 0) == (1, f"error: rank 0 on h0 failed: {error}")
+    report.add_message(
+        {"kind": "failed", "rank": 0, "host": "h0", "pid": 100, "code": 1, "error": error, "traceback": ""}
+    )
+    assert determine_elastic_outcome(report, "horovodrun", 0) == (1, f"error: rank 0 on h0 failed: {error}")

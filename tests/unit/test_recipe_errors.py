@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from hvdtrain.recipe.base import make
+from hvdtrain.recipe.base import make_from_values
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.setup import check_dataset, make_model, make_optimizer, names_refusals
+from hvdtrain.torch.setup import check_dataset, explain_nondeterminism, make_model, make_optimizer
 
 
 class Inner(nn.Module):
@@ -116,7 +116,7 @@ def test_an_exit_is_a_failure(code: Any) -> None:
 
 
 @pytest.mark.parametrize("error", [UserError("a"), RunError("b"), RecipeError("c"), KeyboardInterrupt()])
-def test_known_errors_pass(error: BaseException) -> None:
+def test_known_errors_are_raised_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, in_recipe(Mine(), "score()"):
         raise error
     assert raised.value is error
@@ -129,13 +129,13 @@ def test_a_lost_peer_passes() -> None:
         raise PeersLost("gone")
 
 
-def test_it_crosses_the_border_of_a_process() -> None:
+def test_recipe_error_can_be_pickled() -> None:
     error: KnownError = pickle.loads(pickle.dumps(RecipeError("text", "trace")))  # noqa: S301
     assert isinstance(error, RecipeError) and (str(error), error.trace) == ("text", "trace")
 
 
 def test_a_refusal_of_determinism_is_named_through_it() -> None:
-    @names_refusals
+    @explain_nondeterminism
     def step() -> None:
         with in_recipe(Mine(), "score()"):
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
@@ -144,11 +144,11 @@ def test_a_refusal_of_determinism_is_named_through_it() -> None:
         step()
 
 
-def test_what_post_init_raises() -> None:
+def test_errors_in_post_init_are_named_and_user_errors_pass() -> None:
     with pytest.raises(UserError, match=r"^kind is refused$"):
-        make(Mine, {"kind": "refused"})
+        make_from_values(Mine, {"kind": "refused"})
     with pytest.raises(RecipeError) as raised:
-        make(Mine, {"kind": "bug"})
+        make_from_values(Mine, {"kind": "bug"})
     assert str(raised.value) == "Mine.__post_init__() raised AttributeError: no such thing"
     assert raised.value.trace.count("  File ") == 1 and "in __post_init__" in raised.value.trace
 
@@ -205,10 +205,10 @@ def test_a_wrong_return_value_is_one_line(function: Any, message: str) -> None:
 
 
 def test_shipped_recipes_are_shown(tmp_path: Path) -> None:
-    from hvdtrain.recipe.registry import SHIPPED
+    from hvdtrain.recipe.registry import SHIPPED_RECIPES
     from hvdtrain.system.recipe_errors import PACKAGE, is_hidden
 
-    assert not is_hidden(str(SHIPPED / "digits.py"))
+    assert not is_hidden(str(SHIPPED_RECIPES / "digits.py"))
     assert not is_hidden(str(PACKAGE / "recipes" / "digits.py"))
     assert not is_hidden(str(tmp_path / "torch" / "mine.py"))
     assert is_hidden(str(PACKAGE / "torch" / "step.py")) and is_hidden(torch.__file__) and is_hidden("<string>")

@@ -11,8 +11,8 @@ import pytest
 from hvdtrain.cli.main import main
 from hvdtrain.cli.options import recipe_name
 from hvdtrain.recipe import registry
-from hvdtrain.recipe.base import fields
-from hvdtrain.recipe.registry import load
+from hvdtrain.recipe.base import option_fields
+from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.system.errors import UserError
 
 MARK = "import pathlib\npathlib.Path({mark!r}).touch()\n"
@@ -135,7 +135,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 def test_what_is_not_a_recipe_is_refused_and_not_run(tmp_path: Path, case: str) -> None:
     path = write(tmp_path, NOT_RECIPES[case])
     with pytest.raises(UserError) as refused:
-        load(str(path))
+        load_recipe(str(path))
     assert str(refused.value).startswith(f"{path} defines no recipe, and was not run: subclass")
     assert not (tmp_path / "ran").exists()
 
@@ -147,7 +147,7 @@ def test_what_is_a_recipe_is_loaded(tmp_path: Path, case: str) -> None:
         site = tmp_path / "site"
         write(site, {"acme/__init__.py": "", "acme/training.py": BASE})
         sys.path.append(str(site))
-    assert load(f"{path}:Mine").__name__ == "Mine"
+    assert load_recipe(f"{path}:Mine").__name__ == "Mine"
     assert (tmp_path / "ran").exists()
 
 
@@ -177,8 +177,8 @@ def test_list_never_imports(
         main(["list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"mine", "other", "base", "digits"} <= set(listed) and not {"script", "broken"} & set(listed)
-    assert [found.summary for found in registry.find_all() if found.name == "other"] == ["Doc."]
-    assert [found.framework for found in registry.find_all() if found.name == "other"] == ["torch"]
+    assert [found.summary for found in registry.find_all_recipes() if found.name == "other"] == ["Doc."]
+    assert [found.framework for found in registry.find_all_recipes() if found.name == "other"] == ["torch"]
     assert not (tmp_path / "recipes" / "ran").exists()
 
 
@@ -193,7 +193,7 @@ def test_list_never_imports(
 def test_a_file_that_does_not_parse_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, {"mine.py": text})
     with pytest.raises(UserError) as refused:
-        load(str(path))
+        load_recipe(str(path))
     assert str(refused.value) == f"{tmp_path}/{message}"
     assert not (tmp_path / "ran").exists()
 
@@ -201,24 +201,24 @@ def test_a_file_that_does_not_parse_is_one_line(tmp_path: Path, text: str, messa
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(UserError, match=r"mine.txt is not a Python file: the name of a recipe's file ends in .py$"):
-        load(str(tmp_path / "mine.txt"))
+        load_recipe(str(tmp_path / "mine.txt"))
     with pytest.raises(UserError, match=r"^no recipe file '/no/such:file.py'$"):
-        load("/no/such:file.py")
+        load_recipe("/no/such:file.py")
     path = write(tmp_path, {"mine.py": RECIPE})
     with pytest.raises(UserError, match=r"has no recipe class 'Min'; did you mean 'Mine'\?$"):
-        load(f"{path}:Min")
+        load_recipe(f"{path}:Min")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_path_may_have_colons(tmp_path: Path) -> None:
     path = write(tmp_path / "run:1", {"mine.py": BASE + "class Mine(Base): pass\n"})
-    assert load(str(path)).__name__ == "Mine"
-    assert load(f"{path}:Base").__name__ == "Base"
+    assert load_recipe(str(path)).__name__ == "Mine"
+    assert load_recipe(f"{path}:Base").__name__ == "Base"
     assert recipe_name(str(path)) == "mine" and recipe_name(f"{path}:Base") == "mine:Base"
     assert recipe_name("digits:Wide") == "digits:Wide" and recipe_name("a/b/digits.py") == "digits"
     odd = tmp_path / "a:b.py"
     odd.write_text(RECIPE)
-    assert load(str(odd)).__name__ == "Mine" and load(f"{odd}:Mine").__name__ == "Mine"
+    assert load_recipe(str(odd)).__name__ == "Mine" and load_recipe(f"{odd}:Mine").__name__ == "Mine"
 
 
 def test_relative_imports_in_a_package_reach_its_other_modules(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_relative_imports_in_a_package_reach_its_other_modules(tmp_path: Path) -
     write(package, {"mine.py": "from .sizes import N\nfrom ..common import M\nfrom . import K\n" + RECIPE})
     write(package, {"sizes.py": "from .. import common\nN = 4 + common.M\n", "__init__.py": "K = 2\n"})
     write(package.parent, {"__init__.py": "", "common.py": "M = 3\n"})
-    module = sys.modules[load(str(package / "mine.py")).__module__]
+    module = sys.modules[load_recipe(str(package / "mine.py")).__module__]
     assert (module.N, module.M, module.K) == (7, 3, 2)
 
 
@@ -237,14 +237,14 @@ def test_neighbours_of_one_recipe_are_not_those_of_another(tmp_path: Path) -> No
             (tmp_path / folder / "mine.py").read_text().replace("class Mine(Recipe): pass\n", "class Mine(Recipe):\n")
         )
         (tmp_path / folder / "mine.py").write_text(text)
-    assert [load(str(tmp_path / folder / "mine.py")).N for folder in "aba"] == [1, 2, 1]  # type: ignore[attr-defined]
+    assert [load_recipe(str(tmp_path / folder / "mine.py")).N for folder in "aba"] == [1, 2, 1]  # type: ignore[attr-defined]
 
 
 def test_an_edit_between_two_loads_is_seen(tmp_path: Path) -> None:
     path = write(tmp_path, {"mine.py": "from sizes import N\n" + RECIPE, "sizes.py": "N = 1\n"})
-    assert sys.modules[load(str(path)).__module__].N == 1
+    assert sys.modules[load_recipe(str(path)).__module__].N == 1
     write(tmp_path, {"sizes.py": "N = 2\n"})
-    assert sys.modules[load(str(path)).__module__].N == 2
+    assert sys.modules[load_recipe(str(path)).__module__].N == 2
 
 
 TYPE_CHECKING = """
@@ -263,14 +263,17 @@ class Mine(Recipe):
 
 
 def test_only_the_hints_of_fields_are_resolved(tmp_path: Path) -> None:
-    cls = load(str(tmp_path / _typed(tmp_path, "str")))
-    assert [(f.name, f.type, f.optional) for f in fields(cls)][-2:] == [("size", int, True), ("name", str, False)]
+    cls = load_recipe(str(tmp_path / _typed(tmp_path, "str")))
+    assert [(f.name, f.type, f.optional) for f in option_fields(cls)][-2:] == [
+        ("size", int, True),
+        ("name", str, False),
+    ]
 
 
 def test_a_hint_that_cannot_be_resolved_is_one_line(tmp_path: Path) -> None:
-    cls = load(str(tmp_path / _typed(tmp_path, "Table")))
+    cls = load_recipe(str(tmp_path / _typed(tmp_path, "Table")))
     with pytest.raises(UserError) as refused:
-        fields(cls)
+        option_fields(cls)
     assert str(refused.value) == (
         "the type 'Table' of Mine.name cannot be resolved: NameError: name 'Table' is not defined; import what it "
         "names outside of `if TYPE_CHECKING`"
@@ -297,7 +300,7 @@ def test_launch_reports_a_typo_before_any_host_is_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("hvdtrain.cli.launch.preflight", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr("hvdtrain.cli.launch.check_hosts", lambda *args, **kwargs: asked.append(args))
     with pytest.raises(SystemExit) as left:
         main(["launch", "-H", "192.0.2.1:1,192.0.2.2:1", "--nic", "lo", "digits", "--epocs", "1"])
     assert left.value.code == 2

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.ledger.writer import Ledger, Row
+from hvdtrain.ledger.writer import Ledger, LedgerRow
 from hvdtrain.system import files
-from hvdtrain.system.files import BufferedAppender, write_atomically, write_new
+from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.reporter import Reporter
-from hvdtrain.training.rows import Cut, cut_rows, find_ledger_gap
+from hvdtrain.training.rows import RowCutResult, cut_rows, find_ledger_gap
 
 ERRORS = [errno.EFBIG, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT]
 
@@ -44,7 +44,7 @@ def test_what_cannot_be_written_waits_whatever_the_error(
         file.write(b"2")
         assert file.error is not None and file.error.errno == number
         with pytest.raises(OSError):
-            file.sync()
+            file.sync_to_disk()
     file.write(b"3")
     assert file.error is None
     file.close()
@@ -64,24 +64,24 @@ def test_half_a_row_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_a_failed_fsync_may_have_lost_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = BufferedAppender(tmp_path / "rows")
     file.write(b"1\n")
-    file.sync()
+    file.sync_to_disk()
     file.write(b"2\n")
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", failing(errno.EIO))
         with pytest.raises(OSError):
-            file.sync()
+            file.sync_to_disk()
     (tmp_path / "rows").write_bytes(b"1\n\0\0")  # lost by the system; the same file
     file.write(b"3\n")
-    file.sync()
+    file.sync_to_disk()
     assert (tmp_path / "rows").read_bytes() == b"1\n2\n3\n"
 
 
 def test_a_file_that_was_deleted_or_replaced_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = BufferedAppender(tmp_path / "rows")
     file.write(b"1\n")
-    assert file.in_place()
+    assert file.is_file_in_place()
     (tmp_path / "rows").rename(tmp_path / "moved")
-    assert not file.in_place()
+    assert not file.is_file_in_place()
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "write", failing(errno.ESTALE))
         file.write(b"2\n")
@@ -89,7 +89,7 @@ def test_a_file_that_was_deleted_or_replaced_is_not_made_again(tmp_path: Path, m
     assert isinstance(file.error, FileNotFoundError)
     (tmp_path / "rows").write_bytes(b"other\n")
     file.flush()
-    assert not file.in_place() and isinstance(file.error, FileNotFoundError)
+    assert not file.is_file_in_place() and isinstance(file.error, FileNotFoundError)
     assert (tmp_path / "rows").read_bytes() == b"other\n"
 
 
@@ -108,7 +108,7 @@ def test_a_file_is_prepared_before_it_is_opened_until_that_succeeds(tmp_path: Pa
     assert (len(tries), (tmp_path / "rows").read_bytes()) == (3, b"first\n1\n2\n3\n4\n")
 
 
-@pytest.mark.parametrize("write", [write_atomically, write_new])
+@pytest.mark.parametrize("write", [write_atomically, create_atomically])
 @pytest.mark.parametrize("target", ["hvdtrain.system.files.os.fsync", "pathlib.Path.replace"])
 def test_a_failed_write_leaves_no_file(
     write: Callable[[Path, bytes], None], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,23 +136,25 @@ def row(step: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "left", "cut"),
     [
-        ([row(1), row(2)], [row(1), row(2)], Cut(2, 2, 0, 0)),
-        ([row(1), row(2), row(3), row(4)], [row(1), row(2)], Cut(2, 2, 2, 0)),
-        ([row(1), row(2)[:9]], [row(1)], Cut(1, 1, 0, 1)),
-        ([row(1), row(2)[:-1]], [row(1)], Cut(1, 1, 0, 1)),
-        ([row(1), b"\0\0\0\n", row(2), row(3)], [row(1), row(2)], Cut(2, 2, 1, 1)),
-        ([row(1), row(1), row(2)], [row(1), row(2)], Cut(2, 2, 0, 1)),
-        ([b'{"step": true}\n', b'{"step": "2"}\n', b"7\n", row(2)], [row(2)], Cut(1, 2, 0, 3)),
-        ([row(3), row(1), row(2)], [row(1), row(2)], Cut(2, 2, 1, 0)),
-        ([], [], Cut(0, 0, 0, 0)),
+        ([row(1), row(2)], [row(1), row(2)], RowCutResult(2, 2, 0, 0)),
+        ([row(1), row(2), row(3), row(4)], [row(1), row(2)], RowCutResult(2, 2, 2, 0)),
+        ([row(1), row(2)[:9]], [row(1)], RowCutResult(1, 1, 0, 1)),
+        ([row(1), row(2)[:-1]], [row(1)], RowCutResult(1, 1, 0, 1)),
+        ([row(1), b"\0\0\0\n", row(2), row(3)], [row(1), row(2)], RowCutResult(2, 2, 1, 1)),
+        ([row(1), row(1), row(2)], [row(1), row(2)], RowCutResult(2, 2, 0, 1)),
+        ([b'{"step": true}\n', b'{"step": "2"}\n', b"7\n", row(2)], [row(2)], RowCutResult(1, 2, 0, 3)),
+        ([row(3), row(1), row(2)], [row(1), row(2)], RowCutResult(2, 2, 1, 0)),
+        ([], [], RowCutResult(0, 0, 0, 0)),
     ],
 )
-def test_rows_up_to_the_checkpoint_are_kept(content: list[bytes], left: list[bytes], cut: Cut, tmp_path: Path) -> None:
+def test_rows_up_to_the_checkpoint_are_kept(
+    content: list[bytes], left: list[bytes], cut: RowCutResult, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(content))
     assert cut_rows(path, 2) == cut
     assert path.read_bytes() == b"".join(left)
-    assert cut_rows(path, 2) == Cut(cut.kept, cut.last, 0, 0)
+    assert cut_rows(path, 2) == RowCutResult(cut.kept_rows, cut.last_step, 0, 0)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=500)
@@ -168,7 +170,7 @@ def test_any_bytes_are_cut_to_rows_in_order(content: bytes, step: int, tmp_path:
 def write_segments(folder: Path, *segments: tuple[int, int]) -> None:
     """Segments of a ledger: after which step each begins, and the step of its last row."""
     for after, last in segments:
-        rows = [Row(step, 1, 2 * step, 2, 3) for step in range(after + 1, last + 1)]
+        rows = [LedgerRow(step, 1, 2 * step, 2, 3) for step in range(after + 1, last + 1)]
         ledger = Ledger(0, 1000, 2, after, rows)
         ledger.open_for_writing(folder)
         ledger.close()
@@ -197,7 +199,7 @@ def test_rows_that_the_ledger_lacks_before_a_checkpoint_are_announced(
 
 def open_report(run_dir: Path, at: Position) -> Reporter:
     report = Reporter(RunOptions())
-    report.open(run_dir, 100, at, active=True)
+    report.open_files(run_dir, 100, at, active=True)
     report.close()
     return report
 
@@ -225,9 +227,9 @@ def test_what_is_cut_or_missing_is_announced_in_one_line(
 
 def log_step(report: Reporter, at: Position) -> None:
     at.step += 1
-    report.step(at, 1, 0.1, {"loss": 0.5}, 8, 0.01, 0.001)
-    report.flush()
-    report.look_for_room(Ledger(0, 10, 2))
+    report.record_step(at, 1, 0.1, {"loss": 0.5}, 8, 0.01, 0.001)
+    report.write_due_row()
+    report.report_write_errors(Ledger(0, 10, 2))
 
 
 @pytest.mark.parametrize("number", ERRORS)
@@ -235,18 +237,18 @@ def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     report, at = Reporter(RunOptions(log_every=1)), Position()
-    report.open(tmp_path, 100, at, active=True)
+    report.open_files(tmp_path, 100, at, active=True)
     log_step(report, at)
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "write", failing(number))
         patch.setattr("hvdtrain.training.reporter.write_json", failing(number))
-        report.advice({"chosen": "none"})
+        report.record_advice({"chosen": "none"})
         for _ in range(3):
             log_step(report, at)
         with pytest.raises(OSError):
-            report.write_rows()
+            report.sync_rows()
         assert report.write_summary({}) is not None
-        assert report.behind == 3
+        assert report.pending_rows == 3
     log_step(report, at)
     assert report.write_summary({}) is None
     report.close()
@@ -261,12 +263,12 @@ def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
 
 def test_a_made_up_evaluation_counts_no_row_twice(tmp_path: Path) -> None:
     report, at = Reporter(RunOptions(log_every=1, quiet=True)), Position()
-    report.open(tmp_path, 100, at, active=True)
+    report.open_files(tmp_path, 100, at, active=True)
     for _ in range(2):
         log_step(report, at)
     at.eval = {"loss": 0.25}
-    report.evaluation(at, 1)
-    report.flush()
+    report.record_evaluation(at, 1)
+    report.write_due_row()
     report.close()
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(one["step"], one.get("eval_loss")) for one in found] == [(1, None), (2, 0.25)]

@@ -7,15 +7,15 @@ import math
 import pytest
 
 from hvdtrain.system.errors import UserError
-from hvdtrain.training.schedule import parse
+from hvdtrain.training.schedule import parse_schedule
 
 
 def factors(text: str, total: int = 100, per_epoch: int = 10) -> list[float]:
-    schedule = parse(text, total, per_epoch)
+    schedule = parse_schedule(text, total, per_epoch)
     return [schedule.factor(step) for step in range(total)]
 
 
-def test_constant() -> None:
+def test_constant_schedule_keeps_the_rate() -> None:
     assert factors("constant") == [1.0] * 100
 
 
@@ -35,7 +35,7 @@ def test_linear_and_warm_up_in_steps() -> None:
 def test_step_drops_at_its_positions() -> None:
     found = factors("step:3ep,60 x0.1")
     assert found == pytest.approx([1.0] * 30 + [0.1] * 30 + [0.01] * 40)
-    assert parse("step:3ep,60 x0.1", 100, 10).corners == (0, 30, 60, 99)
+    assert parse_schedule("step:3ep,60 x0.1", 100, 10).corners == (0, 30, 60, 99)
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_step_drops_at_its_positions() -> None:
 )
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(UserError):
-        parse(text, 100, 10)
+        parse_schedule(text, 100, 10)

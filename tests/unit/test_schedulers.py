@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.comm import srun
-from hvdtrain.launch.hosts import host_text
-from hvdtrain.launch.schedulers import allocated
+from hvdtrain.launch.hosts import format_hosts
+from hvdtrain.launch.schedulers import read_allocated_hosts
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.nodelist import counts, nodes
+from hvdtrain.system.nodelist import parse_node_list, parse_repeated_counts
 
 
 @pytest.mark.parametrize(
@@ -29,16 +29,16 @@ from hvdtrain.system.nodelist import counts, nodes
     ],
 )
 def test_lists_of_nodes(text: str, names: list[str]) -> None:
-    assert nodes(text, "X") == names
+    assert parse_node_list(text, "X") == names
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "a,", ",a", "a,,b", "n[1-", "n]1[", "n[3-1]", "n[a]", "n[]", "n[1-999999999]", "n[[1]]", "-n1", "n 1", "n[²]"],
 )
-def test_what_is_no_list_of_nodes(text: str) -> None:
+def test_invalid_node_lists_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a list of nodes"):
-        nodes(text, "SLURM_JOB_NODELIST")
+        parse_node_list(text, "SLURM_JOB_NODELIST")
 
 
 PIECES = st.lists(
@@ -61,7 +61,7 @@ def test_a_list_is_what_was_put_together(pieces: list[tuple[str, list[tuple[int,
         shown = [f"{a:0{width}d}" if not more else f"{a:0{width}d}-{a + more:0{width}d}" for a, more in ranges]
         text.append(f"{name}[{','.join(shown)}]{end}")
         names += [f"{name}{a + i:0{width}d}{end}" for a, more in ranges for i in range(more + 1)]
-    assert nodes(",".join(text), "X") == names
+    assert parse_node_list(",".join(text), "X") == names
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=12))
@@ -71,13 +71,13 @@ def test_counts_are_what_was_put_together(numbers: list[int]) -> None:
         same = next((i for i, number in enumerate(left) if number != left[0]), len(left))
         text.append(f"{left[0]}(x{same})" if same > 1 else str(left[0]))
         left = left[same:]
-    assert counts(",".join(text), "X") == numbers
+    assert parse_repeated_counts(",".join(text), "X") == numbers
 
 
 @pytest.mark.parametrize("text", ["", "2(x3", "2(3)", "a", "1,", "-1"])
-def test_what_is_no_count(text: str) -> None:
+def test_invalid_slurm_counts_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not understood"):
-        counts(text, "SLURM_TASKS_PER_NODE")
+        parse_repeated_counts(text, "SLURM_TASKS_PER_NODE")
 
 
 SLURM = {"SLURM_JOB_NODELIST": "n[0-3]", "SLURM_TASKS_PER_NODE": "2(x3),1"}
@@ -92,9 +92,9 @@ SLURM = {"SLURM_JOB_NODELIST": "n[0-3]", "SLURM_TASKS_PER_NODE": "2(x3),1"}
         (SLURM | {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2"}, "n0:2,n1:2,n2:2,n3:1"),
     ],
 )
-def test_slurm(environ: dict[str, str], hosts: str) -> None:
-    assert host_text(allocated("slurm", environ)) == hosts
-    assert host_text(allocated("auto", environ)) == hosts
+def test_slurm_nodes_and_slots_are_read(environ: dict[str, str], hosts: str) -> None:
+    assert format_hosts(read_allocated_hosts("slurm", environ)) == hosts
+    assert format_hosts(read_allocated_hosts("auto", environ)) == hosts
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_slurm(environ: dict[str, str], hosts: str) -> None:
 )
 def test_slurm_that_is_not_understood(environ: dict[str, str], error: str) -> None:
     with pytest.raises(UserError, match=error):
-        allocated("auto", environ)
+        read_allocated_hosts("auto", environ)
 
 
 CSM = {"CSM_ALLOCATION_ID": "7"}  # of clusters whose ranks jsrun starts
@@ -126,12 +126,14 @@ CSM = {"CSM_ALLOCATION_ID": "7"}  # of clusters whose ranks jsrun starts
         ("sge", "a 4 all.q@a UNDEFINED\nb 2 all.q@b <NULL>\na 1 gpu.q@a UNDEFINED\n", {}, "a:5,b:2"),
     ],
 )
-def test_files(tmp_path: Path, source: str, text: str, environ: dict[str, str], hosts: str) -> None:
+def test_host_files_of_pbs_lsf_and_sge_are_read(
+    tmp_path: Path, source: str, text: str, environ: dict[str, str], hosts: str
+) -> None:
     path = tmp_path / "nodes"
     path.write_bytes(text.encode())
     variable = {"pbs": "PBS_NODEFILE", "lsf": "LSB_DJOB_HOSTFILE", "sge": "PE_HOSTFILE"}[source]
     for asked in (source, "auto"):
-        assert host_text(allocated(asked, {variable: str(path), **environ})) == hosts
+        assert format_hosts(read_allocated_hosts(asked, {variable: str(path), **environ})) == hosts
 
 
 @pytest.mark.parametrize(
@@ -150,12 +152,12 @@ def test_files_that_are_not_understood(tmp_path: Path, variable: str, text: str 
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as caught:
-        allocated("auto", {variable: str(path)})
+        read_allocated_hosts("auto", {variable: str(path)})
     assert str(caught.value) == error.format(path=path)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans())
-def test_places_of_tasks(on_nodes: list[int], cyclic: bool) -> None:
+def test_each_slurm_task_has_a_place_of_its_own(on_nodes: list[int], cyclic: bool) -> None:
     """Every task has a place of its own, on its node and among the tasks with the same number on other nodes."""
     tasks = [(node, local) for node, number in enumerate(on_nodes) for local in range(number)]
     tasks = sorted(tasks, key=lambda task: task[::-1]) if cyclic else tasks
@@ -167,7 +169,7 @@ def test_places_of_tasks(on_nodes: list[int], cyclic: bool) -> None:
             "SLURM_STEP_TASKS_PER_NODE": ",".join(map(str, on_nodes)),
             "SLURMD_NODENAME": f"n{node}",
         }
-        place = srun.place(environ)
+        place = srun.task_environment(environ)
         across = [other for other, other_local in tasks if other_local == local]
         numbers = {name.removeprefix("HOROVOD_"): value for name, value in place.items() if value.isdecimal()}
         assert numbers == {
@@ -182,5 +184,7 @@ def test_places_of_tasks(on_nodes: list[int], cyclic: bool) -> None:
 
 def test_port_of_a_step() -> None:
     step = {"SLURM_JOB_ID": "123456789", "SLURM_STEP_ID": "3"}
-    assert srun.port(step) in srun.PORTS and srun.port(step) != srun.port(step | {"SLURM_STEP_ID": "4"})
-    assert srun.port(step | {"SLURM_STEP_RESV_PORTS": "15003-15004,15009"}) == 15003
+    assert srun.rendezvous_port(step) in srun.RENDEZVOUS_PORTS and srun.rendezvous_port(step) != srun.rendezvous_port(
+        step | {"SLURM_STEP_ID": "4"}
+    )
+    assert srun.rendezvous_port(step | {"SLURM_STEP_RESV_PORTS": "15003-15004,15009"}) == 15003

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.hyperparameters import change, settings_of
+from hvdtrain.torch.hyperparameters import apply_overrides, get_hyperparameters
 
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -18,11 +18,11 @@ def resumed(make: Make, before: dict[str, Any], now: dict[str, Any]) -> torch.op
     """An optimizer with the settings `now` that goes on from a step of one with those `before`."""
     p = torch.nn.Parameter(torch.ones(3))
     first, second = make([p], lr=0.1, **before), make([p], lr=0.1, **now)
-    given, earlier = settings_of(second.param_groups), settings_of(first.param_groups)
+    given, earlier = get_hyperparameters(second.param_groups), get_hyperparameters(first.param_groups)
     p.grad = torch.ones(3)
     first.step()
     second.load_state_dict(first.state_dict())
-    change(second.param_groups, given, earlier)
+    apply_overrides(second.param_groups, given, earlier)
     second.step()
     return second
 
@@ -36,7 +36,7 @@ def resumed(make: Make, before: dict[str, Any], now: dict[str, Any]) -> torch.op
         (torch.optim.RMSprop, {}, {"alpha": 0.5}),
     ],
 )
-def test_numbers_are_taken(make: Make, before: dict[str, Any], now: dict[str, Any]) -> None:
+def test_changed_hyperparameters_apply_on_resume(make: Make, before: dict[str, Any], now: dict[str, Any]) -> None:
     group = resumed(make, before, now).param_groups[0]
     assert {name: group[name] for name in now} == now
 
@@ -44,7 +44,7 @@ def test_numbers_are_taken(make: Make, before: dict[str, Any], now: dict[str, An
 def test_what_was_not_changed_stays() -> None:
     """Also what is not as it was made: some optimizers count there."""
     groups: list[dict[str, Any]] = [{"lr": 0.1, "counted": 7, "eps": 1e-8}]
-    change(groups, [{"lr": 0.1, "counted": 0, "eps": 1e-6}], [{"lr": 0.1, "counted": 0, "eps": 1e-8}])
+    apply_overrides(groups, [{"lr": 0.1, "counted": 0, "eps": 1e-6}], [{"lr": 0.1, "counted": 0, "eps": 1e-8}])
     assert groups == [{"lr": 0.1, "counted": 7, "eps": 1e-6}]
 
 
@@ -57,11 +57,11 @@ def test_what_was_not_changed_stays() -> None:
         (torch.optim.SGD, {"momentum": 0.9}),
     ],
 )
-def test_what_needs_a_state_is_refused(make: Make, now: dict[str, Any]) -> None:
+def test_hyperparameters_that_need_optimizer_state_cannot_change(make: Make, now: dict[str, Any]) -> None:
     [(name, value)] = now.items()
     with pytest.raises(UserError, match=rf"the optimizer's {name} was \S+ and is {value} now: it cannot be changed"):
         resumed(make, {}, now)
 
 
-def test_how_a_step_is_computed_is_free() -> None:
+def test_implementation_flags_may_change_on_resume() -> None:
     resumed(torch.optim.AdamW, {"foreach": True}, {"foreach": False})

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvdtrain.exchange.sharded import Node, Partial, add, cover, cut, push, tree
+from hvdtrain.exchange.sharded import (
+    Node,
+    PartialSum,
+    add_pieces,
+    covering_nodes,
+    push_partial,
+    split_for_ranks,
+    tree_nodes,
+)
 from hvdtrain.recipe import order
 
 
@@ -33,27 +41,27 @@ def test_any_number_of_ranks_adds_to_the_same_bits(shards: int, size: int, value
     """Ranks by themselves, an all-to-all of pieces, and an all-gather; all as Horovod would move them."""
     made = torch.Generator().manual_seed(seed)
     gradients = list(torch.randn(shards, values, generator=made) * 10 ** torch.randn(shards, 1, generator=made))
-    nodes = tree(0, shards)
+    nodes = tree_nodes(0, shards)
     covers, sent = [], []
     for rank in range(size):
-        own = range(*order.bounds(shards, rank, size))
-        stack: list[Partial] = []
+        own = range(*order.part_bounds(shards, rank, size))
+        stack: list[PartialSum] = []
         for shard in own:
-            push(stack, Partial((shard, shard + 1), gradients[shard].clone()), nodes)
-        covers.append(cover(own.start, own.stop, nodes))
+            push_partial(stack, PartialSum((shard, shard + 1), gradients[shard].clone()), nodes)
+        covers.append(covering_nodes(own.start, own.stop, nodes))
         assert [partial.node for partial in stack] == covers[-1]
         sums = [partial.total for partial in stack]
-        sent.append(cut(sums, size) if sums else torch.empty(size, 0, -(-values // size)))
+        sent.append(split_for_ranks(sums, size) if sums else torch.empty(size, 0, -(-values // size)))
     all_nodes = [node for nodes_of_rank in covers for node in nodes_of_rank]
     received = [torch.cat([pieces[rank] for pieces in sent]) for rank in range(size)]
-    gathered = torch.cat([add(pieces, all_nodes, nodes) for pieces in received])
+    gathered = torch.cat([add_pieces(pieces, all_nodes, nodes) for pieces in received])
     assert torch.equal(gathered[:values].view(torch.int32), by_recursion(gradients).view(torch.int32))
     assert not gathered[values:].any()
 
 
 @given(shards=st.integers(1, 32))
 def test_the_tree_is_binary_and_flat(shards: int) -> None:
-    nodes = tree(0, shards)
+    nodes = tree_nodes(0, shards)
     assert len(nodes) == 2 * shards - 1
     assert balanced(0, shards, nodes)
 
@@ -61,10 +69,10 @@ def test_the_tree_is_binary_and_flat(shards: int) -> None:
 @given(shards=st.integers(1, 32), first=st.integers(0, 32), end=st.integers(0, 32))
 def test_a_cover_is_of_the_largest_nodes(shards: int, first: int, end: int) -> None:
     first, end = sorted((min(first, shards), min(end, shards)))
-    nodes = tree(0, shards)
+    nodes = tree_nodes(0, shards)
     inside = {node for node in nodes if first <= node[0] and node[1] <= end}
     largest = [a for a in inside if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in inside)]
-    assert cover(first, end, nodes) == sorted(largest)
+    assert covering_nodes(first, end, nodes) == sorted(largest)
 
 
 def test_the_order_of_addition_shows_in_the_bits() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.comm.rendezvous import Handler, Server
+from hvdtrain.comm.rendezvous import RendezvousHandler, RendezvousServer
 from hvdtrain.system import signed_http
 from hvdtrain.system.signed_http import HEADER, MOST_STRANGERS, WINDOW, NotSigned, SignedClient, SignedServer
 
@@ -20,24 +20,24 @@ KEY, OTHER = b"k" * 64, b"o" * 64
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    served = Server("127.0.0.1", {"a:0": "0,2,0,1,0,2"}, key=KEY)
+def server() -> Iterator[RendezvousServer]:
+    served = RendezvousServer("127.0.0.1", {"a:0": "0,2,0,1,0,2"}, key=KEY)
     yield served
-    served.end()
+    served.stop_serving()
 
 
-def ask(server: Server, client: SignedClient, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+def ask(server: RendezvousServer, client: SignedClient, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
     return client.request("127.0.0.1", server.port, method, path, body, timeout=10)
 
 
-def send_raw(server: Server, data: bytes) -> bytes:
+def send_raw(server: RendezvousServer, data: bytes) -> bytes:
     """All that the server answers to some bytes."""
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
         connection.sendall(data)
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def recorded_put(server: Server, client: SignedClient, body: bytes) -> bytes:
+def recorded_put(server: RendezvousServer, client: SignedClient, body: bytes) -> bytes:
     """The bytes of a signed request, as somebody on the network sees them."""
     number, digest = next(client.numbers), signed_http.hash_body(body)
     address = f"127.0.0.1:{server.port}"
@@ -46,7 +46,7 @@ def recorded_put(server: Server, client: SignedClient, body: bytes) -> bytes:
     return f"PUT /s/k HTTP/1.0\r\nContent-Length: {len(body)}\r\n{signature}\r\n\r\n".encode() + body
 
 
-def test_values_are_kept_and_waited_for(server: Server) -> None:
+def test_values_are_kept_and_waited_for(server: RendezvousServer) -> None:
     client = SignedClient(KEY)
     assert ask(server, client, "PUT", "/global/0", b"where") == (200, b"")
     assert ask(server, client, "GET", "/global/0") == (200, b"where")
@@ -62,7 +62,7 @@ def test_values_are_kept_and_waited_for(server: Server) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
-def test_who_does_not_know_the_secret_gets_401_and_changes_nothing(server: Server, method: str) -> None:
+def test_who_does_not_know_the_secret_gets_401_and_changes_nothing(server: RendezvousServer, method: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     connection.request(method, "/rank_and_size/a:0", b"x" if method == "PUT" else None)
     answer = connection.getresponse()
@@ -72,7 +72,7 @@ def test_who_does_not_know_the_secret_gets_401_and_changes_nothing(server: Serve
     assert server.values == {"/rank_and_size/a:0": b"0,2,0,1,0,2"}
 
 
-def test_other_methods_get_405(server: Server) -> None:
+def test_other_methods_get_405(server: RendezvousServer) -> None:
     for method in ("HEAD", "POST", "OPTIONS", "PATCH", "TRACE"):
         assert send_raw(server, f"{method} / HTTP/1.0\r\n\r\n".encode()).startswith(b"HTTP/1.0 405 ")
 
@@ -93,12 +93,12 @@ def test_other_methods_get_405(server: Server) -> None:
         (b"\r\n".join(b"X%d: y" % number for number in range(200)), 431),
     ],
 )
-def test_junk_is_refused_before_its_body_is_read(server: Server, head: bytes, status: int) -> None:
+def test_junk_is_refused_before_its_body_is_read(server: RendezvousServer, head: bytes, status: int) -> None:
     assert send_raw(server, b"PUT /s/k HTTP/1.0\r\n" + head + b"\r\n\r\n").startswith(f"HTTP/1.0 {status} ".encode())
     assert "/s/k" not in server.values
 
 
-def test_a_request_that_comes_a_second_time_is_refused(server: Server) -> None:
+def test_a_request_that_comes_a_second_time_is_refused(server: RendezvousServer) -> None:
     client = SignedClient(KEY)
     first = recorded_put(server, client, b"old")
     assert send_raw(server, first).startswith(b"HTTP/1.0 200 ")
@@ -107,15 +107,17 @@ def test_a_request_that_comes_a_second_time_is_refused(server: Server) -> None:
     assert server.values["/s/k"] == b"new"
 
 
-def test_a_request_does_nothing_at_another_server_and_with_another_body_method_or_path(server: Server) -> None:
+def test_a_request_does_nothing_at_another_server_and_with_another_body_method_or_path(
+    server: RendezvousServer,
+) -> None:
     def is_refused(data: bytes) -> bool:
         return send_raw(server, data).startswith(b"HTTP/1.0 401 ")
 
-    other = Server("127.0.0.1", {}, key=KEY)
+    other = RendezvousServer("127.0.0.1", {}, key=KEY)
     try:
         assert is_refused(recorded_put(other, SignedClient(KEY), b"x"))
     finally:
-        other.end()
+        other.stop_serving()
     good = recorded_put(server, SignedClient(KEY), b"good")
     for old, new in ((b"good", b"evil"), (b"PUT", b"GET"), (b"/s/k", b"/s/j"), (b" 1 ", b" 2 ")):
         assert is_refused(good.replace(old, new, 1) if old != b"good" else good[:-4] + new)
@@ -134,7 +136,7 @@ def test_a_client_takes_no_answer_from_a_server_without_the_secret() -> None:
                 asked.result(10)
 
 
-def test_an_answer_to_one_request_is_none_to_another(server: Server) -> None:
+def test_an_answer_to_one_request_is_none_to_another(server: RendezvousServer) -> None:
     client = SignedClient(KEY)
     ask(server, client, "PUT", "/s/a", b"a")
     mac = signed_http.authenticate(KEY, "answer", "m" * 64, 200, signed_http.hash_body(b"a"))
@@ -142,7 +144,7 @@ def test_an_answer_to_one_request_is_none_to_another(server: Server) -> None:
     assert mac != signed_http.authenticate(KEY, "answer", "m" * 64, 404, signed_http.hash_body(b"a"))
 
 
-def test_numbers_of_one_client_may_come_out_of_order_but_only_once(server: Server) -> None:
+def test_numbers_of_one_client_may_come_out_of_order_but_only_once(server: RendezvousServer) -> None:
     order = [5, 3, 4, 1, WINDOW + 3, 2, 6, 2 * WINDOW + 10]
     assert [server.is_new("c", number) for number in order] == [True, True, True, True, True, False, True, True]
     assert not any(server.is_new("c", number) for number in order)
@@ -150,7 +152,7 @@ def test_numbers_of_one_client_may_come_out_of_order_but_only_once(server: Serve
     assert not server.is_new("d", -(10**30)) and server.is_new("d", 10**30)
 
 
-def test_silent_connections_keep_nobody_out(server: Server) -> None:
+def test_silent_connections_keep_nobody_out(server: RendezvousServer) -> None:
     """More of them than there is room for, with half a request each: the first ones are closed for the later ones."""
     silent = [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(MOST_STRANGERS + 150)]
     try:
@@ -167,24 +169,24 @@ def test_silent_connections_keep_nobody_out(server: Server) -> None:
             connection.close()
 
 
-def test_a_silent_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    monkeypatch.setattr(Handler, "timeout", 0.2)
+def test_a_silent_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch, server: RendezvousServer) -> None:
+    monkeypatch.setattr(RendezvousHandler, "timeout", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
         assert connection.recv(1) == b""
 
 
-def test_a_server_listens_on_its_address_only(server: Server) -> None:
+def test_a_server_listens_on_its_address_only(server: RendezvousServer) -> None:
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", server.port), 5)
 
 
-def test_no_proxy_is_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_is_asked(server: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert ask(server, SignedClient(KEY), "GET", "/rank_and_size/a:0")[0] == 200
 
 
-def test_strangers_write_nothing_to_the_output(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+def test_strangers_write_nothing_to_the_output(server: RendezvousServer, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # ends by a reset
         connection.sendall(b"PUT /s/k HTTP/1.0\r\nContent-Length: 5\r\n\r\n")
@@ -204,7 +206,7 @@ def test_a_secret_that_is_missing_or_short_is_named() -> None:
     assert environ == given and len(signed_http.read_key(environ)) == 64
 
 
-def test_requests_of_many_threads_are_all_answered(server: Server) -> None:
+def test_requests_of_many_threads_are_all_answered(server: RendezvousServer) -> None:
     client = SignedClient(KEY)
     with ThreadPoolExecutor(16) as threads:
         done = list(threads.map(lambda n: ask(server, client, "PUT", f"/s/{n}", b"x"), range(200)))

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from hvdtrain.comm.world import refuse_stale_pmix
-from hvdtrain.launch.command import check_home
+from hvdtrain.comm.world import reject_stale_pmix
+from hvdtrain.launch.command import check_home_directory
 from hvdtrain.system.errors import UserError
 
 
@@ -25,7 +25,7 @@ def test_variables_of_an_mpi_job_that_has_ended(free_port: int) -> None:
         "PMIX_SERVER_URI41": f"prterun-vm-1@0.0;tcp4://127.0.0.1:{free_port}",
     }
     with pytest.raises(UserError) as caught:
-        refuse_stale_pmix(stale)
+        reject_stale_pmix(stale)
     assert str(caught.value) == (
         f"PMIX_SERVER_URI41 names the server of an MPI job that has ended (tcp4://127.0.0.1:{free_port}): start this "
         "with mpirun or hvdtrain launch, or unset the variables whose names begin with PMIX_ and OMPI_"
@@ -35,14 +35,14 @@ def test_variables_of_an_mpi_job_that_has_ended(free_port: int) -> None:
 def test_variables_of_an_mpi_job_that_runs_are_right() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        refuse_stale_pmix({"PMIX_RANK": "0", "PMIX_SERVER_URI2": f"prterun@0.0;tcp4://127.0.0.1:{port}"})
-    refuse_stale_pmix({"PMIX_RANK": "0"})  # Open MPI takes the process for one that was started alone
-    refuse_stale_pmix({"PMIX_RANK": "0", "PMIX_SERVER_URI2": "ns.0;usock:/tmp/x"})
+        reject_stale_pmix({"PMIX_RANK": "0", "PMIX_SERVER_URI2": f"prterun@0.0;tcp4://127.0.0.1:{port}"})
+    reject_stale_pmix({"PMIX_RANK": "0"})  # Open MPI takes the process for one that was started alone
+    reject_stale_pmix({"PMIX_RANK": "0", "PMIX_SERVER_URI2": "ns.0;usock:/tmp/x"})
 
 
 def test_mpirun_without_a_home_directory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_home({})  # the password database knows this user
+    check_home_directory({})  # the password database knows this user
     monkeypatch.setattr("os.getuid", lambda: 1234567)
-    check_home({"HOME": "/tmp"})
+    check_home_directory({"HOME": "/tmp"})
     with pytest.raises(UserError, match=r"^mpirun needs a home directory: HOME is not set, and user 1234567 has"):
-        check_home({})
+        check_home_directory({})

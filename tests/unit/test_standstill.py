@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.report import Report, outcome
-from hvdtrain.launch.standstill import describe_standstill, parse_standstill, state_of
+from hvdtrain.launch.report import JobReport, determine_outcome
+from hvdtrain.launch.standstill import describe_process_state, describe_standstill, parse_standstill
 from hvdtrain.system import activity
-from hvdtrain.system.activity import Standstill, Watcher
-from hvdtrain.system.messages import is_valid
+from hvdtrain.system.activity import HangWatcher, Standstill
+from hvdtrain.system.messages import is_valid_message
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
 WAITS = Standstill("exchanging gradients", "gradients.0", "", 12, 60.9, True)
@@ -64,7 +64,9 @@ EVALUATES = Standstill("evaluating", "", "", 12, 0.1, False)
         ),
     ],
 )
-def test_who_hangs_and_who_waits(reports: dict[str, Standstill], silent: dict[str, str], line: str) -> None:
+def test_standstill_line_names_hung_and_waiting_ranks(
+    reports: dict[str, Standstill], silent: dict[str, str], line: str
+) -> None:
     assert describe_standstill(reports, silent, 45.0) == line
 
 
@@ -81,22 +83,24 @@ def message(rank: int, stands: Standstill, **more: Any) -> dict[str, Any]:
 
 
 def test_what_ranks_report_is_put_together_once() -> None:
-    report = Report(["h0", "h1", "h2"])
+    report = JobReport(["h0", "h1", "h2"])
     for rank in range(3):
-        report.take({"kind": "started", "rank": rank, "host": f"h{rank}", "pid": rank})
-    report.take(message(1, LOADS, seconds="61"))
-    assert report.standing_due is None  # not one of ours
+        report.add_message({"kind": "started", "rank": rank, "host": f"h{rank}", "pid": rank})
+    report.add_message(message(1, LOADS, seconds="61"))
+    assert report.standstill_due is None  # not one of ours
     assert parse_standstill(message(1, LOADS)) == LOADS
-    report.take(message(1, LOADS))
-    report.take(message(0, WAITS))
-    assert report.standing_due is not None
+    report.add_message(message(1, LOADS))
+    report.add_message(message(0, WAITS))
+    assert report.standstill_due is not None
     # Rank 2 has not said that it waits: it is not counted among those that do.
-    assert report.standstill().startswith("rank 1 on h1 has been loading its batch (step 12, m.py:7 in item)")
-    assert report.standing_due is None and report.standstill() == ""
+    assert report.summarize_standstill().startswith("rank 1 on h1 has been loading its batch (step 12, m.py:7 in item)")
+    assert report.standstill_due is None and report.summarize_standstill() == ""
     # Those that wait end as well; they are not the cause.
     for rank in (0, 2):
-        report.take({"kind": "failed", "rank": rank, "host": f"h{rank}", "code": 1, "error": "it hangs", "waits": True})
-    code, text = outcome(report, "horovodrun", 1)
+        report.add_message(
+            {"kind": "failed", "rank": rank, "host": f"h{rank}", "code": 1, "error": "it hangs", "waits": True}
+        )
+    code, text = determine_outcome(report, "horovodrun", 1)
     assert code == 1 and text.startswith("error: rank 1 on h1 has been loading its batch (step 12")
 
 
@@ -106,25 +110,25 @@ class Watched:
     def __init__(self, limit: float) -> None:
         self.notices: list[Standstill] = []
         self.ends: list[Standstill] = []
-        self.watcher = Watcher(lambda stands, _: self.notices.append(stands), self.ends.append, limit)
-        self.watcher.stop()
+        self.watcher = HangWatcher(lambda stands, _: self.notices.append(stands), self.ends.append, limit)
+        self.watcher.stop_watching()
 
     def seconds(self, count: int) -> None:
         for _ in range(count):
-            self.watcher.look(1.0)
+            self.watcher.check_activity(1.0)
 
 
 @pytest.fixture
 def watched() -> Iterator[Watched]:
-    activity.enter("testing")
+    activity.enter_activity("testing")
     yield Watched(limit=100)
-    activity.enter("testing")
+    activity.enter_activity("testing")
 
 
 def test_a_step_that_is_not_made_is_noticed_again_and_again(watched: Watched) -> None:
-    activity.begin_steps(11)
-    activity.step_done(12)
-    activity.enter("loading its batch")
+    activity.begin_training(11)
+    activity.record_finished_steps(12)
+    activity.enter_activity("loading its batch")
     watched.seconds(44)
     assert watched.notices == []
     watched.seconds(50)
@@ -132,20 +136,20 @@ def test_a_step_that_is_not_made_is_noticed_again_and_again(watched: Watched) ->
         ("loading its batch", 13, False)
     ]
     assert "test_standstill.py" in watched.notices[0].where
-    activity.step_done(13)
-    activity.enter("loading its batch")
+    activity.record_finished_steps(13)
+    activity.enter_activity("loading its batch")
     watched.seconds(40)
     assert len(watched.notices) == 2 and watched.ends == []
 
 
 def test_a_slow_step_among_slow_steps_is_not_noticed(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    activity.begin_steps(0)
+    activity.begin_training(0)
     now = time.monotonic()
     for step in range(1, 4):
         monkeypatch.setattr("time.monotonic", lambda step=step: now + 30 * step)
-        activity.step_done(step)
+        activity.record_finished_steps(step)
     monkeypatch.undo()
-    activity.enter("computing gradients")
+    activity.enter_activity("computing gradients")
     watched.seconds(299)
     assert watched.notices == [] and watched.ends == []
     watched.seconds(3)
@@ -154,9 +158,9 @@ def test_a_slow_step_among_slow_steps_is_not_noticed(watched: Watched, monkeypat
 
 @pytest.mark.parametrize(("waits", "patient", "seconds"), [(False, False, 100), (True, False, 300), (False, True, 300)])
 def test_when_a_rank_that_hangs_is_ended(watched: Watched, waits: bool, patient: bool, seconds: int) -> None:
-    activity.begin_steps(0)
-    activity.step_done(1)
-    activity.enter("what it does", waits=waits, patient=patient)
+    activity.begin_training(0)
+    activity.record_finished_steps(1)
+    activity.enter_activity("what it does", waits=waits, patient=patient)
     watched.seconds(seconds)
     assert watched.ends == []
     watched.seconds(2)
@@ -164,28 +168,28 @@ def test_when_a_rank_that_hangs_is_ended(watched: Watched, waits: bool, patient:
 
 
 def test_the_first_step_has_more_time_and_some_things_have_no_limit(watched: Watched) -> None:
-    activity.begin_steps(0)
-    activity.enter("computing gradients")
+    activity.begin_training(0)
+    activity.enter_activity("computing gradients")
     watched.seconds(299)
     assert watched.ends == []
-    activity.enter("waiting for enough ranks", waits=True, endless=True)
+    activity.enter_activity("waiting for enough ranks", waits=True, endless=True)
     watched.seconds(2000)
     assert watched.ends == []
 
 
 def test_batch_after_batch_is_not_a_standstill(watched: Watched) -> None:
-    activity.begin_steps(0)
-    activity.step_done(1)
+    activity.begin_training(0)
+    activity.record_finished_steps(1)
     for _ in range(60):
-        activity.enter("evaluating")
+        activity.enter_activity("evaluating")
         watched.seconds(5)
     assert watched.ends == [] and all(stands.seconds < 10 for stands in watched.notices)
 
 
 def test_time_in_a_debugger_does_not_count(watched: Watched) -> None:
-    activity.begin_steps(0)
-    activity.step_done(1)
-    activity.enter("computing gradients")
+    activity.begin_training(0)
+    activity.record_finished_steps(1)
+    activity.enter_activity("computing gradients")
     code = compile("def prompt(seconds):\n    seconds(500)\n", "/usr/lib/python3/pdb.py", "exec")
     scope: dict[str, Any] = {}
     exec(code, scope)
@@ -196,36 +200,36 @@ def test_time_in_a_debugger_does_not_count(watched: Watched) -> None:
 def test_the_watcher_wakes_up_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVDTRAIN_HANG_NOTICE", "0.1")
     noticed = threading.Event()
-    activity.begin_steps(0)
-    watcher = Watcher(lambda stands, after: noticed.set(), lambda stands: None, 0)
+    activity.begin_training(0)
+    watcher = HangWatcher(lambda stands, after: noticed.set(), lambda stands: None, 0)
     try:
         assert noticed.wait(30)
     finally:
-        watcher.stop()
+        watcher.stop_watching()
 
 
 def test_what_a_worker_was_in_can_be_read_when_it_is_dead(tmp_path: Any) -> None:
     with (tmp_path / "record").open("wb+") as file:
-        activity.Record(file.fileno()).write(7, 12, 600.0, "loading its batch")
-        assert activity.Record(file.fileno()).read() == (7, 12, 600.0, "loading its batch")
+        activity.ActivityRecord(file.fileno()).write_activity(7, 12, 600.0, "loading its batch")
+        assert activity.ActivityRecord(file.fileno()).read_activity() == (7, 12, 600.0, "loading its batch")
 
 
 def test_what_ranks_and_supervisors_send_is_valid_to_launch() -> None:
     sent = message(1, LOADS, pid=7)
-    assert is_valid(sent)
-    assert not is_valid({**sent, "seconds": "61"}) and not is_valid({**sent, "waits": 1})
+    assert is_valid_message(sent)
+    assert not is_valid_message({**sent, "seconds": "61"}) and not is_valid_message({**sent, "waits": 1})
     started = {"kind": "started", "rank": 1, "host": "b", "pid": 7, "size": 2, "reach": "b", "supervisor": 6}
-    assert is_valid(started) and not is_valid({**started, "supervisor": 1})
-    assert is_valid({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "it hangs", "waits": True})
-    assert is_valid({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "no progress", "ends": True})
+    assert is_valid_message(started) and not is_valid_message({**started, "supervisor": 1})
+    assert is_valid_message({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "it hangs", "waits": True})
+    assert is_valid_message({"kind": "failed", "rank": 1, "host": "b", "pid": 7, "error": "no progress", "ends": True})
 
 
 def test_a_rank_that_was_killed_is_not_taken_for_one_that_hangs() -> None:
     """It is a zombie until the launcher, which says by what it died, has looked at it."""
     with subprocess.Popen(["true"]) as rank, subprocess.Popen(["sleep", "60"]) as stopped:
         os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
-        assert state_of(socket.gethostname(), rank.pid) == ""
+        assert describe_process_state(socket.gethostname(), rank.pid) == ""
         stopped.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
-        assert state_of(socket.gethostname(), stopped.pid) == "it is stopped by a signal"
+        assert describe_process_state(socket.gethostname(), stopped.pid) == "it is stopped by a signal"
         stopped.kill()

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from hvdtrain.launch.job import Job
-from hvdtrain.launch.report import Report
-from hvdtrain.launch.run import on_signal
-from hvdtrain.launch.signals import signals
-from hvdtrain.system.ssh import AS_CONFIGURED
+from hvdtrain.launch.report import JobReport
+from hvdtrain.launch.run import handle_job_signal
+from hvdtrain.launch.signals import catch_stop_signals
+from hvdtrain.system.ssh import DEFAULT_SSH
 from hvdtrain.training.stop import StopRequest
 
 
@@ -40,14 +40,14 @@ def test_nohup_lets_a_training_outlive_its_terminal(hangup: None) -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
-    with signals() as (received, _):
+    with catch_stop_signals() as (received, _):
         signal.raise_signal(signal.SIGHUP)
         assert received == []
 
 
 def test_the_terminal_that_is_closed_reaches_launch(hangup: None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with signals() as (received, _):
+    with catch_stop_signals() as (received, _):
         signal.raise_signal(signal.SIGHUP)
         assert received == [signal.SIGHUP]
 
@@ -69,13 +69,13 @@ def test_launch_takes_signals_within_a_second_for_one(
 ) -> None:
     now = time.monotonic()
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), Report(["localhost"]), AS_CONFIGURED, 30, mark="")
-        job.report.take({"kind": "started", "rank": 0, "host": os.uname().nodename, "pid": rank.pid})
+        job = Job(guard, contextlib.ExitStack(), JobReport(["localhost"]), DEFAULT_SSH, 30, mark="")
+        job.report.add_message({"kind": "started", "rank": 0, "host": os.uname().nodename, "pid": rank.pid})
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
-            on_signal(job, number)
-        assert job.asked == signal.SIGTERM and not job.ended
+            handle_job_signal(job, number)
+        assert job.stop_signal == signal.SIGTERM and not job.terminated
         assert rank.wait(10) == -signal.SIGTERM
         monkeypatch.setattr("hvdtrain.launch.run.time.monotonic", lambda: now + 60)
-        on_signal(job, signal.SIGTERM)
-        assert job.ended
+        handle_job_signal(job, signal.SIGTERM)
+        assert job.terminated
     assert capsys.readouterr().err.count("stopping: ranks finish the step and save") == 1

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.system.streams import Dropped, DroppingFile, dropping_stream
+from hvdtrain.system.streams import DroppedOutput, DroppingFile, make_dropping_stream
 
 HVDTRAIN = [sys.executable, "-m", "hvdtrain"]
 
 
 def test_bytes_dropped_on_a_full_disk_are_counted_and_reported_when_there_is_room(tmp_path: Path) -> None:
     descriptor = os.open("/dev/full", os.O_WRONLY)
-    stream = dropping_stream(None, descriptor)
+    stream = make_dropping_stream(None, descriptor)
     print("first", file=stream, flush=True)
     print("second", file=stream, flush=True)
     dropped = stream.buffer.raw.dropped  # type: ignore[attr-defined]
-    assert dropped == Dropped(13, 13, "No space left on device")
+    assert dropped == DroppedOutput(13, 13, "No space left on device")
     log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, descriptor)
     os.close(log)
@@ -39,7 +39,7 @@ def test_a_pipe_without_a_reader_takes_everything() -> None:
     os.close(reading)
     file = DroppingFile(writing)
     assert file.write(b"text") == 4
-    assert file.dropped.error == "Broken pipe"
+    assert file.dropped.last_error == "Broken pipe"
     os.close(writing)
 
 
@@ -49,7 +49,7 @@ def test_a_closed_terminal_takes_everything_and_is_no_terminal() -> None:
     assert file.isatty()
     os.close(master)
     assert file.write(b"text") == 4
-    assert file.dropped == Dropped(4, 4, "Input/output error")
+    assert file.dropped == DroppedOutput(4, 4, "Input/output error")
     assert not file.isatty()
     os.close(slave)
 
@@ -70,13 +70,13 @@ def test_a_non_blocking_pipe_loses_nothing() -> None:
     os.close(writing)
     thread.join()
     os.close(reading)
-    assert (len(received), file.dropped.size) == (1 << 20, 0)
+    assert (len(received), file.dropped.total_bytes) == (1 << 20, 0)
 
 
 def test_a_character_that_the_encoding_lacks_is_escaped() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w", encoding="ascii") as ascii_stream:
-        stream = dropping_stream(ascii_stream, writing)
+        stream = make_dropping_stream(ascii_stream, writing)
         print("é", file=stream, flush=True)
     assert os.read(reading, 100) == b"\\xe9\n"
     os.close(reading)
@@ -100,7 +100,10 @@ def test_a_command_whose_output_is_lost_fails(redirection: str, code: int, error
 
 
 def test_descriptors_that_were_closed_are_taken_by_no_file() -> None:
-    check = "from hvdtrain.system import streams; streams.install(); print(open('/dev/zero').fileno() > 2, flush=True)"
+    check = (
+        "from hvdtrain.system import streams; streams.install_dropping_streams(); "
+        "print(open('/dev/zero').fileno() > 2, flush=True)"
+    )
     code = f"import os; {check}; os._exit(0)"
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- 2>&-'], capture_output=True, timeout=60)
     assert done.stdout == b"True\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.system import cpus
-from hvdtrain.system.cpus import Threads, choose_threads, cpu_quota, set_threads
+from hvdtrain.system.cpus import ThreadCount, choose_threads, cpu_quota, set_threads
 
 
 def cgroup(folder: Path, own: str, files: dict[str, str]) -> float | None:
@@ -49,51 +49,57 @@ def cgroup(folder: Path, own: str, files: dict[str, str]) -> float | None:
         ("", {}, None),
     ],
 )
-def test_the_quota_of_control_groups(tmp_path: Path, own: str, files: dict[str, str], quota: float | None) -> None:
+def test_cpu_quota_is_read_from_control_groups(
+    tmp_path: Path, own: str, files: dict[str, str], quota: float | None
+) -> None:
     assert cgroup(tmp_path, own, files) == quota
 
 
 def test_ranks_share_what_the_quota_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpus, "USABLE", frozenset(range(96)))
-    monkeypatch.setattr(cpus, "QUOTA", 4.0)
-    assert [cpus.per_rank(ranks) for ranks in (1, 2, 3, 8)] == [4, 2, 1, 1]
-    assert choose_threads(2, {}) == Threads(2, "the CPU quota of 4 cores, shared by 2 ranks")
-    monkeypatch.setattr(cpus, "QUOTA", 0.5)
-    assert cpus.per_rank(1) == 1
-    monkeypatch.setattr(cpus, "QUOTA", None)
-    assert cpus.per_rank(2) == 48
+    monkeypatch.setattr(cpus, "USABLE_CPUS", frozenset(range(96)))
+    monkeypatch.setattr(cpus, "CPU_QUOTA", 4.0)
+    assert [cpus.cores_per_rank(ranks) for ranks in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    assert choose_threads(2, {}) == ThreadCount(2, "the CPU quota of 4 cores, shared by 2 ranks")
+    monkeypatch.setattr(cpus, "CPU_QUOTA", 0.5)
+    assert cpus.cores_per_rank(1) == 1
+    monkeypatch.setattr(cpus, "CPU_QUOTA", None)
+    assert cpus.cores_per_rank(2) == 48
 
 
 def test_no_cores_are_chosen_under_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     bound: list[object] = []
     monkeypatch.setattr(cpus.os, "sched_setaffinity", lambda pid, which: bound.append(which))
     monkeypatch.setattr(cpus.os, "cpu_count", lambda: 96)
-    monkeypatch.setattr(cpus, "GPU_DRIVER", Path("/no/such/driver"))
-    monkeypatch.setattr(cpus, "USABLE", frozenset(range(96)))
-    monkeypatch.setattr(cpus, "QUOTA", 4.0)
-    cpus.bind(1, 2)
+    monkeypatch.setattr(cpus, "GPU_DRIVER_FILE", Path("/no/such/driver"))
+    monkeypatch.setattr(cpus, "USABLE_CPUS", frozenset(range(96)))
+    monkeypatch.setattr(cpus, "CPU_QUOTA", 4.0)
+    cpus.bind_to_cores(1, 2)
     assert bound == []
-    monkeypatch.setattr(cpus, "QUOTA", None)
-    cpus.bind(1, 2)
+    monkeypatch.setattr(cpus, "CPU_QUOTA", None)
+    cpus.bind_to_cores(1, 2)
     assert bound == [list(range(48, 96))]
 
 
 @pytest.mark.parametrize(
     ("environ", "ranks", "chosen"),
     [
-        ({"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "2"}, 2, Threads(3, "OMP_NUM_THREADS")),
-        ({"OMP_NUM_THREADS": "4,2"}, 1, Threads(4, "OMP_NUM_THREADS")),
-        ({"OMP_NUM_THREADS": "", "SLURM_CPUS_PER_TASK": "2"}, 2, Threads(2, "SLURM_CPUS_PER_TASK")),
-        ({"SLURM_CPUS_PER_TASK": "8"}, 2, Threads(4, "the host's 8 cores, shared by 2 ranks")),  # one task, two ranks
-        ({"OMP_NUM_THREADS": "many"}, 1, Threads(8, "the host's 8 cores")),
-        ({}, 16, Threads(1, "the host's 8 cores, shared by 16 ranks")),
+        ({"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "2"}, 2, ThreadCount(3, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "4,2"}, 1, ThreadCount(4, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "", "SLURM_CPUS_PER_TASK": "2"}, 2, ThreadCount(2, "SLURM_CPUS_PER_TASK")),
+        (
+            {"SLURM_CPUS_PER_TASK": "8"},
+            2,
+            ThreadCount(4, "the host's 8 cores, shared by 2 ranks"),
+        ),  # one task, two ranks
+        ({"OMP_NUM_THREADS": "many"}, 1, ThreadCount(8, "the host's 8 cores")),
+        ({}, 16, ThreadCount(1, "the host's 8 cores, shared by 16 ranks")),
     ],
 )
-def test_who_chose_the_threads(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], ranks: int, chosen: Threads
+def test_thread_count_and_its_source_are_chosen_and_kept(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], ranks: int, chosen: ThreadCount
 ) -> None:
-    monkeypatch.setattr(cpus, "USABLE", frozenset(range(8)))
-    monkeypatch.setattr(cpus, "QUOTA", None)
+    monkeypatch.setattr(cpus, "USABLE_CPUS", frozenset(range(8)))
+    monkeypatch.setattr(cpus, "CPU_QUOTA", None)
     assert choose_threads(ranks, environ) == chosen
     # A process started from here, which sees another number of ranks, repeats the choice and its source.
     environ = dict(environ)

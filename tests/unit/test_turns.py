@@ -15,7 +15,7 @@ import pytest
 
 from hvdtrain.system import turns
 from hvdtrain.system.errors import RunError, UserError
-from hvdtrain.system.turns import folders, open_lock, take_turn
+from hvdtrain.system.turns import hold_host_lock, lock_folders, open_lock_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def lock_of(environ: dict[str, str]) -> Path:
-    found = open_lock(f"{os.uname().nodename}-mine.lock", environ)
+    found = open_lock_file(f"{os.uname().nodename}-mine.lock", environ)
     assert found is not None
     os.close(found[0])
     return found[1]
@@ -39,7 +39,7 @@ def test_one_is_in_its_turn_at_a_time(environ: dict[str, str]) -> None:
 
     def work() -> None:
         nonlocal inside, most
-        with take_turn("mine", "load", environ):
+        with hold_host_lock("mine", "load", environ):
             inside += 1
             most = max(most, inside)
             time.sleep(0.02)
@@ -58,8 +58,8 @@ def test_one_is_in_its_turn_at_a_time(environ: dict[str, str]) -> None:
 def test_a_wait_names_who_is_waited_for_and_has_an_end(
     environ: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    second = take_turn("mine", "load the data of Mine", environ, quiet=0.2)
-    with take_turn("mine", "load the data of Mine", environ), pytest.raises(RunError) as refused, second:
+    second = hold_host_lock("mine", "load the data of Mine", environ, quiet=0.2)
+    with hold_host_lock("mine", "load the data of Mine", environ), pytest.raises(RunError) as refused, second:
         raise AssertionError
     who = f"pid {os.getpid()}"
     assert re.match(
@@ -69,19 +69,19 @@ def test_a_wait_names_who_is_waited_for_and_has_an_end(
     assert (
         f"hvdtrain: waiting up to 0 s for {who} on this host to load the data of Mine (lock " in capfd.readouterr().err
     )
-    with take_turn("mine", "load", environ):
+    with hold_host_lock("mine", "load", environ):
         pass
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_that_lives_on_holds_no_turn(environ: dict[str, str]) -> None:
-    with take_turn("mine", "load", environ):
+    with hold_host_lock("mine", "load", environ):
         child = os.fork()
         if child == 0:
             time.sleep(60)
             os._exit(0)
     try:
-        with take_turn("mine", "load", environ):
+        with hold_host_lock("mine", "load", environ):
             pass
     finally:
         os.kill(child, 9)
@@ -95,7 +95,7 @@ def test_what_is_not_a_lock_file_of_ours_is_not_opened(trap: str, environ: dict[
     precious = tmp_path / "precious"
     precious.write_text("precious")
     {"link": lambda: path.symlink_to(precious), "FIFO": lambda: os.mkfifo(path), "folder": path.mkdir}[trap]()
-    with take_turn("mine", "load", environ):
+    with hold_host_lock("mine", "load", environ):
         pass
     assert precious.read_text() == "precious"
     assert lock_of(environ).is_relative_to(tmp_path / "home")
@@ -108,7 +108,7 @@ def test_a_folder_that_is_a_link_or_another_user_s_is_not_used(
     (tmp_path / "run" / "hvdtrain").symlink_to(tmp_path / "elsewhere")
     assert lock_of(environ).is_relative_to(tmp_path / "home")
     monkeypatch.setattr(turns.os, "geteuid", lambda: 12345)
-    with take_turn("mine", "load", environ):
+    with hold_host_lock("mine", "load", environ):
         pass
     assert "neither XDG_RUNTIME_DIR nor ~/.cache is a folder that only this user" in capfd.readouterr().err
     assert not list((tmp_path / "elsewhere").iterdir())
@@ -117,20 +117,20 @@ def test_a_folder_that_is_a_link_or_another_user_s_is_not_used(
 def test_without_private_folders_or_locks_nobody_waits(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert folders({}) == [] == folders({"XDG_RUNTIME_DIR": "relative"})
-    with take_turn("mine", "load", {}):
+    assert lock_folders({}) == [] == lock_folders({"XDG_RUNTIME_DIR": "relative"})
+    with hold_host_lock("mine", "load", {}):
         pass
 
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with take_turn("mine", "load", environ):
+    with hold_host_lock("mine", "load", environ):
         pass
 
 
 def test_a_limit_that_is_not_a_number_is_refused(environ: dict[str, str]) -> None:
-    turn = take_turn("mine", "load", {**environ, "HVDTRAIN_DATA_WAIT": "soon"})
+    turn = hold_host_lock("mine", "load", {**environ, "HVDTRAIN_DATA_WAIT": "soon"})
     with pytest.raises(UserError, match="HVDTRAIN_DATA_WAIT is 'soon'; expected seconds"), turn:
         raise AssertionError
 
@@ -138,9 +138,10 @@ def test_a_limit_that_is_not_a_number_is_refused(environ: dict[str, str]) -> Non
 def test_nothing_in_tmp_has_a_name_that_others_can_guess(tmp_path: Path) -> None:
     """What a process that loads its data leaves in the folder for temporary files."""
     code = (
-        "import os, tempfile; from hvdtrain.torch.setup import data_turn; from hvdtrain.recipe.registry import load\n"
+        "import os, tempfile; from hvdtrain.torch.setup import lock_data_loading\n"
+        "from hvdtrain.recipe.registry import load_recipe\n"
     )
-    code += "with data_turn(load('digits')()): print(os.listdir(tempfile.gettempdir()))"
+    code += "with lock_data_loading(load_recipe('digits')()): print(os.listdir(tempfile.gettempdir()))"
     (tmp_path / "tmp").mkdir()
     environ = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
