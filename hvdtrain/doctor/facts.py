@@ -71,21 +71,22 @@ def gather_software_facts() -> Facts:
         "horovod wrong": None,
     }
     try:
-        horovod, torch = installed.find(), torchinfo.find_torch()
+        horovod, torch = installed.find_horovod(), torchinfo.find_torch()
     except (OSError, ValueError, RunError) as error:
         return facts | {"horovod wrong": f"what is installed cannot be read: {error}"}
     if torch is not None:
         facts |= {"torch": torch.version, "torch cuda": torch.cuda}
     if horovod is not None:
-        record = horovod.record or {}
-        facts |= {"horovod": horovod.version, "wheel": record.get("key", UNKNOWN_WHEEL)}
-        facts["built with"] = {name: record.get(name) for name in ("torch", "mpi", "nccl", "cuda")} if record else None
+        record = horovod.record
+        facts |= {"horovod": horovod.version, "wheel": record.key() if record else UNKNOWN_WHEEL}
+        if record is not None:
+            facts["built with"] = {name: getattr(record, name) for name in ("torch", "mpi", "nccl", "cuda")}
     if torch is None:
         facts["horovod wrong"] = "no torch: pip install torch"
     elif horovod is None:
-        facts["horovod wrong"] = f"Horovod is not installed: {installed.BUILD}"
+        facts["horovod wrong"] = f"Horovod is not installed: {installed.BUILD_HINT}"
     else:
-        facts["horovod wrong"] = installed.mismatch(horovod, torch)
+        facts["horovod wrong"] = installed.explain_mismatch(horovod, torch)
     return facts
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from hvdtrain.launch.environment import bin_folder, forwarded_variables
 from hvdtrain.launch.hosts import Host, format_hosts, hosts_by_rank
+from hvdtrain.native.installed import find_site_mpi
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.ssh import DEFAULT_SSH, Ssh
 
@@ -110,11 +111,12 @@ def check_home_directory(environ: Mapping[str, str]) -> None:
 
 
 def find_program(name: str) -> str:
-    """The path of a launcher: beside this Python, else on the PATH.
+    """The path of a launcher: beside this Python, else on the PATH; mpirun of the MPI that Horovod was built with.
 
     Raises UserError if it is in neither.
     """
-    found = shutil.which(name, path=str(bin_folder())) or shutil.which(name)
+    mpi = find_site_mpi() if name == "mpirun" else None
+    found = str(mpi.mpirun) if mpi else shutil.which(name, path=str(bin_folder())) or shutil.which(name)
     if not found:
         remedies = {"horovodrun": "; `hvdtrain horovod build` installs it", "srun": "; it is a part of Slurm"}
         remedy = remedies.get(name, "")

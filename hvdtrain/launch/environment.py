@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from hvdtrain.native.installed import find_site_mpi
+from hvdtrain.native.mpi import DEFAULT_FOLDERS
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import UserError
 
@@ -48,6 +50,9 @@ def rank_environment(
     }
     # This Python's tools come first: the virtual environment need not be active.
     env["PATH"] = os.pathsep.join([str(bin_folder()), *filter(None, [env.get("PATH")])])
+    if controller == "mpi" and (mpi := find_site_mpi()) and mpi.mpirun.parent not in DEFAULT_FOLDERS:
+        # horovodrun takes the first mpirun on PATH.
+        env["PATH"] = f"{mpi.mpirun.parent}{os.pathsep}{env['PATH']}"
     env["HVDTRAIN_LAUNCH"] = "1"
     env["PYTHONUNBUFFERED"] = "1"
     if (launcher, controller) == ("horovodrun", "gloo"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -12,71 +11,67 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvdtrain.native import cache, installed, mend, source
-from hvdtrain.native.log import first_error, run_logged
-from hvdtrain.native.patches import apply_patches, read_patches
-from hvdtrain.native.plan import Plan
+from hvdtrain.native import cache, source
+from hvdtrain.native.log import BuildStep, first_error, run_logged
+from hvdtrain.native.patches import apply_patches
+from hvdtrain.native.plan import Plan, local_version
+from hvdtrain.native.record import RECORD_NAME
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.progress import Report
 
-BUILD_SECONDS = 3600  # a build takes one to five minutes; this ends one that hangs
+BUILD_SECONDS = 3600  # time limit of a build, which takes one to five minutes
 COMPILERS = ("c++", "g++", "clang++")
-# What would steer the build behind the key's back.
+# Variables that change a build in ways that its key does not include.
 STEERING = re.compile(r"(HOROVOD|CMAKE|CCL|NCCL|CUDA|MPI)_|(MAKEFLAGS|CUDAFLAGS|CUDACXX)$")
 
 
-def build(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
-    """Build the plan's wheel.
+def build_wheel(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
+    """Build the wheel of a plan.
 
     Args:
-        folder: the key's folder, where the wheel goes and the log is kept.
-        jobs: how many files are compiled at once.
+        plan: What to build.
+        folder: The folder of the plan's key, where the wheel and the log are stored.
+        jobs: Number of files to compile at once.
+        report: Called with each stage and its percentage.
 
     Returns:
-        the wheel's path.
+        The wheel's path.
 
     Raises:
-        UserError: there is no C++ compiler.
-        RunError: a step failed; the message has the first error and the log's path.
+        UserError: There is no C++ compiler.
+        RunError: A step failed; the message has the first error and the log's path.
     """
     compiler = find_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "build.log"
-    log.write_text(json.dumps(plan.ingredients(), indent=2) + "\n")
+    record = plan.record().to_json()
+    log.write_text(record)
     with tempfile.TemporaryDirectory(prefix="hvdtrain-horovod-") as name:
         work = Path(name)
         env = build_environment(plan, work, compiler, jobs)
-        report("fetching the build tools", 0)
+        report("downloading the build tools", 0)
         source.fetch_tools(work / "tools", log, env)
-        report("fetching Horovod's source", 0)
+        report("downloading Horovod's source", 0)
         tree = source.fetch_source(work / "source", log, env)
-        apply_patches(tree, read_patches())
-        mend.apply(tree, plan.mends())
-        record = {"key": plan.key(), **plan.ingredients()}
-        (tree / "horovod" / installed.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        apply_patches(tree, plan.patches())
+        (tree / "horovod" / RECORD_NAME).write_text(record)
         report("configuring Horovod", 0)
-        # -q: else setup.py hands Ninja an option that only make knows.
+        # -q: else setup.py passes an option to Ninja that only make has.
         command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(work / "wheel")]
-        run_logged(
-            "building Horovod",
-            command,
-            log=log,
-            env=env,
-            cwd=tree,
-            timeout=BUILD_SECONDS,
-            on_line=lambda line: report_compiling(line, report),
-        )
+        env["HOROVOD_LOCAL_VERSION"] = local_version()  # not before: pip asks the source for exactly 0.28.1
+        step = BuildStep("building Horovod", command, env, tree, BUILD_SECONDS)
+        run_logged(step, log, on_line=lambda line: report_compiling(line, report))
         wheel = cache.find_wheel(work / "wheel")
         if wheel is None:
-            raise RunError(f"building Horovod gave no wheel; log: {log}")
-        return cache.store(wheel, folder)
+            raise RunError(f"building Horovod created no wheel; log: {log}")
+        return cache.store_wheel(wheel, folder)
 
 
 def find_compiler() -> str:
-    """The C++ compiler: $CXX, or the first there is.
+    """Return the C++ compiler: $CXX, or the first of COMPILERS that is installed.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     chosen = os.environ.get("CXX")
     if chosen:
@@ -91,7 +86,7 @@ def find_compiler() -> str:
 
 
 def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[str, str]:
-    """The environment in which Horovod's setup.py builds exactly the plan."""
+    """Return the environment in which Horovod's setup.py builds exactly the plan."""
     env = {name: value for name, value in os.environ.items() if not STEERING.match(name)}
     tools = work / "tools"
     path = [str(tools / "bin")]
@@ -101,7 +96,7 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
         "CMAKE_GENERATOR": "Ninja",
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
         "MAKEFLAGS": f"-j{jobs}",  # else setup.py asks for 8
-        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # what the bundled Gloo asks for, CMake 4 refuses
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # the bundled Gloo requires older policies than CMake 4 has
         "HOROVOD_CMAKE": str(tools / "bin" / "cmake"),
         "HOROVOD_BUILD_ARCH_FLAGS": plan.cpu_flags,
         "HOROVOD_WITH_GLOO": "1",
@@ -109,6 +104,9 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
         "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITHOUT_NVTX": "1",
+        # Read by the patched CMake files (patches 60 and 64).
+        "HVDTRAIN_CXX_STANDARD": plan.torch.standard,
+        "HVDTRAIN_RPATH": ";".join(plan.rpath()),
     }
     if plan.mpi:
         env |= {"HOROVOD_WITH_MPI": "1", "MPI_HOME": str(plan.mpi.home)}
@@ -116,12 +114,12 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
     else:
         env["HOROVOD_WITHOUT_MPI"] = "1"
     if plan.nccl and plan.toolkit:
-        cuda = source.cuda_home(plan.toolkit, work / "cuda")
+        cuda = source.link_cuda(plan.toolkit, work / "cuda")
         env |= {
             "CUDA_HOME": str(cuda),
             "HOROVOD_CUDA_HOME": str(cuda),
             "HOROVOD_GPU_OPERATIONS": "NCCL",
-            "HOROVOD_NCCL_HOME": str(source.nccl_home(plan.nccl, work / "nccl")),
+            "HOROVOD_NCCL_HOME": str(source.link_nccl(plan.nccl, work / "nccl")),
             "HOROVOD_NCCL_LINK": "SHARED",
             "HOROVOD_BUILD_CUDA_CC_LIST": ",".join(plan.archs),
         }
@@ -131,21 +129,21 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
 
 
 def report_compiling(line: str, report: Report) -> None:
-    """Show the progress that a line of Ninja's names, such as "[12/84] Building ..."."""
+    """Report the progress in a line of Ninja's output, such as "[12/84] Building ..."."""
     found = re.match(r"\[(\d+)/(\d+)\] ", line)
     if found:
         report("compiling Horovod", 100 * int(found[1]) // int(found[2]))
 
 
-def install(wheel: Path) -> None:
-    """Install a wheel into the running environment, with what it requires, and see that it can be loaded.
+def install_wheel(wheel: Path) -> None:
+    """Install a wheel and its requirements into this Python environment, and load it once.
 
     Raises:
         RunError: pip failed, or the library does not load.
     """
-    # First Horovod alone, always anew; then what it requires and is not there. pip does not touch what fits.
-    pip([*source.PIP, "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], os.environ)
-    pip([*source.PIP, "install", "--quiet", str(wheel)], os.environ)
+    # Horovod alone first, even if the same version is installed; then requirements, without changing those that fit.
+    run_pip([*source.PIP, "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], os.environ)
+    run_pip([*source.PIP, "install", "--quiet", str(wheel)], os.environ)
     loaded = subprocess.run(
         [sys.executable, "-c", "import horovod.torch"], capture_output=True, text=True, timeout=300, cwd=sys.prefix
     )
@@ -154,11 +152,11 @@ def install(wheel: Path) -> None:
         raise RunError(f"Horovod is installed from {wheel} but does not load: {why}")
 
 
-def pip(command: list[str], env: Mapping[str, str]) -> None:
+def run_pip(command: list[str], env: Mapping[str, str]) -> None:
     """Run pip.
 
     Raises:
-        RunError: it failed.
+        RunError: It failed.
     """
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     if done.returncode:

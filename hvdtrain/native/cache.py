@@ -13,22 +13,25 @@ from hvdtrain.system.files import sync_folder, write_atomically
 
 
 def wheel_folder() -> Path:
-    """The user's folder of wheels."""
+    """Return the user's folder of wheels."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "hvdtrain" / "wheels"
 
 
 def find_wheel(folder: Path) -> Path | None:
-    """The wheel in a folder, or None."""
+    """Return the wheel in a folder, or None."""
     wheels = sorted(folder.glob("horovod-*.whl"))
     return wheels[0] if wheels else None
 
 
 def find_whole_wheel(folder: Path) -> tuple[Path | None, str]:
-    """The wheel in one key's folder, if it is as it was stored; and why it is not, "" if it is or there is none.
+    """Return the wheel in one key's folder, if it is intact.
+
+    Returns:
+        The wheel, or None; and what is wrong with it, "" if it is intact or there is none.
 
     Raises:
-        UserError: another user may have put it there.
+        UserError: Another user may have put it there.
     """
     wheel = find_wheel(folder)
     if wheel is None:
@@ -44,28 +47,28 @@ def find_whole_wheel(folder: Path) -> tuple[Path | None, str]:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise UserError if another user than this one, or root, owns a file or folder, or anybody may change it."""
+    """Raise UserError unless this user or root owns a file or folder, and nobody else may change it."""
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
-        owner = f"belongs to user {status.st_uid}" if not status.st_mode & 0o002 else "can be changed by everybody"
-        raise UserError(f"{path} {owner}; expected user {os.geteuid()} alone: remove it, or give another --wheel-dir")
+        owner = f"belongs to user {status.st_uid}" if not status.st_mode & 0o002 else "can be changed by every user"
+        raise UserError(f"{path} {owner}; expected only user {os.geteuid()}: remove it, or choose another --wheel-dir")
 
 
 def checksum_path(wheel: Path) -> Path:
-    """Where the SHA-256 of a stored wheel is kept."""
+    """Return the path of the file with the SHA-256 of a stored wheel."""
     return wheel.with_name(f"{wheel.name}.sha256")
 
 
 def hash_file(path: Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
+    """Return the hexadecimal SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def store(wheel: Path, folder: Path) -> Path:
-    """Put a wheel into a key's folder: it is there whole or not at all, also if the machine stops.
+def store_wheel(wheel: Path, folder: Path) -> Path:
+    """Copy a wheel into a key's folder atomically, also if the machine stops.
 
     Returns:
-        the wheel's new path.
+        The wheel's new path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".part-")
@@ -77,7 +80,7 @@ def store(wheel: Path, folder: Path) -> Path:
             os.fsync(out.fileno())
         part.chmod(0o644)
         target = folder / wheel.name
-        # First: a wheel of before does not fit it then, and is built again.
+        # First: if the copy then fails, an earlier wheel does not match and is built again.
         write_atomically(checksum_path(target), f"{hash_file(part)}\n".encode())
         part.replace(target)
     finally:

@@ -1,4 +1,4 @@
-"""Finding what a build with NCCL needs: a CUDA toolkit that fits torch, and NCCL itself."""
+"""Finding what a build with NCCL requires: a CUDA toolkit that fits torch, and NCCL itself."""
 
 from __future__ import annotations
 
@@ -16,23 +16,46 @@ from hvdtrain.native.torchinfo import parse_archs
 
 @dataclass(frozen=True)
 class Toolkit:
+    """A CUDA toolkit.
+
+    Attributes:
+        home: Its folder, which holds bin/nvcc.
+        version: Such as "13.0.88".
+        archs: GPU architectures that its nvcc can compile for.
+    """
+
     home: Path
-    version: str  # 13.0.88
-    archs: tuple[str, ...]  # what its nvcc can compile
+    version: str
+    archs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Nccl:
+    """An NCCL.
+
+    Attributes:
+        version: Such as "2.30.7".
+        header: Its nccl.h.
+        library: Its libnccl.so or libnccl.so.2.
+        source: Where it was found: the pip package's name, NCCL_HOME, or "system".
+    """
+
     version: str
     header: Path
     library: Path
-    source: str  # the pip package's name, or "system"
+    source: str
 
 
 def find_toolkit(cuda: str) -> tuple[Toolkit | None, str]:
-    """The first CUDA toolkit of torch's major version, and in words why it was taken or why there is none.
+    """Find the first CUDA toolkit of torch's major version.
 
-    The major version must fit: the built library asks for the libcudart.so.MAJOR that torch brings.
+    The major version must match: the built library loads the libcudart.so.MAJOR that torch brings.
+
+    Args:
+        cuda: The CUDA version torch was built with, such as "13.0".
+
+    Returns:
+        The toolkit or None; and in words why it was chosen, or why there is none.
     """
     refused = []
     for home in toolkit_homes(cuda):
@@ -47,7 +70,7 @@ def find_toolkit(cuda: str) -> tuple[Toolkit | None, str]:
 
 
 def toolkit_homes(cuda: str) -> list[Path]:
-    """Where a toolkit may be, in the order of preference, each once."""
+    """Return the folders where a toolkit may be, in the order of preference, each once."""
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob(f"cuda-{cuda.split('.')[0]}*"), reverse=True)]
     nvcc = shutil.which("nvcc")
@@ -70,19 +93,19 @@ def read_toolkit(home: Path) -> Toolkit:
 
 
 def ask_nvcc(home: Path, option: str) -> str:
-    """What nvcc answers to one option."""
+    """Return the output of a toolkit's nvcc with one option."""
     asked = subprocess.run([str(home / "bin" / "nvcc"), option], capture_output=True, text=True, timeout=60)
     return asked.stdout
 
 
 def toolkit_version(text: str) -> str:
-    """The version in the output of `nvcc --version`."""
+    """Return the version in the output of `nvcc --version`."""
     found = re.search(r"\bV(\d+\.\d+\.\d+)", text)
     return found[1] if found else "0"
 
 
 def find_nccl(cuda: str) -> Nccl | None:
-    """NCCL from NCCL_HOME, from the pip package that torch depends on, or from the system."""
+    """Find NCCL in NCCL_HOME, in the pip package that torch depends on, or in the system."""
     major = cuda.split(".")[0]
     package = f"nvidia-nccl-cu{major}"
     folders = [(Path(os.environ["NCCL_HOME"]), "NCCL_HOME")] if os.environ.get("NCCL_HOME") else []
@@ -101,6 +124,6 @@ def find_nccl(cuda: str) -> Nccl | None:
 
 
 def nccl_version(header: str) -> str:
-    """The version that nccl.h defines."""
+    """Return the version that the text of nccl.h defines."""
     parts = (re.search(rf"#define NCCL_{part} (\d+)", header) for part in ("MAJOR", "MINOR", "PATCH"))
     return ".".join(part[1] if part else "0" for part in parts)

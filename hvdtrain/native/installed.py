@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from hvdtrain.native.mpi import Mpi
+from hvdtrain.native.patches import read_revision
+from hvdtrain.native.record import IN_ENVIRONMENT, RECORD_NAME, BuildRecord, parse_record
 from hvdtrain.native.torchinfo import Torch, TorchBuild, require_torch
 from hvdtrain.system.errors import UserError
 
-RECORD = "hvdtrain_build.json"  # in the package horovod: what Plan.ingredients() said, and the key
-SIGNED = "20-signed-http"  # the patch without which a Horovod does not know a run's secret
-BUILD = "run `hvdtrain horovod build`"
+SIGNED_PATCH = "20-signed-http"  # without it Horovod ignores the secret of a run
+BUILD_HINT = "run `hvdtrain horovod build`"
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledHorovod:
+    """The Horovod of this Python environment.
+
+    Attributes:
+        version: As pip shows it, such as "0.28.1+hvdtrain.1".
+        folder: The package `horovod`.
+        record: What it was built from; None if hvdtrain has not built it, or the record is damaged.
+        has_torch: Whether its extension for torch is there.
+    """
+
     version: str
-    folder: Path  # the package
-    record: dict[str, Any] | None  # None: not built by hvdtrain
-    has_torch: bool  # the extension for torch is there
+    folder: Path
+    record: BuildRecord | None
+    has_torch: bool
 
 
-def find() -> Installed | None:
-    """The Horovod of this interpreter's environment, or None."""
+def find_horovod() -> InstalledHorovod | None:
+    """Return the Horovod of this Python environment, or None."""
     spec = importlib.util.find_spec("horovod")
     if spec is None or spec.origin is None:
         return None
@@ -35,55 +46,85 @@ def find() -> Installed | None:
         version = importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:
         version = "(unknown version)"
-    path = folder / RECORD
-    record = json.loads(path.read_text()) if path.is_file() else None
-    return Installed(version, folder, record, any(folder.glob("torch/mpi_lib_v2*.so")))
+    record = None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        record = parse_record((folder / RECORD_NAME).read_text())
+    return InstalledHorovod(version, folder, record, any(folder.glob("torch/mpi_lib_v2*.so")))
 
 
-def mismatch(horovod: Installed, torch: Torch) -> str | None:
-    """In one line why this Horovod fits neither this torch nor this hvdtrain, None if it does or nobody can know."""
+def explain_mismatch(horovod: InstalledHorovod, torch: Torch) -> str | None:
+    """Return in one line why a Horovod does not fit this torch or this hvdtrain.
+
+    Returns:
+        None if it fits, or if hvdtrain has not built it and it cannot be known.
+    """
+    record = horovod.record
     if not horovod.has_torch:
-        return f"Horovod {horovod.version} is installed without its torch extension: {BUILD}"
-    if horovod.record is None:
+        return f"Horovod {horovod.version} is installed without its torch extension: {BUILD_HINT}"
+    if record is None:
         return None
-    if horovod.record["torch"] == torch.version:
-        if SIGNED not in horovod.record.get("patches", {}):
-            return f"Horovod {horovod.version} was built by an older hvdtrain, and its servers answer anybody: {BUILD}"
+    if record.torch == torch.version:
+        revision, _ = read_revision()
+        if SIGNED_PATCH not in record.patches:
+            return f"Horovod {horovod.version} was built by an older hvdtrain; its servers answer anyone: {BUILD_HINT}"
+        if record.revision != revision:
+            return (
+                f"Horovod {horovod.version} was built by another hvdtrain, with revision {record.revision} of its "
+                f"patches; expected revision {revision}: {BUILD_HINT}"
+            )
         return None
-    built, now = horovod.record["torch"], torch.version
-    if built.split("+")[0] != now.split("+")[0]:  # +cu130 says nothing more then
+    built, now = record.torch, torch.version
+    if built.split("+")[0] != now.split("+")[0]:  # then "+cu130" adds nothing
         built, now = built.split("+")[0], now.split("+")[0]
-    return f"Horovod {horovod.version} is built for torch {built} but torch {now} is installed: {BUILD}"
+    return f"Horovod {horovod.version} is built for torch {built} but torch {now} is installed: {BUILD_HINT}"
 
 
-def require() -> Installed:
-    """The installed Horovod, if it can work with the installed torch.
+def require_horovod() -> InstalledHorovod:
+    """Return the installed Horovod, if it works with the installed torch.
 
     Raises:
-        UserError: Horovod or torch is not installed, or Horovod was built for another torch.
+        UserError: Horovod or torch is not installed, or Horovod was built for another torch or by another hvdtrain.
     """
-    horovod = find()
+    horovod = find_horovod()
     if horovod is None:
-        raise UserError(f"Horovod is not installed: {BUILD}")
-    wrong = mismatch(horovod, require_torch())
+        raise UserError(f"Horovod is not installed: {BUILD_HINT}")
+    wrong = explain_mismatch(horovod, require_torch())
     if wrong:
         raise UserError(wrong)
     return horovod
 
 
 def require_signed() -> None:
-    """Raise UserError if the installed Horovod's launcher would show a run's secret to all users of the hosts."""
-    horovod = find()
-    if horovod is not None and SIGNED not in (horovod.record or {}).get("patches", {}):
-        raise UserError(f"Horovod {horovod.version}'s horovodrun shows the secret of a run to all users: {BUILD}")
+    """Raise UserError if the installed horovodrun would show the secret of a run to all users of the hosts."""
+    horovod = find_horovod()
+    if horovod is not None and (horovod.record is None or SIGNED_PATCH not in horovod.record.patches):
+        raise UserError(f"Horovod {horovod.version}'s horovodrun shows the secret of a run to all users: {BUILD_HINT}")
 
 
-def torch_build(torch: Torch) -> TorchBuild | None:
-    """How this very torch was built, if the installed Horovod's record says so: saves importing torch."""
-    horovod = find()
-    if horovod is None or horovod.record is None:
+def recorded_torch_build(torch: Torch) -> TorchBuild | None:
+    """Return how this torch was built, if the installed Horovod was built for it: saves importing torch."""
+    horovod = find_horovod()
+    record = horovod.record if horovod else None
+    if record is None or (record.torch, record.torch_git) != (torch.version, torch.git):
         return None
-    record = horovod.record
-    if (record["torch"], record["torch_git"]) != (torch.version, torch.git):
+    return TorchBuild(record.torch_archs, record.cxx11_abi)
+
+
+def find_horovods_mpi() -> Mpi | None:
+    """Return the MPI that the installed Horovod was built with, if its mpirun is there: its ranks need that one."""
+    horovod = find_horovod()
+    record = horovod.record if horovod else None
+    if record is None or record.mpi is None or record.mpi_home is None:
         return None
-    return TorchBuild(tuple(record["torch_archs"]), record["cxx11_abi"])
+    home = Path(sys.prefix if record.mpi_home == IN_ENVIRONMENT else record.mpi_home)
+    mpirun = home / "bin" / "mpirun"
+    return Mpi(home, record.mpi, mpirun) if mpirun.is_file() else None
+
+
+def find_site_mpi() -> Mpi | None:
+    """Return the MPI that the installed Horovod was built with, if it is outside this Python environment.
+
+    Its mpirun must then be used even if the environment has another one.
+    """
+    mpi = find_horovods_mpi()
+    return None if mpi is None or mpi.in_environment else mpi

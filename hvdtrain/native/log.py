@@ -1,4 +1,4 @@
-"""Running the steps of a build: everything goes to a log, and of a failure the first real error is shown."""
+"""Running the steps of a build: all output goes to a log, and the first real error of a failed step is shown."""
 
 from __future__ import annotations
 
@@ -9,43 +9,59 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.system.errors import RunError
 
 ERROR_LINES = 6  # of a log, in an error message
-# A compiler's, linker's or CMake's error. Warnings and CMake's own experiments do not look so.
+# Errors of compilers, linkers and CMake, but not warnings or the tests that CMake itself makes.
 ERROR = re.compile(
     r"^CMake Error|(?:^|[\s:])(?:fatal )?error(?: #[\w-]+)?:|^nvcc fatal|undefined reference to|cannot find -l"
     r"|No space left on device|ninja: (?:error|fatal)"
 )
-LATER_ERROR = re.compile(r"^(?:ERROR: |[A-Z]\w*Error: )")  # pip's and Python's, which often only follow from another
+LATER_ERROR = re.compile(r"^(?:ERROR: |[A-Z]\w*Error: )")  # of pip and Python: often only consequences
 
 
-def run_logged(
-    what: str,
-    command: Sequence[str],
-    *,
-    log: Path,
-    env: Mapping[str, str],
-    cwd: Path,
-    timeout: float,
-    on_line: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Run one step, its output appended to the log and given to `on_line` as it comes.
+@dataclass(frozen=True)
+class BuildStep:
+    """A command of a build.
 
-    The step is a process group of its own: it ends whole, also on Ctrl-C and when its time is up.
+    Attributes:
+        what: The step, for messages, such as "building Horovod".
+        command: The program and its arguments.
+        env: Its environment.
+        cwd: Its working directory.
+        timeout: Its time limit in seconds.
+    """
+
+    what: str
+    command: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Path
+    timeout: float
+
+
+def run_logged(step: BuildStep, log: Path, on_line: Callable[[str], None] = lambda line: None) -> None:
+    """Run one step and append its output to a log.
+
+    The step is a process group of its own, which is killed as a whole on Ctrl-C and at the time limit.
+
+    Args:
+        step: What to run.
+        log: File to append to.
+        on_line: Called with each line of output as it arrives.
 
     Raises:
-        RunError: the step failed or took longer than `timeout` seconds.
+        RunError: The step failed or reached its time limit.
     """
     with log.open("a") as out:
-        out.write(f"$ {' '.join(command)}\n")
+        out.write(f"$ {' '.join(step.command)}\n")
         start = out.tell()
         process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
+            step.command,
+            cwd=step.cwd,
+            env=step.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -55,12 +71,12 @@ def run_logged(
         )
         late = threading.Event()
 
-        def stop() -> None:
+        def kill_late_step() -> None:
             late.set()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        timer = threading.Timer(timeout, stop)
+        timer = threading.Timer(step.timeout, kill_late_step)
         timer.daemon = True
         timer.start()
         assert process.stdout is not None
@@ -76,16 +92,16 @@ def run_logged(
                 process.wait()
             process.stdout.close()
     if late.is_set():
-        raise RunError(f"{what} took longer than {timeout:.0f} s; log: {log}")
+        raise RunError(f"{step.what} took longer than {step.timeout:.0f} s; log: {log}")
     if code:
         with log.open(errors="replace") as text:
             text.seek(start)
             error = first_error(text.read())
-        raise RunError(f"{what} failed:\n{error}\nlog: {log}")
+        raise RunError(f"{step.what} failed:\n{error}\nlog: {log}")
 
 
 def first_error(text: str) -> str:
-    """The first real error in the output of a build, with the lines that belong to it."""
+    """Return the first real error in the output of a build, with the lines that belong to it."""
     lines = text.splitlines()
     for pattern in (ERROR, LATER_ERROR):
         for number, line in enumerate(lines):
@@ -95,9 +111,9 @@ def first_error(text: str) -> str:
 
 
 def error_lines(lines: list[str]) -> list[str]:
-    """An error and what explains it, ERROR_LINES at most.
+    """Return an error and the lines that explain it, at most ERROR_LINES.
 
-    It ends at a blank line, at the next error and at the next step; CMake's goes on as long as lines are indented.
+    It ends at a blank line, at the next error and at the next step; CMake's continues while lines are indented.
     """
     shown = [lines[0][:300]]
     cmake, blank = lines[0].startswith("CMake Error"), False

@@ -1,44 +1,66 @@
-"""From a plan to an installed Horovod by the shortest way: already installed, already built, or built now."""
+"""From a plan to an installed Horovod by the shortest way: already installed, in the cache, or built now."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.native import build, cache, installed
-from hvdtrain.native.plan import explain, make_plan
+from hvdtrain.native.plan import make_plan
 from hvdtrain.system.progress import progress
 
 
-def make(*, without: Collection[str], jobs: int, wheel_dir: Path | None, force: bool, dry_run: bool) -> None:
-    """Do what `hvdtrain horovod build` promises, saying what was done.
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options of `hvdtrain horovod build`.
+
+    Attributes:
+        without: Parts to leave out: "mpi", "nccl".
+        mpi: Prefix of the MPI to build with, "none", or None to search for one.
+        jobs: Number of files to compile at once.
+        wheel_dir: Where wheels are kept; None for the user's cache folder.
+        force: Build and install even if it is installed or in the cache.
+        dry_run: Only print the plan.
+    """
+
+    without: Collection[str] = ()
+    mpi: str | None = None
+    jobs: int = 1
+    wheel_dir: Path | None = None
+    force: bool = False
+    dry_run: bool = False
+
+
+def provide_horovod(options: BuildOptions) -> None:
+    """Install the Horovod that fits this machine, and print what was done.
 
     Raises:
-        UserError: torch or a compiler is missing, or the folder of wheels is another user's.
-        RunError: the build or the installation failed.
+        UserError: torch or a compiler is missing, or another user may write to the folder of wheels.
+        RunError: The build or the installation failed.
     """
-    plan = make_plan(without)
-    key = plan.key()
-    folder = (wheel_dir or cache.wheel_folder()).absolute() / key
-    wheel, wrong = cache.find_whole_wheel(folder)
-    now = installed.find()
-    present = now is not None and now.record is not None and now.record["key"] == key
-    if dry_run:
-        print(explain(plan))
-        done = "installed already" if present else f"in the cache: {wheel}" if wheel else "to be built"
-        print(f"  now        {done}")
+    plan = make_plan(options.without, options.mpi)
+    key = plan.record().key()
+    folder = (options.wheel_dir or cache.wheel_folder()).absolute() / key
+    wheel, damage = cache.find_whole_wheel(folder)
+    current = installed.find_horovod()
+    present = current is not None and current.record is not None and current.record.key() == key
+    if options.dry_run:
+        print(plan.describe())
+        state = "already installed" if present else f"in the cache: {wheel}" if wheel else "to be built"
+        print(f"  now        {state}")
         return
-    if present and not force:
-        print(f"Horovod {key} is installed already")
+    if present and not options.force:
+        print(f"Horovod {key} is already installed")
         return
-    if wrong:
-        print(f"{wrong}; it is built again")
-    if wheel is None or force:
-        print(explain(plan), flush=True)
+    if damage:
+        print(f"{damage}; building it again")
+    if wheel is None or options.force:
+        print(plan.describe(), flush=True)
         start = time.monotonic()
         with progress() as report:
-            wheel = build.build(plan, folder, jobs, report)
+            wheel = build.build_wheel(plan, folder, options.jobs, report)
         print(f"built {wheel} in {time.monotonic() - start:.0f} s")
-    build.install(wheel)
+    build.install_wheel(wheel)
     print(f"installed Horovod {key}")

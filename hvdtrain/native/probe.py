@@ -13,7 +13,7 @@ TIMES = 5
 
 
 def main() -> None:
-    """Add the ranks' numbers; rank 0 says how long it took, every rank fails if the sum is wrong."""
+    """Sum a tensor over all ranks; rank 0 prints how long it took, and every rank fails if the sum is wrong."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the installed torch is, read from its files: importing torch takes seconds."""
+"""Facts about the installed torch, read from its files: importing torch takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hvdtrain.system.errors import RunError, UserError
 
-# The two things that only torch itself knows. A torch without CUDA has no architecture flags to ask for.
+# Facts that only torch itself has. A torch without CUDA has no architecture flags.
 ASK = """
 import json, torch
 flags = torch._C._cuda_getArchFlags() if torch.version.cuda else ""
@@ -22,20 +22,36 @@ print(json.dumps([flags, torch.compiled_with_cxx11_abi()]))
 
 @dataclass(frozen=True)
 class Torch:
-    version: str  # with its local part: 2.14.1+cu130
-    cuda: str | None  # the CUDA it was built with
+    """An installed torch.
+
+    Attributes:
+        version: With its local part, such as "2.14.1+cu130".
+        cuda: The CUDA it was built with, such as "13.0"; None for a CPU-only torch.
+        git: The commit it was built from.
+        standard: The C++ standard of its headers, such as "20".
+    """
+
+    version: str
+    cuda: str | None
     git: str
-    standard: str  # the C++ standard of its headers: "20"
+    standard: str
 
 
 @dataclass(frozen=True)
 class TorchBuild:
-    archs: tuple[str, ...]  # the GPU architectures it has code for: "80", "90"
+    """How a torch was built, as far as its files do not tell.
+
+    Attributes:
+        archs: GPU architectures it has code for, such as "80" and "90".
+        cxx11_abi: Whether it uses the C++11 ABI.
+    """
+
+    archs: tuple[str, ...]
     cxx11_abi: bool
 
 
 def find_torch() -> Torch | None:
-    """The torch of this interpreter's environment, or None."""
+    """Return the torch of this Python environment, or None."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -43,10 +59,10 @@ def find_torch() -> Torch | None:
 
 
 def require_torch() -> Torch:
-    """The installed torch.
+    """Return the installed torch.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     torch = find_torch()
     if torch is None:
@@ -58,27 +74,27 @@ def read_torch(folder: Path) -> Torch:
     """Read torch's version file, and the C++ standard that its extension builder uses.
 
     Raises:
-        RunError: a file does not say what it says in every torch so far.
+        RunError: A file lacks what it has in every torch so far.
     """
     text = (folder / "version.py").read_text()
-    version = field(text, "__version__")
+    version = read_assignment(text, "__version__")
     if version is None:
-        raise RunError(f"{folder / 'version.py'} names no version")
+        raise RunError(f"{folder / 'version.py'} has no version")
     builder = folder / "utils" / "cpp_extension.py"
     standards = re.findall(r"-std=c\+\+(\d\d)\b", builder.read_text())
     if not standards:
-        raise RunError(f"{builder} names no C++ standard")
-    return Torch(version, field(text, "cuda"), field(text, "git_version") or "", max(standards))
+        raise RunError(f"{builder} has no C++ standard")
+    return Torch(version, read_assignment(text, "cuda"), read_assignment(text, "git_version") or "", max(standards))
 
 
-def field(text: str, name: str) -> str | None:
-    """The string assigned to `name` in a Python file's text, None if it is None or not there."""
+def read_assignment(text: str, name: str) -> str | None:
+    """Return the string assigned to `name` in the text of a Python file; None if it is None or missing."""
     found = re.search(rf"^{name}(?::[^=\n]*)? = ['\"]([^'\"]*)['\"]", text, re.MULTILINE)
     return found[1] if found else None
 
 
 def ask_torch() -> TorchBuild:
-    """Ask torch, in a process of its own, how it was built.
+    """Ask torch, in a separate process, how it was built.
 
     Raises:
         RunError: torch cannot be imported.
@@ -92,5 +108,5 @@ def ask_torch() -> TorchBuild:
 
 
 def parse_archs(flags: str) -> tuple[str, ...]:
-    """The plain architectures among names such as sm_80, sm_90a and compute_90; Horovod's build takes only those."""
+    """Return the plain architectures among sm_80, sm_90a, compute_90 and so on; Horovod's build accepts only those."""
     return tuple(sorted(set(re.findall(r"\bsm_(\d+)(?![\da-z])", flags)), key=int))

@@ -5,14 +5,14 @@
     answer    STATUS                         Hvdtrain-Signature: MAC
                                              MAC = HMAC(secret, answer REQUEST-MAC STATUS SHA-256(body))
 
-The secret never travels. CLIENT is one process's random name and NUMBER counts its requests: a server answers a number
-once, so that a request that somebody recorded does nothing when it is sent again, and ADDRESS:PORT keeps it from
-another server. The client knows by the answer's MAC that the server belongs to the run too. Nothing is encrypted.
+The secret is never sent. CLIENT is a random name of one process and NUMBER counts its requests: a server answers each
+number once, so that a recorded request has no effect when it is replayed, and ADDRESS:PORT makes it useless for another
+server. The answer's MAC proves to the client that the server belongs to the run too. Nothing is encrypted.
 
-A server reads no body, and calls nothing, before it has checked the MAC; connections that have not shown one are
-limited in number and time, and the oldest of them is closed for the next.
+A server reads no body and calls no handler before it has checked the MAC. Connections without a valid request are
+limited in number and time; the oldest is closed when a new one arrives.
 
-The standard library only: Horovod's own server and clients use this very file (native/patches).
+Imports the standard library only: Horovod's own server and clients use a copy (native/patches/20-signed-http.patch).
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from collections.abc import Mapping, MutableMapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-SECRET = "HVDTRAIN_SECRET"  # the variable that holds a run's secret: its characters are the key
-SHORTEST = 32  # characters of a secret
+SECRET = "HVDTRAIN_SECRET"  # environment variable with the secret of a run; its characters are the key
+SHORTEST = 32  # minimum number of characters of a secret
 HEADER = "Hvdtrain-Signature"
-READ_SECONDS = 5.0  # for the next bytes of a request
-STRANGER_SECONDS = 10.0  # for a connection to show a signature
-MOST_STRANGERS = 256  # connections that have not shown one yet
-LARGEST_BODY = 16 << 20  # bytes of a request
-WINDOW = 1024  # so many numbers of a client may be under way at once
+READ_SECONDS = 5.0  # time limit for the next bytes of a request
+STRANGER_SECONDS = 10.0  # time limit for a connection to send a signed request
+MOST_STRANGERS = 256  # maximum number of connections without a signed request
+LARGEST_BODY = 16 << 20  # maximum number of bytes of a request
+WINDOW = 1024  # so many requests of a client may be in flight at once
 
 
 class NotSigned(OSError):
-    """The other side does not know the run's secret, or this side does not."""
+    """Raised when the other side, or this side, does not have the run's secret."""
 
 
 def new_secret() -> str:
-    """A secret for a new run."""
+    """Return a secret for a new run."""
     return secrets.token_hex(32)
 
 
 def give_secret(environ: MutableMapping[str, str]) -> None:
-    """Put a new secret into an environment that has none."""
+    """Add a new secret to an environment that has none."""
     if not environ.get(SECRET):
         environ[SECRET] = new_secret()
 
 
 def read_key(environ: Mapping[str, str] | None = None) -> bytes:
-    """The key of this process's run.
+    """Return the key of the run to which this process belongs.
 
     Raises:
-        NotSigned: the environment has no secret, or a short one.
+        NotSigned: The environment has no secret, or one that is too short.
     """
     secret = (os.environ if environ is None else environ).get(SECRET, "")
     if len(secret) < SHORTEST:
@@ -69,17 +69,17 @@ def read_key(environ: Mapping[str, str] | None = None) -> bytes:
 
 
 def authenticate(key: bytes, *words: object) -> str:
-    """The MAC of some words, none of which contains a space; hexadecimal."""
+    """Return the hexadecimal MAC of words, none of which may contain a space."""
     return hmac.new(key, " ".join(map(str, words)).encode(), hashlib.sha256).hexdigest()
 
 
 def hash_body(body: bytes) -> str:
-    """The SHA-256 of a body, hexadecimal."""
+    """Return the hexadecimal SHA-256 of a body."""
     return hashlib.sha256(body).hexdigest()
 
 
 class SignedClient:
-    """Sends signed requests and takes signed answers only. Threads may share it, processes may not."""
+    """Send signed requests and accept only signed answers. Threads may share a client, processes may not."""
 
     def __init__(self, key: bytes) -> None:
         self.key = key
@@ -89,11 +89,11 @@ class SignedClient:
     def request(
         self, address: str, port: int, method: str, path: str, body: bytes = b"", timeout: float | None = None
     ) -> tuple[int, bytes]:
-        """The answer's status and body. No proxy is asked.
+        """Send a request, never through a proxy, and return the answer's status and body.
 
         Raises:
-            NotSigned: the answer is not signed.
-            OSError, http.client.HTTPException: there is no answer.
+            NotSigned: The answer is not signed.
+            OSError, http.client.HTTPException: There is no answer.
         """
         connection = http.client.HTTPConnection(address, port, timeout=timeout)
         with contextlib.closing(connection):
@@ -111,7 +111,7 @@ class SignedClient:
 
 
 class SignedServer(ThreadingHTTPServer):
-    """Answers requests that are signed with `key`, each by `handler.answer` in a thread of its own."""
+    """Answer requests that are signed with `key`; `handler.answer` is called in a thread of each connection."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -120,12 +120,12 @@ class SignedServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[SignedHandler], key: bytes) -> None:
         self.key = key
         self.lock = threading.Lock()
-        self.seen: dict[str, tuple[int, int]] = {}  # of each client: its largest number, and a bit for each before it
-        self.strangers: dict[socket.socket, float] = {}  # when they came, by the monotonic clock; the first ones first
+        self.seen: dict[str, tuple[int, int]] = {}  # by client: largest number, and a bit for each one before
+        self.strangers: dict[socket.socket, float] = {}  # monotonic time of arrival, oldest first
         super().__init__(address, handler)
 
     def is_new(self, client: str, number: int) -> bool:
-        """Whether this number of a client comes for the first time; notes it (a window as in RFC 6347, 4.1.2.6)."""
+        """Record a client's request number; return whether it is new (sliding window of RFC 6347, 4.1.2.6)."""
         with self.lock:
             largest, bits = self.seen.get(client, (0, 0))
             ahead = number - largest
@@ -160,17 +160,17 @@ class SignedServer(ThreadingHTTPServer):
             self.strangers.pop(connection, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Strangers must not be able to fill the output."""
+        """Print nothing: unauthenticated clients must not be able to fill the output."""
 
 
 class SignedHandler(BaseHTTPRequestHandler):
-    """One request; a subclass has `answer`."""
+    """Handle the requests of one connection; subclasses implement `answer`."""
 
     server: SignedServer
     timeout = READ_SECONDS
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """The status and the body of the answer to a request that is signed and new."""
+        """Return status and body of the answer to a request that is signed and new."""
         raise NotImplementedError
 
     def do_GET(self) -> None:
@@ -202,7 +202,7 @@ class SignedHandler(BaseHTTPRequestHandler):
     do_POST = do_OPTIONS = do_PATCH = do_TRACE = do_CONNECT = do_HEAD
 
     def check_signature(self) -> tuple[str, str]:
-        """The request's MAC and what it says is the digest of its body; ("", "") if it is not signed, or not new."""
+        """Return the MAC and the body's digest of a request; ("", "") if it is not signed, or not new."""
         client, number, digest, mac = (*self.headers.get(HEADER, "").split(" "), "", "", "", "")[:4]
         address, port = self.connection.getsockname()[:2]
         words = ("request", self.command, self.path, f"{address}:{port}", client, number, digest)
@@ -212,11 +212,11 @@ class SignedHandler(BaseHTTPRequestHandler):
         return (mac, digest) if self.server.is_new(client, int(number)) else ("", "")
 
     def refuse(self, status: int) -> None:
-        """Answer without a signature, and nothing more."""
+        """Answer with a status only, unsigned, and close the connection."""
         self.close_connection = True
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Strangers must not be able to fill the output."""
+        """Print nothing: unauthenticated clients must not be able to fill the output."""

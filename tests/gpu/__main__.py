@@ -107,10 +107,10 @@ def nccl_knows_sharing() -> bool:
 
 def check_build(device: str) -> str:
     """Horovod is there for this torch, with NCCL."""
-    record = installed.require().record
-    if device == "cuda" and not (record and record["nccl"]):
+    record = installed.require_horovod().record
+    if device == "cuda" and not (record and record.nccl):
         raise Failed("the installed Horovod has no NCCL: see `hvdtrain horovod build`")
-    return f"Horovod for torch {record['torch']}, NCCL {record['nccl']}" if record else "not built by hvdtrain"
+    return f"Horovod for torch {record.torch}, NCCL {record.nccl}" if record else "not built by hvdtrain"
 
 
 def check_sums(device: str, ranks: int) -> str:

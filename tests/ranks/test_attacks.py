@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -295,6 +294,5 @@ print("fine")
 
 
 def test_this_horovod_is_signed() -> None:
-    record: dict[str, Any] | None = installed.require().record
-    assert record is not None and installed.SIGNED in record["patches"]
-    assert re.fullmatch(r"[0-9a-f]{64}", record["patches"][installed.SIGNED])
+    record = installed.require_horovod().record
+    assert record is not None and re.fullmatch(r"[0-9a-f]{64}", record.patches[installed.SIGNED_PATCH])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -22,13 +23,13 @@ def test_check_of_the_installed_horovod() -> None:
     assert "built with Gloo" in done.stdout
     gloo = [line for line in done.stdout.splitlines() if line.startswith("Gloo  ok")]
     assert len(gloo) == 1 and "on 2 ranks" in gloo[0]
-    horovod = installed.require()
-    if find_mpi() and horovod.record and horovod.record["mpi"]:
+    horovod = installed.require_horovod()
+    if find_mpi() and horovod.record and horovod.record.mpi:
         assert "MPI   ok" in done.stdout
 
 
 def test_a_launcher_that_fails_says_why() -> None:
-    outcome = check.reduce_once([sys.executable, "-c", "raise SystemExit('OSError: no such thing')"], 30)
+    outcome = check.run_probe([sys.executable, "-c", "raise SystemExit('OSError: no such thing')"], 30)
     assert not outcome.ok
     assert outcome.text.startswith("exit code 1 after ") and outcome.text.endswith("ms: OSError: no such thing")
 
@@ -36,7 +37,7 @@ def test_a_launcher_that_fails_says_why() -> None:
 def test_a_launcher_that_hangs_is_ended(tmp_path: Path) -> None:
     script = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     start = time.monotonic()
-    outcome = check.reduce_once([sys.executable, "-c", script], 2)
+    outcome = check.run_probe([sys.executable, "-c", script], 2)
     assert not outcome.ok and "no answer in 2 s" in outcome.text
     assert time.monotonic() - start < 20
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
@@ -45,15 +46,16 @@ def test_a_launcher_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_check_reports_that_horovod_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "find", lambda: None)
-    assert check.check() is False
+    monkeypatch.setattr(check, "find_horovod", lambda: None)
+    assert check.check_installation() is False
     assert capsys.readouterr().out == "Horovod is not installed: run `hvdtrain horovod build`\n"
 
 
 def test_horovod_for_another_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = installed.require()
-    record = {"torch": "2.9.0+cu128", "mpi": None, "nccl": None}
-    stale = installed.Installed(real.version, real.folder, record, True)
-    monkeypatch.setattr(check, "find", lambda: stale)
-    assert check.check() is False
+    real = installed.require_horovod()
+    assert real.record is not None
+    record = dataclasses.replace(real.record, torch="2.9.0+cu128", mpi=None, nccl=None)
+    stale = installed.InstalledHorovod(real.version, real.folder, record, True)
+    monkeypatch.setattr(check, "find_horovod", lambda: stale)
+    assert check.check_installation() is False
     assert capsys.readouterr().out.splitlines()[-1].endswith("is installed: run `hvdtrain horovod build`")

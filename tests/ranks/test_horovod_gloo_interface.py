@@ -1,6 +1,6 @@
-"""Gloo over two hosts uses the interface it is told, also where the hostname resolves to 127.0.1.1 (as on Debian).
+"""Gloo between two hosts uses the selected interface, even if the hostname resolves to 127.0.1.1 (as on Debian).
 
-Two network namespaces stand for the hosts. Without the mend in gloo_context.cc this fails with
+Two network namespaces stand for the hosts. Without patch 70-gloo-interface this fails with
 "connect [127.0.1.1]: Connection refused".
 """
 

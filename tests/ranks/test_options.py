@@ -80,7 +80,7 @@ def test_the_run_folder_holds_what_it_promises(world2: KeptWorld, tmp_path: Path
     assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes) + 1) + 8 * (2 + TOLD + 3 + 1)
     assert summary["compression"] == "none"
     assert summary["resumed_from"] is None
-    assert summary["versions"]["horovod"] == "0.28.1"
+    assert summary["versions"]["horovod"].startswith("0.28.1+hvdtrain.")
     assert 0 < summary["comm_seconds_median"] < summary["step_seconds_median"]
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()

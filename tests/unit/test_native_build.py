@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.cli.main import main
-from hvdtrain.native import build, cache, installed, log, make, plan, source
-from hvdtrain.native.installed import Installed
+from hvdtrain.native import build, cache, installed, log, make, source
+from hvdtrain.native.installed import InstalledHorovod
+from hvdtrain.native.make import BuildOptions
 from hvdtrain.native.mpi import Mpi
+from hvdtrain.native.patches import read_revision
 from hvdtrain.native.plan import Plan
 from hvdtrain.native.torchinfo import Torch, TorchBuild
 from hvdtrain.system.errors import EXIT_USER_ERROR, RunError, UserError
@@ -85,9 +88,7 @@ def run(tmp_path: Path, script: str, timeout: float = 30) -> list[str]:
     heard: list[str] = []
     command = [sys.executable, "-c", script]
     log_path = tmp_path / "log"
-    log.run_logged(
-        "the step", command, log=log_path, env=os.environ, cwd=tmp_path, timeout=timeout, on_line=heard.append
-    )
+    log.run_logged(log.BuildStep("the step", command, os.environ, tmp_path, timeout), log_path, heard.append)
     return heard
 
 
@@ -110,11 +111,11 @@ def test_store_is_whole_or_not_there(tmp_path: Path) -> None:
     wheel = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     wheel.write_bytes(b"wheel")
     folder = tmp_path / "wheels" / "key"
-    stored = cache.store(wheel, folder)
+    stored = cache.store_wheel(wheel, folder)
     assert cache.find_whole_wheel(folder) == (stored, "") and stored.read_bytes() == b"wheel"
     assert sorted(path.name for path in folder.iterdir()) == [wheel.name, f"{wheel.name}.sha256"]
     with pytest.raises(FileNotFoundError):
-        cache.store(tmp_path / "horovod-none.whl", tmp_path / "other")
+        cache.store_wheel(tmp_path / "horovod-none.whl", tmp_path / "other")
     assert list((tmp_path / "other").iterdir()) == []
 
 
@@ -130,7 +131,7 @@ def test_another_archive_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "horovod-0.28.1.tar.gz"
     archive.write_bytes(b"something else")
     with pytest.raises(RunError, match=r"has SHA-256 [0-9a-f]{64}, expected 92a43f5a"):
-        source.unpack(archive, tmp_path)
+        source.unpack_source(archive, tmp_path)
 
 
 def test_build_without_a_compiler_names_the_package_to_install(
@@ -173,11 +174,11 @@ def test_pip_toolkit_gets_the_links_that_cmake_looks_for(tmp_path: Path) -> None
     (home / "bin" / "nvcc").touch()
     (home / "bin" / "ptxas").touch()
     (home / "lib" / "libcudart.so.13").touch()
-    folder = source.cuda_home(source.Toolkit(home, "13.0.1", ()), tmp_path / "cuda")
+    folder = source.link_cuda(source.Toolkit(home, "13.0.1", ()), tmp_path / "cuda")
     assert (folder / "lib64" / "libcudart.so").exists() and (folder / "bin" / "ptxas").exists()
     assert not (folder / "bin" / "nvcc").is_symlink()
     (home / "lib" / "libcudart.so").touch()
-    assert source.cuda_home(source.Toolkit(home, "13.0.1", ()), tmp_path / "other") == home
+    assert source.link_cuda(source.Toolkit(home, "13.0.1", ()), tmp_path / "other") == home
 
 
 def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,10 +201,17 @@ def test_ninja_lines_report_the_percentage_compiled() -> None:
     assert seen == [25, 100]
 
 
-def fake_installed(torch: str | None, has_torch: bool = True, signed: bool = True) -> Installed:
+def fake_installed(
+    torch: str | None, has_torch: bool = True, signed: bool = True, revision: int = 0
+) -> InstalledHorovod:
     """A Horovod that was built for `torch`, or not by hvdtrain."""
-    record = {"torch": torch, "key": "k", "patches": {installed.SIGNED: "0"} if signed else {}} if torch else None
-    return Installed("0.28.1", Path("horovod"), record, has_torch)
+    record = None
+    if torch:
+        patches = {installed.SIGNED_PATCH: "0"} if signed else {}
+        record = dataclasses.replace(
+            CPU.record(), torch=torch, patches=patches, revision=revision or read_revision()[0]
+        )
+    return InstalledHorovod("0.28.1", Path("horovod"), record, has_torch)
 
 
 NOW = Torch("2.14.1+cu130", "13.0", "", "20")
@@ -228,33 +236,39 @@ NOW = Torch("2.14.1+cu130", "13.0", "", "20")
         ),
         (
             fake_installed("2.14.1+cu130", signed=False),
-            "Horovod 0.28.1 was built by an older hvdtrain, and its servers answer anybody: "
-            "run `hvdtrain horovod build`",
+            "Horovod 0.28.1 was built by an older hvdtrain; its servers answer anyone: run `hvdtrain horovod build`",
+        ),
+        (
+            fake_installed("2.14.1+cu130", revision=1000),
+            "Horovod 0.28.1 was built by another hvdtrain, with revision 1000 of its patches; "
+            f"expected revision {read_revision()[0]}: run `hvdtrain horovod build`",
         ),
     ],
 )
-def test_require_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, horovod: Installed | None, message: str) -> None:
-    monkeypatch.setattr(installed, "find", lambda: horovod)
+def test_require_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, horovod: InstalledHorovod | None, message: str
+) -> None:
+    monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
     monkeypatch.setattr(installed, "require_torch", lambda: NOW)
     with pytest.raises(UserError) as wrong:
-        installed.require()
+        installed.require_horovod()
     assert str(wrong.value) == message
 
 
 @pytest.mark.parametrize("horovod", [fake_installed("2.14.1+cu130"), fake_installed(None)])
-def test_require_returns_a_matching_horovod(monkeypatch: pytest.MonkeyPatch, horovod: Installed) -> None:
-    monkeypatch.setattr(installed, "find", lambda: horovod)
+def test_require_returns_a_matching_horovod(monkeypatch: pytest.MonkeyPatch, horovod: InstalledHorovod) -> None:
+    monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
     monkeypatch.setattr(installed, "require_torch", lambda: NOW)
-    assert installed.require() == horovod
+    assert installed.require_horovod() == horovod
 
 
 @pytest.mark.parametrize("horovod", [fake_installed("2.14.1+cu130", signed=False), fake_installed(None)])
-def test_launch_needs_a_horovod_that_keeps_secrets(monkeypatch: pytest.MonkeyPatch, horovod: Installed) -> None:
-    monkeypatch.setattr(installed, "find", lambda: horovod)
+def test_launch_needs_a_horovod_that_keeps_secrets(monkeypatch: pytest.MonkeyPatch, horovod: InstalledHorovod) -> None:
+    monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
     with pytest.raises(UserError, match=r"horovodrun shows the secret of a run to all users: run `hvdtrain horovod"):
         installed.require_signed()
     for fine in (None, fake_installed("2.14.1+cu130")):
-        monkeypatch.setattr(installed, "find", lambda fine=fine: fine)
+        monkeypatch.setattr(installed, "find_horovod", lambda fine=fine: fine)
         installed.require_signed()
 
 
@@ -263,24 +277,25 @@ def test_nothing_to_do_when_the_key_is_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, force: bool, built: int, installs: int
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(make, "make_plan", lambda without: CPU)
-    record = {"key": CPU.key()}
-    monkeypatch.setattr(installed, "find", lambda: Installed("0.28.1", Path("horovod"), record, True))
-    monkeypatch.setattr(build, "build", lambda *_: did.append("build"))
-    monkeypatch.setattr(build, "install", lambda _: did.append("install"))
-    make.make(without=(), jobs=1, wheel_dir=tmp_path, force=force, dry_run=False)
+    monkeypatch.setattr(make, "make_plan", lambda without, mpi: CPU)
+    monkeypatch.setattr(
+        installed, "find_horovod", lambda: InstalledHorovod("0.28.1", Path("horovod"), CPU.record(), True)
+    )
+    monkeypatch.setattr(build, "build_wheel", lambda *_: did.append("build"))
+    monkeypatch.setattr(build, "install_wheel", lambda _: did.append("install"))
+    make.provide_horovod(BuildOptions(wheel_dir=tmp_path, force=force))
     assert (did.count("build"), did.count("install")) == (built, installs)
 
 
 def test_a_wheel_in_the_cache_is_only_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     did: list[Path] = []
-    monkeypatch.setattr(make, "make_plan", lambda without: CPU)
-    monkeypatch.setattr(installed, "find", lambda: None)
-    monkeypatch.setattr(build, "install", did.append)
+    monkeypatch.setattr(make, "make_plan", lambda without, mpi: CPU)
+    monkeypatch.setattr(installed, "find_horovod", lambda: None)
+    monkeypatch.setattr(build, "install_wheel", did.append)
     built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     built.write_bytes(b"wheel")
-    wheel = cache.store(built, tmp_path / CPU.key())
-    make.make(without=(), jobs=1, wheel_dir=tmp_path, force=False, dry_run=False)
+    wheel = cache.store_wheel(built, tmp_path / CPU.record().key())
+    make.provide_horovod(BuildOptions(wheel_dir=tmp_path))
     assert did == [wheel]
 
 
@@ -289,20 +304,20 @@ def test_a_damaged_wheel_is_built_again(
     damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(make, "make_plan", lambda without: CPU)
-    monkeypatch.setattr(installed, "find", lambda: None)
-    monkeypatch.setattr(build, "build", lambda *_: did.append("build"))
-    monkeypatch.setattr(build, "install", lambda _: did.append("install"))
+    monkeypatch.setattr(make, "make_plan", lambda without, mpi: CPU)
+    monkeypatch.setattr(installed, "find_horovod", lambda: None)
+    monkeypatch.setattr(build, "build_wheel", lambda *_: did.append("build"))
+    monkeypatch.setattr(build, "install_wheel", lambda _: did.append("install"))
     built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     built.write_bytes(b"wheel")
-    wheel = cache.store(built, tmp_path / CPU.key())
+    wheel = cache.store_wheel(built, tmp_path / CPU.record().key())
     if damage == "changed":
         wheel.write_bytes(b"whee1")
     elif damage == "no checksum":
         cache.checksum_path(wheel).unlink()
     else:
         cache.checksum_path(wheel).write_bytes(b"\xff")
-    make.make(without=(), jobs=1, wheel_dir=tmp_path, force=False, dry_run=False)
+    make.provide_horovod(BuildOptions(wheel_dir=tmp_path))
     assert did == ["build", "install"]
     says = "is damaged: SHA-256 " if damage == "changed" else "has no checksum"
     assert f"{wheel} {says}" in capsys.readouterr().out
@@ -311,16 +326,16 @@ def test_a_damaged_wheel_is_built_again(
 def test_a_wheel_that_somebody_else_may_have_put_there_is_refused(tmp_path: Path) -> None:
     built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     built.write_bytes(b"wheel")
-    wheel = cache.store(built, tmp_path / "key")
+    wheel = cache.store_wheel(built, tmp_path / "key")
     for path in (wheel, wheel.parent):
         mode = path.stat().st_mode
         path.chmod(mode | 0o002)
-        with pytest.raises(UserError, match=rf"{path} can be changed by everybody; expected user"):
+        with pytest.raises(UserError, match=rf"{path} can be changed by every user; expected only user"):
             cache.find_whole_wheel(tmp_path / "key")
         path.chmod(mode)
     if os.geteuid() == 0:
         os.chown(wheel, 4321, -1)
-        with pytest.raises(UserError, match=rf"{wheel} belongs to user 4321; expected user 0 alone"):
+        with pytest.raises(UserError, match=rf"{wheel} belongs to user 4321; expected only user 0"):
             cache.find_whole_wheel(tmp_path / "key")
 
 
@@ -331,4 +346,4 @@ def test_system_mpi_is_looked_for_in_one_folder(tmp_path: Path) -> None:
     mpi = Mpi(tmp_path, "Open MPI 5.0.11", tmp_path / "bin" / "mpirun")
     made = Plan(CPU.torch, CPU.torch_build, mpi, "", None, None, "", (), "")
     assert made.rpath() == [str(tmp_path / "lib")]
-    assert plan.make_key(made.ingredients()) == made.key()
+    assert made.record().rpath == (str(tmp_path / "lib"),)

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.native import mend, source
-from hvdtrain.native.mends import mends
-from hvdtrain.native.patches import FOLDER, SourcePatch, apply_patches, read_patches
+from hvdtrain.native import source
+from hvdtrain.native.patches import (
+    PATCH_FOLDER,
+    Condition,
+    SourcePatch,
+    apply_patches,
+    digest_patches,
+    read_patches,
+    read_revision,
+    select_patches,
+)
 from hvdtrain.system.errors import RunError
 
 PATCH = """Why this is done.
@@ -84,10 +92,10 @@ def test_a_file_that_is_missing_or_there_already_stops_the_build(tmp_path: Path)
 
 def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
     patches = read_patches()
-    assert len(patches) >= 5 and [patch.name for patch in patches] == sorted(patch.name for patch in patches)
+    assert len(patches) >= 20 and [patch.name for patch in patches] == sorted(patch.name for patch in patches)
     for patch in patches:
         title, _, rest = patch.text.partition("\n\n")
-        assert len(title) <= 120 and len(rest.partition("\n---\n")[0]) > 100, patch.name
+        assert len(title) <= 120 and title.endswith(".") and len(rest.partition("\n---\n")[0]) > 100, patch.name
         assert SourcePatch(patch.name, f"Other words\n{patch.text}").digest() == patch.digest()
         assert SourcePatch(patch.name, f"{patch.text}+\n").digest() != patch.digest()
 
@@ -95,7 +103,7 @@ def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_patches_apply_to_the_released_source(tmp_path: Path) -> None:
-    """By git too, each on top of those before it; the changes that are made by text fit what comes out."""
+    """By git too, each on top of those before it."""
     log, env = tmp_path / "log", {**os.environ, "PYTHONPATH": str(tmp_path / "tools")}
     source.fetch_tools(tmp_path / "tools", log, env)
     released = source.fetch_source(tmp_path / "source", log, env)
@@ -109,8 +117,28 @@ def test_patches_apply_to_the_released_source(tmp_path: Path) -> None:
     for path in ours.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (gits / path.relative_to(ours)).read_bytes(), path
-    mend.apply(ours, mends("20", nccl=False, rpath=[]))
 
 
 def test_patches_are_part_of_the_package() -> None:
-    assert FOLDER.is_dir() and "patches/*.patch" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert PATCH_FOLDER.is_dir()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"patches/*.patch", "patches/REVISIONS"' in text and '"py.typed"' in text
+
+
+def test_a_change_of_the_patches_has_a_new_revision() -> None:
+    number, digest = read_revision()
+    expected = digest_patches(read_patches())
+    assert digest == expected, f"the patches changed: add the line '{number + 1} {expected}' to patches/REVISIONS"
+    lines = (PATCH_FOLDER / "REVISIONS").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [str(count + 1) for count in range(len(lines))]
+    assert len({line.split()[1] for line in lines}) == len(lines)
+
+
+def test_a_condition_limits_a_patch_to_some_builds() -> None:
+    without = [patch.name for patch in read_patches() if patch.condition is Condition.WITHOUT_NCCL]
+    assert without == ["90-without-cuda"]
+    assert {patch.name for patch in select_patches(nccl=True)} | set(without) == {p.name for p in read_patches()}
+    assert select_patches(nccl=False) == read_patches()
+    assert SourcePatch("10-a", PATCH).condition is Condition.ALWAYS
+    with pytest.raises(ValueError, match="on Tuesdays"):
+        _ = SourcePatch("10-a", f"Why.\n\nCondition: on Tuesdays\n{PATCH}").condition

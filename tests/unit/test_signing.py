@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import http.client
 import socket
 import threading
@@ -214,9 +215,19 @@ def test_requests_of_many_threads_are_all_answered(server: RendezvousServer) -> 
     assert isinstance(server, SignedServer)
 
 
-def test_horovods_copy_is_this_file() -> None:
-    """Its server and clients sign as ours do: the patch holds the file as it is."""
+def code_without_comments(text: str) -> str:
+    """The syntax tree of Python code, without docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def test_horovods_copy_is_this_code() -> None:
+    """Its server and clients sign as ours do. Only words may differ: other words would make another Horovod."""
     source = Path(signed_http.__file__)
     patch = (source.parents[1] / "native/patches/20-signed-http.patch").read_text()
     hunk = patch.partition("+++ b/horovod/runner/http/signing.py\n")[2].partition("\ndiff ")[0].splitlines()[1:]
-    assert [line[1:] for line in hunk if line.startswith("+")] == source.read_text().splitlines()
+    copy = "\n".join(line[1:] for line in hunk if line.startswith("+"))
+    assert code_without_comments(copy) == code_without_comments(source.read_text())
