@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.results import Results
+from tests.benchmarks.finished import Results
 from tests.benchmarks.start import ROOT, by_hvdtrain
 
 # By default one weight of digits is compressed, 18,432 of its 21,386 values; with min=64 in a specification all three.

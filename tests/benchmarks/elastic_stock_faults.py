@@ -1,4 +1,4 @@
-"""What Horovod's own elastic mode does at each fault of cluster/FAULTS.md that can be planted on one host.
+"""What Horovod's own elastic mode does at each fault of docs/faults.md that can be planted on one host.
 
     python -m tests.benchmarks.elastic_stock_faults [--faults kill,stop,...] [--limit 90] [--json F]
 

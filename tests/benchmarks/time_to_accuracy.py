@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.results import Results
+from tests.benchmarks.finished import Results
 from tests.benchmarks.start import ROOT, by_horovodrun, by_hvdtrain, machines, told
 from tests.hosts.cluster import Host
 

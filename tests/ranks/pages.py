@@ -1,0 +1,165 @@
+"""Markdown pages whose code is run: their blocks, and a runner that goes through a page from top to bottom.
+
+    python -m tests.ranks.pages PAGE.md FOLDER        run a page's blocks in FOLDER
+
+A block in `sh` or `python` is run, in the order of the page: `sh` by bash, all `python` in one interpreter and one
+namespace. A `text` block right below a run block is what that one printed; `...` stands for anything. HTML comments,
+which readers do not see, say the rest:
+
+    <!-- not run: REASON -->     above a block: it is not run
+    <!-- file: NAME -->          above a block: it is written to FOLDER/NAME, for blocks below to use
+    <!-- uses: PAGE.md -->       anywhere: write the files of that page first
+    <!-- check: CODE -->         anywhere: Python that is run there, in the namespace of the page
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RUN = ("sh", "python")  # languages of blocks that are run
+FENCE = re.compile(r"^(`{3,}|~{3,})(.*)$")
+COMMENT = re.compile(r"<!--\s*(.*?)\s*-->", re.DOTALL)
+
+
+@dataclass
+class Block:
+    """A fenced block of a page, or a comment that is code.
+
+    Attributes:
+        line: of the page, from 1.
+        language: as the fence names it; "check" for a comment.
+        text: what is in it.
+        not_run: the reason why it is not run; "" if it is.
+        file: the file that it is written to; "" for none.
+    """
+
+    line: int
+    language: str
+    text: str
+    not_run: str = ""
+    file: str = ""
+
+
+def read_blocks(page: Path) -> list[Block]:
+    """All blocks of a page, in order. Raises ValueError for a fence that is not closed and for an indented block."""
+    lines = page.read_text().splitlines()
+    blocks: list[Block] = []
+    number = 0
+    mark = ""  # the comment right above
+    while number < len(lines):
+        line = lines[number]
+        if fence := FENCE.match(line):
+            end = next((n for n in range(number + 1, len(lines)) if lines[n].strip() == fence[1]), None)
+            if end is None:
+                raise ValueError(f"{page.name}:{number + 1}: this fence is not closed")
+            block = Block(number + 1, fence[2].strip(), "\n".join(lines[number + 1 : end]) + "\n")
+            kind, _, value = mark.partition(":")
+            if kind == "not run":
+                block.not_run = " ".join(value.split())
+            elif kind == "file":
+                block.file = value.strip()
+            blocks.append(block)
+            number, mark = end + 1, ""
+        elif line.startswith("<!--"):
+            end = next(n for n in range(number, len(lines)) if "-->" in lines[n])
+            found = COMMENT.match("\n".join(lines[number : end + 1]))
+            mark = found[1] if found else ""
+            if mark.startswith("check:"):
+                blocks.append(Block(number + 1, "check", mark.removeprefix("check:").strip() + "\n"))
+            number = end + 1
+        else:
+            if line.startswith("    ") and number and not lines[number - 1].strip():
+                raise ValueError(f"{page.name}:{number + 1}: an indented block: write a fence that names its language")
+            mark = mark if not line.strip() else ""
+            number += 1
+    return blocks
+
+
+def used_pages(page: Path) -> list[Path]:
+    """The pages whose files this one uses."""
+    marks = COMMENT.findall(page.read_text())
+    return [page.parent / mark.removeprefix("uses:").strip() for mark in marks if mark.startswith("uses:")]
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run all blocks of a page in a folder. Raises AssertionError, which names the block, for one that fails."""
+    for other in used_pages(page):
+        for block in read_blocks(other):
+            if block.file:
+                write_file(block, folder)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    printed = None  # by the block before, if that was run
+    for block in read_blocks(page):
+        where = f"{page.name}:{block.line}"
+        if block.not_run:
+            print(f"{where}: not run: {block.not_run}", flush=True)
+            printed = None
+        elif block.file:
+            write_file(block, folder)
+            printed = None
+        elif block.language in (*RUN, "check"):
+            begin = time.monotonic()
+            printed = run_code(block, where, folder, namespace)
+            print(f"{where}: {block.language} ran for {time.monotonic() - begin:.1f} s", flush=True)
+        else:
+            if block.language == "text" and printed is not None:
+                compare_output(block.text, printed, where)
+            printed = None
+
+
+def write_file(block: Block, folder: Path) -> None:
+    path = folder / block.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.text)
+    if block.text.startswith("#!"):
+        path.chmod(0o755)
+
+
+def run_code(block: Block, where: str, folder: Path, namespace: dict[str, object]) -> str:
+    """Run a block and return what it printed. Raises AssertionError if it fails."""
+    if block.language == "sh":
+        command = ["bash", "-euo", "pipefail", "-c", block.text]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
+        assert done.returncode == 0, f"{where}: exit {done.returncode}\n{block.text}\n{done.stdout}{done.stderr}"
+        return done.stdout
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * (block.line - (block.language == "check")) + block.text, where, "exec"), namespace)
+    except BaseException:
+        raise AssertionError(f"{where}\n{printed.getvalue()}\n{traceback.format_exc()}") from None
+    return printed.getvalue()
+
+
+def compare_output(expected: str, printed: str, where: str) -> None:
+    """Raise AssertionError if a block printed something else; `...` stands for any text."""
+    pattern = r"(?s:.*?)".join(re.escape(part) for part in " ".join(expected.split()).split("..."))
+    text = " ".join(printed.split())
+    assert re.fullmatch(pattern, text), f"{where}: expected\n{expected}\nbut the block above printed\n{printed}"
+
+
+def main() -> None:
+    page, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        run_page(page, folder)
+    except AssertionError as error:
+        print(error, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
