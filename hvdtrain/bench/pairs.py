@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-import horovod.torch as hvd
 import torch
 
 from hvdtrain.comm import collectives, network_model
-from hvdtrain.comm.world import init
+from hvdtrain.comm.horovod import init_process_sets
 
 NUM_VALUES = 1 << 14  # of four bytes: also a slow link carries it in no time
 REPEATS_PER_PAIR = 5
@@ -21,9 +20,8 @@ def benchmark_pairs(pairs: Sequence[tuple[int, int]]) -> dict[str, tuple[float, 
     Returns for each such pair, as "0-2": the median seconds, and whether the sum was right. Raises what Horovod raises.
     """
     torch.set_num_threads(1)
-    groups = [hvd.ProcessSet(list(pair)) for pair in pairs]
-    hvd.init(process_sets=groups)
-    rank = init().rank
+    world, groups = init_process_sets(pairs)
+    rank = world.rank
     results = {}
     for pair, group in zip(pairs, groups, strict=True):
         if rank not in pair:

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import horovod.torch as hvd
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm.horovod import transport_name
 from hvdtrain.comm.network_model import synchronize_device
 from hvdtrain.comm.world import World
 from hvdtrain.system import cpus
@@ -173,5 +173,4 @@ def print_on_root(world: World, text: str) -> None:
 def describe_world(world: World, device: torch.device) -> str:
     """Where this runs, for people: `2 ranks on 1 host, cpu over gloo`."""
     hosts = len(set(collectives.gather_json(world.host, "bench.hosts")))
-    carrier = "nccl" if device.type == "cuda" and hvd.nccl_built() else "mpi" if hvd.mpi_enabled() else "gloo"
-    return f"{world.size} ranks on {hosts} host{'s' * (hosts > 1)}, {device.type} over {carrier}"
+    return f"{world.size} ranks on {hosts} host{'s' * (hosts > 1)}, {device.type} over {transport_name(device.type)}"

@@ -6,7 +6,7 @@
     cache.py      where wheels are kept
     record.py     what a wheel was built from, stored inside it
     installed.py  which Horovod is installed, and whether it fits the installed torch
-    check.py      what `hvdtrain horovod check` does (probe)
+    check.py      what `hvdtrain horovod check` does (with hvdtrain.comm.probe)
 
-Only `probe` imports Horovod, and nothing here imports torch: `hvdtrain --help` must stay fast.
+Nothing here imports Horovod or torch: `hvdtrain --help` must stay fast.
 """

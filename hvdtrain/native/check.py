@@ -21,10 +21,11 @@ from hvdtrain.native.installed import (
     find_horovods_mpi,
 )
 from hvdtrain.native.mpi import Mpi, find_mpi
-from hvdtrain.native.probe import MARK
 from hvdtrain.native.torchinfo import Torch, find_torch
 
 RANKS = 2
+PROBE_MODULE = "hvdtrain.comm.probe"  # started, never imported: only comm/ imports Horovod
+PROBE_MARK = "hvdtrain-check "  # begins the line in which rank 0 of the probe reports
 PROBE_SECONDS = 60.0  # time limit of one transport, start included
 GRACE_SECONDS = 10.0  # for horovodrun and mpirun to stop their ranks
 
@@ -94,7 +95,7 @@ def describe_installation(horovod: InstalledHorovod, torch: Torch, mpi: Mpi | No
 
 def probe_commands(horovod: InstalledHorovod, mpi: Mpi | None) -> dict[str, list[str]]:
     """Return, for each transport in the build, the command that starts the probe on RANKS ranks."""
-    probe = [sys.executable, "-m", "hvdtrain.native.probe"]
+    probe = [sys.executable, "-m", PROBE_MODULE]
     ranks = ["-np", str(RANKS)]
     commands = {"Gloo": [sys.executable, "-m", "horovod.runner.launch", "--gloo", *ranks, *probe]}
     if mpi and (horovod.record is None or horovod.record.mpi):
@@ -124,7 +125,7 @@ def run_probe(command: Sequence[str], time_limit: float) -> ProbeOutcome:
         if process.poll() is None:  # Ctrl-C
             stop_launcher(process)
     seconds = time.monotonic() - start
-    found = re.search(re.escape(MARK) + r"(\{.*\})", output)
+    found = re.search(re.escape(PROBE_MARK) + r"(\{.*\})", output)
     if process.returncode or not found:
         return ProbeOutcome(
             False, f"exit code {process.returncode} after {1000 * seconds:.0f} ms{likely_reason(output)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-import horovod.torch as hvd
 import torch
 
 from hvdtrain.comm import collectives
@@ -19,7 +18,7 @@ def broadcast_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     root: int = 0,
-    process_set: hvd.ProcessSet | None = None,
+    process_set: collectives.Group = None,
 ) -> None:
     """Overwrite parameters, buffers and optimizer state with the root's, in any memory format.
 
@@ -54,7 +53,7 @@ def broadcast_state(
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = collectives.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
-        if hvd.rank() != root:
+        if collectives.rank() != root:
             loaded = torch.load(io.BytesIO(data), weights_only=True)
             load_in_place(optimizer, lambda: optimizer.load_state_dict(loaded))
 

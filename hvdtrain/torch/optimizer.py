@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import horovod.torch as hvd
 import torch
-from horovod.torch import optimizer as horovod_optimizer
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm import horovod as hvd
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import NamedParameters, check_parameters
@@ -31,7 +30,7 @@ def DistributedOptimizer(
     compression: str = "none",
     exchange: Literal["bucketed", "horovod"] = "bucketed",
     seed: int = 0,
-    process_set: hvd.ProcessSet | None = None,
+    process_set: collectives.Group = None,
     bucket_bytes: int | None = None,
     shards: int | None = None,
 ) -> torch.optim.Optimizer:
@@ -80,7 +79,7 @@ def DistributedOptimizer(
     held = {p for group in optimizer.param_groups for p in group["params"]}
     check_parameters([(name, p) for name, p in named_parameters if p in held], spec)
     inner_class = type(optimizer)
-    body = dict(horovod_optimizer._DistributedOptimizer.__dict__)
+    body = dict(hvd.DISTRIBUTED_OPTIMIZER_BODY)
     body |= {
         "inner_class": inner_class,
         "inner_step": _find_inner_step(optimizer),
@@ -125,7 +124,7 @@ def DistributedOptimizer(
             backward_passes_per_step,
             hvd.Average if average else hvd.Sum,
             sparse_as_dense=True,
-            process_set=process_set or hvd.global_process_set,
+            process_set=process_set or hvd.all_ranks(),
         )
         # What torch's constructor does, and an optimizer around another may not have called.
         torch.optim.Optimizer.__setstate__(wrapped, {})

@@ -7,7 +7,8 @@ import statistics
 import sys
 import time
 
-MARK = "hvdtrain-check "
+from hvdtrain.native.check import PROBE_MARK
+
 NUMBERS = 1 << 20  # 4 MiB
 TIMES = 5
 
@@ -30,7 +31,7 @@ def main() -> None:
         if not bool((total == expected).all()):
             sys.exit(f"rank {hvd.rank()}: the sum is {total[0].item()}, expected {expected}")
     if hvd.rank() == 0:
-        print(MARK + json.dumps({"ranks": hvd.size(), "ms": 1000 * statistics.median(seconds)}), flush=True)
+        print(PROBE_MARK + json.dumps({"ranks": hvd.size(), "ms": 1000 * statistics.median(seconds)}), flush=True)
     hvd.shutdown()
 
 
