@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.benchmarks.finished import Results
 from tests.benchmarks.start import ROOT, by_hvdtrain
+from tests.benchmarks.tables import Table, publish
 
 # By default one weight of digits is compressed, 18,432 of its 21,386 values; with min=64 in a specification all three.
 RECIPES = {
@@ -52,22 +53,23 @@ def train(recipe: str, spec: str, seed: int, options: argparse.Namespace) -> dic
     return {"accuracy": summary["eval"]["accuracy"], **{name: summary[name] for name in kept}}
 
 
-def table(specs: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of a recipe's rows: accuracies in percent, differences in points of it, mean over seeds."""
+def table(caption: str, specs: Sequence[str], rows: Sequence[dict[str, Any]]) -> Table:
+    """A recipe's rows: accuracies in percent, differences in points of it, mean over seeds."""
     dense = {row["seed"]: row["accuracy"] for row in rows if row["spec"] == "none"}
-    lines = ["| method | accuracy | of each seed | against none | of each seed | kB a step |", "|---" * 6 + "|"]
+    lines = []
     for spec in specs:
         own = [row for row in rows if row["spec"] == spec]
         if any(row["accuracy"] is None for row in own):
-            lines.append(f"| {spec} | diverged |  |  |  |  |")
+            lines.append([spec, "diverged", "", "", "", ""])
             continue
         values = [row["accuracy"] * 100 for row in own]
         gaps = [(row["accuracy"] - dense[row["seed"]]) * 100 for row in own if dense.get(row["seed"]) is not None]
         each, apart = " ".join(f"{value:.1f}" for value in values), " ".join(f"{gap:+.1f}" for gap in gaps)
         gap = f"{statistics.fmean(gaps):+.2f}" if gaps else ""
         wire = own[0]["wire_bytes_per_step"] / 1e3
-        lines.append(f"| {spec} | {statistics.fmean(values):.2f} | {each} | {gap} | {apart} | {wire:,.1f} |")
-    return "\n".join(lines)
+        lines.append([spec, f"{statistics.fmean(values):.2f}", each, gap, apart, f"{wire:,.1f}"])
+    columns = ["method", "accuracy, %", "of each seed", "against none", "of each seed", "kB per step"]
+    return Table(columns, lines, caption)
 
 
 def main() -> None:
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: the recipe's own")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     results = Results(options.results)
     chosen: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in options.recipes}
@@ -91,9 +94,8 @@ def main() -> None:
                     results.add(row)
                 chosen[recipe].append(row)
                 print(f"{recipe:14} seed {seed}  {spec:28} {row['accuracy']}", file=sys.stderr, flush=True)
-    for recipe, rows in chosen.items():
-        seeds = ", ".join(map(str, options.seeds))
-        print(f"\n{recipe}, {options.ranks} ranks, seeds {seeds}\n\n{table(options.specs, rows)}")
+    about = f"{options.ranks} ranks, seeds {', '.join(map(str, options.seeds))}"
+    publish(options.json, [table(f"{recipe}, {about}", options.specs, rows) for recipe, rows in chosen.items()])
 
 
 if __name__ == "__main__":

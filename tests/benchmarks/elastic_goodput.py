@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ import psutil
 
 from tests.benchmarks.elastic_log import METRICS
 from tests.benchmarks.elastic_runs import NAMES, Fails, Hvdtrain, folder
+from tests.benchmarks.tables import Table, publish
 from tests.ranks.elastic import ElasticJob, verify
 from tests.ranks.harness import rows
 
@@ -187,7 +187,7 @@ def plot(found: dict[str, Any], rates: dict[int, float], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=2.0, help="how many times faster than the trace's ten minutes")
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     parser.add_argument("--plot", type=Path, help="file for a plot")
     options = parser.parse_args()
     rates = {}
@@ -197,13 +197,11 @@ def main() -> None:
     found = replay(options.scale)
     most, useful = possible(found["slots"], found["length"], rates), trained(found)
     worlds = sum(one["size"] != other["size"] for one, other in itertools.pairwise(found["done"]))
-    if options.json:
-        about = {"scale": options.scale, "cores": os.cpu_count(), "rates": rates, "goodput": useful / most, **found}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
     if options.plot:
         plot(found, rates, options.plot)
-    print(f"{len(TRACE)} joins and leaves in {found['length']:.0f} s, {worlds} changes of size, exactly once")
-    print(f"goodput {useful / most:.1%}: {useful} of {most:.0f} examples")
+    caption = f"{len(TRACE)} joins and leaves in {found['length']:.0f} s, {worlds} changes of size, exactly once:"
+    row = [f"{useful:,}", f"{most:,.0f}", f"{useful / most:.1%}"]
+    publish(options.json, [Table(["examples trained", "possible at steady rates", "goodput"], [row], caption)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ All but the first: the longest time between two steps around the event, less the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -28,7 +27,6 @@ from pathlib import Path
 
 from tests.benchmarks.elastic_runs import (
     NAMES,
-    PAUSE,
     Fails,
     Found,
     horovod,
@@ -38,6 +36,7 @@ from tests.benchmarks.elastic_runs import (
     torchrun,
     unlist,
 )
+from tests.benchmarks.tables import Table, publish
 
 EVENTS = ("kill", "return", "SIGTERM", "unlisted", "join")
 NEVER = 20.0  # seconds to wait for what is not expected
@@ -109,21 +108,23 @@ def cell(found: list[Found]) -> str:
     return ", ".join([*text, *fails]) or "-"
 
 
-def table(results: dict[str, list[Found]]) -> str:
-    """Markdown: how long training stands still, and of what hvdtrain's time consists."""
-    lines = [f"| s, median (least-most) | {' | '.join(results)} |", "|---" * (1 + len(results)) + "|"]
+def tables(caption: str, results: dict[str, list[Found]]) -> list[Table]:
+    """How long training stands still, and of what hvdtrain's time consists."""
+    still = []
     for event in EVENTS:
-        cells = [cell([turn[event] for turn in turns if event in turn]) for turns in results.values()]
-        lines.append(f"| {event} | {' | '.join(cells)} |")
+        still.append([event, *(cell([turn[event] for turn in turns if event in turn]) for turns in results.values())])
     names = ("detect", "rendezvous", "sync", "recompute")
-    lines += ["", f"| hvdtrain, s, medians | {' | '.join(names)} | from the event on |", "|---" * 6 + "|"]
+    parts = []
     for event in EVENTS:
         turns = [turn[event] for turn in results.get("hvdtrain", []) if "parts" in turn.get(event, {})]
         if turns:
             medians = [statistics.median(turn["parts"][name] for turn in turns) for name in names]
             after = statistics.median(turn["after"] for turn in turns)
-            lines.append(f"| {event} | {' | '.join(f'{value:.3f}' for value in medians)} | {after:.2f} |")
-    return "\n".join(lines)
+            parts.append([event, *(f"{value:.3f}" for value in medians), f"{after:.2f}"])
+    return [
+        Table(["s, median (least-most)", *results], still, caption),
+        Table(["hvdtrain, s, medians", *names, "from the event on"], parts),
+    ]
 
 
 def main() -> None:
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=4, choices=range(2, len(NAMES)))
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS))
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     if strange := set(options.ways) - set(WAYS):
         parser.error(f"--ways: {', '.join(strange)} is none of {', '.join(WAYS)}")
@@ -144,11 +145,8 @@ def main() -> None:
                 WAYS[way](options.ranks, results[way][-1])
             except Fails as fails:
                 print(f"  between two events: {fails}", file=sys.stderr, flush=True)
-            if options.json:
-                about = {"ranks": options.ranks, "cores": os.cpu_count(), "pause": PAUSE, "ways": results}
-                options.json.write_text(json.dumps(about, indent=1) + "\n")
-    print(f"{options.ranks} ranks on {os.cpu_count()} cores, loopback; {options.rounds} rounds\n")
-    print(table(results))
+    caption = f"{options.ranks} ranks on {os.cpu_count()} cores, loopback; {options.rounds} rounds"
+    publish(options.json, tables(caption, results))
     turns = [(way, turn) for way, found in results.items() for turn in found]
     fails = {f"{way}, {event}: {one['fails']}" for way, turn in turns for event, one in turn.items() if "fails" in one}
     print("", *sorted(fails), sep="\n")

@@ -1,6 +1,6 @@
 """What Horovod's own elastic mode does at each fault of docs/faults.md that can be planted on one host.
 
-    python -m tests.benchmarks.elastic_stock_faults [--faults kill,stop,...] [--limit 90] [--json F]
+    python -m tests.benchmarks.elastic_stock_faults [--faults kill,stop,...] [--limit 90] [--results F] [--json F]
 
 Three workers, each on a host of its own, train digits for 8 epochs by tests/benchmarks/elastic_stock_faults_rank.py. Of
 each fault it says whether the run finished, ended or had no end within the limit; how many ids of all epochs no
@@ -26,6 +26,7 @@ import psutil
 
 from tests.benchmarks.elastic_runs import NAMES, folder, list_hosts, listed
 from tests.benchmarks.elastic_stock_faults_rank import EPOCHS, EXAMPLES
+from tests.benchmarks.tables import Table, publish
 from tests.ranks.disk import small_disk
 from tests.ranks.harness import BIN, Job
 
@@ -180,24 +181,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=lambda text: text.split(","), default=list(FAULTS))
     parser.add_argument("--limit", type=float, default=90.0, help="seconds after which a run has no end")
-    parser.add_argument("--json", type=Path, help="file for what was found; what is in it of other faults is kept")
+    parser.add_argument("--results", type=Path, help="file for what was found; what is in it of other faults is kept")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     if strange := set(options.faults) - set(FAULTS):
         parser.error(f"--faults: {', '.join(strange)} is none of {', '.join(FAULTS)}")
-    found = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    found = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
     for name in options.faults:
         found[name] = observe(name, options.limit)
         print(name, found[name], file=sys.stderr, flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"Of {EPOCHS} x {EXAMPLES} examples; no end: within {options.limit:g} s of the fault\n")
-    print(
-        "| fault | outcome | worlds | ids lost | repeated | processes left | said last |\n|---|---|---|---|---|---|---|"
-    )
+        if options.results:
+            options.results.write_text(json.dumps(found, indent=1) + "\n")
+    rows = []
     for name, one in found.items():
         outcome = one["outcome"] + " after training" * (one["trained to the end"] and one["outcome"] != "finished")
         cells = [outcome, one["worlds"], one["lost"], one["repeated"], one["left"], one["said"].replace("|", "/")]
-        print(f"| {name} | {' | '.join(map(str, cells))} |")
+        rows.append([name, *map(str, cells)])
+    columns = ["fault", "outcome", "worlds", "ids lost", "repeated", "processes left", "printed last"]
+    caption = f"Of {EPOCHS} x {EXAMPLES} examples; no end: within {options.limit:g} s of the fault"
+    publish(options.json, [Table(columns, rows, caption)])
 
 
 if __name__ == "__main__":

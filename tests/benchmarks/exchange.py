@@ -15,7 +15,6 @@ rank to its share of the host's cores, as hvdtrain does itself, or not) or +NAME
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.start import by_horovodrun, machines, told
+from tests.benchmarks.tables import Table, publish
 from tests.hosts.cluster import Host
 
 # Keeps memory that is freed: gradients and activations of each step otherwise cost thousands of page faults.
@@ -66,18 +66,17 @@ def measure(way: str, options: argparse.Namespace, hosts: Sequence[Host]) -> dic
     return result
 
 
-def table(ways: Sequence[str], against: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> str:
-    """A Markdown table: the median over all rounds, its spread over the rounds, bytes, how much faster than others."""
+def table(caption: str, ways: Sequence[str], against: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> Table:
+    """The median over all rounds, its spread over the rounds, bytes, how much faster than others."""
     medians = {way: statistics.median(s for turn in results[way] for s in turn["seconds"]) for way in ways}
-    lines = [f"| way | ms | rounds, ms | kB sent | {' | '.join(f'x {other}' for other in against)} |"]
-    lines.append("|---" * (4 + len(against)) + "|")
+    rows = []
     for way in ways:
         rounds = [statistics.median(turn["seconds"]) * 1e3 for turn in results[way]]
         wire = results[way][-1]["wire_bytes"]
         sent = "" if wire is None else f"{wire / 1e3:,.0f}"
-        ratios = " | ".join(f"{medians[other] / medians[way]:.2f}" for other in against)
-        lines.append(f"| {way} | {medians[way] * 1e3:.1f} | {min(rounds):.0f}-{max(rounds):.0f} | {sent} | {ratios} |")
-    return "\n".join(lines)
+        ratios = [f"{medians[other] / medians[way]:.2f}" for other in against]
+        rows.append([way, f"{medians[way] * 1e3:.1f}", f"{min(rounds):.0f}-{max(rounds):.0f}", sent, *ratios])
+    return Table(["way", "ms", "rounds, ms", "kB sent", *(f"x {other}" for other in against)], rows, caption)
 
 
 def listed(text: str) -> list[str]:
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rate", help="of the links between hosts: 1gbit, 100mbit, ...; default: loopback")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--images", type=int, default=16, help="per rank; fewer make the network matter more")
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     parser.add_argument("--show", action="store_true", help="show what the ranks print")
     options = parser.parse_args()
     ways, against = options.ways, options.against or options.ways
@@ -113,11 +112,8 @@ def main() -> None:
                     flush=True,
                 )
     where = f"hosts joined at {options.rate}" if options.rate else "loopback"
-    print(f"{options.ranks} ranks, {where}; {options.rounds} rounds of {options.steps} steps; x: times as fast as\n")
-    print(table(ways, against, results))
-    if options.json:
-        about = {"rate": options.rate, "ranks": options.ranks, "rounds": options.rounds, "steps": options.steps}
-        options.json.write_text(json.dumps({**about, "ways": results}, indent=1) + "\n")
+    caption = f"{options.ranks} ranks, {where}; {options.rounds} rounds of {options.steps} steps; x: times as fast as"
+    publish(options.json, [table(caption, ways, against, results)])
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from tests.benchmarks.start import by_horovodrun, machines, told
+from tests.benchmarks.tables import Table, publish
 
 WORK = (0, 1, 10, 60)  # products of 300 x 300 matrices between two all-reduces
 TIMES = 150
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", help="of the links between hosts: 1gbit, ...; default: loopback")
     parser.add_argument("--on-a-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     if options.on_a_rank:
         on_a_rank()
@@ -61,14 +64,10 @@ def main() -> None:
             for way, threshold in WAYS.items():
                 text = by_horovodrun(line, 2, hosts, {"HOROVOD_FUSION_THRESHOLD": threshold}, 120)
                 results[way].append(told(text))
-    print("| products before | " + " | ".join(map(str, WORK)) + " |")
-    print("|---" * (1 + len(WORK)) + "|")
+    rows = []
     for way, rounds in results.items():
-        print(
-            f"| {way} | "
-            + " | ".join(f"{statistics.median(column):.2f}" for column in zip(*rounds, strict=True))
-            + " |"
-        )
+        rows.append([way, *(f"{statistics.median(column):.2f}" for column in zip(*rounds, strict=True))])
+    publish(options.json, [Table(["products before", *map(str, WORK)], rows, "Waits for a small all-reduce, ms:")])
 
 
 if __name__ == "__main__":

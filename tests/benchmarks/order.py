@@ -11,11 +11,13 @@ import argparse
 import statistics
 import time
 import tracemalloc
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
 from hvdtrain.recipe import order
+from tests.benchmarks.tables import Table, publish
 
 BATCH = 128
 
@@ -77,21 +79,26 @@ def digits_accuracies(seeds: int) -> tuple[list[float], list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accuracy", type=int, default=0, metavar="SEEDS")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
+    rows = []
     for examples in (10**3, 10**6, 10**9, 10**12):
         seconds, mib = first_step(examples)
         each = statistics.median(nanoseconds_per_id(examples, min(2000, examples // BATCH)) for _ in range(5))
-        step = each * BATCH / 1e3
-        print(f"{examples:>16,} examples: first step after {seconds * 1e3:.2f} ms, {mib:.2f} MiB; {each:.0f} ns per id")
-        print(f"{'':>16} {step:.1f} us per step of {BATCH}")
+        cells = [f"{seconds * 1e3:.2f}", f"{mib:.2f}", f"{each:.0f}", f"{each * BATCH / 1e3:.1f}"]
+        rows.append([f"{examples:,}", *cells])
+    columns = ["examples", "first step after, ms", "MiB", "ns per id", f"us per step of {BATCH}"]
+    tables = [Table(columns, rows)]
     whole = statistics.median(nanoseconds_per_id(10**7, 10**7 // BATCH) for _ in range(3))
-    print(f"all of 10^7: {whole:.0f} ns per id; numpy's permutation {numpy_per_id(10**7):.0f} ns per id")
+    row = [f"{whole:.0f}", f"{numpy_per_id(10**7):.0f}"]
+    tables.append(Table(["all of 10^7, ns per id", "numpy's permutation"], [row]))
     if options.accuracy:
         ours, numpys = digits_accuracies(options.accuracy)
-        for name, found in (("this order", ours), ("numpy", numpys)):
-            print(
-                f"digits, {name}: {statistics.mean(found):.4f} +- {statistics.stdev(found):.4f} of {len(found)} seeds"
-            )
+        rows = []
+        for name, found in (("this order", ours), ("numpy's", numpys)):
+            rows.append([name, f"{statistics.mean(found):.4f} +- {statistics.stdev(found):.4f}"])
+        tables.append(Table(["order", f"accuracy of digits, {options.accuracy} seeds"], rows))
+    publish(options.json, tables)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.start import ROOT, environment, machines
+from tests.benchmarks.tables import Table, publish
 from tests.hosts import furnish
 from tests.hosts.cluster import Host
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="1gbit", help="what each host can send, as tc writes it")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     taken: dict[str, list[float]] = {}
     with machines(options.rate, options.hosts) as hosts:
@@ -81,11 +83,14 @@ def main() -> None:
                 taken.setdefault(name, []).append(seconds_to_first_step(line, hosts))
                 print(f"round {number + 1}: {name}: {taken[name][-1]:.2f} s", file=sys.stderr)
     median = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    print(f"\nSeconds from the command to the first step, {options.hosts} hosts, {options.rounds} rounds.\n")
-    print("| way | median | least | most | against horovodrun --network-interfaces |\n|---|---|---|---|---|")
+    caption = f"Seconds from the command to the first step, {options.hosts} hosts, {options.rounds} rounds."
+    rows = []
     for name in lines([]):
         ratio = median[name] / median["horovodrun --network-interfaces"]
-        print(f"| {name} | {median[name]:.2f} | {min(taken[name]):.2f} | {max(taken[name]):.2f} | {ratio:.2f} |")
+        values = (median[name], min(taken[name]), max(taken[name]), ratio)
+        rows.append([name, *(f"{value:.2f}" for value in values)])
+    columns = ["way", "median", "least", "most", "against horovodrun --network-interfaces"]
+    publish(options.json, [Table(columns, rows, caption)])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks.tables import Table, publish
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "cifar10.py"
 BATCH = 32
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     if options.bare:
         print(json.dumps(bare_loop(options.steps)))
@@ -84,7 +87,9 @@ def main() -> None:
             flush=True,
         )
     ratio = statistics.median(ours) / statistics.median(bare)
-    print(f"median of {len(ours)} steps each: hvdtrain / bare = {ratio:.3f}")
+    medians = [f"{statistics.median(seconds) * 1e3:.1f}" for seconds in (bare, ours)]
+    columns = ["bare loop, ms", "hvdtrain, ms", "hvdtrain / bare"]
+    publish(options.json, [Table(columns, [[*medians, f"{ratio:.3f}"]], f"Medians of {len(ours)} steps each:")])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 from tests.benchmarks.finished import Results
 from tests.benchmarks.start import ROOT, by_horovodrun, by_hvdtrain, machines, told
+from tests.benchmarks.tables import Table, publish
 from tests.hosts.cluster import Host
 
 RECIPE = ROOT / "tests" / "benchmarks" / "cifar_shaped.py"
@@ -71,22 +72,20 @@ def seconds_to(target: float, curve: Curve) -> float:
     return next((seconds for seconds, accuracy in curve if accuracy >= target), math.inf)
 
 
-def table(target: float, runs: dict[str, list[dict[str, Any]]]) -> str:
-    """A Markdown table, by way: medians over the seeds."""
+def table(caption: str, target: float, runs: dict[str, list[dict[str, Any]]]) -> Table:
+    """By way: medians over the seeds."""
     reached = {way: statistics.median(seconds_to(target, run["curve"]) for run in own) for way, own in runs.items()}
     against = [way for way in ("ddp", "ddp-fp16") if way in runs]
-    ratios = "".join(f" x {way} |" for way in against)
-    lines = [f"| way | s to {target:.0%} |{ratios} final accuracy, % | step, ms |", "|---" * (4 + len(against)) + "|"]
+    rows = []
     for way, own in runs.items():
         final = statistics.median(run["curve"][-1][1] for run in own) * 100
         step = statistics.median(run["step_seconds"] for run in own) * 1e3
         time = f"{reached[way]:.1f}" if math.isfinite(reached[way]) else "never"
-        faster = "".join(
-            f" {reached[other] / reached[way]:.2f} |" if math.isfinite(reached[way]) else " |" for other in against
-        )
+        faster = [f"{reached[other] / reached[way]:.2f}" if math.isfinite(reached[way]) else "" for other in against]
         name = way if way.startswith("ddp") else f"hvdtrain {way}"
-        lines.append(f"| {name} | {time} |{faster} {final:.1f} | {step:.0f} |")
-    return "\n".join(lines)
+        rows.append([name, time, *faster, f"{final:.1f}", f"{step:.0f}"])
+    columns = ["way", f"s to {target:.0%}", *(f"x {way}" for way in against), "final accuracy, %", "step, ms"]
+    return Table(columns, rows, caption)
 
 
 def plot(path: Path, title: str, target: float, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -124,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, help="default: the recipe's own")
     parser.add_argument("--eval-every", type=int, default=25, help="steps between evaluations")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     results = Results(options.results)
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
@@ -147,7 +147,8 @@ def main() -> None:
         worst = min(max(accuracy for _, accuracy in run["curve"]) for own in runs.values() for run in own)
         target = math.floor(worst * 20) / 20
     title = f"ResNet-18, cifar_shaped, two hosts joined at {options.rate}"
-    print(f"{title}; seeds {', '.join(map(str, options.seeds))}; x: times as fast as\n\n{table(target, runs)}")
+    caption = f"{title}; seeds {', '.join(map(str, options.seeds))}; x: times as fast as"
+    publish(options.json, [table(caption, target, runs)])
     if options.plot:
         plot(options.plot, title, target, runs)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tests.benchmarks.start import by_horovodrun, told
+from tests.benchmarks.tables import Table, publish
 
 SPECS = "none,fp16,bf16,int8,onebit,qsgd:4bit,randomk:0.25,powersgd:4,topk:0.01"
 STEPS = 2  # powersgd sends one of two sides in turns
@@ -26,16 +28,16 @@ def megabytes(model: str, specs: Sequence[str], ranks: int) -> dict[str, float]:
     return {spec: seen[0][spec]["counted"] / STEPS / 1e6 for spec in specs}
 
 
-def markdown(measured: Mapping[int, Mapping[str, float]]) -> str:
+def table(measured: Mapping[int, Mapping[str, float]]) -> Table:
     """A row for each method; the last column is by how much the most ranks exceed the fewest."""
     counts = sorted(measured)
     fewest, most = counts[0], counts[-1]
-    head = " | ".join(f"{ranks} ranks, MB" for ranks in counts)
-    lines = [f"| method | {head} | {most} / {fewest} |", "|---" * (len(counts) + 2) + "|"]
+    rows = []
     for spec in measured[fewest]:
-        row = " | ".join(f"{measured[ranks][spec]:.3f}" for ranks in counts)
-        lines.append(f"| `{spec}` | {row} | {measured[most][spec] / measured[fewest][spec]:.2f} |")
-    return "\n".join(lines)
+        cells = [f"{measured[ranks][spec]:.3f}" for ranks in counts]
+        rows.append([f"`{spec}`", *cells, f"{measured[most][spec] / measured[fewest][spec]:.2f}"])
+    columns = ["method", *(f"{ranks} ranks, MB" for ranks in counts), f"{most} / {fewest}"]
+    return Table(columns, rows, "What a rank sends per step:")
 
 
 def main() -> None:
@@ -43,10 +45,11 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4,8", help="numbers of ranks, separated by commas")
     parser.add_argument("--specs", default=SPECS, help="methods, separated by commas")
     parser.add_argument("--model", default="resnet18", choices=["small", "resnet18"])
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     options = parser.parse_args()
     specs = options.specs.split(",")
     measured = {int(ranks): megabytes(options.model, specs, int(ranks)) for ranks in options.ranks.split(",")}
-    print(markdown(measured))
+    publish(options.json, [table(measured)])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """All that needs a GPU, in one go: correctness of NCCL, codecs and ranks, and the times of steps and codecs.
 
-    python -m tests.gpu [--out FILE] [--require] [--parts nccl,codecs,ranks,steps,speeds]
+    python -m tests.gpu [--json FILE] [--require] [--parts nccl,codecs,ranks,steps,speeds]
     python -m tests.gpu --device cpu       tries out this script itself: small sizes, over Gloo; its times mean nothing
 
 Where torch sees no GPU it says so and does nothing: exit code 0, or 1 with --require. Exit code 1 too if a check fails.
@@ -9,7 +9,6 @@ Where torch sees no GPU it says so and does nothing: exit code 0, or 1 with --re
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import mmap
@@ -30,6 +29,7 @@ import torch
 from hvdtrain.native import installed
 from hvdtrain.native.cuda import find_nccl
 from hvdtrain.native.torchinfo import require_torch
+from tests.benchmarks.tables import Table, publish
 from tests.gpu import codecs
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 
@@ -184,11 +184,10 @@ def judged(name: str, check: Callable[[], str]) -> Verdict:
     return verdict
 
 
-def step_table(device: str, ranks: int, verdicts: list[Verdict], steps: int) -> list[str]:
-    """Markdown: the median step of each way, and how many times faster it is than others."""
+def step_table(device: str, ranks: int, verdicts: list[Verdict], steps: int) -> Table:
+    """The median step of each way, and how many times faster it is than others."""
     tiny = ["--tiny"] if device == "cpu" else []
-    lines = [f"### {ranks} rank{'s on the GPU' if ranks > 1 else ''}", ""]
-    lines += ["| model | way | ms | x DDP | x Horovod |", "|---|---|---|---|---|"]
+    rows = []
     for model, title in MODELS.items():
         medians: dict[str, float] = {}
         for way in WAYS:
@@ -201,33 +200,31 @@ def step_table(device: str, ranks: int, verdicts: list[Verdict], steps: int) -> 
             verdicts.append(judged(f"steps of {model}, {way}, {ranks} rank(s)", measure))
         for way, ms in medians.items():
             ratios = [f"{medians[other] / ms:.2f}" if other in medians else "" for other in ("ddp", "horovod")]
-            lines.append(f"| {model if tiny else title} | {way} | {ms:.1f} | {' | '.join(ratios)} |")
-    return [*lines, ""]
+            rows.append([model if tiny else title, way, f"{ms:.1f}", *ratios])
+    where = f"{ranks} ranks on the GPU" if ranks > 1 else "one rank"
+    caption = f"Medians of steps that are waited for, in bfloat16 by autocast, channels last, on {where}:"
+    return Table(["model", "way", "ms", "x DDP", "x Horovod"], rows, caption)
 
 
-def speed_table(device: str) -> list[str]:
-    """Markdown: GB/s of encoding and decoding."""
+def speed_table(device: str) -> Table:
+    """GB/s of encoding and decoding."""
     megabytes = 100.0 if device == "cuda" else 1.0
     found = codecs.speeds(torch.device(device), megabytes)
     copy = found.pop("copy")[0]
-    lines = [f"{megabytes:.0f} MB of float32; dense bytes / seconds. A copy on the device: {copy:.0f} GB/s.", ""]
-    lines += ["| codec | encode, GB/s | of a copy | decode, GB/s | of a copy |", "|---|---|---|---|---|"]
+    rows = []
     for text, (encoding, decoding) in found.items():
-        cells = [f"{speed:.1f} | {speed / copy:.0%}" for speed in (encoding, decoding)]
-        lines.append(f"| `{text}` | {' | '.join(cells)} |")
-    return [*lines, ""]
+        cells = [cell for speed in (encoding, decoding) for cell in (f"{speed:.1f}", f"{speed / copy:.0%}")]
+        rows.append([f"`{text}`", *cells])
+    caption = f"{megabytes:.0f} MB of float32; dense bytes / seconds. A copy on the device: {copy:.0f} GB/s."
+    return Table(["codec", "encode, GB/s", "of a copy", "decode, GB/s", "of a copy"], rows, caption)
 
 
-def about(device: str) -> list[str]:
+def machine(device: str) -> str:
     """What the figures are of."""
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    lines = ["By `python -m tests.gpu --require --out FILE`.", "", f"- date: {date}", f"- torch {torch.__version__}"]
-    if device == "cuda":
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-        lines += [f"- GPU: {torch.cuda.get_device_name()}, driver {driver()}", f"- NCCL {nccl}"]
-    else:
-        lines.append("- **No GPU: a trial of the script on a CPU, with small sizes. Its times mean nothing.**")
-    return lines
+    if device == "cpu":
+        return "no GPU: a trial of the script with small sizes, whose times mean nothing"
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return f"one {torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}, NCCL {nccl}"
 
 
 def driver() -> str:
@@ -242,7 +239,7 @@ def driver() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--out", type=Path, help="file for the results, as Markdown; default: printed")
+    parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     parser.add_argument("--require", action="store_true", help="exit with 1 where there is no GPU")
     parser.add_argument("--parts", default="nccl,codecs,ranks,steps,speeds", help="some of these, separated by commas")
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each way")
@@ -252,24 +249,19 @@ def main() -> int:
         print("tests.gpu: torch sees no GPU here, and nothing was run")
         return int(options.require)
     verdicts = [judged(name, check) for name, check in correctness(device, parts)]
-    text = ["# Results on a GPU" if device == "cuda" else "# A trial on a CPU", "", *about(device), ""]
+    tables = []
     if "steps" in parts:
-        text += ["## Steps", "", "Medians of steps that are waited for, in bfloat16 by autocast, channels last.", ""]
-        text += ["`alone` exchanges nothing, and on one rank neither do Horovod and hvdtrain. Horovod itself takes no"]
-        text += ["channels-last gradients: its convolutions' weights are in torch's usual order.", ""]
+        # On one rank neither `alone` nor Horovod nor hvdtrain exchanges anything. Horovod itself takes no channels-last
+        # gradients: its convolutions' weights are in torch's usual order.
         shared = "ranks" not in parts or any(n == "collectives on 2 ranks" and r == "ok" for n, r, _ in verdicts)
-        for ranks in (1, 2) if shared else (1,):
-            text += step_table(device, ranks, verdicts, options.steps)
+        tables += [step_table(device, ranks, verdicts, options.steps) for ranks in ((1, 2) if shared else (1,))]
     if "speeds" in parts:
         print("         encoding and decoding ...", flush=True)
-        text += ["## Codecs", "", *speed_table(device)]
+        tables.append(speed_table(device))
     if verdicts:
-        text += ["## Checks", "", "| check | | |", "|---|---|---|"]
-    text += [f"| {name} | {result} | {words.replace('|', '/')} |" for name, result, words in verdicts]
-    if options.out:
-        options.out.write_text("\n".join(text) + "\n")
-    else:
-        print("\n" + "\n".join(text))
+        rows = [[name, result, words.replace("|", "/")] for name, result, words in verdicts]
+        tables.append(Table(["check", "result", "details"], rows, "Checks:"))
+    publish(options.json, tables, machine(device))
     results = [result for _, result, _ in verdicts]
     print(", ".join(f"{results.count(result)} {result}" for result in ("ok", "refused", "failed")))
     return int("failed" in results)
