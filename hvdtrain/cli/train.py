@@ -10,7 +10,8 @@ import click
 from hvdtrain.cli import options
 from hvdtrain.cli.rank import exit_on_failure, report_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import HOROVOD_FUSION_BYTES
-from hvdtrain.elastic import membership, places
+from hvdtrain.elastic import membership, slot
+from hvdtrain.elastic.records import SOURCE
 from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.registry import load_recipe
@@ -52,7 +53,7 @@ def train_command(ctx: click.Context, recipe: str | None, args: tuple[str, ...])
         click.echo(formatter.getvalue(), nl=False)
         return 0
     assert recipe is not None
-    if os.environ.get("HOROVOD_ELASTIC") == "1" and places.MEMBER_VARIABLE not in os.environ:
+    if os.environ.get("HOROVOD_ELASTIC") == "1" and slot.MEMBER_VARIABLE not in os.environ:
         return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).supervise_worker()
     member = membership.membership_from_environment()
     ctx.with_resource(watch_for_hangs(command=True))
@@ -76,7 +77,7 @@ def train_command(ctx: click.Context, recipe: str | None, args: tuple[str, ...])
 
 def read_recipe_copy(member: membership.Membership | None) -> RecipeSource | None:
     """The recipe's source as the elastic run that this worker joins copied it: the file may have been edited since."""
-    described = member.store.get("source") if member is not None else None
+    described = member.store.get(SOURCE) if member is not None else None
     return read_copy(described) if described is not None else None
 
 

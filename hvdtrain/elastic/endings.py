@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from hvdtrain.elastic.places import Slot
+from hvdtrain.elastic.records import BEGAN, DEATH, ERROR, GONE, PLAN, VERDICT, Heartbeat, Verdict, WorkerDeath
+from hvdtrain.elastic.slot import Slot
 from hvdtrain.elastic.store import KeyValueStore
-from hvdtrain.elastic.tries import MAX_TRIES_PER_STEP, WorkerDeath, count_tries, describe_exit_code
+from hvdtrain.elastic.tries import MAX_TRIES_PER_STEP, count_tries, describe_exit_code
 from hvdtrain.system import messages
 from hvdtrain.system.activity import ActivityRecord
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR
@@ -37,7 +37,7 @@ class FailureHandler:
     slot: Slot
 
     def decide_after_death(
-        self, member: str, code: int, record: ActivityRecord, failed_starts: int, others: Sequence[Mapping[str, Any]]
+        self, member: str, code: int, record: ActivityRecord, failed_starts: int, others: Sequence[Heartbeat]
     ) -> DeathResponse:
         """Decide what follows the death of this slot's worker, and end the run if it makes no progress.
 
@@ -46,13 +46,13 @@ class FailureHandler:
             failed_starts: how many of this slot's workers before it died without joining a generation.
             others: the pulses of the other supervisors that are alive.
         """
-        plans, (_, steps, _, what) = self.store.get_by_prefix("plan-"), record.read_activity()
-        generations = [int(number) for number, plan in plans.items() if member in [m["id"] for m in plan["members"]]]
+        plans, (_, steps, _, what) = self.store.get_all(PLAN), record.read_activity()
+        generations = [int(number) for number, plan in plans.items() if member in plan.member_ids]
         text = f"a worker on {self.slot.host} {describe_exit_code(code)} while it was {what}"
         if generations:
-            death = asdict(WorkerDeath(max(generations), steps, describe_exit_code(code), what, self.slot.host))
-            deaths = {**self.store.get_by_prefix("died-"), member: self.store.put_if_absent(f"died-{member}", death)}
-            tries = count_tries(deaths, self.store.get_by_prefix("error-"), self.store.get_by_prefix("began-"))
+            death = WorkerDeath(max(generations), steps, describe_exit_code(code), what, self.slot.host)
+            deaths = {**self.store.get_all(DEATH), member: self.store.put_if_absent(DEATH.of(member), death)}
+            tries = count_tries(deaths, self.store.get_all(ERROR), self.store.get_all(BEGAN))
             ending = self.end_run(EXIT_FAILED, f"no progress: {tries.text}") if tries.should_give_up else None
             return DeathResponse(0, tries.next_try_delay(), ending)
         failed_starts += 1
@@ -60,10 +60,10 @@ class FailureHandler:
             ending = EXIT_USER_ERROR if code == EXIT_USER_ERROR else EXIT_FAILED
             self.report_failure(ending, f"no worker starts: {text}", ends=False)
             return DeathResponse(failed_starts, exit_code=ending)
-        gone = self.store.get_by_prefix("gone-")
-        if not plans or any(other["joined"] and other["member"] not in gone for other in others):  # who train
+        gone = self.store.get_all(GONE)
+        if not plans or any(other.joined and other.member not in gone for other in others):  # who train
             return DeathResponse(failed_starts, RETRY_INTERVAL if failed_starts >= MAX_FAILED_STARTS else 0.0)
-        if failed_starts < MAX_TRIES_PER_STEP or any(other["failed"] < MAX_TRIES_PER_STEP - 1 for other in others):
+        if failed_starts < MAX_TRIES_PER_STEP or any(other.failed_starts < MAX_TRIES_PER_STEP - 1 for other in others):
             return DeathResponse(failed_starts, min(2.0**failed_starts, RETRY_INTERVAL))
         return DeathResponse(failed_starts, exit_code=self.end_run(EXIT_FAILED, f"no worker starts any more: {text}"))
 
@@ -72,13 +72,13 @@ class FailureHandler:
 
         error: "" for a stop.
         """
-        mine = {"code": code, "error": error, "by": self.name}
-        verdict = self.store.put_if_absent("verdict", mine)
+        mine = Verdict(code, error, self.name)
+        verdict = self.store.put_if_absent(VERDICT, mine)
         if verdict == mine and error:
             self.report_failure(code, error, ends=True)
         elif verdict == mine:
             messages.send_message("finished", rank=self.slot.local_rank, code=code)
-        return int(verdict["code"])
+        return verdict.code
 
     def report_failure(self, code: int, error: str, *, ends: bool) -> None:
         """Report to the launcher why this slot fails. ends: and the run with it, whoever else is there."""

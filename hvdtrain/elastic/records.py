@@ -1,28 +1,40 @@
-"""What the members of an elastic run write for each other, and whether a value is what its key says.
+"""The records that processes of an elastic run write for each other, and their check when they are read.
 
-Values come from another process, of another version perhaps, or from one that has gone wrong: what is not exactly what
-is expected is not read at all (hvdtrain/elastic/store.py).
+Records come from another process: one of another version, or one that went wrong. A value without exactly the fields
+and types that its key promises is not a record, and counts as not written (hvdtrain/elastic/store.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+import types
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
-MEMBER_HOST_PATTERN = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
-RECORD_INTEGER_BOUND = 2**62
+T = TypeVar("T")
+
+HOST_PATTERN = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+INTEGER_BOUND = 2**62  # integers of a record are below it
 
 
-class Verdict(TypedDict):
+@dataclass(frozen=True)
+class Verdict:
     """How the run has ended."""
 
-    code: int
-    error: str
+    code: int  # the exit code of all its processes
+    error: str  # "" if there was none
+    by: str = ""  # the supervisor that wrote it, "" for a worker
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.code < 256:
+            raise ValueError(f"exit code {self.code}")
 
 
-class PlannedMember(TypedDict):
-    """A member of a generation, and its place in it."""
+@dataclass(frozen=True)
+class PlannedMember:
+    """A member of a generation, and the ranks that it has there."""
 
     id: str
     host: str
@@ -32,135 +44,176 @@ class PlannedMember(TypedDict):
     cross_rank: int
     cross_size: int
 
-
-class GenerationPlan(TypedDict):
-    """A generation."""
-
-    members: list[PlannedMember]
-    server: list[Any]  # address and port
-    root: int
-    step: int
-    error: str | None
+    def __post_init__(self) -> None:
+        check_host(self.host)
 
 
-class Presence(TypedDict):
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A generation: who is in it, where its members meet, and whose state they take over."""
+
+    members: list[PlannedMember]  # by rank
+    server: tuple[str, int]  # address and port of the rendezvous server
+    root: int  # the rank whose state all take over
+    step: int  # that this state has reached; -1: nobody has one
+    error: str | None  # why there is no further generation
+
+    def __post_init__(self) -> None:
+        if [member.rank for member in self.members] != list(range(len(self.members))):
+            raise ValueError("ranks that do not count up from 0")
+        if not 0 <= self.root < len(self.members):
+            raise ValueError(f"root {self.root} of {len(self.members)} ranks")
+        check_host(self.server[0])
+        if not 0 < self.server[1] < 1 << 16:
+            raise ValueError(f"port {self.server[1]}")
+
+    @property
+    def member_ids(self) -> list[str]:
+        """The members by rank."""
+        return [member.id for member in self.members]
+
+
+@dataclass(frozen=True)
+class Candidate:
     """A worker that is ready for a generation."""
 
-    step: int
+    step: int  # that its state has reached; -1: it has none
     host: str
-    slot: int
-    joined: bool
+    slot: int  # its local rank in horovodrun's list
+    joined: bool  # an earlier generation
+
+    def __post_init__(self) -> None:
+        check_host(self.host)
 
 
-class WorkerError(TypedDict):
-    """An error of the recipe."""
+@dataclass(frozen=True)
+class TrainingError:
+    """An error of the recipe's code, which ended a generation."""
 
-    step: int
+    step: int  # after which it came
     text: str
 
 
-class Heartbeat(TypedDict):
-    """A supervisor's sign of life."""
-
-    beats: int
-    member: str
-    host: str
-    size: int
-    ending: bool
-    drained: bool
-    joined: bool  # its worker, a generation
-    failed: int  # starts of its workers in a row
-
-
-class DeathRecord(TypedDict):
-    """How a worker that had joined a generation ended: hvdtrain.elastic.tries.WorkerDeath."""
+@dataclass(frozen=True)
+class WorkerDeath:
+    """How a worker that had joined a generation ended."""
 
     generation: int
-    steps: int
-    cause: str
-    what: str
+    steps: int  # that were done
+    cause: str  # "was killed by signal 11 (SIGSEGV)"
+    what: str  # its last activity, "computing gradients"
     host: str
 
-
-# By the form of the key.
-FACT_TYPES: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(r"verdict"), Verdict),
-    (re.compile(r"plan-[0-9]{1,9}"), GenerationPlan),
-    (re.compile(r"here-[0-9]{1,9}-.+"), Presence),
-    (re.compile(r"follows-[0-9]{1,9}-.+"), bool),
-    (re.compile(r"error-[0-9]{1,9}-.+"), WorkerError),
-    (re.compile(r"gone-.+"), str),
-    (re.compile(r"died-.+"), DeathRecord),
-    (re.compile(r"began-[0-9]{1,9}"), int),
-    (re.compile(r"folder"), str),
-]
-FACT_KINDS = ("verdict", "plan", "here", "follows", "error", "gone", "died", "began", "folder")
+    def __post_init__(self) -> None:
+        check_host(self.host)
 
 
-def parse_fact(key: str, text: bytes | str) -> Any:
-    """The value of a fact. Raises ValueError if it is not one that its key can have."""
-    value = load_json(text)
-    for form, kind in FACT_TYPES:
-        if form.fullmatch(key):
-            return check_record(value, kind)
-    if key.partition("-")[0] in FACT_KINDS:
-        raise ValueError("a key of an unknown form")
-    return value
+@dataclass(frozen=True)
+class Heartbeat:
+    """A supervisor's sign of life."""
+
+    beats: int  # increases
+    member: str  # its worker
+    host: str
+    assigned_size: int  # of horovodrun's list of slots, when it last asked for it
+    ending: bool  # it knows that the run ends, or leaves it
+    drained: bool  # its slot is to leave the run
+    joined: bool  # its worker is in the newest generation
+    failed_starts: int  # of its workers, in a row: they ended before they joined a generation
+
+    def __post_init__(self) -> None:
+        check_host(self.host)
 
 
-def parse_heartbeat(text: bytes | str) -> Any:
-    """A supervisor's sign of life. Raises ValueError."""
-    return check_record(load_json(text), Heartbeat)
+@dataclass(frozen=True)
+class Fact(Generic[T]):
+    """A key of the store that is written once, or what the keys of several begin with; and the type of its value."""
+
+    key: str
+    kind: Any  # type[T], or Any for JSON that its reader checks
+    pattern: str = ""  # of keys; "" for `key` alone
+
+    def of(self, *parts: object) -> Fact[T]:
+        """The fact of one generation, of one member, or both: `PLAN.of(3)` has the key plan-3."""
+        return Fact("-".join(map(str, (self.key, *parts))), self.kind, self.pattern)
+
+    def parse(self, key: str, text: bytes | str) -> T:
+        """Return the value of a fact with this key or prefix. Raises ValueError if it is not valid."""
+        if self.pattern and not re.fullmatch(self.pattern, key):
+            raise ValueError("the key has an unknown form")
+        value: T = parse_record(load_json(text), self.kind)
+        return value
+
+
+NUMBER = "[0-9]{1,9}"
+VERDICT: Fact[Verdict] = Fact("verdict", Verdict)
+PLAN: Fact[GenerationPlan] = Fact("plan", GenerationPlan, f"plan-{NUMBER}")  # by generation
+CANDIDATE: Fact[Candidate] = Fact("here", Candidate, f"here-{NUMBER}-.+")  # by generation and member
+FOLLOWS: Fact[bool] = Fact("follows", bool, f"follows-{NUMBER}-.+")  # by generation and member: it knows the plan
+BEGAN: Fact[int] = Fact("began", int, f"began-{NUMBER}")  # by generation: the steps done when it began
+ERROR: Fact[TrainingError] = Fact("error", TrainingError, f"error-{NUMBER}-.+")  # by generation and member
+GONE: Fact[str] = Fact("gone", str, "gone-.+")  # by member: why it is not in the run any more
+DEATH: Fact[WorkerDeath] = Fact("died", WorkerDeath, "died-.+")  # by member
+FOLDER: Fact[str] = Fact("folder", str)  # the run folder, absolute
+LAUNCH: Fact[str] = Fact("launch", str)  # the launch's name (hvdtrain/training/lease.py)
+# What workers compare themselves with (hvdtrain/comm/agreement.py) and import (hvdtrain/recipe/source_copy.py).
+AGREEMENT: Fact[Any] = Fact("agreement", Any)
+SOURCE: Fact[Any] = Fact("source", Any)
+
+
+def check_host(host: str) -> None:
+    """Raise ValueError for a text that is not a host name or IPv4 address."""
+    if not HOST_PATTERN.fullmatch(host):
+        raise ValueError(f"host {host!r:.100}")
+
+
+def dump_record(value: object) -> bytes:
+    """Return a record, or plain data, as JSON."""
+    return json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value).encode()
 
 
 def load_json(text: bytes | str) -> Any:
-    """The value of JSON text. Raises ValueError."""
+    """Parse JSON. Raises ValueError, also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def check_record(value: Any, kind: Any) -> Any:
-    """The value, if it has the fields of its kind with values of their types. Raises ValueError."""
-    if not matches_type(value, kind):
-        raise ValueError(f"{value!r:.100} is no {getattr(kind, '__name__', kind)}")
-    if kind is Verdict and not 0 <= value["code"] < 256:
-        raise ValueError(f"code {value['code']}")
-    if kind is GenerationPlan:
-        check_generation_plan(value)
-    if isinstance(value, dict) and "host" in value and not MEMBER_HOST_PATTERN.fullmatch(value["host"]):
-        raise ValueError(f"host {value['host']!r:.100}")
-    return value
+def parse_record(value: Any, kind: Any) -> Any:
+    """Return a JSON value as a type: a dataclass, a list, tuple or union of types, int, str, bool, None or Any.
 
+    Fields of a later version, which a dataclass does not have, are left out.
 
-def check_generation_plan(plan: GenerationPlan) -> None:
-    """Raise ValueError for places that do not fit together."""
-    members, server = plan["members"], plan["server"]
-    if [member["rank"] for member in members] != list(range(len(members))) or not 0 <= plan["root"] < len(members):
-        raise ValueError("ranks that do not count up, or a root that is none of them")
-    if any(not MEMBER_HOST_PATTERN.fullmatch(member["host"]) for member in members):
-        raise ValueError("a member on no host")
-    right = (
-        len(server) == 2 and matches_type(server[0], str) and matches_type(server[1], int) and 0 < server[1] < 1 << 16
-    )
-    if not right or not MEMBER_HOST_PATTERN.fullmatch(server[0]):
-        raise ValueError(f"server {server!r:.100}")
-
-
-def matches_type(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has a type: a TypedDict, a list of one, a union, int, str, bool or None."""
+    Raises:
+        ValueError: it is not of that type, or an invalid value of it.
+    """
     if kind is Any:
-        return True
-    if is_typeddict(kind):
-        hints = get_type_hints(kind)
-        return isinstance(value, dict) and all(
-            name in value and matches_type(value[name], hints[name]) for name in hints
-        )
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(matches_type(one, get_args(kind)[0]) for one in value)
-    if get_args(kind):
-        return any(matches_type(value, one) for one in get_args(kind))
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < RECORD_INTEGER_BOUND
-    return isinstance(value, kind)
+        return value
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _field_types(kind)
+        required = {field.name for field in fields(kind) if field.default is MISSING}
+        if isinstance(value, dict) and required <= value.keys():
+            found = {name: parse_record(value[name], hint) for name, hint in hints.items() if name in value}
+            return kind(**found)
+    elif get_origin(kind) is list:
+        if isinstance(value, list):
+            return [parse_record(one, get_args(kind)[0]) for one in value]
+    elif get_origin(kind) is tuple:
+        if isinstance(value, list) and len(value) == len(get_args(kind)):
+            return tuple(map(parse_record, value, get_args(kind)))
+    elif _is_plain(value, get_args(kind) if isinstance(kind, types.UnionType) else (kind,)):
+        return value
+    raise ValueError(f"expected {getattr(kind, '__name__', kind)}, got {value!r:.100}")
+
+
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is_plain(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is of one of these types; True and False are not integers."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return type(value) in kinds
+    return int in kinds and abs(value) < INTEGER_BOUND

@@ -18,12 +18,12 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hvdtrain.elastic.endings import FailureHandler
 from hvdtrain.elastic.heartbeats import HeartbeatMonitor
 from hvdtrain.elastic.membership import get_newest_plan
-from hvdtrain.elastic.places import Slot
+from hvdtrain.elastic.records import CANDIDATE, GONE, VERDICT, Heartbeat, Verdict
+from hvdtrain.elastic.slot import Request, Slot
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.elastic.tries import describe_exit_code
 from hvdtrain.elastic.worker import WorkerProcess, start_worker
@@ -62,7 +62,7 @@ class Supervisor:
         self.newcomer_since: float | None = None
         self.regrouped_generation = 0  # the last that our worker was told to leave for a larger one
         self.store_lost_since: float | None = None  # when the board stopped answering
-        self.verdict: dict[str, Any] | None = None  # how the run has ended
+        self.verdict: Verdict | None = None  # how the run has ended
         self.ending_since: float | None = None
         self.restart_at: float | None = None  # when a new worker is to be started; there is none until then
         self.second_notice = False  # to go, when there was no worker any more
@@ -109,35 +109,41 @@ class Supervisor:
             self.stop_requested = True
         elif self.verdict is not None:
             self.worker.process.kill()
-            os._exit(int(self.verdict["code"]))
+            os._exit(self.verdict.code)
         elif not self.drain_requested:
             self.drain_requested, self.drain_requested_at = True, now
         elif now - self.drain_requested_at > SAME_STOP_SECONDS:
             self.second_notice = self.restart_at is not None
-        self.send_to_worker(b"s" if number == signal.SIGUSR1 else b"d")
+        self.send_to_worker(Request.STOP if number == signal.SIGUSR1 else Request.LEAVE)
 
-    def send_to_worker(self, message: bytes) -> None:
-        if self.restart_at is not None:
-            return
-        with contextlib.suppress(OSError):
-            os.write(self.worker.message_fd, message)
+    def send_to_worker(self, request: Request) -> None:
+        if self.restart_at is None:
+            self.worker.send(request)
 
     def exchange_heartbeats(self) -> None:
         """Once a second: give a sign of life, look for the others', and see to rounds and newcomers."""
         self.beats += 1
-        self.verdict = self.store.get("verdict")
-        sign = {"beats": self.beats, "member": self.worker.member, "host": self.slot.host, "size": self.assigned_size}
+        self.verdict = self.store.get(VERDICT)
         knows = self.verdict is not None or self.is_leaving
         generation, plan = get_newest_plan(self.store)
-        members = [member["id"] for member in plan["members"]] if plan else []
+        members = plan.member_ids if plan is not None else []
         joined = self.worker.member in members
         self.failed_starts = 0 if joined else self.failed_starts
-        sign |= {"ending": knows, "drained": self.drain_requested, "joined": joined, "failed": self.failed_starts}
-        self.store.heartbeat(self.name, sign)
-        pulses, gone = self.store.get_heartbeats(), set(self.store.get_by_prefix("gone-"))
+        beat = Heartbeat(
+            beats=self.beats,
+            member=self.worker.member,
+            host=self.slot.host,
+            assigned_size=self.assigned_size,
+            ending=knows,
+            drained=self.drain_requested,
+            joined=joined,
+            failed_starts=self.failed_starts,
+        )
+        self.store.send_heartbeat(self.name, beat)
+        pulses, gone = self.store.get_heartbeats(), set(self.store.get_all(GONE))
         lost = self.heartbeat_monitor.find_expired(pulses, self.lease)
-        for member in {pulses[name]["member"] for name in lost if name != self.name} - gone:
-            self.store.put_if_absent(f"gone-{member}", "lost")
+        for member in {pulses[name].member for name in lost if name != self.name} - gone:
+            self.store.put_if_absent(GONE.of(member), "lost")
             gone.add(member)
         self.kill_stuck_worker()
         if self.verdict is not None:
@@ -146,7 +152,7 @@ class Supervisor:
                 self.worker.process.kill()  # it was about to join
             self.answer_round()  # in a round that began before the end, and that a slot may leave in
             return
-        alive = {pulse["member"] for name, pulse in pulses.items() if name not in lost}
+        alive = {pulse.member for name, pulse in pulses.items() if name not in lost}
         if self.stop_requested and not alive - gone:
             self.failure_handler.end_run(EXIT_REQUEUE, "")
         working = (alive - gone) or alive
@@ -183,11 +189,11 @@ class Supervisor:
                 self.assigned_size = size
             else:
                 self.removed_by_horovodrun = self.drain_requested = True
-                self.send_to_worker(b"d")
+                self.send_to_worker(Request.LEAVE)
 
     def regroup_for_newcomers(self, generation: int, members: list[str], alive: set[str], gone: set[str]) -> None:
         """Tell our worker, and so all, to form a larger generation when newcomers are ready."""
-        ready = {m for m in self.store.get_by_prefix(f"here-{generation + 1}-") if m not in gone and m not in members}
+        ready = {m for m in self.store.get_all(CANDIDATE.of(generation + 1)) if m not in gone and m not in members}
         if not members or not ready or self.regrouped_generation == generation:
             self.newcomer_since = None
             return
@@ -195,7 +201,7 @@ class Supervisor:
         self.newcomer_since = self.newcomer_since or time.monotonic()
         if not starting or time.monotonic() - self.newcomer_since > JOIN_GRACE:
             self.regrouped_generation = generation
-            self.send_to_worker(b"r")
+            self.send_to_worker(Request.REGROUP)
 
     def kill_stuck_worker(self) -> None:
         """End a worker that somebody has stopped, or that is blocked: the others wait for it."""
@@ -203,7 +209,7 @@ class Supervisor:
             return
         if self.worker.is_blocked():
             # It may be within a call to the system that no signal ends: the others need not wait for that.
-            self.store.put_if_absent(f"gone-{self.worker.member}", "blocked")
+            self.store.put_if_absent(GONE.of(self.worker.member), "blocked")
             self.worker.process.kill()
         if self.worker.is_stopped(self.lease):
             self.worker.process.kill()
@@ -213,10 +219,10 @@ class Supervisor:
         going = self.drain_requested or code == EXIT_REQUEUE
         called = going and bool(self.find_unanswered_round())  # asked before the verdict: see may_leave
         if self.restart_at is None:
-            self.store.put_if_absent(f"gone-{self.worker.member}", "left" if going else describe_exit_code(code))
-        verdict = self.store.get("verdict")
+            self.store.put_if_absent(GONE.of(self.worker.member), "left" if going else describe_exit_code(code))
+        verdict = self.store.get(VERDICT)
         if verdict is not None:
-            return int(verdict["code"])
+            return verdict.code
         if going:
             self.drain_requested = True
             self.restart_at = math.inf
@@ -258,13 +264,13 @@ class Supervisor:
 
     def host_has_other_workers(self) -> bool:
         """Whether another slot of this host has a worker, or will: horovodrun ends it if this supervisor leaves."""
-        gone = self.store.get_by_prefix("gone-")
+        gone = self.store.get_all(GONE)
         return any(
-            pulse["host"] == self.slot.host and not (pulse["drained"] and pulse["member"] in gone)
+            pulse.host == self.slot.host and not (pulse.drained and pulse.member in gone)
             for pulse in self.get_live_peers()
         )
 
-    def get_live_peers(self) -> list[dict[str, Any]]:
+    def get_live_peers(self) -> list[Heartbeat]:
         """The pulses of the other supervisors that are alive."""
         pulses = self.store.get_heartbeats()
         lost = self.heartbeat_monitor.find_expired(pulses, self.lease)
@@ -277,7 +283,7 @@ class Supervisor:
         if now - self.store_lost_since > self.lease:
             if ended is not None:
                 return EXIT_REQUEUE
-            self.send_to_worker(b"s")
+            self.send_to_worker(Request.STOP)
         if now - self.store_lost_since > self.lease + WORKER_EXIT_TIMEOUT:
             self.worker.process.kill()
         time.sleep(SUPERVISOR_INTERVAL)
@@ -290,7 +296,7 @@ class Supervisor:
             self.exchange_heartbeats()
             pulses = self.store.get_heartbeats()
             lost = self.heartbeat_monitor.find_expired(pulses, self.lease)
-            if self.verdict is None or all(pulse["ending"] or name in lost for name, pulse in pulses.items()):
+            if self.verdict is None or all(pulse.ending or name in lost for name, pulse in pulses.items()):
                 return
             time.sleep(SUPERVISOR_INTERVAL)
 

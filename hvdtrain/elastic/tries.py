@@ -17,22 +17,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from hvdtrain.elastic.records import TrainingError, WorkerDeath
 
 MAX_TRIES_PER_STEP = 3
 MAX_TRIES = 10
 RETRY_DELAYS = (2.0, 30.0)  # seconds before the second try, doubled for each further one, and at most
-
-
-@dataclass(frozen=True)
-class WorkerDeath:
-    """How a worker that had joined a generation ended."""
-
-    generation: int
-    steps: int  # that were done
-    cause: str  # "was killed by signal 11 (SIGSEGV)"
-    what: str  # that it was in
-    host: str
 
 
 @dataclass(frozen=True)
@@ -52,25 +42,27 @@ class TriesWithoutProgress:
         return 0.0 if self.count <= 1 else min(RETRY_DELAYS[0] * 2.0 ** (self.count - 2), RETRY_DELAYS[1])
 
 
-def count_tries(deaths: Mapping[str, Any], errors: Mapping[str, Any], began: Mapping[str, Any]) -> TriesWithoutProgress:
+def count_tries(
+    deaths: Mapping[str, WorkerDeath], errors: Mapping[str, TrainingError], began: Mapping[str, int]
+) -> TriesWithoutProgress:
     """Count the tries without progress.
 
     Args:
-        deaths: by member, a Death as a dict.
-        errors: by `GENERATION-MEMBER`, {step, text} of an error of the recipe.
+        deaths: by member.
+        errors: of the recipe, by `GENERATION-MEMBER`.
         began: by generation, the steps that were done when it began.
     """
     ends: dict[int, list[tuple[int, str]]] = {}  # by generation: steps done, and the end in words
-    for death in (WorkerDeath(**fields) for fields in deaths.values()):
+    for death in deaths.values():
         text = f"a worker on {death.host} {death.cause} while it was {death.what}"
         ends.setdefault(death.generation, []).append((death.steps, text))
     for key, error in errors.items():
-        ends.setdefault(int(key.partition("-")[0]), []).append((int(error["step"]), str(error["text"])))
+        ends.setdefault(int(key.partition("-")[0]), []).append((error.step, error.text))
     farthest = farthest_began = -1
     count = at_step = last = 0
     text = ""
     for generation in sorted({*ends, *map(int, began)}):
-        start = int(began.get(str(generation), -1))
+        start = began.get(str(generation), -1)
         steps = max([start, *(done for done, _ in ends.get(generation, []))])
         if steps > farthest or start > farthest_began:
             count = at_step = 0

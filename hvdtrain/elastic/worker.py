@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.elastic.places import MEMBER_VARIABLE, MESSAGE_FD_VARIABLE, Slot
+from hvdtrain.elastic.slot import Request, Slot, send_request
 from hvdtrain.system import cpus
 from hvdtrain.system.activity import ACTIVITY_FD_VARIABLE, PATIENT_FACTOR, ActivityRecord
 
@@ -24,7 +24,7 @@ class WorkerProcess:
     process: subprocess.Popen[bytes]
     member: str
     pidfd: int
-    message_fd: int  # the writing end of a pipe to it
+    requests_fd: int  # the write end of the pipe to it
     record: ActivityRecord  # what it is in
     stopped_since: float | None = None
     beats: int = 0  # of its watcher, when they were last looked at
@@ -46,10 +46,14 @@ class WorkerProcess:
             beats and limit and time.monotonic() - self.beats_changed_at > PATIENT_FACTOR * limit + BLOCKED_GRACE
         )
 
+    def send(self, request: Request) -> None:
+        """Ask it for something, if it still runs."""
+        send_request(self.requests_fd, request)
+
     def close(self) -> None:
         """Close what this process holds of it, once it has ended."""
         os.close(self.pidfd)
-        os.close(self.message_fd)
+        os.close(self.requests_fd)
         self.record.memory.close()
 
 
@@ -59,11 +63,7 @@ def start_worker(command: Sequence[str], environ: Mapping[str, str], slot: Slot,
     os.set_blocking(writing, False)
     memory = os.memfd_create("hvdtrain-record")
     environ = {name: value for name, value in environ.items() if "RENDEZVOUS" not in name}
-    environ |= {
-        MEMBER_VARIABLE: slot.to_json(member),
-        MESSAGE_FD_VARIABLE: str(reading),
-        ACTIVITY_FD_VARIABLE: str(memory),
-    }
+    environ |= slot.worker_environment(member, reading) | {ACTIVITY_FD_VARIABLE: str(memory)}
     environ |= {f"HOROVOD_{what}RANK": "0" for what in ("", "LOCAL_", "CROSS_")}
     environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
     # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.

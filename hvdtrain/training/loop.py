@@ -14,6 +14,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.diagnosis.diagnosis import Diagnosis
 from hvdtrain.elastic.membership import EVICTED_TEXT, Membership, MembershipEnded
+from hvdtrain.elastic.records import FOLDER, SOURCE
 from hvdtrain.ledger.writer import Ledger, LedgerRow, sum_id_hashes
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import FRAMEWORKS, Step, check_framework
@@ -91,7 +92,7 @@ def train_recipe(
                     resumed_from = at.step or None
                     ledger = None
                 elif membership is not None:
-                    folder = take_over_folder(Path(membership.store.get("folder")), lease)
+                    folder = take_over_folder(Path(membership.store.require(FOLDER)), lease)
                     report.recent_rows = known["rows"]
                     ledger = Ledger.from_state(known["ledger"])
                 plan = make_training_plan(
@@ -107,7 +108,7 @@ def train_recipe(
                     if source is not None:
                         notes = list(filter(None, [copy_source(folder, source)]))
                     if source is not None and membership is not None:
-                        membership.store.put_if_absent("source", describe_copy(folder, source))
+                        membership.store.put_if_absent(SOURCE, describe_copy(folder, source))
                 if options.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
                     diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
@@ -291,6 +292,6 @@ def wait_for_all_ranks(world: World, membership: Membership | None, code: int, e
         if membership is None or not membership.has_run_ended():
             raise
         verdict = membership.get_verdict()
-        errors = [error or (verdict["error"] if verdict is not None else None)]
+        errors = [error or (verdict.error if verdict is not None else None)]
     if found := next(filter(None, errors), None):
         raise RunError(found)

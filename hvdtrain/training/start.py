@@ -13,6 +13,7 @@ from hvdtrain import __version__
 from hvdtrain.comm.agreement import ConsistentPart, check_against_record, check_agreement, make_agreement_record
 from hvdtrain.comm.world import World
 from hvdtrain.elastic.membership import Membership
+from hvdtrain.elastic.records import AGREEMENT, FOLDER, LAUNCH
 from hvdtrain.recipe.base import Recipe, option_fields
 from hvdtrain.recipe.framework import Step
 from hvdtrain.recipe.source import source_of_class
@@ -91,7 +92,7 @@ def compare_with_run(
         make_options_part(collect_option_values(recipe, options)),
         *step_parts,
     ]
-    check_against_record(parts, membership.store.put_if_absent("agreement", make_agreement_record(parts)), world)
+    check_against_record(parts, membership.store.put_if_absent(AGREEMENT, make_agreement_record(parts)), world)
 
 
 def check_best_metric(recipe: Recipe, metrics: Sequence[str]) -> None:
@@ -109,7 +110,7 @@ def begin_run(
     step: Step, options: RunOptions, name: str, world: World, membership: Membership | None, lease: Lease
 ) -> tuple[Path, Position]:
     """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
-    if membership is not None and (known := membership.store.get("folder")):  # all that had a state are gone
+    if membership is not None and (known := membership.store.get(FOLDER)):  # all that had a state are gone
         folder = take_over_folder(Path(known), lease)
         return folder, resume_run(step, folder, name, world, options.seed, unattended=True)
     if membership is not None and membership.generation > 1 and options.run_dir is not None:
@@ -122,7 +123,7 @@ def begin_run(
         at.set_example_order(step.examples["train"], options.seed)
         at.first_examples = dict(step.first_examples)
     if membership is not None:
-        membership.store.put_if_absent("folder", str(folder.absolute()))
+        membership.store.put_if_absent(FOLDER, str(folder.absolute()))
     return folder, at
 
 
@@ -130,5 +131,5 @@ def agree_on_launch_name(membership: Membership | None) -> str | None:
     """By what the processes of an elastic run, and those of its relaunches, know each other; None: not elastic."""
     if membership is None:
         return None
-    name: str = membership.store.put_if_absent("launch", os.environ.get(RELAUNCH_VARIABLE) or secrets.token_hex(8))
+    name = membership.store.put_if_absent(LAUNCH, os.environ.get(RELAUNCH_VARIABLE) or secrets.token_hex(8))
     return name

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from hvdtrain.cli.launch import launch_command
 from hvdtrain.elastic.heartbeats import HeartbeatMonitor
-from hvdtrain.elastic.places import assign_ranks
+from hvdtrain.elastic.ranks import assign_ranks
+from hvdtrain.elastic.records import Heartbeat
 from hvdtrain.launch import discover
 from hvdtrain.launch.elastic import ElasticOptions, run_with_relaunches
 from hvdtrain.launch.hosts import Host
@@ -32,17 +33,17 @@ from hvdtrain.system.ssh import DEFAULT_SSH
 def test_places_are_what_horovod_expects(hosts: list[str]) -> None:
     """Ranks and local ranks count up; a cross communicator holds one rank of each host that has so many."""
     line = [f"m{i}" for i in range(len(hosts))]
-    members = assign_ranks(line, {name: {"host": host} for name, host in zip(line, hosts, strict=True)})
-    assert [m["rank"] for m in members] == list(range(len(hosts)))
-    assert sorted(m["id"] for m in members) == sorted(line)
-    assert members[0]["id"] == "m0"
+    members = assign_ranks(line, dict(zip(line, hosts, strict=True)))
+    assert [m.rank for m in members] == list(range(len(hosts)))
+    assert sorted(m.id for m in members) == sorted(line)
+    assert members[0].id == "m0"
     for member in members:
-        of_host = [m for m in members if m["host"] == member["host"]]
-        assert [m["local_rank"] for m in of_host] == list(range(len(of_host)))
-        assert member["local_size"] == len(of_host)
-        across = [m for m in members if m["local_rank"] == member["local_rank"]]
-        assert [m["cross_rank"] for m in across] == list(range(len(across)))
-        assert member["cross_size"] == len(across)
+        of_host = [m for m in members if m.host == member.host]
+        assert [m.local_rank for m in of_host] == list(range(len(of_host)))
+        assert member.local_size == len(of_host)
+        across = [m for m in members if m.local_rank == member.local_rank]
+        assert [m.cross_rank for m in across] == list(range(len(across)))
+        assert member.cross_size == len(across)
 
 
 ANSWERS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2))
@@ -125,17 +126,21 @@ def test_last_good_answer_is_repeated_when_the_script_fails(tmp_path: Path, caps
     assert "its last good answer stands" in said.err
 
 
+def beat(number: int) -> Heartbeat:
+    return Heartbeat(number, "m", "h", 2, False, False, True, 0)
+
+
 def test_a_lease_counts_changes_and_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     watch = HeartbeatMonitor()
-    assert watch.find_expired({"a": {"beats": 1}, "b": {"beats": 7}}, 10) == []
+    assert watch.find_expired({"a": beat(1), "b": beat(7)}, 10) == []
     for beats in range(2, 14):
         now += 1
-        lost = watch.find_expired({"a": {"beats": beats}, "b": {"beats": 7}}, 10)
+        lost = watch.find_expired({"a": beat(beats), "b": beat(7)}, 10)
     assert lost == ["b"]
     now += 60  # this process was frozen, and nothing can be said of the others
-    assert watch.find_expired({"a": {"beats": 13}, "b": {"beats": 7}}, 10) == []
+    assert watch.find_expired({"a": beat(13), "b": beat(7)}, 10) == []
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import pytest
 
-from hvdtrain.elastic.tries import MAX_TRIES, MAX_TRIES_PER_STEP, WorkerDeath, count_tries, describe_exit_code
+from hvdtrain.elastic.records import TrainingError, WorkerDeath
+from hvdtrain.elastic.tries import MAX_TRIES, MAX_TRIES_PER_STEP, count_tries, describe_exit_code
 
 
-def deaths(*ends: tuple[int, int]) -> dict[str, Any]:
+def deaths(*ends: tuple[int, int]) -> dict[str, WorkerDeath]:
     """Of workers in these generations, after so many steps."""
     return {
-        f"m{number}": asdict(
-            WorkerDeath(generation, steps, "was killed by signal 11 (SIGSEGV)", "computing gradients", "b")
-        )
+        f"m{number}": WorkerDeath(generation, steps, "was killed by signal 11 (SIGSEGV)", "computing gradients", "b")
         for number, (generation, steps) in enumerate(ends)
     }
 
@@ -65,7 +61,7 @@ def test_no_progress_at_all_at_different_steps() -> None:
 
 
 def test_errors_whose_text_differs_count_as_well() -> None:
-    errors = {f"{generation}-m": {"step": 4, "text": f"object at 0x{generation}"} for generation in (1, 2, 3)}
+    errors = {f"{generation}-m": TrainingError(4, f"object at 0x{generation}") for generation in (1, 2, 3)}
     tries = count_tries({}, errors, {"1": 0, "2": 0, "3": 0})
     assert tries.should_give_up and tries.text == "step 5 was not passed in 3 tries; in the last one, object at 0x3"
 
