@@ -1,6 +1,6 @@
 """Markdown pages whose code is run: their blocks, and a runner that goes through a page from top to bottom.
 
-    python -m tests.ranks.pages PAGE.md FOLDER        run a page's blocks in FOLDER
+    python -m tests.support.pages PAGE.md FOLDER        run a page's blocks in FOLDER
 
 A block in `sh` or `python` is run, in the order of the page: `sh` by bash, all `python` in one interpreter and one
 namespace. A `text` block right below a run block is what that one printed; `...` stands for anything. HTML comments,
@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "cluster/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 RUN = ("sh", "python")  # languages of blocks that are run
 FENCE = re.compile(r"^(`{3,}|~{3,})(.*)$")
 COMMENT = re.compile(r"<!--\s*(.*?)\s*-->", re.DOTALL)
@@ -85,6 +87,16 @@ def read_blocks(page: Path) -> list[Block]:
     return blocks
 
 
+def is_run(block: Block) -> bool:
+    """Whether the runner executes a block itself."""
+    return not block.not_run and not block.file and block.language in (*RUN, "check")
+
+
+def page_name(page: Path) -> str:
+    """A page's path within the project."""
+    return str(page.relative_to(ROOT))
+
+
 def used_pages(page: Path) -> list[Path]:
     """The pages whose files this one uses."""
     marks = COMMENT.findall(page.read_text())
@@ -100,14 +112,14 @@ def run_page(page: Path, folder: Path) -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
     printed = None  # by the block before, if that was run
     for block in read_blocks(page):
-        where = f"{page.name}:{block.line}"
+        where = f"{page_name(page)}:{block.line}"
         if block.not_run:
             print(f"{where}: not run: {block.not_run}", flush=True)
             printed = None
         elif block.file:
             write_file(block, folder)
             printed = None
-        elif block.language in (*RUN, "check"):
+        elif is_run(block):
             begin = time.monotonic()
             printed = run_code(block, where, folder, namespace)
             print(f"{where}: {block.language} ran for {time.monotonic() - begin:.1f} s", flush=True)
