@@ -1,4 +1,5 @@
-# `make demo` trains digits on 2 ranks. Each target sets up .venv first.
+# `make demo` trains digits on 2 ranks. Each target sets up .venv first: hvdtrain with all its extras and Horovod; the
+# targets below also the tools of development.
 # make check      lint, types, and the tests that start no rank: about a minute
 # make test       all tests but the slow ones: what CI runs
 # make test-slow  the slow ones: full matrices of what `make test` tests in part
@@ -14,7 +15,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 JOBS ?= 4
 PYTEST := $(BIN)/python -m pytest --quiet -n $(JOBS) --dist loadscope --durations=20
 
-.PHONY: demo check test test-slow lint setup bench soak clean
+.PHONY: demo check test test-slow lint setup dev bench soak clean
 
 demo: setup
 	@$(BIN)/hvdtrain launch -np 2 digits
@@ -25,10 +26,10 @@ check: lint
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-slow: setup
+test-slow: dev
 	$(PYTEST) -m slow
 
-lint: setup
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,17 +38,23 @@ lint: setup
 setup: $(VENV)/.installed
 	@$(BIN)/hvdtrain horovod build
 
+dev: setup $(VENV)/.dev
+
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hvdtrain needs Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
 	@command -v c++ g++ clang++ >/dev/null || { echo "no C++ compiler found: apt-get install g++, or dnf install gcc-c++" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing torch and hvdtrain into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 # About half an hour on a quiet machine; the shaped links need root. tests/benchmarks/accuracy.py and time_to_accuracy.py take hours.
-bench: setup
+bench: dev
 	$(BIN)/python -m tests.benchmarks.step_overhead
 	$(BIN)/python -m tests.benchmarks.latency
 	$(BIN)/python -m tests.benchmarks.exchange
@@ -56,7 +63,7 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks.wire_table
 
 # Half an hour of random faults in an elastic run; SEED repeats one.
-soak: setup
+soak: dev
 	$(BIN)/python -m tests.ranks.soak $(if $(SEED),--seed $(SEED))
 
 clean:

@@ -35,6 +35,7 @@ from hvdtrain.exchange.advisor import cost_of_method
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.extras import explain_missing_extra
 from hvdtrain.system.files import write_atomically, write_json
 from hvdtrain.training.options import RunOptions
 
@@ -125,13 +126,21 @@ def benchmark_compression(
     }
     measured = {method.spec: method.step_seconds for method in methods}
     told = {"latency_seconds": network.latency, "bytes_per_second": network.bandwidth}
+    missing = None
     try:
-        write_atomically(plot, plot_step_times(title, BANDWIDTHS, curves, network.bandwidth, measured))
+        picture: bytes | None = plot_step_times(title, BANDWIDTHS, curves, network.bandwidth, measured)
+    except ModuleNotFoundError as error:
+        picture, missing = None, explain_missing_extra(error)
+        if missing is None:
+            raise
+    try:
+        if picture is not None:
+            write_atomically(plot, picture)
         if json_path is not None:
             write_json(json_path, {"title": title, "ranks": world.size, "network": told, "rows": rows})
     except OSError as error:
         raise RunError(f"cannot write {error.filename}: {error.strerror}") from error
-    print_on_root(world, f"# plot: {plot}")
+    print_on_root(world, f"# plot: {plot}" if picture is not None else f"# no plot: {missing}")
 
 
 def measure_method(work: Workload, spec: str, steps: int) -> MethodMeasurement:

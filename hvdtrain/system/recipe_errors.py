@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvdtrain.system.errors import KnownError, RecipeError
+from hvdtrain.system.errors import KnownError, RecipeError, UserError
+from hvdtrain.system.extras import explain_missing_extra
 from hvdtrain.system.shared_memory import explain_full
 
 PACKAGE = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
     Raises:
         RecipeError: any other exception, sys.exit included; its `trace` has the recipe's frames only.
         RunError: /dev/shm, through which loader processes pass their batches, is full.
+        UserError: a package is missing that one of hvdtrain's extras installs.
     """
     try:
         yield
@@ -51,6 +53,8 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
             raise
         if full := explain_full(error):
             raise full from error
+        if missing := explain_missing_extra(error):
+            raise UserError(f"{name_call(recipe, call)}: {missing}") from error
         raise RecipeError(
             f"{name_call(recipe, call)} raised {describe_error(error)}", recipe_traceback(error)
         ) from error

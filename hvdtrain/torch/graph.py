@@ -38,6 +38,9 @@ def trace_loss(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -
         traced = torch.jit.trace(LossModule().eval(), tuple(batch), check_trace=False)  # type: ignore[no-untyped-call]
         if not draw:
             return None
-        from torch.utils.tensorboard._pytorch_graph import graph
+        try:
+            from torch.utils.tensorboard._pytorch_graph import graph
+        except ModuleNotFoundError:
+            return None  # no TensorBoard, as rank 0's report has said
 
         return graph(traced, tuple(batch))[0].SerializeToString()  # type: ignore[no-any-return, no-untyped-call]

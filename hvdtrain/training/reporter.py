@@ -19,7 +19,7 @@ from hvdtrain.system import messages, streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, BufferedAppender, write_error_text, write_json
 from hvdtrain.system.strict_json import encode_json
 from hvdtrain.training.checkpoint import Position
-from hvdtrain.training.event_writer import EventWriter
+from hvdtrain.training.event_writer import MISSING_TENSORBOARD, EventWriter
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.rows import cut_rows
 
@@ -47,6 +47,7 @@ class Reporter:
         self._pending_advice: dict[str, Any] | None = None  # that is still to be written
         self._advice_error: OSError | None = None
         self._row_due = False
+        self._missing_reported = False  # that TensorBoard is not installed
         self._last_progress_time = 0.0
         self._progress_bar: Progress | None = None
 
@@ -60,6 +61,9 @@ class Reporter:
             return
         self._open_row_file(at.step)
         self._event_writer = EventWriter(run_dir / "tensorboard")
+        if MISSING_TENSORBOARD and not self._missing_reported:
+            self._missing_reported = True
+            self.print_lines([f"no folder tensorboard: {MISSING_TENSORBOARD}"])
         if self.prints_output and sys.stderr.isatty() and not messages.is_launched():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress_bar = Progress(*columns, console=Console(stderr=True))
@@ -105,7 +109,7 @@ class Reporter:
         """Report when rows begin to wait because a file cannot be written, and when all are written. Once a step."""
         errors = [("the ledger", ledger.error)]
         if self.active:
-            errors += [("metrics.jsonl", self._row_file.error), ("tensorboard", self._event_writer.file.error)]
+            errors += [("metrics.jsonl", self._row_file.error), ("tensorboard", self._event_writer.error)]
             errors += [("advisor.json", self._advice_error)]
         found = next(((what, error) for what, error in errors if error is not None), None)
         if found and self._write_error is None:
@@ -133,7 +137,7 @@ class Reporter:
         self.write_due_row()
         if self.active:
             with contextlib.suppress(OSError):  # these are not worth a checkpoint
-                self._event_writer.file.sync_to_disk()
+                self._event_writer.sync_to_disk()
             self._row_file.sync_to_disk()
             self.pending_rows = 0
 
@@ -281,7 +285,7 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> list[str]:
     return [
         *([f"evaluated {shown}"] if summary["finished"] and shown else []),
         f"trained   {summary['steps']} steps, {summary['samples_per_second']:,.0f} samples/s on {ranks}",
-        f"results   {folder}/summary.json, tensorboard --logdir {folder}",
+        f"results   {folder}/summary.json" + ("" if MISSING_TENSORBOARD else f", tensorboard --logdir {folder}"),
     ]
 
 
