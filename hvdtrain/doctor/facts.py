@@ -78,7 +78,7 @@ def gather_software_facts() -> Facts:
         facts |= {"torch": torch.version, "torch cuda": torch.cuda}
     if horovod is not None:
         record = horovod.record
-        facts |= {"horovod": horovod.version, "wheel": record.key() if record else UNKNOWN_WHEEL}
+        facts |= {"horovod": horovod.version, "wheel": record.cache_key() if record else UNKNOWN_WHEEL}
         if record is not None:
             facts["built with"] = {name: getattr(record, name) for name in ("torch", "mpi", "nccl", "cuda")}
     if torch is None:
@@ -86,7 +86,7 @@ def gather_software_facts() -> Facts:
     elif horovod is None:
         facts["horovod wrong"] = f"Horovod is not installed: {installed.BUILD_HINT}"
     else:
-        facts["horovod wrong"] = installed.explain_mismatch(horovod, torch)
+        facts["horovod wrong"] = installed.explain_horovod_mismatch(horovod, torch)
     return facts
 
 

@@ -44,7 +44,7 @@ def build_wheel(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
     compiler = find_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "build.log"
-    record = plan.record().to_json()
+    record = plan.make_record().to_json()
     log.write_text(record)
     with tempfile.TemporaryDirectory(prefix="hvdtrain-horovod-") as name:
         work = Path(name)
@@ -53,7 +53,7 @@ def build_wheel(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
         source.fetch_tools(work / "tools", log, env)
         report("downloading Horovod's source", 0)
         tree = source.fetch_source(work / "source", log, env)
-        apply_patches(tree, plan.patches())
+        apply_patches(tree, plan.required_patches())
         (tree / "horovod" / RECORD_NAME).write_text(record)
         report("configuring Horovod", 0)
         # -q: else setup.py passes an option to Ninja that only make has.
@@ -106,7 +106,7 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
         "HOROVOD_WITHOUT_NVTX": "1",
         # Read by the patched CMake files (patches 60 and 64).
         "HVDTRAIN_CXX_STANDARD": plan.torch.standard,
-        "HVDTRAIN_RPATH": ";".join(plan.rpath()),
+        "HVDTRAIN_RPATH": ";".join(plan.run_path()),
     }
     if plan.mpi:
         env |= {"HOROVOD_WITH_MPI": "1", "MPI_HOME": str(plan.mpi.home)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hvdtrain.native.installed import (
     BUILD_HINT,
     InstalledHorovod,
-    explain_mismatch,
+    explain_horovod_mismatch,
     find_horovod,
     find_horovods_mpi,
 )
@@ -61,7 +61,7 @@ def check_installation(time_limit: float = PROBE_SECONDS) -> bool:
         return False
     mpi = find_horovods_mpi() or find_mpi()
     print(describe_installation(horovod, torch, mpi))
-    wrong = explain_mismatch(horovod, torch)
+    wrong = explain_horovod_mismatch(horovod, torch)
     if wrong:
         print(wrong)
         return False
@@ -120,10 +120,10 @@ def run_probe(command: Sequence[str], time_limit: float) -> ProbeOutcome:
     try:
         output, _ = process.communicate(timeout=time_limit)
     except subprocess.TimeoutExpired:
-        return ProbeOutcome(False, f"no answer in {time_limit:.0f} s{likely_reason(stop_launcher(process))}")
+        return ProbeOutcome(False, f"no answer in {time_limit:.0f} s{likely_reason(stop_probe(process))}")
     finally:
         if process.poll() is None:  # Ctrl-C
-            stop_launcher(process)
+            stop_probe(process)
     seconds = time.monotonic() - start
     found = re.search(re.escape(PROBE_MARK) + r"(\{.*\})", output)
     if process.returncode or not found:
@@ -135,7 +135,7 @@ def run_probe(command: Sequence[str], time_limit: float) -> ProbeOutcome:
     return ProbeOutcome(answer["ranks"] == RANKS, text)
 
 
-def stop_launcher(process: subprocess.Popen[str]) -> str:
+def stop_probe(process: subprocess.Popen[str]) -> str:
     """Terminate a launcher, which stops its ranks, and kill it if it does not end; return its output."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         os.killpg(process.pid, number)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hvdtrain.native.mpi import Mpi
 from hvdtrain.native.patches import read_revision
-from hvdtrain.native.record import IN_ENVIRONMENT, RECORD_NAME, BuildRecord, parse_record
+from hvdtrain.native.record import IN_ENVIRONMENT, RECORD_NAME, BuildRecord, parse_build_record
 from hvdtrain.native.torchinfo import Torch, TorchBuild, require_torch
 from hvdtrain.system.errors import UserError
 
@@ -49,11 +49,11 @@ def find_horovod() -> InstalledHorovod | None:
         version = "(unknown version)"
     record = None
     with contextlib.suppress(FileNotFoundError, ValueError):
-        record = parse_record((folder / RECORD_NAME).read_text())
+        record = parse_build_record((folder / RECORD_NAME).read_text())
     return InstalledHorovod(version, folder, record, any(folder.glob("torch/mpi_lib_v2*.so")))
 
 
-def explain_mismatch(horovod: InstalledHorovod, torch: Torch) -> str | None:
+def explain_horovod_mismatch(horovod: InstalledHorovod, torch: Torch) -> str | None:
     """Return in one line why a Horovod does not fit this torch or this hvdtrain.
 
     Returns:
@@ -89,7 +89,7 @@ def require_horovod() -> InstalledHorovod:
     horovod = find_horovod()
     if horovod is None:
         raise UserError(f"Horovod is not installed: {BUILD_HINT}")
-    wrong = explain_mismatch(horovod, require_torch())
+    wrong = explain_horovod_mismatch(horovod, require_torch())
     if wrong:
         raise UserError(wrong)
     return horovod

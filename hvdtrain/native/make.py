@@ -41,13 +41,13 @@ def provide_horovod(options: BuildOptions) -> None:
         RunError: The build or the installation failed.
     """
     plan = make_plan(options.without, options.mpi)
-    key = plan.record().key()
+    key = plan.make_record().cache_key()
     folder = (options.wheel_dir or cache.wheel_folder()).absolute() / key
     wheel, damage = cache.find_whole_wheel(folder)
     current = installed.find_horovod()
-    present = current is not None and current.record is not None and current.record.key() == key
+    present = current is not None and current.record is not None and current.record.cache_key() == key
     if options.dry_run:
-        print(plan.describe())
+        print(plan.describe_parts())
         state = "already installed" if present else f"in the cache: {wheel}" if wheel else "to be built"
         print(f"  now        {state}")
         return
@@ -57,7 +57,7 @@ def provide_horovod(options: BuildOptions) -> None:
     if damage:
         print(f"{damage}; building it again")
     if wheel is None or options.force:
-        print(plan.describe(), flush=True)
+        print(plan.describe_parts(), flush=True)
         start = time.monotonic()
         with progress() as report:
             wheel = build.build_wheel(plan, folder, options.jobs, report)

@@ -32,7 +32,7 @@ class Condition(enum.Enum):
     ALWAYS = "always"
     WITHOUT_NCCL = "without NCCL"
 
-    def holds(self, *, nccl: bool) -> bool:
+    def includes_build(self, *, nccl: bool) -> bool:
         """Return whether a build with or without NCCL gets the patch."""
         return self is Condition.ALWAYS or not nccl
 
@@ -55,7 +55,7 @@ class SourcePatch:
         found = CONDITION.search(self.text.partition("\n---\n")[0])
         return Condition(found[1]) if found else Condition.ALWAYS
 
-    def digest(self) -> str:
+    def hash_changes(self) -> str:
         """Return the SHA-256 of what the patch changes: editing its header does not make another build."""
         return hashlib.sha256("".join(self.text.partition("\ndiff ")[1:]).encode()).hexdigest()
 
@@ -67,7 +67,7 @@ def read_patches(folder: Path = PATCH_FOLDER) -> list[SourcePatch]:
 
 def select_patches(*, nccl: bool) -> list[SourcePatch]:
     """Return the patches for a build with or without NCCL, in the order in which they apply."""
-    return [patch for patch in read_patches() if patch.condition.holds(nccl=nccl)]
+    return [patch for patch in read_patches() if patch.condition.includes_build(nccl=nccl)]
 
 
 def read_revision(folder: Path = PATCH_FOLDER) -> tuple[int, str]:
@@ -78,7 +78,7 @@ def read_revision(folder: Path = PATCH_FOLDER) -> tuple[int, str]:
 
 def digest_patches(patches: Iterable[SourcePatch]) -> str:
     """Return the SHA-256 over the names, conditions and changes of patches."""
-    text = "".join(f"{patch.name} {patch.condition.value} {patch.digest()}\n" for patch in patches)
+    text = "".join(f"{patch.name} {patch.condition.value} {patch.hash_changes()}\n" for patch in patches)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

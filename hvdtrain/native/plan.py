@@ -50,11 +50,11 @@ class Plan:
     archs: tuple[str, ...]
     cpu_flags: str
 
-    def patches(self) -> list[SourcePatch]:
+    def required_patches(self) -> list[SourcePatch]:
         """Return the changes to Horovod's source that this build needs."""
         return select_patches(nccl=self.nccl is not None)
 
-    def rpath(self) -> list[str]:
+    def run_path(self) -> list[str]:
         """Return the folders in which the library looks for MPI and NCCL, so that it needs no LD_LIBRARY_PATH."""
         folders = []
         if self.mpi:
@@ -64,7 +64,7 @@ class Plan:
             folders.append(self.nccl.library.parent)
         return [relocatable_path(folder) for folder in folders]
 
-    def record(self) -> BuildRecord:
+    def make_record(self) -> BuildRecord:
         """Return all that the build depends on."""
         return BuildRecord(
             horovod=VERSION,
@@ -86,11 +86,11 @@ class Plan:
             archs=self.archs,
             cpu_flags=self.cpu_flags,
             compiler_flags={name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")},
-            rpath=tuple(self.rpath()),
-            patches={patch.name: patch.digest() for patch in self.patches()},
+            rpath=tuple(self.run_path()),
+            patches={patch.name: patch.hash_changes() for patch in self.required_patches()},
         )
 
-    def describe(self) -> str:
+    def describe_parts(self) -> str:
         """Return the plan, part by part, as human-readable text."""
         gpu = f", for GPUs sm_{', sm_'.join(self.archs)}" if self.archs else ""
         python = sysconfig.get_config_var("SOABI")
@@ -100,7 +100,7 @@ class Plan:
             f"  MPI   {'yes' if self.mpi else 'no '}  {self.mpi_why}",
             f"  NCCL  {'yes' if self.nccl else 'no '}  {self.nccl_why}{gpu}",
             f"  CPU        {self.cpu_flags or 'no special instructions'}: hosts that use this wheel must have them",
-            f"  key        {self.record().key()}",
+            f"  key        {self.make_record().cache_key()}",
         ]
         return "\n".join(lines)
 

@@ -63,7 +63,7 @@ class BuildRecord:
     rpath: tuple[str, ...] = ()
     patches: dict[str, str] = field(default_factory=dict)
 
-    def key(self) -> str:
+    def cache_key(self) -> str:
         """Return the name of this build in the cache: the main facts in words, and a hash of all of them."""
         words = [f"horovod{self.horovod}", f"torch{self.torch}", self.python.split("-linux")[0]]
         words += [self.mpi or "nompi", f"nccl{self.nccl}" if self.nccl else "nonccl"]
@@ -72,10 +72,10 @@ class BuildRecord:
 
     def to_json(self) -> str:
         """Return the record as a JSON object, with its key as the first entry."""
-        return json.dumps({"key": self.key(), **dataclasses.asdict(self)}, indent=2) + "\n"
+        return json.dumps({"key": self.cache_key(), **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
-def parse_record(text: str) -> BuildRecord:
+def parse_build_record(text: str) -> BuildRecord:
     """Read a record, also one of an older hvdtrain: entries that are unknown now are ignored.
 
     Raises:

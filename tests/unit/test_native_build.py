@@ -209,7 +209,7 @@ def fake_installed(
     if torch:
         patches = {installed.SIGNED_PATCH: "0"} if signed else {}
         record = dataclasses.replace(
-            CPU.record(), torch=torch, patches=patches, revision=revision or read_revision()[0]
+            CPU.make_record(), torch=torch, patches=patches, revision=revision or read_revision()[0]
         )
     return InstalledHorovod("0.28.1", Path("horovod"), record, has_torch)
 
@@ -279,7 +279,7 @@ def test_nothing_to_do_when_the_key_is_installed(
     did: list[str] = []
     monkeypatch.setattr(make, "make_plan", lambda without, mpi: CPU)
     monkeypatch.setattr(
-        installed, "find_horovod", lambda: InstalledHorovod("0.28.1", Path("horovod"), CPU.record(), True)
+        installed, "find_horovod", lambda: InstalledHorovod("0.28.1", Path("horovod"), CPU.make_record(), True)
     )
     monkeypatch.setattr(build, "build_wheel", lambda *_: did.append("build"))
     monkeypatch.setattr(build, "install_wheel", lambda _: did.append("install"))
@@ -294,7 +294,7 @@ def test_a_wheel_in_the_cache_is_only_installed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(build, "install_wheel", did.append)
     built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     built.write_bytes(b"wheel")
-    wheel = cache.store_wheel(built, tmp_path / CPU.record().key())
+    wheel = cache.store_wheel(built, tmp_path / CPU.make_record().cache_key())
     make.provide_horovod(BuildOptions(wheel_dir=tmp_path))
     assert did == [wheel]
 
@@ -310,7 +310,7 @@ def test_a_damaged_wheel_is_built_again(
     monkeypatch.setattr(build, "install_wheel", lambda _: did.append("install"))
     built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     built.write_bytes(b"wheel")
-    wheel = cache.store_wheel(built, tmp_path / CPU.record().key())
+    wheel = cache.store_wheel(built, tmp_path / CPU.make_record().cache_key())
     if damage == "changed":
         wheel.write_bytes(b"whee1")
     elif damage == "no checksum":
@@ -345,5 +345,5 @@ def test_system_mpi_is_looked_for_in_one_folder(tmp_path: Path) -> None:
         (tmp_path / name / "libmpi.so.40").touch()
     mpi = Mpi(tmp_path, "Open MPI 5.0.11", tmp_path / "bin" / "mpirun")
     made = Plan(CPU.torch, CPU.torch_build, mpi, "", None, None, "", (), "")
-    assert made.rpath() == [str(tmp_path / "lib")]
-    assert made.record().rpath == (str(tmp_path / "lib"),)
+    assert made.run_path() == [str(tmp_path / "lib")]
+    assert made.make_record().rpath == (str(tmp_path / "lib"),)

@@ -18,7 +18,7 @@ from hvdtrain.native import cuda, installed, mpi, plan, torchinfo
 from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.mpi import Mpi
 from hvdtrain.native.plan import Plan, make_plan
-from hvdtrain.native.record import BuildRecord, parse_record
+from hvdtrain.native.record import BuildRecord, parse_build_record
 from hvdtrain.native.torchinfo import Torch, TorchBuild
 from hvdtrain.system.errors import RunError, UserError
 
@@ -84,7 +84,7 @@ def test_toolkit_of_cuda_home(machine: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert made.toolkit == Toolkit(machine / "cuda", "13.0.88", ("75", "80", "90"))
     assert made.nccl == Nccl("2.30.7", machine / "nccl/include/nccl.h", machine / "nccl/lib/libnccl.so.2", "NCCL_HOME")
     assert made.archs == ("80", "90")  # torch's that nvcc can compile: not 75, not 120
-    assert "sm_80, sm_90" in made.describe()
+    assert "sm_80, sm_90" in made.describe_parts()
 
 
 def test_toolkit_of_another_major_version(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +153,10 @@ def test_mpi_of_a_module_comes_before_the_environments(machine: Path, monkeypatc
         made = make_plan()
         assert made.mpi == Mpi(site, "Open MPI 4.1.6", site / "bin" / "mpirun")
         assert made.mpi_why == f"Open MPI 4.1.6 in {site}: on PATH, before Open MPI 5.0.11 in {own}"
-        assert made.record().mpi_home == str(site) and made.record().rpath == ()
+        assert made.make_record().mpi_home == str(site) and made.make_record().rpath == ()
     (site / "lib").mkdir()
     (site / "lib" / "libmpi.so.40").touch()
-    assert make_plan().record().rpath == (str(site / "lib"),)
+    assert make_plan().make_record().rpath == (str(site / "lib"),)
 
 
 def test_mpi_home_comes_first(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_ranks_are_started_by_the_mpi_that_horovod_was_built_with(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = make_mpi(machine / "site", "4.1.6")
-    record = dataclasses.replace(FULL.record(), mpi="Open MPI 4.1.6", mpi_home=str(site))
+    record = dataclasses.replace(FULL.make_record(), mpi="Open MPI 4.1.6", mpi_home=str(site))
     horovod = installed.InstalledHorovod("0.28.1", machine, record, True)
     monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
     assert installed.find_site_mpi() == Mpi(site, "Open MPI 4.1.6", site / "bin" / "mpirun")
@@ -209,20 +209,20 @@ def test_ranks_are_started_by_the_mpi_that_horovod_was_built_with(
 
 
 def test_a_record_is_read_back_also_an_older_one() -> None:
-    record = FULL.record()
-    assert parse_record(record.to_json()) == record
+    record = FULL.make_record()
+    assert parse_build_record(record.to_json()) == record
     content = json.loads(record.to_json())
-    assert content.pop("key") == record.key()
+    assert content.pop("key") == record.cache_key()
     del content["revision"], content["rpath"]
-    older = parse_record(json.dumps({**content, "mends": "abc"}))
-    assert older.revision == 0 and older.key() != record.key()
+    older = parse_build_record(json.dumps({**content, "mends": "abc"}))
+    assert older.revision == 0 and older.cache_key() != record.cache_key()
     for text in ("[]", "{}", "{"):
         with pytest.raises(ValueError, match=r"expected|missing|Expecting"):
-            parse_record(text)
+            parse_build_record(text)
 
 
 def test_version_of_the_wheel() -> None:
-    assert plan.wheel_version() == f"0.28.1+hvdtrain.{FULL.record().revision}" and FULL.record().revision > 0
+    assert plan.wheel_version() == f"0.28.1+hvdtrain.{FULL.make_record().revision}" and FULL.make_record().revision > 0
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,9 @@ FULL = Plan(
 
 @pytest.mark.parametrize("name", [item.name for item in dataclasses.fields(BuildRecord)])
 def test_key_depends_on_each_ingredient(name: str) -> None:
-    record = FULL.record()
+    record = FULL.make_record()
     changed = {name: f"{getattr(record, name)}-other"}
-    assert dataclasses.replace(record, **changed).key() != record.key()  # type: ignore[arg-type]
+    assert dataclasses.replace(record, **changed).cache_key() != record.cache_key()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -307,21 +307,21 @@ def test_key_depends_on_each_ingredient(name: str) -> None:
     ],
 )
 def test_key_depends_on_the_plan(change: dict[str, object]) -> None:
-    assert dataclasses.replace(FULL, **change).record().key() != FULL.record().key()  # type: ignore[arg-type]
+    assert dataclasses.replace(FULL, **change).make_record().cache_key() != FULL.make_record().cache_key()  # type: ignore[arg-type]
 
 
 def test_key_is_readable_and_a_file_name() -> None:
-    assert FULL.record().key() == FULL.record().key()
-    assert FULL.record().key().startswith("horovod0.28.1-torch2.14.1+cu130-cpython")
+    assert FULL.make_record().cache_key() == FULL.make_record().cache_key()
+    assert FULL.make_record().cache_key().startswith("horovod0.28.1-torch2.14.1+cu130-cpython")
     assert (
-        "openmpi5.0.11-nccl2.30.7-" in FULL.record().key()
-        and "/" not in FULL.record().key()
-        and " " not in FULL.record().key()
+        "openmpi5.0.11-nccl2.30.7-" in FULL.make_record().cache_key()
+        and "/" not in FULL.make_record().cache_key()
+        and " " not in FULL.make_record().cache_key()
     )
 
 
 def test_key_depends_on_compiler_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXXFLAGS", raising=False)
-    before = FULL.record().key()
+    before = FULL.make_record().cache_key()
     monkeypatch.setenv("CXXFLAGS", "-O0")
-    assert FULL.record().key() != before
+    assert FULL.make_record().cache_key() != before
