@@ -51,7 +51,7 @@ class SourcePatch:
 
     @property
     def condition(self) -> Condition:
-        """The builds to which the patch applies; raises ValueError for an unknown condition."""
+        """The builds to which the patch applies. Raises ValueError if its header names an unknown condition."""
         found = CONDITION.search(self.text.partition("\n---\n")[0])
         return Condition(found[1]) if found else Condition.ALWAYS
 
@@ -100,7 +100,7 @@ def apply_patches(tree: Path, patches: Sequence[SourcePatch]) -> None:
 
 
 def split_files(text: str) -> Iterator[tuple[str | None, str, list[str]]]:
-    """Yield of each file in a patch its old name (None for a new file), its name, and the lines of its hunks."""
+    """Yield, for each file in a patch, its old name (None if it is new), its name, and the lines of its hunks."""
     found = list(FILES.finditer(text))
     for match, following in zip(found, [*found[1:], None], strict=True):
         end = text.rindex("\ndiff ", 0, following.start()) + 1 if following else len(text)

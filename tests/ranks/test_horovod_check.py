@@ -28,13 +28,13 @@ def test_check_of_the_installed_horovod() -> None:
         assert "MPI   ok" in done.stdout
 
 
-def test_a_launcher_that_fails_says_why() -> None:
+def test_a_failed_launcher_is_reported_with_its_reason() -> None:
     outcome = check.run_probe([sys.executable, "-c", "raise SystemExit('OSError: no such thing')"], 30)
     assert not outcome.ok
     assert outcome.text.startswith("exit code 1 after ") and outcome.text.endswith("ms: OSError: no such thing")
 
 
-def test_a_launcher_that_hangs_is_ended(tmp_path: Path) -> None:
+def test_a_launcher_is_killed_at_the_time_limit(tmp_path: Path) -> None:
     script = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     start = time.monotonic()
     outcome = check.run_probe([sys.executable, "-c", script], 2)
@@ -51,7 +51,9 @@ def test_check_reports_that_horovod_is_not_installed(
     assert capsys.readouterr().out == "Horovod is not installed: run `hvdtrain horovod build`\n"
 
 
-def test_horovod_for_another_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_a_horovod_for_another_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = installed.require_horovod()
     assert real.record is not None
     record = dataclasses.replace(real.record, torch="2.9.0+cu128", mpi=None, nccl=None)

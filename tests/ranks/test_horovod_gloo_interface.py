@@ -22,7 +22,7 @@ from hvdtrain.system.signed_http import SECRET
 
 LIMIT = 60  # seconds
 
-# The rank's own script. Rank 0 also serves the rendezvous; it is told the port by a file, as a launcher would.
+# The rank's own script. Rank 0 also serves the rendezvous; it passes the port on in a file, as a launcher would.
 RANK = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
@@ -48,13 +48,13 @@ RANK = textwrap.dedent("""
 
 
 def ip(*arguments: str) -> None:
-    """Run `ip`, showing what it says if it fails."""
+    """Run `ip`; fails with its output."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
 
 
 def skip(why: str) -> None:
-    """Skip for want of something, but never on CI, which has it all."""
+    """Skip the test for a reason, but fail on CI, which has all prerequisites."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{why} (and CI=true)")
     pytest.skip(why)
@@ -62,7 +62,7 @@ def skip(why: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[dict[str, str]]:
-    """Two namespaces joined by a cable, eth0 at both ends: {name: address}."""
+    """Create two namespaces joined by a veth pair, eth0 at both ends: {name: address}."""
     if os.geteuid() != 0:
         skip("network namespaces need root")
     if shutil.which("ip") is None:
@@ -92,7 +92,7 @@ def hosts() -> Iterator[dict[str, str]]:
 
 
 def start_rank(rank: int, namespace: str, server: str, port: Path) -> subprocess.Popen[str]:
-    """One rank in one namespace, as one rank of two hosts."""
+    """Start one rank in one namespace, as one rank of two hosts."""
     settings = {
         "RANK": rank,
         "SIZE": 2,

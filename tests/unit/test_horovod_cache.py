@@ -1,4 +1,4 @@
-"""horovodrun's cache of what it has found out about hosts, which all that start at one time read and write."""
+"""horovodrun's cache of its checks of hosts, which all launches of a user read and write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-def test_starts_at_one_time_never_read_half_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_concurrent_launches_never_read_half_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from horovod.runner.util.cache import Cache
 
     def start(number: int) -> None:
@@ -17,5 +17,5 @@ def test_starts_at_one_time_never_read_half_a_cache(tmp_path: Path, capsys: pyte
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(start, range(300)))
-    assert capsys.readouterr().out == ""  # it would tell of a file that it cannot read, and remove it
+    assert capsys.readouterr().out == ""  # it prints a message about a file that it cannot read
     assert [path.name for path in tmp_path.iterdir()] == ["cache.bin"]

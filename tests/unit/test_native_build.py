@@ -1,4 +1,4 @@
-"""Building: errors are few lines, the cache is whole or empty, and what is missing is named."""
+"""Building Horovod: short errors, a cache that is intact or empty, and the name of what is missing."""
 
 from __future__ import annotations
 
@@ -84,30 +84,30 @@ def test_first_error_of_other_kinds(text: str, first: str) -> None:
 
 
 def run(tmp_path: Path, script: str, timeout: float = 30) -> list[str]:
-    """Run a Python script as a step and return the lines it was heard to say."""
-    heard: list[str] = []
+    """Run a Python script as a step and return the lines that were passed on."""
+    lines_seen: list[str] = []
     command = [sys.executable, "-c", script]
     log_path = tmp_path / "log"
-    log.run_logged(log.BuildStep("the step", command, os.environ, tmp_path, timeout), log_path, heard.append)
-    return heard
+    log.run_logged(log.BuildStep("the step", command, os.environ, tmp_path, timeout), log_path, lines_seen.append)
+    return lines_seen
 
 
-def test_a_step_is_logged_and_heard(tmp_path: Path) -> None:
+def test_output_of_a_step_is_logged_and_passed_on(tmp_path: Path) -> None:
     assert run(tmp_path, "print('a'); import sys; print('b', file=sys.stderr)") == ["a\n", "b\n"]
     assert (tmp_path / "log").read_text().endswith("a\nb\n")
 
 
-def test_a_failed_step(tmp_path: Path) -> None:
+def test_a_failed_step_raises_its_first_error_and_the_logs_path(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"(?s)the step failed:\nx.cc:1:2: error: no\nlog: .*/log$"):
         run(tmp_path, "print('x.cc:1:2: error: no'); raise SystemExit(1)")
 
 
-def test_a_step_that_hangs(tmp_path: Path) -> None:
+def test_a_step_is_killed_at_its_time_limit(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="longer than 1 s"):
         run(tmp_path, "import time; print('here', flush=True); time.sleep(60)", timeout=1)
 
 
-def test_store_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_stored_wheel_is_complete_or_absent(tmp_path: Path) -> None:
     wheel = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     wheel.write_bytes(b"wheel")
     folder = tmp_path / "wheels" / "key"
@@ -147,7 +147,7 @@ def test_build_without_a_compiler_names_the_package_to_install(
     )
 
 
-def test_compiler_of_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cxx_chooses_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", sys.executable)
     assert build.find_compiler() == sys.executable
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -204,7 +204,7 @@ def test_ninja_lines_report_the_percentage_compiled() -> None:
 def fake_installed(
     torch: str | None, has_torch: bool = True, signed: bool = True, revision: int = 0
 ) -> InstalledHorovod:
-    """A Horovod that was built for `torch`, or not by hvdtrain."""
+    """Return a Horovod that was built for `torch`; for None, one that hvdtrain has not built."""
     record = None
     if torch:
         patches = {installed.SIGNED_PATCH: "0"} if signed else {}
@@ -245,7 +245,7 @@ NOW = Torch("2.14.1+cu130", "13.0", "", "20")
         ),
     ],
 )
-def test_require_says_what_is_wrong(
+def test_require_names_the_mismatch_and_the_remedy(
     monkeypatch: pytest.MonkeyPatch, horovod: InstalledHorovod | None, message: str
 ) -> None:
     monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
@@ -319,11 +319,11 @@ def test_a_damaged_wheel_is_built_again(
         cache.checksum_path(wheel).write_bytes(b"\xff")
     make.provide_horovod(BuildOptions(wheel_dir=tmp_path))
     assert did == ["build", "install"]
-    says = "is damaged: SHA-256 " if damage == "changed" else "has no checksum"
-    assert f"{wheel} {says}" in capsys.readouterr().out
+    reason = "is damaged: SHA-256 " if damage == "changed" else "has no checksum"
+    assert f"{wheel} {reason}" in capsys.readouterr().out
 
 
-def test_a_wheel_that_somebody_else_may_have_put_there_is_refused(tmp_path: Path) -> None:
+def test_a_wheel_that_another_user_may_have_written_is_refused(tmp_path: Path) -> None:
     built = tmp_path / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
     built.write_bytes(b"wheel")
     wheel = cache.store_wheel(built, tmp_path / "key")
@@ -339,7 +339,7 @@ def test_a_wheel_that_somebody_else_may_have_put_there_is_refused(tmp_path: Path
             cache.find_whole_wheel(tmp_path / "key")
 
 
-def test_system_mpi_is_looked_for_in_one_folder(tmp_path: Path) -> None:
+def test_run_path_has_one_folder_of_a_system_mpi(tmp_path: Path) -> None:
     for name in ("lib", "lib64"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "libmpi.so.40").touch()

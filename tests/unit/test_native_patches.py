@@ -58,7 +58,7 @@ def test_a_patch_changes_and_makes_files(tmp_path: Path) -> None:
         apply_patches(tmp_path, [SourcePatch("10-a", PATCH)])
 
 
-def test_git_applies_it_to_the_same(tmp_path: Path) -> None:
+def test_git_gets_the_same_result(tmp_path: Path) -> None:
     for name in ("ours", "gits"):
         (tmp_path / name).mkdir()
         tree(tmp_path / name)
@@ -77,12 +77,12 @@ def test_git_applies_it_to_the_same(tmp_path: Path) -> None:
         ("first\nsecond\nthird\n", "one.txt has 3 lines; expected at least 4"),
     ],
 )
-def test_a_line_that_is_not_where_and_as_it_was_stops_the_build(tmp_path: Path, text: str, why: str) -> None:
+def test_a_line_that_moved_or_changed_stops_the_build(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(RunError, match=why):
         apply_patches(tree(tmp_path, text), [SourcePatch("10-a", PATCH)])
 
 
-def test_a_file_that_is_missing_or_there_already_stops_the_build(tmp_path: Path) -> None:
+def test_a_missing_or_existing_file_stops_the_build(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"patch 10-a: Horovod's source has no one.txt"):
         apply_patches(tmp_path, [SourcePatch("10-a", PATCH)])
     (tree(tmp_path) / "two.txt").touch()
@@ -90,7 +90,7 @@ def test_a_file_that_is_missing_or_there_already_stops_the_build(tmp_path: Path)
         apply_patches(tmp_path, [SourcePatch("10-a", PATCH)])
 
 
-def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
+def test_each_header_gives_the_reason_and_does_not_change_the_build() -> None:
     patches = read_patches()
     assert len(patches) >= 20 and [patch.name for patch in patches] == sorted(patch.name for patch in patches)
     for patch in patches:
@@ -103,7 +103,7 @@ def test_each_patch_says_why_and_another_header_makes_no_other_build() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_patches_apply_to_the_released_source(tmp_path: Path) -> None:
-    """By git too, each on top of those before it."""
+    """With git as well, each on the result of those before it; both results are the same."""
     log, env = tmp_path / "log", {**os.environ, "PYTHONPATH": str(tmp_path / "tools")}
     source.fetch_tools(tmp_path / "tools", log, env)
     released = source.fetch_source(tmp_path / "source", log, env)

@@ -1,4 +1,4 @@
-"""What is planned under which toolkits, and what the key of a build depends on."""
+"""The plan of a build for each set of CUDA toolkits and MPIs, and what the key of a build depends on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUILD = TorchBuild(("80", "90", "120"), True)
 
 
 def command(path: Path, output: str) -> Path:
-    """An executable that says `output`, whatever it is asked."""
+    """Create an executable that prints `output`, whatever its arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho '{output}'\n")
     path.chmod(0o755)
@@ -36,7 +36,7 @@ def command(path: Path, output: str) -> Path:
 
 
 def toolkit(home: Path, version: str) -> Path:
-    """The files of a CUDA toolkit whose nvcc compiles for sm_75, sm_80 and sm_90."""
+    """Create the files of a CUDA toolkit whose nvcc compiles for sm_75, sm_80 and sm_90."""
     command(home / "bin" / "nvcc", f"Cuda compilation tools, release 1.0, V{version}\nsm_75\nsm_80\nsm_90\nsm_90a")
     (home / "include").mkdir()
     (home / "include" / "cuda_runtime.h").touch()
@@ -44,7 +44,7 @@ def toolkit(home: Path, version: str) -> Path:
 
 
 def nccl(home: Path) -> Path:
-    """The files of NCCL as the pip package has them."""
+    """Create the files of NCCL, as in the pip package."""
     (home / "include").mkdir(parents=True)
     (home / "include" / "nccl.h").write_text("#define NCCL_MAJOR 2\n#define NCCL_MINOR 30\n#define NCCL_PATCH 7\n")
     (home / "lib").mkdir()
@@ -54,7 +54,7 @@ def nccl(home: Path) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with a CUDA torch and nothing else: what a test adds under tmp_path is all there is."""
+    """Simulate a machine with a CUDA torch and nothing else but what a test adds under tmp_path."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "site").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -132,7 +132,7 @@ def test_without_leaves_out_nccl_and_mpi(machine: Path, monkeypatch: pytest.Monk
 
 
 def make_mpi(prefix: Path, version: str = "5.0.11") -> Path:
-    """The commands of an Open MPI."""
+    """Create the commands of an Open MPI."""
     command(prefix / "bin" / "mpicxx", "")
     command(prefix / "bin" / "mpirun", f"mpirun (Open MPI) {version}")
     return prefix
