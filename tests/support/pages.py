@@ -94,7 +94,7 @@ def is_run(block: Block) -> bool:
 
 def page_name(page: Path) -> str:
     """A page's path within the project."""
-    return str(page.relative_to(ROOT))
+    return str(page.relative_to(ROOT) if page.is_relative_to(ROOT) else page.name)
 
 
 def used_pages(page: Path) -> list[Path]:

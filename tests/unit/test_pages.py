@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.page import PAGE, render_page
-from tests.support.pages import PAGES, ROOT, is_run, page_name, read_blocks
+from tests.support.pages import PAGES, ROOT, is_run, page_name, read_blocks, run_page
 
 NO_CODE = ("text", "mermaid")  # shown, not run: output, figures
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -66,3 +66,48 @@ def test_the_tests_that_the_page_of_faults_names_exist() -> None:
     assert [file for file in files if not (ROOT / "tests" / file).exists()] == []
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert [function for function in functions if f"def {function}(" not in sources] == []
+
+
+def write_page(folder: Path, text: str) -> Path:
+    path = folder / "page.md"
+    path.write_text(text)
+    return path
+
+
+def test_blocks_carry_what_the_comment_above_them_says(tmp_path: Path) -> None:
+    text = "<!-- not run: needs\na host -->\n```sh\nfalse\n```\n\n<!-- file: a.py -->\n```python\nx = 1\n```\n"
+    text += "<!-- not run: too far above -->\nText.\n```sh\ntrue\n```\n"
+    blocks = read_blocks(write_page(tmp_path, text))
+    assert [(block.not_run, block.file, block.language) for block in blocks] == [
+        ("needs a host", "", "sh"),
+        ("", "a.py", "python"),
+        ("", "", "sh"),
+    ]
+    assert list(map(is_run, blocks)) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```sh\ntrue\nfalse\n```\n", r"page\.md:1: exit 1"),
+        ("\n```python\nx = 1\nx / 0\n```\n", r'File ".*page\.md:2", line 4'),
+        ("<!-- check: assert False -->\n", r"AssertionError"),
+        ("```sh\necho 1 2\n```\n```text\n1 3\n```\n", r"page\.md:4: expected"),
+    ],
+    ids=["sh", "python", "check", "output"],
+)
+def test_a_block_that_fails_is_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run_page(write_page(tmp_path, text), tmp_path)
+
+
+def test_blocks_share_a_folder_and_a_namespace(tmp_path: Path) -> None:
+    text = "<!-- file: a.txt -->\n```sh\nhi\n```\n```sh\ncat a.txt; echo 12 s\n```\n```text\nhi ... s\n```\n"
+    text += "```python\nx = 1\n```\n<!-- check: assert x == 1 -->\n"
+    run_page(write_page(tmp_path, text), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["```sh\ntrue\n", "Text\n\n    indented\n"])
+def test_blocks_that_are_not_fenced_are_rejected(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"page\.md:\d: (this fence|an indented block)"):
+        read_blocks(write_page(tmp_path, text))
