@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hvdtrain.comm.world import init
-    from hvdtrain.recipe.base import Recipe, option
+    from hvdtrain.recipe.base import Recipe
+    from hvdtrain.recipe.options import option
     from hvdtrain.system.errors import RunError, UserError
     from hvdtrain.training.fit import fit
 
@@ -20,7 +21,7 @@ _MODULES = {
     "UserError": "hvdtrain.system.errors",
     "fit": "hvdtrain.training.fit",
     "init": "hvdtrain.comm.world",
-    "option": "hvdtrain.recipe.base",
+    "option": "hvdtrain.recipe.options",
 }
 
 

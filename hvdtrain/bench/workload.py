@@ -19,7 +19,6 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.horovod import transport_name
 from hvdtrain.comm.network_model import synchronize_device
 from hvdtrain.comm.world import World
-from hvdtrain.system import cpus
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
@@ -96,20 +95,20 @@ def prepare_workload(recipe: Any, options: RunOptions, world: World) -> Workload
     """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
     if recipe.framework != "torch":
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
-    torch.set_num_threads(options.threads or cpus.choose_threads(world.local_size).count)
-    device = choose_device(options.device, world.local_rank)
-    data = load_datasets(recipe, world, options.seed)["train"]
-    count = options.batch_per_rank or max(1, recipe.batch_size // world.size)
+    torch.set_num_threads(options.resolve_threads(world.local_size).count)
+    device = choose_device(options.device.device, world.local_rank)
+    data = load_datasets(recipe, world, options.data.seed)["train"]
+    count = options.data.batch_per_rank or max(1, recipe.batch_size // world.size)
     ids = (np.arange(count, dtype=np.int64) * world.size + world.rank) % len(data)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    loaded = BatchDataset(recipe, "train", data).load_batch(BatchRequest(ids, (options.seed,)))[1]
+    loaded = BatchDataset(recipe, "train", data).load_batch(BatchRequest(ids, (options.data.seed,)))[1]
     batch = to_device(loaded, device, memory_format)
-    seed_all([options.seed])
+    seed_all([options.data.seed])
     model = recipe.model().to(device)
     if recipe.channels_last:
         model = model.to(memory_format=memory_format)
-    amp = None if options.amp == "off" else AMP_DTYPES[options.amp]
-    return Workload(recipe, model, batch, device, amp, options.seed, world)
+    amp = None if options.optimization.amp == "off" else AMP_DTYPES[options.optimization.amp]
+    return Workload(recipe, model, batch, device, amp, options.data.seed, world)
 
 
 def copy_model(work: Workload) -> nn.Module:

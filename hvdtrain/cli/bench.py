@@ -16,6 +16,8 @@ from hvdtrain.cli.rank import exit_on_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import World, rank_from_environment
 from hvdtrain.native.installed import start_mpi
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.options import option_fields
+from hvdtrain.recipe.step_options import DataOptions
 from hvdtrain.system import messages
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.options import RunOptions, split_options
@@ -24,7 +26,7 @@ COMMAND_SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
 BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # What of a recipe's and a run's options a benchmark acts on; the recipe's own are all its own.
 USED_OPTIONS = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
-UNUSED_OPTIONS = (set(RunOptions.__dataclass_fields__) | {"epochs", "schedule"}) - USED_OPTIONS
+UNUSED_OPTIONS = ({field.name for field in option_fields(RunOptions)} | {"epochs", "schedule"}) - USED_OPTIONS
 
 steps_option = click.option(
     "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps that count."
@@ -219,7 +221,7 @@ def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, Ru
     if recipe is None:
         from hvdtrain.bench.workload import ResNet18
 
-        return ResNet18(), RunOptions(batch_per_rank=16)
+        return ResNet18(), RunOptions(data=DataOptions(batch_per_rank=16))
     arguments = load_arguments([recipe, *args])
     for name in arguments.given_options:
         if name in UNUSED_OPTIONS:

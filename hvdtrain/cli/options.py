@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from hvdtrain.recipe.base import OptionField, Recipe, option_fields
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.options import OptionField, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training import schedule
@@ -30,32 +31,30 @@ def _format_help(field: OptionField) -> str:
 
 
 class TrainCommand(click.Command):
-    """The options of one recipe, with a help that lists them apart from the run options."""
+    """The options of one recipe and of every run; its help lists them by the sections of `RunOptions`."""
 
     def __init__(self, name: str, recipe: type[Recipe], **kwargs: Any) -> None:
-        common = option_fields(Recipe)
-        self.recipe_options = [f for f in option_fields(recipe) if f.name not in {c.name for c in common}]
-        # Epochs, batch size, learning rate and schedule are the recipe's to default, and every run's to set.
-        self.run_options = [f for f in option_fields(recipe) if f.name in {c.name for c in common}] + option_fields(
-            RunOptions
-        )
-        clash = {f.name for f in self.recipe_options} & {f.name for f in self.run_options}
+        # Epochs, batch size, learning rate and schedule have defaults of the recipe, and sections of every run.
+        of_recipe, of_run = option_fields(recipe), option_fields(RunOptions)
+        clash = {field.name for field in of_recipe} & {field.name for field in of_run}
         if clash:
-            raise UserError(f"{recipe.__name__}.{clash.pop()} is a run option; name the recipe's option otherwise")
-        options = [make_click_option(f) for f in [*self.recipe_options, *self.run_options]]
-        flags = ["--help", *(flag for option in options for flag in (*option.opts, *option.secondary_opts))]
+            raise UserError(f"{recipe.__name__}.{clash.pop()} is a run option; rename the recipe's option")
+        self.fields = [*of_recipe, *of_run]
+        options = [make_click_option(field) for field in self.fields]
+        flags = ["--help", "-h", *(flag for option in options for flag in (*option.opts, *option.secondary_opts))]
         twice = [flag for flag in flags if flags.count(flag) > 1]
         if twice:
             raise UserError(f"two options of {recipe.__name__} are called {twice[0]}; rename the field of one")
         super().__init__(name, params=options, **kwargs)  # type: ignore[arg-type]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, group in (("Recipe options", self.recipe_options), ("Run options", self.run_options)):
-            names = {f.name for f in group}
-            records = [p.get_help_record(ctx) for p in self.params if p.name in names]
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl([record for record in records if record])
+        records = {str(option.name): option.get_help_record(ctx) for option in self.params}
+        # The recipe's own options have no section and come first.
+        for section in dict.fromkeys(["", *(field.section for field in option_fields(RunOptions))]):
+            listed = [records[field.name] for field in self.fields if field.section == section]
+            if listed:
+                with formatter.section(section or "Recipe options"):
+                    formatter.write_dl([record for record in listed if record])
 
 
 @dataclass(frozen=True)
@@ -106,4 +105,4 @@ def check_parsed_arguments(arguments: TrainArguments) -> None:
     check_framework(arguments.recipe_class)
     recipe, run = split_options(arguments.recipe_class, arguments.given_options)
     schedule.parse_schedule(recipe.schedule, 1000, 10)
-    spec.parse_compression(run.compression)
+    spec.parse_compression(run.compression.spec)

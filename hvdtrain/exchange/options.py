@@ -5,32 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdtrain.recipe.base import option
+from hvdtrain.recipe.options import option
 
 
 @dataclass(kw_only=True)
 class ExchangeOptions:
     """How the gradients of all ranks are added up. Compression has options of its own (`CompressionOptions`)."""
 
-    exchange: Literal["bucketed", "horovod"] = option("bucketed", "flat buckets, or Horovod's own, for comparison")
+    kind: Literal["bucketed", "horovod"] = option(
+        "bucketed", "flat buckets, or Horovod's own, for comparison", name="exchange"
+    )
     bucket_mib: float | None = option(
-        None, "MiB of gradients that are sent together; default: 8, between GPUs 25; the first bucket has 1 at most"
+        None,
+        "MiB of gradients that are sent together; default: 8, between GPUs 25; the first bucket has 1 at most",
+        above=0,
     )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
     )
     deterministic: bool = option(False, "the same bits on any number of ranks, and when that changes during the run")
     virtual_shards: int = option(
-        12, "with --deterministic: parts of the global batch whose gradients are computed alone; part of the maths"
+        12,
+        "with --deterministic: parts of the global batch whose gradients are computed alone; part of the maths",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:
-        if self.bucket_mib is not None and not self.bucket_mib > 0:
-            raise ValueError(f"--bucket-mib is {self.bucket_mib}; it must be above 0")
-        if self.virtual_shards < 1:
-            raise ValueError(f"--virtual-shards is {self.virtual_shards}; it must be at least 1")
-        if self.deterministic and self.exchange != "bucketed":
-            raise ValueError(f"--deterministic with --exchange {self.exchange}: its sums depend on the ranks")
+        if self.deterministic and self.kind != "bucketed":
+            raise ValueError(f"--deterministic with --exchange {self.kind}: its sums depend on the ranks")
 
     @property
     def bucket_bytes(self) -> int | None:

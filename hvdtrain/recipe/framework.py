@@ -21,26 +21,6 @@ FRAMEWORKS = {"torch": ("hvdtrain.torch.step", "TorchStep")}  # module and class
 TOLD = 7  # numbers that each rank tells the others in a step
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """The run options that a framework acts on itself."""
-
-    seed: int = 0
-    device: Literal["cpu", "cuda"] | None = None  # None: cuda if there is one
-    threads: int = 1
-    workers: int = 0
-    micro_batch: int | None = None  # most examples per pass; None: this rank's part of the batch
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    clip_norm: float | None = None
-    ema: float | None = None
-    compile: bool = False
-    compression: str = "none"
-    exchange: Literal["bucketed", "horovod"] = "bucketed"
-    exact_residuals: bool = False
-    bucket_mib: float | None = None  # None: as suits the device
-    virtual_shards: int | None = None  # deterministic: gradients are computed and added by so many virtual shards
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What a rank knows after an exchange; the same on each rank but for the last two.

@@ -46,10 +46,17 @@ class RecipeError(KnownError):
         return self.text
 
 
-def suggest_nearest(value: str, valid: Iterable[str]) -> str:
-    """The end of an error message: which valid name is nearest, or which there are."""
+def suggest_nearest(value: str, valid: Iterable[str], *, list_all: bool = True) -> str:
+    """Return the end of an error message: the valid name that is near, or else all of them.
+
+    Args:
+        value: what was given.
+        valid: the names that are accepted.
+        list_all: list the valid names if none of them is near.
+    """
     names = sorted(valid)
-    close = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    bare = {name.lstrip("-").lower(): name for name in reversed(names)}  # dashes make all options look alike
+    close = difflib.get_close_matches(value.lstrip("-").lower(), bare, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are: {', '.join(names)}" if names else ""
+        return f"; did you mean {bare[close[0]]!r}?"
+    return f"; there are: {', '.join(names)}" if names and list_all else ""

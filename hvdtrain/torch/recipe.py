@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 from hvdtrain.recipe import base
-from hvdtrain.recipe.base import option
+from hvdtrain.recipe.options import option
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,8 @@ from threadpoolctl import threadpool_limits
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import Spec
-from hvdtrain.recipe.framework import SPLITS, Split, StepOptions
+from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.recipe.framework import SPLITS, Split
 from hvdtrain.system.errors import RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.system.turns import hold_host_lock
@@ -95,12 +96,12 @@ def make_optimizer(recipe: Recipe, params: Iterable[torch.nn.Parameter]) -> torc
     return optimizer
 
 
-def configure_torch(options: StepOptions) -> None:
+def configure_torch(options: StepOptions, threads: int) -> None:
     """Prepare this process's torch: its threads, the same bits each time if asked for, no compiler unless asked for."""
-    torch.set_num_threads(options.threads)
-    if options.virtual_shards is not None:
-        enable_determinism(options.threads)
-    if not options.compile:
+    torch.set_num_threads(threads)
+    if options.exchange.deterministic:
+        enable_determinism(threads)
+    if not options.optimization.compile:
         skip_compiler_import()
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.recipe.framework import Ids, Split, StepOptions
+from hvdtrain.recipe.framework import Ids, Split
+from hvdtrain.recipe.step_options import DataOptions
 from hvdtrain.torch.data import BatchDataset, BatchRequest
 from hvdtrain.torch.loader import BatchLoader
 from hvdtrain.torch.recipe import Recipe
@@ -16,7 +17,7 @@ from hvdtrain.torch.recipe import Recipe
 class SplitLoaders:
     """Loads batches of a recipe's datasets, by `options.workers` processes each from `start` to `close`."""
 
-    def __init__(self, recipe: Recipe, datasets: Mapping[Split, Any], options: StepOptions) -> None:
+    def __init__(self, recipe: Recipe, datasets: Mapping[Split, Any], options: DataOptions) -> None:
         self.seed, self.max_batch = options.seed, options.micro_batch or recipe.batch_size
         self.num_examples: dict[Split, int] = {"train": 0, "eval": 0}
         self.loaders: dict[Split, BatchLoader] = {}

@@ -16,8 +16,9 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.checksums import checksum_model
+from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.exchange.tensors import load_module_state, read_tensors
-from hvdtrain.recipe.framework import TOLD, Ids, Split, StepOptions, StepResult
+from hvdtrain.recipe.framework import TOLD, Ids, Split, StepResult
 from hvdtrain.system.errors import RecipeError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.broadcast import broadcast_state
@@ -64,15 +65,15 @@ class TorchStep:
 
     def _prepare_training(self) -> None:
         recipe, world, options = self.recipe, self.world, self.options
-        configure_torch(options)
-        self.device = choose_device(options.device, world.local_rank)
-        self.datasets = load_datasets(recipe, world, options.seed)
-        self.splits = SplitLoaders(recipe, self.datasets, options)
+        configure_torch(options, options.resolve_threads(world.local_size).count)
+        self.device = choose_device(options.device.device, world.local_rank)
+        self.datasets = load_datasets(recipe, world, options.data.seed)
+        self.splits = SplitLoaders(recipe, self.datasets, options.data)
         self._exit_stack.callback(self.splits.close)
         self.examples = self.splits.num_examples
         collectives.on_all_ranks("examples", self.splits.check_splits)
 
-        seed_all([options.seed])
+        seed_all([options.data.seed])
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = collectives.on_all_ranks("model", lambda: make_model(recipe)).to(self.device)
         if recipe.channels_last:
@@ -107,9 +108,9 @@ class TorchStep:
         check_agreement("agreement.metrics", self.agreement_parts[-1:])
         self.updater.join_world(world)
         broadcast_state(self.model, self.updater.optimizer)
-        self.ema = AveragedModel(self.model, options.ema) if options.ema is not None else None
-        self.forward: Any = torch.compile(self.model) if options.compile else self.model
-        self.changes = ChangeTracker(name, self.model, modes, declared, world.size, options.virtual_shards is not None)
+        self.ema = AveragedModel(self.model, decay) if (decay := options.optimization.ema) is not None else None
+        self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
+        self.changes = ChangeTracker(name, self.model, modes, declared, world.size, options.exchange.deterministic)
         self.changes.buffer_reducer.expect_changes(trial.changed_buffers)
         self.changes.learning_rate_watch.set_baseline(self.updater.optimizer.param_groups)
         # The scores, what the ranks tell each other, what has changed on a rank, and whether a loss is not finite.
@@ -137,9 +138,9 @@ class TorchStep:
             return to_device(self.splits.load_first_batch(2), self.device, self.memory_format)
 
     def _autocast_context(self) -> contextlib.AbstractContextManager[Any]:
-        if self.options.amp == "off":
+        if self.options.optimization.amp == "off":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, AMP_DTYPES[self.options.amp])
+        return torch.autocast(self.device.type, AMP_DTYPES[self.options.optimization.amp])
 
     def _call_score(self, model: Any, batch: Any) -> Any:
         with in_recipe(self.recipe, "score()"):

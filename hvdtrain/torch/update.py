@@ -14,7 +14,7 @@ from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange import state as exchange_state
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.sharded import ShardedExchange
-from hvdtrain.recipe.framework import StepOptions
+from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.groups import check_optimizer, get_parameter_names, match_groups, reorder_state
 from hvdtrain.torch.hyperparameters import apply_overrides, get_hyperparameters
@@ -42,7 +42,7 @@ class Updater:
         self.recipe_name = type(recipe).__name__
         self.log_lines: list[str] = []
         self.optimizer: Any = collectives.on_all_ranks("optimizer", lambda: self._make_optimizer(recipe))
-        self.scaler = torch.amp.GradScaler(device.type) if options.amp == "fp16" else None
+        self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here also where there are no examples
         self._carried_state: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
@@ -59,23 +59,23 @@ class Updater:
         """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
         first = not hasattr(self, "hyperparameters")
         if first:
-            check_momentum(parse_compression(self.options.compression), self.optimizer, world)
+            check_momentum(parse_compression(self.options.compression.spec), self.optimizer, world)
         held = set(self._optimized_parameters())
         self.optimizer = DistributedOptimizer(
             self.optimizer,
             [(name, p) for name, p in self.model.named_parameters() if p in held],
             average=False,
-            compression=self.options.compression,
-            exchange=self.options.exchange,
-            seed=self.options.seed,
-            bucket_bytes=None if self.options.bucket_mib is None else int(self.options.bucket_mib * 2**20),
-            shards=self.options.virtual_shards,
+            compression=self.options.compression.spec,
+            exchange=self.options.exchange.kind,
+            seed=self.options.data.seed,
+            bucket_bytes=self.options.exchange.bucket_bytes,
+            shards=self.options.exchange.num_shards,
         )
         exchange = self.optimizer.exchange
         self.bucketed_exchange = exchange if isinstance(exchange, BucketedExchange) else None
         self.shard_exchange = exchange if isinstance(exchange, ShardedExchange) else None
         if exchange is not None:
-            exchange.checks_finite = self.scaler is None and self.options.clip_norm is None
+            exchange.checks_finite = self.scaler is None and self.options.optimization.clip_norm is None
         if self.bucketed_exchange is not None and self.bucketed_exchange.advisor is not None:
             self.bucketed_exchange.advisor.log_line = self.log_lines.append
         if first:
@@ -126,7 +126,7 @@ class Updater:
         if self.scaler is not None:
             return ()  # which skips such steps itself
         exchange = self.optimizer.exchange
-        if self.options.clip_norm is not None:
+        if self.options.optimization.clip_norm is not None:
             self._gradient_norm = nn.utils.get_total_norm(self._collect_gradients())
             finite = bool(torch.isfinite(self._gradient_norm))
         else:
@@ -167,14 +167,14 @@ class Updater:
         if self.scaler is not None:
             report["loss_scale"] = self.scaler.get_scale()
             self.scaler.unscale_(self.optimizer)
-        if self.options.clip_norm is not None:
+        if self.options.optimization.clip_norm is not None:
             params = [p for p in self._optimized_parameters() if p.grad is not None]
             norm = (
                 self._gradient_norm
                 if self._gradient_norm is not None
                 else nn.utils.get_total_norm(self._collect_gradients())
             )
-            nn.utils.clip_grads_with_norm_(params, self.options.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(params, self.options.optimization.clip_norm, norm)
             report["gradient_norm"], self._gradient_norm = float(norm), None
         if self.scaler is None:
             self._step_optimizer()
@@ -204,7 +204,7 @@ class Updater:
     def gather_carried_state(self) -> dict[str, Any] | None:
         """The exchange's part of the state, on all ranks; all of them call it."""
         return (
-            exchange_state.gather_exchange_state(self.bucketed_exchange, self.options.exact_residuals)
+            exchange_state.gather_exchange_state(self.bucketed_exchange, self.options.exchange.saves_rank_residuals)
             if self.bucketed_exchange is not None
             else None
         )

@@ -73,7 +73,7 @@ def evaluate_model(run: RunContext, step: Step, at: Position) -> None:
     sums = np.zeros(len(step.metrics))
     for ids, batch in step.load_batches("eval", evaluation_chunks(count, run.plan, run.world.rank), 0):
         activity.enter_activity("evaluating")
-        sums += step.evaluate_batch(batch, len(ids), (run.options.seed, -1, int(ids[0])))
+        sums += step.evaluate_batch(batch, len(ids), (run.options.data.seed, -1, int(ids[0])))
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")
     at.eval = compute_means(step.metrics, collectives.sum_float64(sums, "evaluation"), count)
@@ -110,7 +110,7 @@ def save_checkpoint(run: RunContext, step: Step, at: Position, report: Reporter,
             report.print_warning(f"{error}; training goes on, the next one is tried again")
     if run.world.rank == 0 and not error:
         try:
-            checkpoint.prune_checkpoints(run.folder, run.options.keep, run.recipe.best)
+            checkpoint.prune_checkpoints(run.folder, run.options.checkpoints.keep, run.recipe.best)
         except OSError as problem:
             report.print_warning(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
     # The next step would wait for rank 0 as well.
@@ -126,12 +126,16 @@ def evaluate_and_save(
     """Evaluate and save, where that is due after the step and not done: a rank may have been lost while it was."""
     last, epoch_ends = at.step >= run.plan.total_steps, at.offset == 0
     evaluates = step.examples["eval"] > 0
-    if evaluates and at.evaluated != at.step and (last or is_step_due(at.step, run.options.eval_every, epoch_ends)):
+    if (
+        evaluates
+        and at.evaluated != at.step
+        and (last or is_step_due(at.step, run.options.reports.eval_every, epoch_ends))
+    ):
         evaluate_model(run, step, at)
         run.lease.check_ownership()
         report.record_evaluation(at, at.epoch + (not epoch_ends))
     if at.saved != at.step and (
-        last or stopping or leaving or is_step_due(at.step, run.options.checkpoint_every, epoch_ends)
+        last or stopping or leaving or is_step_due(at.step, run.options.checkpoints.every, epoch_ends)
     ):
         activity.enter_activity("saving a checkpoint", patient=True)
         save_checkpoint(run, step, at, report, must=last or stopping)
@@ -194,7 +198,7 @@ def handle_nonfinite_step(run: RunContext, agreed: StepResult, at: Position, rep
         at_step, advice = "", "look in score for a root, norm or division at 0"
         skipped = skipped.removesuffix(",")
     at.skipped_nonfinite += 1
-    if at.skipped_nonfinite > run.options.skip_nonfinite:
+    if at.skipped_nonfinite > run.options.faults.skip_nonfinite:
         raise RunError(
             f"{what} at step {at.step + 1} (epoch {at.epoch + 1}){at_step}; "
             f"{advice}, or skip such steps with --skip-nonfinite N"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import Membership
-from hvdtrain.recipe.base import Recipe, convert_value, make_from_values, option_fields
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.options import convert_value, flatten_options, make_from_values, option_fields
 from hvdtrain.system import streams
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.strict_json import parse_strict_json
@@ -30,15 +32,7 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     epochs=3; those that a recipe has as fields (epochs, batch_size, lr, schedule) override it.
     Raises UserError (a ValueError's worth of user mistake) and RunError (the loss is not finite).
     """
-    shared = {field.name for field in option_fields(Recipe)}
-    own = {
-        field.name: convert_value(field, run_options[field.name])
-        for field in option_fields(Recipe)
-        if field.name in run_options
-    }
-    recipe = replace(recipe, **own)
-    check_recipe_values(recipe)
-    options = make_from_values(RunOptions, {key: value for key, value in run_options.items() if key not in shared})
+    recipe, options = apply_run_options(recipe, run_options)
     world = init(comm)
     try:
         name = type(recipe).__name__.lower()
@@ -48,6 +42,27 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
         if comm is not None:
             # So that the next training can have another communicator; MPI itself goes on.
             shut_down_horovod()
+
+
+def apply_run_options(recipe: Recipe, values: Mapping[str, Any]) -> tuple[Recipe, RunOptions]:
+    """Split what `fit` is given: the four options that every recipe has go into a copy of it. Raises UserError."""
+    shared = {field.name: field for field in option_fields(Recipe)}
+    run_names = [field.name for field in option_fields(RunOptions)]
+    for name in values:
+        if name in shared or name in run_names:
+            continue
+        cls = type(recipe).__name__
+        if name in {field.name for field in option_fields(type(recipe))}:
+            raise UserError(f"{name!r} is a field of the recipe: give it to {cls}({name}=...), not to fit")
+        own = [field.name for field in option_fields(type(recipe)) if field.name not in shared]
+        near = suggest_nearest(name, [*own, *shared, *run_names], list_all=False)
+        raise UserError(
+            f"fit has no option {name!r}{near}; run options: {', '.join(sorted([*shared, *run_names]))}; "
+            f"fields of the recipe, for {cls}(...): {', '.join(own) or 'none'}"
+        )
+    recipe = replace(recipe, **{name: convert_value(shared[name], values[name]) for name in shared if name in values})
+    check_recipe_values(recipe)
+    return recipe, make_from_values(RunOptions, {name: values[name] for name in values if name not in shared})
 
 
 def fit_from_command_line(
@@ -66,8 +81,8 @@ def fit_from_command_line(
 
 def build_config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """What config.json holds."""
-    kept = {key: value for key, value in asdict(options).items() if key not in EXCLUDED_FROM_CONFIG}
-    values = {field.name: getattr(recipe, field.name) for field in option_fields(type(recipe))} | kept
+    kept = {name: value for name, value in flatten_options(options).items() if name not in EXCLUDED_FROM_CONFIG}
+    values = flatten_options(recipe) | kept
     return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
 
 

@@ -13,14 +13,14 @@ from hvdtrain.ledger.writer import Ledger, find_segments
 from hvdtrain.system.errors import UserError
 from hvdtrain.training import checkpoint
 from hvdtrain.training.lease import FolderLost, Lease
-from hvdtrain.training.options import RunOptions
+from hvdtrain.training.options import CheckpointOptions
 from hvdtrain.training.reporter import Reporter
 
 # What a run leaves while it writes, if it is killed.
 LEFTOVER_PATTERNS = (".*.new", "*/.*.new", "checkpoints/.*.new/.*.new", "ledger/.segment-*.csv.*", ".owner.json.*")
 
 
-def open_run_folder(options: RunOptions, name: str, lease: Lease) -> Path:
+def open_run_folder(options: CheckpointOptions, name: str, lease: Lease) -> Path:
     """Make or find rank 0's run folder, become its owner and clean it; every rank learns its path.
 
     Raises UserError on all ranks if the folder has another owner, holds another run or cannot be written.

@@ -36,9 +36,7 @@ from hvdtrain.training.reporter import Reporter, describe_summary
 from hvdtrain.training.setup import (
     collect_versions,
     copy_source,
-    make_step_options,
     open_ledger,
-    resolve_threads,
     write_config,
 )
 from hvdtrain.training.start import agree_on_launch_name, begin_run, check_best_metric, compare_with_run
@@ -62,11 +60,11 @@ def train_recipe(
     Raises UserError for what a user can fix before the first step, RunError for a loss that is not finite.
     """
     check_framework(type(recipe))
-    hang.configure_hang_reporter(world.rank, world.size, options.hang_limit)
+    hang.configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
     activity.enter_activity("preparing the model and the datasets", patient=True)
     module, cls = FRAMEWORKS[recipe.framework]
-    step: Step = getattr(importlib.import_module(module), cls)(recipe, world, make_step_options(options, world))
-    report, at, resumed_from = Reporter(options), None, None
+    step: Step = getattr(importlib.import_module(module), cls)(recipe, world, options)
+    report, at, resumed_from = Reporter(options.reports), None, None
     ledger: Ledger | None = None
     source, notes = source_of_class(type(recipe)), list[str]()
     lease = Lease(agree_on_launch_name(membership))
@@ -83,7 +81,7 @@ def train_recipe(
                     known["diagnosis"] = diagnosis.build_history() if diagnosis is not None else []
                     files.close()
                     world, at, known = enter_next_world(membership, step, at, known)
-                    hang.configure_hang_reporter(world.rank, world.size, options.hang_limit)
+                    hang.configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
                     about = {"rank": world.rank, "size": world.size, "host": world.host, "pid": os.getpid()}
                     messages.send_message("started", **about, reach=membership.slot.host, supervisor=os.getppid())
                 begins = at is None
@@ -109,9 +107,9 @@ def train_recipe(
                         notes = list(filter(None, [copy_source(folder, source)]))
                     if source is not None and membership is not None:
                         membership.store.put_if_absent(SOURCE, describe_copy(folder, source))
-                if options.diagnose:
+                if options.reports.diagnose:
                     earlier = known["diagnosis"] if membership is not None else []
-                    diagnosis = Diagnosis(world, folder, options.log_every, at.step, earlier)
+                    diagnosis = Diagnosis(world, folder, options.reports.log_every, at.step, earlier)
                 run = RunContext(name, recipe, options, world, plan, folder, lease, membership, ledger, diagnosis)
                 report.open_files(run.folder, plan.total_steps, at, active=world.rank == 0)
                 if membership is None or not membership.change_count:
@@ -158,7 +156,7 @@ def train_recipe(
                 "train_loss": at.train_loss,
                 "eval": at.eval,
                 "wire_bytes_per_step": step.wire_bytes(),
-                "compression": options.compression,
+                "compression": options.compression.spec,
                 "buckets": step.exchange_report()["buckets"],
                 "membership_changes": membership.change_count if membership is not None else 0,
                 "resumed_from": resumed_from,
@@ -180,7 +178,7 @@ def train_recipe(
 
 def report_run_start(run: RunContext, step: Step, at: Position, report: Reporter) -> None:
     """Tell people what will be done."""
-    threads = resolve_threads(run.options, run.world.local_size)
+    threads = run.options.resolve_threads(run.world.local_size)
     report.print_lines(
         [
             f"hvdtrain  {run.recipe_name} ({run.recipe.framework}), run folder {run.folder}",
@@ -188,7 +186,7 @@ def report_run_start(run: RunContext, step: Step, at: Position, report: Reporter
             f"threads   {threads.count} per rank, from {threads.source}",
         ]
     )
-    if run.options.resume:
+    if run.options.checkpoints.resume:
         report.print_lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
     elif not at.step:
         try:
@@ -207,7 +205,7 @@ def run_steps(run: RunContext, step: Step, at: Position, report: Reporter, stop:
     activity.begin_training(at.step)
     while at.step < plan.total_steps:
         left = itertools.islice(
-            iterate_step_shares(plan, options.seed, at.epoch, at.offset, world.rank), plan.total_steps - at.step
+            iterate_step_shares(plan, options.data.seed, at.epoch, at.offset, world.rank), plan.total_steps - at.step
         )
         ahead, parts = itertools.tee(left)  # the loader is some batches ahead
         chunks = (chunk for share in ahead for shard in share.shards for chunk in shard)
@@ -230,7 +228,7 @@ def run_steps(run: RunContext, step: Step, at: Position, report: Reporter, stop:
                 activity.enter_activity("computing gradients")
                 told[FED] += len(ids)
                 told[HASHES] += sum_id_hashes(ids)
-                step.accumulate_gradients(batch, len(chunk), 1 / count, (options.seed, at.step, first))
+                step.accumulate_gradients(batch, len(chunk), 1 / count, (options.data.seed, at.step, first))
                 first += len(chunk)
             activity.enter_activity("exchanging gradients")
             agreed = step.all_reduce()
@@ -243,7 +241,7 @@ def run_steps(run: RunContext, step: Step, at: Position, report: Reporter, stop:
                 step.skip_update()
                 details: dict[str, float] = {}
             else:
-                details = step.apply_update(plan.lr_scale * lr_factor, (options.seed, at.step, -1))
+                details = step.apply_update(plan.lr_scale * lr_factor, (options.data.seed, at.step, -1))
             seconds = time.perf_counter() - start
             if news := step.take_messages():
                 report.print_lines(news)

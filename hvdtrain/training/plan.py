@@ -48,41 +48,47 @@ def make_training_plan(
     A run that is resumed with another batch size still ends with its last epoch.
     Raises UserError for a schedule that does not parse.
     """
-    batch_size = options.batch_per_rank * ranks if options.batch_per_rank else recipe.batch_size
+    batch_size = options.data.batch_per_rank * ranks if options.data.batch_per_rank else recipe.batch_size
     per_rank = -(-batch_size // ranks)
-    shards = options.virtual_shards if options.deterministic else ranks
+    shards = options.exchange.virtual_shards if options.exchange.deterministic else ranks
     per_shard = -(-batch_size // shards)
-    micro_batch = min(options.micro_batch or per_shard, per_shard)
+    micro_batch = min(options.data.micro_batch or per_shard, per_shard)
     steps_per_epoch = -(-examples // batch_size)
     whole = recipe.epochs * steps_per_epoch
     rest = 0 if at.epoch >= recipe.epochs else -(-(examples - at.offset) // batch_size)
     rest += max(0, recipe.epochs - at.epoch - 1) * steps_per_epoch
-    lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.scale_lr]
+    lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.optimization.scale_lr]
     return TrainingPlan(
         ranks=ranks,
         examples=examples,
         batch_size=batch_size,
         shards=shards,
         micro_batch=micro_batch,
-        eval_micro_batch=micro_batch if options.deterministic else min(options.micro_batch or per_rank, per_rank),
-        deterministic=options.deterministic,
+        eval_micro_batch=micro_batch
+        if options.exchange.deterministic
+        else min(options.data.micro_batch or per_rank, per_rank),
+        deterministic=options.exchange.deterministic,
         max_passes=-(-shards // ranks) * -(-per_shard // micro_batch),
         steps_per_epoch=steps_per_epoch,
-        total_steps=options.steps or at.step + rest,
-        epochs=-(-options.steps // steps_per_epoch) if options.steps else recipe.epochs,
-        ends_with_epoch=options.steps is None,
+        total_steps=options.data.steps or at.step + rest,
+        epochs=-(-options.data.steps // steps_per_epoch) if options.data.steps else recipe.epochs,
+        ends_with_epoch=options.data.steps is None,
         lr=lr * lr_scale,
         lr_scale=lr_scale,
-        schedule=schedule.parse_schedule(recipe.schedule, options.steps or whole, steps_per_epoch),
+        schedule=schedule.parse_schedule(recipe.schedule, options.data.steps or whole, steps_per_epoch),
     )
 
 
 def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]:
     """The plan in a few lines for people."""
     ragged = plan.examples % plan.batch_size
-    weak = f" ({options.batch_per_rank} x {plan.ranks} ranks)" if options.batch_per_rank else ""
-    scaled = f" (times {plan.lr_scale:g}, --scale-lr {options.scale_lr})" if plan.lr_scale != 1 else ""
-    way = f"deterministic {plan.shards} virtual shards" if options.deterministic else f"{options.exchange} exchange"
+    weak = f" ({options.data.batch_per_rank} x {plan.ranks} ranks)" if options.data.batch_per_rank else ""
+    scaled = f" (times {plan.lr_scale:g}, --scale-lr {options.optimization.scale_lr})" if plan.lr_scale != 1 else ""
+    way = (
+        f"deterministic {plan.shards} virtual shards"
+        if options.exchange.deterministic
+        else f"{options.exchange.kind} exchange"
+    )
     corners = ", ".join(f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners)
     return [
         f"data      {plan.examples} examples, {plan.steps_per_epoch} steps an epoch"
@@ -91,9 +97,9 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {plan.epochs} epoch{'s' * (plan.epochs > 1)}",
         f"lr        {plan.schedule.text}: {corners}{scaled}",
-        f"gradient  {way}, compression {options.compression}, amp {options.amp}"
-        + (f", clipped to norm {options.clip_norm:g}" if options.clip_norm else "")
-        + (f", EMA {options.ema:g}" if options.ema else ""),
+        f"gradient  {way}, compression {options.compression.spec}, amp {options.optimization.amp}"
+        + (f", clipped to norm {options.optimization.clip_norm:g}" if options.optimization.clip_norm else "")
+        + (f", EMA {options.optimization.ema:g}" if options.optimization.ema else ""),
     ]
 
 

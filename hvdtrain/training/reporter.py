@@ -20,7 +20,7 @@ from hvdtrain.system.files import DISK_SPACE_ERRORS, BufferedAppender, write_err
 from hvdtrain.system.strict_json import encode_json
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.event_writer import MISSING_TENSORBOARD, EventWriter
-from hvdtrain.training.options import RunOptions
+from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.rows import cut_rows
 
 NUM_RECENT_ROWS = 20  # rows that every rank remembers
@@ -29,7 +29,7 @@ NUM_RECENT_ROWS = 20  # rows that every rank remembers
 class Reporter:
     """Rank 0's report of a run. Other ranks only remember the last rows: one of them may become rank 0."""
 
-    def __init__(self, options: RunOptions) -> None:
+    def __init__(self, options: ReportOptions) -> None:
         self.quiet, self.log_every = options.quiet, options.log_every
         self.active = self.prints_output = False
         self.total_steps = 0

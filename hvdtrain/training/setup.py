@@ -10,13 +10,9 @@ from typing import Any
 
 from hvdtrain import __version__
 from hvdtrain.comm import collectives
-from hvdtrain.comm.world import World
 from hvdtrain.ledger.writer import MAX_STEP_EXAMPLES, Ledger, find_segments
-from hvdtrain.recipe.framework import StepOptions
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import write_copy
-from hvdtrain.system import cpus
-from hvdtrain.system.cpus import ThreadCount
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import PRIVATE_MODE, write_error_text, write_json
 from hvdtrain.training.checkpoint import Position
@@ -25,34 +21,6 @@ from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.rows import find_ledger_gap
 
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
-
-
-def make_step_options(options: RunOptions, world: World) -> StepOptions:
-    """The framework's options, with the number of threads resolved on this host."""
-    return StepOptions(
-        seed=options.seed,
-        device=options.device,
-        threads=resolve_threads(options, world.local_size).count,
-        workers=options.workers,
-        micro_batch=options.micro_batch,
-        amp=options.amp,
-        clip_norm=options.clip_norm,
-        ema=options.ema,
-        compile=options.compile,
-        compression=options.compression,
-        exchange=options.exchange,
-        bucket_mib=options.bucket_mib,
-        exact_residuals=options.checkpoint_residuals == "exact",
-        virtual_shards=options.virtual_shards if options.deterministic else None,
-    )
-
-
-def resolve_threads(options: RunOptions, local_size: int) -> ThreadCount:
-    """How many threads each rank of this host uses, and who chose that."""
-    if options.threads is not None:
-        return ThreadCount(options.threads, "--threads")
-    # Sums within an operation depend on the number of threads.
-    return ThreadCount(1, "--deterministic") if options.deterministic else cpus.choose_threads(local_size)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -87,24 +55,24 @@ def open_ledger(known: Ledger | None, options: RunOptions, plan: TrainingPlan, a
 
     Raises UserError for a batch too large for it, and on all ranks if it cannot be written when the run starts.
     """
-    if options.ledger and plan.batch_size > MAX_STEP_EXAMPLES:
+    if options.checkpoints.ledger and plan.batch_size > MAX_STEP_EXAMPLES:
         raise UserError(
             f"a ledger cannot tell {plan.batch_size} examples a step, {MAX_STEP_EXAMPLES} at most: add --no-ledger"
         )
-    ledger = known or Ledger(options.seed, plan.examples, plan.batch_size, at.step)
+    ledger = known or Ledger(options.data.seed, plan.examples, plan.batch_size, at.step)
     ledger.roll_back(at.step)
 
     def begin_segment() -> None:
-        if not options.ledger and (known is not None or not find_segments(folder / "ledger")):
+        if not options.checkpoints.ledger and (known is not None or not find_segments(folder / "ledger")):
             return
-        if known is None and options.ledger and (gap := find_ledger_gap(folder / "ledger", at.step)):
+        if known is None and options.checkpoints.ledger and (gap := find_ledger_gap(folder / "ledger", at.step)):
             print(f"hvdtrain: warning: {gap}", file=sys.stderr, flush=True)
         # The first segment shows whether it can be written; a try that makes no step leaves no further one.
-        again = options.ledger and bool(find_segments(folder / "ledger"))
+        again = options.checkpoints.ledger and bool(find_segments(folder / "ledger"))
         ledger.open_for_writing(folder / "ledger", at_first_row=again)
         if known is None and ledger.error is not None:
             raise UserError(write_error_text("the ledger", folder, ledger.error))
-        if not options.ledger:  # the segment, which has no rows, takes back the steps that are undone
+        if not options.checkpoints.ledger:  # the segment, which has no rows, takes back the steps that are undone
             ledger.close()
 
     collectives.on_root("ledger", begin_segment)

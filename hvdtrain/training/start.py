@@ -14,8 +14,9 @@ from hvdtrain.comm.agreement import ConsistentPart, check_against_record, check_
 from hvdtrain.comm.world import World
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.elastic.records import AGREEMENT, FOLDER, LAUNCH
-from hvdtrain.recipe.base import Recipe, option_fields
+from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import Step
+from hvdtrain.recipe.options import flatten_options
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training.between import resume_run
@@ -55,8 +56,8 @@ def make_options_part(values: Mapping[str, Any]) -> ConsistentPart:
 
 def collect_option_values(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """The value of each option of the recipe and of the run."""
-    values = {field.name: getattr(recipe, field.name) for field in option_fields(type(recipe))}
-    return {"resume": options.resume, **values, **vars(options)}
+    run = flatten_options(options)
+    return {"resume": run["resume"], **flatten_options(recipe), **run}
 
 
 def agree_on_options(recipe: Recipe, name: str, options: RunOptions) -> None:
@@ -112,15 +113,17 @@ def begin_run(
     """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
     if membership is not None and (known := membership.store.get(FOLDER)):  # all that had a state are gone
         folder = take_over_folder(Path(known), lease)
-        return folder, resume_run(step, folder, name, world, options.seed, unattended=True)
-    if membership is not None and membership.generation > 1 and options.run_dir is not None:
-        options = replace(options, resume=True)  # the first generation came so far as to make it
-    folder = open_run_folder(options, name, lease)
-    if options.resume:
-        at = resume_run(step, folder, name, world, options.seed, unattended=RELAUNCH_VARIABLE in os.environ)
+        return folder, resume_run(step, folder, name, world, options.data.seed, unattended=True)
+    if membership is not None and membership.generation > 1 and options.checkpoints.run_dir is not None:
+        options = replace(
+            options, checkpoints=replace(options.checkpoints, resume=True)
+        )  # the first generation came so far as to make it
+    folder = open_run_folder(options.checkpoints, name, lease)
+    if options.checkpoints.resume:
+        at = resume_run(step, folder, name, world, options.data.seed, unattended=RELAUNCH_VARIABLE in os.environ)
     else:
         at = Position()
-        at.set_example_order(step.examples["train"], options.seed)
+        at.set_example_order(step.examples["train"], options.data.seed)
         at.first_examples = dict(step.first_examples)
     if membership is not None:
         membership.store.put_if_absent(FOLDER, str(folder.absolute()))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.recipe.framework import StepOptions
+from hvdtrain.compression.options import CompressionOptions
+from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch.step import TorchStep
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
@@ -57,7 +58,7 @@ def test_the_debt_of_all_ranks_survives_a_change_of_their_number(
 
 def load_and_save(compression: str, saved: Path, again: Path) -> None:
     world = hvdtrain.init()
-    step = TorchStep(load_recipe(DIGITS)(), world, StepOptions(compression=compression))
+    step = TorchStep(load_recipe(DIGITS)(), world, StepOptions(compression=CompressionOptions(spec=compression)))
     step.load_state(saved.read_bytes())
     state = step.gather_state()
     if world.rank == 0:

@@ -65,12 +65,12 @@ CASES = [
         re.compile(r"missing_import\.py:1 cannot be imported: ModuleNotFoundError: No module .*"),
     ),
     (["train", "broken.py"], re.compile(r"broken\.py cannot be imported: SyntaxError: .*")),
-    (["train", "bare.py"], "recipe class Bare has fields but is no dataclass: add @dataclass(kw_only=True)"),
+    (["train", "bare.py"], "recipe class Bare has fields but is not a dataclass: add @dataclass(kw_only=True)"),
     (
         ["train", "odd_type.py"],
         "Odd.layers has type <class 'list'>; options are int, float, str, bool, Path, Literal or Optional",
     ),
-    (["train", "clash.py"], "Clash.seed is a run option; name the recipe's option otherwise"),
+    (["train", "clash.py"], "Clash.seed is a run option; rename the recipe's option"),
     (["train", DIGITS, "--widht", "3"], "no option --widht; did you mean '--width'?"),
     (["train", DIGITS, "--width", "wide"], "--width: 'wide' is not a valid integer"),
     (["train", DIGITS, "--width"], "Option '--width' requires an argument."),
@@ -91,7 +91,7 @@ CASES = [
     (["train", DIGITS, "--seed", "-1"], "--seed is -1; it must not be negative"),
     (
         ["train", DIGITS, "--scale-lr", "linear"],
-        "--scale-lr linear goes with --batch-per-rank; a fixed --batch-size needs none",
+        "--scale-lr linear needs --batch-per-rank; with a fixed --batch-size there is nothing to scale",
     ),
     (["train", DIGITS, "--schedule", "cosin"], "schedule 'cosin': no shape 'cosin'; did you mean 'cosine'?"),
     (
@@ -127,7 +127,7 @@ CASES = [
         ["launch", "-np", "2", DIGITS, "--deterministic", "--virtual-shards", "0"],
         "--virtual-shards is 0; it must be at least 1",
     ),
-    (["train", DIGITS, "--resume"], "--resume needs --run-dir: the folder of the run to go on with"),
+    (["train", DIGITS, "--resume"], "--resume needs --run-dir: the folder of the run to continue"),
 ]
 
 

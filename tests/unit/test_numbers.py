@@ -11,8 +11,8 @@ import pytest
 
 import hvdtrain
 from hvdtrain.cli.main import main
-from hvdtrain.recipe.base import convert_value, option_fields
-from hvdtrain.recipe.base import option as recipe_option
+from hvdtrain.recipe.options import convert_value, option_fields
+from hvdtrain.recipe.options import option as recipe_option
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
 
@@ -82,5 +82,5 @@ def test_fit_refuses_nonfinite_numbers_in_a_recipe_and_in_options(tmp_path: Path
 @pytest.mark.parametrize("name", ["collate", "buffers", "model", "best"])
 def test_a_field_with_a_name_of_the_recipe_contract_is_refused(name: str) -> None:
     cls = dataclasses.make_dataclass("Mine", [(name, int, 3)], bases=(Recipe,), kw_only=True)
-    with pytest.raises(UserError, match=rf"Mine\.{name} is a name of the recipe contract: name the option otherwise"):
+    with pytest.raises(UserError, match=rf"Mine\.{name} is a name of the recipe contract: rename the option"):
         option_fields(cls)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from hvdtrain.recipe.base import make_from_values
+from hvdtrain.recipe.options import make_from_values
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch import Recipe

@@ -11,7 +11,7 @@ import pytest
 from hvdtrain.cli.main import main
 from hvdtrain.cli.options import recipe_name
 from hvdtrain.recipe import registry
-from hvdtrain.recipe.base import option_fields
+from hvdtrain.recipe.options import option_fields
 from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.system.errors import UserError
 

@@ -17,7 +17,7 @@ from hvdtrain.ledger.writer import Ledger, LedgerRow
 from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
 from hvdtrain.training.checkpoint import Position
-from hvdtrain.training.options import RunOptions
+from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.rows import RowCutResult, cut_rows, find_ledger_gap
 
@@ -198,7 +198,7 @@ def test_rows_that_the_ledger_lacks_before_a_checkpoint_are_announced(
 
 
 def open_report(run_dir: Path, at: Position) -> Reporter:
-    report = Reporter(RunOptions())
+    report = Reporter(ReportOptions())
     report.open_files(run_dir, 100, at, active=True)
     report.close()
     return report
@@ -236,7 +236,7 @@ def log_step(report: Reporter, at: Position) -> None:
 def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    report, at = Reporter(RunOptions(log_every=1)), Position()
+    report, at = Reporter(ReportOptions(log_every=1)), Position()
     report.open_files(tmp_path, 100, at, active=True)
     log_step(report, at)
     with monkeypatch.context() as patch:
@@ -262,7 +262,7 @@ def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
 
 
 def test_a_made_up_evaluation_counts_no_row_twice(tmp_path: Path) -> None:
-    report, at = Reporter(RunOptions(log_every=1, quiet=True)), Position()
+    report, at = Reporter(ReportOptions(log_every=1, quiet=True)), Position()
     report.open_files(tmp_path, 100, at, active=True)
     for _ in range(2):
         log_step(report, at)

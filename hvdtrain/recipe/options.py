@@ -1,0 +1,249 @@
+"""Options as fields of dataclasses: how they are declared, checked, grouped and made from flat values.
+
+option(default, help)            declares one; its name on the command line is the field's, with dashes
+option_group(kind, section)      nests a dataclass of options in another; their names stay flat
+option_fields(cls)               all options of a class, those of its groups included
+make_from_values(cls, values)    an object of the class from {name: value}
+flatten_options(instance)        {name: value} of an object
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.system.recipe_errors import describe_error, in_recipe
+
+CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
+OPTION_TYPES = (int, float, str, bool)
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    name: str | None = None,
+    section: str | None = None,
+) -> Any:
+    """Declare an option: a dataclass field with a help text. Choices are given by the type: Literal["mlp", "cnn"].
+
+    Args:
+        default: the value if none is given.
+        help: one line for `--help`.
+        at_least: the smallest number that is accepted.
+        above: a number that an accepted one must be greater than.
+        name: what the option is called, if not as the field is.
+        section: the title under which `--help` lists it, if it is not that of its group.
+    """
+    metadata = {"help": help, "at_least": at_least, "above": above, "name": name, "section": section}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def option_group(kind: type[Any], section: str) -> Any:
+    """Declare a field that holds a dataclass of options, listed under the title `section`."""
+    return dataclasses.field(default_factory=kind, metadata={"group": kind, "section": section})
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """One option of a recipe or of a run, as the command line needs it."""
+
+    name: str
+    type: type  # int, float, str, bool or pathlib.Path; of each value if there may be several
+    optional: bool  # may be None
+    multiple: bool  # holds a tuple of values
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    at_least: float | None
+    above: float | None
+    section: str  # title in --help; "" for a recipe's own
+    path: tuple[str, ...]  # attributes that lead to it: of the groups that it is in, then its own
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line: `--batch-size`."""
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    """Return an option's name as it is given on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def option_fields(cls: type) -> list[OptionField]:
+    """Return the options of a dataclass and of the groups in it, in the order of declaration.
+
+    Raises:
+        UserError: the class is not a dataclass of its own, a field has the name of something else in the recipe
+            contract (a method, `buffers`), or its type cannot be an option.
+    """
+    if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
+        raise UserError(f"recipe class {cls.__name__} has fields but is not a dataclass: add @dataclass(kw_only=True)")
+    contract = [base for base in cls.__mro__ if base.__module__ in CONTRACT_MODULES]
+    shared = {field.name for base in contract for field in dataclasses.fields(base)}
+    reserved = {name for base in contract for name in vars(base)} - shared
+    for field in dataclasses.fields(cls):
+        if field.name in reserved:
+            raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: rename the option")
+    return _collect_fields(cls, (), "")
+
+
+def _collect_fields(cls: type, path: tuple[str, ...], section: str) -> list[OptionField]:
+    found: list[OptionField] = []
+    for field in dataclasses.fields(cls):
+        if "group" in field.metadata:
+            found += _collect_fields(field.metadata["group"], (*path, field.name), field.metadata["section"])
+        elif field.init:
+            found.append(_make_option_field(cls, field, (*path, field.name), section))
+    return found
+
+
+def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:
+    """Return the type of one field; what else the class annotates may name types that only a type checker knows.
+
+    Raises UserError if it cannot be resolved at run time.
+    """
+    owner = next((base for base in cls.__mro__ if field.name in inspect.get_annotations(base)), cls)
+    holder = type("Hints", (), {"__annotations__": {field.name: field.type}})
+    module = sys.modules.get(owner.__module__)
+    try:
+        return typing.get_type_hints(holder, vars(module) if module else {}, dict(vars(owner)))[field.name]
+    except Exception as error:  # whatever the text of an annotation does
+        raise UserError(
+            f"the type {field.type!r} of {cls.__name__}.{field.name} cannot be resolved: {describe_error(error)}; "
+            "import what it names outside of `if TYPE_CHECKING`"
+        ) from error
+
+
+def _make_option_field(cls: type, field: dataclasses.Field[Any], path: tuple[str, ...], section: str) -> OptionField:
+    hint, optional, multiple = resolve_hint(cls, field), False, False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        optional = len(inner) < len(typing.get_args(hint))
+        hint = inner[0] if len(inner) == 1 else hint
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (Ellipsis,):
+        multiple, hint = True, typing.get_args(hint)[0]
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(hint) is Literal:
+        choices, hint = tuple(typing.get_args(hint)), str
+    if hint not in OPTION_TYPES and not (isinstance(hint, type) and issubclass(hint, Path)):
+        raise UserError(
+            f"{cls.__name__}.{field.name} has type {hint}; options are int, float, str, bool, Path, Literal or Optional"
+        )
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is dataclasses.MISSING:
+        raise UserError(f"{cls.__name__}.{field.name} needs a default")
+    return OptionField(
+        name=field.metadata.get("name") or field.name,
+        type=hint,
+        optional=optional,
+        multiple=multiple,
+        choices=choices,
+        default=default,
+        help=_find_metadata(cls, field.name, "help") or "",
+        at_least=_find_metadata(cls, field.name, "at_least"),
+        above=_find_metadata(cls, field.name, "above"),
+        section=_find_metadata(cls, field.name, "section") or section,
+        path=path,
+    )
+
+
+def _find_metadata(cls: type, name: str, key: str) -> Any:
+    """Return what the nearest class declares with a field, such as its help: overriding a default keeps it."""
+    for base in cls.__mro__:
+        declared = base.__dict__.get("__dataclass_fields__", {}).get(name)
+        if declared is not None and declared.metadata.get(key) is not None:
+            return declared.metadata[key]
+    return None
+
+
+def convert_value(field: OptionField, value: Any) -> Any:
+    """Return a value as the field's type; a str may stand for a path and an int for a float. Raises UserError."""
+    if value is None and (field.optional or field.default is None):
+        return None
+    if field.multiple:
+        single = dataclasses.replace(field, multiple=False)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        return tuple(convert_value(single, one) for one in values)
+    if field.choices and value not in field.choices:
+        raise UserError(f"{field.flag}: {value!r} is not one of {', '.join(map(repr, field.choices))}")
+    if issubclass(field.type, Path) and isinstance(value, str):
+        return Path(value)
+    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise UserError(f"{field.flag}: {value} is too large for a float") from None
+    if not isinstance(value, field.type) or (field.type is int and isinstance(value, bool)):
+        raise UserError(f"{field.flag}: {value!r} is {type(value).__name__}; expected {field.type.__name__}")
+    check_number(field, value)
+    return value
+
+
+def check_number(field: OptionField, value: Any) -> None:
+    """Raise UserError for a number out of bounds, for NaN, and for infinity unless the field's default is infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    may_be_infinite = isinstance(field.default, float) and math.isinf(field.default)
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not may_be_infinite)):
+        raise UserError(f"{field.flag} is {value}; expected a finite number")
+    if field.at_least is not None and value < field.at_least:
+        bound = f"be at least {field.at_least:g}" if field.at_least else "not be negative"
+        raise UserError(f"{field.flag} is {value}; it must {bound}")
+    if field.above is not None and not value > field.above:
+        raise UserError(f"{field.flag} is {value}; it must be above {field.above:g}")
+
+
+def make_from_values(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Make a recipe, or a dataclass of options with its groups, from values by their flat names.
+
+    Raises UserError for an unknown name, and for a ValueError out of a `__post_init__`.
+    """
+    known = {field.name: field for field in option_fields(cls)}
+    by_path: dict[tuple[str, ...], Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{cls.__name__} has no option {name!r}{suggest_nearest(name, known)}")
+        by_path[known[name].path] = convert_value(known[name], value)
+    with in_recipe(cls, "__post_init__()"):
+        try:
+            return _make_group(cls, by_path, ())
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def _make_group(cls: type[T], by_path: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> T:
+    arguments = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        here = (*path, field.name)
+        if "group" in field.metadata:
+            arguments[field.name] = _make_group(field.metadata["group"], by_path, here)
+        elif here in by_path:
+            arguments[field.name] = by_path[here]
+    return cls(**arguments)
+
+
+def flatten_options(instance: Any) -> dict[str, Any]:
+    """Return the value of each option of an object, its groups' included, by their flat names."""
+    values = {}
+    for field in option_fields(type(instance)):
+        value = instance
+        for attribute in field.path:
+            value = getattr(value, attribute)
+        values[field.name] = value
+    return values
