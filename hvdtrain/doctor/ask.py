@@ -8,20 +8,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import selectors
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hvdtrain.doctor.facts import Facts, FactsRequest, dump_request, gather_facts, parse_facts
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.network import build_ssh_command, interface_address, is_local_host, local_address_toward
+from hvdtrain.system.processes import TO_STDOUT, Child, Deadline, ProcessTimeout, completed_children
 from hvdtrain.system.signed_http import MOST_STRANGERS
 
 SSH_CONNECT_TIMEOUT = 5
@@ -42,16 +41,6 @@ class HostReply:
     clock_offset: float = 0.0  # seconds that its clock is ahead of this host's, at least; below 0 if behind
 
 
-@dataclass
-class Query:
-    """An ssh that runs."""
-
-    host: str
-    process: subprocess.Popen[bytes]
-    sent_at: float  # by the clock
-    output: bytearray = field(default_factory=bytearray)
-
-
 def query_hosts(wanted: Mapping[str, FactsRequest], ssh: Sequence[str] = ()) -> list[HostReply]:
     """Ask each host for the facts wanted of it; the answers in the same order.
 
@@ -59,37 +48,26 @@ def query_hosts(wanted: Mapping[str, FactsRequest], ssh: Sequence[str] = ()) -> 
     """
     here = [host for host in wanted if is_local_host(host)]
     answers: dict[str, HostReply] = {}
-    with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
+    with contextlib.ExitStack() as undo:
         others = [host for host in wanted if host not in here]
         with ThreadPoolExecutor(16) as pool:  # for ssh's configuration of each
             commands = list(pool.map(lambda host: build_query_command(host, wanted[host], ssh), others))
-        for host, command in zip(others, commands, strict=True):
-            question = start_query(host, command)
-            undo.callback(kill_ssh, question.process)
-            assert question.process.stdout is not None
-            selector.register(question.process.stdout, selectors.EVENT_READ, question)
+        queries = {
+            undo.enter_context(Child(command, stderr=TO_STDOUT)): host
+            for host, command in zip(others, commands, strict=True)
+        }
+        deadline = Deadline(QUERY_TIMEOUT)
         for host in here:
             answers[host] = HostReply(host, gather_facts(wanted[host]))
-        for question in completed_queries(selector):
-            answers[question.host] = parse_reply(question)
+        for child in completed_children(list(queries), deadline):
+            with contextlib.suppress(ProcessTimeout):
+                answers[queries[child]] = parse_reply(queries[child], child, deadline)
         answers |= {
             host: HostReply(host, error=f"did not answer within {QUERY_TIMEOUT:g} s")
             for host in wanted
             if host not in answers
         }
     return [answers[host] for host in wanted]
-
-
-def completed_queries(selector: selectors.BaseSelector) -> Iterator[Query]:
-    """The questions of a selector, each when its answer is complete; those that take too long never come."""
-    until = time.monotonic() + QUERY_TIMEOUT
-    while selector.get_map() and (left := until - time.monotonic()) > 0:
-        for key, _ in selector.select(left):
-            data = os.read(key.fd, 65536)
-            key.data.output += data
-            if not data:
-                selector.unregister(key.fileobj)
-                yield key.data
 
 
 def build_query_command(host: str, wanted: FactsRequest, ssh: Sequence[str]) -> list[str]:
@@ -99,26 +77,6 @@ def build_query_command(host: str, wanted: FactsRequest, ssh: Sequence[str]) -> 
     return build_ssh_command(
         host, [build_remote_command(wanted)], [*ssh, "-o", f"ConnectTimeout={SSH_CONNECT_TIMEOUT}"]
     )
-
-
-def start_query(host: str, command: Sequence[str]) -> Query:
-    """Start to ask a host."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    return Query(host, process, time.time())
-
-
-def kill_ssh(process: subprocess.Popen[bytes]) -> None:
-    """End an ssh that may still run."""
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
 
 
 def build_remote_command(wanted: FactsRequest) -> str:
@@ -139,16 +97,16 @@ def working_folder() -> str:
     return os.getcwd()  # noqa: PTH109 - as it is written, not where links lead
 
 
-def parse_reply(question: Query) -> HostReply:
-    """The facts in what ssh printed, or why there are none."""
-    come, code = time.time(), question.process.wait()
-    said = question.output.decode(errors="replace")
+def parse_reply(host: str, child: Child, deadline: Deadline) -> HostReply:
+    """Return the facts that the ssh to a host has printed, or why there are none. Raises ProcessTimeout."""
+    come, code = time.time(), child.wait_for_exit(deadline)
+    said = child.stdout.decode(errors="replace")
     facts = parse_facts(said) if code == 0 else None
     if facts is None:
-        return HostReply(question.host, error=explain_failure(code, said))
+        return HostReply(host, error=explain_failure(code, said))
     # Its clock was read at some time between these two.
-    clock = max(0.0, facts["time"] - come) - max(0.0, question.sent_at - facts["time"])
-    return HostReply(question.host, facts, clock_offset=clock)
+    clock = max(0.0, facts["time"] - come) - max(0.0, child.started_at - facts["time"])
+    return HostReply(host, facts, clock_offset=clock)
 
 
 def explain_failure(code: int, said: str) -> str:

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 from hvdtrain import __version__
 from hvdtrain.native import installed, torchinfo
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.processes import ProcessTimeout, run_process
 
 FACTS_MARKER = "##hvdtrain-facts "  # before the facts in the output: a login shell may print too
 CONNECT_BACK_TIMEOUT = 3.0
@@ -143,13 +143,11 @@ def read_stripped_text(path: str) -> str | None:
 def first_output_line(command: Sequence[str], seconds: float = 5.0) -> str | None:
     """The first line that a program prints, None if there is no such program or it fails."""
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = run_process(command, seconds)
+    except (OSError, ProcessTimeout):
         return None
     lines = done.stdout.strip().splitlines()
-    return lines[0] if lines and done.returncode == 0 else None
+    return lines[0] if lines and done.exit_code == 0 else None
 
 
 def parse_facts(output: str) -> Facts | None:

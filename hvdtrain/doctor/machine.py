@@ -11,7 +11,6 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hvdtrain.native.cuda import find_nccl
 from hvdtrain.native.mpi import find_mpi
 from hvdtrain.native.torchinfo import find_torch
 from hvdtrain.system import cpus
+from hvdtrain.system.processes import ProcessTimeout, run_process
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_NO_LIMIT = 1 << 60  # bytes: control groups of the first kind say a number like this for none
@@ -127,8 +127,8 @@ def query_gpus() -> list[str]:
         return []
     query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = run_process(query, 10.0)
+    except (OSError, ProcessTimeout):
         return ["nvidia-smi does not answer"]
     lines = (done.stdout or done.stderr).strip().splitlines()
-    return lines if done.returncode == 0 else [f"nvidia-smi fails: {' '.join(lines)[:200]}"]
+    return lines if done.exit_code == 0 else [f"nvidia-smi fails: {' '.join(lines)[:200]}"]

@@ -7,7 +7,6 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from hvdtrain.doctor.lines import MAX_FIRST_LINE_BYTES, MAX_LINE_BYTES, SignedLi
 from hvdtrain.doctor.peer import WorkerMessage
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.processes import TO_STDOUT, Child, Deadline, ProcessTimeout
 from hvdtrain.system.signed_http import MOST_STRANGERS, SECRET, STRANGER_SECONDS
 
 WORKER_JOIN_TIMEOUT = 60.0
@@ -58,11 +58,11 @@ class Coordinator:
         self.workers: dict[int, WorkerConnection] = {}
         self.command_number = 0  # so many were given
 
-    def accept_workers(self, launcher: subprocess.Popen[bytes]) -> list[int]:
+    def accept_workers(self, launcher: Child) -> list[int]:
         """Wait until all ranks have come; the ranks that have not, when the launcher has ended or it takes too long."""
-        until = time.monotonic() + WORKER_JOIN_TIMEOUT
+        deadline = Deadline(WORKER_JOIN_TIMEOUT)
         strangers: list[PendingConnection] = []  # the first that came first
-        while len(self.workers) < self.size and launcher.poll() is None and time.monotonic() < until:
+        while len(self.workers) < self.size and launcher.exit_code() is None and not deadline.expired:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.listener, selectors.EVENT_READ)
                 for stranger in strangers:
@@ -129,8 +129,8 @@ class Coordinator:
                     replies[rank] = {"error": f"lost: {error.strerror or error}"}
                     continue
                 selector.register(attendee.connection, selectors.EVENT_READ, rank)
-            until = time.monotonic() + seconds
-            while selector.get_map() and (left := until - time.monotonic()) > 0:
+            deadline = Deadline(seconds)
+            while selector.get_map() and (left := deadline.left()) > 0:
                 for key, _ in selector.select(left):
                     for reply in self.read_replies(self.workers[key.data]):
                         # One to an earlier command, which came too late, is none.
@@ -172,9 +172,7 @@ def start_coordinator(hosts: Sequence[str], address: str, options: Sequence[str]
         where = f"{address}:{room.listener.getsockname()[1]}"
         command = [sys.executable, "-m", "hvdtrain", "doctor", "--meet", where, *options]
         environ = {**os.environ, SECRET: room.secret}  # which the launcher hands on to its ranks
-        launcher = subprocess.Popen(
-            command, env=environ, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
-        )
+        launcher = Child(command, env=environ, stdout=said, stderr=TO_STDOUT, new_session=False)
         undo.callback(stop_launcher, launcher)
         undo.callback(room.close)
         absent = room.accept_workers(launcher)
@@ -193,12 +191,13 @@ def extract_launch_error(words: str) -> str:
     return (errors or lines or [""])[-1][:500]
 
 
-def stop_launcher(launcher: subprocess.Popen[bytes]) -> None:
+def stop_launcher(launcher: Child) -> None:
     """Wait for the launcher, whose ranks go home; end it and them if it takes long."""
     # The first signal may only ask for a graceful stop.
-    for number in (None, signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+    for number, seconds in ((None, LAUNCHER_EXIT_TIMEOUT), (signal.SIGTERM, 2.0), (signal.SIGTERM, 2.0)):
         if number is not None:
             launcher.send_signal(number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(LAUNCHER_EXIT_TIMEOUT if number != signal.SIGTERM else 2)
+        with contextlib.suppress(ProcessTimeout):
+            launcher.wait_for_exit(Deadline(seconds))
             return
+    launcher.kill_group()

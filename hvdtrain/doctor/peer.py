@@ -17,6 +17,7 @@ from typing import Any
 
 from hvdtrain.doctor.lines import MAX_FIRST_LINE_BYTES, MAX_LINE_BYTES, join_session
 from hvdtrain.system.network import interface_address
+from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signed_http import MOST_STRANGERS
 
 LINK_CONNECT_TIMEOUT = 2.5
@@ -85,10 +86,10 @@ def probe_link(_: socket.socket, to: tuple[str, int], ticket: str, seconds: floa
                 return {"error": "closed by the other side"}
             trips.append(time.perf_counter() - begin)
         connection.sendall(b".")
-        data, until = bytes(CHUNK_BYTES), time.monotonic() + seconds
+        data, deadline = bytes(CHUNK_BYTES), Deadline(seconds)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_ABORT)
         with contextlib.suppress(TimeoutError):
-            while (left := until - time.monotonic()) > 0:
+            while (left := deadline.left()) > 0:
                 connection.settimeout(left)
                 connection.send(data)
     return {"round trip": statistics.median(trips)}
@@ -115,10 +116,10 @@ def serve_probe(door: socket.socket, ticket: str) -> WorkerMessage:
 def wait_for_ticket(door: socket.socket, ticket: bytes, seconds: float) -> socket.socket | None:
     """The connection that begins with the ticket, or None if there is none in time; what others say does not matter."""
     door.setblocking(False)
-    until = time.monotonic() + seconds
+    deadline = Deadline(seconds)
     said: dict[socket.socket, bytes] = {}  # what each connection has said
     found: socket.socket | None = None
-    while found is None and (left := until - time.monotonic()) > 0:
+    while found is None and (left := deadline.left()) > 0:
         ready = select.select([door, *said], [], [], left)[0]
         if door in ready:
             with contextlib.suppress(OSError):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import ipaddress
 import socket
-import subprocess
 from collections.abc import Iterable, Sequence
 
 import psutil
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.processes import ProcessTimeout, run_process
 
 
 def interface_toward(hosts: Iterable[str]) -> str:
@@ -103,8 +103,8 @@ def _read_ssh_config(host: str, options: Sequence[str] = ()) -> list[str]:
     """The lines of ssh's configuration for a host; none if there is no ssh."""
     command = ["ssh", "-G", *options, "--", host]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = run_process(command, 10.0)
+    except (OSError, ProcessTimeout):
         return []
     return done.stdout.splitlines()
 

@@ -31,6 +31,7 @@ from hvdtrain.doctor.nics import parse_routes
 from hvdtrain.doctor.peer import WORKER_COMMANDS, compute_rate, run_worker
 from hvdtrain.doctor.report import describe_host, format_verdict
 from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.processes import Child, Deadline, completed_children
 from tests.ranks.harness import ROOT
 
 
@@ -158,8 +159,10 @@ def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.Mon
         text = (
             f"{ask.parse_facts.__module__}: motd\n##hvdtrain-facts {json.dumps({'time': time.time() + ahead})}\nbye\n"
         )
-        with subprocess.Popen(["true"]) as ssh:
-            answer = ask.parse_reply(ask.Query("h1", ssh, time.time() - 0.5, bytearray(text.encode())))  # type: ignore[arg-type]
+        with Child(["printf", "%s", text]) as ssh:
+            assert list(completed_children([ssh], Deadline(10.0))) == [ssh]
+            ssh.started_at -= 0.5
+            answer = ask.parse_reply("h1", ssh, Deadline(10.0))
         assert answer.clock_offset == pytest.approx(expected, abs=0.6)
 
 
@@ -188,7 +191,7 @@ def test_ssh_errors_are_explained(code: int, said: str, expected: str) -> None:
 
 
 def test_preflight_leaves_this_host_alone_and_knows_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "start_query", None)
+    monkeypatch.setattr(ask, "Child", None)
     preflight.check_hosts(["localhost", socket.gethostname()], nic="lo")
     with pytest.raises(UserError, match="has no network interface 'nic9' with an IPv4 address"):
         preflight.check_hosts(["h-nowhere"], nic="nic9")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from hvdtrain.doctor.lines import accept_session, join_session
 from hvdtrain.doctor.meeting import Coordinator
 from hvdtrain.doctor.peer import run_worker, wait_for_ticket
 from hvdtrain.system import signed_http
+from hvdtrain.system.processes import Child
 
 
 @pytest.fixture
-def launcher() -> Iterator[subprocess.Popen[bytes]]:
+def launcher() -> Iterator[Child]:
     """What seems to start the ranks."""
-    with subprocess.Popen(["sleep", "100"]) as process:
-        yield process
-        process.kill()
+    with Child(["sleep", "100"]) as child:
+        yield child
 
 
 def where(room: Coordinator) -> tuple[str, int]:
@@ -40,7 +39,7 @@ def start_rank(room: Coordinator, number: int, key: bytes | None = None) -> thre
     return rank
 
 
-def test_silent_connections_and_junk_keep_no_rank_out(launcher: subprocess.Popen[bytes]) -> None:
+def test_silent_connections_and_junk_keep_no_rank_out(launcher: Child) -> None:
     room = Coordinator(2, "127.0.0.1")
     junk = (b"\0" * 5000, b"\n", b"a b\n", b"{}\n", b"\xff" * 64 + b" x {}\n")
     with ThreadPoolExecutor(1) as thread:
@@ -59,9 +58,7 @@ def test_silent_connections_and_junk_keep_no_rank_out(launcher: subprocess.Popen
         stranger.close()
 
 
-def test_who_does_not_know_the_secret_is_no_rank(
-    launcher: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_does_not_know_the_secret_is_no_rank(launcher: Child, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "WORKER_JOIN_TIMEOUT", 2.0)
     room = Coordinator(1, "127.0.0.1")
     with ThreadPoolExecutor(1) as thread:
@@ -72,9 +69,7 @@ def test_who_does_not_know_the_secret_is_no_rank(
             other.result(10)
 
 
-def test_a_first_line_that_was_recorded_lets_nobody_in(
-    launcher: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_line_that_was_recorded_lets_nobody_in(launcher: Child, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "WORKER_JOIN_TIMEOUT", 1.0)
     room = Coordinator(1, "127.0.0.1")
     lines, before = join_session(room.secret.encode(), b"n" * 64)  # of another connection
