@@ -303,9 +303,8 @@ def test_an_answer_that_comes_too_late_is_none(monkeypatch: pytest.MonkeyPatch) 
     where = ("127.0.0.1", room.listener.getsockname()[1])
     rank = threading.Thread(target=run_worker, args=(where, room.secret.encode(), 0, None))
     rank.start()
-    with subprocess.Popen(["sleep", "60"]) as launcher:
+    with Child(["sleep", "60"]) as launcher:
         assert room.accept_workers(launcher) == []
-        launcher.kill()
     assert room.run_commands({0: {"do": "nap"}}, 0.1) == {0: {"error": "no answer within 0.1 s"}}
     assert list(room.run_commands({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
     # Both answers at once.
