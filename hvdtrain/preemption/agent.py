@@ -1,4 +1,9 @@
-"""The agent of a host: keeps it in the membership folder, and says there when it is about to go."""
+"""The agent of a host: keeps it in the membership folder, and marks it there as draining after a preemption notice.
+
+LIVE -- notice --> DRAINING -- sooner notice --> DRAINING
+  |                   |
+  +-- SIGTERM, SIGINT, SIGHUP, or the deadline of a source that exits then --> deregistered
+"""
 
 from __future__ import annotations
 
@@ -21,56 +26,49 @@ from hvdtrain.preemption.membership_folder import (
     write_drain_notice,
     write_host_record,
 )
-from hvdtrain.preemption.notices import Notice, NoticeSource, log_agent_message, watch_source
+from hvdtrain.preemption.source import Notice, NoticeSource
+from hvdtrain.preemption.watcher import SourceWatcher, log_agent_message
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.signals import SAME_STOP_SECONDS, ignores_hangup
 
-# Which signals are a notice; under the others they end the agent, or mean nothing.
-NOTICE_SIGNALS = {
-    "signal": (signal.SIGTERM, signal.SIGUSR1),
-    "slurm": (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1),
-}
-NOTICE_RETRY_INTERVAL = 1.0  # seconds after which a notice that could not be written is tried again
+NOTICE_RETRY_INTERVAL = 1.0  # seconds after which a notice that could not be written is written again
 
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """What an agent is for. `source` is the name of what gives notices; boot_id names this life of the host."""
+    """A host, and where its agent registers it."""
 
-    folder: Path
+    folder: Path  # the membership folder
     name: str
     slots: int
-    boot_id: str
-    source: str
-    grace: float
-    interval: float
+    boot_id: str  # names this life of the host
+    source: str  # the name of the notice source
+    interval: float  # seconds between heartbeats
 
 
 class Agent:
-    """Heartbeats until told to end; from the first notice on as a draining host."""
+    """Sends heartbeats until it is told to end; from the first notice on as a draining host."""
 
-    def __init__(self, host: AgentConfig) -> None:
-        self.config = host
-        # Put into by signal handlers, which SimpleQueue allows, and by the thread that watches the source.
+    def __init__(self, config: AgentConfig, source: NoticeSource) -> None:
+        self.config, self.source = config, source
+        # Filled by signal handlers, which SimpleQueue allows, and by the thread that polls the source. None: end.
         self._inbox: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
         self._started = time.time()
         self._heartbeats = 0
         self._draining: DrainNotice | None = None
-        self._noticed_at = 0.0  # by the monotonic clock, as is
+        self._noticed_at = 0.0  # by the monotonic clock, as is _exit_at
         self._exit_at: float | None = None
         self._reported: set[str] = set()
 
-    def run_agent(self, source: NoticeSource | None) -> None:
-        """Return when the host is deregistered."""
-        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *NOTICE_SIGNALS.get(self.config.source, ())}:
+    def run_agent(self) -> None:
+        """Register the host; return when it is deregistered."""
+        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *self.source.notice_signals}:
             if number != signal.SIGHUP or not ignores_hangup():
                 signal.signal(number, self._on_signal)
         self._resume_draining()
-        if source is not None:
-            watcher = threading.Thread(
-                target=watch_source, args=(source, self._inbox.put, self.config.source), daemon=True
-            )
-            watcher.start()
+        if self.source.poll_interval > 0:
+            watcher = SourceWatcher(self.source, self.config.source, self._inbox.put)
+            threading.Thread(target=watcher.watch, daemon=True).start()
         self._write_heartbeat()
         while self._wait_until_heartbeat(time.monotonic() + self._heartbeat_interval()):
             self._write_heartbeat()
@@ -83,27 +81,27 @@ class Agent:
         return self.config.interval if self._draining is None else min(self.config.interval, NOTICE_RETRY_INTERVAL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number not in NOTICE_SIGNALS.get(self.config.source, ()):
+        if number not in self.source.notice_signals:
             self._inbox.put(None)
         elif self._draining is None:
-            reason = signal.Signals(number).name
-            self._inbox.put(Notice(self.config.source, reason, self.config.grace))
+            self._inbox.put(Notice(signal.Signals(number).name, self.source.grace))
         elif (
             number == signal.SIGTERM
-            and self.config.source != "slurm"  # which sends it again at the end of its grace
+            and not self.source.exits_at_deadline  # Slurm sends it again at the end of its grace
             and time.monotonic() - self._noticed_at > SAME_STOP_SECONDS
         ):
             self._inbox.put(None)
 
     def _resume_draining(self) -> None:
-        """Go on draining if this life of the host was told to go; a notice for an earlier one is taken away."""
+        """Continue draining if this life of the host has had a notice; remove a notice for an earlier life."""
         try:
             left = read_drain_notice(self.config.folder, self.config.name)
             if left is not None and left.boot_id == self.config.boot_id:
                 self._start_draining(left, max(0.0, left.deadline - time.time()))
                 path = drain_notice_path(self.config.folder, self.config.name)
                 log_agent_message(
-                    f"{left.host} is still draining ({left.source}: {left.reason}); if not so, end me, remove {path}"
+                    f"{left.host} is still draining ({left.source}: {left.reason}); "
+                    f"to cancel, stop this agent and delete {path}"
                 )
             else:
                 drain_notice_path(self.config.folder, self.config.name).unlink(missing_ok=True)
@@ -111,7 +109,7 @@ class Agent:
             raise UserError(f"--membership {self.config.folder}: {error.strerror}") from None
 
     def _wait_until_heartbeat(self, until: float) -> bool:
-        """Wait until the next heartbeat for what comes in; False to end."""
+        """Wait for notices until the next heartbeat is due, or one is to be written now; return False to end."""
         while True:
             now = time.monotonic()
             if self._exit_at is not None and now >= self._exit_at:
@@ -129,23 +127,23 @@ class Agent:
                 return True  # and write it now
 
     def _accept_notice(self, notice: Notice) -> bool:
-        """Drain by this notice, unless there is one already that gives no more time."""
+        """Drain by this notice and return True, unless there is one already that leaves no more time."""
         deadline = time.time() + notice.seconds
         if self._draining is not None and deadline > self._draining.deadline - 1.0:
             return False
         host = self.config
-        draining = DrainNotice(host.name, host.boot_id, deadline, notice.seconds, notice.source, notice.reason)
+        draining = DrainNotice(host.name, host.boot_id, deadline, notice.seconds, host.source, notice.reason)
         self._start_draining(draining, notice.seconds)
-        log_agent_message(f"{host.name} is to go in {notice.seconds:.0f} s ({notice.source}: {notice.reason})")
+        log_agent_message(f"{host.name} will be preempted in {notice.seconds:.0f} s ({host.source}: {notice.reason})")
         return True
 
     def _start_draining(self, draining: DrainNotice, seconds: float) -> None:
         self._draining, self._noticed_at = draining, time.monotonic()
-        if self.config.source == "slurm":  # which ends the allocation then, and not the host
+        if self.source.exits_at_deadline:
             self._exit_at = self._noticed_at + seconds
 
     def _write_heartbeat(self) -> None:
-        """One heartbeat; and the notice, if it is not there."""
+        """Write a heartbeat; and the notice, if its file does not hold it."""
         host = self.config
         try:
             if self._draining is not None and read_drain_notice(host.folder, host.name) != self._draining:
@@ -153,7 +151,7 @@ class Agent:
             there = read_host_record(host.folder, host.name)
             if self._heartbeats and there is not None and (there.boot_id, there.pid) != (host.boot_id, os.getpid()):
                 self._report_once(
-                    f"another agent, process {there.pid}, also writes {host.name}.json: give each its --host"
+                    f"another agent, process {there.pid}, also writes {host.name}.json: give each its own --host"
                 )
             self._heartbeats += 1
             state = "live" if self._draining is None else "draining"
@@ -164,9 +162,9 @@ class Agent:
         except OSError as error:
             self._report_once(error)
 
-    def _report_once(self, trouble: OSError | str) -> None:
-        """Say each trouble once."""
-        text = trouble if isinstance(trouble, str) else f"{self.config.folder}: {trouble.strerror}; trying on"
+    def _report_once(self, problem: OSError | str) -> None:
+        """Print each problem once."""
+        text = problem if isinstance(problem, str) else f"{self.config.folder}: {problem.strerror}; retrying"
         if text not in self._reported:
             self._reported.add(text)
             log_agent_message(text)

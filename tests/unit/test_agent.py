@@ -18,11 +18,11 @@ import pytest
 from hvdtrain.preemption.membership_folder import (
     DrainNotice,
     HostRecord,
-    host_boot_id,
     read_drain_notice,
     read_host_record,
     write_host_record,
 )
+from hvdtrain.preemption.source import NoticeSource
 from tests.unit.http_server import serving
 from tests.unit.test_notices import ACTION, AwsServer, iso
 
@@ -113,7 +113,7 @@ def test_a_signal_is_a_notice_and_a_later_one_the_end(start: Start, folder: Path
     assert read_drain_notice(folder, "a") == draining
     code, said = end(process, signal.SIGTERM)
     assert code == 0
-    assert said == f"hvdtrain agent: a is to go in 50 s (signal: {draining.reason})\n"
+    assert said == f"hvdtrain agent: a will be preempted in 50 s (signal: {draining.reason})\n"
     assert [path.name for path in folder.iterdir()] == ["a.draining"]
 
 
@@ -122,7 +122,7 @@ def test_slurm_ends_at_the_deadline(start: Start, folder: Path, number: int) -> 
     process = start("slurm", "--grace", "4", boot=None, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
     process.send_signal(number)
     draining = wait_draining(folder)
-    assert draining.boot_id == f"{host_boot_id({})}+17.1"
+    assert draining.boot_id == f"{NoticeSource().read_boot_id()}+17.1"
     time.sleep(1.1)
     process.send_signal(signal.SIGTERM)  # Slurm's second, at the end of the grace
     process.communicate(timeout=20)
@@ -194,7 +194,7 @@ def test_a_folder_that_is_gone_for_a_while(start: Start, folder: Path) -> None:
     wait_draining(folder)
     code, said = end(process, signal.SIGINT)
     assert code == 0
-    assert said.count(f"{folder}: No such file or directory; trying on") == 1
+    assert said.count(f"{folder}: No such file or directory; retrying") == 1
 
 
 def test_two_agents_of_one_name_are_told_so(start: Start, folder: Path) -> None:
@@ -204,6 +204,56 @@ def test_two_agents_of_one_name_are_told_so(start: Start, folder: Path) -> None:
     assert f"another agent, process {second.pid}, also writes a.json" in end(first, signal.SIGINT)[1]
     wait_for(lambda: read_host_record(folder, "a") is not None)  # the first may have been the last to write it
     assert wait_beats(folder).pid == second.pid
+
+
+OUTSIDE_SOURCE = """
+from dataclasses import dataclass
+from hvdtrain.preemption.source import Notice, NoticeSource, notice_source, source_option
+
+@notice_source("meadow")
+@dataclass(kw_only=True)
+class MeadowSource(NoticeSource):
+    '''Meadow's own scheduler.'''
+
+    poll_interval = 0.1
+    gate: str = source_option("north", "The gate to watch.", metavar="NAME")
+
+    def poll(self):
+        return Notice(f"{self.host} leaves by the {self.gate} gate", self.grace)
+"""
+
+
+@pytest.fixture
+def outside_source(tmp_path: Path) -> Path:
+    """A folder with a distribution that has a notice source `meadow`, and one, `pond`, that cannot be loaded."""
+    site = tmp_path / "site"
+    about = site / "meadow-1.0.dist-info"
+    about.mkdir(parents=True)
+    (site / "meadow.py").write_text(OUTSIDE_SOURCE)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: meadow\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hvdtrain.notices]\nmeadow = meadow:MeadowSource\npond = no_such:Pond\n")
+    return site
+
+
+def test_a_source_of_another_package_drains_the_host(start: Start, folder: Path, outside_source: Path) -> None:
+    process = start("meadow", "--gate", "south", "--grace", "40", PYTHONPATH=str(outside_source))
+    draining = wait_draining(folder)
+    assert (draining.source, draining.reason, draining.seconds) == ("meadow", "a leaves by the south gate", 40.0)
+    code, said = end(process, signal.SIGTERM)
+    assert (code, said) == (0, "hvdtrain agent: a will be preempted in 40 s (meadow: a leaves by the south gate)\n")
+
+
+def test_options_and_help_of_a_source_of_another_package(outside_source: Path) -> None:
+    def agent(*options: str) -> str:
+        line = [sys.executable, "-m", "hvdtrain", "agent", *options]
+        environ = os.environ | {"PYTHONPATH": str(outside_source)}
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=environ)
+        return done.stdout + done.stderr
+
+    assert "--gate NAME         The gate to watch. For meadow. Default: north." in (shown := agent("--help"))
+    assert "meadow  Meadow's own scheduler." in shown
+    assert "--gate is for meadow, not for aws" in agent("--source", "aws", "--membership", "x", "--gate", "west")
+    assert "the notice source 'pond' of meadow cannot be loaded" in agent("--source", "pond", "--membership", "x")
 
 
 def test_readers_never_see_half_a_file(folder: Path) -> None:
@@ -239,10 +289,13 @@ def test_records_of_later_versions_and_junk(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--source", "file"], "--source file and --notice-file need each other"),
-        (["--source", "aws", "--notice-file", "x"], "--source file and --notice-file need each other"),
-        (["--source", "slurm", "--url", "http://x"], "--url is for aws, gcp and azure, not for slurm"),
+        (["--source", "file"], "--source file needs --notice-file FILE"),
+        (["--source", "aws", "--notice-file", "x"], "--notice-file is for file, not for aws"),
+        (["--source", "slurm", "--url", "http://x"], "--url is for aws, azure and gcp, not for slurm"),
         (["--source", "aws", "--url", "file:///x"], "--url 'file:///x' does not begin with http:// or https://"),
+        (["--source", "azur"], "'azur' is not a notice source; expected one of aws, azure, file, gcp, signal, slurm"),
+        (["--source", "gcp", "--grace", "-1"], "--grace -1.0: expected 0 or more seconds"),
+        (["--source", "gcp", "--grace", "soon"], "Invalid value for '--grace': 'soon' is not a valid float"),
         (["--source", "gcp", "--rebalance"], "--rebalance is for aws, not for gcp"),
         (["--source", "gcp", "--host", "../a"], "--host: '../a' is not a host name or IPv4 address"),
         (["--source", "gcp", "--host", "a:2"], "--host 'a:2' is not a host name or IPv4 address"),

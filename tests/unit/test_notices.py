@@ -13,25 +13,21 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.preemption import notices
-from hvdtrain.preemption.notices import (
-    AwsSource,
-    AzureSource,
-    FileSource,
-    GcpSource,
-    Notice,
-    NoticeSource,
-    UnexpectedResponse,
-    parse_unix_time,
-    watch_source,
-)
+from hvdtrain.preemption import watcher
+from hvdtrain.preemption.metadata import parse_unix_time
+from hvdtrain.preemption.source import Notice, NoticeSource, UnexpectedResponse
+from hvdtrain.preemption.sources.aws import AwsSource
+from hvdtrain.preemption.sources.azure import AzureSource
+from hvdtrain.preemption.sources.file import FileSource
+from hvdtrain.preemption.sources.gcp import GcpSource
+from hvdtrain.preemption.watcher import SourceWatcher
 from tests.unit.http_server import serving
 
 Answer = tuple[int, dict[str, str], str]
 
 
 class Delivered(Exception):
-    """Ends `watch`, which otherwise never does."""
+    """Ends `SourceWatcher.watch`, which otherwise never does."""
 
 
 def first_notice(source: NoticeSource, count: int = 1) -> list[Notice]:
@@ -45,7 +41,7 @@ def first_notice(source: NoticeSource, count: int = 1) -> list[Notice]:
             raise Delivered
 
     with pytest.raises(Delivered):
-        watch_source(source, deliver, "test")
+        SourceWatcher(source, "test", deliver).watch()
     return found
 
 
@@ -91,8 +87,8 @@ def test_aws_says_nothing_and_then_when_it_ends() -> None:
     server.pages[ACTION] = {"action": "terminate", "time": iso(time.time() + 120)}
     server.calls_until_action = 2
     with serving(server) as url:
-        [notice] = first_notice(AwsSource(url))
-    assert notice[:2] == ("aws", "spot instance action: terminate")
+        [notice] = first_notice(AwsSource(url=url))
+    assert notice.reason == "spot instance action: terminate"
     assert 110 < notice.seconds <= 120.5
     assert server.asked == ["PUT /latest/api/token", *[f"GET {ACTION}"] * 3]
 
@@ -103,23 +99,23 @@ def test_aws_time_is_by_the_clock_of_aws(skew: float) -> None:
     server.date = {"Date": formatdate(time.time() + skew, usegmt=True)}
     server.pages[ACTION] = {"action": "stop", "time": iso(time.time() + skew + 60)}
     with serving(server) as url:
-        [notice] = first_notice(AwsSource(url))
+        [notice] = first_notice(AwsSource(url=url))
     assert 55 < notice.seconds <= 61
 
 
 def test_aws_token_is_renewed_when_refused_and_before_its_end() -> None:
     server = AwsServer()
     with serving(server) as url:
-        source = AwsSource(url)
-        assert source.poll_notice() is None
+        source = AwsSource(url=url)
+        assert source.poll() is None
         server.tokens.clear()
-        assert source.poll_notice() is None
+        assert source.poll() is None
         assert server.asked.count("PUT /latest/api/token") == 2
         source.token_seconds = 1
         server.tokens.clear()
-        assert source.poll_notice() is None
+        assert source.poll() is None
         time.sleep(1)
-        assert source.poll_notice() is None
+        assert source.poll() is None
     assert server.asked.count("PUT /latest/api/token") == 4
     assert server.asked.count(f"GET {ACTION}") == 6  # two of them refused
 
@@ -129,16 +125,16 @@ def test_aws_rebalance_recommendation_counts_if_asked_for(rebalance: bool) -> No
     server = AwsServer()
     server.pages[REBALANCE] = {"noticeTime": iso(time.time())}
     with serving(server) as url:
-        notice = AwsSource(url, rebalance=rebalance).poll_notice()
-    assert notice == (Notice("aws", "rebalance recommendation", 120.0) if rebalance else None)
+        notice = AwsSource(url=url, rebalance=rebalance).poll()
+    assert notice == (Notice("rebalance recommendation", 120.0) if rebalance else None)
 
 
 def test_aws_without_a_time_gives_two_minutes() -> None:
     server = AwsServer()
     server.pages[ACTION] = {"action": "hibernate", "time": "soon"}
     with serving(server) as url:
-        assert AwsSource(url).poll_notice() == Notice("aws", "spot instance action: hibernate", 120.0)
-        assert AwsSource(url, 7.0).poll_notice() == Notice("aws", "spot instance action: hibernate", 7.0)
+        assert AwsSource(url=url).poll() == Notice("spot instance action: hibernate", 120.0)
+        assert AwsSource(url=url, grace=7.0).poll() == Notice("spot instance action: hibernate", 7.0)
 
 
 def test_failures_are_tried_again_and_said_once_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,32 +142,32 @@ def test_failures_are_tried_again_and_said_once_a_kind(capsys: pytest.CaptureFix
     server.first = [500, 500, 503, 500]
     server.pages[ACTION] = {"action": "terminate", "time": iso(time.time() + 120)}
     with serving(server) as url:
-        first_notice(AwsSource(url))
+        first_notice(AwsSource(url=url))
     assert capsys.readouterr().err.splitlines() == [
-        f"hvdtrain agent: test: {url}: HTTP status 500; trying on",
-        f"hvdtrain agent: test: {url}: HTTP status 503; trying on",
+        f"hvdtrain agent: test: {url}: HTTP status 500; retrying",
+        f"hvdtrain agent: test: {url}: HTTP status 503; retrying",
     ]
 
 
 def test_a_source_that_never_answered_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notices, "SILENT_FOR", 0.0)
+    monkeypatch.setattr(watcher, "SILENCE_LIMIT", 0.0)
 
     class Refused(AwsSource):
         tries = 0
 
-        def poll_notice(self) -> Notice | None:
+        def poll(self) -> Notice | None:
             self.tries += 1
-            return super().poll_notice() if self.tries < 4 else Notice("aws", "at last", 1.0)
+            return super().poll() if self.tries < 4 else Notice("at last", 1.0)
 
     with serving(AwsServer()) as url:
         pass  # it is gone again: nobody listens there
-    first_notice(Refused(url))
+    first_notice(Refused(url=url))
     refused, silent = capsys.readouterr().err.splitlines()
-    assert refused == f"hvdtrain agent: test: {url}: Connection refused; trying on"
+    assert refused == f"hvdtrain agent: test: {url}: Connection refused; retrying"
     assert silent == (
-        f"hvdtrain agent: test: {url} has not answered once: no notice can come from it. Is --source right?"
+        f"hvdtrain agent: test: {url} has not answered once, so no notice can come from it; check --source"
     )
 
 
@@ -184,7 +180,7 @@ def test_an_answer_that_is_nonsense_ends_nothing(capsys: pytest.CaptureFixture[s
         return (200, {}, next(pages)) if path == ACTION else (status, found, body)
 
     with serving(reply) as url:
-        [notice] = first_notice(AwsSource(url))
+        [notice] = first_notice(AwsSource(url=url))
     assert notice.reason == "spot instance action: stop"
     assert len(capsys.readouterr().err.splitlines()) == 2
 
@@ -222,7 +218,7 @@ def test_gcp_waits_for_the_change() -> None:
     with serving(server) as url:
         timer.start()
         begin = time.monotonic()
-        assert first_notice(GcpSource(url)) == [Notice("gcp", "preempted", 30.0)]
+        assert first_notice(GcpSource(url=url)) == [Notice("preempted", 30.0)]
         assert 0.4 < time.monotonic() - begin < 10
     timer.join()
     assert [query.get("last_etag") for query in server.asked] == [None, "411261ca6c9e4181"]
@@ -231,18 +227,18 @@ def test_gcp_waits_for_the_change() -> None:
 def test_gcp_waits_again_when_nothing_changed() -> None:
     server = GcpServer()
     with serving(server) as url:
-        source = GcpSource(url)
+        source = GcpSource(url=url)
         source.change_wait = 1
-        assert [source.poll_notice(), source.poll_notice()] == [None, None]
+        assert [source.poll(), source.poll()] == [None, None]
         server.preempt()
-        assert source.poll_notice() is not None
+        assert source.poll() is not None
 
 
 def test_gcp_preempted_before_the_agent_began() -> None:
     server = GcpServer()
     server.preempt()
     with serving(server) as url:
-        assert GcpSource(url, 120.0).poll_notice() == Notice("gcp", "preempted", 120.0)
+        assert GcpSource(url=url, grace=120.0).poll() == Notice("preempted", 120.0)
 
 
 class AzureServer:
@@ -283,59 +279,59 @@ def event(kind: str, not_before: str, *resources: str) -> dict[str, Any]:
 def test_azure_event_for_this_machine(kind: str, form: Any) -> None:
     server = AzureServer(event("Preempt", form(time.time()), "vmss_1"), event(kind, form(time.time() + 30), "VMSS_7"))
     with serving(server) as url:
-        notice = AzureSource(url, "worker").poll_notice()
+        notice = AzureSource(url=url, host="worker").poll()
     assert notice is not None
-    assert notice[:2] == ("azure", f"{kind} event")
+    assert notice.reason == f"{kind} event"
     assert 25 < notice.seconds <= 31
     assert server.posted == 0  # an acknowledgement would make it happen at once
 
 
 def test_azure_event_that_has_started_leaves_no_time() -> None:
     with serving(AzureServer(event("Preempt", "", "vmss_7"))) as url:
-        assert AzureSource(url, "worker").poll_notice() == Notice("azure", "Preempt event", 0.0)
+        assert AzureSource(url=url, host="worker").poll() == Notice("Preempt event", 0.0)
 
 
 def test_azure_events_for_others_or_of_other_kinds() -> None:
     soon = formatdate(time.time() + 30, usegmt=True)
     events = [event("Preempt", soon, "vmss_1", "vmss_17"), event("Freeze", soon, "vmss_7"), event("Preempt", soon)]
     with serving(AzureServer(*events)) as url:
-        assert AzureSource(url, "worker").poll_notice() is None
+        assert AzureSource(url=url, host="worker").poll() is None
 
 
 def test_azure_may_take_long_to_answer_first() -> None:
     server = AzureServer(event("Preempt", "", "worker"), slow=0.7)
     with serving(server) as url:
-        impatient = AzureSource(url, "worker")
+        impatient = AzureSource(url=url, host="worker")
         impatient.first_timeout = 0.2
         with pytest.raises(OSError, match="timed out"):
-            impatient.poll_notice()
+            impatient.poll()
         server.slow = 0.7
-        assert AzureSource(url, "worker").poll_notice() is not None
+        assert AzureSource(url=url, host="worker").poll() is not None
     assert AzureSource.first_timeout > 120
 
 
 def test_azure_answer_without_events() -> None:
     with (
         serving(lambda *_: (200, {}, "{}")) as url,
-        pytest.raises(UnexpectedResponse, match="an answer without Events"),
+        pytest.raises(UnexpectedResponse, match="the answer has no list of Events"),
     ):
-        AzureSource(url, "worker").poll_notice()
+        AzureSource(url=url, host="worker").poll()
 
 
 def test_a_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with serving(GcpServer()) as url:
-        assert GcpSource(url).poll_notice() is None
+        assert GcpSource(url=url).poll() is None
 
 
 def test_notice_file_gives_its_first_line_as_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "notice"
-    source = FileSource(path, 12.0)
-    assert source.poll_notice() is None
+    source = FileSource(notice_file=path, grace=12.0)
+    assert source.poll() is None
     path.touch()
-    assert source.poll_notice() == Notice("file", f"{path} is there", 12.0)
+    assert source.poll() == Notice(f"{path} exists", 12.0)
     path.write_text("rack 7 is moved\nat noon\n")
-    assert source.poll_notice() == Notice("file", "rack 7 is moved", 12.0)
+    assert source.poll() == Notice("rack 7 is moved", 12.0)
 
 
 @pytest.mark.parametrize(

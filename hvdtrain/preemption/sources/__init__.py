@@ -1,0 +1,1 @@
+"""Sources of preemption notices, one module each (hvdtrain/preemption/source.py says what a source is)."""
