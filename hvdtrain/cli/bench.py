@@ -253,7 +253,7 @@ def run_or_launch(
         if world.size == 1:
             raise UserError("this is the only rank: there is nothing to exchange; expected 2 ranks or more")
         work(world)
-    messages.send_message("finished", rank=world.rank, code=0)
+    messages.send_message(messages.RankFinished(world.rank, 0))
     from hvdtrain.comm import collectives
 
     collectives.barrier("end")  # launchers end all ranks when one has left

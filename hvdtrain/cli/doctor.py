@@ -120,10 +120,10 @@ def run_doctor_worker(meet: str, nic: str | None) -> int:
     set_rank_threads()
     rank = rank_from_environment()
     assert rank is not None
-    messages.send_message("started", rank=rank, host=socket.gethostname(), pid=os.getpid())
+    messages.send_message(messages.RankStarted(rank, socket.gethostname(), os.getpid()))
     address, port = meet.split(":")
     with exit_on_failure():
         peer.run_worker((address, int(port)), signed_http.read_key(), rank, nic)
-    messages.send_message("finished", rank=rank, code=0)
+    messages.send_message(messages.RankFinished(rank, 0))
     # Horovod's exit handler would wait for the others.
     exit_immediately(0)

@@ -36,7 +36,7 @@ def start_rank(member: Membership | None = None) -> World:
     if member is not None:
         cpus.bind_to_cores(member.slot.local_rank, member.slot.local_size)
         return replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
-    messages.send_message("started", rank=world.rank, host=world.host, pid=os.getpid())
+    messages.send_message(messages.RankStarted(world.rank, world.host, os.getpid()))
     return world
 
 
@@ -89,5 +89,4 @@ def exit_immediately(code: int) -> NoReturn:
 def report_failure(code: int, error: str, trace: str, origin: int | None = None) -> None:
     """Report to the launcher, if there is one, that this rank fails."""
     rank, host = rank_from_environment() or 0, socket.gethostname()
-    fields = {"code": code, "error": error, "traceback": trace, "origin": origin}
-    messages.send_message("failed", rank=rank, host=host, pid=os.getpid(), **fields)
+    messages.send_message(messages.RankFailed(rank, host, os.getpid(), code, error, trace, origin))

@@ -77,12 +77,12 @@ class FailureHandler:
         if verdict == mine and error:
             self.report_failure(code, error, ends=True)
         elif verdict == mine:
-            messages.send_message("finished", rank=self.slot.local_rank, code=code)
+            messages.send_message(messages.RankFinished(self.slot.local_rank, code))
         return verdict.code
 
     def report_failure(self, code: int, error: str, *, ends: bool) -> None:
         """Report to the launcher why this slot fails. ends: and the run with it, whoever else is there."""
-        about = {"rank": self.slot.local_rank, "host": self.slot.host, "pid": os.getpid()}
-        messages.send_message("failed", **about, code=code, error=error, traceback="", ends=ends)
+        slot = self.slot
+        messages.send_message(messages.RankFailed(slot.local_rank, slot.host, os.getpid(), code, error, ends=ends))
         if not messages.is_launched():
             print(f"hvdtrain: error: {error}", file=sys.stderr, flush=True)

@@ -130,7 +130,8 @@ def extract_message(line: OutputLine, mark: str, *, elastic: bool = False) -> di
     The rank is that of the launcher's prefix. In an elastic run that is the number of the slot when it was filled, and
     the message has the rank of this generation.
     """
-    message = messages.parse_message(line.text, mark) if line.stream == "stdout" else None
+    parsed = messages.parse_message(line.text, mark) if line.stream == "stdout" else None
+    message = messages.message_fields(parsed) if parsed is not None else None
     if message is not None and line.rank is not None and not elastic and "rank" in message:
         message["rank"] = line.rank
     return message

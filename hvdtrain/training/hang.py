@@ -43,8 +43,11 @@ class HangReporter:
     def report_standstill(self, stands: Standstill, after: float) -> None:
         """Report what this rank is in, as no step was made for so long."""
         if messages.is_launched():
-            about = {"rank": self.rank or 0, "host": socket.gethostname(), "pid": os.getpid()}
-            messages.send_message("standstill", **about, **asdict(stands), after=after)
+            messages.send_message(
+                messages.RankStandstill(
+                    self.rank or 0, socket.gethostname(), os.getpid(), **asdict(stands), after=after
+                )
+            )
         elif stands.seconds >= after:
             print(
                 f"hvdtrain: {self.describe_process()} has been {stands} for {stands.seconds:.0f} s",
@@ -57,9 +60,10 @@ class HangReporter:
         error = (
             f"it has been {stands} for {stands.seconds:.0f} s: it hangs, by --hang-limit {self.watcher.hang_limit:g}"
         )
-        about = {"rank": self.rank or 0, "host": socket.gethostname(), "pid": os.getpid()}
-        fields = {"code": EXIT_FAILED, "error": error, "traceback": "", "waits": stands.waits}
-        messages.send_message("failed", **about, **fields)
+        host = socket.gethostname()
+        messages.send_message(
+            messages.RankFailed(self.rank or 0, host, os.getpid(), EXIT_FAILED, error, waits=stands.waits)
+        )
         if not messages.is_launched():
             print(f"hvdtrain: error: {self.describe_process()} failed: {error}", file=sys.stderr, flush=True)
         stop_descendants()

@@ -82,8 +82,10 @@ def train_recipe(
                     files.close()
                     world, at, known = enter_next_world(membership, step, at, known)
                     hang.configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
-                    about = {"rank": world.rank, "size": world.size, "host": world.host, "pid": os.getpid()}
-                    messages.send_message("started", **about, reach=membership.slot.host, supervisor=os.getppid())
+                    reach, supervisor = membership.slot.host, os.getppid()
+                    messages.send_message(
+                        messages.RankStarted(world.rank, world.host, os.getpid(), world.size, reach, supervisor)
+                    )
                 begins = at is None
                 if at is None:
                     folder, at = begin_run(step, options, name, world, membership, lease)
@@ -172,7 +174,7 @@ def train_recipe(
     code = EXIT_FAILED if failed else 0 if finished else EXIT_REQUEUE
     # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
     wait_for_all_ranks(world, membership, code, failed)
-    messages.send_message("finished", rank=world.rank, code=code)
+    messages.send_message(messages.RankFinished(world.rank, code))
     return summary
 
 

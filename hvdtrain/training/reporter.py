@@ -179,9 +179,7 @@ class Reporter:
             )
         elif self.prints_output and (time.monotonic() - self._last_progress_time > 0.2 or number == self.total_steps):
             self._last_progress_time = time.monotonic()
-            messages.send_message(
-                "progress", step=number, steps=self.total_steps, epoch=epoch, loss=loss, rate=rate, text=""
-            )
+            messages.send_message(messages.RankProgress(number, self.total_steps, epoch, loss, rate))
 
     def record_evaluation(self, at: Position, epoch: int) -> None:
         """After an evaluation: `at.eval`. One that is made up for goes into its step's row, if that was this run's."""

@@ -10,7 +10,7 @@ import traceback
 import horovod.torch as hvd
 import torch
 
-from hvdtrain.system.messages import send_message
+from hvdtrain.system.messages import RankFailed, RankFinished, RankProgress, RankStarted, send_message
 
 
 def main(mode: str) -> int:
@@ -22,9 +22,9 @@ def main(mode: str) -> int:
     hvd.init()
     rank = hvd.rank()
     host = socket.gethostname() if mode != "remote" else f"far-{rank}"
-    send_message("started", rank=rank, host=host, pid=os.getpid())
+    send_message(RankStarted(rank, host, os.getpid()))
     print("unfinished", end="")
-    send_message("progress", step=1, steps=2, epoch=1, loss=0.5, rate=100.0, text="")
+    send_message(RankProgress(1, 2, 1, 0.5, 100.0))
     print(f"\nhello from {rank} of {hvd.size()}, umläut, launched={os.environ['HVDTRAIN_LAUNCH']}", flush=True)
     print(f"error stream {rank}", file=sys.stderr, flush=True)
     total = hvd.allreduce(torch.ones(2), op=hvd.Sum, name="sum")
@@ -38,7 +38,7 @@ def main(mode: str) -> int:
         if mode == "raise":
             raise ValueError("boom")
         if mode == "user":
-            send_message("failed", rank=rank, host=host, code=2, error="no such file", traceback="")
+            send_message(RankFailed(rank, host, code=2, error="no such file"))
             return 2
         if mode == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -56,7 +56,7 @@ def main(mode: str) -> int:
     if rank == 0:
         time.sleep(0.2)
     hvd.allreduce(torch.zeros(1), name="end")
-    send_message("finished", rank=rank, code=code)
+    send_message(RankFinished(rank, code))
     return code
 
 
@@ -66,7 +66,5 @@ if __name__ == "__main__":
     except Exception as error:
         number = int(os.environ.get("HOROVOD_RANK") or os.environ["OMPI_COMM_WORLD_RANK"])
         told = f"{type(error).__name__}: {error}"
-        send_message(
-            "failed", rank=number, host=socket.gethostname(), code=1, error=told, traceback=traceback.format_exc()
-        )
+        send_message(RankFailed(number, socket.gethostname(), code=1, error=told, traceback=traceback.format_exc()))
         sys.exit(1)

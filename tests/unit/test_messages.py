@@ -22,7 +22,7 @@ def text_of(message: dict[str, Any], mark: str = MARK) -> str:
 
 def test_a_message_begins_with_the_mark_of_this_launch() -> None:
     assert MARK.startswith("##hvdtrain ") and len(MARK.split()[1]) == 32 and "s" * 8 not in MARK
-    assert messages.parse_message(text_of(STARTED), MARK) == STARTED
+    assert messages.parse_message(text_of(STARTED), MARK) == messages.RankStarted(0, "h", 7)
     other = messages.message_prefix({"HVDTRAIN_SECRET": "t" * 32})
     for line in (
         text_of(STARTED, "##hvdtrain "),
@@ -91,8 +91,8 @@ def test_a_message_is_found_after_an_unfinished_line(
     """As the launchers bring it: horovodrun repeats its prefix after a carriage return, srun breaks long lines."""
     monkeypatch.setattr("os.environ", ENVIRON)
     print("10%\r50%", end="")
-    messages.send_message("failed", rank=4, error="e" * 3000)
-    messages.send_message("finished", rank=4, code=0)
+    messages.send_message(messages.RankFailed(4, error="e" * 3000))
+    messages.send_message(messages.RankFinished(4, 0))
     said = capsys.readouterr().out.encode()
     if prefix == b" 4: ":
         pieces = [piece for line in said[:-1].split(b"\n") for piece in cut(line)]
@@ -117,5 +117,33 @@ def cut(line: bytes) -> list[bytes]:
 
 def test_only_ranks_of_a_launch_send(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("os.environ", {"HVDTRAIN_SECRET": "s" * 32})
-    messages.send_message("finished", rank=0, code=0)
+    messages.send_message(messages.RankFinished(0, 0))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        messages.RankStarted(1, "h", 7),
+        messages.RankStarted(1, "h", 7, size=2, reach="node-1", supervisor=6),
+        messages.RankProgress(3, 10, 1, 0.5, 812.0),
+        messages.RankProgress(3, 10, 1, None, None, "warming up"),
+        messages.RankFailed(1, "h", 7, 2, "no such file", "Traceback ...", origin=0),
+        messages.RankFailed(1, "h", 7, 1, "it hangs", waits=True),
+        messages.RankFailed(0, "h", 7, 1, "no progress", ends=False),
+        messages.RankFinished(0, 75),
+        messages.RankStandstill(1, "h", 7, "loading its batch", "", "mine.py:3 in load", 4, 61.5, False, 45.0),
+    ],
+)
+def test_messages_arrive_as_they_were_sent(
+    message: messages.RankMessage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.environ", ENVIRON)
+    messages.send_message(message)
+    line = capsys.readouterr().out.strip("\r\n")
+    assert messages.parse_message(line, MARK) == message
+    assert "null" not in line
+
+
+def test_fields_of_a_later_version_are_ignored() -> None:
+    assert messages.parse_message(text_of({**STARTED, "colour": "red"}), MARK) == messages.RankStarted(0, "h", 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from hvdtrain.launch.report import JobReport, determine_outcome
 from hvdtrain.launch.standstill import describe_process_state, describe_standstill, parse_standstill
 from hvdtrain.system import activity
 from hvdtrain.system.activity import HangWatcher, Standstill
-from hvdtrain.system.messages import is_valid_message
+from hvdtrain.system.messages import parse_message
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
 WAITS = Standstill("exchanging gradients", "gradients.0", "", 12, 60.9, True)
@@ -215,6 +216,9 @@ def test_what_a_worker_was_in_can_be_read_when_it_is_dead(tmp_path: Any) -> None
 
 
 def test_what_ranks_and_supervisors_send_is_valid_to_launch() -> None:
+    def is_valid_message(content: dict[str, Any]) -> bool:
+        return parse_message(json.dumps(content), "") is not None
+
     sent = message(1, LOADS, pid=7)
     assert is_valid_message(sent)
     assert not is_valid_message({**sent, "seconds": "61"}) and not is_valid_message({**sent, "waits": 1})

@@ -35,7 +35,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path, capsys: pytest.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messages, "is_launched", lambda: True)
         patch.setenv("HVDTRAIN_SECRET", "0" * 64)
-        messages.send_message("progress", loss=math.nan)
+        messages.send_message(messages.RankProgress(loss=math.nan))
     assert "null" in capsys.readouterr().out
 
 
