@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import types
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from functools import cache
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from hvdtrain.system.records import encode_record, parse_record
 
 T = TypeVar("T")
 
 HOST_PATTERN = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
-INTEGER_BOUND = 2**62  # integers of a record are below it
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def check_host(host: str) -> None:
 
 def dump_record(value: object) -> bytes:
     """Return a record, or plain data, as JSON."""
-    return json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value).encode()
+    return json.dumps(encode_record(value)).encode()
 
 
 def load_json(text: bytes | str) -> Any:
@@ -178,42 +177,3 @@ def load_json(text: bytes | str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def parse_record(value: Any, kind: Any) -> Any:
-    """Return a JSON value as a type: a dataclass, a list, tuple or union of types, int, str, bool, None or Any.
-
-    Fields of a later version, which a dataclass does not have, are left out.
-
-    Raises:
-        ValueError: it is not of that type, or an invalid value of it.
-    """
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = _field_types(kind)
-        required = {field.name for field in fields(kind) if field.default is MISSING}
-        if isinstance(value, dict) and required <= value.keys():
-            found = {name: parse_record(value[name], hint) for name, hint in hints.items() if name in value}
-            return kind(**found)
-    elif get_origin(kind) is list:
-        if isinstance(value, list):
-            return [parse_record(one, get_args(kind)[0]) for one in value]
-    elif get_origin(kind) is tuple:
-        if isinstance(value, list) and len(value) == len(get_args(kind)):
-            return tuple(map(parse_record, value, get_args(kind)))
-    elif _is_plain(value, get_args(kind) if isinstance(kind, types.UnionType) else (kind,)):
-        return value
-    raise ValueError(f"expected {getattr(kind, '__name__', kind)}, got {value!r:.100}")
-
-
-@cache
-def _field_types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _is_plain(value: object, kinds: tuple[type, ...]) -> bool:
-    """Whether a value is of one of these types; True and False are not integers."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return type(value) in kinds
-    return int in kinds and abs(value) < INTEGER_BOUND

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from hvdtrain.elastic.records import Fact, Heartbeat, dump_record, load_json, parse_record
+from hvdtrain.elastic.records import Fact, Heartbeat, dump_record, load_json
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.records import parse_record
 from hvdtrain.system.signed_http import SignedClient
 
 T = TypeVar("T")
