@@ -39,7 +39,6 @@ from hvdtrain.system.extras import explain_missing_extra
 from hvdtrain.system.files import write_atomically, write_json
 from hvdtrain.training.options import RunOptions
 
-DEFAULT_METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd:4bit", "topk:0.01", "randomk:0.25", "powersgd:4")
 UNCOMPRESSED_STEPS = (
     6  # steps with a method's buckets before it compresses; the last four tell when each bucket is ready
 )
@@ -158,7 +157,7 @@ def measure_method(work: Workload, spec: str, steps: int) -> MethodMeasurement:
         )
     columns = zip(*moments[UNCOMPRESSED_STEPS - RECORDED_STEPS :], strict=True)
     *ready, end = max_over_ranks("bench.ready", [statistics.median(column) for column in columns])
-    costs = [cost_of_method(exchange, place, bucket.method) for place, bucket in enumerate(exchange.buckets)]
+    costs = [cost_of_method(exchange, number, bucket.method) for number, bucket in enumerate(exchange.buckets)]
     if len(exchange.flags.flat):
         # Which parameters were used travels apart from compressed gradients, at the end.
         ready.append(end)

@@ -171,9 +171,10 @@ def compression_command(
         raise UserError(f"--plot {plot}: there is no folder {plot.absolute().parent}")
 
     def run_on_rank(world: World) -> None:
-        from hvdtrain.bench.compression import DEFAULT_METHODS, benchmark_compression
+        from hvdtrain.bench.compression import benchmark_compression
+        from hvdtrain.compression.registry import default_specs
 
-        benchmark_compression(world, *load_workload(recipe, args), specs or DEFAULT_METHODS, steps, plot, json_path)
+        benchmark_compression(world, *load_workload(recipe, args), specs or default_specs(), steps, plot, json_path)
 
     return run_or_launch(context, where, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
@@ -209,7 +210,7 @@ def check_benchmark(specs: tuple[str, ...], recipe: str | None, args: tuple[str,
 
     for text in specs:
         if parse_compression(text).method == "auto":
-            raise UserError(f"compression {text!r} measures by itself, while it trains; expected a method to measure")
+            raise UserError(f"compression {text!r} measures methods itself during training; expected one method")
     load_workload(recipe, args)
 
 

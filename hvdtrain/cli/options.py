@@ -22,12 +22,13 @@ def make_click_option(field: OptionField) -> click.Option:
     """A field as a click option; a bool becomes --name/--no-name."""
     flag = field.flag if field.type is not bool else f"{field.flag}/--no-{field.flag[2:]}"
     kind = click.Choice(field.choices) if field.choices else CLICK_TYPES.get(field.type, click.Path(path_type=Path))
-    return click.Option([field.name, flag], type=kind, default=None, help=_format_help(field))
+    return click.Option([field.name, flag], type=kind, default=None)
 
 
 def _format_help(field: OptionField) -> str:
     shown = field.default if field.type is not bool else ("on" if field.default else "off")
-    return field.help if field.default is None else f"{field.help}  [{shown}]"
+    text = field.help() if callable(field.help) else field.help
+    return text if field.default is None else f"{text}  [{shown}]"
 
 
 class TrainCommand(click.Command):
@@ -48,6 +49,9 @@ class TrainCommand(click.Command):
         super().__init__(name, params=options, **kwargs)  # type: ignore[arg-type]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for option, field in zip(self.params, self.fields, strict=False):  # click adds --help at the end
+            if isinstance(option, click.Option):
+                option.help = _format_help(field)
         records = {str(option.name): option.get_help_record(ctx) for option in self.params}
         # The recipe's own options have no section and come first.
         for section in dict.fromkeys(["", *(field.section for field in option_fields(RunOptions))]):

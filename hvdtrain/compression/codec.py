@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import abc
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Collective = Literal["sum", "exchange", "gather"]
+
+class Collective(enum.Enum):
+    """How payloads are summed over ranks.
+
+    ALL_REDUCE: an all-reduce adds payloads; decoding the sum gives the sum (decoding is linear).
+    REDUCE_SCATTER: each rank's part of x travels as bytes to the rank that sums that part, and the sum comes back as
+        bytes: a reduce-scatter and an all-gather, by all-to-all, with an encoding before each.
+    ALL_GATHER: each rank's payload, bytes, goes to all ranks, which decode and add all of them.
+    """
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_GATHER = "all_gather"
 
 
 @dataclass(frozen=True)
@@ -19,50 +34,106 @@ class RandomKey:
     step: int
     bucket: int
     rank: int
-    round: int = 0  # the second encoding of an exchange must not draw what the first did
+    round: int = 0  # the second encoding of a reduce-scatter must not draw what the first did
 
     def make_generator(self, device: torch.device, *, shared: bool) -> torch.Generator:
-        """A generator that is the same on all ranks (shared) or this rank's own."""
+        """Return a generator that is the same on all ranks (shared) or this rank's own."""
         mixed = hash((self.seed, self.step, self.bucket, -1 if shared else self.rank, self.round)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(mixed)
 
 
-class Codec(Protocol):
-    """A way to send x: floating values in (n,), or in (rows, n) for the collective "exchange".
+@dataclass(frozen=True)
+class BucketContext:
+    """What a codec is made for."""
 
-    collective:
-        sum       payloads are added by an all-reduce, and decoding the sum gives the sum (decoding is linear)
-        exchange  each rank's part of x travels as bytes to the rank that adds it up, and the sum comes back as bytes
-        gather    each rank's payload, bytes, goes to all ranks, which decode and add all of them
-    feedback: whether what a step does not send is worth keeping for the next (Karimireddy et al., 1901.09847).
-    block: n must be a multiple of it for "exchange".
-    A value of x that is not finite must decode to one that is not; for "sum" the payload must hold one.
+    argument: Any  # the value of the method's argument (as its `Argument.parse` returns it); None if it has none
+    feedback: bool | None  # error feedback as the user wants it; None: as the codec has it by default
+    shapes: Sequence[tuple[int, int]]  # the bucket's parameters as matrices, in the order in which they lie in it
+    key: RandomKey
+    device: torch.device
+
+
+class Codec(abc.ABC):
+    """A way to send x: floating values in (n,), or in (rows, n) for Collective.REDUCE_SCATTER.
+
+    A value of x that is not finite must decode to one that is not; for ALL_REDUCE the payload must hold one.
     """
 
-    @property
-    def collective(self) -> Collective: ...
-    @property
-    def feedback(self) -> bool: ...
-    @property
-    def block_size(self) -> int: ...
+    collective: Collective
+    block_size: int = 1  # n is a multiple of it for REDUCE_SCATTER
 
+    @property
+    def feedback(self) -> bool:
+        """Whether what a step does not send is kept for the next (error feedback, Karimireddy et al., 1901.09847)."""
+        return True
+
+    @classmethod
+    def for_bucket(cls, context: BucketContext) -> Codec:
+        """Make the codec of a bucket. Default: of the method's argument, if it has one."""
+        return cls() if context.argument is None else cls(context.argument)  # type: ignore[call-arg]
+
+    @abc.abstractmethod
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
-        """x -> payload; the shape of the payload depends on the shape of x only."""
+        """Return the payload of x; its shape depends on the shape of x only."""
 
+    @abc.abstractmethod
     def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
-        """payload -> float32 in the shape that x had, n being its last size."""
-
-
-class AddingCodec(Codec, Protocol):
-    """A codec for "sum" or "gather"; it needs no dense copy of what a payload stands for."""
+        """Return float32 values in the shape that x had, n being its last size."""
 
     def add_decoded(
         self, total: Tensor, payload: Tensor, key: RandomKey, alpha: float = 1, fresh: bool = False
     ) -> None:
-        """Add alpha times the decoded payload to total, (n,) float32; fresh: overwrite total with it."""
+        """Add alpha times the decoded payload to total, (n,) float32; fresh: overwrite total with it.
+
+        For ALL_REDUCE and ALL_GATHER. Override it if that needs no dense copy of the decoded payload.
+        """
+        decoded = self.decode(payload, len(total), key)
+        if fresh:
+            torch.mul(decoded, alpha, out=total)
+        else:
+            total.add_(decoded, alpha=alpha)
 
 
-def decode_by_adding(codec: AddingCodec, payload: Tensor, n: int, key: RandomKey) -> Tensor:
+class StatefulCodec(Codec):
+    """A codec for ALL_REDUCE whose encoding depends on the steps before, in the same way on all ranks."""
+
+    @abc.abstractmethod
+    def advance(self, total: Tensor) -> None:
+        """Prepare the next step. total: the sum of all ranks' payloads in this step."""
+
+    @abc.abstractmethod
+    def parameter_states(self) -> list[Any]:
+        """Return the state, an entry for each parameter of the bucket; checkpoints hold these by parameter.
+
+        Entries consist of tensors, which the codec no longer changes, numbers, strings, tuples, lists and dicts.
+        """
+
+    @abc.abstractmethod
+    def load_parameter_states(self, states: Sequence[Any]) -> None:
+        """Take over a state; None stands for a parameter that had none. One that does not fit is left out."""
+
+
+class FusedCodec(Codec):
+    """A codec that encodes a bucket parameter by parameter, each in one pass through memory with its error feedback."""
+
+    @abc.abstractmethod
+    def encode_fused(self, index: int, total: Tensor, residual: Tensor, gradient: Tensor) -> None:
+        """Set one parameter's total to residual + gradient less what of that is sent; keep the payload.
+
+        Args:
+            index: of the parameter in the bucket.
+            total: its part of the next residual, written: shaped like the context's matrix of it, float32.
+            residual: its part of the residual: the same shape, float32.
+            gradient: the same shape, any floating type.
+        """
+
+    @abc.abstractmethod
+    def pop_fused_payload(self) -> Tensor:
+        """Return the payload of all parameters, as `encode` would, and forget it."""
+
+
+def decode_by_adding(codec: Codec, payload: Tensor, n: int, key: RandomKey) -> Tensor:
+    """Decode by `codec.add_decoded`: (n,) float32."""
     total = torch.empty(n, device=payload.device)
     codec.add_decoded(total, payload, key, fresh=True)
     return total

@@ -1,4 +1,4 @@
-"""What a way over the ranks costs, measured, and how long a step takes with it, predicted."""
+"""What a reducer costs, measured, and how long a step takes with it, predicted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.network_model import NetworkModel, synchronize_device
-from hvdtrain.compression.reducer import CompressedReducer, PlainReducer
+from hvdtrain.compression.codec import Collective
+from hvdtrain.compression.plain_reducer import PlainReducer
+from hvdtrain.compression.reducer import CompressedReducer
 
 
 @dataclass(frozen=True)
@@ -25,50 +27,58 @@ class BucketCost:
     rounds: int  # collectives, one after the other: 1 or 2
 
 
-def measure_cost(channel: CompressedReducer | PlainReducer, method: str, repeats: int = 3) -> BucketCost:
-    """Run a channel that nobody else uses for some steps, on all ranks of its group; the slowest rank's medians.
+def measure_cost(reducer: CompressedReducer | PlainReducer, method: str, repeats: int = 3) -> BucketCost:
+    """Run a reducer that nobody else uses for some steps, on all ranks of its group; the slowest rank's medians.
 
-    method: what to call it. One more step comes first and does not count. `flat` is overwritten.
+    Args:
+        reducer: its `flat` is overwritten.
+        method: what to call it.
+        repeats: steps that count; one more comes first.
     """
-    flat = channel.flat
-    generator = torch.Generator(flat.device).manual_seed(collectives.rank(channel.group))
+    flat = reducer.flat
+    generator = torch.Generator(flat.device).manual_seed(collectives.rank(reducer.group))
     values = torch.randn(flat.shape, generator=generator, device=flat.device).to(flat.dtype)
-    first = channel.warmup if isinstance(channel, CompressedReducer) else 0
+    first = reducer.warmup if isinstance(reducer, CompressedReducer) else 0
     encode, decode, sent = [], [], []
     for step in range(first, first + repeats + 1):
         flat.copy_(values)
         synchronize_device(flat.device)
         begin = time.perf_counter()
-        channel.start_reduction(step)
+        reducer.start_reduction(step)
         synchronize_device(flat.device)
         started = time.perf_counter()
-        channel.start_second_round()
-        channel.finish_reduction()
-        if isinstance(channel, CompressedReducer) and channel.sum_is_finite():
-            channel.commit_step()
+        reducer.start_second_round()
+        reducer.finish_reduction()
+        if isinstance(reducer, CompressedReducer) and reducer.sum_is_finite():
+            reducer.commit_step()
         synchronize_device(flat.device)
-        decode.append(time.perf_counter() - started - channel.waited)
+        decode.append(time.perf_counter() - started - reducer.waited)
         encode.append(started - begin)
-        sent.append(channel.wire_bytes)
+        sent.append(reducer.wire_bytes)
     # Methods that send one of two factors in turns send other sizes in turns.
     mine = [statistics.median(encode[1:]), statistics.median(decode[1:]), statistics.mean(sent[-2:])]
     encoding, decoding, wire = map(
-        max, zip(*collectives.gather_json(mine, f"{channel.name}.cost", channel.group), strict=True)
+        max, zip(*collectives.gather_json(mine, f"{reducer.name}.cost", reducer.group), strict=True)
     )
-    rounds = 2 if isinstance(channel, CompressedReducer) and channel.codec.collective == "exchange" else 1
+    rounds = 1
+    if isinstance(reducer, CompressedReducer) and reducer.codec.collective is Collective.REDUCE_SCATTER:
+        rounds = 2
     return BucketCost(method, encoding, decoding, round(wire), rounds)
 
 
 def predict_step_time(ready: Sequence[float], end: float, costs: Sequence[BucketCost], network: NetworkModel) -> float:
-    """How long forward pass, backward pass and exchange take, predicted.
-
-    ready: when each bucket has all its gradients, end: when the backward pass is over, both in seconds from the step's
-    begin where nothing is encoded. costs: of the buckets, in the same order.
+    """Predict how long forward pass, backward pass and exchange take together, in seconds.
 
     One thread computes, and encodes in between; one network serves the collectives in the order in which they were
     started. When all first rounds have been started, the thread makes the second ones, and then decodes.
+
+    Args:
+        ready: when each bucket has all its gradients, in seconds from the start of a step in which nothing is encoded.
+        end: when the backward pass is over, in the same seconds.
+        costs: of the buckets, in the same order.
+        network: what it all runs on.
     """
-    late = 0.0  # so much later than `ready` and `end` say is the thread by what it has encoded
+    late = 0.0  # by how much encoding has delayed the thread against `ready` and `end`
     free = 0.0  # when the network has served what was started so far
     now = end
     arrived = [0.0] * len(costs)

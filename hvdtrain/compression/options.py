@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from hvdtrain.recipe.options import option
 
 
+def _describe_compression() -> str:
+    from hvdtrain.compression.registry import describe_methods  # with which torch comes
+
+    return describe_methods()
+
+
 @dataclass(kw_only=True)
 class CompressionOptions:
     """What is sent instead of the gradients."""
 
-    spec: str = option(
-        "none",
-        "gradient compression: none, fp16, bf16, int8, onebit, qsgd:4bit, topk:0.01, randomk:0.25, powersgd:4; "
-        "with options, e.g. powersgd:4,warmup=100,min=8192; auto: measured while training, none included",
-        name="compression",
-    )
+    spec: str = option("none", _describe_compression, name="compression")

@@ -1,40 +1,29 @@
 """Compression as text: `--compression powersgd:4,warmup=100,min=8192`.
 
-    none fp16 bf16 int8 onebit      no argument
-    auto                            measured while training, none included (hvdtrain.exchange.advisor)
-    qsgd:4bit                       bits a value: 2, 4 or 8
-    topk:0.01  randomk:0.25         part of the values that is sent
-    powersgd:4                      rank of the factors
+    METHOD[:ARGUMENT][,OPTION=VALUE]...
 
-Options behind it, separated by commas:
+The method is "none", "auto" (measured while training, none included: `hvdtrain.exchange.advisor`), or a registered
+compressor (`hvdtrain.compression.registry`), which says what its argument means. Options:
 
-    warmup=N          the first N steps are dense; 0, for topk, randomk and powersgd 100
+    warmup=N          the first N steps are dense; default: the compressor's `dense_steps`
     min=N             parameters with fewer values, and those with fewer than two axes, stay dense; 8192
-    feedback=on|off   the error-feedback memory; each method has its own habit
-    momentum=X        topk: momentum correction, in place of the optimizer's own momentum
+    feedback=on|off   error feedback: what a step does not send is kept for the next; default: the compressor's
+    momentum=X        momentum correction, in place of the optimizer's own momentum, for compressors that take it
     layer.NAME=ARG    another argument, or none, for the parameter or module of that name
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from hvdtrain.compression.cast import Cast, Fp16
-from hvdtrain.compression.codec import Codec, RandomKey
-from hvdtrain.compression.int8 import Int8
-from hvdtrain.compression.onebit import OneBit
-from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.qsgd import Qsgd
-from hvdtrain.compression.randomk import RandomK
-from hvdtrain.compression.topk import TopK
+from hvdtrain.compression.codec import BucketContext, Codec, RandomKey
+from hvdtrain.compression.registry import COMPRESSORS, Compressor
 from hvdtrain.system.errors import UserError, suggest_nearest
 
-METHODS = ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd", "auto")
-DEFAULT_ARGUMENTS = {"qsgd": "4bit", "topk": "0.01", "randomk": "0.25", "powersgd": "4"}
-# What training needs at its beginning to end as well as dense (tests/benchmarks/accuracy.py).
-DEFAULT_WARMUP = {"topk": "100", "randomk": "100", "powersgd": "100"}
+NONE, AUTO = "none", "auto"  # methods that are no compressors
 OPTION_NAMES = ("warmup", "min", "feedback", "momentum")
 
 
@@ -44,16 +33,16 @@ class Spec:
 
     text: str
     method: str
-    argument: str  # "" where the method takes none
+    argument: str  # "" if the method takes none
     warmup: int = 0
     min: int = 8192
-    feedback: bool | None = None  # None: the method's own habit
+    feedback: bool | None = None  # None: the codec's own default
     momentum: float = 0.0
     layers: dict[str, str] = field(default_factory=dict)  # name of a parameter or module: argument, or "none"
 
     def argument_for(self, name: str, values: int, axes: int) -> str | None:
-        """The method's argument for a parameter; None if it stays dense."""
-        if self.method == "none" or values == 0:
+        """Return the method's argument for a parameter; None if it stays dense."""
+        if self.method == NONE or values == 0:
             return None
         for layer, argument in sorted(self.layers.items(), key=lambda item: -len(item[0])):
             if layer_contains(layer, name):
@@ -62,36 +51,72 @@ class Spec:
 
 
 def layer_contains(layer: str, name: str) -> bool:
-    """Whether a parameter is that layer or in it."""
+    """Return whether a parameter is that layer or in it."""
     return name == layer or name.startswith(f"{layer}.")
 
 
 def parse_compression(text: str) -> Spec:
-    """Parse a specification. Raises UserError naming the part that is wrong, and the nearest right one."""
+    """Parse a specification. Raises UserError naming the part that is wrong, and the nearest valid one."""
     head, *options = text.split(",")
     method, colon, argument = head.partition(":")
-    if method not in METHODS:
-        raise UserError(f"compression {text!r}: no method {method!r}{suggest_nearest(method, METHODS)}")
-    if colon and method not in DEFAULT_ARGUMENTS:
+    compressor = _find_compressor(method, text)
+    if colon and (compressor is None or compressor.argument is None):
         raise UserError(f"compression {text!r}: {method} takes no argument")
-    argument = _check_argument(method, argument or DEFAULT_ARGUMENTS.get(method, ""), text)
+    if compressor is not None:
+        argument = _check_argument(compressor, argument or compressor.default_argument, text)
     values: dict[str, str] = {}
     layers: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise UserError(f"compression {text!r}: {option!r} is no option; an option is KEY=VALUE")
+            raise UserError(f"compression {text!r}: {option!r} is not an option; expected KEY=VALUE")
         if key.startswith("layer."):
-            layers[key.removeprefix("layer.")] = value if value == "none" else _check_argument(method, value, text)
+            if value and value != "none" and compressor is None:
+                raise UserError(f"compression {text!r}: {method} takes no argument")
+            if value != "none" and compressor is not None:
+                _check_argument(compressor, value, text)
+            layers[key.removeprefix("layer.")] = value
         elif key in OPTION_NAMES:
             values[key] = value
         else:
-            raise UserError(
-                f"compression {text!r}: no option {key!r}{suggest_nearest(key, (*OPTION_NAMES, 'layer.NAME'))}"
-            )
+            valid = (*OPTION_NAMES, "layer.NAME")
+            raise UserError(f"compression {text!r}: {key!r} is not an option{suggest_nearest(key, valid)}")
+    feedback, momentum = _parse_feedback(values, method, compressor, text)
+    dense_steps = compressor.dense_steps if compressor is not None else 0
+    return Spec(
+        text=text,
+        method=method,
+        argument=argument,
+        warmup=int(_parse_number(values, "warmup", str(dense_steps), text)),
+        min=int(_parse_number(values, "min", "8192", text)),
+        feedback=feedback,
+        momentum=momentum,
+        layers=layers,
+    )
+
+
+def _find_compressor(method: str, text: str) -> Compressor | None:
+    """Return the compressor of a method; None for "none" and "auto"."""
+    if method in (NONE, AUTO):
+        return None
+    try:
+        return COMPRESSORS.get(method)
+    except UserError:
+        names = COMPRESSORS.names()
+        if method in names:
+            raise  # it is another distribution's, which cannot be loaded
+        nearest = suggest_nearest(method, (NONE, *names, AUTO))
+        raise UserError(f"compression {text!r}: {method!r} is not a method{nearest}") from None
+
+
+def _parse_feedback(
+    values: dict[str, str], method: str, compressor: Compressor | None, text: str
+) -> tuple[bool | None, float]:
+    """Return what `feedback` and `momentum` say, which depend on each other."""
     momentum = _parse_number(values, "momentum", "0", text)
-    if momentum and method != "topk":
-        raise UserError(f"compression {text!r}: momentum goes with topk")
+    if momentum and not (compressor is not None and compressor.takes_momentum):
+        able = [name for name, other in COMPRESSORS.load_all().items() if other.takes_momentum]
+        raise UserError(f"compression {text!r}: {method} takes no momentum; expected {' or '.join(able)}")
     if not 0 <= momentum < 1:
         raise UserError(f"compression {text!r}: momentum is {momentum:g}; expected a value from 0 to below 1")
     feedback = values.get("feedback")
@@ -99,60 +124,46 @@ def parse_compression(text: str) -> Spec:
         raise UserError(f"compression {text!r}: feedback is {feedback!r}; expected on or off")
     if momentum and feedback == "off":
         raise UserError(f"compression {text!r}: momentum needs feedback")
-    return Spec(
-        text=text,
-        method=method,
-        argument=argument,
-        warmup=int(_parse_number(values, "warmup", DEFAULT_WARMUP.get(method, "0"), text)),
-        min=int(_parse_number(values, "min", "8192", text)),
-        feedback=None if feedback is None else feedback == "on",
-        momentum=momentum,
-        layers=layers,
-    )
+    return None if feedback is None else feedback == "on", momentum
 
 
 def _parse_number(values: dict[str, str], key: str, default: str, text: str) -> float:
-    """An option that is a number and not negative; a whole one but for momentum."""
+    """Return an option that is a number and not negative; an integer but for momentum."""
     value = values.get(key, default)
     try:
         number = float(value) if key == "momentum" else int(value)
     except ValueError:
         number = -1
     if number < 0:
-        kind = "a number" if key == "momentum" else "a whole number"
+        kind = "a number" if key == "momentum" else "an integer"
         raise UserError(f"compression {text!r}: {key} is {value!r}; expected {kind}, not negative")
     return number
 
 
-def _check_argument(method: str, argument: str, text: str) -> str:
-    """An argument of the method that makes sense, as it is."""
-    if argument and method not in DEFAULT_ARGUMENTS:
-        raise UserError(f"compression {text!r}: {method} takes no argument")
-    if method == "qsgd" and argument not in ("2bit", "4bit", "8bit"):
-        raise UserError(f"compression {text!r}: {argument!r} is no width; expected 2bit, 4bit or 8bit")
-    if method == "powersgd" and not (argument.isdecimal() and int(argument) >= 1):
-        raise UserError(f"compression {text!r}: {argument!r} is no rank; expected a whole number from 1 on")
-    if method in ("topk", "randomk"):
+def _check_argument(compressor: Compressor, argument: str, text: str) -> str:
+    """Return an argument that is valid, as it is. Raises UserError for another."""
+    if compressor.argument is not None:
         try:
-            ratio = float(argument)
-        except ValueError:
-            ratio = 0.0
-        if not 0 < ratio <= 1:
-            raise UserError(f"compression {text!r}: {argument!r} is no part; expected above 0, at most 1")
+            compressor.argument.parse(argument)
+        except ValueError as error:
+            raise UserError(f"compression {text!r}: {error}") from None
+    elif argument:
+        raise UserError(f"compression {text!r}: {compressor.name} takes no argument")
     return argument
 
 
-def make_codec(spec: Spec, argument: str, shapes: list[tuple[int, int]], key: RandomKey, device: torch.device) -> Codec:
-    """The codec of a bucket. shapes: its parameters as matrices, which only powersgd looks at."""
-    if spec.method == "powersgd":
-        return PowerSgd(int(argument), shapes, key, device)
-    if spec.method == "randomk":
-        return RandomK(float(argument), unbiased=spec.feedback is not True)
-    if spec.method == "topk":
-        return TopK(float(argument))
-    if spec.method == "qsgd":
-        return Qsgd(int(argument.removesuffix("bit")))
-    if spec.method == "fp16":
-        return Fp16() if device.type == "cuda" else Cast(torch.float16)
-    simple: dict[str, Codec] = {"bf16": Cast(torch.bfloat16), "int8": Int8(), "onebit": OneBit()}
-    return simple[spec.method]
+def make_codec(
+    spec: Spec, argument: str, shapes: Sequence[tuple[int, int]], key: RandomKey, device: torch.device
+) -> Codec:
+    """Make the codec of a bucket.
+
+    Args:
+        spec: of a compressor.
+        argument: the method's argument for the bucket's parameters.
+        shapes: the bucket's parameters as matrices.
+        key: what the codec may draw its first state by.
+        device: where the bucket is.
+    """
+    compressor = COMPRESSORS.get(spec.method)
+    value = compressor.argument.parse(argument) if compressor.argument is not None else None
+    return compressor.codec.for_bucket(BucketContext(value, spec.feedback, shapes, key, device))

@@ -1,4 +1,8 @@
-"""The gradients' exchange: flat buckets, each on its way as soon as its gradients are in."""
+"""The gradients' exchange: flat buckets, each of which is sent as soon as its gradients are in.
+
+It sees torch parameters and their gradients, by autograd's hooks, and no optimizer: whoever calls `finish_exchange`
+finds the sums in `p.grad`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,24 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.reducer import CompressedReducer, PlainReducer
-from hvdtrain.compression.spec import Spec
-from hvdtrain.exchange.buckets import Bucket, NamedParameters, check_dtype, check_parameters, real_numel
+from hvdtrain.compression.plain_reducer import PlainReducer
+from hvdtrain.compression.reducer import CompressedReducer
+from hvdtrain.compression.spec import AUTO
+from hvdtrain.exchange.advisor import Advisor
+from hvdtrain.exchange.buckets import (
+    Bucket,
+    BucketReport,
+    ExchangeConfig,
+    NamedParameters,
+    check_dtype,
+    check_parameters,
+    real_numel,
+)
 from hvdtrain.exchange.layout import BucketLayout, expects_gradient
 from hvdtrain.system.errors import UserError
 
@@ -24,54 +38,60 @@ SPARSE_FLAG = 1 / 1024
 
 
 class BucketedExchange(BucketLayout):
-    """Reduces the gradients of `named` over ranks once per step, overlapping with the backward pass.
+    """Sums or averages gradients over ranks once per step, overlapping with the backward pass.
 
-    In the backward pass that ends a step (`passes` of them make one step), each gradient is copied into its bucket
-    when autograd has finished it, and a full bucket is sent. `finish` sends what is left, waits, and makes every
-    `p.grad` a view of the reduced bucket. A parameter that no rank used keeps the gradient None, so that the
-    optimizer leaves it alone as it would in a single process; one that only some ranks used counts as zero elsewhere.
-    A parameter is in one exchange at a time: ValueError names one that is in another, which nobody has closed.
+        autograd's hook          a gradient is copied into its bucket;   a full bucket: `start_reduction`
+        finish_exchange          what is left is sent;   all second rounds;   all decoded;   p.grad = view of the bucket
 
-    Which parameters are trained may change at any time, as `requires_grad` says, and `add` brings new ones (`Layout`).
-    A rank that has, or will have, a gradient of a parameter in no bucket that is sent sets `late` in those that are
-    sent. Then all ranks agree at the end of the step on the names, and exchange these gradients too before it is over.
-    So the first step's buckets are made as well, in the order in which its gradients became ready.
+    A parameter that no rank used keeps the gradient None, so that the optimizer leaves it alone as it would in a single
+    process; one that only some ranks used counts as zero on the others.
+
+    Which parameters are trained may change at any time, as `requires_grad` says, and `add_parameter` brings new ones. A
+    rank that has, or will have, a gradient of a parameter in no bucket that is sent sets `late` in those that are sent.
+    Then all ranks agree at the end of the step on the names, and exchange these gradients too before it is over. The
+    first step's buckets are made in this way as well, in the order in which its gradients became ready.
+
+    Attributes:
+        passes: backward passes that make a step on this rank, unless they are announced.
+        steps: steps exchanged.
+        waited: seconds that the last step waited for communication.
+        backward_end: when `finish_exchange` was last called, by time.perf_counter.
+        checks_finite: whether a step looks if all sums are finite also where no codec needs to know.
+        sums_are_finite: what it saw in the last step; the same on all ranks.
+        advisor: of compression "auto".
     """
 
-    _open_exchanges: ClassVar[weakref.WeakSet[BucketedExchange]] = weakref.WeakSet()  # those whose hooks are in place
+    _open_exchanges: ClassVar[weakref.WeakSet[BucketedExchange]] = weakref.WeakSet()  # with hooks in place
 
-    def __init__(
-        self,
-        named: NamedParameters,
-        average: bool,
-        spec: Spec,
-        seed: int = 0,
-        group: collectives.Group = None,
-        bucket_bytes: int | None = None,
-    ) -> None:
-        super().__init__(average, spec, seed, group, bucket_bytes)
+    def __init__(self, named: NamedParameters, config: ExchangeConfig) -> None:
+        """Put hooks on the parameters, on all ranks; buckets are made at the end of the first step.
+
+        Args:
+            named: names, the same on all ranks, and parameters of any dense memory format and floating type.
+            config: how their gradients are summed.
+
+        Raises:
+            UserError: for a parameter whose type cannot be exchanged, or a layer that the specification names wrongly.
+            ValueError: for a parameter that is in another exchange, which nobody has closed.
+        """
+        super().__init__(config)
         self.passes = 1
         self.steps = 0
-        self.waited = 0.0  # seconds that the last `finish` waited for communication
-        self.backward_end = 0.0  # when the last `finish` was called, by time.perf_counter
-        self.size = collectives.size(group)
-        check_parameters(named, spec)
+        self.waited = 0.0
+        self.backward_end = 0.0
+        self.size = collectives.size(config.group)
+        check_parameters(named, config.spec)
         taken = {p for other in self._open_exchanges for p in other.names}
         for name, p in named:
             if p in taken:
                 raise ValueError(f"{name} is in another DistributedOptimizer already: call its exchange.close() first")
-        self.checks_finite = False  # whether `finish` looks if all sums are finite
-        self.sums_are_finite = True  # what it saw in the last step; the same on all ranks
-        self.advisor = None
-        if spec.method == "auto":
-            from hvdtrain.exchange.advisor import Advisor
-
-            self.advisor = Advisor(self)
+        self.checks_finite = False
+        self.sums_are_finite = True
+        self.advisor = Advisor(self) if config.spec.method == AUTO else None
         # Finished gradients of parameters in no bucket that is sent, in the order in which they came.
         self._arrived: dict[torch.nn.Parameter, None] = {}
-        self._has_late_gradients: bool | None = (
-            None  # whether one of those has, or will have, a gradient; None: not looked yet
-        )
+        # Whether one of those has, or will have, a gradient; None: not looked yet.
+        self._has_late_gradients: bool | None = None
         self._repeated: set[torch.nn.Parameter] = set()  # whose gradients are finished only at the end of the pass
         self._remaining_passes: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
         self._is_last_pass: bool | None = None  # of the step is under way; None: the caller does not announce passes
@@ -94,14 +114,14 @@ class BucketedExchange(BucketLayout):
         p.requires_grad_(trained)
 
     def add_parameter(self, name: str, p: torch.nn.Parameter) -> None:
-        """Take in another parameter, on all ranks; where its first gradient comes, the ranks' values must be equal."""
+        """Add a parameter, on all ranks; when its first gradient comes, the ranks' values must be equal."""
         check_dtype(name, p)
         self._register_parameter(name, p)
         self.new_params.add(p)
         self.inactive_params.append(p)
 
     def close(self) -> None:
-        """Leave the parameters, to which another exchange may come then; this one is of no more use."""
+        """Take the hooks off the parameters, so that another exchange may have them. This one cannot be used again."""
         for hook in self._hooks:
             hook.remove()
         self._open_exchanges.discard(self)
@@ -127,33 +147,29 @@ class BucketedExchange(BucketLayout):
 
     @property
     def has_pending_gradients(self) -> bool:
-        """Whether there are finished gradients of this rank that `finish` has not reduced yet."""
+        """Whether this rank has finished gradients that `finish_exchange` has not reduced yet."""
         return bool(self._arrived) or any(bucket.sent or bucket.filled for bucket in self.buckets)
 
-    def describe_buckets(self) -> list[dict[str, Any]]:
-        """The buckets as they are sent: sizes in values and in bytes on this rank's wire per step."""
-        return [
-            {
-                "parameters": len(bucket.params),
-                "values": sum(p.numel() for p in bucket.params),
-                "compression": bucket.method,
-                "bytes_sent": 0 if bucket.suspended else bucket.reducer.wire_bytes,
-                "bytes_received": 0 if bucket.suspended else bucket.reducer.wire_bytes,  # rings are symmetric
-            }
-            for bucket in self.buckets
-        ]
+    def describe_buckets(self) -> list[BucketReport]:
+        """Return the buckets as they are sent."""
+        reports = []
+        for bucket in self.buckets:
+            values = sum(p.numel() for p in bucket.params)
+            wire_bytes = 0 if bucket.suspended else bucket.reducer.wire_bytes  # rings are symmetric
+            reports.append(BucketReport(len(bucket.params), values, bucket.method, wire_bytes, wire_bytes))
+        return reports
 
     def set_passes(self, passes: int) -> None:
-        """How many backward passes make the coming step on this rank: 0 where it has no examples."""
+        """Set how many backward passes make the coming step on this rank: 0 if it has no examples."""
         self.passes = passes
         self._remaining_passes = dict.fromkeys(self._remaining_passes, passes)
 
     def announce_pass(self, last: bool) -> None:
-        """A backward pass begins, the step's last or not. A caller that announces one announces all."""
+        """Note that a backward pass begins, the step's last or not. A caller that announces one announces all."""
         self._is_last_pass = last
 
     def discard_gradients(self) -> None:
-        """Drop the gradients that have come since the last `finish`. Raises RuntimeError if some have been sent."""
+        """Drop the gradients since the last `finish_exchange`. Raises RuntimeError if some have been sent."""
         if any(bucket.sent for bucket in self.buckets):
             raise RuntimeError(
                 "zero_grad() between backward() and step(): the gradients are being reduced. If that backward() was "
@@ -213,10 +229,10 @@ class BucketedExchange(BucketLayout):
         p, view = bucket.params[index], bucket.views[index]
         assert p.grad is not None
         bucket.flags[index] = SPARSE_FLAG if p.grad.is_sparse else 1
-        # Rows of a sparse gradient (an embedding's) travel densely: one way for all, and the sizes stay fixed.
+        # Rows of a sparse gradient (an embedding's) travel densely: so the sizes stay fixed.
         bucket.put_gradient(index, p.grad.to_dense() if p.grad.is_sparse else p.grad, self.steps)
         if p.grad is not view and p.grad.dtype == view.dtype:
-            p.grad = view  # its memory is of use again at once
+            p.grad = view  # its memory can be used again at once
         bucket.filled.add(index)
 
     def _send_bucket(self, bucket: Bucket) -> None:
@@ -227,13 +243,13 @@ class BucketedExchange(BucketLayout):
                 bucket.flags[index] = 0
         bucket.late_flag.fill_(self._check_late_gradients())
         if isinstance(bucket.reducer, CompressedReducer):
-            bucket.reducer.start_reduction(self.steps, added_up=bucket.reducer.fuses_residual(self.steps))
+            bucket.reducer.start_reduction(self.steps, fused=bucket.reducer.fuses_residual(self.steps))
         else:
             bucket.reducer.start_reduction(self.steps)
         bucket.sent = True
 
     def _check_late_gradients(self) -> bool:
-        """Whether this rank has, or will have, gradients of parameters in no bucket that is sent; once per step."""
+        """Return whether this rank has, or will have, gradients of parameters in no bucket that is sent."""
         if self._has_late_gradients is None:
             self._has_late_gradients = any(map(expects_gradient, self.inactive_params))
         return self._has_late_gradients
@@ -254,12 +270,12 @@ class BucketedExchange(BucketLayout):
             raise RuntimeError(
                 f"{names} began to require a gradient in a backward pass: change that before or after it"
             )
-        # All memories or none: a step with anything that is not finite is not made.
-        remembers = any(isinstance(b.reducer, CompressedReducer) or b.reducer.owed is not None for b in buckets)
-        if remembers or self.checks_finite:
+        # The state of all buckets changes or of none: a step with anything that is not finite is not made.
+        stateful = any(isinstance(b.reducer, CompressedReducer) or b.reducer.carried_over is not None for b in buckets)
+        if stateful or self.checks_finite:
             self.sums_are_finite = all(bucket.reducer.sum_is_finite() for bucket in buckets)
         for bucket in buckets:
-            self._set_gradients(bucket, committed=remembers and self.sums_are_finite)
+            self._set_gradients(bucket, committed=stateful and self.sums_are_finite)
         self._reset_step()
         self.steps += 1
         if self.suspend_frozen() or late:
@@ -274,7 +290,7 @@ class BucketedExchange(BucketLayout):
         for bucket in buckets:
             if not bucket.sent:
                 for index, p in enumerate(bucket.params):
-                    # Used in some of this step's passes only: what has been accumulated is all there is.
+                    # Used in some of this step's passes only: it has been accumulated all the same.
                     if index not in bucket.filled and p.grad is not None:
                         self._store_gradient(bucket, index)
                 self._send_bucket(bucket)
@@ -301,12 +317,12 @@ class BucketedExchange(BucketLayout):
         bucket.idle_steps = 0 if any(used) else bucket.idle_steps + 1
         if committed:
             ends = itertools.accumulate(real_numel(p) for p in bucket.params)
-            places = zip(ends, bucket.params, used, strict=True)
-            bucket.reducer.commit_step([(end - real_numel(p), end) for end, p, ranks in places if ranks == 0])
+            parts = zip(ends, bucket.params, used, strict=True)
+            bucket.reducer.commit_step([(end - real_numel(p), end) for end, p, ranks in parts if ranks == 0])
         for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
             if ranks == 0:
                 p.grad = None
-            elif ranks < 0.9:  # sparse wherever it was used: optimizers for sparse gradients take no others
+            elif ranks < 0.9:  # sparse on all ranks that used it: optimizers for sparse gradients accept no others
                 p.grad = view.to(p.dtype).to_sparse(1)
             elif p.grad is not view:
-                p.grad = view.to(p.dtype)  # the view itself where the types are the same
+                p.grad = view.to(p.dtype)  # the view itself if the types are the same

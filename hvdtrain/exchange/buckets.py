@@ -1,4 +1,7 @@
-"""Cutting a model's parameters into flat buckets."""
+"""Cutting a model's parameters into flat buckets.
+
+Knows parameters and their gradients, and no optimizer.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.codec import RandomKey
-from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.reducer import CompressedReducer, PlainReducer
-from hvdtrain.compression.spec import Spec, layer_contains, make_codec
+from hvdtrain.compression.codec import FusedCodec, RandomKey
+from hvdtrain.compression.plain_reducer import PlainReducer
+from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
+from hvdtrain.compression.spec import AUTO, NONE, Spec, layer_contains, make_codec
 from hvdtrain.system.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
@@ -25,22 +28,45 @@ WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch
 SUPPORTED_DTYPES = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How gradients are summed over ranks; the same on all of them."""
+
+    average: bool  # whether the sum is divided by the number of ranks
+    spec: Spec  # compression
+    seed: int = 0  # of compression's randomness
+    group: collectives.Group = None  # the ranks; None: all
+    bucket_bytes: int | None = None  # about as much is sent at once; None: as suits the device and, on a GPU, the codec
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """A bucket as it is sent, for the run folder."""
+
+    parameters: int
+    values: int
+    compression: str  # "none", "powersgd:4"
+    bytes_sent: int  # by this rank in a step
+    bytes_received: int
+
+
 @dataclass(eq=False)
 class Bucket:
     """Some parameters' gradients in one flat tensor, and a flag for each: was it used in this step?
 
     An uncompressed bucket travels as [gradients | flags | late]: `late` counts the ranks that have a gradient of a
-    parameter that is in no bucket that is sent. The flags of a coded bucket travel apart (`Exchange.flags`).
+    parameter that is in no bucket that is sent. The flags of a compressible bucket travel separately
+    (`BucketLayout.flags`).
     """
 
     params: list[torch.nn.Parameter]
     names: list[str]
-    views: list[torch.Tensor]  # of the channel's flat, each in its parameter's shape and memory format
+    views: list[torch.Tensor]  # of the reducer's flat, each in its parameter's shape and memory format
     flags: torch.Tensor  # (len(params),), summed over ranks
-    late_flag: torch.Tensor  # (1,), or (0,) if coded
+    late_flag: torch.Tensor  # (1,), or (0,) if compressible
     reducer: CompressedReducer | PlainReducer
-    compressible: bool  # a codec may carry it; whether one does, the channel knows
-    method: str = "none"  # "powersgd:4"
+    compressible: bool  # a codec may carry it; whether one does, the reducer knows
+    method: str = NONE  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
     suspended: bool = False  # not sent: on no rank does a parameter of it require a gradient
@@ -50,34 +76,35 @@ class Bucket:
 
     def put_gradient(self, index: int, gradient: torch.Tensor | None, step: int) -> None:
         """Take in the gradient of the parameter with that index; None: it has none on this rank, which is zero."""
-        channel, view = self.reducer, self.views[index]
-        if not (isinstance(channel, CompressedReducer) and channel.fuses_residual(step)):
+        reducer, view = self.reducer, self.views[index]
+        if not (isinstance(reducer, CompressedReducer) and reducer.fuses_residual(step)):
             if gradient is None:
                 view.zero_()
             elif gradient is not view:
                 view.copy_(gradient)
             return
-        # In one go through memory: the gradient and what has not been sent of those before it.
-        assert channel.residual is not None and channel.next_residual is not None
-        residual, total = (self._views_of(memory)[index] for memory in (channel.residual, channel.next_residual))
+        # In one pass through memory: the gradient and what has not been sent of those before it.
+        assert reducer.residual is not None and reducer.next_residual is not None
+        residual, total = (self._views_of(memory)[index] for memory in (reducer.residual, reducer.next_residual))
         if gradient is None:
             gradient = view.zero_()
-        if isinstance(channel.codec, PowerSgd):
+        if isinstance(reducer.codec, FusedCodec):
             if gradient.stride() != view.stride():
                 gradient = view.copy_(gradient)
-            n, m = channel.codec.shapes[index]
-            channel.codec.encode_fused(index, *(x.as_strided((n, m), (m, 1)) for x in (total, residual, gradient)))
+            n, m = matrix_shape(self.params[index])
+            matrices = (x.as_strided((n, m), (m, 1)) for x in (total, residual, gradient))
+            reducer.codec.encode_fused(index, *matrices)
         else:
             torch.add(residual, gradient, out=total)
 
     def split_flat(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The parameters' parts of a tensor that is laid out as the channel's flat."""
+        """Return the parameters' parts of a tensor that is laid out as the reducer's flat."""
         widths = [real_numel(p) for p in self.params]
         return torch.split(flat[: sum(widths)], widths)
 
     def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
         if memory not in self.memory_views:
-            if len(self.memory_views) == 2:  # a channel has two, unless they were loaded
+            if len(self.memory_views) == 2:  # a reducer has two, unless they were loaded
                 self.memory_views.clear()
             self.memory_views[memory] = make_views(memory, self.params)
         return self.memory_views[memory]
@@ -106,36 +133,33 @@ def check_dtype(name: str, p: torch.nn.Parameter) -> None:
 
 
 def real_numel(p: torch.Tensor) -> int:
-    """How many real numbers a parameter holds: two for each complex one."""
+    """Return how many real numbers a parameter holds: two for each complex one."""
     return p.numel() * (2 if p.is_complex() else 1)
 
 
-def make_buckets(
-    named: NamedParameters,
-    spec: Spec,
-    seed: int,
-    group: collectives.Group,
-    average: bool,
-    bucket_bytes: int | None,
-    first: int = 0,
-) -> list[Bucket]:
+def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
+    """Return a parameter's shape as a matrix: its first axis, and all others joined; (1, n) for one axis or none."""
+    return (p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel())
+
+
+def make_buckets(named: NamedParameters, config: ExchangeConfig, first: int = 0) -> list[Bucket]:
     """Make buckets of one dtype, device and codec each.
 
     Args:
         named: the parameters, in the order in which backward finishes them.
-        bucket_bytes: of one, about; None: as suits the device and, on a GPU, the codec.
+        config: how they are summed.
         first: the number of the first bucket; those before it exist already.
     """
     groups: dict[tuple[torch.dtype, torch.device, str | None, bool], NamedParameters] = {}
     for name, p in named:
-        argument = None if p.is_complex() else spec.argument_for(name, p.numel(), p.dim())
-        # Whoever encodes takes float32.
+        argument = None if p.is_complex() else config.spec.argument_for(name, p.numel(), p.dim())
+        # Codecs take float32.
         dtype = WIRE_DTYPES.get(p.dtype.to_real(), torch.float32) if argument is None else torch.float32
         groups.setdefault((dtype, p.device, argument, p.is_complex()), []).append((name, p))
     buckets: list[Bucket] = []
     for (dtype, device, argument, _), members in groups.items():
         plain_on_gpu = device.type == "cuda" and argument is None
-        most = bucket_bytes or (GPU_BUCKET_BYTES if plain_on_gpu else CPU_BUCKET_BYTES)
+        most = config.bucket_bytes or (GPU_BUCKET_BYTES if plain_on_gpu else CPU_BUCKET_BYTES)
         limit = min(FIRST_BUCKET_BYTES, most)
         while members:
             count, taken = 0, 0
@@ -143,39 +167,44 @@ def make_buckets(
                 taken += real_numel(members[count][1]) * dtype.itemsize
                 count += 1
             number = first + len(buckets)
-            buckets.append(make_bucket(members[:count], dtype, number, group, average, coded=argument is not None))
-            if argument is not None and spec.method != "auto":
-                set_compression(buckets[-1], spec, argument, RandomKey(seed, 0, number, collectives.rank(group)))
+            buckets.append(make_bucket(members[:count], dtype, number, config, compressible=argument is not None))
+            if argument is not None and config.spec.method != AUTO:
+                key = RandomKey(config.seed, 0, number, collectives.rank(config.group))
+                set_compression(buckets[-1], config.spec, argument, key)
             members = members[count:]
             limit = most
     return buckets
 
 
 def make_bucket(
-    members: NamedParameters, dtype: torch.dtype, number: int, group: collectives.Group, average: bool, coded: bool
+    members: NamedParameters, dtype: torch.dtype, number: int, config: ExchangeConfig, compressible: bool
 ) -> Bucket:
-    """A bucket that is all-reduced as it is.
+    """Make a bucket that is all-reduced as it is.
 
-    Its flags stand behind the gradients and travel with them; where a codec may take their place, they travel apart,
-    exactly, and are summed.
+    Its flags follow the gradients and travel with them; if a codec may carry it, they travel separately, uncompressed,
+    and are summed.
     """
     params = [p for _, p in members]
     count = sum(map(real_numel, params))
-    flat = torch.zeros(count + (0 if coded else len(params) + 1), dtype=dtype, device=params[0].device)
-    flags = torch.zeros(len(params), device=flat.device) if coded else flat[count:-1]
-    late = flat[:0] if coded else flat[-1:]
-    channel = PlainReducer(f"gradients.{number}", flat, average, group)
-    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, late, channel, coded)
+    flat = torch.zeros(count + (0 if compressible else len(params) + 1), dtype=dtype, device=params[0].device)
+    flags = torch.zeros(len(params), device=flat.device) if compressible else flat[count:-1]
+    late = flat[:0] if compressible else flat[-1:]
+    reducer = PlainReducer(f"gradients.{number}", flat, config.average, config.group)
+    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, late, reducer, compressible)
 
 
 def set_compression(bucket: Bucket, spec: Spec, argument: str, key: RandomKey) -> None:
-    """Let a codec carry the bucket, or none; what the channel before it had not sent yet, the new one owes.
+    """Give the bucket another reducer; what the one before had not sent yet is carried over to it.
 
-    spec: its method may be none. argument: the codec's.
+    Args:
+        bucket: a compressible one.
+        spec: of one method, or none.
+        argument: the method's.
+        key: of the codec's randomness.
     """
-    owed = bucket.reducer.total_unsent()
+    unsent = bucket.reducer.total_unsent()
     bucket.reducer = make_reducer(bucket, bucket.reducer.flat, spec, argument, key)
-    bucket.reducer.owed = owed
+    bucket.reducer.carried_over = unsent
     bucket.memory_views.clear()
     bucket.method = f"{spec.method}:{argument}" if argument else spec.method
 
@@ -183,26 +212,19 @@ def set_compression(bucket: Bucket, spec: Spec, argument: str, key: RandomKey) -
 def make_reducer(
     bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: RandomKey
 ) -> CompressedReducer | PlainReducer:
-    """A way over the ranks for a flat tensor that is laid out as the bucket's."""
+    """Make a reducer of a flat tensor that is laid out as the bucket's; arguments as for `set_compression`."""
     average, group = bucket.reducer.average, bucket.reducer.group
-    if spec.method == "none":
+    if spec.method == NONE:
         return PlainReducer(f"gradients.{key.bucket}", flat, average, group)
-    shapes = [(p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel()) for p in bucket.params]
-    return CompressedReducer(
-        f"gradients.{key.bucket}.{spec.method}{argument}",
-        flat,
-        make_codec(spec, argument, shapes, key, flat.device),
-        key,
-        average,
-        group,
-        feedback=spec.feedback,
-        warmup=spec.warmup,
-        momentum=spec.momentum,
+    codec = make_codec(spec, argument, [matrix_shape(p) for p in bucket.params], key, flat.device)
+    options = ReducerOptions(
+        average=average, group=group, feedback=spec.feedback, warmup=spec.warmup, momentum=spec.momentum
     )
+    return CompressedReducer(f"gradients.{key.bucket}.{spec.method}{argument}", flat, codec, key, options)
 
 
 def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The parameters' places in flat, one behind the other, in their own shapes and memory formats."""
+    """Return views of flat for the parameters, one after the other, in their own shapes and memory formats."""
     views, offset = [], 0
     for p in params:
         piece = flat[offset : offset + real_numel(p)]

@@ -8,9 +8,8 @@ from itertools import chain
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.reducer import PlainReducer
-from hvdtrain.compression.spec import Spec
-from hvdtrain.exchange.buckets import Bucket, make_buckets
+from hvdtrain.compression.plain_reducer import PlainReducer
+from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, make_buckets
 from hvdtrain.exchange.checksums import checksum_tensor
 from hvdtrain.system.errors import RunError
 
@@ -20,28 +19,25 @@ IDLE_CHECK_STEPS = {10 * 2**doubling for doubling in range(40)}
 
 
 class BucketLayout:
-    """The buckets of an exchange, some of which may be asleep, and the parameters that are in none that is sent.
+    """The buckets of an exchange, some of which may be suspended, and the parameters that are in none that is sent.
 
-        frozen, in no bucket --(a gradient on some rank)--> in a bucket --(frozen on all ranks)--> bucket asleep
+        frozen, in no bucket --(a gradient on some rank)--> in a bucket --(frozen on all ranks)--> bucket suspended
                                                                 ^                                       |
                                                                 +-----(a gradient on some rank)---------+
 
-    Buckets that exist stay as they are, and so do their memories.
+    Buckets that exist stay as they are, and so do their residuals.
     """
 
-    def __init__(
-        self, average: bool, spec: Spec, seed: int = 0, group: collectives.Group = None, bucket_bytes: int | None = None
-    ) -> None:
-        self.average, self.spec, self.seed, self.group, self.bucket_bytes = average, spec, seed, group, bucket_bytes
+    def __init__(self, config: ExchangeConfig) -> None:
+        self.config, self.average, self.group = config, config.average, config.group
         self.names: dict[torch.nn.Parameter, str] = {}
         self.new_params: set[torch.nn.Parameter] = set()  # later than the first, and in no bucket yet
         self.buckets: list[Bucket] = []
-        self.build_orders: list[
-            list[str]
-        ] = []  # the names in the order in which buckets were made of them, at each time
+        # The names in the order in which buckets were made of them, for each time that buckets were made.
+        self.build_orders: list[list[str]] = []
         self.locations: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}  # only in buckets that are sent
         self.inactive_params: list[torch.nn.Parameter] = []  # all others
-        # The flags of buckets that a codec may carry, joined, behind `late`.
+        # `late`, and after it the flags of the compressible buckets.
         self.flags = self.join_flags([])
 
     @property
@@ -54,8 +50,7 @@ class BucketLayout:
         by_name = {name: p for p, name in self.names.items()}
         there = {name for bucket in self.buckets for name in bucket.names}
         named = [(name, by_name[name]) for name in order if name in by_name and name not in there]
-        options = (self.spec, self.seed, self.group, self.average, self.bucket_bytes)
-        made = make_buckets(named, *options, first=len(self.buckets))
+        made = make_buckets(named, self.config, first=len(self.buckets))
         self.buckets += made
         self.build_orders.append([name for name, _ in named])
         return made
@@ -67,12 +62,12 @@ class BucketLayout:
         self.flags = self.join_flags(self.active_buckets)
 
     def join_flags(self, buckets: list[Bucket]) -> PlainReducer:
-        """Join the flags of coded buckets, after `late`, in one tensor; an empty one if `late` travels in buckets."""
-        coded = [bucket for bucket in buckets if bucket.compressible]
-        count = sum(len(bucket.params) for bucket in coded) + bool(coded or not buckets)
-        flat = torch.zeros(count, device=coded[0].flags.device if coded else None)
-        pieces = torch.split(flat[1:], [len(bucket.params) for bucket in coded])
-        for bucket, piece in zip(coded, pieces, strict=True):
+        """Join `late` and compressible buckets' flags in one tensor; an empty one if `late` travels in buckets."""
+        compressible = [bucket for bucket in buckets if bucket.compressible]
+        count = sum(len(bucket.params) for bucket in compressible) + bool(compressible or not buckets)
+        flat = torch.zeros(count, device=compressible[0].flags.device if compressible else None)
+        pieces = torch.split(flat[1:], [len(bucket.params) for bucket in compressible])
+        for bucket, piece in zip(compressible, pieces, strict=True):
             bucket.flags = piece
         return PlainReducer("gradients.flags", flat, average=False, group=self.group)
 
@@ -85,11 +80,11 @@ class BucketLayout:
         others = [p for p in reversed(self.inactive_params) if expects_gradient(p) and p not in arrived]
         known = {name: describe_parameter(p, values=p in self.new_params) for p, name in self.names.items()}
         names = agree_on_newcomers([self.names[p] for p in arrived], [self.names[p] for p in others], known, self.group)
-        woken = [bucket for bucket in self.buckets if bucket.suspended and set(bucket.names) & set(names)]
-        for bucket in woken:
+        resumed = [bucket for bucket in self.buckets if bucket.suspended and set(bucket.names) & set(names)]
+        for bucket in resumed:
             bucket.suspended, bucket.idle_steps = False, 0
         self.new_params.clear()
-        return [*woken, *self.build_buckets(names)]
+        return [*resumed, *self.build_buckets(names)]
 
     def suspend_frozen(self) -> bool:
         """Stop sending what is frozen on all ranks, from time to time; return whether there was any."""
@@ -104,12 +99,12 @@ class BucketLayout:
 
 
 def expects_gradient(p: torch.nn.Parameter) -> bool:
-    """Whether a parameter has a gradient or is to get one."""
+    """Return whether a parameter has a gradient or may get one."""
     return p.requires_grad or p.grad is not None
 
 
 def describe_parameter(p: torch.nn.Parameter, *, values: bool) -> str:
-    """What must be the same of a parameter on all ranks: its type and shape and, if asked for, every bit of it."""
+    """Describe what must be the same of a parameter on all ranks: its type, shape and, with values, every bit."""
     text = f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
     return f"{text} with checksum {int(checksum_tensor(p)) & (2**64 - 1):016x}" if values else text
 
@@ -124,11 +119,11 @@ def agree_on_newcomers(
     Args:
         arrived: this rank's newcomers whose gradient has come, in that order.
         others: this rank's other newcomers.
-        known: all parameters that this rank has, by name, as `describe` has them.
+        known: all parameters that this rank has, by name, as `describe_parameter` describes them.
         group: the ranks, all of which call this.
 
     Raises:
-        RunError: on all ranks, if one of them is missing on a rank, or is another there.
+        RunError: on all ranks, if one of them is missing on a rank, or differs there.
     """
     answers = collectives.gather_json([list(arrived), list(others)], "gradients.order", group)
     longest = max((first for first, _ in answers), key=len)

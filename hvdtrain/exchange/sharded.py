@@ -12,14 +12,13 @@ import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.spec import parse_compression
-from hvdtrain.exchange.buckets import NamedParameters, check_dtype, check_parameters, real_numel
+from hvdtrain.compression.spec import NONE, parse_compression
+from hvdtrain.exchange.buckets import BucketReport, NamedParameters, check_dtype, check_parameters, real_numel
 from hvdtrain.exchange.layout import agree_on_newcomers, describe_parameter
 from hvdtrain.recipe import order
 
@@ -133,7 +132,7 @@ class ShardedExchange:
     advisor = None
 
     def __init__(self, named: NamedParameters, shards: int, group: collectives.Group = None) -> None:
-        check_parameters(named, parse_compression("none"))
+        check_parameters(named, parse_compression(NONE))
         self.group, self.size = group, collectives.size(group)
         self.waited = 0.0  # seconds that the last `finish` waited for communication
         self.wire_bytes = 0  # that this rank sent in the last step
@@ -298,19 +297,14 @@ class ShardedExchange:
         gathered = [collectives.wait(handle).view(flat.dtype) for handle in second_rounds]
         return torch.cat([total[: end - start] for (start, end), total in zip(blocks, gathered, strict=True)])
 
-    def describe_buckets(self) -> list[dict[str, Any]]:
-        """The flat gradients as they are sent, for people; the same keys as those of buckets."""
-        return [
-            {
-                "parameters": len(flat.params),
-                "values": sum(p.numel() for p in flat.params),
-                "compression": "none",
-                "bytes_sent": flat.sent_bytes,
-                "bytes_received": flat.received_bytes,
-            }
-            for flat in self.flats.values()
-            if flat.params
-        ]
+    def describe_buckets(self) -> list[BucketReport]:
+        """Return the flat gradients as they are sent."""
+        reports = []
+        for flat in self.flats.values():
+            if flat.params:
+                values = sum(p.numel() for p in flat.params)
+                reports.append(BucketReport(len(flat.params), values, NONE, flat.sent_bytes, flat.received_bytes))
+        return reports
 
 
 def shape_gradient(piece: Tensor, p: torch.nn.Parameter, sparse: bool) -> Tensor:

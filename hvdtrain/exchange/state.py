@@ -1,175 +1,212 @@
-"""The exchange's memories (residuals, velocities, low-rank bases) as a state, on any number of ranks.
+"""The exchange's state (residuals, velocities, codec states) for checkpoints, on any number of ranks.
 
-A residual is a debt: what a rank's share of the gradients has not sent yet. All ranks' debts together are what counts;
-so their sum is saved, by parameter, and divided among the ranks that load it, however many.
+A residual is what a rank's share of the gradients has not sent yet. All ranks' residuals together are what counts; so
+their sum is saved, by parameter, and divided among the ranks that load it, however many. With the exact state each
+rank's own tensors are saved too, so that the same number of ranks continues to the bit.
+
+A state is a dataclass here and a dict in a checkpoint, whose keys are those of hvdtrain's first format:
+
+    ExchangeState               checkpoint["exchange"]
+    steps                       "steps"
+    build_orders                "joined" ("order", a single list, in the oldest)
+    unsent, velocities          "debts": {"NAME.residual": ..., "NAME.velocity": ...}
+    codec_states                "bases"
+    rank_tensors                "ranks": [{"BUCKET.residual": ..., ".velocity", ".owned", ".owed"}, ...]
+    bucket_names                "buckets", only with "ranks"
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.reducer import CompressedReducer, PlainReducer
+from hvdtrain.compression.codec import StatefulCodec
+from hvdtrain.compression.plain_reducer import PlainReducer
+from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import Bucket
 
-MEMORY_NAMES = ("residual", "velocity", "owned", "owed")
+# Tensors of a reducer that outlive a step, and what checkpoints call them.
+SAVED_NAMES = {"residual": "residual", "velocity": "velocity", "shard_residual": "owned", "carried_over": "owed"}
+RankTensors = dict[str, Tensor]  # a rank's own tensors, by the bucket's number and the saved name: "0.residual"
 
 
-def gather_exchange_state(exchange: BucketedExchange, exact: bool) -> dict[str, Any]:
-    """The state of the exchange; all ranks call it, and have the same.
+@dataclass
+class ExchangeState:
+    """What an exchange needs to continue; tensors are in the order of a parameter's memory, real and flat."""
 
-    exact: also each rank's own memories, so that the same number of ranks goes on to the bit; O(ranks x model).
+    steps: int = 0
+    build_orders: list[list[str]] = field(default_factory=list)  # of parameters, for each time that buckets were made
+    unsent: dict[str, Tensor] = field(default_factory=dict)  # by parameter, (values,): not sent yet
+    velocities: dict[str, Tensor] = field(default_factory=dict)  # by parameter, (values,): of momentum correction
+    codec_states: dict[str, Any] = field(default_factory=dict)  # by parameter: `StatefulCodec.parameter_states`
+    rank_tensors: list[RankTensors] = field(default_factory=list)  # of each rank, if the state is exact
+    bucket_names: list[list[str]] | None = None  # of the parameters in each bucket, if the state is exact
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it: tensors and plain values only."""
+        residuals = {f"{name}.residual": part for name, part in self.unsent.items()}
+        saved = {
+            "steps": self.steps,
+            "joined": self.build_orders,
+            "debts": residuals | {f"{name}.velocity": part for name, part in self.velocities.items()},
+            "bases": self.codec_states,
+            "ranks": self.rank_tensors,
+        }
+        return saved if self.bucket_names is None else saved | {"buckets": self.bucket_names}
+
+    @classmethod
+    def from_checkpoint(cls, saved: Mapping[str, Any]) -> ExchangeState:
+        """Return the state that a checkpoint holds. Raises KeyError if it holds none."""
+        state = cls(saved["steps"], saved.get("joined") or [saved["order"]])
+        for key, part in saved["debts"].items():
+            name, _, kind = key.rpartition(".")
+            (state.velocities if kind == "velocity" else state.unsent)[name] = part
+        state.codec_states, state.rank_tensors = saved["bases"], saved["ranks"]
+        state.bucket_names = saved.get("buckets")
+        return state
+
+
+def gather_exchange_state(exchange: BucketedExchange, exact: bool) -> ExchangeState:
+    """Return the state of the exchange, the same on all ranks, all of which call this.
+
+    Args:
+        exchange: between two steps.
+        exact: also each rank's own tensors, so that the same number of ranks continues to the bit; O(ranks x model).
     """
-    # What was owed in another world, newcomers to this one do not owe.
-    owing = [bucket.reducer.owed is not None for bucket in exchange.buckets]
-    for bucket, *owes in zip(
-        exchange.buckets, *collectives.gather_json(owing, "memories.owing", exchange.group), strict=True
-    ):
-        if any(owes) and bucket.reducer.owed is None:
-            bucket.reducer.owed = torch.zeros_like(bucket.reducer.flat)
+    # What was carried over from another world, newcomers to this one do not have.
+    own_flags = [bucket.reducer.carried_over is not None for bucket in exchange.buckets]
+    all_flags = collectives.gather_json(own_flags, "memories.owing", exchange.group)
+    for bucket, *flags in zip(exchange.buckets, *all_flags, strict=True):
+        if any(flags) and bucket.reducer.carried_over is None:
+            bucket.reducer.carried_over = torch.zeros_like(bucket.reducer.flat)
 
     def sum_over_ranks(own: Tensor, name: str) -> Tensor:
         return collectives.wait(collectives.all_reduce_async_(own.clone(), f"memories.{name}", group=exchange.group))
 
-    state = build_exchange_state(exchange, sum_over_ranks)
+    state = _build_state(exchange, sum_over_ranks)
     if exact:
-        state["buckets"] = [bucket.names for bucket in exchange.buckets]
-        state["ranks"] = gather_rank_memories(exchange)
+        state.bucket_names = [bucket.names for bucket in exchange.buckets]
+        state.rank_tensors = _gather_rank_tensors(exchange)
     return state
 
 
-def local_exchange_state(exchange: BucketedExchange) -> dict[str, Any]:
-    """This rank's part of the state, without asking the others, some of which may be gone."""
-    return build_exchange_state(exchange, lambda own, name: own)
+def local_exchange_state(exchange: BucketedExchange) -> ExchangeState:
+    """Return this rank's part of the state, without asking the others, some of which may be gone."""
+    return _build_state(exchange, lambda own, name: own)
 
 
-def build_exchange_state(exchange: BucketedExchange, of_all: Callable[[Tensor, str], Tensor]) -> dict[str, Any]:
-    """The state but for what is exact; of_all: a memory of this rank, by name, as it is to stand there."""
-    state: dict[str, Any] = {
-        "steps": exchange.steps,
-        "joined": exchange.build_orders,
-        "debts": {},
-        "bases": {},
-        "ranks": [],
-    }
+def _build_state(exchange: BucketedExchange, reduce: Callable[[Tensor, str], Tensor]) -> ExchangeState:
+    """Build the state without `rank_tensors`. reduce: maps a tensor of this rank and its name to what is saved."""
+    state = ExchangeState(exchange.steps, exchange.build_orders)
     for number, bucket in enumerate(exchange.buckets):
-        channel = bucket.reducer
-        velocity = channel.velocity if isinstance(channel, CompressedReducer) else None
-        for memory, held in (("residual", channel.total_unsent()), ("velocity", velocity)):
-            if held is not None:
-                parts = split_by_parameter(bucket, of_all(held, f"{number}.{memory}"))
-                state["debts"] |= {f"{name}.{memory}": part for name, part in parts.items()}
-        if isinstance(channel, CompressedReducer) and isinstance(channel.codec, PowerSgd):
-            for name, basis in zip(bucket.names, channel.codec.bases, strict=True):
-                state["bases"][name] = (channel.codec.sends_left, basis.clone())
+        reducer = bucket.reducer
+        unsent = reducer.total_unsent()
+        if unsent is not None:
+            state.unsent |= split_by_parameter(bucket, reduce(unsent, f"{number}.residual"))
+        if not isinstance(reducer, CompressedReducer):
+            continue
+        if reducer.velocity is not None:
+            state.velocities |= split_by_parameter(bucket, reduce(reducer.velocity, f"{number}.velocity"))
+        if isinstance(reducer.codec, StatefulCodec):
+            state.codec_states |= dict(zip(bucket.names, reducer.codec.parameter_states(), strict=True))
     return state
 
 
-def restore_local_memories(exchange: BucketedExchange, state: dict[str, Any]) -> None:
-    """Take back this rank's own debts, in another world than the one in which `own` found them."""
-    for bucket in exchange.buckets:
-        load_share(bucket, state["debts"], 1)
-
-
-def gather_rank_memories(exchange: BucketedExchange) -> list[dict[str, Tensor]]:
-    """Each rank's memories, bucket by bucket."""
-    ranks: list[dict[str, Tensor]] = [{} for _ in range(exchange.size)]
+def _gather_rank_tensors(exchange: BucketedExchange) -> list[RankTensors]:
+    """Return each rank's tensors, bucket by bucket."""
+    ranks: list[RankTensors] = [{} for _ in range(exchange.size)]
     for number, bucket in enumerate(exchange.buckets):
-        for memory in MEMORY_NAMES:
-            own = getattr(bucket.reducer, memory, None)
+        for attribute, saved_name in SAVED_NAMES.items():
+            own = getattr(bucket.reducer, attribute, None)
             if own is not None:
-                name = f"memories.{number}.{memory}.exact"
-                gathered = collectives.wait(collectives.all_gather_async(own, name, exchange.group))
+                name = f"{number}.{saved_name}"
+                gathered = collectives.wait(collectives.all_gather_async(own, f"memories.{name}.exact", exchange.group))
                 for rank, part in enumerate(gathered.view(exchange.size, -1)):
-                    ranks[rank][f"{number}.{memory}"] = part
+                    ranks[rank][name] = part
     return ranks
 
 
-def load_exchange_state(exchange: BucketedExchange, state: dict[str, Any]) -> None:
-    """Take over a state: to the bit if it holds as many ranks' memories as there are ranks, else divided among them.
+def load_exchange_state(exchange: BucketedExchange, state: ExchangeState) -> None:
+    """Take over a state: to the bit if it holds as many ranks' tensors as there are ranks, else divided among them.
 
-    What was owed by a bucket that has no memory now is sent once, in the next step.
+    What a bucket without a residual has unsent is carried over: sent once, in the next step.
     """
-    exchange.steps = state["steps"]
+    exchange.steps = state.steps
     if not exchange.buckets:
-        for order in state.get("joined") or [state["order"]]:  # an earlier hvdtrain made all buckets at once
+        for order in state.build_orders:
             exchange.build_buckets(order)
         exchange.refresh_layout()
-    same_ranks = len(state["ranks"]) == exchange.size
-    own_state = state["ranks"][collectives.rank(exchange.group)] if same_ranks else {}
-    names = state.get("buckets", [])  # of the parameters in each, when it was saved
+    same_ranks = len(state.rank_tensors) == exchange.size
+    own_tensors = state.rank_tensors[collectives.rank(exchange.group)] if same_ranks else {}
+    names = state.bucket_names or []
     for number, bucket in enumerate(exchange.buckets):
-        channel = bucket.reducer
-        exact = {memory: own_state.get(f"{number}.{memory}") for memory in MEMORY_NAMES}
-        if own_state and names[number : number + 1] == [bucket.names] and has_same_layout(channel, exact):
-            for memory, saved in exact.items():
-                if saved is not None:
-                    setattr(channel, memory, saved.to(channel.flat.device, copy=True))
+        reducer = bucket.reducer
+        exact = {attribute: own_tensors.get(f"{number}.{saved}") for attribute, saved in SAVED_NAMES.items()}
+        if own_tensors and names[number : number + 1] == [bucket.names] and has_same_layout(reducer, exact):
+            for attribute, tensor in exact.items():
+                if tensor is not None:
+                    setattr(reducer, attribute, tensor.to(reducer.flat.device, copy=True))
         else:
-            load_share(bucket, state["debts"], exchange.size)
-        if isinstance(channel, CompressedReducer) and isinstance(channel.codec, PowerSgd):
-            load_bases(channel.codec, [state["bases"].get(name) for name in bucket.names], channel.flat.device)
+            _load_local_share(bucket, state, exchange.size)
+        if isinstance(reducer, CompressedReducer) and isinstance(reducer.codec, StatefulCodec):
+            reducer.codec.load_parameter_states([state.codec_states.get(name) for name in bucket.names])
 
 
-def has_same_layout(channel: CompressedReducer | PlainReducer, exact: dict[str, Tensor | None]) -> bool:
-    """Whether the channel has the memories that were saved, in the same sizes; it may owe something, or nothing."""
+def restore_local_state(exchange: BucketedExchange, state: ExchangeState) -> None:
+    """Take back what this rank had not sent in another world, where `local_exchange_state` returned it."""
+    for bucket in exchange.buckets:
+        _load_local_share(bucket, state, 1)
 
-    def memory_length(memory: Tensor | None) -> int | None:
-        return None if memory is None else len(memory)
 
-    return memory_length(exact["owed"]) in (None, len(channel.flat)) and all(
-        memory_length(getattr(channel, name, None)) == memory_length(exact[name])
-        for name in MEMORY_NAMES
-        if name != "owed"
+def has_same_layout(reducer: CompressedReducer | PlainReducer, exact: Mapping[str, Tensor | None]) -> bool:
+    """Return whether the reducer has the tensors that were saved, in the same sizes, but for what is carried over."""
+
+    def count_values(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else len(tensor)
+
+    return count_values(exact["carried_over"]) in (None, len(reducer.flat)) and all(
+        count_values(getattr(reducer, attribute, None)) == count_values(tensor)
+        for attribute, tensor in exact.items()
+        if attribute != "carried_over"
     )
 
 
-def load_bases(codec: PowerSgd, saved: list[tuple[bool, Tensor] | None], device: torch.device) -> None:
-    """Take over all matrices' bases; none, if one is missing or of another rank or side."""
-    left = saved[0][0] if saved[0] is not None else codec.sends_left
-    shapes = [(m if left else n, rank) for (n, m), rank in zip(codec.shapes, codec.matrix_ranks, strict=True)]
-    bases = [basis for side, basis in filter(None, saved) if side == left]
-    if [tuple(basis.shape) for basis in bases] == shapes:
-        codec.sends_left = left
-        codec.bases = [basis.to(device) for basis in bases]
+def _load_local_share(bucket: Bucket, state: ExchangeState, num_ranks: int) -> None:
+    """Give the bucket a rank's share of the state; what it has no residual for is carried over."""
+    reducer = bucket.reducer
+    unsent = local_share(bucket, state.unsent, num_ranks)
+    if isinstance(reducer, CompressedReducer) and reducer.velocity is not None:
+        reducer.velocity.copy_(local_share(bucket, state.velocities, num_ranks))
+    if isinstance(reducer, CompressedReducer) and reducer.residual is not None:
+        reducer.residual.copy_(unsent)
+    elif unsent.any():
+        reducer.carried_over = unsent
 
 
-def load_share(bucket: Bucket, debts: dict[str, Tensor], ranks: int) -> None:
-    """Give the bucket a rank's share of what so many ranks together have; it owes what it has no memory for."""
-    channel = bucket.reducer
-    debt = local_share(bucket, debts, "residual", ranks)
-    if isinstance(channel, CompressedReducer) and channel.velocity is not None:
-        channel.velocity.copy_(local_share(bucket, debts, "velocity", ranks))
-    if isinstance(channel, CompressedReducer) and channel.residual is not None:
-        channel.residual.copy_(debt)
-    elif debt.any():
-        channel.owed = debt
-
-
-def local_share(bucket: Bucket, debts: dict[str, Tensor], memory: str, ranks: int) -> Tensor:
-    """A rank's share of what so many ranks together have in a memory, shaped as the bucket's flat tensor."""
+def local_share(bucket: Bucket, parts: Mapping[str, Tensor], num_ranks: int) -> Tensor:
+    """Return (n,) like the bucket's flat tensor: 1 / num_ranks of the parameters' parts, 0 for those without one."""
     flat = torch.zeros_like(bucket.reducer.flat)
     for name, part in zip(bucket.names, bucket.split_flat(flat), strict=True):
-        if f"{name}.{memory}" in debts:
-            part.copy_(debts[f"{name}.{memory}"] / ranks)
+        if name in parts:
+            part.copy_(parts[name] / num_ranks)
     return flat
 
 
 def split_by_parameter(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
-    """A flat tensor of a bucket's parameters, cut up by name; each part in the order of its memory."""
+    """Return copies of the parameters' parts of a flat tensor, each in the order of the parameter's memory."""
     return {name: part.clone() for name, part in zip(bucket.names, bucket.split_flat(flat), strict=True)}
 
 
-def scale_memories(exchange: BucketedExchange, factor: float) -> None:
-    """Multiply all memories, which are in the gradients' units: when a loss scale changes."""
+def scale_state(exchange: BucketedExchange, factor: float) -> None:
+    """Multiply all residuals and velocities, which are in the gradients' units, when a loss scale changes."""
     for bucket in exchange.buckets:
-        for memory in MEMORY_NAMES:
-            own = getattr(bucket.reducer, memory, None)
+        for attribute in SAVED_NAMES:
+            own = getattr(bucket.reducer, attribute, None)
             if own is not None:
                 own.mul_(factor)

@@ -15,7 +15,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def option(
     default: Any,
-    help: str,
+    help: str | Callable[[], str],
     *,
     at_least: float | None = None,
     above: float | None = None,
@@ -41,7 +41,7 @@ def option(
 
     Args:
         default: the value if none is given.
-        help: one line for `--help`.
+        help: one line for `--help`, or what returns it: called only when the help is printed.
         at_least: the smallest number that is accepted.
         above: a number that an accepted one must be greater than.
         name: what the option is called, if not as the field is.
@@ -66,7 +66,7 @@ class OptionField:
     multiple: bool  # holds a tuple of values
     choices: tuple[str, ...]
     default: Any
-    help: str
+    help: str | Callable[[], str]
     at_least: float | None
     above: float | None
     section: str  # title in --help; "" for a recipe's own

@@ -14,7 +14,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm import horovod as hvd
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
-from hvdtrain.exchange.buckets import NamedParameters, check_parameters
+from hvdtrain.exchange.buckets import ExchangeConfig, NamedParameters, check_parameters
 from hvdtrain.exchange.sharded import ShardedExchange
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.broadcast import load_in_place
@@ -100,7 +100,8 @@ def DistributedOptimizer(
     def make_exchange(_: Any, named: NamedParameters) -> BucketedExchange | ShardedExchange:
         if shards is not None:
             return ShardedExchange(named, shards, process_set)
-        return BucketedExchange(named, average, spec, seed, process_set, bucket_bytes)
+        config = ExchangeConfig(average=average, spec=spec, seed=seed, group=process_set, bucket_bytes=bucket_bytes)
+        return BucketedExchange(named, config)
 
     if exchange == "bucketed":
         body |= {

@@ -6,6 +6,7 @@ import contextlib
 import io
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -307,8 +308,8 @@ class TorchStep:
         exchange, bucketed = self.updater.optimizer.exchange, self.updater.bucketed_exchange
         advisor = bucketed and bucketed.advisor
         return {
-            "buckets": exchange.describe_buckets() if exchange else [],
-            "advisor": advisor.advice if advisor else None,
+            "buckets": [asdict(bucket) for bucket in exchange.describe_buckets()] if exchange else [],
+            "advisor": advisor.advice.to_json() if advisor and advisor.advice else None,
         }
 
     def take_messages(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,16 @@ from torch import Tensor, nn
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse_compression
-from hvdtrain.exchange import state as exchange_state
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.sharded import ShardedExchange
+from hvdtrain.exchange.state import (
+    ExchangeState,
+    gather_exchange_state,
+    load_exchange_state,
+    local_exchange_state,
+    restore_local_state,
+    scale_state,
+)
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.groups import check_optimizer, get_parameter_names, match_groups, reorder_state
@@ -45,7 +53,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here also where there are no examples
-        self._carried_state: dict[str, Any] | None = None  # the exchange's memories, from one world to the next
+        self._carried_state: ExchangeState | None = None  # the exchange's, from one world to the next
         self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
         self._state_checked = False
@@ -87,9 +95,8 @@ class Updater:
     def leave_world(self) -> None:
         """Leave the exchange of a world; what it has not sent is kept for the next."""
         if self.bucketed_exchange is not None and (self._carried_state is None or self.bucketed_exchange.buckets):
-            self._carried_state = exchange_state.local_exchange_state(
-                self.bucketed_exchange
-            )  # else the state was to come into a world that broke
+            self._carried_state = local_exchange_state(self.bucketed_exchange)
+            # Else the world broke before the state was loaded into it.
         self.close()
 
     def close(self) -> None:
@@ -185,7 +192,7 @@ class Updater:
             scale = self.scaler.get_scale()
             report["skipped"] = float(scale < report["loss_scale"])
             if self.bucketed_exchange is not None and scale != report["loss_scale"]:
-                exchange_state.scale_memories(self.bucketed_exchange, scale / report["loss_scale"])
+                scale_state(self.bucketed_exchange, scale / report["loss_scale"])
         return report
 
     def _step_optimizer(self) -> None:
@@ -202,16 +209,16 @@ class Updater:
             self._state_checked = True
 
     def gather_carried_state(self) -> dict[str, Any] | None:
-        """The exchange's part of the state, on all ranks; all of them call it."""
-        return (
-            exchange_state.gather_exchange_state(self.bucketed_exchange, self.options.exchange.saves_rank_residuals)
-            if self.bucketed_exchange is not None
-            else None
-        )
+        """Return the exchange's part of a checkpoint, the same on all ranks, all of which call this."""
+        if self.bucketed_exchange is None:
+            return None
+        return gather_exchange_state(self.bucketed_exchange, self.options.exchange.saves_rank_residuals).to_checkpoint()
 
     def local_carried_state(self) -> dict[str, Any] | None:
-        """This rank's part of what the exchange had not sent in the world before, without debts."""
-        return {**self._carried_state, "debts": {}} if self._carried_state is not None else None
+        """Return the exchange's part of this rank's checkpoint after the world has broken, without what is unsent."""
+        if self._carried_state is None:
+            return None
+        return replace(self._carried_state, unsent={}, velocities={}).to_checkpoint()
 
     def optimizer_state(self) -> dict[str, Any]:
         """All but the exchange's part."""
@@ -232,11 +239,11 @@ class Updater:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.bucketed_exchange is not None and "exchange" in state:
-            exchange_state.load_exchange_state(self.bucketed_exchange, state["exchange"])
-            if (
-                self._carried_state is not None and not state["exchange"]["debts"]
-            ):  # a checkpoint has those of all ranks
-                exchange_state.restore_local_memories(self.bucketed_exchange, self._carried_state)
+            loaded = ExchangeState.from_checkpoint(state["exchange"])
+            load_exchange_state(self.bucketed_exchange, loaded)
+            # A checkpoint of the run folder has what all ranks have not sent.
+            if self._carried_state is not None and not (loaded.unsent or loaded.velocities):
+                restore_local_state(self.bucketed_exchange, self._carried_state)
             self._carried_state = None
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Codec, RandomKey
-from hvdtrain.compression.powersgd import PowerSgd
-from hvdtrain.compression.qsgd import Qsgd
-from hvdtrain.compression.randomk import RandomK
+from hvdtrain.compression.codec import Codec, Collective, RandomKey
+from hvdtrain.compression.codecs.powersgd import PowerSgd
+from hvdtrain.compression.codecs.qsgd import Qsgd
+from hvdtrain.compression.codecs.randomk import RandomK
 from hvdtrain.compression.spec import make_codec, parse_compression
 
 SPECS = ["fp16", "bf16", "int8", "onebit", "qsgd:2bit", "qsgd:4bit", "qsgd:8bit"]
@@ -39,7 +39,7 @@ def values(n: int) -> Tensor:
 
 def shaped(codec: Codec, flat: Tensor) -> Tensor:
     """As a channel gives it to the codec."""
-    return flat.view(2, -1) if codec.collective == "exchange" else flat
+    return flat.view(2, -1) if codec.collective is Collective.REDUCE_SCATTER else flat
 
 
 def compare(text: str, device: torch.device) -> str:
@@ -108,8 +108,8 @@ def compare_powersgd(here: PowerSgd, there: PowerSgd, x: Tensor, moved: Tensor) 
         decoded = there.decode(payloads[1], len(x), KEY).cpu()
         off = float((decoded - expected).norm() / expected.norm())
         assert off < 1e-3, f"off by {off:.1e}"
-        here.update_bases(payloads[0])
-        there.update_bases(payloads[1])
+        here.advance(payloads[0])
+        there.advance(payloads[1])
     return "decoded values as on the CPU over 3 steps, from the same first basis"
 
 

@@ -66,7 +66,7 @@ def channels(device: torch.device, rank: int, size: int) -> dict[str, Any]:
     """{spec: [copies to the CPU of more than a number, their bytes]} of a step of each codec."""
     from hvdtrain.comm import collectives
     from hvdtrain.compression.codec import RandomKey
-    from hvdtrain.compression.reducer import CompressedReducer
+    from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
     from hvdtrain.compression.spec import make_codec, parse_compression
 
     found: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def channels(device: torch.device, rank: int, size: int) -> dict[str, Any]:
         spec, key = parse_compression(text), RandomKey(0, 0, number, rank)
         codec = make_codec(spec, spec.argument, [(1024, 1000), (24, 1024)], key, device)
         channel = CompressedReducer(
-            f"gpu.{number}", torch.zeros(VALUES, device=device), codec, key, feedback=spec.feedback
+            f"gpu.{number}", torch.zeros(VALUES, device=device), codec, key, ReducerOptions(feedback=spec.feedback)
         )
 
         def step(i: int, channel: CompressedReducer = channel) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import RandomKey
-from hvdtrain.compression.reducer import CompressedReducer
+from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
 from hvdtrain.compression.spec import make_codec, parse_compression
 
 numbers = itertools.count(1)
@@ -30,8 +30,8 @@ def channel(text: str, shapes: list[tuple[int, int]], number: int | None = None)
     )
     codec = make_codec(spec, spec.argument, shapes, key, torch.device("cpu"))
     flat = torch.zeros(sum(n * m for n, m in shapes))
-    options = {"feedback": spec.feedback, "warmup": spec.warmup, "momentum": spec.momentum}
-    return CompressedReducer(f"checks.{key.bucket}", flat, codec, key, **options)
+    options = ReducerOptions(feedback=spec.feedback, warmup=spec.warmup, momentum=spec.momentum)
+    return CompressedReducer(f"checks.{key.bucket}", flat, codec, key, options)
 
 
 def gradient(step: int, n: int) -> Tensor:

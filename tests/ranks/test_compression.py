@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.powersgd import PowerSgd
+from hvdtrain.compression.codecs.powersgd import PowerSgd
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange import buckets
-from hvdtrain.exchange import state as state_of
+from hvdtrain.exchange import state as exchange_state
 from hvdtrain.exchange.bucketed import SPARSE_FLAG, BucketedExchange
+from hvdtrain.exchange.buckets import ExchangeConfig
 from hvdtrain.torch import DistributedOptimizer
 from tests.ranks.channels import at_once, channel, exchange, gradient, summed
 from tests.support.worlds import on_ranks
@@ -41,9 +42,10 @@ BUCKET_BYTES = 700  # many small buckets, so that their order matters
 
 def debts(c):
     """What all ranks together have not sent yet."""
-    whole = np.zeros(collectives.size() * c.part)
-    if c.owned is not None:
-        whole[collectives.rank() * c.part : (collectives.rank() + 1) * c.part] = c.owned.double().numpy()
+    whole = np.zeros(collectives.size() * c.part_size)
+    if c.shard_residual is not None:
+        begin = collectives.rank() * c.part_size
+        whole[begin : begin + c.part_size] = c.shard_residual.double().numpy()
     return summed(c.residual) + collectives.sum_float64(whole, "checks.owned")[: len(c.flat)]
 
 
@@ -55,7 +57,7 @@ def assert_same_on_all(name, *tensors):
 
 def memories(c):
     """A copy of all that a channel knows of earlier steps."""
-    kept = {name: getattr(c, name) for name in ("residual", "owned", "velocity")}
+    kept = {name: getattr(c, name) for name in ("residual", "shard_residual", "velocity")}
     if isinstance(c.codec, PowerSgd):
         kept |= {f"basis {i}": basis for i, basis in enumerate(c.codec.bases)}
         kept["left"] = torch.tensor(c.codec.sends_left)
@@ -97,8 +99,8 @@ def test_residuals_stay_bounded_over_100_steps():
                     c, step, torch.randn(n, generator=torch.Generator().manual_seed(1000 * collectives.rank() + step))
                 )
                 worst = max(worst, float(c.residual.abs().max()))
-                if c.owned is not None:
-                    worst = max(worst, float(c.owned.abs().max()))
+                if c.shard_residual is not None:
+                    worst = max(worst, float(c.shard_residual.abs().max()))
             assert worst < limit, (text, shapes, worst)
 
 
@@ -130,10 +132,10 @@ def test_buckets_may_finish_in_any_order_with_the_same_bits():
         for step in range(3):
             for i, c in enumerate(channels):
                 c.flat.copy_(gradient(10 * step + i, N))
-            for phase in ("start", "turn", "finish"):
+            for phase in ("start_reduction", "start_second_round", "finish_reduction"):
                 backwards = turned and (collectives.rank() + step + len(phase)) % 2
                 for c in reversed(channels) if backwards else channels:
-                    c.start_reduction(step) if phase == "start" else getattr(c, phase)()
+                    getattr(c, phase)(*[step] if phase == "start_reduction" else [])
             seen += [c.flat.clone() for c in channels]
         assert_same_on_all("opposite orders", *seen)
         results.append(seen)
@@ -430,7 +432,7 @@ def test_gradients_added_one_by_one_encode_as_all_at_once():
         if "momentum" in text:
             continue
         spec = parse_compression(f"{at_once(text)},min=1")
-        pieces, whole = (buckets.make_buckets(named, spec, 0, None, False, None) for _ in range(2))
+        pieces, whole = (buckets.make_buckets(named, ExchangeConfig(average=False, spec=spec)) for _ in range(2))
         assert len(pieces) == len(whole) == 1
         for step in range(4):
             for i, view in enumerate(whole[0].views):
@@ -438,9 +440,9 @@ def test_gradients_added_one_by_one_encode_as_all_at_once():
                 gradient = gradient.to(memory_format=torch.channels_last) if i == 0 and step % 2 else gradient
                 view.copy_(gradient if (i + step) % 4 else torch.zeros(()))
                 pieces[0].put_gradient(i, gradient if (i + step) % 4 else None, step)
-            for bucket, added_up in ((pieces[0], True), (whole[0], False)):
+            for bucket, fused in ((pieces[0], True), (whole[0], False)):
                 assert bucket.reducer.fuses_residual(step)
-                bucket.reducer.start_reduction(step, added_up)
+                bucket.reducer.start_reduction(step, fused)
                 bucket.reducer.start_second_round()
                 bucket.reducer.finish_reduction()
                 bucket.reducer.commit_step()
@@ -466,24 +468,22 @@ def test_saved_residuals_are_restored_for_another_method_rank_or_bucket_size():
             model = nn.Sequential(small_model(), nn.Linear(3, 40), nn.Linear(40, 3))
             optimizer = wrap(model, 0.05, f"{text},min=1,warmup=0", bucket_bytes=size)
             if states:
-                state_of.load_exchange_state(optimizer.exchange, states[0])
-                states.append(state_of.gather_exchange_state(optimizer.exchange, exact=True))
+                exchange_state.load_exchange_state(optimizer.exchange, states[0])
+                states.append(exchange_state.gather_exchange_state(optimizer.exchange, exact=True))
             for step in range(3):
                 optimizer.zero_grad()
                 loss_of(model, inputs_of(step)).backward()
                 optimizer.step()
             assert_same_on_all(f"{before} to {after}", *model.parameters())
             if not states:
-                states.append(state_of.gather_exchange_state(optimizer.exchange, exact=True))
+                states.append(exchange_state.gather_exchange_state(optimizer.exchange, exact=True))
         old, new = states
-        assert any(debt.any() for debt in old["debts"].values())
-        for name, debt in old["debts"].items():
-            torch.testing.assert_close(new["debts"][name], debt)
+        assert any(part.any() for part in old.unsent.values())
+        for name, part in old.unsent.items():
+            torch.testing.assert_close(new.unsent[name], part)
         if (before, 700) == (after, bucket_bytes):
-            assert all(torch.equal(new["bases"][name][1], basis) for name, (_, basis) in old["bases"].items())
-            mine = zip(
-                new["ranks"][collectives.rank()].values(), old["ranks"][collectives.rank()].values(), strict=True
-            )
+            assert all(torch.equal(new.codec_states[name][1], basis) for name, (_, basis) in old.codec_states.items())
+            mine = zip(*(state.rank_tensors[collectives.rank()].values() for state in (new, old)), strict=True)
             assert all(torch.equal(one, other) for one, other in mine)
 
 
@@ -491,14 +491,15 @@ def test_saved_residuals_are_restored_for_another_method_rank_or_bucket_size():
 def test_residuals_of_only_some_ranks_are_saved_and_sent():
     """As in a world with newcomers, which owe nothing: it is saved, and sent until a step counts that uses it."""
     used, rare = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))
-    own = BucketedExchange([("used", used), ("rare", rare)], False, parse_compression("none"))
+    config = ExchangeConfig(average=False, spec=parse_compression("none"))
+    own = BucketedExchange([("used", used), ("rare", rare)], config)
     (used.sum() + rare.sum()).backward()
     own.finish_exchange()
     assert len(own.buckets) == 1
     if collectives.rank() == 0:
-        own.buckets[0].reducer.owed = torch.cat([torch.ones(17), torch.zeros(3)])
-    saved = state_of.gather_exchange_state(own, exact=True)
-    assert torch.equal(saved["debts"]["used.residual"], torch.ones(12))
+        own.buckets[0].reducer.carried_over = torch.cat([torch.ones(17), torch.zeros(3)])
+    saved = exchange_state.gather_exchange_state(own, exact=True)
+    assert torch.equal(saved.unsent["used"], torch.ones(12))
     # A step that is not made; one that does not use all; one that does; one with nothing owed.
     steps = [
         (math.inf, True, (math.inf, math.inf)),
@@ -519,7 +520,7 @@ def test_residuals_of_only_some_ranks_are_saved_and_sent():
 def test_one_dense_gradient_among_many_ranks():
     """A mean of flags, times the ranks, is not quite their sum; it is no sparse gradient for that."""
     p = nn.Parameter(torch.ones(4, 3))
-    own = BucketedExchange([("p", p)], True, parse_compression("none"))
+    own = BucketedExchange([("p", p)], ExchangeConfig(average=True, spec=parse_compression("none")))
     p.sum().backward()
     own.finish_exchange()
     for ranks in range(1, 900):

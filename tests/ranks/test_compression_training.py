@@ -91,11 +91,14 @@ def test_horovods_own_exchange_trains_alike(compression: str, world2: KeptWorld,
     [
         (
             ["--compression", "powersgd:0"],
-            "compression 'powersgd:0': '0' is no rank; expected a whole number from 1 on",
+            "compression 'powersgd:0': '0' is not a valid rank; expected an integer of at least 1",
         ),
-        (["--compression", "topk:2"], "compression 'topk:2': '2' is no part; expected above 0, at most 1"),
-        (["--compression", "int9"], "compression 'int9': no method 'int9'; did you mean 'int8'?"),
-        (["--compression", "int8,mni=3"], "compression 'int8,mni=3': no option 'mni'; did you mean 'min'?"),
+        (
+            ["--compression", "topk:2"],
+            "compression 'topk:2': '2' is not a valid fraction; expected a number above 0, at most 1",
+        ),
+        (["--compression", "int9"], "compression 'int9': 'int9' is not a method; did you mean 'int8'?"),
+        (["--compression", "int8,mni=3"], "compression 'int8,mni=3': 'mni' is not an option; did you mean 'min'?"),
         (
             ["--compression", "int8", "--exchange", "horovod"],
             "compression 'int8' needs the bucketed exchange; Horovod's own takes none or fp16",

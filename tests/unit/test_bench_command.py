@@ -63,11 +63,14 @@ CASES = [
     ("allreduce --sizes 2", "a size of 2 bytes is less than one float32; expected 4 or more"),
     ("allreduce --min-bytes 2M --max-bytes 1M", "--min-bytes 2M is more than --max-bytes 1M"),
     ("allreduce -np 1", "-np 1: there is nothing to exchange; expected 2 ranks or more"),
-    ("step --compression int9", "compression 'int9': no method 'int9'; did you mean 'int8'?"),
-    ("step --compression powersgd:0", "compression 'powersgd:0': '0' is no rank; expected a whole number from 1 on"),
+    ("step --compression int9", "compression 'int9': 'int9' is not a method; did you mean 'int8'?"),
+    (
+        "step --compression powersgd:0",
+        "compression 'powersgd:0': '0' is not a valid rank; expected an integer of at least 1",
+    ),
     (
         "compression --compression auto",
-        "compression 'auto' measures by itself, while it trains; expected a method to measure",
+        "compression 'auto' measures methods itself during training; expected one method",
     ),
     ("compression --plot no/such/x.png", None),
     ("compression --plot x.pdf", "--plot x.pdf: expected a name that ends in .png"),

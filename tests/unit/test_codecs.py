@@ -14,10 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvdtrain.compression.cast import Cast, Fp16
-from hvdtrain.compression.codec import Codec, RandomKey
-from hvdtrain.compression.int8 import Int8
-from hvdtrain.compression.onebit import OneBit
+from hvdtrain.compression.codec import Codec, Collective, RandomKey
+from hvdtrain.compression.codecs.half import Cast, Fp16
+from hvdtrain.compression.codecs.int8 import Int8
+from hvdtrain.compression.codecs.onebit import OneBit
+from hvdtrain.compression.codecs.powersgd import PowerSgd, orthonormal_basis
+from hvdtrain.compression.codecs.qsgd import Qsgd
+from hvdtrain.compression.codecs.randomk import RandomK
+from hvdtrain.compression.codecs.topk import TopK, largest_indices
 from hvdtrain.compression.packing import (
     join_scales,
     pack_bits,
@@ -26,10 +30,6 @@ from hvdtrain.compression.packing import (
     unpack_bits,
     unpack_bits_by_torch,
 )
-from hvdtrain.compression.powersgd import PowerSgd, orthonormal_basis
-from hvdtrain.compression.qsgd import Qsgd
-from hvdtrain.compression.randomk import RandomK
-from hvdtrain.compression.topk import TopK, largest_indices
 
 KEY = RandomKey(seed=3, step=5, bucket=2, rank=1)
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ SUMS: list[Codec] = [Fp16(), RandomK(0.1), RandomK(0.1, unbiased=True), RandomK(
 def powersgd(left: bool = True, rank: int = 4, shapes: list[tuple[int, int]] = SHAPES) -> PowerSgd:
     codec = PowerSgd(rank, shapes, KEY, CPU)
     if not left:
-        codec.update_bases(codec.encode(torch.randn(N, generator=torch.Generator().manual_seed(8)), KEY))
+        codec.advance(codec.encode(torch.randn(N, generator=torch.Generator().manual_seed(8)), KEY))
     return codec
 
 
@@ -63,7 +63,7 @@ all_codecs = pytest.mark.parametrize("codec", CODECS, ids=name_of)
 
 
 def shaped(codec: Codec, flat: Tensor, rows: int = 2) -> Tensor:
-    return flat.view(rows, -1) if codec.collective == "exchange" else flat
+    return flat.view(rows, -1) if codec.collective is Collective.REDUCE_SCATTER else flat
 
 
 def values(seed: int = 0, n: int = N) -> Tensor:
@@ -107,11 +107,11 @@ def test_shapes_dtypes_and_bytes(codec: Codec, dtype: torch.dtype) -> None:
         assert torch.equal(x, before) or x.isnan().all(), "x itself must stay"
         assert decoded.shape == x.shape
         assert decoded.dtype == torch.float32
-        if codec.collective == "exchange":
+        if codec.collective is Collective.REDUCE_SCATTER:
             assert payload.dtype == torch.uint8
             assert payload.shape == (2, documented_bytes(codec, N // 2))
         else:
-            assert payload.dtype == torch.uint8 or codec.collective == "sum"
+            assert payload.dtype == torch.uint8 or codec.collective is Collective.ALL_REDUCE
             assert payload.dim() == 1
             assert payload.numel() * payload.element_size() == documented_bytes(codec, N)
 
@@ -253,7 +253,7 @@ def test_powersgd_projects_in_turns() -> None:
             np.testing.assert_allclose(part.view(n, m).numpy(), expected, atol=1e-4)
         sent = codec.encode(x, key)
         factors = [f.double().numpy() for f in codec.unpack_factors(sent)]
-        codec.update_bases(sent)
+        codec.advance(sent)
         for factor, basis in zip(factors, codec.bases, strict=True):
             # The basis spans what was sent.
             np.testing.assert_allclose(basis.numpy() @ (basis.numpy().T @ factor), factor, atol=1e-4)
@@ -262,7 +262,7 @@ def test_powersgd_projects_in_turns() -> None:
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("block", [1, 100, 1 << 18])
 def test_powersgd_takes_in_blocks_what_it_encodes(block: int, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvdtrain.compression.powersgd.BLOCK_VALUES", block)
+    monkeypatch.setattr("hvdtrain.compression.codecs.powersgd.BLOCK_VALUES", block)
     codec = powersgd(left)
     residual, gradient, rest = values(3), values(4), torch.full((N,), math.nan)
     parts = zip(*(codec.split_matrices(flat) for flat in (rest, residual, gradient)), strict=True)
@@ -279,7 +279,7 @@ def test_powersgd_finds_a_matrix_of_its_rank() -> None:
     made = torch.Generator().manual_seed(0)
     x = (torch.randn(30, 3, generator=made) @ torch.randn(3, 20, generator=made)).flatten()
     codec = PowerSgd(3, [(30, 20)], KEY, CPU)
-    codec.update_bases(codec.encode(x, KEY))
+    codec.advance(codec.encode(x, KEY))
     torch.testing.assert_close(there_and_back(codec, x), x, rtol=1e-4, atol=1e-4)
 
 
@@ -287,7 +287,7 @@ def test_powersgd_bases_survive_zeros_and_equal_columns() -> None:
     for x in (torch.zeros(N), torch.ones(N)):
         codec = powersgd()
         for _ in range(3):
-            codec.update_bases(codec.encode(x, KEY))
+            codec.advance(codec.encode(x, KEY))
             for basis in codec.bases:
                 torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
 
@@ -387,7 +387,7 @@ def test_codecs_at_their_limit_are_lossless(codec: Codec) -> None:
         square = PowerSgd(100, [(32, 32), (31, 31), (63, 1)], KEY, CPU)
         for _ in range(3):
             torch.testing.assert_close(there_and_back(square, x), x, rtol=1e-4, atol=1e-4)
-            square.update_bases(square.encode(x, KEY))
+            square.advance(square.encode(x, KEY))
     else:
         assert torch.equal(there_and_back(codec, x), x)
 

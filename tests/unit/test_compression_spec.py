@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.compression.codec import RandomKey
-from hvdtrain.compression.spec import DEFAULT_ARGUMENTS, METHODS, Spec, make_codec, parse_compression
+from hvdtrain.compression.registry import COMPRESSORS
+from hvdtrain.compression.spec import Spec, make_codec, parse_compression
 from hvdtrain.system.errors import UserError
 
 KEY = RandomKey(0, 0, 0, 0)
@@ -52,39 +53,39 @@ def test_compression_text_is_parsed_to_its_spec(text: str, expected: Spec) -> No
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "no method ''; there are: auto, bf16, fp16, int8, none, onebit, powersgd, qsgd, randomk, topk"),
-        ("int9", "no method 'int9'; did you mean 'int8'?"),
-        ("powersdg:4", "no method 'powersdg'; did you mean 'powersgd'?"),
-        ("TopK", "no method 'TopK'; did you mean 'topk'?"),
+        ("", "'' is not a method; there are: auto, bf16, fp16, int8, none, onebit, powersgd, qsgd, randomk, topk"),
+        ("int9", "'int9' is not a method; did you mean 'int8'?"),
+        ("powersdg:4", "'powersdg' is not a method; did you mean 'powersgd'?"),
+        ("TopK", "'TopK' is not a method; did you mean 'topk'?"),
         ("none:1", "none takes no argument"),
         ("fp16:", "fp16 takes no argument"),
         ("int8:8", "int8 takes no argument"),
-        ("powersgd:0", "'0' is no rank; expected a whole number from 1 on"),
-        ("powersgd:-1", "'-1' is no rank; expected a whole number from 1 on"),
-        ("powersgd:1.5", "'1.5' is no rank; expected a whole number from 1 on"),
-        ("powersgd:²", "'²' is no rank; expected a whole number from 1 on"),
-        ("topk:2", "'2' is no part; expected above 0, at most 1"),
-        ("topk:0", "'0' is no part; expected above 0, at most 1"),
-        ("topk:nan", "'nan' is no part; expected above 0, at most 1"),
-        ("randomk:1%", "'1%' is no part; expected above 0, at most 1"),
-        ("qsgd:3bit", "'3bit' is no width; expected 2bit, 4bit or 8bit"),
-        ("qsgd:4", "'4' is no width; expected 2bit, 4bit or 8bit"),
-        ("topk,0.01", "'0.01' is no option; an option is KEY=VALUE"),
-        ("topk,", "'' is no option; an option is KEY=VALUE"),
-        ("topk,warmpu=3", "no option 'warmpu'; did you mean 'warmup'?"),
-        ("topk,xyz=3", "no option 'xyz'; there are: feedback, layer.NAME, min, momentum, warmup"),
-        ("topk,warmup=-1", "warmup is '-1'; expected a whole number, not negative"),
-        ("topk,warmup=1.5", "warmup is '1.5'; expected a whole number, not negative"),
-        ("topk,min=", "min is ''; expected a whole number, not negative"),
+        ("powersgd:0", "'0' is not a valid rank; expected an integer of at least 1"),
+        ("powersgd:-1", "'-1' is not a valid rank; expected an integer of at least 1"),
+        ("powersgd:1.5", "'1.5' is not a valid rank; expected an integer of at least 1"),
+        ("powersgd:²", "'²' is not a valid rank; expected an integer of at least 1"),
+        ("topk:2", "'2' is not a valid fraction; expected a number above 0, at most 1"),
+        ("topk:0", "'0' is not a valid fraction; expected a number above 0, at most 1"),
+        ("topk:nan", "'nan' is not a valid fraction; expected a number above 0, at most 1"),
+        ("randomk:1%", "'1%' is not a valid fraction; expected a number above 0, at most 1"),
+        ("qsgd:3bit", "'3bit' is not a valid bit width; expected 2bit, 4bit or 8bit"),
+        ("qsgd:4", "'4' is not a valid bit width; expected 2bit, 4bit or 8bit"),
+        ("topk,0.01", "'0.01' is not an option; expected KEY=VALUE"),
+        ("topk,", "'' is not an option; expected KEY=VALUE"),
+        ("topk,warmpu=3", "'warmpu' is not an option; did you mean 'warmup'?"),
+        ("topk,xyz=3", "'xyz' is not an option; there are: feedback, layer.NAME, min, momentum, warmup"),
+        ("topk,warmup=-1", "warmup is '-1'; expected an integer, not negative"),
+        ("topk,warmup=1.5", "warmup is '1.5'; expected an integer, not negative"),
+        ("topk,min=", "min is ''; expected an integer, not negative"),
         ("topk,momentum=-0.1", "momentum is '-0.1'; expected a number, not negative"),
         ("topk,momentum=x", "momentum is 'x'; expected a number, not negative"),
         ("topk,momentum=1", "momentum is 1; expected a value from 0 to below 1"),
         ("topk,momentum=nan", "momentum is nan; expected a value from 0 to below 1"),
-        ("onebit,momentum=0.9", "momentum goes with topk"),
+        ("onebit,momentum=0.9", "onebit takes no momentum; expected topk"),
         ("topk,momentum=0.9,feedback=off", "momentum needs feedback"),
         ("topk,feedback=yes", "feedback is 'yes'; expected on or off"),
-        ("topk,layer.fc=2", "'2' is no part; expected above 0, at most 1"),
-        ("powersgd,layer.fc=", "'' is no rank; expected a whole number from 1 on"),
+        ("topk,layer.fc=2", "'2' is not a valid fraction; expected a number above 0, at most 1"),
+        ("powersgd,layer.fc=", "'' is not a valid rank; expected an integer of at least 1"),
         ("int8,layer.fc=4", "int8 takes no argument"),
     ],
 )
@@ -119,13 +120,13 @@ def test_which_parameters_are_compressed() -> None:
     assert parse_compression("powersgd,layer.empty=2").argument_for("empty", 0, 2) is None
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("none", "auto")])
+@pytest.mark.parametrize("method", COMPRESSORS.names())
 def test_every_method_has_its_codec(method: str) -> None:
     spec = parse_compression(method)
     codec = make_codec(spec, spec.argument, [(8, 4)], KEY, CPU)
     assert type(codec).__name__.lower() == {"fp16": "cast", "bf16": "cast"}.get(method, method)
     assert codec.feedback == (method not in ("fp16", "bf16", "qsgd", "randomk"))
-    assert spec.argument == DEFAULT_ARGUMENTS.get(method, "")
+    assert spec.argument == COMPRESSORS.get(method).default_argument
 
 
 def test_arguments_reach_the_codec() -> None:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.codec import Codec, Collective, RandomKey
 from hvdtrain.compression.packing import join_scales, reshape_to_blocks, split_scales
+from hvdtrain.compression.registry import compressor
 
 
+@compressor("int8", auto_candidate=True)
 @dataclass(frozen=True)
-class Int8:
-    """Each block of values as multiples of a 127th of its largest magnitude."""
+class Int8(Codec):
+    """Send each block of values as multiples of a 127th of its largest magnitude."""
 
-    collective: Collective = "exchange"
-    feedback: bool = True
     block_size: int = 512
+
+    collective = Collective.REDUCE_SCATTER
 
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, n + 4 n / block) uint8"""

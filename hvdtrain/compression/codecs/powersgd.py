@@ -6,30 +6,57 @@ PowerSGD (Vogels et al., 1905.13727) sends both factors of X ~ P Q' one after th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, RandomKey, decode_by_adding
+from hvdtrain.compression.arguments import PositiveInteger
+from hvdtrain.compression.codec import (
+    BucketContext,
+    Collective,
+    FusedCodec,
+    RandomKey,
+    StatefulCodec,
+    decode_by_adding,
+)
+from hvdtrain.compression.registry import compressor
 
 # Values of a block of rows that is gone through several times while it lies in a core's cache.
 BLOCK_VALUES = 1 << 18
 
 
-class PowerSgd:
-    """Matrices of a bucket as products of rank `rank`, with the last step's factor as the basis of the next.
+@compressor(
+    "powersgd",
+    argument=PositiveInteger("rank", "rank of the factors", default=4),
+    dense_steps=100,
+    auto_candidate=True,
+)
+class PowerSgd(StatefulCodec, FusedCodec):
+    """Send the matrices of a bucket as products of rank `rank`; the last step's factor is the basis of the next.
 
-    shapes: (n, m) of each matrix, in the order in which they lie in the flat tensor. The basis is the same on all
-    ranks: it is made from what the all-reduce gave.
+    With X (n, m) a matrix of the gradients plus the residual, all ranks' sum in brackets:
+
+        step k      P = X Q,  [P] is sent;    decoded [P] Q';    the next basis P* = orth([P])       (`sends_left`)
+        step k + 1  Q = X' P*, [Q] is sent;   decoded P* [Q]';   the next basis Q* = orth([Q])
+
+    The basis is the same on all ranks: it is made of what the all-reduce gave.
     """
 
-    collective: Collective = "sum"
-    feedback = True
-    block_size = 1
+    collective = Collective.ALL_REDUCE
 
-    def __init__(self, rank: int, shapes: list[tuple[int, int]], key: RandomKey, device: torch.device) -> None:
-        self.shapes = shapes
+    def __init__(self, rank: int, shapes: Sequence[tuple[int, int]], key: RandomKey, device: torch.device) -> None:
+        """Draw the first bases, orthonormal, the same on all ranks.
+
+        Args:
+            rank: r, of the factors; less for matrices with fewer rows or columns.
+            shapes: (n, m) of each matrix, in the order in which they lie in the flat tensor.
+            key: what the bases are drawn by.
+            device: where the flat tensor is.
+        """
+        self.shapes = list(shapes)
+        self.device = device
         self.matrix_ranks = [min(rank, n, m) for n, m in shapes]
         self.sends_left = True  # whether this step sends P (n, r), on the basis Q (m, r); else Q, on the basis P
         generator = key.make_generator(device, shared=True)
@@ -40,16 +67,21 @@ class PowerSgd:
         self.bases = [orthonormal_basis(factor) for factor in drawn]
         self._fused_factors: dict[int, Tensor] = {}
 
+    @classmethod
+    def for_bucket(cls, context: BucketContext) -> PowerSgd:
+        return cls(context.argument, context.shapes, context.key, context.device)
+
     def split_matrices(self, x: Tensor) -> list[Tensor]:
+        """Return x, (sum of n m,), as the matrices (n, m) in it."""
         parts = torch.split(x, [n * m for n, m in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def orient_matrices(self, x: Tensor) -> list[Tensor]:
-        """The matrices as the basis' transpose is multiplied with them: X' on the basis Q, X on the basis P."""
+        """Return the matrices as the basis' transpose is multiplied with them: X' for the basis Q, X for P."""
         return [matrix.T if self.sends_left else matrix for matrix in self.split_matrices(x)]
 
     def unpack_factors(self, payload: Tensor) -> list[Tensor]:
-        """The payload as matrices (n, r) or (m, r), column by column: many times faster to multiply than by rows."""
+        """Return the payload as matrices (n, r) or (m, r), column by column: far faster to multiply than by rows."""
         rows = [(n if self.sends_left else m, r) for (n, m), r in zip(self.shapes, self.matrix_ranks, strict=True)]
         parts = torch.split(payload, [n * r for n, r in rows])
         return [part.view(r, n).T for part, (n, r) in zip(parts, rows, strict=True)]
@@ -59,12 +91,9 @@ class PowerSgd:
         sides = self.orient_matrices(x.float())
         return torch.cat([(basis.T @ side).flatten() for side, basis in zip(sides, self.bases, strict=True)])
 
-    def encode_fused(self, number: int, total: Tensor, residual: Tensor, gradient: Tensor) -> None:
-        """Set one matrix' total to residual + gradient less what of it is sent, and keep that for `taken`.
-
-        All are (n, m), total and residual float32. On a CPU block by block, so that they come from memory once.
-        """
-        basis = self.bases[number]
+    def encode_fused(self, index: int, total: Tensor, residual: Tensor, gradient: Tensor) -> None:
+        # On a CPU block by block, so that total, residual and gradient, (n, m), come from memory once.
+        basis = self.bases[index]
         if self.sends_left:
             parts = []
             for x, old, new in iterate_row_blocks(total, residual, gradient):
@@ -78,11 +107,10 @@ class PowerSgd:
                 torch.add(old, new, out=x)
                 factor.addmm_(part.T, x)
             total.addmm_(basis, factor, alpha=-1)
-        self._fused_factors[number] = factor.flatten()
+        self._fused_factors[index] = factor.flatten()
 
     def pop_fused_payload(self) -> Tensor:
-        """What `take` took of all matrices: as `encode` has it."""
-        payload = torch.cat([self._fused_factors[number] for number in range(len(self.shapes))])
+        payload = torch.cat([self._fused_factors[index] for index in range(len(self.shapes))])
         self._fused_factors.clear()
         return payload
 
@@ -99,19 +127,32 @@ class PowerSgd:
             for block, part in iterate_row_blocks(matrix, left):
                 block.addmm_(part, right.T, beta=0 if fresh else 1, alpha=alpha)
 
-    def update_bases(self, total: Tensor) -> None:
-        """Take what all ranks sent together as the next step's basis."""
+    def advance(self, total: Tensor) -> None:
+        """Make what all ranks sent together the next step's basis."""
         self.bases = [orthonormal_basis(factor) for factor in self.unpack_factors(total)]
         self.sends_left = not self.sends_left
 
+    def parameter_states(self) -> list[tuple[bool, Tensor]]:
+        """Return `sends_left` and the basis of each matrix."""
+        return [(self.sends_left, basis.clone()) for basis in self.bases]
+
+    def load_parameter_states(self, states: Sequence[Any]) -> None:
+        """Take over the bases of all matrices; none of them if one is missing, or of another rank or side."""
+        left = states[0][0] if states[0] is not None else self.sends_left
+        shapes = [(m if left else n, rank) for (n, m), rank in zip(self.shapes, self.matrix_ranks, strict=True)]
+        bases = [basis for side, basis in filter(None, states) if side == left]
+        if [tuple(basis.shape) for basis in bases] == shapes:
+            self.sends_left = left
+            self.bases = [basis.to(self.device) for basis in bases]
+
 
 def iterate_row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each matrix (n, any) after the other: on a CPU blocks of the first one's size, on a GPU all."""
+    """Yield blocks of the rows of matrices (n, any), the same rows of each: on a GPU all rows at once."""
     rows = len(matrices[0]) if matrices[0].is_cuda else -(-BLOCK_VALUES // matrices[0].shape[1])
     return zip(*(torch.split(matrix, rows) for matrix in matrices), strict=True)
 
 
 def orthonormal_basis(factor: Tensor) -> Tensor:
-    """An orthonormal basis of at least the columns' span: (n, r) -> (n, r), column by column."""
+    """Return an orthonormal basis of at least the columns' span: (n, r) -> (n, r), column by column."""
     basis: Tensor = torch.linalg.qr(factor).Q
     return basis.T.contiguous().T

@@ -1,4 +1,4 @@
-"""The largest values and their places (Aji and Heafield, 1704.05021; DGC, 1712.01887)."""
+"""The largest values and their indices (Aji and Heafield, 1704.05021; DGC, 1712.01887)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, RandomKey, decode_by_adding
+from hvdtrain.compression.arguments import Fraction
+from hvdtrain.compression.codec import Codec, Collective, RandomKey, decode_by_adding
+from hvdtrain.compression.registry import compressor
 
 SAMPLE_STRIDE = 64  # the threshold is looked for among one in so many values
 
 
+@compressor(
+    "topk",
+    argument=Fraction("fraction of the values that is sent", default=0.01),
+    dense_steps=100,
+    auto_candidate=True,
+    takes_momentum=True,
+)
 @dataclass(frozen=True)
-class TopK:
-    """The part `ratio` of the values with the largest magnitude, as float32 with 16- or 32-bit places."""
+class TopK(Codec):
+    """Send the fraction `ratio` of the values with the largest magnitude: float32, with 16- or 32-bit indices."""
 
     ratio: float = 0.01
-    collective: Collective = "gather"
-    feedback: bool = True
-    block_size: int = 1
+
+    collective = Collective.ALL_GATHER
 
     def count_sent(self, n: int) -> int:
+        """Return how many of n values are sent."""
         return max(1, math.ceil(self.ratio * n))
 
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(n,) -> (k (4 + 2) or k (4 + 4),) uint8"""
-        places = largest_indices(x, self.count_sent(len(x)))
-        stored = places.to(torch.int16 if len(x) <= 2**15 else torch.int32)
-        return torch.cat([x[places].float().view(torch.uint8), stored.view(torch.uint8)])
+        indices = largest_indices(x, self.count_sent(len(x)))
+        stored = indices.to(torch.int16 if len(x) <= 2**15 else torch.int32)
+        return torch.cat([x[indices].float().view(torch.uint8), stored.view(torch.uint8)])
 
     def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
         return decode_by_adding(self, payload, n, key)
@@ -41,12 +50,12 @@ class TopK:
             total.zero_()
         k = self.count_sent(len(total))
         values = payload[: 4 * k].clone().view(torch.float32)
-        places = payload[4 * k :].clone().view(torch.int16 if len(total) <= 2**15 else torch.int32)
-        total.index_add_(0, places.int(), values, alpha=alpha)
+        indices = payload[4 * k :].clone().view(torch.int16 if len(total) <= 2**15 else torch.int32)
+        total.index_add_(0, indices.int(), values, alpha=alpha)
 
 
 def largest_indices(x: Tensor, k: int) -> Tensor:
-    """The places of the k values of x with the largest magnitude: (k,) int64. NaN counts as largest.
+    """Return the indices of the k values of x with the largest magnitude: (k,) int64. NaN counts as largest.
 
     A threshold from a sample leaves few candidates, and the true k are among them if at least k pass it; sorting out
     all of x, as torch.topk does, takes several times as long.

@@ -7,22 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.arguments import Choice
+from hvdtrain.compression.codec import Codec, Collective, RandomKey
 from hvdtrain.compression.packing import join_scales, reshape_to_blocks, split_scales
+from hvdtrain.compression.registry import compressor
+
+WIDTHS = {"2bit": 2, "4bit": 4, "8bit": 8}
 
 
+@compressor("qsgd", argument=Choice("bit width", "bits a value: 2bit, 4bit or 8bit", WIDTHS, default="4bit"))
 @dataclass(frozen=True)
-class Qsgd:
-    """Each block as multiples of a fraction of its largest magnitude, stochastically rounded: unbiased.
+class Qsgd(Codec):
+    """Send each block as multiples of a fraction of its largest magnitude, stochastically rounded: unbiased.
 
     bits: 2, 4 or 8, sign included. The block's largest magnitude as the scale, instead of the paper's norm, gives less
     variance in blocks of this size (as in CGX, 2111.08617).
     """
 
     bits: int = 4
-    collective: Collective = "exchange"
-    feedback: bool = False
     block_size: int = 512
+
+    collective = Collective.REDUCE_SCATTER
+    feedback = False
 
     @property
     def max_level(self) -> int:

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.codec import Codec, Collective, RandomKey
 from hvdtrain.compression.packing import join_scales, pack_bits, reshape_to_blocks, split_scales, unpack_bits
+from hvdtrain.compression.registry import compressor
 
 
+@compressor("onebit", auto_candidate=True)
 @dataclass(frozen=True)
-class OneBit:
-    """Signs in bits and a scale a block; of use with error feedback only."""
+class OneBit(Codec):
+    """Send a bit for each sign and a scale for each block; it converges with error feedback only."""
 
-    collective: Collective = "exchange"
-    feedback: bool = True
     block_size: int = 1024
+
+    collective = Collective.REDUCE_SCATTER
 
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, n / 8 + 4 n / block) uint8"""

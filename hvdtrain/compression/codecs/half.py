@@ -1,4 +1,4 @@
-"""Half the bits: float16 or bfloat16 values as bytes, added up in float32; or float16 added by the all-reduce."""
+"""Half the bits: float16 or bfloat16 values as bytes, summed in float32; or float16 summed by the all-reduce."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdtrain.compression.codec import Collective, RandomKey
+from hvdtrain.compression.codec import BucketContext, Codec, Collective, RandomKey
+from hvdtrain.compression.registry import compressor
 
 
 @dataclass(frozen=True)
-class Fp16:
-    """float16 values, added by the all-reduce itself: the cheapest halving on GPUs. The sum overflows at 65,504."""
+class Fp16(Codec):
+    """Send float16 values, which the all-reduce itself adds: the cheapest on GPUs. The sum overflows at 65,504."""
 
-    collective: Collective = "sum"
-    feedback: bool = False
-    block_size: int = 1
+    collective = Collective.ALL_REDUCE
+    feedback = False
 
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(n,) -> (n,) float16"""
@@ -35,16 +35,16 @@ class Fp16:
 
 
 @dataclass(frozen=True)
-class Cast:
-    """float16 or bfloat16 values as bytes, added up in float32 by the rank that owns a part.
+class Cast(Codec):
+    """Send float16 or bfloat16 values as bytes, which the rank that owns a part sums in float32.
 
     For bfloat16, which Horovod cannot add, and for float16 on CPUs, whose all-reduce adds it several times slower.
     """
 
     dtype: torch.dtype
-    collective: Collective = "exchange"
-    feedback: bool = False
-    block_size: int = 1
+
+    collective = Collective.REDUCE_SCATTER
+    feedback = False
 
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, 2 n) uint8"""
@@ -52,3 +52,21 @@ class Cast:
 
     def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:
         return payload.view(self.dtype).float()
+
+
+@compressor("fp16", auto_candidate=True)
+class Float16(Cast):
+    """`Cast` to float16 on CPUs, `Fp16` on GPUs."""
+
+    @classmethod
+    def for_bucket(cls, context: BucketContext) -> Codec:
+        return Fp16() if context.device.type == "cuda" else Cast(torch.float16)
+
+
+@compressor("bf16")
+class BFloat16(Cast):
+    """`Cast` to bfloat16."""
+
+    @classmethod
+    def for_bucket(cls, context: BucketContext) -> Codec:
+        return Cast(torch.bfloat16)
