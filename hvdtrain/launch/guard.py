@@ -18,6 +18,9 @@ import time
 
 import psutil
 
+from hvdtrain.system.processes import Deadline
+from hvdtrain.system.signals import SignalInbox
+
 TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # a process that outlives this hangs in the kernel: nothing more can be done
 PR_SET_CHILD_SUBREAPER = 36
@@ -29,21 +32,16 @@ def main(args: list[str]) -> int:
     os.set_inheritable(pipe, False)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    ended = []  # signals to the guard itself
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: ended.append(number))
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    while child.poll() is None and not ended:
-        ready, _, _ = select.select([pipe, woken], [], [])
-        if pipe in ready:
-            break
-        os.read(woken, 4096)
-    code = child.poll()
-    terminate_guarded_processes()
+    # Signals to the guard itself mean what the closed pipe means. Under nohup, SIGHUP stays ignored.
+    with SignalInbox((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), wake_on_child_exit=True) as inbox:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        while child.poll() is None and not inbox.received:
+            ready = select.select([pipe, inbox.fileno()], [], [])[0]
+            if pipe in ready:
+                break
+            inbox.clear_wakeups()
+        code = child.poll()
+        terminate_guarded_processes()
     if code is None:
         code = child.poll() or 128 + signal.SIGTERM
     return code if code >= 0 else 128 - code
@@ -53,19 +51,18 @@ def terminate_guarded_processes() -> None:
     """Send SIGTERM to every descendant, SIGKILL some seconds later, and return when none is left."""
     me = psutil.Process()
     asked: set[int] = set()
-    kill_at = time.monotonic() + TERMINATE_SECONDS
+    patience, limit = Deadline(TERMINATE_SECONDS), Deadline(TERMINATE_SECONDS + KILL_SECONDS)
     while True:
         # Only zombies that are children of the guard itself can be, and need to be, waited for.
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         alive = me.children(recursive=True)
-        if not alive or time.monotonic() > kill_at + KILL_SECONDS:
+        if not alive or limit.expired:
             return
-        hard = time.monotonic() > kill_at
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if hard:
+                if patience.expired:
                     process.kill()
                 elif process.pid not in asked:
                     asked.add(process.pid)
