@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor.facts import Facts, FactsRequest, dump_request, gather_facts, parse_facts
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.network import build_ssh_command, interface_address, is_local_host, local_address_toward
+from hvdtrain.system.network import interface_address, is_local_host, local_address_toward
 from hvdtrain.system.processes import TO_STDOUT, Child, Deadline, ProcessTimeout, completed_children
 from hvdtrain.system.signed_http import MOST_STRANGERS
+from hvdtrain.system.ssh import build_ssh_command
 
-SSH_CONNECT_TIMEOUT = 5
 # Python may take long to start from a file server that nobody has read from today.
 QUERY_TIMEOUT = 30.0
 EXIT_NO_FOLDER, EXIT_NO_PYTHON, EXIT_SSH_FAILED = 93, 94, 255
@@ -74,9 +74,7 @@ def build_query_command(host: str, wanted: FactsRequest, ssh: Sequence[str]) -> 
     """The ssh that asks a host. Raises UserError if there is no ssh."""
     if shutil.which("ssh") is None:
         raise UserError(f"host {host!r} is not this one, and there is no ssh on the PATH to reach it")
-    return build_ssh_command(
-        host, [build_remote_command(wanted)], [*ssh, "-o", f"ConnectTimeout={SSH_CONNECT_TIMEOUT}"]
-    )
+    return build_ssh_command(host, [build_remote_command(wanted)], ssh)
 
 
 def build_remote_command(wanted: FactsRequest) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import psutil
 
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.processes import ProcessTimeout, run_process
+from hvdtrain.system.ssh import build_ssh_command, ssh_hostname
+
+__all__ = ["build_ssh_command", "interface_address", "interface_toward", "is_local_host", "local_address_toward"]
 
 
 def interface_toward(hosts: Iterable[str]) -> str:
@@ -73,40 +74,6 @@ def local_address_toward(name: str) -> str:
         except OSError as error:
             raise UserError(f"there is no route to host {name!r}: {error.strerror}") from None
         return str(probe.getsockname()[0])
-
-
-def ssh_hostname(name: str) -> str:
-    """The name that ssh's configuration has for a host; the same name where there is no other, or no ssh."""
-    told = [line.partition(" ")[2] for line in _read_ssh_config(name) if line.startswith("hostname ")]
-    return told[0] if told else name
-
-
-def build_ssh_command(host: str, remote: Sequence[str], options: Sequence[str] = ()) -> list[str]:
-    """The ssh that runs a command on a host without a question; ssh's own configuration decides on host keys.
-
-    options: more for ssh. Raises UserError for a host that ssh would take for an option.
-    """
-    if host.startswith("-"):
-        raise UserError(f"{host!r} is not a host name: it begins with -")
-    return ["ssh", *options, "-o", "BatchMode=yes", *host_key_options(host, tuple(options)), "--", host, *remote]
-
-
-@functools.cache
-def host_key_options(host: str, options: tuple[str, ...]) -> tuple[str, ...]:
-    """What is said to ssh of unknown host keys: nothing if it is configured, else to take the first key of a host."""
-    # `ask` is what ssh says if nothing is configured; there is no terminal to ask on.
-    asks = "stricthostkeychecking ask" in _read_ssh_config(host, options)
-    return ("-o", "StrictHostKeyChecking=accept-new") if asks else ()
-
-
-def _read_ssh_config(host: str, options: Sequence[str] = ()) -> list[str]:
-    """The lines of ssh's configuration for a host; none if there is no ssh."""
-    command = ["ssh", "-G", *options, "--", host]
-    try:
-        done = run_process(command, 10.0)
-    except (OSError, ProcessTimeout):
-        return []
-    return done.stdout.splitlines()
 
 
 def _outgoing_interface(name: str) -> str:

@@ -233,7 +233,7 @@ def test_launch_killed_leaves_nothing(launcher: str, controller: str) -> None:
 def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
     # The ranks claim to be elsewhere, and this ssh runs its command here.
     ssh = tmp_path / "ssh"
-    ssh.write_text(f'#!/bin/sh\n[ "$1" != -G ] || exit 0\necho "$@" >>{tmp_path}/calls\nshift 4\nexec env "$@"\n')
+    ssh.write_text(f'#!/bin/sh\n[ "$1" != -G ] || exit 0\necho "$@" >>{tmp_path}/calls\nshift 6\nexec env "$@"\n')
     ssh.chmod(0o755)
     with launched("mpirun", "mpi", "remote", path=tmp_path) as job:
         job.wait_for("[0] sum 2")
@@ -241,7 +241,7 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 75
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls in [[f"-o BatchMode=yes -- localhost kill -TERM {pid}"] for pid in pids]
+    assert calls in [[f"-o ConnectTimeout=5 -o BatchMode=yes -- localhost kill -TERM {pid}"] for pid in pids]
 
 
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
