@@ -17,7 +17,7 @@ from hvdtrain.native.patches import apply_patches
 from hvdtrain.native.plan import Plan, local_version
 from hvdtrain.native.record import RECORD_NAME
 from hvdtrain.system.errors import RunError, UserError
-from hvdtrain.system.progress import Report
+from hvdtrain.system.progress import ReportStage
 
 BUILD_SECONDS = 3600  # time limit of a build, which takes one to five minutes
 COMPILERS = ("c++", "g++", "clang++")
@@ -25,7 +25,7 @@ COMPILERS = ("c++", "g++", "clang++")
 STEERING = re.compile(r"(HOROVOD|CMAKE|CCL|NCCL|CUDA|MPI)_|(MAKEFLAGS|CUDAFLAGS|CUDACXX)$")
 
 
-def build_wheel(plan: Plan, folder: Path, jobs: int, report: Report) -> Path:
+def build_wheel(plan: Plan, folder: Path, jobs: int, report: ReportStage) -> Path:
     """Build the wheel of a plan.
 
     Args:
@@ -128,7 +128,7 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
     return env
 
 
-def report_compiling(line: str, report: Report) -> None:
+def report_compiling(line: str, report: ReportStage) -> None:
     """Report the progress in a line of Ninja's output, such as "[12/84] Building ..."."""
     found = re.match(r"\[(\d+)/(\d+)\] ", line)
     if found:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hvdtrain.native import build, cache, installed
 from hvdtrain.native.plan import make_plan
-from hvdtrain.system.progress import progress
+from hvdtrain.system.progress import show_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def provide_horovod(options: BuildOptions) -> None:
     if wheel is None or options.force:
         print(plan.describe_parts(), flush=True)
         start = time.monotonic()
-        with progress() as report:
+        with show_stages() as report:
             wheel = build.build_wheel(plan, folder, options.jobs, report)
         print(f"built {wheel} in {time.monotonic() - start:.0f} s")
     build.install_wheel(wheel)

@@ -66,6 +66,12 @@ class RankProgress:
     rate: float | None = None
     text: str = ""
 
+    def describe(self) -> str:
+        """Return what to show next to a bar of steps: `epoch 3  loss 0.1234  812 samples/s` and the text."""
+        formats = (("epoch {}", self.epoch), ("loss {:.4f}", self.loss), ("{:,.0f} samples/s", self.rate))
+        parts = [form.format(value) for form, value in formats if value is not None]
+        return "  ".join([*parts, self.text] if self.text else parts)
+
 
 @dataclass(frozen=True)
 class RankFailed:

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system import messages, streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, BufferedAppender, write_error_text, write_json
+from hvdtrain.system.progress import ProgressBar
 from hvdtrain.system.strict_json import encode_json
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.event_writer import MISSING_TENSORBOARD, EventWriter
@@ -49,7 +47,7 @@ class Reporter:
         self._row_due = False
         self._missing_reported = False  # that TensorBoard is not installed
         self._last_progress_time = 0.0
-        self._progress_bar: Progress | None = None
+        self._progress_bar: ProgressBar | None = None
 
     def open_files(self, run_dir: Path, steps: int, at: Position, *, active: bool) -> None:
         """Begin, or continue after a step; `active` on rank 0."""
@@ -65,10 +63,8 @@ class Reporter:
             self._missing_reported = True
             self.print_lines([f"no folder tensorboard: {MISSING_TENSORBOARD}"])
         if self.prints_output and sys.stderr.isatty() and not messages.is_launched():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress_bar = Progress(*columns, console=Console(stderr=True))
-            self._progress_task = self._progress_bar.add_task("training", total=steps, completed=at.step)
-            self._progress_bar.start()
+            self._progress_bar = ProgressBar()
+            self._progress_bar.update(completed=at.step, total=steps)
 
     def _open_row_file(self, last_step: int) -> None:
         """Open metrics.jsonl, cut after a step; what is missing before it is written again."""
@@ -94,14 +90,14 @@ class Reporter:
         """Tell people something."""
         for line in lines if self.prints_output else ():
             if self._progress_bar is not None:
-                self._progress_bar.console.print(line, highlight=False, markup=False)
+                self._progress_bar.print_line(line)
             else:
                 print(line, flush=True)
 
     def print_warning(self, line: str) -> None:
         """Tell people of trouble, also with --quiet. On rank 0."""
         if self._progress_bar is not None:
-            self._progress_bar.console.print(f"hvdtrain: warning: {line}", highlight=False, markup=False)
+            self._progress_bar.print_line(f"hvdtrain: warning: {line}")
         else:
             print(f"hvdtrain: warning: {line}", file=sys.stderr, flush=True)
 
@@ -171,15 +167,12 @@ class Reporter:
     def _show_progress(self, number: int, epoch: int, loss: float, rate: float) -> None:
         if not self.active:
             return
+        progress = messages.RankProgress(number, self.total_steps, epoch, loss, rate)
         if self._progress_bar is not None:
-            self._progress_bar.update(
-                self._progress_task,
-                completed=number,
-                description=f"epoch {epoch}  loss {loss:.4f}  {rate:,.0f} samples/s",
-            )
+            self._progress_bar.update(completed=number, text=progress.describe())
         elif self.prints_output and (time.monotonic() - self._last_progress_time > 0.2 or number == self.total_steps):
             self._last_progress_time = time.monotonic()
-            messages.send_message(messages.RankProgress(number, self.total_steps, epoch, loss, rate))
+            messages.send_message(progress)
 
     def record_evaluation(self, at: Position, epoch: int) -> None:
         """After an evaluation: `at.eval`. One that is made up for goes into its step's row, if that was this run's."""
