@@ -18,7 +18,7 @@ from hvdtrain.native.patches import read_revision
 from hvdtrain.native.plan import Plan
 from hvdtrain.native.torchinfo import Torch, TorchBuild
 from hvdtrain.system.errors import EXIT_USER_ERROR, RunError, UserError
-from hvdtrain.system.progress import lines
+from hvdtrain.system.progress import print_stage_lines
 
 # From real builds: shortened, with the paths cut.
 COMPILER_LOG = """\
@@ -182,7 +182,7 @@ def test_pip_toolkit_gets_the_links_that_cmake_looks_for(tmp_path: Path) -> None
 
 
 def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    report = lines()
+    report = print_stage_lines()
     report("fetching", 0)
     for percent in range(101):
         report("compiling", percent)
