@@ -9,18 +9,18 @@ for the others in a file in the home folder that only its user can read, until a
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.http import request_signed
 from hvdtrain.system.network import interface_address, interface_toward, is_local_host, resolve_address
 from hvdtrain.system.nodelist import parse_node_list, parse_repeated_counts
+from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signed_http import SECRET, NotSigned, SignedClient
 
 RENDEZVOUS_PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
@@ -105,12 +105,12 @@ def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str
         RunError: it does not in time.
     """
     seconds = float(environ.get("HOROVOD_START_TIMEOUT", SERVER_START_TIMEOUT))
-    until = time.monotonic() + seconds
+    deadline = Deadline(seconds)
     while True:
         try:
             secret = environ.get(SECRET) or read_secret(secret_path(environ))
             client = SignedClient(signed_http.read_key({SECRET: secret}))
-            _, answer = client.request(*server, "GET", JOB_KEY, timeout=SERVER_RESPONSE_TIMEOUT)
+            _, answer = request_signed(client, server, "GET", JOB_KEY, timeout=SERVER_RESPONSE_TIMEOUT)
             if answer.decode(errors="replace") == job:
                 return secret
             problem = f"another job's server ({answer.decode(errors='replace')}) is there"
@@ -118,11 +118,10 @@ def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str
             problem = str(error)
         except FileNotFoundError as error:
             problem = f"{error.filename} is not there; if the nodes do not share it, export {SECRET} in the job script"
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             problem = str(error)
-        if time.monotonic() > until:
+        if not deadline.wait(0.1):
             raise RunError(f"rank 0 does not serve at {server[0]}:{server[1]} within {seconds:g} s: {problem}")
-        time.sleep(0.1)
 
 
 def secret_path(environ: Mapping[str, str]) -> Path:

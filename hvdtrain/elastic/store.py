@@ -10,7 +10,6 @@ rank_and_size     by horovodrun              this slot's rank in horovodrun's ow
 
 from __future__ import annotations
 
-import http.client
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from typing import TypeVar
 from hvdtrain.elastic.records import Fact, Heartbeat, dump_record, load_json
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.http import request_signed
 from hvdtrain.system.records import parse_record
 from hvdtrain.system.signed_http import SignedClient
 
@@ -41,7 +41,7 @@ class KeyValueStore:
     """
 
     def __init__(self, address: str, port: int) -> None:
-        self.address, self.port = address, port
+        self.server = (address, port)
         self.client = SignedClient(signed_http.read_key())
         self.invalid_keys: set[str] = set()  # that were reported
 
@@ -125,11 +125,15 @@ class KeyValueStore:
     ) -> bytes | None:
         """Send a request; return the answer's body, None for 404."""
         try:
-            status, text = self.client.request(self.address, self.port, method, path, body or b"", timeout)
-        except (OSError, http.client.HTTPException) as error:
-            raise StoreUnreachable(f"horovodrun at {self.address}:{self.port} does not answer: {error}") from error
+            status, text = request_signed(self.client, self.server, method, path, body or b"", timeout=timeout)
+        except OSError as error:
+            raise StoreUnreachable(
+                f"horovodrun at {self.server[0]}:{self.server[1]} does not answer: {error}"
+            ) from error
         if status not in (200, 404):
-            raise StoreUnreachable(f"horovodrun at {self.address}:{self.port} answers {status} to {method} {path}")
+            raise StoreUnreachable(
+                f"horovodrun at {self.server[0]}:{self.server[1]} answers {status} to {method} {path}"
+            )
         return text if status == 200 else None
 
 

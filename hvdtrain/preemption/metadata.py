@@ -9,28 +9,15 @@ from __future__ import annotations
 import email.utils
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from email.message import Message
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvdtrain.preemption.source import NoticeSource, UnexpectedResponse, source_option
+from hvdtrain.system.http import HttpResponse, request_url
 
-# A metadata server is on this host's own link: no proxy reaches it.
-DIRECT_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-MAX_RESPONSE_BYTES = 1 << 20
 METADATA_TIMEOUT = 5.0  # seconds for an answer
-
-
-class HttpResponse(NamedTuple):
-    """An answer of an HTTP server."""
-
-    status: int
-    text: str
-    headers: Message
 
 
 def url_option(default: str) -> Any:
@@ -58,15 +45,8 @@ class MetadataSource(NoticeSource):
     def request(
         self, path: str, headers: Mapping[str, str], *, method: str = "GET", timeout: float = METADATA_TIMEOUT
     ) -> HttpResponse:
-        """Send a request; an error status is an answer too. Raises OSError or HTTPException."""
-        request = urllib.request.Request(self.url + path, headers=dict(headers), method=method)
-        try:
-            with DIRECT_OPENER.open(request, timeout=timeout) as response:
-                text = response.read(MAX_RESPONSE_BYTES).decode(errors="replace")
-                return HttpResponse(response.status, text, response.headers)
-        except urllib.error.HTTPError as error:
-            with error:
-                return HttpResponse(error.code, "", error.headers)
+        """Send a request; an error status is an answer too. Raises OSError."""
+        return request_url(self.url + path, headers=headers, method=method, timeout=timeout)
 
 
 def require_status(answer: HttpResponse, *statuses: int) -> HttpResponse:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hvdtrain.preemption.source import Notice, NoticeSource, UnexpectedResponse
+from hvdtrain.system.http import InvalidHttpResponse
 
 MAX_POLL_PAUSE = 10.0  # seconds between polls that fail: a notice may come as late as 30 s before the preemption
 SILENCE_LIMIT = 30.0  # seconds without any answer after which the source is reported
@@ -60,11 +60,9 @@ class SourceWatcher:
 
 def describe_error_kind(error: Exception) -> str:
     """Return an error in words, without what differs from one time to the next."""
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
-        error = error.reason
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, InvalidHttpResponse):
         return error.strerror or type(error).__name__
     if isinstance(error, UnexpectedResponse):
         return str(error)

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 
 from hvdtrain.preemption.metadata import (
-    HttpResponse,
     MetadataSource,
     parse_response_fields,
     require_status,
@@ -14,6 +13,7 @@ from hvdtrain.preemption.metadata import (
     url_option,
 )
 from hvdtrain.preemption.source import Notice, grace_option, notice_source, source_option
+from hvdtrain.system.http import HttpResponse
 
 TOKEN_PATH = "/latest/api/token"
 ACTION_PATH = "/latest/meta-data/spot/instance-action"
