@@ -18,14 +18,13 @@ from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
 from hvdtrain.system.http import request_signed
+from hvdtrain.system.limits import RendezvousLimits
 from hvdtrain.system.network import interface_address, interface_toward, is_local_host, resolve_address
 from hvdtrain.system.nodelist import parse_node_list, parse_repeated_counts
 from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signed_http import SECRET, NotSigned, SignedClient
 
 RENDEZVOUS_PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
-SERVER_RESPONSE_TIMEOUT = 5.0  # for an answer of rank 0
-SERVER_START_TIMEOUT = 120.0  # for rank 0 to serve; HOROVOD_START_TIMEOUT, if set
 JOB_KEY = "/hvdtrain.job/name"  # under which the server tells whose it is
 
 
@@ -104,13 +103,13 @@ def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str
     Raises:
         RunError: it does not in time.
     """
-    seconds = float(environ.get("HOROVOD_START_TIMEOUT", SERVER_START_TIMEOUT))
-    deadline = Deadline(seconds)
+    limits = RendezvousLimits.from_environment(environ)
+    deadline = Deadline(limits.server_start)
     while True:
         try:
             secret = environ.get(SECRET) or read_secret(secret_path(environ))
             client = SignedClient(signed_http.read_key({SECRET: secret}))
-            _, answer = request_signed(client, server, "GET", JOB_KEY, timeout=SERVER_RESPONSE_TIMEOUT)
+            _, answer = request_signed(client, server, "GET", JOB_KEY, timeout=limits.server_response)
             if answer.decode(errors="replace") == job:
                 return secret
             problem = f"another job's server ({answer.decode(errors='replace')}) is there"
@@ -120,8 +119,9 @@ def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str
             problem = f"{error.filename} is not there; if the nodes do not share it, export {SECRET} in the job script"
         except OSError as error:
             problem = str(error)
-        if not deadline.wait(0.1):
-            raise RunError(f"rank 0 does not serve at {server[0]}:{server[1]} within {seconds:g} s: {problem}")
+        if not deadline.wait(limits.poll):
+            where = f"{server[0]}:{server[1]}"
+            raise RunError(f"rank 0 does not serve at {where} within {limits.server_start:g} s: {problem}")
 
 
 def secret_path(environ: Mapping[str, str]) -> Path:

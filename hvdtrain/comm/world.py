@@ -17,6 +17,7 @@ from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.native import installed
 from hvdtrain.system import cpus
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.limits import RendezvousLimits
 
 # What launchers leave in the environment of a rank.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
@@ -107,7 +108,7 @@ def reject_stale_pmix(environ: Mapping[str, str]) -> None:
     for name, value in sorted(environ.items()):
         if name.startswith("PMIX_SERVER_URI") and (match := PMIX_SERVER.search(value)):
             try:
-                socket.create_connection((match[1], int(match[2])), timeout=5).close()
+                socket.create_connection((match[1], int(match[2])), timeout=RendezvousLimits.pmix_connect).close()
             except (ConnectionRefusedError, OverflowError):
                 raise UserError(
                     f"{name} names the server of an MPI job that has ended ({match[0]}): start this with mpirun or "

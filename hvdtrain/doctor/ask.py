@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor.facts import Facts, FactsRequest, dump_request, gather_facts, parse_facts
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.network import interface_address, is_local_host, local_address_toward
 from hvdtrain.system.processes import TO_STDOUT, Child, Deadline, ProcessTimeout, completed_children
 from hvdtrain.system.signed_http import MOST_STRANGERS
 from hvdtrain.system.ssh import build_ssh_command
 
-# Python may take long to start from a file server that nobody has read from today.
-QUERY_TIMEOUT = 30.0
 EXIT_NO_FOLDER, EXIT_NO_PYTHON, EXIT_SSH_FAILED = 93, 94, 255
 FORWARDED_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
 NO_SSH_OUTPUT = "ssh brings back nothing"
@@ -44,7 +43,7 @@ class HostReply:
 def query_hosts(wanted: Mapping[str, FactsRequest], ssh: Sequence[str] = ()) -> list[HostReply]:
     """Ask each host for the facts wanted of it; the answers in the same order.
 
-    ssh: more options for ssh. Takes about as long as the slowest host, and ANSWER_SECONDS at most.
+    ssh: more options for ssh. Takes about as long as the slowest host, and DoctorLimits.query at most.
     """
     here = [host for host in wanted if is_local_host(host)]
     answers: dict[str, HostReply] = {}
@@ -56,14 +55,14 @@ def query_hosts(wanted: Mapping[str, FactsRequest], ssh: Sequence[str] = ()) -> 
             undo.enter_context(Child(command, stderr=TO_STDOUT)): host
             for host, command in zip(others, commands, strict=True)
         }
-        deadline = Deadline(QUERY_TIMEOUT)
+        deadline = Deadline(DoctorLimits.query)
         for host in here:
             answers[host] = HostReply(host, gather_facts(wanted[host]))
         for child in completed_children(list(queries), deadline):
             with contextlib.suppress(ProcessTimeout):
                 answers[queries[child]] = parse_reply(queries[child], child, deadline)
         answers |= {
-            host: HostReply(host, error=f"did not answer within {QUERY_TIMEOUT:g} s")
+            host: HostReply(host, error=f"did not answer within {DoctorLimits.query:g} s")
             for host in wanted
             if host not in answers
         }

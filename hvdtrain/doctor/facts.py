@@ -22,10 +22,10 @@ from typing import Any
 from hvdtrain import __version__
 from hvdtrain.native import installed, torchinfo
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import ProcessTimeout, run_process
 
 FACTS_MARKER = "##hvdtrain-facts "  # before the facts in the output: a login shell may print too
-CONNECT_BACK_TIMEOUT = 3.0
 UNKNOWN_WHEEL = "(unknown)"  # the wheel of a Horovod that hvdtrain has not built
 
 Facts = dict[str, Any]
@@ -124,10 +124,10 @@ def resolve_own_name() -> list[str]:
 def connect_back_error(address: str, port: int) -> str | None:
     """Why this host cannot connect to an address and port; None if it can."""
     try:
-        with socket.create_connection((address, port), CONNECT_BACK_TIMEOUT):
+        with socket.create_connection((address, port), DoctorLimits.connect_back):
             return None
     except TimeoutError:
-        return f"no answer within {CONNECT_BACK_TIMEOUT:g} s"
+        return f"no answer within {DoctorLimits.connect_back:g} s"
     except OSError as error:
         return error.strerror or str(error)
 
@@ -140,7 +140,7 @@ def read_stripped_text(path: str) -> str | None:
         return None
 
 
-def first_output_line(command: Sequence[str], seconds: float = 5.0) -> str | None:
+def first_output_line(command: Sequence[str], seconds: float = DoctorLimits.first_line) -> str | None:
     """The first line that a program prints, None if there is no such program or it fails."""
     try:
         done = run_process(command, seconds)

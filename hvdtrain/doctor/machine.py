@@ -21,6 +21,7 @@ from hvdtrain.native.cuda import find_nccl
 from hvdtrain.native.mpi import find_mpi
 from hvdtrain.native.torchinfo import find_torch
 from hvdtrain.system import cpus
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import ProcessTimeout, run_process
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -127,7 +128,7 @@ def query_gpus() -> list[str]:
         return []
     query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = run_process(query, 10.0)
+        done = run_process(query, DoctorLimits.gpus)
     except (OSError, ProcessTimeout):
         return ["nvidia-smi does not answer"]
     lines = (done.stdout or done.stderr).strip().splitlines()

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor.meeting import Coordinator
 from hvdtrain.doctor.peer import WorkerMessage
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.signed_http import new_secret
 
 MAX_HOSTS_ALL_PAIRS = 6  # hosts; of more, the ring and what is odd
 EXTRA_TRIES = 2  # more, of what is odd, with nothing else going on: the best one counts
-COMMAND_TIMEOUT, ALL_REDUCE_TIMEOUT = 15.0, 90.0
 LINK_SEND_SECONDS = (0.25, 1.0)  # over each way, and where it is tried again
 BUSY_FACTOR = 1.5
 
@@ -78,12 +78,12 @@ def schedule_rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 def measure_cpu_slowdowns(room: Coordinator, ranks: Sequence[int]) -> dict[int, float]:
     """How busy each host is: all at once, and again, one by one, those that seem to be."""
-    replies = room.run_commands({rank: {"do": "burn"} for rank in ranks}, COMMAND_TIMEOUT)
+    replies = room.run_commands({rank: {"do": "burn"} for rank in ranks}, DoctorLimits.command)
     found = {rank: float(reply.get("ratio", 0.0)) for rank, reply in replies.items()}
     for _ in range(EXTRA_TRIES):
         # Hosts that share cores keep each other busy, as long as they work at the same time.
         for rank in [rank for rank, ratio in found.items() if ratio > BUSY_FACTOR]:
-            again = room.run_commands({rank: {"do": "burn"}}, COMMAND_TIMEOUT)[rank].get("ratio", found[rank])
+            again = room.run_commands({rank: {"do": "burn"}}, DoctorLimits.command)[rank].get("ratio", found[rank])
             found[rank] = min(found[rank], float(again))
     return found
 
@@ -109,7 +109,7 @@ def measure_links(
                 commands[other] = {"do": "serve", "ticket": ticket}
                 to = room.workers[other].listen_address
                 commands[one] = {"do": "link", "to": to, "ticket": ticket, "seconds": seconds}
-            replies = room.run_commands(commands, COMMAND_TIMEOUT)
+            replies = room.run_commands(commands, DoctorLimits.command)
             for one, other in ways:
                 found[one, other] = build_link_measurement(replies[one], replies[other])
     return found
@@ -133,7 +133,7 @@ def measure_all_reduces(room: Coordinator, ranks: int, pairs: Sequence[Pair], me
     """All-reduce over each pair, by Horovod."""
     in_rounds = [pair for together in schedule_rounds(pairs) for pair in together]
     replies = room.run_commands(
-        {rank: {"do": "reduce", "pairs": in_rounds} for rank in range(ranks)}, ALL_REDUCE_TIMEOUT
+        {rank: {"do": "reduce", "pairs": in_rounds} for rank in range(ranks)}, DoctorLimits.all_reduce
     )
     for rank, reply in replies.items():
         if "error" in reply:

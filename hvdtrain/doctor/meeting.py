@@ -17,13 +17,11 @@ from hvdtrain.doctor.lines import MAX_FIRST_LINE_BYTES, MAX_LINE_BYTES, SignedLi
 from hvdtrain.doctor.peer import WorkerMessage
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import TO_STDOUT, Child, Deadline, ProcessTimeout
 from hvdtrain.system.signed_http import MOST_STRANGERS, SECRET, STRANGER_SECONDS
 
-WORKER_JOIN_TIMEOUT = 60.0
-LAUNCHER_EXIT_TIMEOUT = 10.0
 EXTRA_BACKLOG = 4096  # connections that wait to be taken
-COMMAND_SEND_TIMEOUT = 5.0  # for a command to be taken
 
 
 @dataclass
@@ -49,8 +47,15 @@ class WorkerConnection:
 class Coordinator:
     """The ranks that have come. Who does not know `secret` is not let in, and keeps nobody out."""
 
-    def __init__(self, size: int, address: str) -> None:
-        """address: this host's, which the ranks can reach."""
+    def __init__(self, size: int, address: str, limits: DoctorLimits | None = None) -> None:
+        """Listen for the ranks.
+
+        Args:
+            size: how many come.
+            address: this host's, which the ranks can reach.
+            limits: how long to wait for them.
+        """
+        self.limits = limits or DoctorLimits()
         self.secret = signed_http.new_secret()
         self.size = size
         self.listener = socket.create_server((address, 0), backlog=size + EXTRA_BACKLOG)
@@ -60,7 +65,7 @@ class Coordinator:
 
     def accept_workers(self, launcher: Child) -> list[int]:
         """Wait until all ranks have come; the ranks that have not, when the launcher has ended or it takes too long."""
-        deadline = Deadline(WORKER_JOIN_TIMEOUT)
+        deadline = Deadline(self.limits.worker_join)
         strangers: list[PendingConnection] = []  # the first that came first
         while len(self.workers) < self.size and launcher.exit_code() is None and not deadline.expired:
             with selectors.DefaultSelector() as selector:
@@ -123,7 +128,7 @@ class Coordinator:
             for rank, command in commands.items():
                 attendee = self.workers[rank]
                 try:
-                    attendee.connection.settimeout(COMMAND_SEND_TIMEOUT)
+                    attendee.connection.settimeout(self.limits.command_send)
                     attendee.connection.sendall(attendee.lines.sign_line({**command, "number": self.command_number}))
                 except OSError as error:
                     replies[rank] = {"error": f"lost: {error.strerror or error}"}
@@ -194,7 +199,8 @@ def extract_launch_error(words: str) -> str:
 def stop_launcher(launcher: Child) -> None:
     """Wait for the launcher, whose ranks go home; end it and them if it takes long."""
     # The first signal may only ask for a graceful stop.
-    for number, seconds in ((None, LAUNCHER_EXIT_TIMEOUT), (signal.SIGTERM, 2.0), (signal.SIGTERM, 2.0)):
+    again = (signal.SIGTERM, DoctorLimits.launcher_terminate)
+    for number, seconds in ((None, DoctorLimits.launcher_exit), again, again):
         if number is not None:
             launcher.send_signal(number)
         with contextlib.suppress(ProcessTimeout):

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdtrain.doctor.lines import MAX_FIRST_LINE_BYTES, MAX_LINE_BYTES, join_session
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.network import interface_address
 from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signed_http import MOST_STRANGERS
 
-LINK_CONNECT_TIMEOUT = 2.5
 MAX_PINGS, MAX_PING_SECONDS = 30, 3.0  # whichever ends first
 SKIPPED_FRACTION = (
     0.1  # of the time of sending: until the connection runs at full speed, and what waits on the way is full
@@ -37,7 +37,7 @@ def run_worker(meeting: tuple[str, int], key: bytes, rank: int, nic: str | None)
 
     key: the secret of the meeting. Raises OSError if the doctor cannot be reached, is gone, or is not the doctor.
     """
-    with socket.create_connection(meeting, 10) as doctor:
+    with socket.create_connection(meeting, DoctorLimits.coordinator_connect) as doctor:
         doctor.settimeout(None)
         own = interface_address(nic) if nic else doctor.getsockname()[0]
         with socket.create_server((own, 0), backlog=MOST_STRANGERS) as door, doctor.makefile("rb") as said:
@@ -70,7 +70,7 @@ def measure_cpu(_: socket.socket) -> WorkerMessage:
 def probe_link(_: socket.socket, to: tuple[str, int], ticket: str, seconds: float) -> WorkerMessage:
     """Time round trips to another rank, and send to it for so many seconds; that one measures how fast it goes."""
     try:
-        connection = socket.create_connection((to[0], to[1]), LINK_CONNECT_TIMEOUT)
+        connection = socket.create_connection((to[0], to[1]), DoctorLimits.link_connect)
     except TimeoutError:
         return {"error": "no answer"}
     except OSError as error:
@@ -97,11 +97,11 @@ def probe_link(_: socket.socket, to: tuple[str, int], ticket: str, seconds: floa
 
 def serve_probe(door: socket.socket, ticket: str) -> WorkerMessage:
     """Answer another rank's round trips, and measure how fast it sends, in bits per second."""
-    connection = wait_for_ticket(door, ticket.encode(), LINK_CONNECT_TIMEOUT + 0.5)
+    connection = wait_for_ticket(door, ticket.encode(), DoctorLimits.link_connect + 0.5)
     if connection is None:
         return {"error": "nobody came"}
     with connection:
-        connection.settimeout(LINK_CONNECT_TIMEOUT)
+        connection.settimeout(DoctorLimits.link_connect)
         while (ping := connection.recv(1)) == b"?":
             connection.sendall(ping)
         buffer, total = bytearray(CHUNK_BYTES), 0

@@ -1,9 +1,9 @@
-"""What this rank is in, and since when: so that a rank that hangs is named, and ended.
+"""Record what this rank is doing, and since when, so that a rank that hangs is named and ended.
 
-The training loop calls `enter` wherever a rank may get stuck; that stores a few words, which takes less than a
-microsecond. A `Watcher`, a thread that wakes up once a second, notices how long they stay the same:
+The training loop calls `enter_activity` wherever a rank may get stuck; it stores a few words, which takes less than a
+microsecond. A `HangWatcher`, a thread that wakes up once a second, measures how long they stay the same:
 
-    same activity for    NOTICE seconds, or 10 median steps     the rank is named, once, and again at 2, 4, 8 times that
+    same activity for    HangLimits.notice, or 10 median steps  the rank is named, and again at 2, 4, 8 times that
                          the hang limit                         this process ends with EXIT_FAILED
                          3 hang limits                          likewise, before the first step, in a checkpoint, or if
                                                                 the rank only waits for others in a collective
@@ -29,20 +29,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from hvdtrain.system.limits import HangLimits
 from hvdtrain.system.recipe_errors import PACKAGE, is_hidden
 
-NOTICE_SECONDS = 45.0  # seconds; HVDTRAIN_HANG_NOTICE overrides it
-SLOW_STEP_FACTOR = 10.0  # median steps that a rank may take for one before it is worth a line
-PATIENT_FACTOR = 3.0  # hang limits: see above
-WATCH_INTERVAL = 1.0  # seconds
+SLOW_STEP_FACTOR = 10.0  # a step that takes this many times the median is worth a line
+PATIENT_FACTOR = 3.0  # hang limits, for activities that may take long: see above
 DEBUGGER_FILES = ("pdb.py", "bdb.py", "pydevd.py", "debugpy")
-COLLECTIVE_FOLDERS = (("horovod", "torch"), ("torch", "distributed"))  # folders of what a recipe may call by itself
-ACTIVITY_STRUCT = struct.Struct("<qqd96s")  # beats, steps done, hang limit, activity: as `Record` shares them
-ACTIVITY_FD_VARIABLE = "HVDTRAIN_RECORD"  # in the environment of a worker: the descriptor of its Record
+COLLECTIVE_FOLDERS = (("horovod", "torch"), ("torch", "distributed"))  # of collectives that a recipe may call itself
+ACTIVITY_STRUCT = struct.Struct("<qqd96s")  # beats, steps done, hang limit, activity: as ActivityRecord shares them
+ACTIVITY_FD_VARIABLE = "HVDTRAIN_RECORD"  # environment variable of a worker: the descriptor of its ActivityRecord
 
 
 class Activity:
-    """What a rank is in. Each time it enters something there is a new object: so two batches can be distinguished."""
+    """What a rank is doing. Each `enter_activity` makes a new object, so that two batches can be told apart.
+
+    Attributes:
+        what: in words that follow "has been".
+        collective: the name of the collective that it waits in, or "".
+        waits: whether it waits for other ranks.
+        patient: whether it may take three hang limits.
+        endless: whether it has no limit.
+    """
 
     __slots__ = ("collective", "endless", "patient", "waits", "what")
 
@@ -53,14 +60,23 @@ class Activity:
 
 @dataclass(frozen=True)
 class Standstill:
-    """What a rank has been in, for how many seconds, at which step (from 1; 0: before training)."""
+    """An activity that has lasted long.
 
-    what: str  # "loading its batch"
-    collective: str  # its name, if the rank is in one
-    where: str  # "mine.py:12 in score", if the recipe's own code runs
+    Attributes:
+        what: the activity: "loading its batch".
+        collective: the name of the collective that the rank waits in, or "".
+        where: the recipe's own code, if it runs: "mine.py:12 in score".
+        step: the number of the step, from 1; 0 before training.
+        seconds: how long it has lasted.
+        waits: whether the rank waits for others, which are the cause unless they wait as well.
+    """
+
+    what: str
+    collective: str
+    where: str
     step: int
     seconds: float
-    waits: bool  # for others: they are the cause, unless they wait as well
+    waits: bool
 
     def __str__(self) -> str:
         notes = [f"step {self.step}"] if self.step else []
@@ -70,17 +86,18 @@ class Standstill:
 
 
 class ActivityRecord:
-    """Memory that a worker shares with its supervisor, which can read it when the worker is dead."""
+    """Memory that a worker shares with its supervisor, which can read it even after the worker has died."""
 
     def __init__(self, descriptor: int) -> None:
         os.ftruncate(descriptor, ACTIVITY_STRUCT.size)
         self.memory = mmap.mmap(descriptor, ACTIVITY_STRUCT.size)
 
     def write_activity(self, beats: int, steps: int, limit: float, what: str) -> None:
+        """Store what `read_activity` returns."""
         ACTIVITY_STRUCT.pack_into(self.memory, 0, beats, steps, limit, what.encode()[:96])
 
     def read_activity(self) -> tuple[int, int, float, str]:
-        """The beats, the steps done, the hang limit in seconds, and the activity."""
+        """Return the watcher's count of looks, the steps done, the hang limit in seconds, and the activity."""
         beats, steps, limit, what = ACTIVITY_STRUCT.unpack_from(self.memory, 0)
         return beats, steps, limit, what.rstrip(b"\0").decode(errors="replace")
 
@@ -90,9 +107,9 @@ class _ProcessState:
 
     def __init__(self) -> None:
         self.current_activity = Activity("starting", "", False, True, False)
-        self.steps_done = 0  # done
-        self.step_began_at = 0.0  # the step, by time.monotonic; 0: training has not begun
-        self.recent_step_seconds: deque[float] = deque(maxlen=64)  # of the last steps
+        self.steps_done = 0
+        self.step_began_at = 0.0  # monotonic time; 0: training has not begun
+        self.recent_step_seconds: deque[float] = deque(maxlen=64)
         self.record: ActivityRecord | None = None
         self.beats = 0
         self.hang_limit = 0.0
@@ -104,10 +121,7 @@ _state = _ProcessState()
 def enter_activity(
     what: str, *, collective: str = "", waits: bool = False, patient: bool = False, endless: bool = False
 ) -> Activity:
-    """Note what this rank does from now on; what it did before.
-
-    what: it follows "has been". waits: for other ranks. patient: may take three hang limits. endless: has no limit.
-    """
+    """Record what this rank does from now on, and return what it did before; the arguments are those of Activity."""
     before = _state.current_activity
     _state.current_activity = Activity(what, collective, waits, patient, endless)
     if _state.record is not None:
@@ -119,7 +133,7 @@ def enter_activity(
 def temporary_activity(
     what: str, *, waits: bool = False, patient: bool = False, endless: bool = False
 ) -> Iterator[None]:
-    """Note what this rank does in a block, and then what it did before."""
+    """Record what this rank does in a block, and after it what it did before."""
     before = enter_activity(what, waits=waits, patient=patient, endless=endless)
     try:
         yield
@@ -129,7 +143,7 @@ def temporary_activity(
 
 @contextlib.contextmanager
 def waiting_in_collective(collective: str) -> Iterator[None]:
-    """Note that this rank waits for others in a collective, as a part of what it does."""
+    """Record that this rank waits for others in a collective, as a part of what it does."""
     before = _state.current_activity
     _state.current_activity = Activity(before.what, collective, True, before.patient, before.endless)
     try:
@@ -139,13 +153,13 @@ def waiting_in_collective(collective: str) -> Iterator[None]:
 
 
 def begin_training(steps: int) -> None:
-    """Note that training begins, or continues in another world, after `steps` steps of the run."""
+    """Record that training begins, or continues in another world, after `steps` steps of the run."""
     _state.step_began_at, _state.steps_done = time.monotonic(), steps
     enter_activity("training")
 
 
 def record_finished_steps(steps: int) -> None:
-    """Note how many steps of the run are done."""
+    """Record how many steps of the run are done."""
     now = time.monotonic()
     _state.recent_step_seconds.append(now - _state.step_began_at)
     _state.step_began_at, _state.steps_done = now, steps
@@ -153,29 +167,38 @@ def record_finished_steps(steps: int) -> None:
 
 
 class HangWatcher:
-    """Watches the activity of the thread that makes it.
+    """Watches the activity of the thread that makes it, from a thread of its own.
 
-    notice: called with a Standstill that is worth a line, in the watcher's thread. end: called with one that is to end
-    this process. limit: the hang limit in seconds; 0: none.
-
-    blocked: set for a rank among several, also end this process if its interpreter runs no thread for three hang
-    limits (faulthandler prints where it is). Not for one that is alone, which its user may stop and continue.
+    Attributes:
+        hang_limit: seconds; 0 for none.
+        ends_if_blocked: whether this process also ends if its interpreter runs no thread for three hang limits
+            (faulthandler prints where it is). To be set for a rank among several; a rank that is alone may be stopped
+            and continued by its user.
     """
 
     def __init__(
         self,
-        notice: Callable[[Standstill, float], None],
-        end: Callable[[Standstill], None],
-        limit: float,
+        on_standstill: Callable[[Standstill, float], None],
+        on_hang: Callable[[Standstill], None],
+        hang_limit: float,
     ) -> None:
-        self.on_standstill, self.on_hang, self.hang_limit, self.ends_if_blocked = notice, end, limit, False
-        self.notice_after = float(os.environ.get("HVDTRAIN_HANG_NOTICE", NOTICE_SECONDS))
+        """Begin to watch.
+
+        Args:
+            on_standstill: called, in the watcher's thread, with an activity that is worth a line, and the seconds from
+                which on it is.
+            on_hang: called with one that is to end this process.
+            hang_limit: seconds; 0 for none.
+        """
+        self.on_standstill, self.on_hang = on_standstill, on_hang
+        self.hang_limit, self.ends_if_blocked = hang_limit, False
+        self.limits = HangLimits.from_environment()
         self._thread_id = threading.get_ident()
         self._stopped = threading.Event()
-        self._is_faulthandler_armed = False  # faulthandler
+        self._is_faulthandler_armed = False
         self._seen_activity: Activity | None = None
-        self._seconds_in_activity = 0.0  # in what was seen
-        self._seen_steps, self._seconds_without_step, self._next_notice_after = -1, 0.0, self.notice_after
+        self._seconds_in_activity = 0.0
+        self._seen_steps, self._seconds_without_step, self._next_notice_after = -1, 0.0, self.limits.notice
         if (descriptor := os.environ.get(ACTIVITY_FD_VARIABLE)) is not None and _state.record is None:
             _state.record = ActivityRecord(int(descriptor))
         _state.recent_step_seconds.clear()
@@ -183,19 +206,20 @@ class HangWatcher:
         threading.Thread(target=self._watch_activity, name="hvdtrain-watcher", daemon=True).start()
 
     def stop_watching(self) -> None:
+        """Stop the thread."""
         self._stopped.set()
         if self._is_faulthandler_armed:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch_activity(self) -> None:
         last = time.monotonic()
-        while not self._stopped.wait(min(WATCH_INTERVAL, self.notice_after / 4)):
+        while not self._stopped.wait(min(self.limits.watch, self.limits.notice / 4)):
             now = time.monotonic()
-            self.check_activity(min(now - last, 2 * WATCH_INTERVAL))
+            self.check_activity(min(now - last, 2 * self.limits.watch))
             last = now
 
     def check_activity(self, elapsed: float) -> None:
-        """Act on what is the same as `elapsed` seconds ago."""
+        """Compare the activity with that of the last look, `elapsed` seconds ago, and act if it has lasted too long."""
         current, steps = _state.current_activity, _state.steps_done
         self._seconds_in_activity = self._seconds_in_activity + elapsed if current is self._seen_activity else 0.0
         self._seen_activity = current
@@ -203,7 +227,7 @@ class HangWatcher:
         if _state.record is not None:
             _state.record.write_activity(_state.beats, steps, self.hang_limit, current.what)
         usual = SLOW_STEP_FACTOR * statistics.median(_state.recent_step_seconds) if _state.recent_step_seconds else 0.0
-        after = max(self.notice_after, usual)
+        after = max(self.limits.notice, usual)
         if steps != self._seen_steps:
             self._seen_steps, self._seconds_without_step, self._next_notice_after = steps, 0.0, 0.0
         self._seconds_without_step += elapsed
@@ -224,9 +248,9 @@ class HangWatcher:
                 self.on_hang(stands)
 
     def _arm_faulthandler(self) -> None:
-        """Let faulthandler, which needs no interpreter, end this process unless this is called again in time."""
+        """Have faulthandler, which needs no interpreter, end this process unless this is called again in time."""
         if self.hang_limit and self.ends_if_blocked:
-            faulthandler.dump_traceback_later(PATIENT_FACTOR * self.hang_limit + 60, exit=True)
+            faulthandler.dump_traceback_later(PATIENT_FACTOR * self.hang_limit + self.limits.blocked, exit=True)
         elif self._is_faulthandler_armed:
             faulthandler.cancel_dump_traceback_later()
         self._is_faulthandler_armed = bool(self.hang_limit and self.ends_if_blocked)
@@ -235,7 +259,7 @@ class HangWatcher:
         """Describe an activity of the watched thread; None if it is in a debugger."""
         frame = sys._current_frames().get(self._thread_id)
         collective, waits, where = activity.collective, activity.waits, ""
-        recipes = True  # whether the frames are of what the training calls, and not of what calls it
+        recipes = True  # whether the frames belong to what the training calls, not to what calls it
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             recipes = recipes and not any(path.is_relative_to(PACKAGE / room) for room in ("training", "cli"))
@@ -251,7 +275,7 @@ class HangWatcher:
 
 
 def is_library_file(path: Path) -> bool:
-    """Whether a file is part of Python or of an installed package."""
+    """Return whether a file is part of Python or of an installed package."""
     return path.is_relative_to(sysconfig.get_path("stdlib")) or "site-packages" in path.parts
 
 
@@ -261,7 +285,7 @@ def _contains_folders(path: Path, folders: tuple[str, ...]) -> bool:
 
 
 def _find_collective_name(frame: FrameType | None) -> str:
-    """The name of the collective that a frame of Horovod's is called for: of the outermost one that knows it."""
+    """Return the name of the collective that a frame of Horovod's works for, which the outermost frame knows best."""
     found = ""
     while frame is not None and any(
         _contains_folders(Path(frame.f_code.co_filename), folders) for folders in COLLECTIVE_FOLDERS

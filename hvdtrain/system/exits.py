@@ -1,4 +1,4 @@
-"""The end of a process whose command is done, while threads or children of a recipe may live on."""
+"""End a process whose command is done, even if threads or child processes of a recipe still run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ import os
 import signal
 import sys
 import threading
-import time
 from typing import NoReturn
 
-STRAGGLER_GRACE = 2.0  # seconds for threads and children of a recipe to end by themselves once the command is done
-EXIT_HANDLERS_TIMEOUT = 10.0  # seconds for exit handlers
+from hvdtrain.system.limits import ExitLimits
+from hvdtrain.system.processes import Deadline
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process now that its command is done, whatever the recipe has left running in it.
+    """End this process with an exit code, whatever the recipe has left running in it.
 
-    Python itself would wait for threads and for children of multiprocessing, for ever. They get GRACE seconds; then
-    they are named and ended. Exit handlers run, for HANDLERS seconds at most.
+    Python itself would wait for threads and for children of multiprocessing without a limit. Here they get
+    `ExitLimits.stragglers` seconds and are then named and ended. Exit handlers run, within a limit as well.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error for a loader's worker that ends
-    left = wait_for_stragglers(time.monotonic() + STRAGGLER_GRACE)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error when a loader's worker ends
+    left = wait_for_stragglers(ExitLimits.stragglers)
     if left:
         print(f"hvdtrain: the run is over; ending what the recipe left running: {', '.join(left)}", file=sys.stderr)
     stop_descendants(spare_daemons=True)
-    watchdog = threading.Timer(EXIT_HANDLERS_TIMEOUT, _exit_without_handlers, [code])
+    watchdog = threading.Timer(ExitLimits.exit_handlers, _exit_without_handlers, [code])
     watchdog.daemon = True
     watchdog.start()
     with contextlib.suppress(BaseException):  # each handler's error is printed; the first one is raised as well
@@ -37,14 +36,15 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _finalize_mpi() -> None:
-    """Do what mpi4py does when Python ends, if it has started MPI: mpirun takes it for a failure otherwise."""
+    """Finalize MPI if mpi4py has started it, as mpi4py does when Python ends; mpirun reports a failure otherwise."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()
 
 
-def wait_for_stragglers(deadline: float) -> list[str]:
-    """Wait until no thread or child process keeps Python from ending; those that still do at the deadline."""
+def wait_for_stragglers(seconds: float) -> list[str]:
+    """Wait until no thread or child process keeps Python from ending; return the names of those that still do."""
+    deadline = Deadline(seconds)
     while True:
         threads = [
             f"thread {thread.name!r}"
@@ -52,13 +52,15 @@ def wait_for_stragglers(deadline: float) -> list[str]:
             if thread is not threading.current_thread() and not thread.daemon
         ]
         children = [f"process {pid}" for pid, daemon in list_multiprocessing_children() if not daemon]
-        if not (threads or children) or time.monotonic() > deadline:
+        if not (threads or children) or not deadline.wait(0.02):
             return threads + children
-        time.sleep(0.02)
 
 
 def list_multiprocessing_children() -> list[tuple[int | None, bool]]:
-    """The living children of multiprocessing, and whether each is a daemon, which its exit handler ends."""
+    """Return the process IDs of multiprocessing's living children, and whether each is a daemon.
+
+    Multiprocessing's own exit handler ends the daemons.
+    """
     module = sys.modules.get("multiprocessing")
     return [(child.pid, child.daemon) for child in module.active_children()] if module is not None else []
 
@@ -66,7 +68,8 @@ def list_multiprocessing_children() -> list[tuple[int | None, bool]]:
 def stop_descendants(*, spare_daemons: bool = False) -> None:
     """End all processes that descend from this one.
 
-    spare_daemons: but not multiprocessing's daemons (a loader's workers) and servers, which its exit handler ends.
+    Args:
+        spare_daemons: leave out multiprocessing's daemons (a loader's workers) and servers; its exit handler ends them.
     """
     import psutil
 
@@ -81,14 +84,16 @@ def stop_descendants(*, spare_daemons: bool = False) -> None:
         for child in children:
             with contextlib.suppress(psutil.Error):
                 child.terminate()
-        _, alive = psutil.wait_procs(children, timeout=1.0)
+        _, alive = psutil.wait_procs(children, timeout=ExitLimits.terminate)
         for child in alive:
             with contextlib.suppress(psutil.Error):
                 child.kill()
 
 
 def _exit_without_handlers(code: int) -> None:
-    print(f"hvdtrain: exit handlers took longer than {EXIT_HANDLERS_TIMEOUT:g} s: ended without them", file=sys.stderr)
+    print(
+        f"hvdtrain: exit handlers took longer than {ExitLimits.exit_handlers:g} s: ended without them", file=sys.stderr
+    )
     stop_descendants()
     _flush_and_exit(code)
 

@@ -1,14 +1,145 @@
-"""Time limits that the environment can change."""
+"""Time limits, in seconds: the defaults of each part of hvdtrain on one page.
+
+A limit is a field of the object of its part, which is passed to what waits; a test, or a site, passes another one. The
+limits that a variable of the environment can change are read by `from_environment`; all variables take 0.1 to 604800.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from hvdtrain.system.errors import UserError
 
 
+@dataclass(frozen=True, kw_only=True)
+class SshLimits:
+    """Limits of ssh to other hosts.
+
+    Attributes:
+        connect: for ssh to connect (its ConnectTimeout, in whole seconds).
+        read_config: for ssh to print its configuration.
+    """
+
+    connect: int = 5
+    read_config: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RendezvousLimits:
+    """Limits of the meeting of ranks that srun has started.
+
+    Attributes:
+        server_start: for rank 0 to serve; HOROVOD_START_TIMEOUT overrides it.
+        server_response: for rank 0's server to answer a request.
+        poll: between two requests until it serves.
+        pmix_connect: for an MPI job's own server, named in the environment, to accept a connection.
+    """
+
+    server_start: float = 120.0
+    server_response: float = 5.0
+    poll: float = 0.1
+    pmix_connect: float = 5.0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> RendezvousLimits:
+        """Return the limits with what the environment overrides. Raises UserError."""
+        server_start = read_time_limit(environ, "HOROVOD_START_TIMEOUT", RendezvousLimits.server_start)
+        return RendezvousLimits(server_start=server_start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorLimits:
+    """Limits of `hvdtrain doctor` and of the check before a launch.
+
+    Attributes:
+        query: for a host to answer a query; Python may take long to start from a file server that nobody has read from
+            today.
+        connect_back: for a host to connect to this one.
+        first_line: for a program (a compiler, nvidia-smi) to print its version.
+        gpus: for nvidia-smi to list the GPUs.
+        worker_join: for all ranks of a network test to connect to the coordinator.
+        coordinator_connect: for a rank to connect to the coordinator.
+        command_send: for a rank to accept a command.
+        command: for a rank to carry out a command.
+        all_reduce: for the all-reduces over pairs of ranks, start of Horovod included.
+        link_connect: for a rank to connect to another one.
+        launcher_exit: for the launcher of the ranks to end by itself.
+        launcher_terminate: for it to end after each of two SIGTERMs; then it is killed.
+    """
+
+    query: float = 30.0
+    connect_back: float = 3.0
+    first_line: float = 5.0
+    gpus: float = 10.0
+    worker_join: float = 60.0
+    coordinator_connect: float = 10.0
+    command_send: float = 5.0
+    command: float = 15.0
+    all_reduce: float = 90.0
+    link_connect: float = 2.5
+    launcher_exit: float = 10.0
+    launcher_terminate: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangLimits:
+    """When a rank that makes no step is named, and ended (hvdtrain.system.activity); the hang limit is an option.
+
+    Attributes:
+        notice: in one activity until it is named; HVDTRAIN_HANG_NOTICE overrides it.
+        watch: between two looks.
+        blocked: on top of three hang limits, until a process whose interpreter runs no thread is ended.
+    """
+
+    notice: float = 45.0
+    watch: float = 1.0
+    blocked: float = 60.0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> HangLimits:
+        """Return the limits with what the environment overrides. Raises UserError."""
+        return HangLimits(notice=read_time_limit(environ, "HVDTRAIN_HANG_NOTICE", HangLimits.notice))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitLimits:
+    """Limits of the end of a process whose command is done.
+
+    Attributes:
+        stragglers: for threads and children of a recipe to end by themselves.
+        exit_handlers: for exit handlers.
+        terminate: between SIGTERM and SIGKILL to processes that are left.
+    """
+
+    stragglers: float = 2.0
+    exit_handlers: float = 10.0
+    terminate: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockLimits:
+    """Limits of a process that waits for another one of this host to release a lock (hvdtrain.system.turns).
+
+    Attributes:
+        wait: for the lock; HVDTRAIN_DATA_WAIT overrides it.
+        silent: until the wait is announced.
+        poll: between two attempts.
+    """
+
+    wait: float = 3600.0
+    silent: float = 5.0
+    poll: float = 0.1
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> LockLimits:
+        """Return the limits with what the environment overrides. Raises UserError."""
+        return LockLimits(wait=read_time_limit(environ, "HVDTRAIN_DATA_WAIT", LockLimits.wait))
+
+
 def read_time_limit(environ: Mapping[str, str], name: str, default: float) -> float:
-    """The seconds that a variable of the environment gives, or the default. Raises UserError for anything else."""
+    """Return the seconds that a variable of the environment gives, or the default. Raises UserError if it is wrong."""
     text = environ.get(name, "")
     try:
         seconds = float(text) if text else default

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.limits import SshLimits
 from hvdtrain.system.processes import ProcessTimeout, run_process
-
-CONNECT_SECONDS = 5  # for ssh to connect to a host
-CONFIG_SECONDS = 10.0  # for ssh to print its configuration
 
 
 class Ssh(NamedTuple):
@@ -53,7 +51,7 @@ def build_ssh_command(host: str, remote: Sequence[str], options: Sequence[str] =
     """
     if host.startswith("-"):
         raise UserError(f"{host!r} is not a host name: it begins with -")
-    own = ["-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "BatchMode=yes", *host_key_options(host, tuple(options))]
+    own = ["-o", f"ConnectTimeout={SshLimits.connect}", "-o", "BatchMode=yes", *host_key_options(host, tuple(options))]
     return ["ssh", *options, *own, "--", host, *remote]
 
 
@@ -74,7 +72,7 @@ def ssh_hostname(name: str) -> str:
 def _read_ssh_config(host: str, options: Sequence[str] = ()) -> list[str]:
     """Return the lines of ssh's configuration for a host; none if there is no ssh."""
     try:
-        done = run_process(["ssh", "-G", *options, "--", host], CONFIG_SECONDS)
+        done = run_process(["ssh", "-G", *options, "--", host], SshLimits.read_config)
     except (OSError, ProcessTimeout):
         return []
     return done.stdout.splitlines()

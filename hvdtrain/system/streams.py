@@ -1,7 +1,7 @@
 """Standard output and standard error whose write errors never end the program that prints.
 
-A training must not end because nobody reads its output any more (`| head -1`, a closed terminal), or because the disk
-under its log is full. What cannot be written is dropped and counted, and reported once the stream works again.
+A training must not end because its output is no longer read (`| head -1`, a closed terminal), or because the disk that
+holds its log is full. What cannot be written is dropped and counted, and reported once the stream works again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ STREAM_NAMES = ("stdout", "stderr")
 
 @dataclass
 class DroppedOutput:
-    """What could not be written to a stream."""
+    """What could not be written to a stream.
 
-    total_bytes: int = 0  # bytes, ever
-    unreported_bytes: int = 0  # bytes since the stream last worked
-    last_error: str = ""  # why, the last time
+    Attributes:
+        total_bytes: all that was dropped.
+        unreported_bytes: what was dropped since the stream last worked.
+        last_error: why, the last time.
+    """
+
+    total_bytes: int = 0
+    unreported_bytes: int = 0
+    last_error: str = ""
 
 
 class DroppingFile(io.RawIOBase):
-    """A file descriptor, written to without errors: bytes that it does not take are dropped."""
+    """A file whose write errors are not raised: bytes that its descriptor does not accept are dropped."""
 
     def __init__(self, descriptor: int) -> None:
         self.dropped = DroppedOutput()
         self._descriptor = descriptor
 
     def write(self, data: Any, /) -> int:
-        """Write all of `data`, or drop the rest of it."""
+        """Write all of `data`, or drop the rest of it; return its length in either case."""
         view = memoryview(data).cast("B")
         written = 0
         try:
@@ -59,7 +65,7 @@ class DroppingFile(io.RawIOBase):
     def _write_some(self, view: memoryview) -> int:
         try:
             return os.write(self._descriptor, view)
-        except BlockingIOError:  # another process of this terminal or pipe has made it non-blocking
+        except BlockingIOError:  # another process that shares the terminal or pipe has made it non-blocking
             select.select([], [self._descriptor], [])
             return 0
 
@@ -74,13 +80,13 @@ class DroppingFile(io.RawIOBase):
 
 
 def make_dropping_stream(stream: TextIO | None, descriptor: int) -> TextIO:
-    """A text stream like `stream`, or for a descriptor that was closed, that drops what it cannot write."""
+    """Return a text stream like `stream` that drops what it cannot write; None stands for a closed descriptor."""
     file = io.BufferedWriter(DroppingFile(descriptor))
     errors = stream.errors if stream is not None else None
     return io.TextIOWrapper(
         file,
         encoding=stream.encoding if stream is not None else "utf-8",
-        # A character that the encoding lacks is not worth an error either.
+        # A character that the encoding does not have must not raise either.
         errors=errors if errors not in (None, "strict") else "backslashreplace",
         newline="\n",
         line_buffering=stream is None or bool(getattr(stream, "line_buffering", False)),
@@ -89,7 +95,7 @@ def make_dropping_stream(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def open_closed_descriptors() -> None:
-    """Open /dev/null for those of the descriptors 0 to 2 that are closed: no other file may take their numbers."""
+    """Open /dev/null for each of the descriptors 0 to 2 that is closed, so that no other file gets its number."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -102,9 +108,9 @@ def open_closed_descriptors() -> None:
 
 
 def install_dropping_streams() -> None:
-    """Let this process's own standard output and standard error drop what they cannot write, from now on.
+    """Make this process's own standard output and standard error drop what they cannot write, from now on.
 
-    A stream that somebody has put in their place (a notebook, a test) is left alone.
+    A stream that was put in their place (by a notebook, a test) is left alone.
     """
     open_closed_descriptors()
     for descriptor, name in enumerate(STREAM_NAMES, start=1):
@@ -118,7 +124,7 @@ def install_dropping_streams() -> None:
 
 @contextlib.contextmanager
 def dropping_streams() -> Iterator[None]:
-    """`install` for the time of the block, which is part of another program."""
+    """Install dropping streams for the duration of a block, in a program that is not hvdtrain's own."""
     before = {name: getattr(sys, name) for name in STREAM_NAMES}
     install_dropping_streams()
     try:
@@ -130,7 +136,7 @@ def dropping_streams() -> Iterator[None]:
 
 
 def find_dropped_output() -> dict[str, DroppedOutput]:
-    """By the stream's name, what could not be written so far; streams of others and those without a loss left out."""
+    """Return, by the stream's name, what could not be written so far; only for dropping streams that dropped bytes."""
     found = {}
     for name in STREAM_NAMES:
         stream = getattr(sys, name)

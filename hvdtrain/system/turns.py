@@ -1,4 +1,4 @@
-"""Processes of one user on one host take turns, by a lock in a folder that nobody else can write to."""
+"""Let the processes of one user on one host take turns, by a lock in a folder that only this user can write to."""
 
 from __future__ import annotations
 
@@ -9,67 +9,66 @@ import os
 import socket
 import stat
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError
-from hvdtrain.system.limits import read_time_limit
+from hvdtrain.system.limits import LockLimits
+from hvdtrain.system.processes import Deadline
 
-TURN_WAIT_VARIABLE = "HVDTRAIN_DATA_WAIT"  # in the environment: seconds to wait for the turn, instead of
-DEFAULT_TURN_WAIT = 3600.0
-SILENT_WAIT = 5.0  # seconds to wait without a word
-LOCK_POLL_INTERVAL = 0.1  # seconds
 UNSUPPORTED_LOCK_ERRORS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without flock
 
 
 @contextlib.contextmanager
 def hold_host_lock(
-    name: str, what: str, environ: Mapping[str, str] = os.environ, quiet: float = SILENT_WAIT
+    name: str, what: str, environ: Mapping[str, str] = os.environ, limits: LockLimits | None = None
 ) -> Iterator[None]:
-    """Let one process of this user on this host after the other do what is in the block.
+    """Run the block in one process of this user on this host at a time.
 
-    A wait is announced on standard error, with the process that is waited for.
+    A long wait is announced on standard error, with the process that holds the lock.
 
     Args:
-        name: of the turn: a part of a file's name.
-        what: is done in the block, for people: "load the data of 'mine'".
+        name: of the lock: a part of a file's name.
+        what: what the block does, to be shown: "load the data of 'mine'".
         environ: names the folders of the user, and may limit the wait.
-        quiet: seconds to wait without an announcement.
+        limits: how long to wait; None: as the environment says.
 
     Raises:
-        RunError: another process does not end its turn in time.
+        RunError: another process does not release the lock in time.
         UserError: the limit in the environment is not a number of seconds.
     """
-    limit = read_time_limit(environ, TURN_WAIT_VARIABLE, DEFAULT_TURN_WAIT)
+    limits = limits or LockLimits.from_environment(environ)
     lock = open_lock_file(f"{socket.gethostname()}-{name}.lock", environ)
     if lock is None:
         print(
             "hvdtrain: warning: processes of this host do not take turns: neither XDG_RUNTIME_DIR nor ~/.cache is a "
-            f"folder that only this user can write to; they {what} at the same time",
+            f"folder that only this user can write to; they will {what} at the same time",
             file=sys.stderr,
         )
         yield
         return
     descriptor, path = lock
     try:
-        with activity.temporary_activity(
-            f"waiting for another process to {what}", endless=True
-        ):  # that has a limit of its own
-            locked = wait_for_lock(descriptor, path, what, limit, quiet)
+        # Endless for the hang limit: this wait has a limit of its own.
+        with activity.temporary_activity(f"waiting for another process to {what}", endless=True):
+            locked = wait_for_lock(descriptor, path, what, limits)
         if locked:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # for a child process too, which may live longer
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if a child process holds the file too
         os.close(descriptor)
 
 
 def open_lock_file(name: str, environ: Mapping[str, str]) -> tuple[int, Path] | None:
-    """Open a lock file in the first of the user's folders that is private; None if there is none."""
+    """Open a lock file in the first of the user's folders that can be made private.
+
+    Returns:
+        the file's descriptor and path; None if there is no such folder.
+    """
     for folder in lock_folders(environ):
         with contextlib.suppress(OSError):
             descriptor = open_private_folder(folder)
@@ -86,7 +85,7 @@ def open_lock_file(name: str, environ: Mapping[str, str]) -> tuple[int, Path] | 
 
 
 def lock_folders(environ: Mapping[str, str]) -> list[Path]:
-    """Where the user's lock files may be, best first."""
+    """Return the folders in which the user's lock files may be, best first."""
     found = []
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         found.append(Path(runtime) / "hvdtrain")
@@ -98,7 +97,7 @@ def lock_folders(environ: Mapping[str, str]) -> list[Path]:
 
 
 def open_private_folder(folder: Path) -> int:
-    """Make and open a folder that only this user may enter. Raises OSError if it is another user's, or a link."""
+    """Create and open a folder that only this user may enter. Raises OSError if it is another user's, or a link."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -111,9 +110,13 @@ def open_private_folder(folder: Path) -> int:
     return descriptor
 
 
-def wait_for_lock(descriptor: int, path: Path, what: str, limit: float, quiet: float) -> bool:
-    """Wait for a lock, at most so many seconds; False if the file system has none. Raises RunError."""
-    since, announced = time.monotonic(), False
+def wait_for_lock(descriptor: int, path: Path, what: str, limits: LockLimits) -> bool:
+    """Wait for a lock and return True; return False if the file system has no locks.
+
+    Raises:
+        RunError: it is not free within the limit, or cannot be locked.
+    """
+    deadline, silent, announced = Deadline(limits.wait), Deadline(limits.silent), False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,19 +127,18 @@ def wait_for_lock(descriptor: int, path: Path, what: str, limit: float, quiet: f
             if error.errno in UNSUPPORTED_LOCK_ERRORS:
                 return False
             raise RunError(f"cannot lock {path}: {error.strerror}") from error
-        waited = time.monotonic() - since
         holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
         who = f"pid {holder}" if holder.isdecimal() else "a process"
-        if waited > limit:
+        if deadline.expired:
             raise RunError(
-                f"{who} holds {path}, to {what}, for more than {limit:.0f} s: end it, or set {TURN_WAIT_VARIABLE} "
-                f"to more seconds"
+                f"{who} has held {path}, to {what}, for more than {limits.wait:.0f} s: end it, or set "
+                "HVDTRAIN_DATA_WAIT to more seconds"
             )
-        if waited > quiet and not announced:
+        if silent.expired and not announced:
             announced = True
             print(
-                f"hvdtrain: waiting up to {limit:.0f} s for {who} on this host to {what} (lock {path})",
+                f"hvdtrain: waiting up to {limits.wait:.0f} s for {who} on this host to {what} (lock {path})",
                 file=sys.stderr,
                 flush=True,
             )
-        time.sleep(LOCK_POLL_INTERVAL)
+        deadline.wait(limits.poll)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.doctor import meeting
 from hvdtrain.doctor.lines import accept_session, join_session
 from hvdtrain.doctor.meeting import Coordinator
 from hvdtrain.doctor.peer import run_worker, wait_for_ticket
 from hvdtrain.system import signed_http
+from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import Child
 
 
@@ -58,9 +58,8 @@ def test_silent_connections_and_junk_keep_no_rank_out(launcher: Child) -> None:
         stranger.close()
 
 
-def test_who_does_not_know_the_secret_is_no_rank(launcher: Child, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "WORKER_JOIN_TIMEOUT", 2.0)
-    room = Coordinator(1, "127.0.0.1")
+def test_who_does_not_know_the_secret_is_no_rank(launcher: Child) -> None:
+    room = Coordinator(1, "127.0.0.1", DoctorLimits(worker_join=2.0))
     with ThreadPoolExecutor(1) as thread:
         other = thread.submit(run_worker, where(room), b"o" * 64, 0, None)
         assert room.accept_workers(launcher) == [0]
@@ -69,9 +68,8 @@ def test_who_does_not_know_the_secret_is_no_rank(launcher: Child, monkeypatch: p
             other.result(10)
 
 
-def test_a_first_line_that_was_recorded_lets_nobody_in(launcher: Child, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "WORKER_JOIN_TIMEOUT", 1.0)
-    room = Coordinator(1, "127.0.0.1")
+def test_a_first_line_that_was_recorded_lets_nobody_in(launcher: Child) -> None:
+    room = Coordinator(1, "127.0.0.1", DoctorLimits(worker_join=1.0))
     lines, before = join_session(room.secret.encode(), b"n" * 64)  # of another connection
     with socket.create_connection(where(room), 10) as replay:
         replay.sendall(before + lines.sign_line({"rank": 0, "at": ["127.0.0.1", 9]}))

@@ -15,6 +15,7 @@ import pytest
 
 from hvdtrain.system import turns
 from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.limits import LockLimits
 from hvdtrain.system.turns import hold_host_lock, lock_folders, open_lock_file
 
 ROOT = Path(__file__).parents[2]
@@ -58,12 +59,12 @@ def test_one_is_in_its_turn_at_a_time(environ: dict[str, str]) -> None:
 def test_a_wait_names_who_is_waited_for_and_has_an_end(
     environ: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    second = hold_host_lock("mine", "load the data of Mine", environ, quiet=0.2)
+    second = hold_host_lock("mine", "load the data of Mine", environ, LockLimits(wait=0.4, silent=0.2))
     with hold_host_lock("mine", "load the data of Mine", environ), pytest.raises(RunError) as refused, second:
         raise AssertionError
     who = f"pid {os.getpid()}"
     assert re.match(
-        f"{who} holds /.*, to load the data of Mine, for more than 0 s: end it, or set HVDTRAIN_DATA_WAIT",
+        f"{who} has held /.*, to load the data of Mine, for more than 0 s: end it, or set HVDTRAIN_DATA_WAIT",
         str(refused.value),
     )
     assert (
