@@ -42,7 +42,7 @@ class OnlyChecksums:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def checksums(self) -> dict[str, int]:
+    def checksum_state(self) -> dict[str, int]:
         return checksum_model(self.model)
 
 

@@ -83,7 +83,7 @@ def train_in_an_order_of_its_own(run_dir: Path) -> None:
         def __init__(self, examples: int, seed: int, epoch: int) -> None:
             super().__init__(examples, seed + hvd.rank(), epoch)
 
-    with mock.patch.object(order, "Order", Other):
+    with mock.patch.object(order, "SampleOrder", Other):
         train_here(EXACT, run_dir, ("--steps", "5"))
 
 
