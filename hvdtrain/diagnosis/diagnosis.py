@@ -16,7 +16,7 @@ from hvdtrain.diagnosis.drift import Drift, find_drift, hash_checksums
 from hvdtrain.diagnosis.straggler import TIME_PARTS, StepTimes, Straggler, find_straggler
 from hvdtrain.recipe.framework import Step
 from hvdtrain.system.errors import RunError
-from hvdtrain.system.files import write_error_text, write_json
+from hvdtrain.system.files import BufferedDocument, write_error_text
 
 MIN_INTERVAL_STEPS = 10  # steps from one comparison to the next: fewer say little about a straggler
 FINAL_TABLE_STEPS = 1000  # steps that the end's table is about
@@ -45,7 +45,7 @@ class Diagnosis:
         self._intervals: deque[dict[str, Any]] = deque(maxlen=MAX_INTERVALS)
         self._named_counts: dict[str, int] = {}  # intervals, by the rank that was named
         self._last_straggler: Any = ""  # who was named in the last table
-        self._write_failed = False  # told that diagnose.json cannot be
+        self._report_file = BufferedDocument(self.path)
 
     def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what they take to come is this rank's data time."""
@@ -148,13 +148,13 @@ class Diagnosis:
             "drift": found,
             "earlier_worlds": self.earlier_worlds,
         }
-        before, self._write_failed = self._write_failed, False
-        try:
-            write_json(self.path, told)
-        except OSError as problem:
-            self._write_failed = True
-            return [] if before else [f"diagnose  {write_error_text(self.path.name, self.path.parent, problem)}"]
-        return []
+        before = self._report_file.error
+        self._report_file.hold(told)
+        self._report_file.flush()
+        error = self._report_file.error
+        if error is None or before is not None:
+            return []
+        return [f"diagnose  {write_error_text(self.path.name, self.path.parent, error)}"]
 
     def _format_table(self, times: StepTimes, straggler: Straggler | None, steps: str) -> list[str]:
         medians = 1000 * np.median(times, axis=0)

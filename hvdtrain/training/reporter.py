@@ -13,7 +13,7 @@ from typing import Any
 
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system import messages, streams
-from hvdtrain.system.files import DISK_SPACE_ERRORS, BufferedAppender, write_error_text, write_json
+from hvdtrain.system.files import DISK_SPACE_ERRORS, BufferedAppender, BufferedDocument, write_error_text, write_json
 from hvdtrain.system.progress import ProgressBar
 from hvdtrain.system.strict_json import encode_json
 from hvdtrain.training.checkpoint import Position
@@ -42,8 +42,7 @@ class Reporter:
         self.pending_rows = 0  # rows that rank 0 could not write
         self._position = Position()  # of the last step; its rows are counted here
         self._write_error: OSError | None = None  # why rows wait, as people were told
-        self._pending_advice: dict[str, Any] | None = None  # that is still to be written
-        self._advice_error: OSError | None = None
+        self._advice_file = BufferedDocument(Path("advisor.json"))
         self._row_due = False
         self._missing_reported = False  # that TensorBoard is not installed
         self._last_progress_time = 0.0
@@ -53,6 +52,7 @@ class Reporter:
         """Begin, or continue after a step; `active` on rank 0."""
         self.close()
         self.run_dir, self.total_steps, self.active, self._position = run_dir, steps, active, at
+        self._advice_file.path = run_dir / "advisor.json"
         self.prints_output = active and not self.quiet
         self.recent_rows = [row for row in self.recent_rows if int(row["step"] or 0) <= at.step]
         if not active:
@@ -106,7 +106,7 @@ class Reporter:
         errors = [("the ledger", ledger.error)]
         if self.active:
             errors += [("metrics.jsonl", self._row_file.error), ("tensorboard", self._event_writer.error)]
-            errors += [("advisor.json", self._advice_error)]
+            errors += [("advisor.json", self._advice_file.error)]
         found = next(((what, error) for what, error in errors if error is not None), None)
         if found and self._write_error is None:
             self.print_warning(
@@ -123,7 +123,7 @@ class Reporter:
 
     def record_advice(self, advice: dict[str, Any] | None) -> None:
         """What `--compression auto` measured and chose, for the run folder."""
-        self._pending_advice = advice if self.active else None
+        self._advice_file.hold(advice if self.active else None)
 
     def sync_rows(self) -> None:
         """Write the row of this step, if it is due, and all that waits, to survive the machine.
@@ -209,12 +209,7 @@ class Reporter:
             )
         self._steps_since_row.clear()
         self._row_due = False
-        if self._pending_advice is not None:
-            try:
-                write_json(self.run_dir / "advisor.json", self._pending_advice)
-                self._pending_advice = self._advice_error = None
-            except OSError as error:
-                self._advice_error = error
+        self._advice_file.flush()
 
     def add_measurements(self, values: dict[str, Any]) -> dict[str, Any]:
         """The summary, completed with what was measured."""
