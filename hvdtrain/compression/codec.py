@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.system.seeds import derive_seed
+
 
 class Collective(enum.Enum):
     """How payloads are summed over ranks.
@@ -38,8 +40,8 @@ class RandomKey:
 
     def make_generator(self, device: torch.device, *, shared: bool) -> torch.Generator:
         """Return a generator that is the same on all ranks (shared) or this rank's own."""
-        mixed = hash((self.seed, self.step, self.bucket, -1 if shared else self.rank, self.round)) & (2**63 - 1)
-        return torch.Generator(device).manual_seed(mixed)
+        seed = derive_seed(self.seed, self.step, self.bucket, -1 if shared else self.rank, self.round)
+        return torch.Generator(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)

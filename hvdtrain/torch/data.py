@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pickle
 import random
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from hvdtrain.recipe.framework import Ids, Split
 from hvdtrain.system.errors import KnownError, RunError, UserError
 from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
+from hvdtrain.system.seeds import derive_seed
 from hvdtrain.system.shared_memory import explain_full
 from hvdtrain.torch.recipe import Recipe
 
@@ -37,8 +37,7 @@ def seed_all(entropy: Sequence[int]) -> None:
 
 def seed_cpu_generators(entropy: Sequence[int]) -> int:
     """Seed the CPU's generators, in 7 microseconds: for each example, torch.manual_seed's 100 would be too many."""
-    digest = hashlib.blake2b(repr(tuple(entropy)).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") >> 1
+    seed = derive_seed(*entropy)
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
