@@ -23,8 +23,8 @@ from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.scorer import AMP_DTYPES
 from hvdtrain.torch.setup import choose_device, load_datasets
-from hvdtrain.torch.step import AMP_DTYPES
 from hvdtrain.training.options import RunOptions
 
 WARM_UP_STEPS = 4  # steps that do not count

@@ -104,9 +104,9 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
 def check_parsed_arguments(arguments: TrainArguments) -> None:
     """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
     from hvdtrain.compression import spec
-    from hvdtrain.recipe.framework import check_framework
+    from hvdtrain.recipe.framework import find_framework
 
-    check_framework(arguments.recipe_class)
+    find_framework(arguments.recipe_class)
     recipe, run = split_options(arguments.recipe_class, arguments.given_options)
     schedule.parse_schedule(recipe.schedule, 1000, 10)
     spec.parse_compression(run.compression.spec)

@@ -9,16 +9,17 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NoReturn
 
 from hvdtrain.comm.world import World, init, local_size_from_environment, rank_from_environment
-from hvdtrain.elastic.membership import Membership, MembershipEnded
+from hvdtrain.elastic.generation import MembershipEnded
+from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.system import cpus, messages
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR, KnownError, RecipeError, UserError
 from hvdtrain.system.exits import stop_descendants
 from hvdtrain.system.recipe_errors import recipe_traceback
 
+NOT_ELASTIC = FixedMembership()
 ORIGIN_HEAD_START = 1.0  # seconds that other ranks leave the one that failed to print its traceback
 
 
@@ -27,30 +28,25 @@ def set_rank_threads() -> None:
     cpus.set_threads(local_size_from_environment())
 
 
-def start_rank(member: Membership | None = None) -> World:
-    """Start Horovod, and tell the launcher. Raises UserError.
+def start_rank(membership: Membership = NOT_ELASTIC) -> World:
+    """Start Horovod and report this rank to the launcher. Raises UserError.
 
-    A member of an elastic run is alone at first, and tells when it has joined the others.
+    A member of an elastic run is alone at first; it is reported when it has joined the others.
     """
-    world = init()
-    if member is not None:
-        cpus.bind_to_cores(member.slot.local_rank, member.slot.local_size)
-        return replace(world, local_rank=member.slot.local_rank, local_size=member.slot.local_size)
-    messages.send_message(messages.RankStarted(world.rank, world.host, os.getpid()))
-    return world
+    return membership.prepare_process(init())
 
 
 @contextlib.contextmanager
-def exit_on_failure(member: Membership | None = None) -> Iterator[None]:
-    """End this rank at once when what is done in here fails; with it the run, if this is a member of an elastic one."""
+def exit_on_failure(membership: Membership = NOT_ELASTIC) -> Iterator[None]:
+    """End this rank at once if the block fails; also the run, if this is a member of an elastic one."""
     try:
         yield
     except MembershipEnded as gone:
         exit_immediately(gone.exit_code)
     except KnownError as error:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
-        if member is not None and member.has_joined:
-            member.publish_end(code, str(error))
+        if membership.has_joined:
+            membership.publish_end(code, str(error))
         abort_rank(code, str(error), error.trace if isinstance(error, RecipeError) else "", error.origin)
     except SystemExit as leaving:  # of code that is not one of the recipe's methods: a hook, a library
         abort_rank(EXIT_FAILED, f"sys.exit({leaving.code!r}) was called in the run", recipe_traceback(leaving))

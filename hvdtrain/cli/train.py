@@ -10,8 +10,9 @@ import click
 from hvdtrain.cli import options
 from hvdtrain.cli.rank import exit_on_failure, report_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import HOROVOD_FUSION_BYTES
-from hvdtrain.elastic import membership, slot
-from hvdtrain.elastic.records import SOURCE
+from hvdtrain.elastic.elastic_membership import membership_from_environment
+from hvdtrain.elastic.membership import Membership
+from hvdtrain.elastic.slot import MEMBER_VARIABLE
 from hvdtrain.elastic.supervisor import Supervisor
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.registry import load_recipe
@@ -53,31 +54,33 @@ def train_command(ctx: click.Context, recipe: str | None, args: tuple[str, ...])
         click.echo(formatter.getvalue(), nl=False)
         return 0
     assert recipe is not None
-    if os.environ.get("HOROVOD_ELASTIC") == "1" and slot.MEMBER_VARIABLE not in os.environ:
+    if os.environ.get("HOROVOD_ELASTIC") == "1" and MEMBER_VARIABLE not in os.environ:
         return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).supervise_worker()
-    member = membership.membership_from_environment()
+    membership = membership_from_environment()
     ctx.with_resource(watch_for_hangs(command=True))
     activity.enter_activity("importing the recipe", patient=True)
     try:
-        arguments = load_arguments([recipe, *args], read_recipe_copy(member))
+        arguments = load_arguments([recipe, *args], read_recipe_copy(membership))
         options.check_parsed_arguments(arguments)
         if arguments.given_options.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
         activity.enter_activity("meeting the other ranks", waits=True, patient=True)
-        world = start_rank(member)
+        world = start_rank(membership)
     except UserError as error:
         report_failure(EXIT_USER_ERROR, str(error), "")
         raise
     from hvdtrain.training.fit import fit_from_command_line
 
-    with exit_on_failure(member):
-        summary = fit_from_command_line(arguments.recipe_class, arguments.name, arguments.given_options, world, member)
-    return 0 if summary["finished"] else EXIT_REQUEUE
+    with exit_on_failure(membership):
+        summary = fit_from_command_line(
+            arguments.recipe_class, arguments.name, arguments.given_options, world, membership
+        )
+    return 0 if summary.finished else EXIT_REQUEUE
 
 
-def read_recipe_copy(member: membership.Membership | None) -> RecipeSource | None:
-    """The recipe's source as the elastic run that this worker joins copied it: the file may have been edited since."""
-    described = member.store.get(SOURCE) if member is not None else None
+def read_recipe_copy(membership: Membership) -> RecipeSource | None:
+    """Return the recipe's source as the elastic run that this worker joins copied it: it may have been edited since."""
+    described = membership.get_recipe_copy()
     return read_copy(described) if described is not None else None
 
 

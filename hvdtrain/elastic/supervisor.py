@@ -20,8 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from hvdtrain.elastic.endings import FailureHandler
+from hvdtrain.elastic.generation import get_newest_plan
 from hvdtrain.elastic.heartbeats import HeartbeatMonitor
-from hvdtrain.elastic.membership import get_newest_plan
 from hvdtrain.elastic.records import CANDIDATE, GONE, VERDICT, Heartbeat, Verdict
 from hvdtrain.elastic.slot import Request, Slot
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable

@@ -1,8 +1,12 @@
-"""What the trainer needs of a framework: the small interface behind which torch (and later Keras and JAX) stands."""
+"""What training needs of a framework: the interface between the loop and torch, or whatever computes gradients.
+
+A framework is a `Framework`, registered under the name that its recipes have as `framework`: by a module of
+hvdtrain.frameworks, or by another package that names it in the entry point group `hvdtrain.frameworks`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,128 +17,208 @@ from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.plugins import Registry
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 Ids = NDArray[np.int64]
-FRAMEWORKS = {"torch": ("hvdtrain.torch.step", "TorchStep")}  # module and class of each one's Step
-TOLD = 7  # numbers that each rank tells the others in a step
+
+
+@dataclass(frozen=True)
+class StepVotes:
+    """What every rank contributes to a step besides gradients; summed over ranks together with the scores."""
+
+    stop: int = 0  # ranks asked to stop the run
+    leave: int = 0  # ranks asked to leave it, as they will be preempted
+    regroup: int = 0  # ranks whose supervisor has newcomers ready
+    examples: int = 0  # example ids fed to the model
+    id_hashes: int = 0  # sum of their 32-bit hashes
+    ledger_durable: int = 0  # rank 0 only: the last step whose ledger row is on disk for good
+    pending_rows: int = 0  # rank 0 only: rows of metrics.jsonl that wait for disk space
+
+    def to_vector(self) -> NDArray[np.float64]:
+        """Return (NUM_VOTES,) float64, to be summed over ranks: exact up to 2^53."""
+        return np.fromiter(vars(self).values(), np.float64)
+
+    @staticmethod
+    def from_vector(vector: NDArray[np.float64]) -> StepVotes:
+        """Return the votes that (NUM_VOTES,) float64, a sum over ranks, stands for."""
+        return StepVotes(*map(int, vector))
+
+
+NUM_VOTES = len(StepVotes().to_vector())
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a rank knows after an exchange; the same on each rank but for the last two.
-
-    A step whose losses or gradients are not finite is skipped.
-    """
+    """What a rank knows after an exchange. It is the same on all ranks but for what says "here"."""
 
     score_sums: NDArray[np.float64]  # (metrics,): sums of the scores over the global batch
-    votes: NDArray[np.float64]  # (TOLD,): what the ranks told, added up
+    votes: StepVotes  # of all ranks, summed
     nonfinite_loss: bool  # a loss of some rank was not finite
     nonfinite_gradients: tuple[str, ...]  # parameters whose gradient, summed over ranks, is not finite
-    # These two are this rank's own:
     nonfinite_loss_here: bool
-    waited_seconds: float  # seconds waited for communication
+    waited_here: float  # seconds that this rank waited for communication
 
     @property
     def must_skip(self) -> bool:
-        """Whether the step must not be made."""
+        """Whether the update must be skipped, as losses or gradients are not finite."""
         return self.nonfinite_loss or bool(self.nonfinite_gradients)
 
 
-def check_framework(recipe: type[Recipe]) -> None:
-    """Raise UserError if no Step is known for a recipe's framework."""
-    if recipe.framework not in FRAMEWORKS:
-        names = ", ".join(map(repr, FRAMEWORKS))
-        raise UserError(
-            f"{recipe.__name__}.framework is {recipe.framework!r}; expected {names}: derive the recipe from "
-            "hvdtrain.torch.Recipe"
-        )
+@dataclass(frozen=True)
+class ExchangeReport:
+    """How gradients travel, for summary.json and advisor.json."""
+
+    buckets: Sequence[Mapping[str, object]]  # of each: values, compression, bytes_sent, ...
+    advice: Mapping[str, object] | None  # what `--compression auto` measured and chose
 
 
 class Step(Protocol):
-    """One rank's model, optimizer and data. A training step is `begin`, `micro_batch` ..., `exchange`, `update`."""
+    """One rank's model, optimizer and data.
+
+    All ranks call the methods in the same order:
+
+        made with (recipe, world, options): the same model and data on all ranks, or UserError on all
+         |
+         +-> load_batches("train", ...), once an epoch or a part of it; then for each training step
+         |     start_step(passes, batch_share)
+         |     for each micro-batch of this rank, of which there may be none:
+         |         cast_votes(votes)                          before the last one, or if there is none
+         |         accumulate_gradients(batch, ...)           after the last one, the exchange may begin
+         |     all_reduce() -> StepResult                     all ranks know the same from here on
+         |     apply_update(...), or skip_update() if StepResult.must_skip
+         |
+         +-> between steps: evaluate_batch for each of load_batches("eval", ...); gather_state for a checkpoint;
+         |     checksum_state, exchange_report, take_messages, wire_bytes
+         |
+         +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state
+         |
+         +-> close()
+    """
 
     metrics: tuple[str, ...]  # the scores' names, "loss" first
     examples: dict[Split, int]  # 0 for "eval": no evaluation
     agreement_parts: Sequence[ConsistentPart]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
-    update_in_progress: bool  # an update was begun and not finished: this state is none
+    update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
+
+    # What is known before the first step.
 
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
-        """The name of the first training example whose hash is another one than it was; None if there is none."""
+        """Return the name of the first training example whose hash has changed; None if none has."""
+
+    def base_learning_rate(self) -> float:
+        """Return the first parameter group's learning rate, before the schedule."""
+
+    def trace_graph(self) -> bytes | None:
+        """Return the model as a TensorBoard GraphDef on rank 0; None for batches that cannot be traced.
+
+        All ranks call it. Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
+        """
+
+    # A training step.
 
     def load_batches(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        """The batches of these ids, in order, each with the ids that were really loaded.
+        """Yield the batch of each chunk of ids, in order, with the ids that were really loaded.
 
-        `chunks` is read as batches are needed. Of a split, the iterator of the last call only may be used.
+        `chunks` is read as batches are needed. Only the iterator of the last call for a split may be used.
         """
 
-    def start_step(self, passes: Sequence[int], part: float, told: NDArray[np.float64]) -> None:
-        """Forget the last step's gradients; micro-batches follow.
+    def start_step(self, passes: Sequence[int], batch_share: float) -> None:
+        """Forget the last step's gradients and sums.
 
-        passes: how many micro-batches each of this rank's shards has. part: this rank's share of the global batch.
-        told: (TOLD,) numbers that travel with the scores' sums, as they are when the last micro-batch is given, or when
-        `exchange` is called if there is none.
+        Args:
+            passes: the number of micro-batches of each of this rank's shards.
+            batch_share: this rank's share of the global batch, from 0 to 1.
         """
+
+    def cast_votes(self, votes: StepVotes) -> None:
+        """Take this rank's votes, which travel in one collective with the sums of the scores."""
 
     def accumulate_gradients(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
-        """Add the gradient of `weight` * the sum of `count` losses; start exchanging what is ready after the last one.
+        """Add the gradient of `weight` * the sum of the `count` losses of a micro-batch.
 
-        seed: what randomness in the model is drawn from.
+        With the last one of the step, start to exchange what is ready: gradients, sums, votes.
+
+        Args:
+            batch: as `load_batches` has yielded it.
+            count: the number of its examples.
+            weight: of each example, 1 / the examples of the global batch.
+            seed: what randomness in the model is drawn from.
         """
 
     def all_reduce(self) -> StepResult:
-        """Finish exchanging gradients and sums. All ranks call it once per step, also without a micro-batch."""
+        """Finish exchanging gradients, sums and votes; a rank without a micro-batch starts it here."""
 
     def apply_update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
-        """Clip and apply the optimizer at `factor` times its learning rate; what there is to report of it.
+        """Clip gradients, and apply the optimizer at `factor` times its learning rate; return what to report of it.
 
         seed: what randomness in the optimizer is drawn from, the same on all ranks.
         """
 
     def skip_update(self) -> None:
-        """Instead of `update`: leave the model as it was before the step, buffers included."""
+        """Leave the model as it was before the step, buffers included."""
 
-    def base_learning_rate(self) -> float:
-        """The first parameter group's learning rate, before the schedule."""
+    # Between steps.
 
     def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
-        """Sums of the scores of a batch of `count` examples, without training: (metrics,).
+        """Return (metrics,) the sums of the scores of a batch of `count` examples, without training.
 
         seed: what randomness in the model is drawn from.
         """
 
     def gather_state(self) -> bytes:
-        """All that the trajectory depends on. All ranks call it; only rank 0's answer is whole."""
+        """Return all that the trajectory depends on. All ranks call it; only rank 0's result is whole."""
 
     def load_state(self, data: bytes) -> None:
-        """Take over a state. Raises UserError if it is not one of this model's and optimizer's."""
-
-    def local_state(self) -> bytes:
-        """This rank's state by itself, for ranks that have an older one or none."""
-
-    def switch_world(self, world: World) -> None:
-        """Go on in another world, as before the step that was not finished, if there is one."""
-
-    def wire_bytes(self) -> int:
-        """Bytes that this rank sends in an exchange."""
-
-    def exchange_report(self) -> dict[str, Any]:
-        """How gradients travel: {"buckets": [{"values", "compression", "bytes_sent", ...}], "advisor": its advice}."""
-
-    def take_messages(self) -> list[str]:
-        """Lines for people since the last call: what the advisor measured and chose."""
+        """Take over a state. Raises UserError if it is not of this model and this optimizer."""
 
     def checksum_state(self) -> dict[str, int]:
-        """Of each tensor of the model's state, by name: a 64-bit number that all of its bits go into."""
+        """Return a 64-bit checksum of each tensor of the model's state, by name."""
+
+    def wire_bytes(self) -> int:
+        """Return the bytes that this rank sends in an exchange."""
+
+    def exchange_report(self) -> ExchangeReport:
+        """Return how gradients travel."""
+
+    def take_messages(self) -> list[str]:
+        """Return the lines to print that have come up since the last call."""
+
+    # Another world.
+
+    def local_state(self) -> bytes:
+        """Return this rank's state without the help of others, for ranks whose state is older."""
+
+    def switch_world(self, world: World) -> None:
+        """Continue in another world, as before the step that was not finished, if there is one."""
+
+    # The end.
 
     def close(self) -> None:
-        """Give back what was taken of the process, the model and the optimizer; the step is of no more use."""
+        """Undo what was changed in the process, the model and the optimizer; the step is not used any more."""
 
-    def trace_graph(self) -> bytes | None:
-        """The model as a TensorBoard GraphDef on rank 0, or None for batches that cannot be traced. All ranks call it.
 
-        Raises what tracing does, and UserError for a recipe that cannot be copied.
-        """
+@dataclass(frozen=True)
+class Framework:
+    """How the recipes of a framework are trained."""
+
+    name: str
+    recipe_class: str  # what its recipes derive from, e.g. "hvdtrain.torch.Recipe"
+    make_step: Callable[[Any, World, Any], Step]  # from a recipe, its world and exchange.step_options.StepOptions
+
+
+FRAMEWORKS: Registry[Framework] = Registry("framework", "hvdtrain.frameworks", "hvdtrain.frameworks")
+
+
+def find_framework(recipe: type[Recipe]) -> Framework:
+    """Return the framework of a recipe. Raises UserError if it is not known."""
+    if recipe.framework not in FRAMEWORKS.names():
+        names = ", ".join(map(repr, FRAMEWORKS.names()))
+        classes = " or ".join(framework.recipe_class for framework in FRAMEWORKS.load_all().values())
+        raise UserError(
+            f"{recipe.__name__}.framework is {recipe.framework!r}; expected {names}: derive the recipe from {classes}"
+        )
+    return FRAMEWORKS.get(recipe.framework)

@@ -1,7 +1,15 @@
-"""`hvdtrain.fit`: a recipe, a place in the world, and off."""
+"""Train a recipe: `hvdtrain.fit`, and what `hvdtrain train` calls.
+
+fit or fit_from_command_line    make the recipe and the run options from what was given
+  train_recipe                  make what stays for the run: the framework's step, the report, the lease of the folder
+    Session (session.py)        train in one generation of ranks after the other
+      run_loop (loop.py)        train step by step
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +17,24 @@ from typing import Any
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World, init, shut_down_horovod
-from hvdtrain.elastic.membership import Membership
+from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.options import convert_value, flatten_options, make_from_values, option_fields
-from hvdtrain.system import streams
-from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.recipe.source import source_of_class
+from hvdtrain.system import activity, messages, streams
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, suggest_nearest
 from hvdtrain.system.strict_json import parse_strict_json
-from hvdtrain.training.hang import watch_for_hangs
-from hvdtrain.training.loop import train_recipe
+from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
+from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
+from hvdtrain.training.loop import Ending
 from hvdtrain.training.options import RunOptions, check_elastic_options, check_recipe_values, split_options
-from hvdtrain.training.start import agree_on_given_options, agree_on_options
+from hvdtrain.training.reporter import Reporter
+from hvdtrain.training.run import Run
+from hvdtrain.training.session import Session
+from hvdtrain.training.start import agree_on_given_options, agree_on_options, check_best_metric, compare_with_run
+from hvdtrain.training.stop import StopRequest
+from hvdtrain.training.summary import Summary, make_summary, wait_for_all_ranks, write_summary
 
 # Where a run is, not what it is: these are not kept in config.json.
 EXCLUDED_FROM_CONFIG = ("run_dir", "resume")
@@ -27,21 +43,26 @@ EXCLUDED_FROM_CONFIG = ("run_dir", "resume")
 def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
     """Train a recipe on all ranks that run this, and return the summary (as in summary.json) on each.
 
-    comm: an mpi4py communicator whose processes are the ranks; None: all that were launched.
-    run_options: the run options of `hvdtrain train RECIPE --help`, e.g. run_dir="runs/x", resume=True, amp="bf16",
-    epochs=3; those that a recipe has as fields (epochs, batch_size, lr, schedule) override it.
-    Raises UserError (a ValueError's worth of user mistake) and RunError (the loss is not finite).
+    Args:
+        recipe: the recipe.
+        comm: an mpi4py communicator whose processes are the ranks; None: all that were launched.
+        run_options: the run options of `hvdtrain train RECIPE --help`, e.g. run_dir="runs/x", resume=True, amp="bf16",
+            epochs=3; those that a recipe has as fields (epochs, batch_size, lr, schedule) override it.
+
+    Raises:
+        UserError: for invalid input.
+        RunError: for a run that cannot continue, e.g. a loss that is not finite.
     """
     recipe, options = apply_run_options(recipe, run_options)
     world = init(comm)
     try:
         name = type(recipe).__name__.lower()
         with streams.dropping_streams(), watch_for_hangs():
-            return train_recipe(recipe, name, options, build_config(name, recipe, options), world)
+            config = build_config(name, recipe, options)
+            return train_recipe(recipe, name, options, config, world, FixedMembership()).to_json()
     finally:
         if comm is not None:
-            # So that the next training can have another communicator; MPI itself goes on.
-            shut_down_horovod()
+            shut_down_horovod()  # so that the next training can have another communicator; MPI itself stays
 
 
 def apply_run_options(recipe: Recipe, values: Mapping[str, Any]) -> tuple[Recipe, RunOptions]:
@@ -66,28 +87,68 @@ def apply_run_options(recipe: Recipe, values: Mapping[str, Any]) -> tuple[Recipe
 
 
 def fit_from_command_line(
-    cls: type[Recipe], name: str, given: dict[str, Any], world: World, membership: Membership | None = None
-) -> dict[str, Any]:
+    cls: type[Recipe], name: str, given: dict[str, Any], world: World, membership: Membership
+) -> Summary:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
     if given.get("resume"):
         agree_on_given_options(cls, name, given)
         given = merge_saved_options(Path(given["run_dir"]), cls, name, given)
-    if membership is not None:
+    if membership.world_may_change:
         check_elastic_options(given)
     recipe, options = split_options(cls, given)
     agree_on_options(recipe, name, options)
     return train_recipe(recipe, name, options, build_config(name, recipe, options), world, membership)
 
 
-def build_config(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """What config.json holds."""
+def train_recipe(
+    recipe: Recipe, name: str, options: RunOptions, config: Mapping[str, object], world: World, membership: Membership
+) -> Summary:
+    """Train a recipe on this rank and return the summary.
+
+    Args:
+        recipe: the recipe, with the values of its options.
+        name: what the recipe is called in the run folder.
+        options: the run options.
+        config: what config.json is to hold.
+        world: the one that Horovod was started in; a member of an elastic run is alone there.
+        membership: how the ranks of the run are put together.
+
+    Raises:
+        UserError: for what a user can fix before the first step.
+        RunError: for a run that cannot continue, e.g. a loss that is not finite.
+        MembershipEnded: the run continues without this rank.
+    """
+    framework = find_framework(type(recipe))
+    configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
+    activity.enter_activity("preparing the model and the datasets", patient=True)
+    step = framework.make_step(recipe, world, options)
+    report, source = Reporter(options.reports), source_of_class(type(recipe))
+    lease = Lease(membership.agree_on_launch_name(os.environ.get(RELAUNCH_VARIABLE)))
+    with StopRequest(membership) as stop, contextlib.closing(step), lease, report:
+        run = Run(name, recipe, source, options, membership, step, lease, report, stop)
+        if step.examples["eval"]:
+            check_best_metric(recipe, step.metrics)
+        compare_with_run(run, world)
+        with Session(run, world, config) as session:
+            generation, position, ending = session.run_generations()
+            activity.enter_activity("ending the run", patient=True)
+            summary = make_summary(generation, position, session.resumed_from, finished=ending == Ending.FINISHED)
+            error = write_summary(generation, summary)
+    code = EXIT_FAILED if error else 0 if summary.finished else EXIT_REQUEUE
+    wait_for_all_ranks(generation, code, error)
+    messages.send_message(messages.RankFinished(generation.world.rank, code))
+    return summary
+
+
+def build_config(name: str, recipe: Recipe, options: RunOptions) -> Mapping[str, object]:
+    """Return what config.json holds."""
     kept = {name: value for name, value in flatten_options(options).items() if name not in EXCLUDED_FROM_CONFIG}
     values = flatten_options(recipe) | kept
     return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
 
 
 def merge_saved_options(run_dir: Path, cls: type[Recipe], name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Options of rank 0's config.json, overridden by those given now; the same on every rank.
+    """Return the options of rank 0's config.json, overridden by those given now; the same on every rank.
 
     Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
     """
@@ -99,7 +160,7 @@ def merge_saved_options(run_dir: Path, cls: type[Recipe], name: str, given: dict
 
 
 def read_saved_options(run_dir: Path, cls: type[Recipe], name: str) -> dict[str, Any]:
-    """The options in a run folder's config.json; none if there is no such file. Raises UserError."""
+    """Return the options in a run folder's config.json; none if there is no such file. Raises UserError."""
     path = run_dir / "config.json"
     if not path.exists():
         return {}

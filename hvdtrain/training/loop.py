@@ -1,297 +1,192 @@
-"""The training loop, top to bottom. It imports no framework: that stands behind `hvdtrain.recipe.framework.Step`."""
+"""The training loop: batch, gradients, exchange, update, ledger row, report, decision, evaluation, checkpoint.
+
+Nothing here, nor in the rest of training/, knows a framework: the model is behind `hvdtrain.recipe.framework.Step`.
+torch is imported all the same, by hvdtrain.comm, whose collectives carry the numbers of every framework as its tensors.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import enum
 import itertools
-import os
 import time
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from hvdtrain.comm import collectives
-from hvdtrain.comm.world import World
-from hvdtrain.diagnosis.diagnosis import Diagnosis
-from hvdtrain.elastic.membership import EVICTED_TEXT, Membership, MembershipEnded
-from hvdtrain.elastic.records import FOLDER, SOURCE
-from hvdtrain.ledger.writer import Ledger, LedgerRow, sum_id_hashes
-from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.framework import FRAMEWORKS, Step, check_framework
+from hvdtrain.ledger.writer import LedgerRow, sum_id_hashes
+from hvdtrain.recipe.framework import StepResult, StepVotes
 from hvdtrain.recipe.metrics import compute_means
-from hvdtrain.recipe.source import source_of_class
-from hvdtrain.recipe.source_copy import describe_copy
-from hvdtrain.system import activity, messages
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
-from hvdtrain.training import hang
-from hvdtrain.training.between import RunContext, evaluate_and_save, handle_nonfinite_step
+from hvdtrain.recipe.order import Ids
+from hvdtrain.system import activity
 from hvdtrain.training.checkpoint import Position
-from hvdtrain.training.folder import take_over_folder
-from hvdtrain.training.lease import FolderLost, Lease
-from hvdtrain.training.options import RunOptions
-from hvdtrain.training.plan import describe_training_plan, iterate_step_shares, make_training_plan
-from hvdtrain.training.ragged import refuse_uneven_calls
-from hvdtrain.training.regroup import enter_next_world
-from hvdtrain.training.reporter import Reporter, describe_summary
-from hvdtrain.training.setup import (
-    collect_versions,
-    copy_source,
-    open_ledger,
-    write_config,
-)
-from hvdtrain.training.start import agree_on_launch_name, begin_run, check_best_metric, compare_with_run
-from hvdtrain.training.stop import FED, HASHES, HELD, KEPT, LEAVING, REGROUP, STOP, StopRequest
+from hvdtrain.training.evaluation import evaluate_model
+from hvdtrain.training.nonfinite import count_nonfinite_step
+from hvdtrain.training.plan import StepShare, iterate_step_shares
+from hvdtrain.training.run import Generation
+from hvdtrain.training.saving import save_checkpoint
 
-Ending = Literal["finished", "stopped", "regroup"]
+Batches = Iterator[tuple[Ids, Any]]  # the ids that were loaded, and what the framework makes of them
 
 
-def train_recipe(
-    recipe: Recipe,
-    name: str,
-    options: RunOptions,
-    config: dict[str, Any],
-    world: World,
-    membership: Membership | None = None,
-) -> dict[str, Any]:
-    """Train a recipe on this rank and return the summary; its "finished" is False where the run was asked to stop.
+class Ending(enum.Enum):
+    """How the steps of a generation have ended."""
 
-    name: what the recipe is called in the run folder. config: what config.json shall hold. membership: of an elastic
-    run, whose worlds come and go; `world` is then this process alone.
-    Raises UserError for what a user can fix before the first step, RunError for a loss that is not finite.
+    FINISHED = "the plan is done"
+    STOPPED = "all ranks were asked to stop, or too few would be left"
+    MEMBERS_LEAVE = "some ranks leave; the others form a generation without them"
+    MEMBERS_JOIN = "newcomers are ready; all form a generation with them"
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step has come to, before it is committed."""
+
+    result: StepResult
+    update_report: dict[str, float]  # what the update reports: the gradient's norm, ...
+    lr: float
+    seconds: float
+
+
+def run_loop(generation: Generation, position: Position) -> Ending:
+    """Train from `position` on, and move it along, until the plan is done or all agree to end the generation."""
+    if position.step:
+        evaluate_and_save(generation, position, None)  # what was due when another rank was lost
+    activity.begin_training(position.step)
+    while position.step < generation.plan.total_steps:
+        for share, batches in plan_epoch(generation, position):
+            outcome = train_step(generation, position, share, batches)
+            commit_step(generation, position, share, outcome)
+            ending = decide(generation, position, outcome.result.votes)
+            compare_replicas(generation, position, ending)
+            evaluate_and_save(generation, position, ending)
+            generation.run.report.report_write_errors(generation.ledger)
+            if ending is not None:
+                return ending
+    return Ending.FINISHED
+
+
+def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[StepShare, Batches]]:
+    """Yield this rank's share of each remaining step of the epoch, and the batches to take its micro-batches from."""
+    plan, run = generation.plan, generation.run
+    shares = iterate_step_shares(plan, run.options.data.seed, position.epoch, position.offset, generation.world.rank)
+    shares_ahead, shares = itertools.tee(itertools.islice(shares, plan.total_steps - position.step))
+    # Loading is some batches ahead of the steps.
+    chunks = (chunk for share in shares_ahead for shard in share.shards for chunk in shard)
+    batches = run.step.load_batches("train", chunks, position.epoch)
+    if generation.diagnosis is not None:
+        batches = generation.diagnosis.time_batches(batches)
+    for share in shares:
+        yield share, batches
+
+
+def train_step(generation: Generation, position: Position, share: StepShare, batches: Batches) -> StepOutcome:
+    """Compute gradients, exchange them with the other ranks, and update the model."""
+    run, plan, start = generation.run, generation.plan, time.perf_counter()
+    compute_gradients(generation, position, share, batches)
+    activity.enter_activity("exchanging gradients")
+    result = run.step.all_reduce()
+    if generation.diagnosis is not None:
+        generation.diagnosis.record_exchange(start, result.waited_here)
+    activity.enter_activity("updating the model")
+    lr_factor = plan.schedule.factor(plan.schedule_step(position))
+    if result.must_skip:
+        count_nonfinite_step(generation, result, position)
+        run.step.skip_update()
+        update_report: dict[str, float] = {}
+    else:
+        update_report = run.step.apply_update(plan.lr_scale * lr_factor, (run.options.data.seed, position.step, -1))
+    return StepOutcome(result, update_report, plan.lr * lr_factor, time.perf_counter() - start)
+
+
+def compute_gradients(generation: Generation, position: Position, share: StepShare, batches: Batches) -> None:
+    """Add up the gradients of this rank's micro-batches; the last one carries the rank's votes.
+
+    Every example weighs 1 / the examples of the step, wherever it is: the sum over ranks and passes is the global mean.
+    Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
     """
-    check_framework(type(recipe))
-    hang.configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
-    activity.enter_activity("preparing the model and the datasets", patient=True)
-    module, cls = FRAMEWORKS[recipe.framework]
-    step: Step = getattr(importlib.import_module(module), cls)(recipe, world, options)
-    report, at, resumed_from = Reporter(options.reports), None, None
-    ledger: Ledger | None = None
-    source, notes = source_of_class(type(recipe)), list[str]()
-    lease = Lease(agree_on_launch_name(membership))
-    with StopRequest(membership) as stop, contextlib.closing(step), lease, report, contextlib.ExitStack() as files:
-        if step.examples["eval"]:
-            check_best_metric(recipe, step.metrics)
-        if membership is not None:
-            compare_with_run(membership, recipe, name, options, step.agreement_parts, world)
-        diagnosis: Diagnosis | None = None
-        while True:
-            try:
-                if membership is not None:
-                    known: dict[str, Any] = {"rows": report.recent_rows, "ledger": ledger and ledger.to_state()}
-                    known["diagnosis"] = diagnosis.build_history() if diagnosis is not None else []
-                    files.close()
-                    world, at, known = enter_next_world(membership, step, at, known)
-                    hang.configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
-                    reach, supervisor = membership.slot.host, os.getppid()
-                    messages.send_message(
-                        messages.RankStarted(world.rank, world.host, os.getpid(), world.size, reach, supervisor)
-                    )
-                begins = at is None
-                if at is None:
-                    folder, at = begin_run(step, options, name, world, membership, lease)
-                    resumed_from = at.step or None
-                    ledger = None
-                elif membership is not None:
-                    folder = take_over_folder(Path(membership.store.require(FOLDER)), lease)
-                    report.recent_rows = known["rows"]
-                    ledger = Ledger.from_state(known["ledger"])
-                plan = make_training_plan(
-                    recipe, options, step.examples["train"], step.base_learning_rate(), world.size, at
-                )
-                if step.score_uses_collectives:
-                    refuse_uneven_calls(type(recipe).__name__, plan, step.examples["eval"], at)
-                ledger = files.enter_context(open_ledger(ledger, options, plan, at, folder))
-                if membership is not None and world.rank == 0:
-                    membership.publish_start(at.step)
-                if begins:
-                    write_config(folder, config)
-                    if source is not None:
-                        notes = list(filter(None, [copy_source(folder, source)]))
-                    if source is not None and membership is not None:
-                        membership.store.put_if_absent(SOURCE, describe_copy(folder, source))
-                if options.reports.diagnose:
-                    earlier = known["diagnosis"] if membership is not None else []
-                    diagnosis = Diagnosis(world, folder, options.reports.log_every, at.step, earlier)
-                run = RunContext(name, recipe, options, world, plan, folder, lease, membership, ledger, diagnosis)
-                report.open_files(run.folder, plan.total_steps, at, active=world.rank == 0)
-                if membership is None or not membership.change_count:
-                    report_run_start(run, step, at, report)
-                    report.print_lines(notes)
-                else:
-                    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
-                    report.print_lines([f"world     {ranks}, from step {at.step} on; {membership.formation_text}"])
-                ending = run_steps(run, step, at, report, stop)
-            except MembershipEnded:
-                # The next rank 0 needs it, if there is one.
-                lease.keep_for_launch = membership is not None and not membership.has_run_ended()
-                raise
-            except FolderLost as lost:
-                report.close_without_flush()
-                if membership is not None and lost.same_launch:
-                    raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED) from lost
-                raise
-            except (UserError, RunError):
-                raise
-            except Exception as error:
-                if membership is None:
-                    raise
-                if not isinstance(error, collectives.PeersLost):  # it may not come again
-                    membership.report_error(at.step if at is not None else 0, error)
-                if step.update_in_progress:
-                    at = None
-                report.close()
-                continue
-            if ending == "regroup":
-                continue
-            break
-        activity.enter_activity("ending the run", patient=True)
-        finished = ending == "finished"
-        summary = report.add_measurements(
-            {
-                "recipe": name,
-                "framework": recipe.framework,
-                "world_size": world.size,
-                "steps": at.step,
-                "epochs": plan.epochs,
-                "finished": finished,
-                "samples_seen": at.samples,
-                "train_loss": at.train_loss,
-                "eval": at.eval,
-                "wire_bytes_per_step": step.wire_bytes(),
-                "compression": options.compression.spec,
-                "buckets": step.exchange_report()["buckets"],
-                "membership_changes": membership.change_count if membership is not None else 0,
-                "resumed_from": resumed_from,
-                "skipped_nonfinite": at.skipped_nonfinite,
-                "synthetic": bool(getattr(recipe, "synthetic", False)),
-                "versions": collect_versions(),
-            }
-        )
-        lease.check_ownership()
-        failed = report.write_summary(summary)
-        if not failed:
-            report.print_lines(describe_summary(summary, run.folder))
-    code = EXIT_FAILED if failed else 0 if finished else EXIT_REQUEUE
-    # No rank leaves before rank 0 has written everything: launchers end all ranks when one has left.
-    wait_for_all_ranks(world, membership, code, failed)
-    messages.send_message(messages.RankFinished(world.rank, code))
-    return summary
+    run, votes = generation.run, collect_votes(generation)
+    micro_batches = [chunk for shard in share.shards for chunk in shard]
+    own_examples, index = sum(map(len, micro_batches)), share.first_index
+    run.step.start_step([len(shard) for shard in share.shards], own_examples / share.step_examples)
+    if not micro_batches:
+        run.step.cast_votes(votes)
+    for left, chunk in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+        activity.enter_activity("loading its batch")
+        ids, batch = next(batches)
+        activity.enter_activity("computing gradients")
+        votes = replace(votes, examples=votes.examples + len(ids), id_hashes=votes.id_hashes + sum_id_hashes(ids))
+        if left == 0:
+            run.step.cast_votes(votes)
+        seed = (run.options.data.seed, position.step, index)
+        run.step.accumulate_gradients(batch, len(chunk), 1 / share.step_examples, seed)
+        index += len(chunk)
 
 
-def report_run_start(run: RunContext, step: Step, at: Position, report: Reporter) -> None:
-    """Tell people what will be done."""
-    threads = run.options.resolve_threads(run.world.local_size)
-    report.print_lines(
-        [
-            f"hvdtrain  {run.recipe_name} ({run.recipe.framework}), run folder {run.folder}",
-            *describe_training_plan(run.plan, run.options),
-            f"threads   {threads.count} per rank, from {threads.source}",
-        ]
-    )
-    if run.options.checkpoints.resume:
-        report.print_lines([f"resumed   at step {at.step}" if at.step else "resumed   at step 0: no checkpoint yet"])
-    elif not at.step:
-        try:
-            report.write_graph(step.trace_graph())  # on all ranks, for `score` may exchange something with the others
-        except UserError as error:
-            report.print_lines([f"graph     not drawn: {error}"])
-        except Exception as error:  # of the recipe, traced: it trains all the same
-            report.print_lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])
+def collect_votes(generation: Generation) -> StepVotes:
+    """Return this rank's votes before it has fed an example to the model."""
+    votes = generation.run.stop.collect_votes()
+    if generation.world.rank != 0:
+        return votes
+    written, pending = generation.ledger.durable_step, generation.run.report.pending_rows
+    return replace(votes, ledger_durable=written, pending_rows=pending)
 
 
-def run_steps(run: RunContext, step: Step, at: Position, report: Reporter, stop: StopRequest) -> Ending:
-    """Train from `at` on, moving it along, until the plan is done, or all agreed to stop or to regroup."""
-    plan, options, world, membership, diagnosis = run.plan, run.options, run.world, run.membership, run.diagnosis
-    if at.step:
-        evaluate_and_save(run, step, at, report)
-    activity.begin_training(at.step)
-    while at.step < plan.total_steps:
-        left = itertools.islice(
-            iterate_step_shares(plan, options.data.seed, at.epoch, at.offset, world.rank), plan.total_steps - at.step
-        )
-        ahead, parts = itertools.tee(left)  # the loader is some batches ahead
-        chunks = (chunk for share in ahead for shard in share.shards for chunk in shard)
-        batches = step.load_batches("train", chunks, at.epoch)
-        batches = diagnosis.time_batches(batches) if diagnosis is not None else batches
-
-        for share in parts:
-            count, first, shards = share.step_examples, share.first_index, share.shards
-            start = time.perf_counter()
-            mine = list(itertools.chain.from_iterable(shards))
-            told = stop.collect_votes()
-            if world.rank == 0:
-                told[KEPT], told[HELD] = run.ledger.durable_step, report.pending_rows
-            step.start_step([len(chunks) for chunks in shards], sum(map(len, mine)) / count, told)
-            for chunk in mine:
-                # Every example weighs 1/count, wherever it is: the sum over ranks and passes is the global mean.
-                # Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
-                activity.enter_activity("loading its batch")
-                ids, batch = next(batches)
-                activity.enter_activity("computing gradients")
-                told[FED] += len(ids)
-                told[HASHES] += sum_id_hashes(ids)
-                step.accumulate_gradients(batch, len(chunk), 1 / count, (options.data.seed, at.step, first))
-                first += len(chunk)
-            activity.enter_activity("exchanging gradients")
-            agreed = step.all_reduce()
-            if diagnosis is not None:
-                diagnosis.record_exchange(start, agreed.waited_seconds)
-            activity.enter_activity("updating the model")
-            lr_factor = plan.schedule.factor(plan.schedule_step(at))
-            if agreed.must_skip:
-                handle_nonfinite_step(run, agreed, at, report)
-                step.skip_update()
-                details: dict[str, float] = {}
-            else:
-                details = step.apply_update(plan.lr_scale * lr_factor, (options.data.seed, at.step, -1))
-            seconds = time.perf_counter() - start
-            if news := step.take_messages():
-                report.print_lines(news)
-                report.record_advice(step.exchange_report()["advisor"])
-
-            epoch = at.epoch + 1
-            run.lease.check_ownership()
-            # Only now: that this step took place tells that rank 0 has outlived its writing.
-            run.ledger.discard_rows(int(agreed.votes[KEPT]))
-            report.pending_rows = int(agreed.votes[HELD])
-            run.ledger.append_row(
-                LedgerRow(at.step + 1, epoch, at.offset, int(agreed.votes[FED]), int(agreed.votes[HASHES]))
-            )
-            at.advance_past_step(count, None if agreed.must_skip else float(agreed.score_sums[0]))
-            activity.record_finished_steps(at.step)
-            last = at.step == plan.total_steps
-            values = compute_means(step.metrics, agreed.score_sums, count) | details
-            report.record_step(at, epoch, plan.lr * lr_factor, values, count, seconds, agreed.waited_seconds)
-            leaving = int(agreed.votes[LEAVING])
-            # The second: too few would be left to go on.
-            stopping = bool(
-                agreed.votes[STOP] > 0 or (leaving and membership and membership.is_below_minimum(world.size - leaving))
-            )
-            if diagnosis is not None and (last or stopping or diagnosis.is_comparison_due(at.step)):
-                report.print_lines(diagnosis.compare_ranks(step, at.step, ends=last or stopping))
-            evaluate_and_save(run, step, at, report, stopping=stopping, leaving=leaving > 0)
-            report.report_write_errors(run.ledger)
-            if last:
-                break
-            if stopping:
-                report.print_lines([f"stopped   at step {at.step}, saved; to go on: --resume --run-dir {run.folder}"])
-                return "stopped"
-            if membership is not None and (leaving or agreed.votes[REGROUP]):
-                membership.leave_if_requested()
-                return "regroup"
-    return "finished"
+def commit_step(generation: Generation, position: Position, share: StepShare, outcome: StepOutcome) -> None:
+    """Write the step to the ledger, move `position` past it, and report it."""
+    run, ledger, result, votes = generation.run, generation.ledger, outcome.result, outcome.result.votes
+    if lines := run.step.take_messages():
+        run.report.print_lines(lines)
+        run.report.record_advice(run.step.exchange_report().advice)
+    run.lease.check_ownership()
+    # Only now: that this step took place shows that rank 0 has outlived its writing.
+    ledger.discard_rows(votes.ledger_durable)
+    run.report.pending_rows = votes.pending_rows
+    epoch = position.epoch + 1
+    ledger.append_row(LedgerRow(position.step + 1, epoch, position.offset, votes.examples, votes.id_hashes))
+    count = share.step_examples
+    position.advance_past_step(count, None if result.must_skip else float(result.score_sums[0]))
+    activity.record_finished_steps(position.step)
+    values = compute_means(run.step.metrics, result.score_sums, count) | outcome.update_report
+    run.report.record_step(position, epoch, outcome.lr, values, count, outcome.seconds, result.waited_here)
 
 
-def wait_for_all_ranks(world: World, membership: Membership | None, code: int, error: str | None) -> None:
-    """Wait for the other ranks, all of which are done. Raises RunError on all where one has an error."""
-    if membership is not None and world.rank == 0:
-        membership.publish_end(code, error or "")
-    try:
-        errors = collectives.gather_json(error, "end")
-    except collectives.PeersLost:
-        if membership is None or not membership.has_run_ended():
-            raise
-        verdict = membership.get_verdict()
-        errors = [error or (verdict.error if verdict is not None else None)]
-    if found := next(filter(None, errors), None):
-        raise RunError(found)
+def decide(generation: Generation, position: Position, votes: StepVotes) -> Ending | None:
+    """Return whether the generation ends after this step, and how; the same on all ranks, which have the same votes."""
+    if position.step == generation.plan.total_steps:
+        return Ending.FINISHED
+    too_few = votes.leave > 0 and generation.run.membership.is_below_minimum(generation.world.size - votes.leave)
+    if votes.stop or too_few:
+        return Ending.STOPPED
+    if votes.leave:
+        return Ending.MEMBERS_LEAVE
+    return Ending.MEMBERS_JOIN if votes.regroup else None
+
+
+def compare_replicas(generation: Generation, position: Position, ending: Ending | None) -> None:
+    """With --diagnose, compare the ranks' times and weights if that is due, before anything is saved."""
+    diagnosis, ends = generation.diagnosis, ending in (Ending.FINISHED, Ending.STOPPED)
+    if diagnosis is not None and (ends or diagnosis.is_comparison_due(position.step)):
+        lines = diagnosis.compare_ranks(generation.run.step, position.step, ends=ends)
+        generation.run.report.print_lines(lines)
+
+
+def evaluate_and_save(generation: Generation, position: Position, ending: Ending | None) -> None:
+    """Evaluate and save if that is due after this step and not done yet; then the step's row is complete."""
+    run, options = generation.run, generation.run.options
+    is_last, epoch_ends = position.step >= generation.plan.total_steps, position.offset == 0
+    evaluates = is_last or is_due(position.step, options.reports.eval_every, epoch_ends)
+    if evaluates and run.step.examples["eval"] > 0 and position.evaluated != position.step:
+        evaluate_model(generation, position)
+        run.lease.check_ownership()
+        run.report.record_evaluation(position, position.epoch + (not epoch_ends))
+    must = is_last or ending == Ending.STOPPED
+    saves = must or ending == Ending.MEMBERS_LEAVE or is_due(position.step, options.checkpoints.every, epoch_ends)
+    if saves and position.saved != position.step:
+        save_checkpoint(generation, position, must=must)
+    activity.enter_activity("training")
+    run.report.write_due_row()
+
+
+def is_due(step: int, every: int | None, epoch_ends: bool) -> bool:
+    """Whether something done every N steps, or else once an epoch, is due."""
+    return step % every == 0 if every else epoch_ends

@@ -7,9 +7,9 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system import messages, streams
@@ -22,6 +22,15 @@ from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.rows import cut_rows
 
 NUM_RECENT_ROWS = 20  # rows that every rank remembers
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """How fast steps were."""
+
+    samples_per_second: float
+    step_seconds_median: float
+    comm_seconds_median: float  # waited for communication
 
 
 class Reporter:
@@ -121,7 +130,7 @@ class Reporter:
         if self.active and graph is not None:
             self._event_writer.add_graph(graph)
 
-    def record_advice(self, advice: dict[str, Any] | None) -> None:
+    def record_advice(self, advice: Mapping[str, object] | None) -> None:
         """What `--compression auto` measured and chose, for the run folder."""
         self._advice_file.hold(advice if self.active else None)
 
@@ -211,16 +220,15 @@ class Reporter:
         self._row_due = False
         self._advice_file.flush()
 
-    def add_measurements(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The summary, completed with what was measured."""
-        seconds = self.train_seconds
-        return values | {
-            "samples_per_second": self.train_samples / seconds if seconds else 0.0,
-            "step_seconds_median": statistics.median(self.step_seconds) if self.step_seconds else 0.0,
-            "comm_seconds_median": statistics.median(self.comm_seconds) if self.comm_seconds else 0.0,
-        }
+    def measure_rates(self) -> StepRates:
+        """Return how fast this rank's steps were so far."""
+        return StepRates(
+            samples_per_second=self.train_samples / self.train_seconds if self.train_seconds else 0.0,
+            step_seconds_median=statistics.median(self.step_seconds) if self.step_seconds else 0.0,
+            comm_seconds_median=statistics.median(self.comm_seconds) if self.comm_seconds else 0.0,
+        )
 
-    def write_summary(self, summary: dict[str, Any]) -> str | None:
+    def write_summary(self, summary: Mapping[str, object]) -> str | None:
         """Rank 0 writes summary.json, the last thing of a run. Returns why it cannot be, or a row cannot, if so."""
         if not self.active:
             return None
@@ -262,17 +270,6 @@ class Reporter:
             self._row_file.close()
             self._event_writer.close()
         self.active = False
-
-
-def describe_summary(summary: dict[str, Any], folder: Path) -> list[str]:
-    """How a run ended, in a few lines for people."""
-    ranks = f"{summary['world_size']} rank{'s' * (summary['world_size'] > 1)}"
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in summary["eval"].items())
-    return [
-        *([f"evaluated {shown}"] if summary["finished"] and shown else []),
-        f"trained   {summary['steps']} steps, {summary['samples_per_second']:,.0f} samples/s on {ranks}",
-        f"results   {folder}/summary.json" + ("" if MISSING_TENSORBOARD else f", tensorboard --logdir {folder}"),
-    ]
 
 
 def encode_row(row: dict[str, float | None]) -> bytes:

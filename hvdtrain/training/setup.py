@@ -1,30 +1,59 @@
-"""What has to be settled before the first step: devices, the run folder, versions."""
+"""What is settled before the first step: the plan, the files of the run folder, versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hvdtrain import __version__
 from hvdtrain.comm import collectives
+from hvdtrain.comm.world import World
 from hvdtrain.ledger.writer import MAX_STEP_EXAMPLES, Ledger, find_segments
 from hvdtrain.recipe.source import RecipeSource
-from hvdtrain.recipe.source_copy import write_copy
+from hvdtrain.recipe.source_copy import describe_copy, write_copy
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import PRIVATE_MODE, write_error_text, write_json
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import RunOptions
-from hvdtrain.training.plan import TrainingPlan
+from hvdtrain.training.plan import TrainingPlan, make_training_plan
+from hvdtrain.training.ragged import refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
+from hvdtrain.training.run import Run
 
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Rank 0 writes config.json, once nothing is left to refuse. Raises UserError on all ranks if it cannot."""
+def make_plan(run: Run, world: World, position: Position) -> TrainingPlan:
+    """Return the plan of a generation that begins at `position`. Raises UserError if it cannot be carried out."""
+    step = run.step
+    plan = make_training_plan(
+        run.recipe, run.options, step.examples["train"], step.base_learning_rate(), world.size, position
+    )
+    if step.score_uses_collectives:
+        refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples["eval"], position)
+    return plan
+
+
+def write_run_files(run: Run, folder: Path, config: Mapping[str, object]) -> list[str]:
+    """Write config.json and the recipe's source on rank 0, as nothing is left to refuse; return lines to print.
+
+    Raises:
+        UserError: on all ranks, if they cannot be written.
+    """
+    write_config(folder, config)
+    if run.source is None:
+        return []
+    note = copy_source(folder, run.source)
+    run.membership.publish_recipe_copy(partial(describe_copy, folder, run.source))
+    return [note] if note else []
+
+
+def write_config(folder: Path, config: Mapping[str, object]) -> None:
+    """Write config.json on rank 0. Raises UserError on all ranks if it cannot be written."""
 
     def write_on_root() -> None:
         try:
@@ -36,43 +65,55 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def copy_source(folder: Path, source: RecipeSource) -> str | None:
-    """Rank 0 writes the recipe's files to RUN_DIR/source/; what has changed in them since the run began, in a line.
+    """Write the recipe's files to RUN_DIR/source/ on rank 0; return a line if they have changed since the run began.
 
-    Raises UserError on all ranks if they cannot be written.
+    Raises:
+        UserError: on all ranks, if they cannot be written.
     """
 
-    def write_files() -> str | None:
+    def write_on_root() -> str | None:
         try:
             return write_copy(folder, source)
         except OSError as error:
             raise UserError(write_error_text("the recipe's source", folder, error)) from error
 
-    return collectives.on_root("source.written", write_files)
+    return collectives.on_root("source.written", write_on_root)
 
 
-def open_ledger(known: Ledger | None, options: RunOptions, plan: TrainingPlan, at: Position, folder: Path) -> Ledger:
-    """This rank's ledger of the steps after `at`, which rank 0 writes; of an earlier world's, if it is known.
+def open_ledger(
+    known: Ledger | None, options: RunOptions, plan: TrainingPlan, position: Position, folder: Path
+) -> Ledger:
+    """Return this rank's ledger, as of `position`; rank 0 writes it.
 
-    Raises UserError for a batch too large for it, and on all ranks if it cannot be written when the run starts.
+    Args:
+        known: what this rank or another one has written in an earlier generation; None: a new ledger.
+        options: whether there is to be one.
+        plan: the sizes that it records.
+        position: where the run begins or continues.
+        folder: the run folder.
+
+    Raises:
+        UserError: for a batch too large for it; and on all ranks, if it cannot be written when the run starts.
     """
     if options.checkpoints.ledger and plan.batch_size > MAX_STEP_EXAMPLES:
         raise UserError(
-            f"a ledger cannot tell {plan.batch_size} examples a step, {MAX_STEP_EXAMPLES} at most: add --no-ledger"
+            f"the ledger records at most {MAX_STEP_EXAMPLES} examples per step, this run has {plan.batch_size}: "
+            "add --no-ledger"
         )
-    ledger = known or Ledger(options.data.seed, plan.examples, plan.batch_size, at.step)
-    ledger.roll_back(at.step)
+    ledger = known or Ledger(options.data.seed, plan.examples, plan.batch_size, position.step)
+    ledger.roll_back(position.step)
 
     def begin_segment() -> None:
         if not options.checkpoints.ledger and (known is not None or not find_segments(folder / "ledger")):
             return
-        if known is None and options.checkpoints.ledger and (gap := find_ledger_gap(folder / "ledger", at.step)):
+        if known is None and options.checkpoints.ledger and (gap := find_ledger_gap(folder / "ledger", position.step)):
             print(f"hvdtrain: warning: {gap}", file=sys.stderr, flush=True)
-        # The first segment shows whether it can be written; a try that makes no step leaves no further one.
+        # The first segment shows whether it can be written; a resumed run that makes no step leaves no further one.
         again = options.checkpoints.ledger and bool(find_segments(folder / "ledger"))
         ledger.open_for_writing(folder / "ledger", at_first_row=again)
         if known is None and ledger.error is not None:
             raise UserError(write_error_text("the ledger", folder, ledger.error))
-        if not options.checkpoints.ledger:  # the segment, which has no rows, takes back the steps that are undone
+        if not options.checkpoints.ledger:  # the segment, which has no rows, supersedes the steps that are undone
             ledger.close()
 
     collectives.on_root("ledger", begin_segment)
@@ -80,7 +121,7 @@ def open_ledger(known: Ledger | None, options: RunOptions, plan: TrainingPlan, a
 
 
 def collect_versions() -> dict[str, str]:
-    """The versions that a run depends on."""
+    """Return the versions of what a run depends on, by package."""
     found = {"hvdtrain": __version__, "python": platform.python_version()}
     for package in REPORTED_PACKAGES:
         try:

@@ -1,29 +1,27 @@
-"""How a run starts: what all ranks have to agree on, its folder, and the state that it starts from."""
+"""How a run starts: what all ranks have to agree on, its folder, the state that it starts from, and its first lines."""
 
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hvdtrain import __version__
-from hvdtrain.comm.agreement import ConsistentPart, check_against_record, check_agreement, make_agreement_record
+from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
-from hvdtrain.elastic.membership import Membership
-from hvdtrain.elastic.records import AGREEMENT, FOLDER, LAUNCH
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.framework import Step
 from hvdtrain.recipe.options import flatten_options
 from hvdtrain.recipe.source import source_of_class
-from hvdtrain.system.errors import UserError, suggest_nearest
-from hvdtrain.training.between import resume_run
+from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.folder import open_run_folder, take_over_folder
-from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
+from hvdtrain.training.lease import RELAUNCH_VARIABLE
 from hvdtrain.training.options import RunOptions
+from hvdtrain.training.plan import describe_training_plan
+from hvdtrain.training.run import Generation, Run
+from hvdtrain.training.saving import resume_run, start_order
 
 OPTIONS_COLLECTIVE = "agreement.options"
 # Where a rank runs and what it shows may differ; rank 0 decides where the run's folder is.
@@ -79,21 +77,14 @@ def agree_on_given_options(cls: type[Recipe], name: str, given: Mapping[str, Any
     )
 
 
-def compare_with_run(
-    membership: Membership,
-    recipe: Recipe,
-    name: str,
-    options: RunOptions,
-    step_parts: Sequence[ConsistentPart],
-    world: World,
-) -> None:
-    """Compare a worker of an elastic run with what the first one recorded. Raises UserError, naming a difference."""
-    parts = [
-        *make_recipe_parts(type(recipe), name),
-        make_options_part(collect_option_values(recipe, options)),
-        *step_parts,
-    ]
-    check_against_record(parts, membership.store.put_if_absent(AGREEMENT, make_agreement_record(parts)), world)
+def compare_with_run(run: Run, world: World) -> None:
+    """Compare this process with those that began the run. Raises UserError, naming a difference."""
+
+    def make_parts() -> list[ConsistentPart]:
+        options_part = make_options_part(collect_option_values(run.recipe, run.options))
+        return [*make_recipe_parts(type(run.recipe), run.name), options_part, *run.step.agreement_parts]
+
+    run.membership.check_agreement(make_parts, world)
 
 
 def check_best_metric(recipe: Recipe, metrics: Sequence[str]) -> None:
@@ -107,32 +98,64 @@ def check_best_metric(recipe: Recipe, metrics: Sequence[str]) -> None:
         raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
 
 
-def begin_run(
-    step: Step, options: RunOptions, name: str, world: World, membership: Membership | None, lease: Lease
-) -> tuple[Path, Position]:
-    """The run folder, and where to begin: at step 0, or with the newest checkpoint where there is reason to."""
-    if membership is not None and (known := membership.store.get(FOLDER)):  # all that had a state are gone
-        folder = take_over_folder(Path(known), lease)
-        return folder, resume_run(step, folder, name, world, options.data.seed, unattended=True)
-    if membership is not None and membership.generation > 1 and options.checkpoints.run_dir is not None:
-        options = replace(
-            options, checkpoints=replace(options.checkpoints, resume=True)
-        )  # the first generation came so far as to make it
-    folder = open_run_folder(options.checkpoints, name, lease)
-    if options.checkpoints.resume:
-        at = resume_run(step, folder, name, world, options.data.seed, unattended=RELAUNCH_VARIABLE in os.environ)
+def begin_run(run: Run, world: World) -> tuple[Path, Position]:
+    """Find the run folder and begin: at step 0, or with the newest checkpoint if there is reason to.
+
+    Returns:
+        The run folder, and where the run begins. The state that belongs there is loaded.
+    """
+    options, membership = run.options.checkpoints, run.membership
+    if membership.get_run_folder() is not None:  # an earlier generation has begun, and all that had a state are gone
+        folder = take_over_folder(find_run_folder(run), run.lease)
+        return folder, resume_run(run, folder, world.rank, unattended=True)
+    if membership.change_count > 0 and options.run_dir is not None:
+        options = replace(options, resume=True)  # the first generation may have come so far as to make it
+    folder = open_run_folder(options, run.name, run.lease)
+    if options.resume:
+        position = resume_run(run, folder, world.rank, unattended=RELAUNCH_VARIABLE in os.environ)
     else:
-        at = Position()
-        at.set_example_order(step.examples["train"], options.data.seed)
-        at.first_examples = dict(step.first_examples)
-    if membership is not None:
-        membership.store.put_if_absent(FOLDER, str(folder.absolute()))
-    return folder, at
+        position = Position()
+        start_order(run, position)
+    membership.publish_run_folder(folder)
+    return folder, position
 
 
-def agree_on_launch_name(membership: Membership | None) -> str | None:
-    """By what the processes of an elastic run, and those of its relaunches, know each other; None: not elastic."""
-    if membership is None:
-        return None
-    name = membership.store.put_if_absent(LAUNCH, os.environ.get(RELAUNCH_VARIABLE) or secrets.token_hex(8))
-    return name
+def find_run_folder(run: Run) -> Path:
+    """Return the folder of a run that an earlier generation has begun."""
+    folder = run.membership.get_run_folder()
+    if folder is None:
+        raise RunError("the run folder is missing in the run's key-value store, or is not valid there")
+    return folder
+
+
+def report_generation(generation: Generation, position: Position, notes: Sequence[str]) -> None:
+    """Print what is to be done; after a change of members, only who does it. notes: lines to print with it."""
+    run, size = generation.run, generation.world.size
+    if run.membership.change_count:
+        ranks = f"{size} rank{'s' * (size > 1)}"
+        run.report.print_lines([f"world     {ranks}, from step {position.step} on; {run.membership.formation_text}"])
+        return
+    threads = run.options.resolve_threads(generation.world.local_size)
+    run.report.print_lines(
+        [
+            f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {generation.folder}",
+            *describe_training_plan(generation.plan, run.options),
+            f"threads   {threads.count} per rank, from {threads.source}",
+        ]
+    )
+    if run.options.checkpoints.resume:
+        where = f"step {position.step}" if position.step else "step 0: no checkpoint yet"
+        run.report.print_lines([f"resumed   at {where}"])
+    elif not position.step:
+        report_graph(run)
+    run.report.print_lines(notes)
+
+
+def report_graph(run: Run) -> None:
+    """Write the model's graph for TensorBoard. All ranks call it: `score` may exchange something with the others."""
+    try:
+        run.report.write_graph(run.step.trace_graph())
+    except UserError as error:
+        run.report.print_lines([f"graph     not drawn: {error}"])
+    except Exception as error:  # of the recipe, traced: it trains all the same
+        run.report.print_lines([f"graph     not drawn, tracing failed: {type(error).__name__}"])

@@ -8,18 +8,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hvdtrain.elastic.membership import Membership
-from hvdtrain.recipe.framework import TOLD
+from hvdtrain.recipe.framework import StepVotes
 from hvdtrain.system.signals import SAME_STOP_SECONDS, ignores_hangup
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Places among what ranks tell each other in a step: how many of them were asked to stop the run, to leave it, to
-# regroup; how many ids they fed to the model, and the sum of these ids' hashes; and by rank 0, which writes: up to
-# which step the ledger is on disk for good, and how many rows of metrics.jsonl are not, for want of room.
-STOP, LEAVING, REGROUP, FED, HASHES, KEPT, HELD = range(TOLD)
 
 
 class StopRequest:
@@ -32,20 +25,16 @@ class StopRequest:
     In a thread other than the main one, which cannot take signals, it never asks.
     """
 
-    def __init__(self, membership: Membership | None = None) -> None:
+    def __init__(self, membership: Membership) -> None:
         self.membership = membership
         self.requested = False
         self._requested_at = 0.0  # when, by the monotonic clock
         self._previous_handlers: dict[int, Any] = {}
 
-    def collect_votes(self) -> NDArray[np.float64]:
-        """(TOLD,) what this rank tells the others of it in a step."""
-        told = np.zeros(TOLD)
-        told[STOP] = self.requested
-        if self.membership is not None:
-            self.membership.poll_supervisor()
-            told[[STOP, LEAVING, REGROUP]] += self.membership.get_requests()
-        return told
+    def collect_votes(self) -> StepVotes:
+        """Return this rank's votes, by what it was asked to do so far."""
+        requests = self.membership.poll_requests()
+        return StepVotes(stop=int(requests.stop), leave=int(requests.leave), regroup=int(requests.regroup))
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -60,12 +49,11 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.requested:
             self._requested_at = now
-        if self.membership is not None and number != signal.SIGUSR1:
-            self.membership.leave_requested = True
+        if number == signal.SIGUSR1:
+            self.membership.request_stop()
         else:
-            self.requested = True
-            if self.membership is not None:
-                self.membership.stop_requested = True  # it may be waiting for others
+            self.membership.request_leave()
+        self.requested = self.membership.stop_requested
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for number, handler in self._previous_handlers.items():

@@ -392,5 +392,5 @@ def test_a_disk_that_is_full(tmp_path: Path, reference: Any) -> None:
         job.until(lambda: "has room again" in job.said(), "rows that were waiting")
         job.end()
         check(job, reference)
-        assert re.search(r"No space left on device \(\d+ KiB free\); training goes on", job.said())
+        assert re.search(r"No space left on device \(\d+ KiB free\); training continues", job.said())
         assert "rows wait in memory" in job.said()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hvdtrain.recipe.framework import TOLD
+from hvdtrain.recipe.framework import NUM_VOTES
 from tests.ranks import harness
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
@@ -77,7 +77,7 @@ def test_the_run_folder_holds_what_it_promises(world2: KeptWorld, tmp_path: Path
     # 8 kB of gradients and flags, sums and no buffers, and whether 3 things have changed in the model; a rank of two
     # sends half of each twice.
     sizes = [8 * 1 * 9, 8, 16 * 8 * 9, 16, 10 * 64, 10]
-    assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes) + 1) + 8 * (2 + TOLD + 3 + 1)
+    assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes) + 1) + 8 * (2 + NUM_VOTES + 3 + 1)
     assert summary["compression"] == "none"
     assert summary["resumed_from"] is None
     assert summary["versions"]["horovod"].startswith("0.28.1+hvdtrain.")

@@ -72,7 +72,7 @@ def test_sigterm_in_mid_epoch_and_resume_equals_the_uninterrupted_run(
     stopped = summary["steps"]
     assert 8 <= stopped < 25
     assert summary["finished"] is False
-    assert f"saved; to go on: --resume --run-dir {folder}" in done.stdout
+    assert f"saved; to continue: --resume --run-dir {folder}" in done.stdout
 
     # Only the folder is named: the rest comes from its config.json.
     resumed = harness.train(kind, 2, RECIPE, folder, "--resume")

@@ -143,7 +143,7 @@ def test_checkpoints_without_their_options_are_not_resumed(tmp_path: Path) -> No
     assert unattended.returncode == 0, unattended.stderr
     warnings = unattended.stderr.splitlines()
     assert warnings[0].startswith(f"hvdtrain: warning: {folder}/checkpoints/step-2 is damaged: its state has ")
-    assert warnings[1] == "hvdtrain: warning: resuming from step-1, the newest checkpoint that is whole"
+    assert warnings[1] == "hvdtrain: warning: resuming from step-1, the newest checkpoint that is not damaged"
     assert json.loads((folder / "summary.json").read_text())["resumed_from"] == 1
 
 
@@ -157,7 +157,7 @@ def test_files_that_may_not_grow_end_no_run_but_the_last_checkpoint_must_be_writ
     assert lines[-1].startswith(
         f"hvdtrain: error: cannot write step {STEPS}'s checkpoint (its files) in {folder}: File"
     )
-    goes_on = [line for line in lines if line.endswith("; training goes on, the next one is tried again")]
+    goes_on = [line for line in lines if line.endswith("; training continues, the next checkpoint is tried again")]
     assert len(goes_on) == 4
     assert len(rows(folder)) == STEPS and not list(folder.glob("**/.*"))
 
@@ -171,7 +171,7 @@ def test_a_relaunched_job_passes_over_a_damaged_checkpoint_at_night(tmp_path: Pa
     done = run("alone", 1, launched)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"step-{STEPS} is damaged: its meta.json is not valid JSON" in done.stderr
-    assert "resuming from step-20, the newest checkpoint that is whole" in done.stderr
+    assert "resuming from step-20, the newest checkpoint that is not damaged" in done.stderr
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["resumed_from"], summary["steps"]) == (20, STEPS)
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))

@@ -9,6 +9,7 @@ import pytest
 
 import hvdtrain
 from hvdtrain.cli.train import load_arguments
+from hvdtrain.elastic.membership import FixedMembership
 from hvdtrain.recipe.source import read_source
 from hvdtrain.recipe.source_copy import describe_copy, read_copy, read_files, write_copy
 from hvdtrain.system.errors import UserError
@@ -57,8 +58,10 @@ def mine(tmp_path: Path) -> Path:
 def train(path: Path, *options: str) -> float:
     """Train in this process and return the last training loss."""
     arguments = load_arguments([str(path), "--run-dir", str(path.parent / "run"), "--threads", "1", *options])
-    summary = fit_from_command_line(arguments.recipe_class, arguments.name, arguments.given_options, hvdtrain.init())
-    return float(summary["train_loss"])
+    summary = fit_from_command_line(
+        arguments.recipe_class, arguments.name, arguments.given_options, hvdtrain.init(), FixedMembership()
+    )
+    return summary.train_loss
 
 
 def test_the_run_folder_holds_the_file_and_what_it_imports(mine: Path) -> None:
@@ -131,8 +134,8 @@ def test_other_examples_in_mid_epoch_are_refused(mine: Path) -> None:
     with pytest.raises(UserError) as refused:
         train(mine, "--resume", "--steps", "3")
     assert str(refused.value) == (
-        "the checkpoint is at example 16 of an epoch in which dataset('train')[0] was another example than it is now: "
-        "resume with the same data in the same order, or from a checkpoint at the end of an epoch"
+        "cannot resume at example 16 of an epoch: dataset('train')[0] is another example now; resume with the same "
+        "data in the same order, or from a checkpoint at the end of an epoch"
     )
 
 

@@ -290,13 +290,16 @@ def train_here(recipe: str, run_dir: Path, options: tuple[str, ...]) -> dict[str
     """What `hvdtrain train RECIPE --run-dir RUN_DIR OPTIONS` does on a rank, in this process."""
     import hvdtrain
     from hvdtrain.cli.train import load_arguments
+    from hvdtrain.elastic.membership import FixedMembership
     from hvdtrain.training.fit import fit_from_command_line
 
     arguments = load_arguments([recipe, "--run-dir", str(run_dir), *options])
     from hvdtrain.cli import options as checked
 
     checked.check_parsed_arguments(arguments)
-    return fit_from_command_line(arguments.recipe_class, arguments.name, arguments.given_options, hvdtrain.init())
+    return fit_from_command_line(
+        arguments.recipe_class, arguments.name, arguments.given_options, hvdtrain.init(), FixedMembership()
+    ).to_json()
 
 
 def train(world: KeptWorld, recipe: str, run_dir: Path, *options: str, **kwargs: Any) -> dict[str, Any]:

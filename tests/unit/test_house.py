@@ -23,6 +23,7 @@ ROOMS = [
     "elastic",
     "diagnosis",
     "ledger",
+    "frameworks",
     "torch",
     "exchange",
     "compression",

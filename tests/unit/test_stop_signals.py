@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hvdtrain.elastic.membership import FixedMembership
 from hvdtrain.launch.job import Job
 from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_job_signal
@@ -29,7 +30,7 @@ def hangup() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_for_a_stop(hangup: None, number: int) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with StopRequest() as stop:
+    with StopRequest(FixedMembership()) as stop:
         signal.raise_signal(number)
         assert stop.requested
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
@@ -37,7 +38,7 @@ def test_a_signal_asks_for_a_stop(hangup: None, number: int) -> None:
 
 def test_nohup_lets_a_training_outlive_its_terminal(hangup: None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopRequest() as stop:
+    with StopRequest(FixedMembership()) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
     with catch_stop_signals() as (received, _):
@@ -54,7 +55,7 @@ def test_the_terminal_that_is_closed_reaches_launch(hangup: None) -> None:
 
 def test_signals_within_a_second_are_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
-    with StopRequest() as stop:
+    with StopRequest(FixedMembership()) as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)

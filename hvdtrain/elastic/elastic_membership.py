@@ -1,0 +1,156 @@
+"""A worker's membership in an elastic run, through horovodrun's key-value store.
+
+supervisor --- one byte a request through a pipe: leave, stop, regroup --> poll_requests --> votes of the next step
+signals ------ request_leave, request_stop -------------------------------------^
+votes of all -- a rank leaves, or newcomers are ready --> the loop ends the generation --> enter_next_world:
+                GenerationFormer makes a plan with the others, each starts Horovod again in the plan's world
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvdtrain.comm.world import World, enter_world, shut_down_horovod
+from hvdtrain.elastic.generation import GenerationFormer, MemberRequests
+from hvdtrain.elastic.membership import EnteredWorld, FixedMembership, Membership
+from hvdtrain.elastic.records import AGREEMENT, BEGAN, ERROR, FOLDER, LAUNCH, SOURCE, VERDICT, TrainingError, Verdict
+from hvdtrain.elastic.slot import MEMBER_VARIABLE, Request, Slot, read_requests
+from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
+from hvdtrain.system import activity, cpus, messages
+from hvdtrain.system.errors import RecipeError
+from hvdtrain.system.messages import RankStarted
+
+if TYPE_CHECKING:  # torch comes with it, and `hvdtrain train` needs a membership before it imports that
+    from hvdtrain.comm.agreement import ConsistentPart
+
+
+class ElasticMembership:
+    """This worker's membership in an elastic run."""
+
+    world_may_change = True
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """Read what this worker's supervisor has left in the environment."""
+        self.slot, self.member, self.requests_fd = Slot.from_worker_environment(environ)
+        self.store = KeyValueStore(self.slot.address, self.slot.port)
+        os.set_blocking(self.requests_fd, False)
+        self.stop_requested = self.leave_requested = self.regroup_requested = False
+        self.formation_text = ""
+        self._former = GenerationFormer(self.store, self.slot, self.member)
+
+    @property
+    def has_joined(self) -> bool:
+        return self._former.has_joined
+
+    @property
+    def change_count(self) -> int:
+        return self._former.generation - 1
+
+    def get_recipe_copy(self) -> Mapping[str, object] | None:
+        return self.store.get(SOURCE)
+
+    def prepare_process(self, world: World) -> World:
+        """Bind this process, which is alone at first, to its slot's cores."""
+        cpus.bind_to_cores(self.slot.local_rank, self.slot.local_size)
+        return replace(world, local_rank=self.slot.local_rank, local_size=self.slot.local_size)
+
+    def agree_on_launch_name(self, relaunch: str | None) -> str:
+        return self.store.put_if_absent(LAUNCH, relaunch or secrets.token_hex(8))
+
+    def check_agreement(self, make_parts: Callable[[], Sequence[ConsistentPart]], world: World) -> None:
+        """Compare this worker with what the first one recorded."""
+        from hvdtrain.comm.agreement import check_against_record, make_agreement_record
+
+        parts = make_parts()
+        check_against_record(parts, self.store.put_if_absent(AGREEMENT, make_agreement_record(parts)), world)
+
+    def enter_next_world(self, world: World, step: int) -> EnteredWorld:
+        # Nothing of the old world may be waited for: some of it is gone.
+        shut_down_horovod()
+        with activity.temporary_activity("waiting for enough ranks", waits=True, endless=True):
+            place = self._former.form_next_generation(step, self.poll_requests)
+        self.regroup_requested = False
+        activity.enter_activity("meeting the other ranks", patient=True)
+        return EnteredWorld(enter_world(place.horovod_environment()), True, place.root, place.step)
+
+    def announce_rank(self, world: World) -> None:
+        own, supervisor = os.getpid(), os.getppid()
+        messages.send_message(RankStarted(world.rank, world.host, own, world.size, self.slot.host, supervisor))
+
+    def get_run_folder(self) -> Path | None:
+        folder = self.store.get(FOLDER)
+        return Path(folder) if folder else None
+
+    def publish_run_folder(self, folder: Path) -> None:
+        self.store.put_if_absent(FOLDER, str(folder.absolute()))
+
+    def publish_recipe_copy(self, make_description: Callable[[], Mapping[str, object]]) -> None:
+        self.store.put_if_absent(SOURCE, make_description())
+
+    def publish_start(self, step: int) -> None:
+        self.store.put_if_absent(BEGAN.of(self._former.generation), step)
+
+    def request_stop(self) -> None:
+        self.stop_requested = True
+
+    def request_leave(self) -> None:
+        self.leave_requested = True
+
+    def poll_requests(self) -> MemberRequests:
+        """Return what this member was asked to do, by signals and by its supervisor's `leave`, `stop`, `regroup`."""
+        requests = read_requests(self.requests_fd)
+        self.leave_requested |= Request.LEAVE in requests
+        self.regroup_requested |= Request.REGROUP in requests
+        self.stop_requested |= Request.STOP in requests
+        return MemberRequests(self.stop_requested, self.leave_requested, self.regroup_requested)
+
+    def is_below_minimum(self, members: int) -> bool:
+        return members < self.slot.min_members
+
+    def leave_if_requested(self) -> None:
+        if self.leave_requested:
+            self._former.announce_departure()
+
+    def recover_from(self, error: Exception, step: int) -> None:
+        """Report an error of the recipe, so that the run ends when it comes again at the same step.
+
+        A lost peer is not one: the next generation is without it.
+        """
+        from hvdtrain.comm.collectives import PeersLost
+
+        if isinstance(error, PeersLost):
+            return
+        if isinstance(error, RecipeError):
+            text, trace = str(error), error.trace
+        else:
+            text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        print(f"{trace}hvdtrain: retrying once after an error after step {step}: {text}", file=sys.stderr)
+        self.store.put_if_absent(ERROR.of(self._former.generation, self.member), TrainingError(step, text))
+
+    def publish_end(self, code: int, error: str = "") -> None:
+        self.store.put_if_absent(VERDICT, Verdict(code, error))
+
+    def has_run_ended(self) -> bool:
+        try:
+            return self.store.get(VERDICT) is not None
+        except StoreUnreachable:
+            return True
+
+    def find_end_error(self) -> str | None:
+        try:
+            verdict = self.store.get(VERDICT)
+        except StoreUnreachable:
+            return None
+        return None if verdict is None else verdict.error
+
+
+def membership_from_environment() -> Membership:
+    """Return this process's membership: elastic if a supervisor has started it."""
+    return ElasticMembership(os.environ) if MEMBER_VARIABLE in os.environ else FixedMembership()

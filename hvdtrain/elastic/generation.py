@@ -1,0 +1,215 @@
+"""How members form a generation: a fixed set of members that train together, each with a rank.
+
+A generation ends when a member is gone, or when all agree, at the same step, to take newcomers in or to let some leave.
+Then each that is left writes to the store that it is here, with the step that its state has reached. When all members
+of the last generation are here or gone, the first of them proposes a plan for the next one; others do if it does not.
+A plan is written once: all follow the first.
+
+                   put here-N                  plan-N is there
+    generation N-1 ----------> waiting for a plan ----------> following it ----------> generation N
+                                ^   |                           |    |    all of it
+                                |   | the run has ended, or     |    |    put follows-N
+                                |   | this member was evicted   |    |
+                                |   v                           |    | not in the plan:
+                                |  MembershipEnded <------------|----+ evicted, or, if a newcomer, waiting for N+1
+                                |                               |
+                                +-------------------------------+
+                                  one of it is gone, or does not follow within 10 s: waiting for N+1
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hvdtrain.comm.rendezvous import RendezvousServer
+from hvdtrain.elastic.ranks import RankAssignment, assign_ranks, format_assignments
+from hvdtrain.elastic.records import (
+    BEGAN,
+    CANDIDATE,
+    DEATH,
+    ERROR,
+    FOLLOWS,
+    GONE,
+    PLAN,
+    VERDICT,
+    Candidate,
+    GenerationPlan,
+)
+from hvdtrain.elastic.slot import Slot
+from hvdtrain.elastic.store import KeyValueStore
+from hvdtrain.elastic.tries import count_tries
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
+from hvdtrain.system.network import interface_address
+
+PLAN_POLL_INTERVAL = 0.02  # seconds
+FAST_POLL_SECONDS = 10.0  # seconds that it polls so often
+FOLLOW_TIMEOUT = 10.0  # seconds for all of a plan to say that they follow it
+FIRST_PLAN_TIMEOUT = 60.0  # seconds that the first generation waits for slots that do not come
+PROPOSER_TIMEOUT = 1.0  # seconds after which another proposes a plan if the first in line does not
+EVICTED_TEXT = "the others continued without this member: it was frozen, or out of reach"
+
+
+class MembershipEnded(Exception):
+    """This process is not a member of the run any more and has to end, with this exit code."""
+
+    def __init__(self, why: str, code: int) -> None:
+        super().__init__(why)
+        self.exit_code = code
+
+
+@dataclass(frozen=True)
+class MemberRequests:
+    """What this member was asked to do, by a signal or by its supervisor."""
+
+    stop: bool = False  # to stop the run
+    leave: bool = False  # to leave it
+    regroup: bool = False  # to let newcomers in
+
+
+class GenerationFormer:
+    """One member's part in forming generations."""
+
+    def __init__(self, store: KeyValueStore, slot: Slot, member: str) -> None:
+        self.store, self.slot, self.member = store, slot, member
+        self.generation = get_newest_plan(store)[0]
+        self.has_joined = False  # a generation: this member has a state that others count on
+        self._server: RendezvousServer | None = None  # where the ranks of a generation that it planned meet
+
+    def form_next_generation(self, step: int, poll_requests: Callable[[], MemberRequests]) -> RankAssignment:
+        """Form the next generation with whoever is there; return when all of it have said that they follow its plan.
+
+        Args:
+            step: the step that this member's state has reached; -1 if it has no state.
+            poll_requests: tells what this member is asked to do meanwhile.
+
+        Raises:
+            MembershipEnded: the others continued without this member, or the run has ended.
+            RunError: the same error came twice at the same step, or the run makes no progress.
+        """
+        while True:
+            number = self.generation + 1
+            plan = self._agree_on_plan(number, step, poll_requests)
+            self.generation = number
+            self._stop_stale_server(plan)
+            if plan.error:
+                raise RunError(plan.error)
+            if self.member not in plan.member_ids:
+                if self.has_joined:
+                    raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+                continue
+            if self._confirm_plan(number, plan.member_ids):
+                self.has_joined = True
+                return RankAssignment.from_plan(number, plan, self.member)
+
+    def announce_departure(self) -> NoReturn:
+        """Publish that this member has left, and raise MembershipEnded."""
+        self.store.put_if_absent(GONE.of(self.member), "left")
+        raise MembershipEnded("left, as it was asked to", EXIT_REQUEUE)
+
+    def _agree_on_plan(self, number: int, step: int, poll_requests: Callable[[], MemberRequests]) -> GenerationPlan:
+        """Return the plan of a generation; propose it, if this member is the one to.
+
+        A member that is asked to leave or to stop meanwhile leaves, if it has no state. One that has forms a generation
+        with those who are there, however few: at the end of a step, they all save.
+        """
+        store, began, complete_since = self.store, time.monotonic(), None
+        mine = Candidate(step, self.slot.host, self.slot.local_rank, self.has_joined)
+        store.put_if_absent(CANDIDATE.of(number, self.member), mine)
+        last_plan = store.get(PLAN.of(number - 1))
+        previous = last_plan.member_ids if last_plan is not None else []
+        while True:
+            if (plan := store.get(PLAN.of(number))) is not None:
+                return plan
+            if (verdict := store.get(VERDICT)) is not None:
+                raise MembershipEnded("the run has ended", verdict.code)
+            requests = poll_requests()
+            asked = requests.leave or requests.stop
+            if asked and not self.has_joined:
+                self.announce_departure()
+            here, gone = store.get_all(CANDIDATE.of(number)), store.get_all(GONE)
+            if self.member in gone:
+                raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+            present = {member: about for member, about in here.items() if member not in gone}
+            complete = self._is_complete(previous, here, gone, time.monotonic() - began)
+            if complete and (asked or len(present) >= self.slot.min_members):
+                complete_since = complete_since or time.monotonic()
+                line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
+                if line[0] == self.member or time.monotonic() - complete_since > PROPOSER_TIMEOUT:
+                    return self._propose_plan(number, line, present)
+            # Others may train for long, or be too few, before there is a place for this one.
+            time.sleep(PLAN_POLL_INTERVAL if time.monotonic() - began < FAST_POLL_SECONDS else 10 * PLAN_POLL_INTERVAL)
+
+    def _is_complete(
+        self, previous: Sequence[str], here: Mapping[str, Candidate], gone: Mapping[str, str], waited: float
+    ) -> bool:
+        """Whether all are here who may come: the last generation's members, or as many as there are slots."""
+        if previous:
+            return all(member in here or member in gone for member in previous)
+        # horovodrun's newest list lacks slots that could not be filled.
+        sizes = [heartbeat.assigned_size for heartbeat in self.store.get_heartbeats().values()]
+        return len(here) >= min(sizes, default=self.slot.size) or waited > FIRST_PLAN_TIMEOUT
+
+    def _propose_plan(self, number: int, line: Sequence[str], present: Mapping[str, Candidate]) -> GenerationPlan:
+        """Propose a plan with these members, in this order, and return the plan that all follow."""
+        members = assign_ranks(line, {member: candidate.host for member, candidate in present.items()})
+        address = get_own_address(self.slot.interface, self.slot.address)
+        server = RendezvousServer(address, format_assignments(members))
+        steps = [present[member.id].step for member in members]
+        step = max(steps)
+        plan = GenerationPlan(members, (address, server.port), steps.index(step), step, self._find_give_up_reason())
+        chosen = self.store.put_if_absent(PLAN.of(number), plan)
+        if chosen != plan:
+            server.stop_serving()
+        else:
+            if self._server is not None:
+                self._server.stop_serving()
+            self._server = server
+        return chosen
+
+    def _stop_stale_server(self, plan: GenerationPlan) -> None:
+        """Stop this member's server of an earlier generation, unless the plan uses it."""
+        if self._server is not None and plan.server != (self._server.server_address[0], self._server.port):
+            self._server.stop_serving()
+            self._server = None
+
+    def _confirm_plan(self, number: int, names: Sequence[str]) -> bool:
+        """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""
+        self.store.put_if_absent(FOLLOWS.of(number, self.member), True)
+        deadline = time.monotonic() + FOLLOW_TIMEOUT
+        while time.monotonic() < deadline:
+            if len(self.store.get_all(FOLLOWS.of(number))) == len(names):
+                return True
+            if set(names) & set(self.store.get_all(GONE)):
+                return False
+            time.sleep(PLAN_POLL_INTERVAL)
+        return False
+
+    def _find_give_up_reason(self) -> str | None:
+        """Why there is to be no further generation, or None."""
+        tries = count_tries(self.store.get_all(DEATH), self.store.get_all(ERROR), self.store.get_all(BEGAN))
+        return self._find_repeated_error() or (f"no progress: {tries.text}" if tries.should_give_up else None)
+
+    def _find_repeated_error(self) -> str | None:
+        reports: dict[tuple[int, str], set[str]] = {}  # by step and text: the generations in which it was reported
+        for key, error in self.store.get_all(ERROR).items():
+            reports.setdefault((error.step, error.text), set()).add(key.partition("-")[0])
+        twice = [(step, text) for (step, text), generations in reports.items() if len(generations) > 1]
+        return f"the same error came twice at step {twice[0][0]}: {twice[0][1]}" if twice else None
+
+
+def get_newest_plan(store: KeyValueStore) -> tuple[int, GenerationPlan | None]:
+    """Return the newest generation's number and plan; 0 and None if there is none yet."""
+    plans = store.get_all(PLAN)
+    newest = max((int(number) for number in plans), default=0)
+    return newest, plans.get(str(newest))
+
+
+def get_own_address(interface: str, fallback: str) -> str:
+    """Return this host's IPv4 address on an interface; `fallback` if it has none."""
+    try:
+        return interface_address(interface)
+    except UserError:
+        return fallback

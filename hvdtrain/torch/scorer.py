@@ -1,0 +1,68 @@
+"""Calls of a recipe's `score`, in training and in evaluations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hvdtrain.system.errors import RecipeError
+from hvdtrain.system.recipe_errors import in_recipe
+from hvdtrain.torch.data import to_device
+from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.scores import check_scores
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Scores = dict[str, torch.Tensor]  # (B,) of each metric
+
+
+class Scorer:
+    """Scores batches with a recipe, on its device and with its precision."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, amp: str) -> None:
+        self.recipe, self.device, self.amp = recipe, device, amp
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self._needs_graph = False  # in evaluations: `score` takes derivatives itself, as of an energy
+
+    def autocast_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of --amp to score in."""
+        if self.amp == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, AMP_DTYPES[self.amp])
+
+    def move_batch(self, batch: Any) -> Any:
+        """Return a batch on the device."""
+        return to_device(batch, self.device, self.memory_format)
+
+    def score_for_training(self, model: Any, batch: Any, metrics: Sequence[str], count: int) -> Scores:
+        """Return the scores of `count` examples, with their graph."""
+        with self.autocast_context():
+            scores = self._call_score(model, self.move_batch(batch))
+        check_scores(self.recipe, scores, metrics, count)
+        return scores
+
+    def score_for_evaluation(self, model: Any, batch: Any, metrics: Sequence[str], count: int) -> Scores:
+        """Return the scores of `count` examples, without a graph, unless `score` itself needs one."""
+        batch = self.move_batch(batch)
+        with self.autocast_context():
+            scores = self._call_score_without_graph(model, batch)
+        check_scores(self.recipe, scores, metrics, count)
+        return scores
+
+    def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:
+        if not self._needs_graph:
+            try:
+                with torch.no_grad():
+                    return self._call_score(model, batch)
+            except RecipeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self._needs_graph = True
+        with torch.enable_grad():
+            return self._call_score(model, batch)
+
+    def _call_score(self, model: Any, batch: Any) -> Scores:
+        with in_recipe(self.recipe, "score()"):
+            return self.recipe.score(model, batch)

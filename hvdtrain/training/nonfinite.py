@@ -1,0 +1,31 @@
+"""Steps whose losses or gradients are not finite: all ranks skip them together, or end the run."""
+
+from __future__ import annotations
+
+from hvdtrain.comm import collectives
+from hvdtrain.recipe.framework import StepResult
+from hvdtrain.system.errors import RunError
+from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.run import Generation
+
+
+def count_nonfinite_step(generation: Generation, result: StepResult, position: Position) -> None:
+    """Count and report a step that is skipped. Raises RunError on all ranks if there were too many."""
+    run, world = generation.run, generation.world
+    if result.nonfinite_loss:
+        here = f"rank {world.rank} on {world.host}" if result.nonfinite_loss_here else None
+        ranks = ", ".join(rank for rank in collectives.gather_json(here, "nonfinite") if rank)
+        cause, skipped = "the loss is not finite", f"the loss is not finite on {ranks}"
+        place, advice = f", on {ranks}", "lower --lr, clip with --clip-norm"
+    else:
+        names = result.nonfinite_gradients
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        skipped = f"the gradient of {names[0]}{more} is not finite, though the loss is"
+        cause, place, advice = f"{skipped},", "", "look in score for a root, norm or division at 0"
+    position.skipped_nonfinite += 1
+    if position.skipped_nonfinite > run.options.faults.skip_nonfinite:
+        raise RunError(
+            f"{cause} at step {position.step + 1} (epoch {position.epoch + 1}){place}; "
+            f"{advice}, or skip such steps with --skip-nonfinite N"
+        )
+    run.report.print_lines([f"skipped   step {position.step + 1}: {skipped}"])

@@ -1,0 +1,29 @@
+"""What survives a generation: each rank remembers it, and the next generation takes that of the farthest rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hvdtrain.training.checkpoint import Position
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, besides the model's state."""
+
+    position: Position  # where that state belongs
+    recent_rows: Sequence[dict[str, float | None]]  # of metrics.jsonl, the last of which may not be in the file
+    ledger: Any  # Ledger.to_state()
+    earlier_worlds: Any  # Diagnosis.build_history()
+
+    def to_json(self) -> list[Any]:
+        """Return it as plain data."""
+        return [asdict(self.position), self.recent_rows, self.ledger, self.earlier_worlds]
+
+    @staticmethod
+    def from_json(data: Sequence[Any]) -> Progress:
+        """Return what another rank's `to_json` was called on."""
+        position, recent_rows, ledger, earlier_worlds = data
+        return Progress(Position(**position), recent_rows, ledger, earlier_worlds)

@@ -1,0 +1,46 @@
+"""What a run consists of on this rank: what stays from its start to its end, and what stays for one generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.comm.world import World
+from hvdtrain.diagnosis.diagnosis import Diagnosis
+from hvdtrain.elastic.membership import Membership
+from hvdtrain.ledger.writer import Ledger
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.framework import Step
+from hvdtrain.recipe.source import RecipeSource
+from hvdtrain.training.lease import Lease
+from hvdtrain.training.options import RunOptions
+from hvdtrain.training.plan import TrainingPlan
+from hvdtrain.training.reporter import Reporter
+from hvdtrain.training.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is the same object from the start of the run on this rank to its end."""
+
+    name: str  # of the recipe, in the run folder
+    recipe: Recipe
+    source: RecipeSource | None  # of the recipe, as it was when the run started; None: no file is known
+    options: RunOptions
+    membership: Membership
+    step: Step
+    lease: Lease
+    report: Reporter
+    stop: StopRequest
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is the same object while the same ranks train together. A run of fixed membership has one generation."""
+
+    run: Run
+    world: World
+    plan: TrainingPlan
+    folder: Path
+    ledger: Ledger
+    diagnosis: Diagnosis | None  # of --diagnose

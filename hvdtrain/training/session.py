@@ -1,0 +1,187 @@
+"""One rank's part in a run: one generation of ranks after the other, until the run ends.
+
+    form_generation: enter a world, take over the state of the rank that is farthest, begin or resume or continue
+        ^       |
+        |       v
+        |   run_loop: step after step -----------------> Ending.FINISHED, STOPPED: the summary (fit.py)
+        |       |
+        |       | a rank is lost (PeersLost), or the recipe has failed and is tried again,
+        |       | or all agree after a step: Ending.MEMBERS_LEAVE, MEMBERS_JOIN
+        +-------+----------------------------------------> MembershipEnded: this rank leaves, or was evicted
+
+With fixed membership there is one generation, and each error ends the run. In an elastic run, this is the way from the
+reason for a new generation to the new generation:
+
+    a notice, a change of hosts                                        a signal to this process
+          | horovodrun, or the host's agent                                 |
+          v                                                                 v
+    the supervisor sends its worker a request (hvdtrain.elastic.slot)  request_leave, request_stop
+          |                                                                 |
+          +--> StopRequest.collect_votes <----------------------------------+
+                    | StepVotes travel with the step's scores: all ranks know their sums
+                    v
+               decide (loop.py): the same ending on all ranks
+                    | enter_next_world
+                    v
+               the members agree on a plan (hvdtrain.elastic.generation) and meet in its world
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hvdtrain.comm import collectives
+from hvdtrain.comm.world import World
+from hvdtrain.diagnosis.diagnosis import Diagnosis
+from hvdtrain.elastic.generation import EVICTED_TEXT, MembershipEnded
+from hvdtrain.elastic.membership import EnteredWorld
+from hvdtrain.ledger.writer import Ledger
+from hvdtrain.system.errors import EXIT_FAILED, RunError, UserError
+from hvdtrain.training import hang
+from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.folder import take_over_folder
+from hvdtrain.training.lease import FolderLost
+from hvdtrain.training.loop import Ending, run_loop
+from hvdtrain.training.progress import Progress
+from hvdtrain.training.run import Generation, Run
+from hvdtrain.training.setup import make_plan, open_ledger, write_run_files
+from hvdtrain.training.start import begin_run, find_run_folder, report_generation
+
+
+class Session:
+    """This rank's part in a run.
+
+    Attributes:
+        run: what stays the same.
+        config: what config.json is to hold.
+        world: the one that this rank is in.
+        position: where this rank's state belongs; None: it has no state that can be continued from.
+        resumed_from: the step of the checkpoint that this rank began with, if there was one.
+    """
+
+    def __init__(self, run: Run, world: World, config: Mapping[str, object]) -> None:
+        """Join a run; `world` is the one that Horovod was started in."""
+        self.run, self.config, self.world = run, config, world
+        self.position: Position | None = None
+        self.resumed_from: int | None = None
+        self._ledger: Ledger | None = None
+        self._diagnosis: Diagnosis | None = None
+        self._earlier_worlds: Any = []  # Diagnosis.build_history()
+        self._files = contextlib.ExitStack()  # that are open during a generation
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def run_generations(self) -> tuple[Generation, Position, Ending]:
+        """Train in one generation after the other; return the last one, where the run has ended, and how.
+
+        Raises:
+            MembershipEnded: the run continues without this rank, or has ended.
+            UserError, RunError: the run cannot continue.
+        """
+        while True:
+            try:
+                generation, position = self.form_generation()
+                ending = run_loop(generation, position)
+                if ending in (Ending.FINISHED, Ending.STOPPED):
+                    return generation, position, ending
+                self.run.membership.leave_if_requested()
+            except MembershipEnded:
+                # The next rank 0 needs the lease, if there is one.
+                self.run.lease.keep_for_launch = not self.run.membership.has_run_ended()
+                raise
+            except FolderLost as lost:
+                self.run.report.close_without_flush()
+                if lost.same_launch:
+                    raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED) from lost
+                raise
+            except (UserError, RunError):
+                raise
+            except Exception as error:
+                self.recover_from(error)
+
+    def recover_from(self, error: Exception) -> None:
+        """Prepare for the next generation after a lost rank or an error of the recipe. Raises it if there is none."""
+        self.run.membership.recover_from(error, self.position.step if self.position is not None else 0)
+        if self.run.step.update_in_progress:
+            self.position = None
+        self.run.report.close()
+
+    # How a generation is formed.
+
+    def form_generation(self) -> tuple[Generation, Position]:
+        """Be ready for the first step of the next generation; return it, and where it begins."""
+        self.enter_next_world()
+        run, begins = self.run, self.position is None
+        if self.position is None:
+            folder, position = begin_run(run, self.world)
+            self.resumed_from, self._ledger = position.step or None, None
+        else:
+            folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
+        plan = make_plan(run, self.world, position)
+        ledger = self._files.enter_context(open_ledger(self._ledger, run.options, plan, position, folder))
+        if self.world.rank == 0:
+            run.membership.publish_start(position.step)
+        notes = write_run_files(run, folder, self.config) if begins else []
+        diagnosis = None
+        if run.options.reports.diagnose:
+            diagnosis = Diagnosis(
+                self.world, folder, run.options.reports.log_every, position.step, self._earlier_worlds
+            )
+        self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
+        generation = Generation(run, self.world, plan, folder, ledger, diagnosis)
+        run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
+        report_generation(generation, position, notes)
+        return generation, position
+
+    def enter_next_world(self) -> None:
+        """Leave the present world for the next generation's; all take over the state of the rank that is farthest."""
+        if self._diagnosis is not None:
+            self._earlier_worlds, self._diagnosis = self._diagnosis.build_history(), None
+        self._files.close()
+        membership, reached = self.run.membership, self.position.step if self.position is not None else -1
+        while True:
+            began = time.perf_counter()
+            try:
+                entered = membership.enter_next_world(self.world, reached)
+                if entered.is_new:
+                    self.run.step.switch_world(entered.world)
+                met = time.perf_counter()
+                received = self.exchange_state(entered) if entered.root_step >= 0 else None
+                break
+            except collectives.PeersLost:
+                continue
+        self.world = entered.world
+        if received is not None:
+            self.take_over(*received)
+            seconds = f"ranks met in {met - began:.3f} s, state in {time.perf_counter() - met:.3f} s"
+            membership.formation_text = seconds
+        hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
+        membership.announce_rank(self.world)
+
+    def exchange_state(self, entered: EnteredWorld) -> tuple[Progress, bytes]:
+        """Return the progress and the state of the rank that is farthest, on all ranks."""
+        progress, state = None, None
+        if entered.world.rank == entered.root:
+            assert self.position is not None and self._ledger is not None
+            rows, ledger = self.run.report.recent_rows, self._ledger.to_state()
+            progress = Progress(self.position, rows, ledger, self._earlier_worlds).to_json()
+        received = collectives.broadcast_json(progress, "regroup.position", entered.root)
+        if entered.world.rank == entered.root:
+            state = self.run.step.local_state()
+        state = collectives.broadcast_bytes(state, "regroup.state", entered.root)
+        collectives.barrier("regroup.end")
+        return Progress.from_json(received), state
+
+    def take_over(self, progress: Progress, state: bytes) -> None:
+        """Continue from what the rank that is farthest has sent; it may be this one."""
+        self.run.step.load_state(state)
+        self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger)
+        self.run.report.recent_rows = list(progress.recent_rows)
+        self._earlier_worlds = progress.earlier_worlds

@@ -1,0 +1,120 @@
+"""The end of a run: its summary, and the wait for all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.comm import collectives
+from hvdtrain.system.errors import RunError
+from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.event_writer import MISSING_TENSORBOARD
+from hvdtrain.training.run import Generation
+from hvdtrain.training.setup import collect_versions
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What summary.json holds: the fields are its keys."""
+
+    recipe: str
+    framework: str
+    world_size: int
+    steps: int
+    epochs: int
+    finished: bool  # False: the run was stopped, and can be resumed
+    samples_seen: int
+    train_loss: float
+    eval: Mapping[str, float]  # of the last evaluation, by metric
+    wire_bytes_per_step: int
+    compression: str
+    buckets: Sequence[Mapping[str, object]]
+    membership_changes: int
+    resumed_from: int | None  # a step
+    skipped_nonfinite: int
+    synthetic: bool  # the data is made up
+    versions: Mapping[str, str]  # by package
+    samples_per_second: float
+    step_seconds_median: float
+    comm_seconds_median: float
+
+    # What `hvdtrain.fit` returns to its users.
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the plain data of summary.json."""
+        return asdict(self)
+
+    def describe(self, folder: Path) -> list[str]:
+        """Return how the run has ended, in a few lines to print."""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in self.eval.items())
+        return [
+            *([f"evaluated {shown}"] if self.finished and shown else []),
+            f"trained   {self.steps} steps, {self.samples_per_second:,.0f} samples/s on {ranks}",
+            f"results   {folder}/summary.json" + ("" if MISSING_TENSORBOARD else f", tensorboard --logdir {folder}"),
+        ]
+
+
+def make_summary(generation: Generation, position: Position, resumed_from: int | None, finished: bool) -> Summary:
+    """Return the summary of a run that has ended at `position`."""
+    run, rates = generation.run, generation.run.report.measure_rates()
+    return Summary(
+        recipe=run.name,
+        framework=run.recipe.framework,
+        world_size=generation.world.size,
+        steps=position.step,
+        epochs=generation.plan.epochs,
+        finished=finished,
+        samples_seen=position.samples,
+        train_loss=position.train_loss,
+        eval=position.eval,
+        wire_bytes_per_step=run.step.wire_bytes(),
+        compression=run.options.compression.spec,
+        buckets=run.step.exchange_report().buckets,
+        membership_changes=run.membership.change_count,
+        resumed_from=resumed_from,
+        skipped_nonfinite=position.skipped_nonfinite,
+        synthetic=bool(getattr(run.recipe, "synthetic", False)),
+        versions=collect_versions(),
+        samples_per_second=rates.samples_per_second,
+        step_seconds_median=rates.step_seconds_median,
+        comm_seconds_median=rates.comm_seconds_median,
+    )
+
+
+def write_summary(generation: Generation, summary: Summary) -> str | None:
+    """Write summary.json on rank 0, the last file of a run; return why it cannot be written, if so."""
+    run = generation.run
+    run.lease.check_ownership()
+    if not summary.finished:
+        resume = f"--resume --run-dir {generation.folder}"
+        run.report.print_lines([f"stopped   at step {summary.steps}, saved; to continue: {resume}"])
+    error = run.report.write_summary(summary.to_json())
+    if not error:
+        run.report.print_lines(summary.describe(generation.folder))
+    return error
+
+
+def wait_for_all_ranks(generation: Generation, code: int, error: str | None) -> None:
+    """Wait for the other ranks, all of which are done: launchers end all ranks when one has left.
+
+    Args:
+        generation: the last one.
+        code: the exit code of the run.
+        error: why this rank could not end as it should.
+
+    Raises:
+        RunError: on all ranks, if one has an error.
+    """
+    membership = generation.run.membership
+    if generation.world.rank == 0:
+        membership.publish_end(code, error or "")
+    try:
+        errors = collectives.gather_json(error, "end")
+    except collectives.PeersLost:
+        if not membership.has_run_ended():
+            raise
+        errors = [error or membership.find_end_error()]
+    if found := next(filter(None, errors), None):
+        raise RunError(found)
