@@ -42,7 +42,6 @@ class ElasticMembership:
         self.store = KeyValueStore(self.slot.address, self.slot.port)
         os.set_blocking(self.requests_fd, False)
         self.stop_requested = self.leave_requested = self.regroup_requested = False
-        self.formation_text = ""
         self._former = GenerationFormer(self.store, self.slot, self.member)
 
     @property

@@ -41,7 +41,6 @@ class Membership(Protocol):
     """
 
     world_may_change: bool
-    formation_text: str  # how long the present generation took to form, human-readable
 
     @property
     def has_joined(self) -> bool:
@@ -136,7 +135,6 @@ class FixedMembership:
     world_may_change = False
     has_joined = False
     change_count = 0
-    formation_text = ""
 
     def __init__(self) -> None:
         self.stop_requested = False

@@ -15,16 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import find_framework
-from hvdtrain.recipe.options import convert_value, flatten_options, make_from_values, option_fields
+from hvdtrain.recipe.options import convert_value, make_from_values, option_fields
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system import activity, messages, streams
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, suggest_nearest
-from hvdtrain.system.strict_json import parse_strict_json
+from hvdtrain.training.agreement import agree_on_given_options, agree_on_options, compare_with_run
+from hvdtrain.training.config import OptionValues, build_config, merge_saved_options
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
 from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
 from hvdtrain.training.loop import Ending
@@ -32,12 +32,9 @@ from hvdtrain.training.options import RunOptions, check_elastic_options, check_r
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.run import Run
 from hvdtrain.training.session import Session
-from hvdtrain.training.start import agree_on_given_options, agree_on_options, check_best_metric, compare_with_run
+from hvdtrain.training.start import check_best_metric
 from hvdtrain.training.stop import StopRequest
 from hvdtrain.training.summary import Summary, make_summary, wait_for_all_ranks, write_summary
-
-# Where a run is, not what it is: these are not kept in config.json.
-EXCLUDED_FROM_CONFIG = ("run_dir", "resume")
 
 
 def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
@@ -65,7 +62,7 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
             shut_down_horovod()  # so that the next training can have another communicator; MPI itself stays
 
 
-def apply_run_options(recipe: Recipe, values: Mapping[str, Any]) -> tuple[Recipe, RunOptions]:
+def apply_run_options(recipe: Recipe, values: OptionValues) -> tuple[Recipe, RunOptions]:
     """Split what `fit` is given: the four options that every recipe has go into a copy of it. Raises UserError."""
     shared = {field.name: field for field in option_fields(Recipe)}
     run_names = [field.name for field in option_fields(RunOptions)]
@@ -87,7 +84,7 @@ def apply_run_options(recipe: Recipe, values: Mapping[str, Any]) -> tuple[Recipe
 
 
 def fit_from_command_line(
-    cls: type[Recipe], name: str, given: dict[str, Any], world: World, membership: Membership
+    cls: type[Recipe], name: str, given: OptionValues, world: World, membership: Membership
 ) -> Summary:
     """Train with the options given on the command line; with --resume, the others come from the run's config.json."""
     if given.get("resume"):
@@ -138,47 +135,3 @@ def train_recipe(
     wait_for_all_ranks(generation, code, error)
     messages.send_message(messages.RankFinished(generation.world.rank, code))
     return summary
-
-
-def build_config(name: str, recipe: Recipe, options: RunOptions) -> Mapping[str, object]:
-    """Return what config.json holds."""
-    kept = {name: value for name, value in flatten_options(options).items() if name not in EXCLUDED_FROM_CONFIG}
-    values = flatten_options(recipe) | kept
-    return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
-
-
-def merge_saved_options(run_dir: Path, cls: type[Recipe], name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of rank 0's config.json, overridden by those given now; the same on every rank.
-
-    Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
-    """
-    options = collectives.on_root("config", lambda: read_saved_options(run_dir, cls, name))
-    for option, other in (("epochs", "steps"), ("batch_size", "batch_per_rank"), ("batch_size", "scale_lr")):
-        if option in given:
-            options.pop(other, None)
-    return {**options, **given}
-
-
-def read_saved_options(run_dir: Path, cls: type[Recipe], name: str) -> dict[str, Any]:
-    """Return the options in a run folder's config.json; none if there is no such file. Raises UserError."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        saved = parse_strict_json(path.read_bytes())
-        recipe, options = saved["recipe"], dict(saved["options"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if recipe != name:
-        raise UserError(f"{run_dir} is a run of recipe {recipe!r}, not of {name!r}")
-    known = {field.name: field for field in [*option_fields(cls), *option_fields(RunOptions)]}
-    for option, value in options.items():
-        if option not in known:
-            near = suggest_nearest(option, [field.name for field in option_fields(cls)])
-            text = f"{path} has the option {option!r}, which {cls.__name__} does not have"
-            raise UserError(f"{text}: rename or remove it there as in the recipe{near}")
-        try:
-            convert_value(known[option], value)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    return options

@@ -1,4 +1,4 @@
-"""Steps in which not all ranks call `score` equally often, which a recipe with collectives in `score` cannot have."""
+"""Steps in which some ranks call `score` more often than others: a recipe with collectives in `score` would hang."""
 
 from __future__ import annotations
 
@@ -21,29 +21,27 @@ def _own_shards(plan: TrainingPlan, rank: int) -> range:
     return range(*order.part_bounds(plan.shards, rank, plan.ranks))
 
 
-def refuse_uneven_calls(recipe: str, plan: TrainingPlan, evaluated: int, at: Position) -> None:
+def refuse_uneven_calls(recipe: str, plan: TrainingPlan, evaluation_examples: int, position: Position) -> None:
     """Raise UserError if a rank would wait in a collective of `score` for one that does not call it.
 
     Args:
         recipe: its name.
-        plan: of the run, on several ranks.
-        evaluated: the number of evaluation examples.
-        at: where the run begins.
+        plan: of the run.
+        evaluation_examples: the number of evaluation examples.
+        position: the beginning of the run.
     """
-    steps = plan.total_steps - at.step
-    for examples in (plan.examples - at.offset, plan.examples):
+    remaining_steps = plan.total_steps - position.step
+    for examples in (plan.examples - position.offset, plan.examples):
         full, rest = divmod(examples, plan.batch_size)
-        sizes = [plan.batch_size] * (full > 0 and steps > 0) + [rest] * (rest > 0 and steps > full)
+        sizes = [plan.batch_size] * (full > 0 and remaining_steps > 0) + [rest] * (rest > 0 and remaining_steps > full)
         for count in sizes:
-            _refuse_uneven_passes(
-                recipe, f"a step of {count} examples", count_passes(count, plan), "batch-size", plan.batch_size
-            )
-        steps -= full + (rest > 0)
-    parts = [order.part_bounds(evaluated, rank, plan.ranks) for rank in range(plan.ranks)]
+            passes = count_passes(count, plan)
+            _refuse_uneven_passes(recipe, f"a step of {count} examples", passes, "batch-size", plan.batch_size)
+        remaining_steps -= full + (rest > 0)
+    parts = [order.part_bounds(evaluation_examples, rank, plan.ranks) for rank in range(plan.ranks)]
     passes = [-(-(end - first) // plan.eval_micro_batch) for first, end in parts]
-    _refuse_uneven_passes(
-        recipe, f"an evaluation of {evaluated} examples", passes, "micro-batch", plan.eval_micro_batch
-    )
+    what = f"an evaluation of {evaluation_examples} examples"
+    _refuse_uneven_passes(recipe, what, passes, "micro-batch", plan.eval_micro_batch)
 
 
 def _refuse_uneven_passes(recipe: str, what: str, passes: list[int], option: str, value: int) -> None:
@@ -51,7 +49,7 @@ def _refuse_uneven_passes(recipe: str, what: str, passes: list[int], option: str
         return
     most, fewest = passes.index(max(passes)), passes.index(min(passes))
     raise UserError(
-        f"{recipe}.score calls collectives, for which all ranks must call it equally often, and in {what} rank {most} "
-        f"calls it {max(passes)} times and rank {fewest} {min(passes)} times: choose another --{option} than {value}, "
-        "or let dataset() leave out the examples that are over"
+        f"{recipe}.score calls collectives, so all ranks must call it equally often; in {what} rank {most} calls it "
+        f"{max(passes)} times and rank {fewest} {min(passes)} times: choose another --{option} than {value}, or let "
+        "dataset() leave out the last examples"
     )

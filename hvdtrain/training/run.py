@@ -44,3 +44,4 @@ class Generation:
     folder: Path
     ledger: Ledger
     diagnosis: Diagnosis | None  # of --diagnose
+    formation_text: str  # how long it took to form, human-readable; "" for the first one

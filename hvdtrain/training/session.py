@@ -70,6 +70,7 @@ class Session:
         self._ledger: Ledger | None = None
         self._diagnosis: Diagnosis | None = None
         self._earlier_worlds: Any = []  # Diagnosis.build_history()
+        self._formation_text = ""
         self._files = contextlib.ExitStack()  # that are open during a generation
 
     def __enter__(self) -> Session:
@@ -131,11 +132,10 @@ class Session:
         notes = write_run_files(run, folder, self.config) if begins else []
         diagnosis = None
         if run.options.reports.diagnose:
-            diagnosis = Diagnosis(
-                self.world, folder, run.options.reports.log_every, position.step, self._earlier_worlds
-            )
+            log_every = run.options.reports.log_every
+            diagnosis = Diagnosis(self.world, folder, log_every, position.step, self._earlier_worlds)
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
-        generation = Generation(run, self.world, plan, folder, ledger, diagnosis)
+        generation = Generation(run, self.world, plan, folder, ledger, diagnosis, self._formation_text)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
         report_generation(generation, position, notes)
         return generation, position
@@ -160,8 +160,8 @@ class Session:
         self.world = entered.world
         if received is not None:
             self.take_over(*received)
-            seconds = f"ranks met in {met - began:.3f} s, state in {time.perf_counter() - met:.3f} s"
-            membership.formation_text = seconds
+            seconds = time.perf_counter() - met
+            self._formation_text = f"ranks met in {met - began:.3f} s, state in {seconds:.3f} s"
         hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
         membership.announce_rank(self.world)
 

@@ -1,4 +1,4 @@
-"""Being asked to stop, to leave or to regroup: a flag is set, and all ranks act together at the end of the step."""
+"""Requests to stop the run or to leave it: all ranks learn of them in the next step, and act together at its end."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop; a second SIGINT interrupts at once.
+    """While entered, signals are requests to this rank, which become votes in the next step.
 
-    A SIGINT within a second of another signal is the same stop. SIGHUP means that the terminal was closed; nohup lets
-    it be ignored, and so it stays then. In an elastic run SIGUSR1 stops all ranks, and the others mean this rank alone,
-    which leaves. What the rank's supervisor says counts as well.
+    SIGUSR1                    stop the run
+    SIGTERM, SIGINT, SIGHUP    fixed membership: stop the run; elastic: leave it, and the others continue
+    a second SIGINT            after a stop was requested: KeyboardInterrupt at once
 
-    In a thread other than the main one, which cannot take signals, it never asks.
+    A SIGINT within a second of another signal counts as the same request. SIGHUP means that the terminal was closed;
+    nohup makes the process ignore it, and then it stays ignored. Requests of an elastic rank's supervisor are votes as
+    well. In a thread other than the main one, which cannot handle signals, they are the only ones.
     """
 
     def __init__(self, membership: Membership) -> None:
         self.membership = membership
         self.requested = False
-        self._requested_at = 0.0  # when, by the monotonic clock
+        self._requested_at = 0.0  # by the monotonic clock
         self._previous_handlers: dict[int, Any] = {}
 
     def collect_votes(self) -> StepVotes:
-        """Return this rank's votes, by what it was asked to do so far."""
+        """Return votes for what this rank was asked to do so far."""
         requests = self.membership.poll_requests()
         return StepVotes(stop=int(requests.stop), leave=int(requests.leave), regroup=int(requests.regroup))
 

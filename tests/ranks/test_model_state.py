@@ -308,7 +308,7 @@ def test_collectives_in_score_work_in_even_steps_and_are_refused_in_others(
     compare(*(trained(worlds[size], "Collective", tmp_path, dicts=dicts) for size in (1, 2)))
     trained(worlds[2], "Collective", tmp_path / "short", {"steps": 5}, dicts=dicts, examples=42)  # ends before
     assert refused(worlds[2], "Collective", tmp_path / "odd", dicts=dicts, examples=41) == (
-        "Collective.score calls collectives, for which all ranks must call it equally often, and in a step of 1 "
-        "examples rank 0 calls it 1 times and rank 1 0 times: choose another --batch-size than 8, or let dataset() "
-        "leave out the examples that are over"
+        "Collective.score calls collectives, so all ranks must call it equally often; in a step of 1 examples rank 0 "
+        "calls it 1 times and rank 1 0 times: choose another --batch-size than 8, or let dataset() leave out the last "
+        "examples"
     )

@@ -338,7 +338,7 @@ def test_uneven_steps_are_found(
     parts = [order.part_bounds(ranks * 7, rank, ranks) for rank in range(ranks)]
     assert len({b - a for a, b in parts}) == 1  # an evaluation that is even
     if uneven:
-        with pytest.raises(UserError, match="calls collectives, for which all ranks must"):
+        with pytest.raises(UserError, match="calls collectives, so all ranks must call it equally"):
             refuse_uneven_calls("Mine", made, ranks * 7, at)
     else:
         refuse_uneven_calls("Mine", made, ranks * 7, at)
