@@ -21,8 +21,8 @@ from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.options import convert_value, make_from_values, option_fields
 from hvdtrain.recipe.source import source_of_class
-from hvdtrain.system import activity, messages, streams
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, suggest_nearest
+from hvdtrain.system import activity, streams
+from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training.agreement import agree_on_given_options, agree_on_options, compare_with_run
 from hvdtrain.training.config import OptionValues, build_config, merge_saved_options
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
@@ -34,7 +34,7 @@ from hvdtrain.training.run import Run
 from hvdtrain.training.session import Session
 from hvdtrain.training.start import check_best_metric
 from hvdtrain.training.stop import StopRequest
-from hvdtrain.training.summary import Summary, make_summary, wait_for_all_ranks, write_summary
+from hvdtrain.training.summary import Summary, end_run, make_summary, write_summary
 
 
 def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
@@ -128,10 +128,7 @@ def train_recipe(
         compare_with_run(run, world)
         with Session(run, world, config) as session:
             generation, position, ending = session.run_generations()
-            activity.enter_activity("ending the run", patient=True)
             summary = make_summary(generation, position, session.resumed_from, finished=ending == Ending.FINISHED)
             error = write_summary(generation, summary)
-    code = EXIT_FAILED if error else 0 if summary.finished else EXIT_REQUEUE
-    wait_for_all_ranks(generation, code, error)
-    messages.send_message(messages.RankFinished(generation.world.rank, code))
+    end_run(generation, summary, error)
     return summary

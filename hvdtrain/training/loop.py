@@ -82,7 +82,7 @@ def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[Ste
 def train_step(generation: Generation, position: Position, share: StepShare, batches: Batches) -> StepOutcome:
     """Compute gradients, exchange them with the other ranks, and update the model."""
     run, plan, start = generation.run, generation.plan, time.perf_counter()
-    compute_gradients(generation, position, share, batches)
+    accumulate_micro_batches(generation, position, share, batches)
     activity.enter_activity("exchanging gradients")
     result = run.step.all_reduce()
     if generation.diagnosis is not None:
@@ -98,7 +98,7 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     return StepOutcome(result, update_report, plan.lr * lr_factor, time.perf_counter() - start)
 
 
-def compute_gradients(generation: Generation, position: Position, share: StepShare, batches: Batches) -> None:
+def accumulate_micro_batches(generation: Generation, position: Position, share: StepShare, batches: Batches) -> None:
     """Add up the gradients of this rank's micro-batches; the last one carries the rank's votes.
 
     Every example weighs 1 / the examples of the step, wherever it is: the sum over ranks and passes is the global mean.

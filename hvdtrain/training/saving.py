@@ -32,27 +32,18 @@ def save_checkpoint(generation: Generation, position: Position, *, must: bool) -
         FolderLost: on rank 0, if the run folder is not this run's any more.
     """
     activity.enter_activity("saving a checkpoint", patient=True)
-    run, error, is_fatal, what = generation.run, None, True, "owner.json"
+    error, is_fatal = None, True
     try:
-        state = run.step.gather_state()
+        state = generation.run.step.gather_state()
         if generation.world.rank == 0:
-            check_folder_ownership(generation.folder, run.lease, run.report, generation.ledger)
-            what = "metrics.jsonl"
-            run.report.sync_rows()
-            what = "the ledger"
-            generation.ledger.make_durable()  # a checkpoint without the rows before it would lose them
-            what = "its files"
-            confirm = partial(run.lease.check_ownership, now=True)
-            checkpoint.write_checkpoint(generation.folder, position, state, run.name, confirm=confirm)
+            error = write_on_root(generation, position, state)
+            is_fatal = must
     except FolderLost:
         raise
     except RunError as problem:
         error = str(problem)
-    except OSError as problem:
-        error = write_error_text(f"step {position.step}'s checkpoint ({what})", generation.folder, problem)
-        is_fatal = must
-        if not must:
-            run.report.print_warning(f"{error}; training continues, the next checkpoint is tried again")
+    if error and not is_fatal:
+        generation.run.report.print_warning(f"{error}; training continues, the next checkpoint is tried again")
     if generation.world.rank == 0 and not error:
         remove_old_checkpoints(generation)
     # Without this the others would wait for rank 0 in the next step.
@@ -60,6 +51,27 @@ def save_checkpoint(generation: Generation, position: Position, *, must: bool) -
     if error and is_fatal:
         raise RunError(error)
     position.saved = position.saved if error else position.step
+
+
+def write_on_root(generation: Generation, position: Position, state: bytes) -> str | None:
+    """Write all that a checkpoint needs to survive the machine; return what cannot be written, if so.
+
+    Raises:
+        FolderLost: the run folder is not this run's any more.
+    """
+    run, what = generation.run, "owner.json"
+    try:
+        check_folder_ownership(generation.folder, run.lease, run.report, generation.ledger)
+        what = "metrics.jsonl"
+        run.report.sync_rows()
+        what = "the ledger"
+        generation.ledger.make_durable()  # a checkpoint without the rows before it would lose them
+        what = "its files"
+        confirm = partial(run.lease.check_ownership, now=True)
+        checkpoint.write_checkpoint(generation.folder, position, state, run.name, confirm=confirm)
+    except OSError as problem:
+        return write_error_text(f"step {position.step}'s checkpoint ({what})", generation.folder, problem)
+    return None
 
 
 def remove_old_checkpoints(generation: Generation) -> None:

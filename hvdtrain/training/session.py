@@ -47,7 +47,7 @@ from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.loop import Ending, run_loop
 from hvdtrain.training.progress import Progress
 from hvdtrain.training.run import Generation, Run
-from hvdtrain.training.setup import make_plan, open_ledger, write_run_files
+from hvdtrain.training.setup import open_ledger, plan_generation, write_run_files
 from hvdtrain.training.start import begin_run, find_run_folder, report_generation
 
 
@@ -125,7 +125,7 @@ class Session:
             self.resumed_from, self._ledger = position.step or None, None
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
-        plan = make_plan(run, self.world, position)
+        plan = plan_generation(run, self.world, position)
         ledger = self._files.enter_context(open_ledger(self._ledger, run.options, plan, position, folder))
         if self.world.rank == 0:
             run.membership.publish_start(position.step)

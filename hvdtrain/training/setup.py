@@ -27,7 +27,7 @@ from hvdtrain.training.run import Run
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 
-def make_plan(run: Run, world: World, position: Position) -> TrainingPlan:
+def plan_generation(run: Run, world: World, position: Position) -> TrainingPlan:
     """Return the plan of a generation that begins at `position`. Raises UserError if it cannot be carried out."""
     step = run.step
     plan = make_training_plan(

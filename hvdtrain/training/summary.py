@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm import collectives
-from hvdtrain.system.errors import RunError
+from hvdtrain.system import activity, messages
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.event_writer import MISSING_TENSORBOARD
 from hvdtrain.training.run import Generation
@@ -58,6 +59,7 @@ class Summary:
 
 def make_summary(generation: Generation, position: Position, resumed_from: int | None, finished: bool) -> Summary:
     """Return the summary of a run that has ended at `position`."""
+    activity.enter_activity("ending the run", patient=True)
     run, rates = generation.run, generation.run.report.measure_rates()
     return Summary(
         recipe=run.name,
@@ -96,18 +98,19 @@ def write_summary(generation: Generation, summary: Summary) -> str | None:
     return error
 
 
-def wait_for_all_ranks(generation: Generation, code: int, error: str | None) -> None:
+def end_run(generation: Generation, summary: Summary, error: str | None) -> None:
     """Wait for the other ranks, all of which are done: launchers end all ranks when one has left.
 
     Args:
         generation: the last one.
-        code: the exit code of the run.
-        error: why this rank could not end as it should.
+        summary: how the run has ended.
+        error: why this rank could not write what it had to.
 
     Raises:
         RunError: on all ranks, if one has an error.
     """
     membership = generation.run.membership
+    code = EXIT_FAILED if error else 0 if summary.finished else EXIT_REQUEUE
     if generation.world.rank == 0:
         membership.publish_end(code, error or "")
     try:
@@ -118,3 +121,4 @@ def wait_for_all_ranks(generation: Generation, code: int, error: str | None) -> 
         errors = [error or membership.find_end_error()]
     if found := next(filter(None, errors), None):
         raise RunError(found)
+    messages.send_message(messages.RankFinished(generation.world.rank, code))
