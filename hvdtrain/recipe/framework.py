@@ -83,11 +83,11 @@ class Step(Protocol):
          |
          +-> load_batches("train", ...), once an epoch or a part of it; then for each training step
          |     start_step(passes, batch_share)
-         |     for each micro-batch of this rank, of which there may be none:
-         |         cast_votes(votes)                          before the last one, or if there is none
-         |         accumulate_gradients(batch, ...)           after the last one, the exchange may begin
-         |     all_reduce() -> StepResult                     all ranks know the same from here on
-         |     apply_update(...), or skip_update() if StepResult.must_skip
+         |     accumulate_gradients(batch, ...)       for each micro-batch of this rank but its last one
+         |     cast_votes(votes)                      once
+         |     accumulate_gradients(batch, ...)       for the last one, if there is any; then the exchange may begin
+         |     all_reduce() -> StepResult             all ranks know the same from here on
+         |     apply_update(...)                      or skip_update(), if StepResult.must_skip
          |
          +-> between steps: evaluate_batch for each of load_batches("eval", ...); gather_state for a checkpoint;
          |     checksum_state, exchange_report, take_messages, wire_bytes
@@ -135,12 +135,13 @@ class Step(Protocol):
         """
 
     def cast_votes(self, votes: StepVotes) -> None:
-        """Take this rank's votes, which travel in one collective with the sums of the scores."""
+        """Take this rank's votes, which are complete: they travel in one collective with the sums of the scores."""
 
     def accumulate_gradients(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         """Add the gradient of `weight` * the sum of the `count` losses of a micro-batch.
 
-        With the last one of the step, start to exchange what is ready: gradients, sums, votes.
+        The last one of the step, as counted by `start_step`, may start to exchange what is ready: votes, sums,
+        gradients.
 
         Args:
             batch: as `load_batches` has yielded it.

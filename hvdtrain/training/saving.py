@@ -83,13 +83,12 @@ def remove_old_checkpoints(generation: Generation) -> None:
         run.report.print_warning(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
 
 
-def resume_run(run: Run, folder: Path, rank: int, *, unattended: bool = False) -> Position:
+def resume_run(run: Run, folder: Path, *, unattended: bool = False) -> Position:
     """Load the newest checkpoint of rank 0's run folder on all ranks; return a new Position if there is none.
 
     Args:
         run: the run to resume.
         folder: the run folder.
-        rank: this rank.
         unattended: pass over checkpoints that are damaged, with a warning.
 
     Raises:

@@ -121,7 +121,7 @@ class Session:
         self.enter_next_world()
         run, begins = self.run, self.position is None
         if self.position is None:
-            folder, position = begin_run(run, self.world)
+            folder, position = begin_run(run)
             self.resumed_from, self._ledger = position.step or None, None
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position

@@ -1,4 +1,4 @@
-"""How a run starts: what all ranks have to agree on, its folder, the state that it starts from, and its first lines."""
+"""How a run starts: its folder, the state that it starts from, and its first lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 from hvdtrain.training.checkpoint import Position
@@ -29,7 +28,7 @@ def check_best_metric(recipe: Recipe, metrics: Sequence[str]) -> None:
         raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
 
 
-def begin_run(run: Run, world: World) -> tuple[Path, Position]:
+def begin_run(run: Run) -> tuple[Path, Position]:
     """Find the run folder and begin: at step 0, or with the newest checkpoint if there is reason to.
 
     Returns:
@@ -38,12 +37,12 @@ def begin_run(run: Run, world: World) -> tuple[Path, Position]:
     options, membership = run.options.checkpoints, run.membership
     if membership.get_run_folder() is not None:  # an earlier generation has begun, and all that had a state are gone
         folder = take_over_folder(find_run_folder(run), run.lease)
-        return folder, resume_run(run, folder, world.rank, unattended=True)
+        return folder, resume_run(run, folder, unattended=True)
     if membership.change_count > 0 and options.run_dir is not None:
         options = replace(options, resume=True)  # the first generation may have come so far as to make it
     folder = open_run_folder(options, run.name, run.lease)
     if options.resume:
-        position = resume_run(run, folder, world.rank, unattended=RELAUNCH_VARIABLE in os.environ)
+        position = resume_run(run, folder, unattended=RELAUNCH_VARIABLE in os.environ)
     else:
         position = Position()
         start_order(run, position)

@@ -72,6 +72,20 @@ def test_only_some_rooms_import_torch_and_only_comm_horovod(path: Path) -> None:
         assert "horovod" not in imported
 
 
+def test_training_loads_no_framework_before_a_recipe_needs_it() -> None:
+    """torch is loaded all the same, as the transport of `hvdtrain.comm`; hvdtrain.torch and other frameworks are not."""
+    code = (
+        "import sys, hvdtrain.training.fit\n"
+        "loaded = {name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'keras', 'jax')}\n"
+        "loaded |= {name for name in sys.modules if name.startswith('hvdtrain.torch')}\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 330
