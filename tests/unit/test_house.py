@@ -73,7 +73,7 @@ def test_only_some_rooms_import_torch_and_only_comm_horovod(path: Path) -> None:
 
 
 def test_training_loads_no_framework_before_a_recipe_needs_it() -> None:
-    """torch is loaded all the same, as the transport of `hvdtrain.comm`; hvdtrain.torch and other frameworks are not."""
+    """torch itself is loaded, as the transport of `hvdtrain.comm`; hvdtrain.torch and other frameworks are not."""
     code = (
         "import sys, hvdtrain.training.fit\n"
         "loaded = {name for name in sys.modules if name.split('.')[0] in ('tensorflow', 'keras', 'jax')}\n"
