@@ -215,11 +215,15 @@ FRAMEWORKS: Registry[Framework] = Registry("framework", "hvdtrain.frameworks", "
 
 
 def find_framework(recipe: type[Recipe]) -> Framework:
-    """Return the framework of a recipe. Raises UserError if it is not known."""
-    if recipe.framework not in FRAMEWORKS.names():
-        names = ", ".join(map(repr, FRAMEWORKS.names()))
-        classes = " or ".join(framework.recipe_class for framework in FRAMEWORKS.load_all().values())
-        raise UserError(
-            f"{recipe.__name__}.framework is {recipe.framework!r}; expected {names}: derive the recipe from {classes}"
-        )
-    return FRAMEWORKS.get(recipe.framework)
+    """Return the framework of a recipe. Raises UserError if there is none of that name, or it cannot be loaded."""
+    try:
+        return FRAMEWORKS.get(recipe.framework)
+    except UserError:
+        names = FRAMEWORKS.names()
+        if recipe.framework in names:
+            raise
+    classes = " or ".join(framework.recipe_class for framework in FRAMEWORKS.load_all().values())
+    raise UserError(
+        f"{recipe.__name__}.framework is {recipe.framework!r}; expected {', '.join(map(repr, names))}: derive the "
+        f"recipe from {classes}"
+    )
