@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from hvdtrain.cli.groups import CommandGroup
 from hvdtrain.cli.launch import LAUNCH_OPTION_NAMES, add_launch_options, launch_ranks
 from hvdtrain.cli.rank import exit_on_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import World, rank_from_environment
@@ -38,7 +39,7 @@ recipe_argument = click.argument("recipe", required=False)
 options_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
 
 
-@click.group("bench", invoke_without_command=True)
+@click.group("bench", cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def bench_command(context: click.Context) -> None:
     """Measure the network, the step and gradient compression, on many ranks.

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
+from hvdtrain.cli.groups import CommandGroup
 from hvdtrain.system.errors import EXIT_FAILED, UserError
 
 
-@click.group("horovod", invoke_without_command=True)
+@click.group("horovod", cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def horovod_command(context: click.Context) -> None:
     """Build Horovod for the installed torch, or check it.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from hvdtrain.cli.groups import CommandGroup
 from hvdtrain.system.errors import EXIT_FAILED, UserError
 from hvdtrain.system.strict_json import encode_json
 
 
-@click.group("ledger", invoke_without_command=True)
+@click.group("ledger", cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def ledger_command(context: click.Context) -> None:
     """See from a run's ledger whether every epoch visited every example exactly once.

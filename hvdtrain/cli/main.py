@@ -12,23 +12,22 @@ import click
 
 from hvdtrain import __version__
 from hvdtrain.system import streams
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR, RecipeError, RunError, UserError, suggest_nearest
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR, KnownError, UserError, suggest_nearest
 from hvdtrain.system.exits import exit_process
 
-# name: (module, help). The help stands here so that `hvdtrain --help` imports no command.
+# name: (module, help). The help is here so that `hvdtrain --help` imports no command.
 SUBCOMMANDS = {
     "train": ("hvdtrain.cli.train", "Train a recipe; this process is one rank."),
     "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
-    "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on many ranks."),
-    "agent": ("hvdtrain.cli.agent", "Keep a host in the membership folder until it is to be preempted."),
-    "ledger": ("hvdtrain.cli.ledger", "See whether a run visited every example exactly once."),
-    "doctor": ("hvdtrain.cli.doctor", "See what is wrong with this host, or with several and what joins them."),
+    "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on several ranks."),
+    "agent": ("hvdtrain.cli.agent", "Keep a host in the membership folder until its preemption is announced."),
+    "ledger": ("hvdtrain.cli.ledger", "Check whether a run visited every example exactly once."),
+    "doctor": ("hvdtrain.cli.doctor", "Diagnose this host, or several hosts and the network between them."),
     "horovod": ("hvdtrain.cli.horovod", "Build Horovod for the installed torch, or check it."),
 }
 
-
-# What these are for is not what they print.
+# What these commands are for is not what they print: lost output is not an error.
 OUTPUT_OPTIONAL_COMMANDS = ("train", "launch", "agent")
 
 
@@ -49,7 +48,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in SUBCOMMANDS.items()])
 
 
-@click.command(cls=LazyGroup)
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def root_command() -> None:
     """Train one recipe on any number of ranks, exactly, over Horovod.
@@ -81,15 +80,11 @@ def run_command_line(args: list[str] | None) -> NoReturn:
         if not code and args[:1] not in ([name] for name in OUTPUT_OPTIONAL_COMMANDS):
             check_output_written()
         sys.exit(code if isinstance(code, int) else 0)
-    except UserError as error:
-        exit_with_error(str(error), EXIT_USER_ERROR)
+    except KnownError as error:
+        click.echo(error.trace, err=True, nl=False)
+        exit_with_error(str(error), error.exit_code)
     except click.ClickException as error:
         exit_with_error(error.format_message(), EXIT_USER_ERROR)
-    except RecipeError as error:
-        click.echo(error.trace, err=True, nl=False)
-        exit_with_error(str(error), EXIT_FAILED)
-    except RunError as error:
-        exit_with_error(str(error), EXIT_FAILED)
     except (click.Abort, KeyboardInterrupt):
         exit_with_error("interrupted", 130)
 

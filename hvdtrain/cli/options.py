@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.base import Recipe, check_methods
 from hvdtrain.recipe.options import OptionField, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
@@ -22,13 +23,15 @@ def make_click_option(field: OptionField) -> click.Option:
     """A field as a click option; a bool becomes --name/--no-name."""
     flag = field.flag if field.type is not bool else f"{field.flag}/--no-{field.flag[2:]}"
     kind = click.Choice(field.choices) if field.choices else CLICK_TYPES.get(field.type, click.Path(path_type=Path))
-    return click.Option([field.name, flag], type=kind, default=None)
+    return click.Option([field.name, flag], type=kind, default=None, multiple=field.multiple)
 
 
 def _format_help(field: OptionField) -> str:
     shown = field.default if field.type is not bool else ("on" if field.default else "off")
+    if field.multiple:
+        shown = " ".join(map(str, field.default)) or None
     text = field.help() if callable(field.help) else field.help
-    return text if field.default is None else f"{text}  [{shown}]"
+    return text if shown is None else f"{text}  [{shown}]"
 
 
 class TrainCommand(click.Command):
@@ -46,7 +49,8 @@ class TrainCommand(click.Command):
         twice = [flag for flag in flags if flags.count(flag) > 1]
         if twice:
             raise UserError(f"two options of {recipe.__name__} are called {twice[0]}; rename the field of one")
-        super().__init__(name, params=options, **kwargs)  # type: ignore[arg-type]
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+        super().__init__(name, params=options, context_settings=settings, **kwargs)  # type: ignore[arg-type]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for option, field in zip(self.params, self.fields, strict=False):  # click adds --help at the end
@@ -59,6 +63,32 @@ class TrainCommand(click.Command):
             if listed:
                 with formatter.section(section or "Recipe options"):
                     formatter.write_dl([record for record in listed if record])
+
+
+def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Find RECIPE, which run options may come before; return it and all options. None: help on every recipe's options.
+
+    Raises UserError if RECIPE is missing, or an option before it is not one of every run.
+    """
+    fields = [*option_fields(Recipe), *option_fields(RunOptions)]
+    takes_value = {field.flag: field.type is not bool for field in fields}
+    takes_value |= {f"--no-{field.flag[2:]}": False for field in fields if field.type is bool}
+    place = 0
+    while place < len(args) and args[place].startswith("-"):
+        flag, equals, _ = args[place].partition("=")
+        if flag in ("-h", "--help"):
+            takes_value[flag] = False
+        elif flag not in takes_value:
+            raise UserError(
+                f"{flag} before RECIPE is not a run option{suggest_nearest(flag, takes_value, list_all=False)}; "
+                f"a recipe's own options come after it: hvdtrain train RECIPE {flag} ..."
+            )
+        place += 2 if takes_value[flag] and not equals else 1
+    if place < len(args):
+        return args[place], [*args[:place], *args[place + 1 :]]
+    if {"-h", "--help"} & set(args):
+        return None, []
+    raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
 
 
 @dataclass(frozen=True)
@@ -85,10 +115,11 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
     command = TrainCommand(f"hvdtrain train {spec}", cls, help=cls.__doc__)
     try:
         with command.make_context(command.name, list(args)) as context:
-            given = {key: value for key, value in context.params.items() if value is not None}
+            given = {key: value for key, value in context.params.items() if value not in (None, ())}
     except click.NoSuchOption as error:
         names = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
-        raise UserError(f"no option {error.option_name}{suggest_nearest(error.option_name, names)}") from error
+        near = suggest_nearest(error.option_name, names, list_all=False)
+        raise UserError(f"no option {error.option_name}{near or f'; {command.name} --help lists them'}") from error
     except click.BadParameter as error:
         option = error.param.opts[0] if error.param else ""
         raise UserError(f"{option}: {error.message.rstrip('.')}") from error
@@ -102,11 +133,12 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
 
 
 def check_parsed_arguments(arguments: TrainArguments) -> None:
-    """Find what a user can have got wrong, without data or Horovod. Raises UserError."""
+    """Raise UserError for every mistake that can be found without data or Horovod."""
     from hvdtrain.compression import spec
     from hvdtrain.recipe.framework import find_framework
 
     find_framework(arguments.recipe_class)
+    check_methods(arguments.recipe_class)
     recipe, run = split_options(arguments.recipe_class, arguments.given_options)
     schedule.parse_schedule(recipe.schedule, 1000, 10)
     spec.parse_compression(run.compression.spec)

@@ -15,7 +15,7 @@ from hvdtrain.comm.world import World, init, local_size_from_environment, rank_f
 from hvdtrain.elastic.generation import MembershipEnded
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.system import cpus, messages
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR, KnownError, RecipeError, UserError
+from hvdtrain.system.errors import EXIT_FAILED, KnownError
 from hvdtrain.system.exits import stop_descendants
 from hvdtrain.system.recipe_errors import recipe_traceback
 
@@ -44,10 +44,9 @@ def exit_on_failure(membership: Membership = NOT_ELASTIC) -> Iterator[None]:
     except MembershipEnded as gone:
         exit_immediately(gone.exit_code)
     except KnownError as error:
-        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
         if membership.has_joined:
-            membership.publish_end(code, str(error))
-        abort_rank(code, str(error), error.trace if isinstance(error, RecipeError) else "", error.origin)
+            membership.publish_end(error.exit_code, str(error))
+        abort_rank(error.exit_code, str(error), error.trace, error.origin)
     except SystemExit as leaving:  # of code that is not one of the recipe's methods: a hook, a library
         abort_rank(EXIT_FAILED, f"sys.exit({leaving.code!r}) was called in the run", recipe_traceback(leaving))
     except KeyboardInterrupt:

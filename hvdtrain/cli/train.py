@@ -19,7 +19,7 @@ from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import read_copy
 from hvdtrain.system import activity
-from hvdtrain.system.errors import EXIT_REQUEUE, EXIT_USER_ERROR, RequeueExit, UserError
+from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit, UserError
 from hvdtrain.training.hang import watch_for_hangs
 from hvdtrain.training.options import check_elastic_options
 
@@ -27,11 +27,11 @@ TRAIN_HELP = """Train a recipe.
 
 This process is one rank: alone, or started by `hvdtrain launch`, horovodrun, mpirun or srun.
 
-RECIPE is a name (`hvdtrain list`), a path (my/recipe.py) or my/recipe.py:ClassName. Its own options and the run
-options follow it; `hvdtrain train RECIPE --help` lists both, with the recipe's defaults.
+RECIPE is a name (`hvdtrain list`), a path (my/recipe.py) or my/recipe.py:ClassName. Its own options follow it; run
+options may stand before or after it. `hvdtrain train RECIPE --help` lists both, with the recipe's defaults.
 
 Exit codes: 0 done, 1 failed, 2 a mistake in the options, 75 asked to stop (SIGTERM, SIGUSR1 or Ctrl-C) and saved:
-go on with --resume --run-dir DIR."""
+continue with --resume --run-dir DIR."""
 
 
 @click.command(
@@ -41,33 +41,30 @@ go on with --resume --run-dir DIR."""
     options_metavar="",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.argument("recipe", required=False, metavar="RECIPE")
-@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [RECIPE OPTIONS] [RUN OPTIONS]")
 @click.pass_context
-def train_command(ctx: click.Context, recipe: str | None, args: tuple[str, ...]) -> int:
-    if recipe in (None, "--help", "-h"):
-        if recipe is None:
-            raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
+def train_command(ctx: click.Context, args: tuple[str, ...]) -> int:
+    recipe, rest = options.split_recipe(args)
+    if recipe is None:
         formatter = ctx.make_formatter()
         ctx.command.format_help(ctx, formatter)
         options.TrainCommand("train", Recipe).format_options(ctx, formatter)
         click.echo(formatter.getvalue(), nl=False)
         return 0
-    assert recipe is not None
     if os.environ.get("HOROVOD_ELASTIC") == "1" and MEMBER_VARIABLE not in os.environ:
-        return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *args], os.environ).supervise_worker()
+        return Supervisor([sys.executable, "-m", "hvdtrain", "train", recipe, *rest], os.environ).supervise_worker()
     membership = membership_from_environment()
     ctx.with_resource(watch_for_hangs(command=True))
     activity.enter_activity("importing the recipe", patient=True)
     try:
-        arguments = load_arguments([recipe, *args], read_recipe_copy(membership))
+        arguments = load_arguments([recipe, *rest], read_recipe_copy(membership))
         options.check_parsed_arguments(arguments)
         if arguments.given_options.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
         activity.enter_activity("meeting the other ranks", waits=True, patient=True)
         world = start_rank(membership)
     except UserError as error:
-        report_failure(EXIT_USER_ERROR, str(error), "")
+        report_failure(error.exit_code, str(error), "")
         raise
     from hvdtrain.training.fit import fit_from_command_line
 
@@ -86,9 +83,9 @@ def read_recipe_copy(membership: Membership) -> RecipeSource | None:
 
 def load_arguments(args: list[str], source: RecipeSource | None = None) -> options.TrainArguments:
     """Import the recipe, from `source` if it is given, and parse its options. Raises UserError."""
-    spec, *rest = args
-    if spec.startswith("-"):
-        raise UserError(f"RECIPE comes first and its options after it: hvdtrain train RECIPE {spec} ...")
+    spec, rest = options.split_recipe(args)
+    if spec is None:
+        raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
     set_rank_threads()  # before the recipe imports torch, and so for every library it brings
     try:
         cls = load_recipe(spec, source)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hvdtrain.recipe.options import option
+from hvdtrain.system.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -30,3 +32,12 @@ class Recipe:
         "learning-rate schedule, e.g. 'warmup:5ep cosine', 'step:30ep,60ep x0.1', 'linear', 'constant'",
         section="Optimization",
     )
+
+
+def check_methods(cls: type[Recipe]) -> None:
+    """Raise UserError if a recipe lacks a method that its framework's Recipe declares abstract."""
+    for name in dir(cls):
+        method = getattr(cls, name)
+        if getattr(method, "__isabstractmethod__", False):
+            arguments = ", ".join(inspect.signature(method).parameters)
+            raise UserError(f"{cls.__name__} has no method {name}({arguments}), which a recipe needs: define it")

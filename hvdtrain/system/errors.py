@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 EXIT_FAILED = 1  # a rank failed
 EXIT_USER_ERROR = 2  # the user's mistake, found before any rank starts
@@ -13,11 +14,16 @@ EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of
 class KnownError(Exception):
     """A failure whose text is all that a user needs to read.
 
-    origin: the rank on which it happened, if all ranks raise it together (`hvdtrain.comm.collectives.on_all_ranks`).
-    The text then names that rank where it matters, and nobody has to add it.
+    Attributes:
+        exit_code: that of a process that ends with it.
+        origin: the rank on which it happened, if all ranks raise it together
+            (`hvdtrain.comm.collectives.on_all_ranks`). The text then names that rank where it matters.
+        trace: a traceback to print before the text; "" for none.
     """
 
+    exit_code: ClassVar[int] = EXIT_FAILED
     origin: int | None = None
+    trace: str = ""
 
 
 class RequeueExit(SystemExit):
@@ -26,6 +32,8 @@ class RequeueExit(SystemExit):
 
 class UserError(KnownError):
     """A user's mistake: shown as one line on standard error, exit 2, no traceback."""
+
+    exit_code = EXIT_USER_ERROR
 
 
 class RunError(KnownError):

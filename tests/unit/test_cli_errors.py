@@ -47,10 +47,6 @@ FILES = {
 CASES = [
     (["trian"], "no command 'trian'; did you mean 'train'?"),
     (["train"], "RECIPE is missing; `hvdtrain list` shows those found"),
-    (
-        ["train", "--steps", "3", "digits"],
-        "RECIPE comes first and its options after it: hvdtrain train RECIPE --steps ...",
-    ),
     (["train", "digit"], "no recipe 'digit'; did you mean 'digits'?"),
     (["train", "no/such.py"], "no recipe file 'no/such.py'"),
     (["train", f"{DIGITS}:Digit"], f"{DIGITS} has no recipe class 'Digit'; did you mean 'Digits'?"),
