@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,9 +16,10 @@ from hvdtrain.native.patches import apply_patches
 from hvdtrain.native.plan import Plan, local_version
 from hvdtrain.native.record import RECORD_NAME
 from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.limits import NativeLimits
+from hvdtrain.system.processes import run_process
 from hvdtrain.system.progress import ReportStage
 
-BUILD_SECONDS = 3600  # time limit of a build, which takes one to five minutes
 COMPILERS = ("c++", "g++", "clang++")
 # Variables that change a build in ways that its key does not include.
 STEERING = re.compile(r"(HOROVOD|CMAKE|CCL|NCCL|CUDA|MPI)_|(MAKEFLAGS|CUDAFLAGS|CUDACXX)$")
@@ -59,7 +59,7 @@ def build_wheel(plan: Plan, folder: Path, jobs: int, report: ReportStage) -> Pat
         # -q: else setup.py passes an option to Ninja that only make has.
         command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(work / "wheel")]
         env["HOROVOD_LOCAL_VERSION"] = local_version()  # not before: pip asks the source for exactly 0.28.1
-        step = BuildStep("building Horovod", command, env, tree, BUILD_SECONDS)
+        step = BuildStep("building Horovod", command, env, tree, NativeLimits.build)
         run_logged(step, log, on_line=lambda line: report_compiling(line, report))
         wheel = cache.find_wheel(work / "wheel")
         if wheel is None:
@@ -144,10 +144,8 @@ def install_wheel(wheel: Path) -> None:
     # Horovod alone first, even if the same version is installed; then requirements, without changing those that fit.
     run_pip([*source.PIP, "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], os.environ)
     run_pip([*source.PIP, "install", "--quiet", str(wheel)], os.environ)
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import horovod.torch"], capture_output=True, text=True, timeout=300, cwd=sys.prefix
-    )
-    if loaded.returncode:
+    loaded = run_process([sys.executable, "-c", "import horovod.torch"], NativeLimits.load, cwd=sys.prefix)
+    if loaded.exit_code:
         why = (loaded.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"Horovod is installed from {wheel} but does not load: {why}")
 
@@ -158,6 +156,6 @@ def run_pip(command: list[str], env: Mapping[str, str]) -> None:
     Raises:
         RunError: It failed.
     """
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
-    if done.returncode:
+    done = run_process(command, NativeLimits.install, env=env)
+    if done.exit_code:
         raise RunError(f"pip cannot install Horovod:\n{first_error(done.stdout + done.stderr)}")

@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +20,12 @@ from hvdtrain.native.installed import (
 )
 from hvdtrain.native.mpi import Mpi, find_mpi
 from hvdtrain.native.torchinfo import Torch, find_torch
+from hvdtrain.system.limits import NativeLimits
+from hvdtrain.system.processes import ProcessTimeout, run_process
 
 RANKS = 2
 PROBE_MODULE = "hvdtrain.comm.probe"  # started, never imported: only comm/ imports Horovod
 PROBE_MARK = "hvdtrain-check "  # begins the line in which rank 0 of the probe reports
-PROBE_SECONDS = 60.0  # time limit of one transport, start included
-GRACE_SECONDS = 10.0  # for horovodrun and mpirun to stop their ranks
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class ProbeOutcome:
     text: str
 
 
-def check_installation(time_limit: float = PROBE_SECONDS) -> bool:
+def check_installation(time_limit: float = NativeLimits.probe) -> bool:
     """Print what is installed and whether it works.
 
     Args:
@@ -107,43 +105,20 @@ def probe_commands(horovod: InstalledHorovod, mpi: Mpi | None) -> dict[str, list
 def run_probe(command: Sequence[str], time_limit: float) -> ProbeOutcome:
     """Run the probe under one launcher, for at most `time_limit` seconds."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=remove_job_variables(os.environ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    environment = remove_job_variables(os.environ)
     try:
-        output, _ = process.communicate(timeout=time_limit)
-    except subprocess.TimeoutExpired:
-        return ProbeOutcome(False, f"no answer in {time_limit:.0f} s{likely_reason(stop_probe(process))}")
-    finally:
-        if process.poll() is None:  # Ctrl-C
-            stop_probe(process)
+        # The launcher stops its ranks, which are in sessions of their own.
+        done = run_process(command, time_limit, env=environment, merge_stderr=True, grace=NativeLimits.probe_exit)
+    except ProcessTimeout as late:
+        return ProbeOutcome(False, f"no answer in {time_limit:.0f} s{likely_reason(late.output)}")
     seconds = time.monotonic() - start
-    found = re.search(re.escape(PROBE_MARK) + r"(\{.*\})", output)
-    if process.returncode or not found:
-        return ProbeOutcome(
-            False, f"exit code {process.returncode} after {1000 * seconds:.0f} ms{likely_reason(output)}"
-        )
+    found = re.search(re.escape(PROBE_MARK) + r"(\{.*\})", done.stdout)
+    if done.exit_code or not found:
+        reason = likely_reason(done.stdout)
+        return ProbeOutcome(False, f"exit code {done.exit_code} after {1000 * seconds:.0f} ms{reason}")
     answer = json.loads(found[1])
     text = f"{answer['ms']:.1f} ms for 4 MiB on {answer['ranks']} ranks, {1000 * seconds:.0f} ms with start and end"
     return ProbeOutcome(answer["ranks"] == RANKS, text)
-
-
-def stop_probe(process: subprocess.Popen[str]) -> str:
-    """Terminate a launcher, which stops its ranks, and kill it if it does not end; return its output."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        os.killpg(process.pid, number)
-        try:
-            return process.communicate(timeout=GRACE_SECONDS)[0]
-        except subprocess.TimeoutExpired:
-            continue
-    return ""
 
 
 def likely_reason(output: str) -> str:

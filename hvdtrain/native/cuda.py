@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.native.torchinfo import parse_archs
+from hvdtrain.system.limits import NativeLimits
+from hvdtrain.system.processes import run_process
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def read_toolkit(home: Path) -> Toolkit:
 
 def ask_nvcc(home: Path, option: str) -> str:
     """Return the output of a toolkit's nvcc with one option."""
-    asked = subprocess.run([str(home / "bin" / "nvcc"), option], capture_output=True, text=True, timeout=60)
-    return asked.stdout
+    return run_process([str(home / "bin" / "nvcc"), option], NativeLimits.ask_nvcc).stdout
 
 
 def toolkit_version(text: str) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
-import subprocess
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.processes import TO_STDOUT, Child, Deadline, ProcessTimeout
 
 ERROR_LINES = 6  # of a log, in an error message
 # Errors of compilers, linkers and CMake, but not warnings or the tests that CMake itself makes.
@@ -58,41 +54,15 @@ def run_logged(step: BuildStep, log: Path, on_line: Callable[[str], None] = lamb
     with log.open("a") as out:
         out.write(f"$ {' '.join(step.command)}\n")
         start = out.tell()
-        process = subprocess.Popen(
-            step.command,
-            cwd=step.cwd,
-            env=step.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        late = threading.Event()
-
-        def kill_late_step() -> None:
-            late.set()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(step.timeout, kill_late_step)
-        timer.daemon = True
-        timer.start()
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                out.write(line)
-                on_line(line)
-            code = process.wait()
-        finally:
-            timer.cancel()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stdout.close()
-    if late.is_set():
-        raise RunError(f"{step.what} took longer than {step.timeout:.0f} s; log: {log}")
+        deadline = Deadline(step.timeout)
+        with Child(step.command, cwd=step.cwd, env=step.env, stderr=TO_STDOUT) as child:
+            try:
+                for line in child.output_lines(deadline):
+                    out.write(line)
+                    on_line(line)
+                code = child.wait_for_exit(deadline)
+            except ProcessTimeout:
+                raise RunError(f"{step.what} took longer than {step.timeout:.0f} s; log: {log}") from None
     if code:
         with log.open(errors="replace") as text:
             text.seek(start)

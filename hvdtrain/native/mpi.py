@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.limits import NativeLimits
+from hvdtrain.system.processes import run_process
 
 NO_MPI = "none"  # of --mpi
 # Folders of PATH that every shell has: an MPI in another one was put there by a person or a module system.
@@ -110,8 +111,7 @@ def read_mpi(mpicxx: Path) -> Mpi | None:
 
 def ask_mpi_version(mpirun: Path) -> str:
     """Return the name and version that `mpirun --version` prints, in a few words."""
-    asked = subprocess.run([str(mpirun), "--version"], capture_output=True, text=True, timeout=30)
-    return parse_mpi_version(asked.stdout)
+    return parse_mpi_version(run_process([str(mpirun), "--version"], NativeLimits.ask_mpi).stdout)
 
 
 def parse_mpi_version(text: str) -> str:

@@ -13,17 +13,17 @@ from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.log import BuildStep, run_logged
 from hvdtrain.native.plan import SHA256, VERSION
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.limits import NativeLimits
 
 # setuptools 81 removes what Horovod's setup.py imports. Ninja is faster than make, and a pip package.
 TOOLS = ("setuptools<81", "wheel", "packaging", "cmake>=3.21", "ninja")
-DOWNLOAD_SECONDS = 600  # time limit of each download
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
 
 
 def fetch_tools(folder: Path, log: Path, env: Mapping[str, str]) -> None:
     """Install the build tools into a separate folder: the user's environment does not change."""
     command = [*PIP, "install", "--target", str(folder), *TOOLS]
-    run_logged(BuildStep("downloading the build tools", command, env, folder.parent, DOWNLOAD_SECONDS), log)
+    run_logged(BuildStep("downloading the build tools", command, env, folder.parent, NativeLimits.download), log)
 
 
 def fetch_source(folder: Path, log: Path, env: Mapping[str, str]) -> Path:
@@ -44,7 +44,7 @@ def fetch_source(folder: Path, log: Path, env: Mapping[str, str]) -> Path:
     pinned.write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n")
     command = [*PIP, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"]
     command += ["--requirement", str(pinned), "--dest", str(folder)]
-    run_logged(BuildStep("downloading Horovod's source", command, env, folder, DOWNLOAD_SECONDS), log)
+    run_logged(BuildStep("downloading Horovod's source", command, env, folder, NativeLimits.download), log)
     return unpack_source(folder / f"horovod-{VERSION}.tar.gz", folder)
 
 

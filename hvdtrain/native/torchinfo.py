@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.limits import NativeLimits
+from hvdtrain.system.processes import run_process
 
 # Facts that only torch itself has. A torch without CUDA has no architecture flags.
 ASK = """
@@ -99,8 +100,8 @@ def ask_torch() -> TorchBuild:
     Raises:
         RunError: torch cannot be imported.
     """
-    asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=300)
-    if asked.returncode:
+    asked = run_process([sys.executable, "-c", ASK], NativeLimits.ask_torch)
+    if asked.exit_code:
         why = (asked.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"torch cannot be imported: {why}")
     flags, cxx11_abi = json.loads(asked.stdout.splitlines()[-1])

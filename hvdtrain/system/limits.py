@@ -27,6 +27,33 @@ class SshLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NativeLimits:
+    """Limits of `hvdtrain horovod build` and `check`.
+
+    Attributes:
+        download: for each download.
+        build: for a build, which takes one to five minutes.
+        install: for pip to install a wheel.
+        load: for the installed library to be loaded once.
+        ask_torch: for torch to be imported, in a process of its own.
+        ask_mpi: for mpirun to print its version.
+        ask_nvcc: for nvcc to print its version.
+        probe: for the all-reduce over one transport, start included.
+        probe_exit: for horovodrun and mpirun to stop their ranks, before they are killed.
+    """
+
+    download: float = 600.0
+    build: float = 3600.0
+    install: float = 600.0
+    load: float = 300.0
+    ask_torch: float = 300.0
+    ask_mpi: float = 30.0
+    ask_nvcc: float = 60.0
+    probe: float = 60.0
+    probe_exit: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RendezvousLimits:
     """Limits of the meeting of ranks that srun has started.
 

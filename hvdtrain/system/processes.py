@@ -23,11 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from hvdtrain.system.errors import RunError
+
 CAPTURE, DISCARD, TO_STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT  # what to do with output
 READ_SIZE = 1 << 16  # bytes
 
 
-class ProcessTimeout(Exception):
+class ProcessTimeout(RunError):
     """A process did not end within its time limit.
 
     Attributes:
@@ -35,8 +37,8 @@ class ProcessTimeout(Exception):
         output: what the process had printed by its end.
     """
 
-    def __init__(self, seconds: float, output: str = "") -> None:
-        super().__init__(f"took longer than {seconds:g} s")
+    def __init__(self, program: str, seconds: float, output: str = "") -> None:
+        super().__init__(f"{program} took longer than {seconds:g} s")
         self.seconds, self.output = seconds, output
 
 
@@ -89,6 +91,7 @@ class Child:
 
     Attributes:
         process: the process itself, for those who wait for it with others.
+        program: the first word of its command.
         pid: its process ID, and that of its group.
         started_at: when it was started, by `time.time`.
         stdout: what has been read of its standard output so far; of standard error too with stderr=TO_STDOUT.
@@ -119,7 +122,7 @@ class Child:
         Raises:
             OSError, ValueError: it cannot be started.
         """
-        self.started_at = time.time()
+        self.program, self.started_at = str(command[0]), time.time()
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
             command,
             env=env,
@@ -159,7 +162,7 @@ class Child:
         try:
             return self.process.wait(deadline.left())
         except subprocess.TimeoutExpired:
-            raise ProcessTimeout(deadline.seconds) from None
+            raise ProcessTimeout(self.program, deadline.seconds) from None
 
     def output_lines(self, deadline: Deadline) -> Iterator[str]:
         """Yield each line of standard output, with its newline, as it arrives.
@@ -175,7 +178,7 @@ class Child:
         if rest := self.stdout[done:]:
             yield rest.decode(errors="replace")
         if self.open_pipes():
-            raise ProcessTimeout(deadline.seconds)
+            raise ProcessTimeout(self.program, deadline.seconds)
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the group, unless the process has ended and been waited for."""
@@ -256,16 +259,18 @@ def run_process(
     """
     deadline = Deadline(seconds)
     with Child(command, env=env, cwd=cwd, stderr=TO_STDOUT if merge_stderr else CAPTURE) as child:
-        for _ in read_children([child], deadline):
-            if max_bytes is not None and max(len(child.stdout), len(child.stderr)) > max_bytes:
-                raise OutputTooLarge
         try:
+            for _ in read_children([child], deadline):
+                if max_bytes is not None and max(len(child.stdout), len(child.stderr)) > max_bytes:
+                    raise OutputTooLarge
             if child.open_pipes():
-                raise ProcessTimeout(seconds)
+                raise ProcessTimeout(child.program, seconds)
             exit_code = child.wait_for_exit(deadline)
-        except ProcessTimeout:
+        except BaseException as error:  # Ctrl-C as well
             if grace:
                 child.terminate_group(grace)
-            raise ProcessTimeout(seconds, child.stdout.decode(errors="replace")) from None
+            if isinstance(error, ProcessTimeout):
+                error.output = child.stdout.decode(errors="replace")
+            raise
     stdout, stderr = (bytes(output).decode(errors="replace") for output in (child.stdout, child.stderr))
     return FinishedProcess(exit_code, stdout, stderr)
