@@ -55,13 +55,14 @@ def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, *
     hosts = resolve_hosts(where["hosts"], where["hostfile"], where["source"], os.environ)
     if hosts:
         return report_on_hosts([host.name for host in hosts], context, as_json, where)
-    from hvdtrain.doctor.facts import FactsRequest, gather_facts
+    from hvdtrain.doctor.facts import gather_facts
+    from hvdtrain.doctor.host_facts import FactsRequest
     from hvdtrain.doctor.report import describe_host
     from hvdtrain.native.cache import wheel_folder
 
-    facts = gather_facts(FactsRequest(("runs", str(wheel_folder()))))
+    facts = gather_facts(FactsRequest(["runs", str(wheel_folder())]))
     found = sort_by_severity(diagnose_host(facts))
-    return print_findings(found, {"facts": facts}, describe_host(facts), as_json)
+    return print_findings(found, {"facts": facts.encode_json()}, describe_host(facts), as_json)
 
 
 doctor_command.params = [parameter for parameter in doctor_command.params if parameter.name not in EXCLUDED_OPTIONS]
@@ -69,13 +70,13 @@ doctor_command.params = [parameter for parameter in doctor_command.params if par
 
 def report_on_hosts(hosts: list[str], context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
     """The doctor of some hosts; the exit code."""
-    from hvdtrain.doctor.between import build_json_report, describe_hosts, examine_hosts
+    from hvdtrain.doctor.examine import build_json_report, describe_hosts, examine_hosts
 
     ssh = Ssh(where["ssh_port"], where["ssh_identity"])
     ssh.check_identity()
     options = ["-H", ",".join(f"{host}:1" for host in hosts), *collect_launch_options(context)]
-    answers, measured, found = examine_hosts(hosts, nic=where["nic"], ssh=ssh.ssh_arguments(), options=options)
-    return print_findings(found, build_json_report(answers, measured), describe_hosts(answers, measured), as_json)
+    result = examine_hosts(hosts, nic=where["nic"], ssh=ssh.ssh_arguments(), options=options)
+    return print_findings(result.findings, build_json_report(result), describe_hosts(result), as_json)
 
 
 def collect_launch_options(context: click.Context) -> list[str]:
@@ -115,7 +116,7 @@ def launch_workers(meet: str, **where: Any) -> int:
 
 def run_doctor_worker(meet: str, nic: str | None) -> int:
     """Be one of the ranks."""
-    from hvdtrain.doctor import peer
+    from hvdtrain.doctor.network_test.worker import run_worker
 
     set_rank_threads()
     rank = rank_from_environment()
@@ -123,7 +124,7 @@ def run_doctor_worker(meet: str, nic: str | None) -> int:
     messages.send_message(messages.RankStarted(rank, socket.gethostname(), os.getpid()))
     address, port = meet.split(":")
     with exit_on_failure():
-        peer.run_worker((address, int(port)), signed_http.read_key(), rank, nic)
+        run_worker((address, int(port)), signed_http.read_key(), rank, nic)
     messages.send_message(messages.RankFinished(rank, 0))
     # Horovod's exit handler would wait for the others.
     exit_immediately(0)

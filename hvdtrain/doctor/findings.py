@@ -1,37 +1,34 @@
-"""What is wrong, from facts: of one host, and of hosts that are to work together."""
+"""What is wrong, from facts: with one host, and with hosts that are to work together."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from hvdtrain.doctor.ask import HostReply
-from hvdtrain.doctor.facts import Facts
+from hvdtrain.doctor.host_facts import HostFacts, MachineFacts, NetworkFacts, SoftwareFacts
+from hvdtrain.doctor.query import HostReply
 
 MIN_FREE_DISK = 64 << 20  # bytes: a disk with less is full
-MIN_SHARED_MEMORY = 128 << 20  # bytes; a container has 64 MiB if nobody asks for more
+MIN_SHARED_MEMORY = 128 << 20  # bytes; a container has 64 MiB by default
 MIN_FREE_MEMORY = 512 << 20  # bytes
 MIN_OPEN_FILES = 1024
 MIN_LOCKED_MEMORY = 1 << 30  # bytes: InfiniBand locks its buffers
 MAX_CLOCK_OFFSET = 2.0  # seconds
-MAX_LOAD_PER_CORE = 2.0  # runnable processes for each core
-
-# What must be the same on all hosts, and how it is called in front of its value.
-MUST_MATCH = {
-    "python": "Python",
-    "hvdtrain": "hvdtrain",
-    "torch": "torch",
-    "horovod": "Horovod",
-    "wheel": "Horovod built as",
-    "mpi": "",
-}
+MAX_LOAD_PER_CORE = 2.0  # running processes for each core
 
 
 class DoctorFinding(NamedTuple):
-    """Something wrong and what to do about it; what is not bad may be left as it is."""
+    """Something wrong and what to do about it.
 
-    where: str  # "host h2", "link h1-h3", or "" for this host alone
+    Attributes:
+        where: "host h2", "link h1-h3", or "" for this host alone.
+        text: what is wrong.
+        bad: whether it stands in the way of a run; if not, it is a warning.
+    """
+
+    where: str
     text: str
     bad: bool = True
 
@@ -40,140 +37,170 @@ class DoctorFinding(NamedTuple):
 
 
 def sort_by_severity(found: Sequence[DoctorFinding]) -> list[DoctorFinding]:
-    """The bad ones before the others; otherwise as they were found."""
+    """Return the bad findings before the warnings, otherwise in the same order."""
     return sorted(found, key=lambda finding: not finding.bad)
 
 
-def diagnose_host(facts: Facts, where: str = "") -> list[DoctorFinding]:
-    """What is wrong with one host, as far as its facts go."""
+def diagnose_host(facts: HostFacts, where: str = "") -> list[DoctorFinding]:
+    """Return what is wrong with one host, as far as its facts go.
+
+    Args:
+        facts: of the host.
+        where: for the findings: "host h2" for one of several, "" for this host alone.
+    """
     found = []
-    if facts["horovod wrong"]:
-        found.append(DoctorFinding(where, facts["horovod wrong"]))
-        if not facts.get("compiler", "unknown"):
+    software, machine = facts.software, facts.machine
+    if software.horovod_error:
+        found.append(DoctorFinding(where, software.horovod_error))
+        if machine is not None and not machine.compiler:
             found.append(DoctorFinding(where, "no C++ compiler, which `hvdtrain horovod build` needs: install g++"))
-    for folder, state in facts["disks"].items():
-        if state["wrong"]:
-            found.append(DoctorFinding(where, f"nothing can be written in {folder}: {state['wrong']}"))
-        elif state["free"] < MIN_FREE_DISK:
-            found.append(DoctorFinding(where, f"the disk is full: {format_bytes(state['free'])} is free in {folder}"))
-    if facts.get("way back"):
-        found.append(DoctorFinding(where, f"cannot connect to this host: {facts['way back']}; is there a firewall?"))
-    if "gpus" in facts:  # the facts are full
-        if facts["horovod"] and facts["built with"] is None:
+    for folder, disk in facts.disks.items():
+        if disk.error:
+            found.append(DoctorFinding(where, f"cannot write in {folder}: {disk.error}"))
+        elif disk.free is not None and disk.free < MIN_FREE_DISK:
+            found.append(DoctorFinding(where, f"the disk is full: {format_bytes(disk.free)} is free in {folder}"))
+    if facts.back_error:
+        found.append(DoctorFinding(where, f"cannot connect to this host: {facts.back_error}; is there a firewall?"))
+    if machine is not None:
+        if software.horovod and software.built_with is None:
             text = "Horovod was not built by hvdtrain: over several hosts it may fail; run `hvdtrain horovod build`"
             found.append(DoctorFinding(where, text, bad=False))
-        found += check_own_name(facts, where) + check_gpus(facts, where) + check_resources(facts, where)
+        if facts.network is not None:
+            found += check_own_name(facts, facts.network, where)
+        found += check_gpus(software, machine, where) + check_resources(machine, where)
     return found
 
 
-def check_own_name(facts: Facts, where: str) -> list[DoctorFinding]:
-    """A host whose own name does not lead to it from the others: Debian's installer writes 127.0.1.1 for it."""
-    addresses = facts["own name"]
+def check_own_name(facts: HostFacts, network: NetworkFacts, where: str) -> list[DoctorFinding]:
+    """Check that a host's own name resolves to an address that others reach: Debian's installer maps it to 127.0.1.1.
+
+    Horovod as hvdtrain builds it does not depend on that name, so that this is a warning only.
+    """
+    addresses = network.own_addresses
     if addresses and not all(address.startswith("127.") for address in addresses):
         return []
-    unmended = facts["built with"] is None
-    if not where and not unmended:
+    unpatched = facts.software.built_with is None
+    if not where and not unpatched:
         return []  # alone, it does no harm
-    what = f"its own name {facts['hostname']} is {addresses[0]} there" if addresses else "its own name does not resolve"
-    return [DoctorFinding(where, f"{what}: give it its network address in /etc/hosts", bad=unmended and bool(where))]
+    problem = f"resolves to {addresses[0]}" if addresses else "does not resolve"
+    text = f"its hostname {problem}; map it to its network address in /etc/hosts"
+    return [DoctorFinding(where, text, bad=unpatched and bool(where))]
 
 
-def check_gpus(facts: Facts, where: str) -> list[DoctorFinding]:
-    """GPUs that cannot be used as they are."""
+def check_gpus(software: SoftwareFacts, machine: MachineFacts, where: str) -> list[DoctorFinding]:
+    """Check that the GPUs can be used with this driver, torch and Horovod."""
     found = []
-    listed, driver, needed = facts["gpus"], facts["driver cuda"], facts["torch cuda"]
-    if listed and listed[0].startswith("nvidia-smi"):
-        found.append(DoctorFinding(where, f"{listed[0]}: mend the driver"))
-    elif listed:
+    gpus, driver, needed = machine.gpus, machine.driver_cuda, software.torch_cuda
+    if gpus and gpus[0].startswith("nvidia-smi"):
+        found.append(DoctorFinding(where, f"{gpus[0]}: reinstall the driver"))
+    elif gpus:
         if needed is None:
-            found.append(DoctorFinding(where, f"{len(listed)} GPUs, and torch is built without CUDA", bad=False))
+            found.append(DoctorFinding(where, f"{len(gpus)} GPUs, but torch is built without CUDA", bad=False))
         elif driver and int(driver.split(".")[0]) < int(needed.split(".")[0]):
-            text = f"the GPU driver knows CUDA {driver} at most, torch is built for {needed}: get a newer driver"
+            text = f"the GPU driver supports CUDA up to {driver}, torch is built for {needed}: install a newer driver"
             found.append(DoctorFinding(where, text))
-        if needed and facts["built with"] and not facts["built with"]["nccl"]:
-            text = "GPUs, and Horovod is built without NCCL: install a CUDA toolkit, then `hvdtrain horovod build`"
+        if needed and software.built_with and not software.built_with.nccl:
+            text = "GPUs, but Horovod is built without NCCL: install a CUDA toolkit, then `hvdtrain horovod build`"
             found.append(DoctorFinding(where, text, bad=False))
     return found
 
 
-def check_resources(facts: Facts, where: str) -> list[DoctorFinding]:
-    """Too little of memory, of shared memory, of open files; too much to do."""
-    found = []
-    free, shared = facts["memory free"], facts["shared memory"]
-    if free < MIN_FREE_MEMORY:
-        found.append(DoctorFinding(where, f"{format_bytes(free)} of memory is free: end something", bad=False))
-    if shared["free"] is not None and shared["free"] < MIN_SHARED_MEMORY:
-        text = f"{format_bytes(shared['free'])} is free in /dev/shm: give the container more (docker run --shm-size=8g)"
-        found.append(DoctorFinding(where, text, bad=False))
-    files, locked = facts["limits"]["nofile"], facts["limits"]["memlock"]
+def check_resources(machine: MachineFacts, where: str) -> list[DoctorFinding]:
+    """Check memory, shared memory, the limits on open files and locked memory, and the load."""
+    texts = []
+    free, shared = machine.memory_free, machine.shared_memory.free
+    if free is not None and free < MIN_FREE_MEMORY:
+        texts.append(f"only {format_bytes(free)} of memory is free: stop other processes")
+    if shared is not None and shared < MIN_SHARED_MEMORY:
+        texts.append(
+            f"only {format_bytes(shared)} is free in /dev/shm: give the container more (docker run --shm-size=8g)"
+        )
+    files, locked = machine.limits.get("nofile"), machine.limits.get("memlock")
     if files is not None and files < MIN_OPEN_FILES:
-        found.append(DoctorFinding(where, f"{files} files may be open at once: ulimit -n 65536", bad=False))
-    if facts["infiniband"] and locked is not None and locked < MIN_LOCKED_MEMORY:
-        text = f"InfiniBand, and {format_bytes(locked)} of memory may be locked: ulimit -l unlimited"
-        found.append(DoctorFinding(where, text, bad=False))
-    if not where and facts["load"] > MAX_LOAD_PER_CORE * facts["cores usable"]:
-        # Among several hosts, the work that they do is measured.
-        text = f"it is busy: load {facts['load']:.1f} on {facts['cores usable']} cores"
-        found.append(DoctorFinding(where, text, bad=False))
-    return found
+        texts.append(f"only {files} files may be open at once: ulimit -n 65536")
+    if machine.infiniband and locked is not None and locked < MIN_LOCKED_MEMORY:
+        texts.append(
+            f"there is InfiniBand, but only {format_bytes(locked)} may be locked in memory: ulimit -l unlimited"
+        )
+    # Among several hosts, the CPU is measured.
+    load, cores = machine.load, machine.cores_usable
+    if not where and load is not None and cores is not None and load > MAX_LOAD_PER_CORE * cores:
+        texts.append(f"it is busy: load {load:.1f} on {cores} cores")
+    return [DoctorFinding(where, text, bad=False) for text in texts]
 
 
-def diagnose_hosts(answers: Sequence[HostReply], nic: str | None = None) -> list[DoctorFinding]:
-    """What is wrong with hosts that are to work together, the worst first."""
-    found = [DoctorFinding(f"host {answer.host}", answer.error) for answer in answers if answer.error]
-    well = [answer for answer in answers if not answer.error]
-    different = find_version_differences(well)
+def diagnose_hosts(replies: Sequence[HostReply], nic: str | None = None) -> list[DoctorFinding]:
+    """Return what is wrong with hosts that are to work together, the worst first.
+
+    Args:
+        replies: of the hosts.
+        nic: the network interface that all must have; None: any.
+    """
+    found = [DoctorFinding(f"host {reply.host}", reply.error) for reply in replies if reply.error]
+    valid = [reply for reply in replies if not reply.error]
+    different = find_version_differences(valid)
     found += different
-    for answer in well:
-        where = f"host {answer.host}"
-        if nic and nic not in answer.facts["interfaces"]:
-            names = ", ".join(name for name in answer.facts["interfaces"] if name != "lo")
+    for reply in valid:
+        where, facts = f"host {reply.host}", reply.facts
+        if nic and nic not in facts.interfaces:
+            names = ", ".join(name for name in facts.interfaces if name != "lo")
             found.append(DoctorFinding(where, f"has no interface {nic}; it has {names or 'none'}"))
-        explained = any(finding.where == where for finding in different)
-        facts = answer.facts | ({"horovod wrong": None} if explained else {})
+        if any(finding.where == where for finding in different):  # that explains what is wrong with its Horovod
+            facts = replace(facts, software=replace(facts.software, horovod_error=None))
         found += diagnose_host(facts, where)
-        if abs(answer.clock_offset) > MAX_CLOCK_OFFSET:
-            way = "ahead of" if answer.clock_offset > 0 else "behind"
-            text = f"its clock is {abs(answer.clock_offset):.0f} s {way} this host's: set it by NTP"
+        if abs(reply.clock_offset) > MAX_CLOCK_OFFSET:
+            direction = "ahead of" if reply.clock_offset > 0 else "behind"
+            text = f"its clock is {abs(reply.clock_offset):.0f} s {direction} this host's: synchronize it by NTP"
             found.append(DoctorFinding(where, text, bad=False))
     return sort_by_severity(found)
 
 
-def find_version_differences(answers: Sequence[HostReply]) -> list[DoctorFinding]:
-    """The hosts that have other software than most of them; where none is in the majority, than the first one."""
+def find_version_differences(replies: Sequence[HostReply]) -> list[DoctorFinding]:
+    """Return the hosts whose software differs from that of most; without a majority, from that of the first host."""
     texts: dict[str, list[str]] = {}
-    for name, title in MUST_MATCH.items():
-        # A host without any is told of elsewhere.
-        values = {answer.host: str(answer.facts[name]) for answer in answers if answer.facts.get(name)}
-        if name == "python":
-            values = {host: ".".join(value.split(".")[:2]) for host, value in values.items()}
+    versions = {reply.host: list_versions(reply.facts) for reply in replies}
+    for title in list_versions(HostFacts()):
+        # A host without a value has another finding.
+        values = {host: value for host, its in versions.items() if (value := its[title])}
         counts = Counter(values.values())
         if len(counts) < 2:
             continue
         usual = max(counts, key=lambda value: counts[value])  # the first one of the most frequent
+        owner = f"the other {counts[usual]} have" if counts[usual] > 1 else f"{first_host_with(values, usual)} has"
         for host, value in values.items():
             if value != usual:
-                others = (
-                    f"the other {counts[usual]} have" if counts[usual] > 1 else f"{first_host_with(values, usual)} has"
-                )
                 one, other = shorten_versions(value, usual)
-                texts.setdefault(host, []).append(f"{title} {one}, {others} {other}".strip())
+                texts.setdefault(host, []).append(f"{title} {one}, {owner} {other}".strip())
     return [DoctorFinding(f"host {host}", "; ".join(text)) for host, text in texts.items()]
 
 
-def first_host_with(values: dict[str, str], wanted: str) -> str:
-    """The first host with a value."""
+def list_versions(facts: HostFacts) -> dict[str, str | None]:
+    """Return what must be the same on all hosts, by what messages call it before its value."""
+    software, machine = facts.software, facts.machine
+    python = ".".join(software.python.split(".")[:2]) if software.python else None  # a patch makes no difference
+    return {
+        "Python": python,
+        "hvdtrain": software.hvdtrain,
+        "torch": software.torch,
+        "Horovod": software.horovod,
+        "Horovod built as": software.wheel,
+        "": machine.mpi if machine is not None else None,
+    }
+
+
+def first_host_with(values: Mapping[str, str], wanted: str) -> str:
+    """Return the first host with a value."""
     return next(host for host, value in values.items() if value == wanted)
 
 
 def shorten_versions(one: str, other: str) -> tuple[str, str]:
-    """Two versions without what follows a +, if they differ without it."""
+    """Return two versions without what follows a +, if they differ without it."""
     short = one.split("+")[0], other.split("+")[0]
     return short if short[0] != short[1] and not one.startswith("horovod") else (one, other)
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people."""
+    """Return a number of bytes in a readable unit: 64 MiB."""
     number, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if number < 1024:

@@ -1,6 +1,6 @@
 """The facts of the machine itself: cores, memory, GPUs, limits, and what Horovod is built and started with.
 
-A container may have less than its machine: what its control group leaves it stands beside what the machine has.
+A container may use less than its machine has: the limits of its control group are read as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-from hvdtrain.doctor.facts import Facts, first_output_line, gather_disk_facts, read_stripped_text
+from hvdtrain.doctor.host_facts import MachineFacts
+from hvdtrain.doctor.readings import first_output_line, read_disk, read_stripped_text
 from hvdtrain.native.cuda import find_nccl
 from hvdtrain.native.mpi import find_mpi
 from hvdtrain.native.torchinfo import find_torch
@@ -25,41 +26,42 @@ from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import ProcessTimeout, run_process
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-CGROUP_NO_LIMIT = 1 << 60  # bytes: control groups of the first kind say a number like this for none
+CGROUP_NO_LIMIT = 1 << 60  # bytes: control groups of version 1 have a number like this for no limit
+MEMORY_LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")  # of versions 2 and 1
 
 
-def gather_machine_facts() -> Facts:
-    """The machine, its devices and its programs."""
+def gather_machine_facts() -> MachineFacts:
+    """Return the facts of the machine, its devices and its programs."""
     memory, mpi = psutil.virtual_memory(), find_mpi()
-    return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "cores usable": len(cpus.USABLE_CPUS),
-        "cores allowed": core_limit(),
-        "load": os.getloadavg()[0],
-        "memory": memory.total,
-        "memory free": memory.available,
-        "memory allowed": memory_limit(),
-        "shared memory": gather_disk_facts(Path("/dev/shm")),
-        "limits": read_resource_limits(),
-        "mpi": mpi.version if mpi else None,
-        "compiler": first_output_line([os.environ.get("CXX", "g++"), "--version"]),
-        "nccl": find_nccl_version(),
-        "driver cuda": driver_cuda_version(),
-        "gpus": query_gpus(),
-        "infiniband": sorted(path.name for path in Path("/sys/class/infiniband").glob("*")),
-    }
+    return MachineFacts(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=cpu_model(),
+        cores=os.cpu_count(),
+        cores_usable=len(cpus.USABLE_CPUS),
+        cores_allowed=core_limit(),
+        load=os.getloadavg()[0],
+        memory=memory.total,
+        memory_free=memory.available,
+        memory_allowed=memory_limit(),
+        shared_memory=read_disk(Path("/dev/shm")),
+        limits=read_resource_limits(),
+        mpi=mpi.version if mpi else None,
+        compiler=first_output_line([os.environ.get("CXX", "g++"), "--version"]),
+        nccl=find_nccl_version(),
+        driver_cuda=driver_cuda_version(),
+        gpus=query_gpus(),
+        infiniband=sorted(path.name for path in Path("/sys/class/infiniband").glob("*")),
+    )
 
 
 def cpu_model() -> str | None:
-    """The name of the CPU."""
+    """Return the name of the CPU, None if it is unknown."""
     found = re.search(r"^model name\s*:\s*(.*)$", read_stripped_text("/proc/cpuinfo") or "", re.MULTILINE)
     return found[1] if found else platform.processor() or None
 
 
 def core_limit() -> float | None:
-    """How many cores' time the control group may use, None for all."""
+    """Return how many cores' time the control group may use, None for all."""
     found = []
     for folder in cgroup_folders("cpu"):
         quota, _, period = (read_stripped_text(str(folder / "cpu.max")) or "max").partition(" ")
@@ -72,7 +74,7 @@ def core_limit() -> float | None:
 
 
 def memory_limit() -> int | None:
-    """How many bytes the control group may use, None for all."""
+    """Return how many bytes the control group may use, None for all."""
     texts = [
         read_stripped_text(str(folder / name)) for folder in cgroup_folders("memory") for name in MEMORY_LIMIT_FILES
     ]
@@ -80,11 +82,8 @@ def memory_limit() -> int | None:
     return min((limit for limit in found if limit < CGROUP_NO_LIMIT), default=None)
 
 
-MEMORY_LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
-
-
 def cgroup_folders(controller: str) -> list[Path]:
-    """The folders of this process's control group and of those around it, of both kinds of control groups."""
+    """Return the folders of this process's control group and of its parents, in both versions of control groups."""
     found = [CGROUP_ROOT / controller, CGROUP_ROOT]
     for line in (read_stripped_text("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -96,21 +95,21 @@ def cgroup_folders(controller: str) -> list[Path]:
 
 
 def read_resource_limits() -> dict[str, int | None]:
-    """The soft limits that bite: open files, locked memory in bytes, processes; None for no limit."""
+    """Return soft limits: open files, locked memory in bytes, processes; None for no limit."""
     kinds = {"nofile": resource.RLIMIT_NOFILE, "memlock": resource.RLIMIT_MEMLOCK, "nproc": resource.RLIMIT_NPROC}
     found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     return {name: None if value == resource.RLIM_INFINITY else value for name, value in found.items()}
 
 
 def find_nccl_version() -> str | None:
-    """The version of the NCCL that torch's CUDA comes with."""
+    """Return the version of the NCCL that comes with torch's CUDA."""
     torch = find_torch()
     found = find_nccl(torch.cuda) if torch and torch.cuda else None
     return found.version if found else None
 
 
 def driver_cuda_version() -> str | None:
-    """The newest CUDA that the driver knows, None without a driver."""
+    """Return the newest version of CUDA that the driver supports, None without a driver."""
     try:
         library: Any = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -122,7 +121,7 @@ def driver_cuda_version() -> str | None:
 
 
 def query_gpus() -> list[str]:
-    """Name, memory and driver of each GPU, as nvidia-smi tells them; what it says instead where it fails."""
+    """Return name, memory and driver of each GPU as nvidia-smi prints them; one line with its error if it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -130,6 +129,6 @@ def query_gpus() -> list[str]:
     try:
         done = run_process(query, DoctorLimits.gpus)
     except (OSError, ProcessTimeout):
-        return ["nvidia-smi does not answer"]
+        return ["nvidia-smi does not respond"]
     lines = (done.stdout or done.stderr).strip().splitlines()
     return lines if done.exit_code == 0 else [f"nvidia-smi fails: {' '.join(lines)[:200]}"]

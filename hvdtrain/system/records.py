@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
-INTEGER_BOUND = 2**62  # absolute values of integers that are read are below it
+INTEGER_BOUND = 2**64  # absolute values of integers that are read are below it
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,17 @@ def hvdtrain(hosts: list[Host], *words: str) -> subprocess.CompletedProcess[str]
 SICK = {
     "h2": r"torch 2\.9\.9, the other 7 have \d\S+",
     "h3": r"Horovod built as horovod-of-yesterday, the other 7 have horovod0\.28\.1\S+",
-    "h4": r"has no hvdtrain in \S+, or another one",
+    "h4": r"has no hvdtrain in \S+, or another version",
     "h5": r"has no \S+: it needs this Python at the same path",
     "h6": r"the disk is full: \S+ (B|KiB) is free in /run/tmp",
     "h7": r"cannot connect to this host: (No route to host|Network is unreachable); is there a firewall\?",
     "h8": r"has no interface eth0; it has ens7",
-    "h9": r"lets nobody in by the ssh keys that are here: .*Permission denied \(publickey\)\.?",
-    "h10": r"takes connections and does not answer: it hangs, or has no time",
+    "h9": r"rejects this host's ssh keys: .*Permission denied \(publickey\)\.?",
+    "h10": r"accepts connections but does not respond: hung or overloaded",
     "h11": r"cannot be reached: .*(timed out|No route to host)",
     "h12": r"cannot be reached: .*(timed out|No route to host)",
 }
-LATE = r"host h13: its clock is 3[56]\d\d s behind this host's: set it by NTP"
+LATE = r"host h13: its clock is 3[56]\d\d s behind this host's: synchronize it by NTP"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_doctor_names_every_bad_host_and_starts_no_rank(sick: list[Host]) -> Non
     check_named([verdict, *(line.removeprefix("wrong: ") for line in told if line.startswith("wrong: "))])
     late, own_name = [line.removeprefix("warning: ") for line in told if line.startswith("warning: ")][::-1]
     assert re.fullmatch(LATE, late)
-    assert own_name == "host h1: its own name h1 is 127.0.1.1 there: give it its network address in /etc/hosts"
+    assert own_name == "host h1: its hostname resolves to 127.0.1.1; map it to its network address in /etc/hosts"
 
 
 def test_a_healthy_cluster_is_all_fine_and_a_slow_link_is_named() -> None:
@@ -114,7 +114,7 @@ def test_a_cut_link_and_a_slow_host_are_named() -> None:
 def test_a_busy_host_is_named() -> None:
     with cluster(3) as hosts:
         faults.burners(hosts[2], 4)
-        check_verdict(hosts, r"host h2: it is busy: work takes \d\S* times as long as alone, on the others \d\.\d")
+        check_verdict(hosts, r"host h2: it is busy: CPU slowdown \d\S*, on the others \d\.\d")
 
 
 def check_verdict(hosts: list[Host], pattern: str) -> None:

@@ -13,75 +13,135 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.doctor import ask, preflight
-from hvdtrain.doctor.ask import HostReply
-from hvdtrain.doctor.facts import Facts, FactsRequest, connect_back_error, gather_disk_facts, gather_facts
+from hvdtrain.doctor import preflight, query
+from hvdtrain.doctor.facts import connect_back_error, gather_facts
 from hvdtrain.doctor.findings import DoctorFinding, diagnose_host, diagnose_hosts, format_bytes
-from hvdtrain.doctor.judge import diagnose_network, outlier_links
-from hvdtrain.doctor.measure import (
+from hvdtrain.doctor.host_facts import (
+    FACTS_MARKER,
+    FactsRequest,
+    HostFacts,
+    dump_request,
+    find_facts_line,
+    format_facts_line,
+    parse_request,
+)
+from hvdtrain.doctor.network_test import worker
+from hvdtrain.doctor.network_test.coordinator import Coordinator
+from hvdtrain.doctor.network_test.diagnose import diagnose_network
+from hvdtrain.doctor.network_test.links import compute_rate
+from hvdtrain.doctor.network_test.measure import (
+    AllReduceMeasurement,
     LinkMeasurement,
     NetworkMeasurements,
-    Pair,
     choose_extra_pairs,
     choose_pairs,
+    outlier_links,
     schedule_rounds,
 )
-from hvdtrain.doctor.meeting import Coordinator
+from hvdtrain.doctor.network_test.messages import CpuReply, Failure, MeasureCpu, Pair
+from hvdtrain.doctor.network_test.worker import run_worker
 from hvdtrain.doctor.nics import parse_routes
-from hvdtrain.doctor.peer import WORKER_COMMANDS, compute_rate, run_worker
-from hvdtrain.doctor.report import describe_host, format_verdict
+from hvdtrain.doctor.query import HostReply
+from hvdtrain.doctor.readings import read_disk
+from hvdtrain.doctor.report import describe_host, format_verdict, tabulate_differences
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.processes import Child, Deadline, completed_children
 from tests.ranks.harness import ROOT
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
+def facts() -> HostFacts:
     """This host's, with what may be wrong with it put right."""
-    return gather_facts(FactsRequest()) | {"own name": ["10.0.0.7"], "load": 0.1, "memory free": 1 << 34}
+    return change(gather_facts(FactsRequest()), {"own name": ["10.0.0.7"], "load": 0.1, "memory free": 1 << 34})
+
+
+def change(facts: HostFacts, changes: dict[str, Any]) -> HostFacts:
+    """Facts with other values under some keys of their JSON."""
+    found = find_facts_line(FACTS_MARKER + json.dumps(facts.encode_json() | changes))
+    assert found is not None
+    return found
 
 
 def texts(found: list[DoctorFinding]) -> list[str]:
     return [str(finding) for finding in found]
 
 
-def test_facts_come_quickly_without_torch_and_can_be_told() -> None:
+def test_facts_come_quickly_without_torch_as_one_line() -> None:
     code = (
-        "import sys, time, json; from hvdtrain.doctor.facts import FactsRequest, gather_facts\n"
+        "import sys, time; from hvdtrain.doctor.facts import gather_facts\n"
+        "from hvdtrain.doctor.host_facts import FactsRequest, format_facts_line\n"
         "tries = []\n"
         "for _ in range(4):\n"
         "    begin = time.perf_counter()\n"
-        "    facts = gather_facts(FactsRequest(('runs',)))\n"
+        "    facts = gather_facts(FactsRequest(['runs']))\n"
         "    tries.append(time.perf_counter() - begin)\n"
         "assert not {'torch', 'horovod', 'rich'} & set(sys.modules)\n"
-        "print(min(tries)); print(json.dumps(facts))\n"
+        "print(min(tries)); print(format_facts_line(facts), end='')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    seconds, told = done.stdout.splitlines()
+    seconds, line = done.stdout.splitlines()
     assert float(seconds) < 0.5
-    facts = json.loads(told)
+    facts = json.loads(line.removeprefix(FACTS_MARKER))
     assert facts["hostname"] == socket.gethostname() and facts["executable"] == sys.executable
     assert facts["torch"] and facts["wheel"].startswith("horovod0.28.1-torch")
     assert facts["cores"] and facts["memory"] > facts["memory free"] > 0 and "lo" in facts["interfaces"]
-    assert describe_host(facts).startswith(f"host        {facts['hostname']} (")
+    found = find_facts_line(line)
+    assert found is not None and describe_host(found).startswith(f"host        {facts['hostname']} (")
+
+
+FULL_KEYS = {
+    *("hostname", "python", "executable", "hvdtrain", "torch", "torch cuda", "horovod", "wheel", "built with"),
+    *("horovod wrong", "disks", "interfaces", "time", "system", "cpu", "cores", "cores usable", "cores allowed"),
+    *("load", "memory", "memory free", "memory allowed", "shared memory", "limits", "mpi", "compiler", "nccl"),
+    *("driver cuda", "gpus", "infiniband", "nics", "routes", "own name"),
+}
+
+
+def test_the_keys_of_facts_are_fixed_and_facts_are_read_back() -> None:
+    """They are part of `hvdtrain doctor --json`, and of what hosts send to each other."""
+    full = gather_facts(FactsRequest())
+    assert full.encode_json().keys() == FULL_KEYS
+    assert set(full.encode_json()["disks"].popitem()[1]) == {"free", "total", "wrong"}
+    short = gather_facts(FactsRequest(back=("127.0.0.1", 9), full=False))
+    assert short.encode_json().keys() < FULL_KEYS | {"way back"} and "way back" in short.encode_json()
+    for facts in (full, short):
+        assert find_facts_line(f"motd\n{format_facts_line(facts)}bye\n") == facts
+    request = FactsRequest(["/x"], ("10.0.0.1", 80), full=False)
+    assert parse_request(dump_request(request)) == request
+
+
+def test_facts_of_another_version_do_not_stop_the_doctor(facts: HostFacts) -> None:
+    """One sends facts that are unknown here, another knows few."""
+    newer = change(facts, {"quantum cores": 3, "nics": {"eth0": {"addresses": [], "colour": "red"}}})
+    older = find_facts_line(f'{FACTS_MARKER}{{"time": 1, "hvdtrain": "0.0.1", "gpus": [], "nics": {{}}}}')
+    oldest = find_facts_line(f'{FACTS_MARKER}{{"time": 1}}')
+    assert older is not None and oldest is not None
+    replies = [HostReply("h0", facts), HostReply("h1", newer), HostReply("h2", older), HostReply("h3", oldest)]
+    found = [str(finding) for finding in diagnose_hosts(replies) if finding.bad]
+    assert found[0].startswith("host h2: hvdtrain 0.0.1, the other 2 have ")
+    assert "hostname" in tabulate_differences(replies) and "unknown" in describe_host(oldest)
+    for text in ("[]", '{"time": "now"}', '{"time": 1, "gpus": 7}', "{", ""):
+        with pytest.raises(ValueError):
+            find_facts_line(FACTS_MARKER + text)
+    assert find_facts_line("no facts") is None
 
 
 def test_doctor_without_hosts_reports_the_same_in_text_and_json(tmp_path: Path) -> None:
     """Whatever this machine has, the report holds together, and --json says the same."""
     command = [sys.executable, "-m", "hvdtrain", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    told = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr == told.stderr == ""
-    report = json.loads(told.stdout)
+    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == as_json.stderr == ""
+    report = json.loads(as_json.stdout)
     assert f"torch       {report['facts']['torch']}" in done.stdout
-    assert done.returncode == told.returncode == int(any(finding["bad"] for finding in report["findings"]))
+    assert done.returncode == as_json.returncode == int(any(finding["bad"] for finding in report["findings"]))
     assert (report["verdict"] == "all fine") == (not report["findings"])
     assert done.stdout.splitlines()[-1].startswith(("all fine", "warning: ", "Horovod"))
 
 
-def test_a_healthy_host_is_all_fine(facts: Facts) -> None:
+def test_a_healthy_host_is_all_fine(facts: HostFacts) -> None:
     assert diagnose_host(facts) == [] and format_verdict([]) == "all fine"
-    assert diagnose_hosts([HostReply("h0", facts), HostReply("h1", facts | {"hostname": "h1"})], "lo") == []
+    assert diagnose_hosts([HostReply("h0", facts), HostReply("h1", change(facts, {"hostname": "h1"}))], "lo") == []
 
 
 NOTHING = {"free": 1 << 40, "total": 1 << 41, "wrong": None}
@@ -93,53 +153,58 @@ NOTHING = {"free": 1 << 40, "total": 1 << 41, "wrong": None}
         ({"horovod wrong": "no torch: pip install torch"}, "no torch: pip install torch"),
         ({"built with": None}, "warning: Horovod was not built by hvdtrain: over several hosts it may fail; run `hvd"),
         ({"disks": {"/x": NOTHING | {"free": 4096}}}, "the disk is full: 4 KiB is free in /x"),
-        ({"disks": {"/x": NOTHING | {"wrong": "no inode is left"}}}, "nothing can be written in /x: no inode is left"),
-        ({"shared memory": NOTHING | {"free": 64 << 20}}, "warning: 64 MiB is free in /dev/shm: give the container"),
-        ({"memory free": 1 << 20}, "warning: 1 MiB of memory is free"),
+        ({"disks": {"/x": NOTHING | {"wrong": "no inode is left"}}}, "cannot write in /x: no inode is left"),
+        (
+            {"shared memory": NOTHING | {"free": 64 << 20}},
+            "warning: only 64 MiB is free in /dev/shm: give",
+        ),
+        ({"memory free": 1 << 20}, "warning: only 1 MiB of memory is free: stop other processes"),
         ({"load": 999.0}, "warning: it is busy: load 999.0 on "),
-        ({"limits": {"nofile": 256, "memlock": None}}, "warning: 256 files may be open at once: ulimit -n 65536"),
-        ({"infiniband": ["mlx5_0"], "limits": {"nofile": None, "memlock": 65536}}, "warning: InfiniBand, and 64 KiB"),
-        ({"gpus": ["nvidia-smi fails: no driver"]}, "nvidia-smi fails: no driver: mend the driver"),
+        ({"limits": {"nofile": 256, "memlock": None}}, "warning: only 256 files may be open at once: ulimit -n 65536"),
+        (
+            {"infiniband": ["mlx5_0"], "limits": {"nofile": None, "memlock": 65536}},
+            "warning: there is InfiniBand",
+        ),
+        ({"gpus": ["nvidia-smi fails: no driver"]}, "nvidia-smi fails: no driver: reinstall the driver"),
         (
             {"gpus": ["H200"], "driver cuda": "11.4", "torch cuda": "13.0"},
-            "the GPU driver knows CUDA 11.4 at most, torch",
+            "the GPU driver supports CUDA up to 11.4, torch is built for 13.0: install a newer driver",
         ),
-        ({"own name": [], "built with": None, "horovod": None}, "warning: its own name does not resolve"),
+        (
+            {"own name": [], "built with": None, "horovod": None},
+            "warning: its hostname does not resolve; map",
+        ),
     ],
 )
-def test_what_is_wrong_with_one_host_is_told(facts: Facts, changed: dict[str, Any], expected: str) -> None:
-    found = diagnose_host(facts | changed)
+def test_what_is_wrong_with_one_host_is_reported(facts: HostFacts, changed: dict[str, Any], expected: str) -> None:
+    found = diagnose_host(change(facts, changed))
     assert len(found) == 1, found
     assert format_verdict(found).startswith(expected)
 
 
-def test_the_odd_host_is_named(facts: Facts) -> None:
-    other = facts | {"torch": "2.9.0+cu128", "horovod wrong": "Horovod is built for another torch"}
-    well, odd = (
-        [HostReply(f"h{number}", facts | {"torch": "2.14.1+cu130"}) for number in range(4)],
-        HostReply("h7", other),
-    )
+def test_the_odd_host_is_named(facts: HostFacts) -> None:
+    other = change(facts, {"torch": "2.9.0+cu128", "horovod wrong": "Horovod is built for another torch"})
+    usual = change(facts, {"torch": "2.14.1+cu130"})
+    well, odd = [HostReply(f"h{number}", usual) for number in range(4)], HostReply("h7", other)
     expected = "host h7: torch 2.9.0, the other 4 have 2.14.1"
     assert texts(diagnose_hosts([*well, odd])) == texts(diagnose_hosts([odd, *well])) == [expected]
     # Of two hosts nobody knows which is right: the first one counts.
     assert texts(diagnose_hosts([well[0], odd])) == ["host h7: torch 2.9.0, h0 has 2.14.1"]
     # A patch of Python makes no difference, a wheel does; one finding for one host.
-    same, wheel = (
-        HostReply("h8", facts | {"python": "3.11.99"}),
-        HostReply("h9", facts | {"wheel": "w", "mpi": "MPICH 4"}),
-    )
-    python = {"python": "3.11.1"}
-    found = diagnose_hosts([HostReply("h0", facts | python), HostReply("h1", facts | python), same, wheel])
+    usual = change(facts, {"python": "3.11.1"})
+    same = HostReply("h8", change(facts, {"python": "3.11.99"}))
+    wheel = HostReply("h9", change(facts, {"wheel": "w", "mpi": "MPICH 4"}))
+    found = diagnose_hosts([HostReply("h0", usual), HostReply("h1", usual), same, wheel])
     assert [finding.where for finding in found if "Python" not in finding.text] == ["host h9"]
     assert "MPICH 4, the other 3 have" in found[0].text
 
 
-def test_the_worst_comes_first(facts: Facts) -> None:
+def test_the_worst_comes_first(facts: HostFacts) -> None:
     found = diagnose_hosts(
         [
             HostReply("h0", facts, clock_offset=-3.5),
-            HostReply("h1", facts | {"way back": "no answer within 3 s"}),
-            HostReply("h2", facts | {"own name": ["127.0.1.1"], "hostname": "h2"}),
+            HostReply("h1", change(facts, {"way back": "no answer within 3 s"})),
+            HostReply("h2", change(facts, {"own name": ["127.0.1.1"], "hostname": "h2"})),
             HostReply("h3", error="cannot be reached: No route to host"),
         ],
         "lo",
@@ -147,8 +212,8 @@ def test_the_worst_comes_first(facts: Facts) -> None:
     assert texts(found) == [
         "host h3: cannot be reached: No route to host",
         "host h1: cannot connect to this host: no answer within 3 s; is there a firewall?",
-        "host h0: its clock is 4 s behind this host's: set it by NTP",
-        "host h2: its own name h2 is 127.0.1.1 there: give it its network address in /etc/hosts",
+        "host h0: its clock is 4 s behind this host's: synchronize it by NTP",
+        "host h2: its hostname resolves to 127.0.1.1; map it to its network address in /etc/hosts",
     ]
     assert [finding.bad for finding in found] == [True, True, False, False]
     assert format_verdict(found[2:]).startswith("warning: host h0: its clock")
@@ -156,13 +221,11 @@ def test_the_worst_comes_first(facts: Facts) -> None:
 
 def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for ahead, expected in ((0.0, 0.0), (100.0, 100.0), (-100.0, -100.0)):
-        text = (
-            f"{ask.parse_facts.__module__}: motd\n##hvdtrain-facts {json.dumps({'time': time.time() + ahead})}\nbye\n"
-        )
+        text = f"motd\n##hvdtrain-facts {json.dumps({'time': time.time() + ahead})}\nbye\n"
         with Child(["printf", "%s", text]) as ssh:
             assert list(completed_children([ssh], Deadline(10.0))) == [ssh]
             ssh.started_at -= 0.5
-            answer = ask.parse_reply("h1", ssh, Deadline(10.0))
+            answer = query.parse_reply("h1", ssh, Deadline(10.0))
         assert answer.clock_offset == pytest.approx(expected, abs=0.6)
 
 
@@ -174,7 +237,11 @@ def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.Mon
             "ssh: Could not resolve hostname h9: Name or service not known\n",
             "cannot be reached: Could not resolve",
         ),
-        (255, "Connection timed out during banner exchange\r\nConnection to h9 port 22 timed out\r\n", "takes connec"),
+        (
+            255,
+            "Connection timed out during banner exchange\r\nConnection to h9 port 22 timed out\r\n",
+            "accepts co",
+        ),
         (127, "sh: 1: no\n", "cannot run "),
         (1, "python: No module named hvdtrain.doctor.facts\n", "has no hvdtrain in "),
         (1, "(ModuleNotFoundError: No module named 'hvdtrain')\n", "has no hvdtrain in "),
@@ -187,11 +254,11 @@ def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.Mon
     ],
 )
 def test_ssh_errors_are_explained(code: int, said: str, expected: str) -> None:
-    assert ask.explain_failure(code, said).startswith(expected)
+    assert query.explain_failure(code, said).startswith(expected)
 
 
 def test_preflight_leaves_this_host_alone_and_knows_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "Child", None)
+    monkeypatch.setattr(query, "Child", None)
     preflight.check_hosts(["localhost", socket.gethostname()], nic="lo")
     with pytest.raises(UserError, match="has no network interface 'nic9' with an IPv4 address"):
         preflight.check_hosts(["h-nowhere"], nic="nic9")
@@ -212,7 +279,7 @@ def test_sizes_routes_disks_and_connections_are_described(tmp_path: Path) -> Non
     lines = ["Iface ...", "eth0 00000000 010200C0 3 0 0 0 00000000 0", "eth0 000200C0 00000000 1 0 0 0 00FFFFFF 0"]
     if sys.byteorder == "little":
         assert parse_routes("\n".join(lines)) == ["default via 192.0.2.1 dev eth0", "192.0.2.0/24 dev eth0"]
-    assert gather_disk_facts(tmp_path / "not" / "there") == gather_disk_facts(tmp_path)
+    assert read_disk(tmp_path / "not" / "there") == read_disk(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert connect_back_error(*server.getsockname()) is None
         port = server.getsockname()[1]
@@ -271,47 +338,48 @@ def test_the_bad_host_or_link_is_named(hosts: int, changed: dict[Pair, LinkMeasu
 
 def test_a_busy_host_explains_its_slow_links() -> None:
     slow = both((0, 2), (1, 2), (2, 3), way=SLOW)
-    measured = NetworkMeasurements(
-        {0: 1.0, 1: 1.2, 2: 4.0, 3: 1.1}, ways(4, slow), {(1, 2): (9.0, True), (0, 1): (0.01, True)}
-    )
-    expected = ["host h2: it is busy: work takes 4.0 times as long as alone, on the others 1.1"]
+    reduced = {(1, 2): AllReduceMeasurement(9.0, True), (0, 1): AllReduceMeasurement(0.01, True)}
+    measured = NetworkMeasurements({0: 1.0, 1: 1.2, 2: 4.0, 3: 1.1}, ways(4, slow), reduced)
+    expected = ["host h2: it is busy: CPU slowdown 4.0, on the others 1.1"]
     assert texts(diagnose_network(measured, NAMES)) == expected
     # All are busy alike where hosts share their cores, as in a test.
     assert diagnose_network(NetworkMeasurements(dict.fromkeys(range(4), 4.0), ways(4, {})), NAMES) == []
 
 
 def test_all_reduces_are_judged() -> None:
-    fine = dict.fromkeys(choose_pairs(4), (0.001, True))
-    found = diagnose_network(
-        NetworkMeasurements({}, ways(4, {}), fine | {(1, 2): (0.5, True), (0, 3): (0.001, False)}, {2: "lost"}), NAMES
-    )
+    fine = dict.fromkeys(choose_pairs(4), AllReduceMeasurement(0.001, True))
+    bad = {(1, 2): AllReduceMeasurement(0.5, True), (0, 3): AllReduceMeasurement(0.001, False)}
+    found = diagnose_network(NetworkMeasurements({}, ways(4, {}), fine | bad, {2: "lost"}), NAMES)
     assert texts(found) == [
         "host h2: its rank cannot all-reduce: lost",
         "link h0-h3: the sum of an all-reduce is wrong",
-        "link h1-h2: an all-reduce takes 500 ms, over the others 1",
+        "link h1-h2: an all-reduce takes 500 ms, on the others 1",
     ]
     assert [finding.bad for finding in found] == [True, True, False]
 
 
-def test_an_answer_that_comes_too_late_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nap(_: socket.socket) -> dict[str, Any]:
-        time.sleep(0.5)
-        return {"slept": True}
+def test_a_late_reply_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps = [0.5, 0.0, 0.5, 0.0]  # seconds that each command takes
 
-    monkeypatch.setitem(WORKER_COMMANDS, "nap", nap)
-    room = Coordinator(1, "127.0.0.1")
-    where = ("127.0.0.1", room.listener.getsockname()[1])
-    rank = threading.Thread(target=run_worker, args=(where, room.secret.encode(), 0, None))
+    def nap() -> float:
+        seconds = naps.pop(0)
+        time.sleep(seconds)
+        return seconds
+
+    monkeypatch.setattr(worker, "measure_cpu", nap)
+    coordinator = Coordinator(1, "127.0.0.1")
+    meet = ("127.0.0.1", coordinator.listener.getsockname()[1])
+    rank = threading.Thread(target=run_worker, args=(meet, coordinator.secret.encode(), 0, None))
     rank.start()
     with Child(["sleep", "60"]) as launcher:
-        assert room.accept_workers(launcher) == []
-    assert room.run_commands({0: {"do": "nap"}}, 0.1) == {0: {"error": "no answer within 0.1 s"}}
-    assert list(room.run_commands({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
-    # Both answers at once.
-    assert "error" in room.run_commands({0: {"do": "nap"}}, 0.1)[0]
+        assert coordinator.accept_workers(launcher) == []
+    assert coordinator.run_commands({0: MeasureCpu()}, 0.1) == {0: Failure("no answer within 0.1 s")}
+    assert coordinator.run_commands({0: MeasureCpu()}, 10) == {0: CpuReply(0.0)}
+    # Both replies at once.
+    assert coordinator.run_commands({0: MeasureCpu()}, 0.1) == {0: Failure("no answer within 0.1 s")}
     time.sleep(1)
-    assert list(room.run_commands({0: {"do": "burn"}}, 10)[0]) == ["ratio"]
-    room.close()
+    assert coordinator.run_commands({0: MeasureCpu()}, 10) == {0: CpuReply(0.0)}
+    coordinator.end_test()
     rank.join(10)
     assert not rank.is_alive()
 

@@ -55,7 +55,7 @@ def test_unknown_entries_are_ignored_and_missing_ones_get_their_default() -> Non
         {"name": "a", "disks": {"/x": {"free": 1.0}}},
         {"name": "a", "disks": []},
         {"name": "a", "address": ["10.0.0.1"]},
-        {"name": "a", "address": ["10.0.0.1", 2**62]},
+        {"name": "a", "address": ["10.0.0.1", 2**64]},
         {"name": "a", "newest": 3},
     ],
 )

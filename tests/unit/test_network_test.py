@@ -1,7 +1,8 @@
-"""The doctor's meeting: ranks come in, whatever strangers do."""
+"""The network test's coordinator and workers: they find each other, whatever others send."""
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -11,12 +12,22 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.doctor.lines import accept_session, join_session
-from hvdtrain.doctor.meeting import Coordinator
-from hvdtrain.doctor.peer import run_worker, wait_for_ticket
+from hvdtrain.doctor.network_test.coordinator import Coordinator
+from hvdtrain.doctor.network_test.links import wait_for_ticket
+from hvdtrain.doctor.network_test.messages import (
+    CpuReply,
+    Hello,
+    MeasureCpu,
+    encode_message,
+    parse_command,
+    parse_reply,
+)
+from hvdtrain.doctor.network_test.signed_lines import accept_session, join_session
+from hvdtrain.doctor.network_test.worker import run_worker
 from hvdtrain.system import signed_http
 from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import Child
+from hvdtrain.system.records import encode_record
 
 
 @pytest.fixture
@@ -26,31 +37,32 @@ def launcher() -> Iterator[Child]:
         yield child
 
 
-def where(room: Coordinator) -> tuple[str, int]:
-    address, port = room.listener.getsockname()[:2]
+def where(coordinator: Coordinator) -> tuple[str, int]:
+    address, port = coordinator.listener.getsockname()[:2]
     return str(address), int(port)
 
 
-def start_rank(room: Coordinator, number: int, key: bytes | None = None) -> threading.Thread:
+def start_rank(coordinator: Coordinator, number: int, key: bytes | None = None) -> threading.Thread:
     rank = threading.Thread(
-        target=run_worker, args=(where(room), key or room.secret.encode(), number, None), daemon=True
+        target=run_worker, args=(where(coordinator), key or coordinator.secret.encode(), number, None), daemon=True
     )
     rank.start()
     return rank
 
 
-def test_silent_connections_and_junk_keep_no_rank_out(launcher: Child) -> None:
-    room = Coordinator(2, "127.0.0.1")
+def test_silent_connections_and_junk_keep_no_worker_out(launcher: Child) -> None:
+    coordinator = Coordinator(2, "127.0.0.1")
     junk = (b"\0" * 5000, b"\n", b"a b\n", b"{}\n", b"\xff" * 64 + b" x {}\n")
     with ThreadPoolExecutor(1) as thread:
-        welcomed = thread.submit(room.accept_workers, launcher)
-        strangers = [socket.create_connection(where(room), 10) for _ in range(500)]
+        welcomed = thread.submit(coordinator.accept_workers, launcher)
+        strangers = [socket.create_connection(where(coordinator), 10) for _ in range(500)]
         for stranger, line in zip(reversed(strangers), junk, strict=False):
             stranger.sendall(line)
-        ranks = [start_rank(room, number) for number in range(2)]
+        ranks = [start_rank(coordinator, number) for number in range(2)]
         assert welcomed.result(50) == []
-    assert {len(reply) for reply in room.run_commands({0: {"do": "burn"}, 1: {"do": "burn"}}, 30).values()} == {1}
-    room.close()
+    replies = coordinator.run_commands({0: MeasureCpu(), 1: MeasureCpu()}, 30)
+    assert all(isinstance(reply, CpuReply) for reply in replies.values())
+    coordinator.end_test()
     for rank in ranks:
         rank.join(10)
         assert not rank.is_alive()
@@ -58,27 +70,28 @@ def test_silent_connections_and_junk_keep_no_rank_out(launcher: Child) -> None:
         stranger.close()
 
 
-def test_who_does_not_know_the_secret_is_no_rank(launcher: Child) -> None:
-    room = Coordinator(1, "127.0.0.1", DoctorLimits(worker_join=2.0))
+def test_who_does_not_know_the_secret_is_not_a_worker(launcher: Child) -> None:
+    coordinator = Coordinator(1, "127.0.0.1", DoctorLimits(worker_join=2.0))
     with ThreadPoolExecutor(1) as thread:
-        other = thread.submit(run_worker, where(room), b"o" * 64, 0, None)
-        assert room.accept_workers(launcher) == [0]
-        room.close()
+        other = thread.submit(run_worker, where(coordinator), b"o" * 64, 0, None)
+        assert coordinator.accept_workers(launcher) == [0]
+        coordinator.end_test()
         with pytest.raises(OSError):
             other.result(10)
 
 
 def test_a_first_line_that_was_recorded_lets_nobody_in(launcher: Child) -> None:
-    room = Coordinator(1, "127.0.0.1", DoctorLimits(worker_join=1.0))
-    lines, before = join_session(room.secret.encode(), b"n" * 64)  # of another connection
-    with socket.create_connection(where(room), 10) as replay:
-        replay.sendall(before + lines.sign_line({"rank": 0, "at": ["127.0.0.1", 9]}))
-        assert room.accept_workers(launcher) == [0]
-    room.close()
+    coordinator = Coordinator(1, "127.0.0.1", DoctorLimits(worker_join=1.0))
+    lines, before = join_session(coordinator.secret.encode(), b"n" * 64)  # of another connection
+    with socket.create_connection(where(coordinator), 10) as replay:
+        replay.sendall(before + lines.sign_line(encode_record(Hello(0, ("127.0.0.1", 9)))))
+        assert coordinator.accept_workers(launcher) == [0]
+    coordinator.end_test()
 
 
-def test_a_rank_does_nothing_for_a_doctor_who_does_not_know_the_secret() -> None:
-    for line in (b'{"do": "burn", "number": 1}\n', b"0" * 64 + b' {"do": "burn", "number": 1}\n'):
+def test_a_worker_does_nothing_for_a_coordinator_that_does_not_know_the_secret() -> None:
+    command = json.dumps(encode_message(1, MeasureCpu())).encode()
+    for line in (command + b"\n", b"0" * 64 + b" " + command + b"\n"):
         with socket.create_server(("127.0.0.1", 0)) as doctor, ThreadPoolExecutor(1) as thread:
             rank = thread.submit(run_worker, doctor.getsockname()[:2], b"k" * 64, 0, None)
             connection, _ = doctor.accept()
@@ -86,7 +99,7 @@ def test_a_rank_does_nothing_for_a_doctor_who_does_not_know_the_secret() -> None
                 connection.sendall(b"n" * 64 + b"\n")
                 assert connection.recv(4096)
                 connection.sendall(line)
-                with pytest.raises(ConnectionError, match="the doctor sends a line without this run's signature"):
+                with pytest.raises(ConnectionError, match="the coordinator sends a line without this run's signature"):
                     rank.result(10)
 
 
@@ -106,7 +119,7 @@ def test_a_line_counts_once_in_its_place_and_direction() -> None:
         rank.verify_line(second)
 
 
-def test_a_link_is_measured_with_the_rank_that_has_the_ticket() -> None:
+def test_a_link_is_measured_with_the_worker_that_has_the_ticket() -> None:
     ticket = signed_http.new_secret().encode()
     with socket.create_server(("127.0.0.1", 0), backlog=100) as door, ThreadPoolExecutor(1) as thread:
         strangers = [socket.create_connection(door.getsockname(), 10) for _ in range(50)]
@@ -125,8 +138,20 @@ def test_a_link_is_measured_with_the_rank_that_has_the_ticket() -> None:
         assert wait_for_ticket(door, ticket, 0.2) is None
 
 
-def test_a_meeting_is_on_its_address_only() -> None:
-    room = Coordinator(1, "127.0.0.1")
+def test_the_coordinator_listens_on_its_address_only() -> None:
+    coordinator = Coordinator(1, "127.0.0.1")
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", where(room)[1]), 5)
-    room.close()
+        socket.create_connection(("127.0.0.2", where(coordinator)[1]), 5)
+    coordinator.end_test()
+
+
+def test_messages_of_another_kind_or_type_are_refused() -> None:
+    assert parse_command(encode_message(3, MeasureCpu())) == (3, MeasureCpu())
+    good = encode_message(3, CpuReply(1.5))
+    assert parse_reply(good) == (3, CpuReply(1.5))
+    for wrong in (
+        *({}, [], None, good | {"kind": "MeasureCpu"}, good | {"number": "3"}, good | {"content": {}}),
+        *(good | {"content": {"slowdown": "1.5"}}, good | {"kind": 3}),
+    ):
+        with pytest.raises(ValueError):
+            parse_reply(wrong)
