@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hvdtrain.system.version import __version__
+
 if TYPE_CHECKING:
     from hvdtrain.comm.world import init
     from hvdtrain.recipe.base import Recipe
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from hvdtrain.system.errors import RunError, UserError
     from hvdtrain.training.fit import fit
 
-__version__ = "0.1.0"
 __all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "option"]
 
 _MODULES = {

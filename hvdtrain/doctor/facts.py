@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hvdtrain import __version__
 from hvdtrain.doctor.host_facts import (
     UNKNOWN_WHEEL,
     BuildVersions,
@@ -29,6 +28,7 @@ from hvdtrain.native import installed, torchinfo
 from hvdtrain.native.installed import InstalledHorovod
 from hvdtrain.system.errors import RunError
 from hvdtrain.system.limits import DoctorLimits
+from hvdtrain.system.version import __version__
 
 
 def gather_facts(request: FactsRequest) -> HostFacts:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from hvdtrain import __version__
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.ledger.writer import MAX_STEP_EXAMPLES, Ledger, find_segments
@@ -17,6 +16,7 @@ from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import describe_copy, write_copy
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import PRIVATE_MODE, write_error_text, write_json
+from hvdtrain.system.version import __version__
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.plan import TrainingPlan, make_training_plan

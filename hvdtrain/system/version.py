@@ -1,0 +1,3 @@
+"""hvdtrain's version."""
+
+__version__ = "0.1.0"
