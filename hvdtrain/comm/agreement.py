@@ -1,11 +1,11 @@
-"""Agreement before the first step: what has to be the same on all ranks is compared, and the first difference is named.
+"""Compare what has to be the same on all ranks, before the first step, and report the first difference.
 
-    each rank:  parts -> a hash of each part -> one all-gather of hashes -> all alike: done
+    each rank:  parts -> a hash of each part -> one all-gather of hashes -> all equal: done
                                                                          -> else: the values of the first part that
                                                                             differs are gathered, and all ranks raise
 
-In an elastic run, whose workers are alone when they start, the first worker's parts are a record on the board, and each
-later worker compares its own with that.
+In an elastic run, whose workers are alone when they start, the first worker writes a record of its parts to the
+key-value store, and each later worker compares its own parts with the record.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.system.errors import KnownError, UserError
 
 DIGEST_BYTES = 16
-MAX_RECORDED_BYTES = 32 << 10  # of a part's values as JSON; of longer ones only the hash is recorded
+MAX_RECORDED_BYTES = 32 << 10  # of a part's values as JSON; only the hash is recorded of longer ones
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class ConsistentPart:
 
     Attributes:
         name: of the part.
-        values: what it consists of, by what each value is called: {"--batch-size": "16"}.
-        difference: the message for a value that differs; of {who} and {base} (two ranks, the first with its host, or
-            this worker and the run), {rank} ({who} without its host), {key}, {here} and {there} (the value on each).
-        absent: how a value is described that only the other one has.
-        again: what computes the values once more, if they may be different each time; such values are not compared.
+        values: what it consists of, by the name of each value: {"--batch-size": "16"}.
+        difference_message: the message for a value that differs, a format of {who} and {base} (two ranks, the first
+            with its host, or this worker and the run), {rank} ({who} without its host), {key}, {here} and {there} (the
+            value on each).
+        absent_text: stands for a value that only the other one has.
+        recompute: computes the values once more, if they may be different each time; such values are not compared.
     """
 
     name: str
@@ -48,16 +49,17 @@ class ConsistentPart:
 
     @property
     def values_digest(self) -> bytes:
+        """The hash of the part's name and values."""
         data = json.dumps([self.name, sorted(self.values.items())]).encode()
         return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
     def find_stable_values(self) -> dict[str, str]:
-        """The values, without those that are different when they are computed again."""
+        """Return the values, without those that are different when they are computed again."""
         again = self.recompute() if self.recompute is not None else self.values
         return {key: value for key, value in self.values.items() if again.get(key) == value}
 
     def describe_difference(self, here: Mapping[str, str], there: Mapping[str, str], who: str, base: str) -> str | None:
-        """The first difference between two places' values in words; None if they are the same."""
+        """Describe the first difference between the values of two ranks; None if they are the same."""
         key = find_first_difference(here, there)
         if key is None:
             return None
@@ -66,19 +68,20 @@ class ConsistentPart:
 
 
 def find_first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
-    """The first key whose values differ; None if there is none."""
+    """Return the first key whose values differ; None if there is none."""
     return next((key for key in [*there, *here] if here.get(key) != there.get(key)), None)
 
 
 def check_agreement(name: str, parts: Sequence[ConsistentPart], group: collectives.Group = None) -> None:
-    """Return if all ranks have the same parts. All ranks call it, with the same parts in the same order.
+    """Check that all ranks have the same parts. All ranks call it, with the same parts in the same order.
 
     Args:
         name: of the collective.
+        parts: this rank's.
         group: the ranks that take part; None: all.
 
     Raises:
-        UserError: on all ranks, naming the first part's first difference and the rank that has it.
+        UserError: on all ranks, for the first difference in the first part that differs, with the rank that has it.
     """
     if collectives.size(group) == 1:
         return
@@ -90,10 +93,10 @@ def check_agreement(name: str, parts: Sequence[ConsistentPart], group: collectiv
 
 
 def _raise_difference(name: str, part: ConsistentPart, group: collectives.Group) -> None:
-    """Raise UserError for the first difference of a part between ranks; none is left if its values are not stable."""
+    """Raise UserError for the first difference of a part between ranks, if its values are stable."""
     try:
         stable = part.find_stable_values()
-    except KnownError:  # it worked before: nothing of it can be relied on
+    except KnownError:  # it worked before, so none of its values is stable
         stable = {}
     answers = collectives.gather_json(
         [collectives.rank(), socket.gethostname(), list(stable.items()), list(part.values)], name, group
@@ -109,7 +112,7 @@ def _raise_difference(name: str, part: ConsistentPart, group: collectives.Group)
 
 
 def make_agreement_record(parts: Sequence[ConsistentPart]) -> dict[str, Any]:
-    """What later workers of an elastic run compare themselves with, for JSON."""
+    """Return, as values for JSON, what later workers of an elastic run compare their own parts with."""
     entries = {}
     for part in parts:
         items = list(part.values.items())
@@ -119,7 +122,7 @@ def make_agreement_record(parts: Sequence[ConsistentPart]) -> dict[str, Any]:
 
 
 def check_against_record(parts: Sequence[ConsistentPart], recorded: Mapping[str, Any], world: World) -> None:
-    """Raise UserError, naming the first difference, if this worker has other parts than the run's first one had."""
+    """Raise UserError for the first difference between this worker's parts and the record of the run's first worker."""
     for part in parts:
         entry = recorded[part.name]
         if entry["digest"] == part.values_digest.hex():

@@ -1,4 +1,4 @@
-"""Named collectives on torch tensors and on small objects. Tensors are matched over ranks by name."""
+"""Named collectives on torch tensors and on small objects: the name matches the tensors of all ranks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 T = TypeVar("T")
 Handle = int
 Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
-_collective_names: dict[Handle, str] = {}  # of collectives that were started and not waited for
-PeersLost = HorovodInternalError  # what collectives raise when another rank is gone, or has left
+_collective_names: dict[Handle, str] = {}  # of collectives that were started and not yet waited for
+PeersLost = HorovodInternalError  # raised by collectives when another rank has died or left
 
 
 def rank(group: Group = None) -> int:
-    """This process's place in the group, which it must be in."""
+    """Return this process's rank in a group that it belongs to."""
     return hvd.rank() if group is None else group.rank()  # type: ignore[no-any-return]
 
 
 def size(group: Group = None) -> int:
+    """Return the number of ranks in a group."""
     return hvd.size() if group is None else group.size()  # type: ignore[no-any-return]
 
 
@@ -44,33 +45,33 @@ def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, gr
 
 
 def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
-    """Start sending part i of a 1-D tensor, in equal parts, to rank i; the parts received come in rank order."""
+    """Start sending part i of a 1-D tensor, cut into equal parts, to rank i; `wait` returns the parts in rank order."""
     return remember_name(hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
-    """Start bringing every rank's 1-D tensor to all ranks, one behind the other in rank order."""
+    """Start gathering every rank's 1-D tensor on all ranks, concatenated in rank order."""
     return remember_name(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
 def remember_name(handle: Handle, name: str) -> Handle:
-    """Remember what a collective is called, for whoever is found waiting for it."""
+    """Remember the name of a collective, to report it if a rank hangs in it."""
     _collective_names[handle] = name
     return handle
 
 
 def forget_names() -> None:
-    """Forget collectives that nobody will wait for."""
+    """Forget the names of collectives that will not be waited for."""
     _collective_names.clear()
 
 
 def broadcast_async_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> Handle:
-    """Start overwriting a contiguous tensor with that of the root, a rank among all."""
+    """Start overwriting a contiguous tensor with the root's; the root is a rank of the world, not of the group."""
     return hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
 
 
 class CallCounter(dict[Handle, Any]):
-    """Horovod's table of collectives under way, which counts those that are started."""
+    """Horovod's table of collectives in progress, which counts those that are started."""
 
     calls = 0
 
@@ -81,7 +82,7 @@ class CallCounter(dict[Handle, Any]):
 
 @contextlib.contextmanager
 def count_calls() -> Iterator[CallCounter]:
-    """Count the collectives that this process starts, by whatever code, in the `calls` of what is yielded."""
+    """Count the collectives that any code in this process starts; yields the counter."""
     table = mpi_ops._handle_map
     counter = mpi_ops._handle_map = CallCounter(table)
     try:
@@ -93,16 +94,17 @@ def count_calls() -> Iterator[CallCounter]:
 
 
 def is_complete(handle: Handle) -> bool:
-    """Whether `wait` would return at once."""
+    """Return whether `wait` would return at once."""
     return bool(mpi_ops.poll(handle))
 
 
 def wait(handle: Handle) -> torch.Tensor:
     """Wait for a collective and return its tensor.
 
-    Horovod's own wait spins and retakes the interpreter's lock each time round, which takes the core that its
-    communication thread needs; so ask at intervals first. Not at shorter ones: MPI's threads spin and yield, and each
-    yield to this one sets them back (Linux 6.18). At 0.2 ms three ranks on two cores stood still for a minute.
+    Horovod's own wait spins and takes the interpreter's lock in each iteration, which occupies the core that its
+    communication thread needs. So this polls first, at intervals from 20 us to 1 ms. They must not stay short: MPI's
+    threads spin and yield, and each yield to this thread delays them (Linux 6.18). With intervals of 0.2 ms, three
+    ranks on two cores made no progress for a minute.
     """
     name = _collective_names.pop(handle, "")
     if not is_complete(handle):
@@ -117,7 +119,7 @@ def wait(handle: Handle) -> torch.Tensor:
 
 
 def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> None:
-    """Overwrite a contiguous tensor with that of the root, a rank among all, also where only a group takes part."""
+    """Overwrite a contiguous tensor with the root's; the root is a rank of the world, not of the group."""
     if size(group) > 1:
         wait(
             remember_name(
@@ -127,7 +129,7 @@ def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = No
 
 
 def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group = None) -> bytes:
-    """The root's bytes, on every rank."""
+    """Return the root's bytes on every rank."""
     if size(group) == 1:
         assert data is not None
         return data
@@ -144,13 +146,13 @@ def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group =
 
 
 def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
-    """The root's value, on every rank, by way of JSON; the others' values are ignored."""
+    """Return the root's value, encoded as JSON, on every rank; the others' values are ignored."""
     data = json.dumps(value).encode() if hvd.rank() == root else None
     return json.loads(broadcast_bytes(data, name, root))
 
 
 def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank, by way of JSON."""
+    """Return every rank's value, encoded as JSON, in the order of ranks, on every rank."""
     if size(group) == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -161,7 +163,7 @@ def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
 
 
 def gather_array(values: NDArray[Any], name: str, group: Group = None) -> NDArray[Any]:
-    """(ranks, *shape): every rank's array, in the order of ranks, on every rank; shapes and types are the same."""
+    """Return (ranks, *shape) every rank's array, in the order of ranks; shapes and types must be equal on all."""
     if size(group) == 1:
         return values[None]
     data = torch.from_numpy(values.reshape(-1).copy())
@@ -174,7 +176,7 @@ def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:
 
     Args:
         name: of the collective.
-        function: returns a value that JSON can hold; every rank returns it as JSON gives it back.
+        function: returns a value that JSON can hold; every rank returns it as it comes out of JSON.
         root: the rank that calls `function`.
 
     Raises:
@@ -196,7 +198,7 @@ def on_all_ranks(name: str, function: Callable[[], T]) -> T:
 
     Args:
         name: of the collective.
-        function: what each rank does; it takes part in no collective that a failed rank would not reach.
+        function: what each rank does; it must not call a collective that a rank which fails would not reach.
 
     Raises:
         UserError, RunError, RecipeError: the first rank's.
@@ -212,7 +214,7 @@ def on_all_ranks(name: str, function: Callable[[], T]) -> T:
 
 
 def _call_and_catch(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Either the result or the error of a function; a lost peer ends this rank's part in the collective at once."""
+    """Return either the result or the error of a function; a lost peer is raised at once."""
     try:
         return function(), None
     except PeersLost:
@@ -222,7 +224,7 @@ def _call_and_catch(function: Callable[[], T]) -> tuple[T | None, Exception | No
 
 
 def _encode_error(error: Exception | None) -> tuple[str, str, str, str] | None:
-    """An error as its class, its text, its recipe's traceback and the host it is from, to be sent to other ranks."""
+    """Return an error's class, text, recipe's traceback and host, to be sent to other ranks."""
     if error is None:
         return None
     trace = error.trace if isinstance(error, RecipeError) else ""
@@ -231,7 +233,7 @@ def _encode_error(error: Exception | None) -> tuple[str, str, str, str] | None:
 
 
 def _make_agreed_error(failure: list[str], origin: int, own: Exception | None, *, named: bool) -> Exception:
-    """What this rank raises for a failure on `origin`: the same on every rank if its class is a known one."""
+    """Return what this rank raises for a failure on rank `origin`: the same on every rank if its class is known."""
     kind, text, trace, host = failure
     if kind not in ("UserError", "RunError", "RecipeError"):
         if own is not None and hvd.rank() == origin:
@@ -249,17 +251,17 @@ def _make_agreed_error(failure: list[str], origin: int, own: Exception | None, *
 
 
 def sum_float64(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-    """The sum over ranks of a small float64 array."""
+    """Return the sum over ranks of a small float64 array."""
     if hvd.size() == 1:
         return values
     return wait(all_reduce_async_(torch.from_numpy(values.copy()), name)).numpy()
 
 
 def barrier(name: str) -> None:
-    """Return when all ranks are here."""
+    """Wait until all ranks have called this."""
     sum_float64(np.zeros(1), name)
 
 
 def ring_all_reduce_bytes(payload: int, size: int) -> int:
-    """Bytes that one rank sends in a ring all-reduce of `payload` bytes over `size` ranks."""
+    """Return the bytes that one rank sends in a ring all-reduce of `payload` bytes over `size` ranks."""
     return payload * 2 * (size - 1) // size

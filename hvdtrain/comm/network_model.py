@@ -1,4 +1,4 @@
-"""The network as a line: how long a collective takes whatever its size, and how much longer for each byte."""
+"""Model the network as a line: a latency for each collective, and a time for each byte."""
 
 from __future__ import annotations
 
@@ -12,27 +12,38 @@ import torch
 
 from hvdtrain.comm import collectives
 
-PROBE_SIZES = tuple(1 << power for power in (12, 16, 18, 20, 22))  # bytes: 4 KiB to 4 MiB
-MAX_PROBE_SECONDS = 0.15  # seconds: larger sizes than the first that takes so long are not tried
+PROBE_SIZES = tuple(1 << power for power in (12, 16, 18, 20, 22))  # 4 KiB to 4 MiB
+MAX_PROBE_SECONDS = 0.15  # the first size that takes this long is the last one
 
 
 @dataclass(frozen=True)
 class NetworkModel:
-    """What joins the ranks. A collective takes latency + sent / bandwidth seconds."""
+    """The network between ranks, on which a collective takes latency + sent / bandwidth seconds.
+
+    Attributes:
+        ranks: how many they are.
+        latency: seconds.
+        bandwidth: bytes per second that one rank sends.
+    """
 
     ranks: int
-    latency: float  # seconds
-    bandwidth: float  # bytes per second that one rank sends
+    latency: float
+    bandwidth: float
 
     def predict_seconds(self, sent: float) -> float:
-        """How long a collective takes in which each rank sends so many bytes."""
+        """Return how long a collective takes in which each rank sends this many bytes."""
         return self.latency + sent / self.bandwidth
 
 
 def measure_network(name: str, group: collectives.Group = None, device: torch.device | str = "cpu") -> NetworkModel:
-    """Measure the network between the ranks of the group by a few all-reduces; the same answer on all of them.
+    """Measure the network between the ranks of a group by a few all-reduces; all return the same model.
 
-    device: where the tensors lie, which decides who carries them. Takes two seconds at 100 Mbit/s, and all ranks.
+    All ranks of the group call it. It takes two seconds at 100 Mbit/s.
+
+    Args:
+        name: of the collectives.
+        group: the ranks that take part; None: all.
+        device: of the tensors, which decides whether MPI, Gloo or NCCL carries them.
     """
     ranks = collectives.size(group)
     if ranks == 1:
@@ -50,10 +61,10 @@ def measure_network(name: str, group: collectives.Group = None, device: torch.de
 
 
 def time_all_reduces(tensor: torch.Tensor, name: str, repeats: int, group: collectives.Group = None) -> list[float]:
-    """Seconds of each of some in-place all-reduces, after one that does not count; the slowest rank's, on all ranks."""
+    """Time in-place all-reduces, after one that does not count; return each one's seconds, the slowest rank's."""
     seconds = []
     for _ in range(repeats + 1):
-        # All begin together, or the first to come would count its wait for the last.
+        # All begin together: otherwise the first rank would measure how long it waits for the last one.
         collectives.gather_json(None, f"{name}.barrier", group)
         synchronize_device(tensor.device)
         begin = time.perf_counter()
@@ -64,9 +75,9 @@ def time_all_reduces(tensor: torch.Tensor, name: str, repeats: int, group: colle
 
 
 def fit_line(sent: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Latency and bandwidth of the line through the smallest and the largest size, which come first and last.
+    """Return latency and bandwidth of the line through the smallest and the largest size, the first and last given.
 
-    Where the largest hardly takes longer than the smallest, a tenth of its time is taken to be for its bytes.
+    If the largest hardly takes longer than the smallest, a tenth of its time is attributed to its bytes.
     """
     more = max(seconds[-1] - seconds[0], seconds[-1] / 10)
     bandwidth = (sent[-1] - sent[0]) / more
@@ -74,6 +85,6 @@ def fit_line(sent: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
 
 
 def synchronize_device(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was given; a CPU has."""
+    """Wait until a GPU has done everything that was started on it; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

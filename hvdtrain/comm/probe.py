@@ -1,4 +1,4 @@
-"""What one rank of `hvdtrain horovod check` does: an all-reduce whose sum is known."""
+"""One rank of `hvdtrain horovod check`: an all-reduce whose sum is known."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where ranks find each other: a server for Horovod's own HTTP store, in an elastic run one for each generation.
+"""Serve Horovod's own HTTP store, in which ranks find each other; in an elastic run each generation has one.
 
-Nothing that an earlier generation left behind is in it, it listens on one address only, and it answers requests that
-are signed with the run's secret (hvdtrain/system/signed_http.py).
+It holds nothing of an earlier generation, listens on one address only, and answers only requests that are signed with
+the run's secret (hvdtrain/system/signed_http.py).
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import threading
 from hvdtrain.system import signed_http
 from hvdtrain.system.signed_http import SignedHandler, SignedServer
 
-GET_WAIT_SECONDS = 1.0  # seconds; Gloo asks again, every 10 ms, until its own time is up
+GET_WAIT_SECONDS = 1.0  # Gloo asks again every 10 ms, until its own time limit
 
 
 class RendezvousServer(SignedServer):
-    """Keeps what is PUT to /scope/key. It lives until `end`, for Gloo's later contexts (process sets).
+    """Keeps what is PUT to /scope/key, until `stop_serving`: Gloo's later contexts (process sets) need it too.
 
-    A GET for what is not there yet is answered when it comes, or by 404 after WAIT.
+    A GET for a missing key is answered when the key is written, or by 404 after GET_WAIT_SECONDS.
     """
 
     def __init__(self, address: str, assignments: dict[str, str], port: int = 0, key: bytes | None = None) -> None:
         """Start to serve.
 
         Args:
+            address: this host's, to listen on.
             assignments: Horovod's answers to `/rank_and_size/host:local_rank`.
             port: 0 for any.
-            key: that requests are signed with; by default the run's, from the environment.
+            key: with which requests are signed; None: the run's, from the environment.
 
         Raises:
             OSError: the port is taken, or the environment has no secret.
@@ -38,10 +39,11 @@ class RendezvousServer(SignedServer):
 
     @property
     def port(self) -> int:
+        """The port that it listens on."""
         return int(self.server_address[1])
 
     def stop_serving(self) -> None:
-        """Answer nobody any more. Returns at once; the port is free some 50 ms later."""
+        """Stop answering. Returns at once; the port is free some 50 ms later."""
         threading.Thread(target=self._shut_down, daemon=True).start()
 
     def _shut_down(self) -> None:
@@ -50,9 +52,12 @@ class RendezvousServer(SignedServer):
 
 
 class RendezvousHandler(SignedHandler):
+    """Answers one connection to a RendezvousServer."""
+
     server: RendezvousServer
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """Store or look up a value; return the status and body of the answer."""
         server = self.server
         if method == "GET":
             with server.values_changed:

@@ -1,9 +1,9 @@
-"""Ranks that `srun` started without a PMI library: their places from Slurm's variables, a server where they meet.
+"""Connect ranks that `srun` started without a PMI library: ranks from Slurm's variables, and a server to meet at.
 
-Slurm tells each task its place, but none where the others listen. Rank 0, which is on the step's first node, serves
+Slurm gives each task its rank, but not where the others listen. Rank 0, which is on the step's first node, serves
 Horovod's store at a port that follows from the numbers of job and step. The run's secret is in the environment
-(`hvdtrain launch` puts it there, or the job script: srun hands it on); where it is not, rank 0 makes one and leaves it
-for the others in a file in the home folder that only its user can read, until all have met.
+(`hvdtrain launch` or the job script puts it there, and srun passes it on). If it is not, rank 0 makes one and writes it
+to a file in the home folder that only its user can read, and removes the file once all ranks have met.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signed_http import SECRET, NotSigned, SignedClient
 
 RENDEZVOUS_PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections
-JOB_KEY = "/hvdtrain.job/name"  # under which the server tells whose it is
+JOB_KEY = "/hvdtrain.job/name"  # key of the name of the job to which the server belongs
 
 
 def count_tasks(environ: Mapping[str, str] = os.environ) -> int:
-    """How many tasks srun started along with this process; 1 outside of srun."""
+    """Return how many tasks srun started, this process among them; 1 outside of srun."""
     number = environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(number) if number.isdecimal() and "SLURM_PROCID" in environ else 1
 
 
 def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Horovod's variables for the place of this task, for Gloo, but for where the server is.
+    """Return Horovod's variables for this task's rank, with Gloo, except for those that name the server.
 
-    Raises UserError for variables that are not understood.
+    Raises:
+        UserError: Slurm's variables cannot be parsed.
     """
     rank, local_rank, node = (int(environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
     on_nodes = parse_repeated_counts(environ["SLURM_STEP_TASKS_PER_NODE"], "SLURM_STEP_TASKS_PER_NODE")
@@ -56,7 +57,7 @@ def task_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def rendezvous_port(environ: Mapping[str, str]) -> int:
-    """Where rank 0 serves: a reserved port of the step (srun --resv-ports), or else one that its numbers give."""
+    """Return the port of rank 0's server: one reserved for the step (srun --resv-ports), or one from its numbers."""
     reserved = environ.get("SLURM_STEP_RESV_PORTS", "").partition("-")[0].partition(",")[0]
     if reserved.isdecimal():
         return int(reserved)
@@ -64,18 +65,27 @@ def rendezvous_port(environ: Mapping[str, str]) -> int:
 
 
 def join_rendezvous(environ: Mapping[str, str]) -> tuple[dict[str, str], RendezvousServer | None]:
-    """Horovod's variables for this task; rank 0's with the server, which is to live as long as the process.
+    """Start the server on rank 0, and wait until it answers.
 
-    Returns when the server answers. HOROVOD_GLOO_IFACE in `environ` chooses the interface.
-    Raises UserError where the nodes' names do not resolve; RunError if rank 0 cannot serve, or does not in time.
+    Args:
+        environ: Slurm's variables; HOROVOD_GLOO_IFACE chooses the interface.
+
+    Returns:
+        Horovod's variables for this task, and on rank 0 the server, which has to live as long as the process.
+
+    Raises:
+        UserError: the nodes' names do not resolve.
+        RunError: rank 0 cannot serve, or does not in time.
     """
     own = task_environment(environ)
     names = parse_node_list(environ["SLURM_STEP_NODELIST"], "SLURM_STEP_NODELIST")
     here = environ["SLURMD_NODENAME"]
-    one_machine = len(names) == 1 or all(is_local_host(name) for name in names)  # which several nodes can be
+    one_machine = len(names) == 1 or all(
+        is_local_host(name) for name in names
+    )  # several nodes of Slurm can be one machine
     others = [name for name in names if name != here]
     interface = environ.get("HOROVOD_GLOO_IFACE") or ("lo" if one_machine else interface_toward(others))
-    # On the first node its own name may be that of the loopback.
+    # On the first node its own name may resolve to the loopback address.
     first = interface_address(interface) if one_machine or here == names[0] else resolve_address(names[0])
     job = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
     number = rendezvous_port(environ)
@@ -91,17 +101,17 @@ def join_rendezvous(environ: Mapping[str, str]) -> tuple[dict[str, str], Rendezv
         try:
             server = RendezvousServer(first, {}, number, signed_http.read_key({**environ, **own}))
         except OSError as error:
-            raise RunError(f"rank 0 cannot serve the others at {first}:{number}: {error.strerror or error}") from None
+            raise RunError(f"rank 0 cannot serve at {first}:{number}: {error.strerror or error}") from None
         server.values[JOB_KEY] = job.encode()
     own[SECRET] = wait_for_server((first, number), job, {**environ, **own})
     return own, server
 
 
 def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str]) -> str:
-    """Return the run's secret when the server of this job answers to it.
+    """Wait until the server of this job answers, and return the run's secret.
 
     Raises:
-        RunError: it does not in time.
+        RunError: it does not answer in time.
     """
     limits = RendezvousLimits.from_environment(environ)
     deadline = Deadline(limits.server_start)
@@ -125,14 +135,14 @@ def wait_for_server(server: tuple[str, int], job: str, environ: Mapping[str, str
 
 
 def secret_path(environ: Mapping[str, str]) -> Path:
-    """Where rank 0 leaves the secret of this job's step."""
+    """Return the file in which rank 0 leaves the secret of this job's step."""
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     words = [re.sub(r"[^\w-]", "", environ.get(name, "")) for name in names]
     return Path.home() / ".hvdtrain" / f"secret-{'.'.join(words)}"
 
 
 def write_secret(path: Path) -> str:
-    """Make a secret, and leave it in a file that only this user can read.
+    """Make a secret, and write it to a file that only this user can read.
 
     Raises:
         RunError: it cannot be written.
@@ -140,7 +150,7 @@ def write_secret(path: Path) -> str:
     secret = signed_http.new_secret()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        path.unlink(missing_ok=True)  # of a run that was ended
+        path.unlink(missing_ok=True)  # left by a run that was killed
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secret)
     except OSError as error:
@@ -149,11 +159,11 @@ def write_secret(path: Path) -> str:
 
 
 def read_secret(path: Path) -> str:
-    """The secret that rank 0 has left.
+    """Return the secret that rank 0 has written.
 
     Raises:
-        FileNotFoundError: it has not yet.
-        NotSigned: the file is not only this user's.
+        FileNotFoundError: it has not written it yet.
+        NotSigned: others can write or read the file.
     """
     os.listdir(path.parent)  # noqa: PTH208 - opening the folder makes NFS look again
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
@@ -164,6 +174,6 @@ def read_secret(path: Path) -> str:
 
 
 def remove_secret(environ: Mapping[str, str]) -> None:
-    """Remove what rank 0 has left, once all ranks have met."""
+    """Remove the file with the secret, once all ranks have met."""
     with contextlib.suppress(OSError):
         secret_path(environ).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Starting Horovod and knowing one's place in the world."""
+"""Start and stop Horovod, and describe this process's place among the ranks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hvdtrain.system import cpus
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.limits import RendezvousLimits
 
-# What launchers leave in the environment of a rank.
+# Environment variables in which launchers put the rank of a process.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 PMIX_SERVER = re.compile(r"tcp4://([\d.]+):(\d{1,9})")
-HOROVOD_FUSION_BYTES = 128 << 20  # Horovod's own HOROVOD_FUSION_THRESHOLD, which `init` lowers unless it is set
+HOROVOD_FUSION_BYTES = 128 << 20  # Horovod's default of HOROVOD_FUSION_THRESHOLD; `init` sets 0 unless it is set
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h, in bytes.
 MALLOC_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
-rendezvous_servers: dict[str, RendezvousServer | None] = {}  # keeps srun's server alive
+rendezvous_servers: dict[str, RendezvousServer | None] = {}  # keeps rank 0's server alive under srun
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class World:
 
 
 def rank_from_environment() -> int | None:
-    """The rank that a launcher gave to this process, or None if it was started alone. Imports nothing heavy."""
+    """Return the rank that a launcher gave this process; None if it was started alone. Imports nothing heavy."""
     for name in RANK_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -50,7 +50,7 @@ def rank_from_environment() -> int | None:
 
 
 def local_size_from_environment() -> int:
-    """How many ranks share this host, before Horovod is up; 1 where no launcher says."""
+    """Return how many ranks share this host, without Horovod; 1 if no launcher has set a variable for it."""
     for name in LOCAL_SIZE_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -58,18 +58,22 @@ def local_size_from_environment() -> int:
 
 
 def init(comm: Any = None) -> World:
-    """Initialize Horovod, without MPI bind this process to its share of the host's cores, and return its place.
+    """Initialize Horovod and return this process's place; without MPI also bind it to its share of the cores.
 
-    comm: an mpi4py communicator to train on a part of a larger MPI job, or None for all ranks that were launched.
-    A process started by no launcher is a world of one and needs no MPI; tasks that srun started without a PMI library
-    meet by Slurm's variables.
+    A process that no launcher started is a world of one and needs no MPI. Tasks that srun started without a PMI library
+    find each other by Slurm's variables.
 
-    Raises UserError if Horovod is not built for the installed torch, there is no such interface as HOROVOD_GLOO_IFACE,
-    or Slurm started tasks that do not see each other; RunError if tasks of srun do not meet.
+    Args:
+        comm: an mpi4py communicator, to train on a part of a larger MPI job; None for all ranks that were launched.
+
+    Raises:
+        UserError: Horovod is not built for the installed torch, HOROVOD_GLOO_IFACE does not exist, or Slurm started
+            tasks that do not see each other.
+        RunError: tasks of srun do not find each other.
     """
     installed.require_horovod()
-    # One tensor, one collective: without fusion a bucket is reduced in place, and always in the same order of
-    # addition, which a fused buffer's changing contents would not give.
+    # Without fusion a bucket is reduced in place, and its values are always added in the same order, which would
+    # depend on the other contents of a fusion buffer.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     keep_freed_memory()
     alone: dict[str, str] = {}
@@ -88,11 +92,11 @@ def init(comm: Any = None) -> World:
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
     for name in alone:
-        os.environ.pop(name, None)  # what this process launches chooses by itself
+        os.environ.pop(name, None)  # processes that this one launches choose for themselves
     if rendezvous_servers.get("here") is not None:
         srun.remove_secret(os.environ)
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
-    if not hvd.mpi_enabled():  # MPI has options of its own for it, and its ranks take a whole core to wait
+    if not hvd.mpi_enabled():  # MPI has its own options for binding, and its ranks occupy a core while they wait
         cpus.bind_to_cores(world.local_rank, world.local_size)
     if comm is None and world.size == 1 and srun.count_tasks() > 1 and "HOROVOD_RANK" not in os.environ:
         raise UserError(f"srun started {srun.count_tasks()} tasks that do not see each other: use `srun --mpi=none`")
@@ -100,10 +104,10 @@ def init(comm: Any = None) -> World:
 
 
 def reject_stale_pmix(environ: Mapping[str, str]) -> None:
-    """Raise UserError for a PMIx server that mpirun or Slurm named in the environment and that has ended.
+    """Raise UserError if the environment names a PMIx server, of mpirun or Slurm, that has ended.
 
-    A shell, a tmux or a container that was started within an MPI job keeps the variables when the job has ended, and
-    MPI's own error ("I couldn't find that topic", code 14) does not mention them.
+    A shell, tmux or container that was started within an MPI job keeps the variables after the job, and MPI's own error
+    ("I couldn't find that topic", code 14) does not mention them.
     """
     for name, value in sorted(environ.items()):
         if name.startswith("PMIX_SERVER_URI") and (match := PMIX_SERVER.search(value)):
@@ -115,18 +119,18 @@ def reject_stale_pmix(environ: Mapping[str, str]) -> None:
                     "hvdtrain launch, or unset the variables whose names begin with PMIX_ and OMPI_"
                 ) from None
             except OSError:
-                return  # MPI knows better
+                return  # left to MPI
             return
 
 
 def restore_hangup_handler() -> None:
-    """Undo that importing horovod.torch replaces what SIGHUP does in this process, behind Python's back."""
+    """Restore Python's handler of SIGHUP, which importing horovod.torch replaces without Python noticing."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
 
 
 def check_gloo_interface() -> None:
-    """Raise UserError where this host has no interface of the name that Horovod was told."""
+    """Raise UserError if this host has no interface with the name in HOROVOD_GLOO_IFACE."""
     name = os.environ.get("HOROVOD_GLOO_IFACE")
     there = [interface for _, interface in socket.if_nameindex()]
     if name and name not in there:
@@ -137,10 +141,13 @@ def check_gloo_interface() -> None:
 
 
 def enter_world(environment: Mapping[str, str]) -> World:
-    """Start Horovod in another world than the one that was left.
+    """Start Horovod again, in another world than the one that was left.
 
-    environment: the HOROVOD_ variables of this process's place there.
-    Raises PeersLost if another rank of it does not come.
+    Args:
+        environment: the HOROVOD_ variables of this process's place there.
+
+    Raises:
+        PeersLost: another rank of it does not come.
     """
     import horovod.torch as hvd
 
@@ -155,10 +162,10 @@ def enter_world(environment: Mapping[str, str]) -> World:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 2 GiB of memory that was freed, unless MALLOC_ or GLIBC_TUNABLES variables say otherwise.
+    """Make glibc keep up to 2 GiB of freed memory, unless MALLOC_ or GLIBC_TUNABLES variables are set.
 
-    It would give large tensors back to the system and take them anew in each step: thousands of page faults, and
-    several times the time of what is done with them (tests/benchmarks/exchange.py, +glibc).
+    Otherwise it returns large tensors to the system and requests them again in each step: thousands of page faults,
+    which take several times as long as the work on the tensors (tests/benchmarks/exchange.py, +glibc).
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -169,7 +176,7 @@ def keep_freed_memory() -> None:
 
 
 def shut_down_horovod() -> None:
-    """Leave Horovod, alone or together with the other ranks; collectives of theirs then fail."""
+    """Shut Horovod down in this process; collectives of the other ranks then fail, unless they do the same."""
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
@@ -177,4 +184,4 @@ def shut_down_horovod() -> None:
 
     hvd.shutdown()
     forget_names()
-    mpi_ops._handle_map.clear()  # of collectives that will not end
+    mpi_ops._handle_map.clear()  # tensors of collectives that will not complete

@@ -1,4 +1,4 @@
-"""The ways in which a command ends badly, and the words for it."""
+"""Errors that end a command, with their exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KnownError(Exception):
 
 
 class RequeueExit(SystemExit):
-    """A batch system's signal that ends this process, raised wherever it is; not by a recipe that exits."""
+    """Raised when a batch system's signal ends this process; to be told apart from a recipe that exits."""
 
 
 class UserError(KnownError):
@@ -41,9 +41,11 @@ class RunError(KnownError):
 
 
 class RecipeError(KnownError):
-    """An error in a recipe's own code: its text in one line that names the method, and the recipe's traceback, exit 1.
+    """An error in a recipe's own code: shown as one line that names the method, and the recipe's traceback, exit 1.
 
-    trace: as Python prints it, without the frames of hvdtrain and torch; "" if no others are in it.
+    Attributes:
+        text: the line.
+        trace: the traceback as Python prints it, without the frames of hvdtrain and torch; "" if it has no others.
     """
 
     def __init__(self, text: str, trace: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Which network interface joins the hosts, and which hosts are this one."""
+"""Find which network interface joins the hosts, and which hosts are this one."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ __all__ = ["build_ssh_command", "interface_address", "interface_toward", "is_loc
 
 
 def interface_toward(hosts: Iterable[str]) -> str:
-    """The interface by which this host reaches the others: `lo` where all are called localhost.
+    """Return the interface by which this host reaches the others: `lo` if all of them are called localhost.
 
-    Raises UserError for a name that does not resolve, and where there is no one interface to take.
+    Raises:
+        UserError: a name does not resolve, or several interfaces, or none, lead to the hosts.
     """
     names = list(hosts)
     others = [name for name in names if not is_local_host(name)]
     found: dict[str, str] = {}
     for name in others or names:
         interface = _outgoing_interface(name)
-        # That a host has its own name at a loopback address tells nothing of how others reach it.
+        # A host's own name may resolve to a loopback address, which does not show how others reach it.
         if others or interface != "lo" or name in ("localhost", "127.0.0.1"):
             found.setdefault(interface, name)
     if len(found) == 1:
         return next(iter(found))
     ways = ", ".join(f"{interface} to {name}" for interface, name in found.items()) or "only this host is known yet"
-    raise UserError(f"--nic is needed: which interface joins the hosts cannot be told ({ways})")
+    raise UserError(f"--nic is needed: cannot tell which interface joins the hosts ({ways})")
 
 
 def is_local_host(name: str) -> bool:
-    """Whether a host is this one; not if its name does not resolve."""
+    """Return whether a host is this one; False if its name does not resolve."""
     try:
         own = resolve_address(name)
     except UserError:
@@ -45,9 +46,10 @@ def is_local_host(name: str) -> bool:
 
 
 def resolve_address(name: str) -> str:
-    """The IPv4 address of a host; a name that only ssh's configuration knows is looked up there.
+    """Return the IPv4 address of a host; a name that only ssh's configuration knows is looked up there.
 
-    Raises UserError for a name that resolves to none.
+    Raises:
+        UserError: the name does not resolve.
     """
     for known_as in (name, ssh_hostname(name)):
         try:
@@ -55,11 +57,11 @@ def resolve_address(name: str) -> str:
         except OSError:
             continue
         return str(found[0][4][0])
-    raise UserError(f"host {name!r} does not resolve to an IPv4 address (--nic is needed where only ssh knows the way)")
+    raise UserError(f"host {name!r} does not resolve to an IPv4 address (--nic is needed if only ssh can reach it)")
 
 
 def interface_address(interface: str) -> str:
-    """The IPv4 address of one of this host's interfaces. Raises UserError if it has none."""
+    """Return the IPv4 address of one of this host's interfaces. Raises UserError if it has none."""
     for one in psutil.net_if_addrs().get(interface, []):
         if one.family == socket.AF_INET:
             return str(one.address)
@@ -67,7 +69,7 @@ def interface_address(interface: str) -> str:
 
 
 def local_address_toward(name: str) -> str:
-    """This host's IPv4 address on the way to another one. Raises UserError where there is no way."""
+    """Return this host's IPv4 address on the route to another one. Raises UserError if there is no route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((resolve_address(name), 9))  # sends nothing
@@ -77,7 +79,7 @@ def local_address_toward(name: str) -> str:
 
 
 def _outgoing_interface(name: str) -> str:
-    """The interface by which packets to a host leave."""
+    """Return the interface by which packets to a host leave."""
     own = local_address_toward(name)
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address == own for one in addresses):

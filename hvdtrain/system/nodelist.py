@@ -1,4 +1,4 @@
-"""Slurm's short forms: `n[0-3,7],gpu[001-010]` for the names of nodes, `2(x3),1` for a number to each of them."""
+"""Parse Slurm's short forms: `n[0-3,7],gpu[001-010]` for names of nodes, `2(x3),1` for a number for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 
 from hvdtrain.system.errors import UserError
 
-MAX_NODES = 100_000  # nodes: more is no list of nodes
+MAX_NODES = 100_000  # a longer list is rejected
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 # Commas between brackets belong to the name.
 ITEM_PATTERN = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
@@ -15,9 +15,14 @@ PART_PATTERN = re.compile(r"\[([^\]]*)\]|([^\[]+)")
 
 
 def parse_node_list(text: str, where: str) -> list[str]:
-    """The names in a list of nodes, in its order, with leading zeros as written; `where` begins the error.
+    """Return the names in a list of nodes, in its order, with leading zeros as written.
 
-    Raises UserError for what is no such list.
+    Args:
+        text: the list.
+        where: what holds it, for the error.
+
+    Raises:
+        UserError: it is not such a list.
     """
     found: list[str] = []
     if ",".join(ITEM_PATTERN.findall(text)) != text or not text:
@@ -32,12 +37,12 @@ def parse_node_list(text: str, where: str) -> list[str]:
         found += ["".join(name) for name in product(*parts)]
     for name in found:
         if not NAME_PATTERN.fullmatch(name):
-            raise UserError(f"{where}={text!r} is not a list of nodes: {name!r} is no name of a host")
+            raise UserError(f"{where}={text!r} is not a list of nodes: {name!r} is not a host name")
     return found
 
 
 def expand_ranges(ranges: str) -> list[str]:
-    """The numbers of `01-03,7`, as wide as the first of each range; none for what is not understood."""
+    """Return the numbers of `01-03,7`, as wide as the first of each range; none if the text is not of this form."""
     found = []
     for item in ranges.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item, re.ASCII)
@@ -51,11 +56,11 @@ def expand_ranges(ranges: str) -> list[str]:
 
 
 def parse_repeated_counts(text: str, where: str) -> list[int]:
-    """The numbers of `2(x3),1`: 2, 2, 2, 1. Raises UserError."""
+    """Return the numbers of `2(x3),1`: 2, 2, 2, 1. Raises UserError if the text is not of this form."""
     found: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", item, re.ASCII)
         if not match:
-            raise UserError(f"{where}={text!r} is not understood; expected numbers such as 2(x3),1")
+            raise UserError(f"{where}={text!r} is invalid; expected numbers such as 2(x3),1")
         found += [int(match[1])] * int(match[2] or 1)
     return found

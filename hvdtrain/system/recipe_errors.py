@@ -1,4 +1,4 @@
-"""Errors in a recipe's own code: one line that names class and method, and the recipe's part of the traceback."""
+"""Report errors in a recipe's own code: a line that names class and method, and the recipe's part of the traceback."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from hvdtrain.system.errors import KnownError, RecipeError, UserError
 from hvdtrain.system.extras import explain_missing_extra
-from hvdtrain.system.shared_memory import explain_full
+from hvdtrain.system.shared_memory import explain_full_shared_memory
 
 PACKAGE = Path(__file__).parents[1]
 HIDDEN_PACKAGES = ("torch", "horovod")
 HIDDEN_FILES = ("<frozen ", "<string>")  # of Python's own machinery, and the __init__ of a dataclass
-PEERS_LOST = "HorovodInternalError"  # by name: this module is also for processes without Horovod
+PEERS_LOST = "HorovodInternalError"  # by name: processes without Horovod use this module too
 
 
 @contextlib.contextmanager
 def in_recipe(recipe: object, call: str) -> Iterator[None]:
     """Turn what a recipe's code raises in this block into a RecipeError that names the recipe's class and `call`.
 
-    Put nothing but the call of the recipe's method into the block:
+    The block should hold only the call of the recipe's method:
 
         with in_recipe(recipe, "model()"):
             model = recipe.model()
@@ -51,7 +51,7 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
     except Exception as error:
         if any(cls.__name__ == PEERS_LOST for cls in type(error).__mro__):
             raise
-        if full := explain_full(error):
+        if full := explain_full_shared_memory(error):
             raise full from error
         if missing := explain_missing_extra(error):
             raise UserError(f"{name_call(recipe, call)}: {missing}") from error
@@ -61,22 +61,21 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
 
 
 def name_call(recipe: object, call: str) -> str:
-    """The call with the recipe's class before it: `Mine.dataset('train')`."""
+    """Return the call with the recipe's class before it: `Mine.dataset('train')`."""
     cls = recipe if isinstance(recipe, type) else type(recipe)
     return f"{cls.__name__}.{call}"
 
 
 def describe_error(error: BaseException) -> str:
-    """An error's class and the first line of its text."""
+    """Return an error's class and the first line of its text."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def recipe_traceback(error: BaseException) -> str:
-    """The traceback of an error, and of those that led to it, without the frames of hvdtrain and torch.
+    """Return the traceback of an error, and of those that led to it, without the frames of hvdtrain and torch.
 
-    Returns:
-        It as Python prints it; "" if no other frame is in it.
+    It is what Python prints; "" if no other frame is in it.
     """
     described = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = described
@@ -88,7 +87,7 @@ def recipe_traceback(error: BaseException) -> str:
 
 
 def is_hidden(filename: str) -> bool:
-    """Whether a frame's file is part of hvdtrain (but for the recipes that it ships), torch, Horovod or Python."""
+    """Return whether a file belongs to hvdtrain (its own recipes excepted), torch, Horovod or Python."""
     if filename.startswith(HIDDEN_FILES) or filename == contextlib.__file__:
         return True
     path = Path(filename)

@@ -1,4 +1,4 @@
-"""Errors of a full /dev/shm, which torch reports without the place or the way out."""
+"""Explain the errors of a full /dev/shm: torch's own name neither the folder nor what to do."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from pathlib import Path
 
 from hvdtrain.system.errors import RunError
 
-PLACE = Path("/dev/shm")
-# In the texts of torch's errors.
-SIGNS = ("unable to allocate shared memory(shm)", "unable to write to file </torch_", "unable to mmap")
-FULL = ("No space left on device", "Cannot allocate memory")
+SHARED_MEMORY = Path("/dev/shm")
+# Parts of the texts of torch's errors.
+OPERATIONS = ("unable to allocate shared memory(shm)", "unable to write to file </torch_", "unable to mmap")
+CAUSES = ("No space left on device", "Cannot allocate memory")
 
 
-def explain_full(error: BaseException, *, starting: bool = False) -> RunError | None:
-    """What to raise instead of an error, if that is of a full /dev/shm: where, how full, and what to do; else None.
+def explain_full_shared_memory(error: BaseException, *, starting: bool = False) -> RunError | None:
+    """Return the error to raise instead of one that a full /dev/shm has caused; None if that is not its cause.
 
-    starting: loader processes, whose semaphores are there as well; their error does not say so.
+    Args:
+        error: what was raised.
+        starting: whether loader processes were being started: their semaphores are in /dev/shm too, and the error of
+            creating them does not name it.
     """
     text = str(error)
     semaphore = starting and isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if not semaphore and not (any(sign in text for sign in SIGNS) and any(sign in text for sign in FULL)):
+    if not semaphore and not (any(part in text for part in OPERATIONS) and any(part in text for part in CAUSES)):
         return None
-    room = ""
+    free = ""
     with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(PLACE)
-        room = f" ({usage.free >> 10:,} of {usage.total >> 10:,} KiB free)"
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        free = f" ({usage.free >> 10:,} of {usage.total >> 10:,} KiB free)"
     return RunError(
-        f"{PLACE} on {socket.gethostname()} is full{room}, through which loader processes pass their batches: give it "
-        "more (docker run --shm-size=8g), or load without them (--workers 0)"
+        f"{SHARED_MEMORY} on {socket.gethostname()} is full{free}: loader processes pass their batches through it. "
+        "Enlarge it (docker run --shm-size=8g), or load without loader processes (--workers 0)"
     )

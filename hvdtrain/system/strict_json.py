@@ -1,6 +1,6 @@
-"""JSON that is written without what JSON does not have, and read back strictly.
+"""Write JSON without the values that JSON does not have (NaN, Infinity), and read it strictly.
 
-The functions that read raise ValueError with a text that goes on from the file's name: "has 'x' as position.step; ...".
+The functions that read raise ValueError with a text that continues the file's name: "has 'x' as position.step; ...".
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import math
 import reprlib
 from typing import Any, NoReturn
 
-INTEGER_BOUND = 2**64  # integers that are read are below it
+INTEGER_BOUND = 2**64  # larger integers are rejected
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of a value, in which numbers that are not finite, which JSON does not have, are null."""
+    """Return the JSON text of a value; numbers that are not finite become null."""
     return json.dumps(finite_or_none(value), indent=indent, allow_nan=False)
 
 
 def finite_or_none(value: Any) -> Any:
-    """A value for JSON with None for each number in it that is not finite."""
+    """Return a value for JSON with None in place of each number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -32,7 +32,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def parse_strict_json(data: bytes) -> Any:
-    """The value of strict JSON. Raises ValueError, also for NaN and Infinity and for text nested too deeply."""
+    """Parse JSON. Raises ValueError, also for NaN and Infinity and for text that is nested too deeply."""
     try:
         return json.loads(data, parse_constant=_reject_constant)
     except RecursionError:
@@ -44,13 +44,13 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def encode_with_digest(content: dict[str, Any]) -> bytes:
-    """Indented JSON of an object and, as its last entry, the SHA-256 of its JSON without that."""
+    """Return the indented JSON of an object with, as its last entry, the SHA-256 of its JSON without that entry."""
     digest = hashlib.sha256(encode_json(content, indent=2).encode()).hexdigest()
     return (encode_json({**content, "sha256": digest}, indent=2) + "\n").encode()
 
 
 def check_entries(content: Any, where: str, *names: str) -> dict[str, Any]:
-    """Exactly these entries of an object. Raises ValueError."""
+    """Return an object that has exactly these entries. Raises ValueError if it is none, or has others."""
     if not isinstance(content, dict):
         raise ValueError(f"has no object {where.rstrip('.')!r}")
     for name in names:
@@ -63,14 +63,14 @@ def check_entries(content: Any, where: str, *names: str) -> dict[str, Any]:
 
 
 def check_count(value: Any, where: str) -> int:
-    """A count. Raises ValueError for anything else."""
+    """Return a count. Raises ValueError if the value is anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < INTEGER_BOUND:
         raise ValueError(f"has {reprlib.repr(value)} as {where}; expected an integer from 0 on")
     return value
 
 
 def check_finite_number(value: Any, where: str) -> float:
-    """A finite number. Raises ValueError for anything else."""
+    """Return a finite number. Raises ValueError if the value is anything else."""
     with contextlib.suppress(OverflowError):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)

@@ -17,7 +17,7 @@ from hvdtrain.recipe.framework import Ids, Split
 from hvdtrain.system.errors import KnownError, RunError, UserError
 from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
 from hvdtrain.system.seeds import derive_seed
-from hvdtrain.system.shared_memory import explain_full
+from hvdtrain.system.shared_memory import explain_full_shared_memory
 from hvdtrain.torch.recipe import Recipe
 
 NUM_CHECKED_EXAMPLES = 8  # examples that are looked at before training, with the middle and the last one
@@ -106,7 +106,9 @@ class BatchDataset(Dataset[Any]):
             try:
                 return recipe.collate(examples)
             except Exception as error:
-                raise explain_full(error) or RunError(self._explain_collate_error(ids, examples, error)) from error
+                raise explain_full_shared_memory(error) or RunError(
+                    self._explain_collate_error(ids, examples, error)
+                ) from error
         more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""
         of = f"of dataset({self.split!r})[{', '.join(map(str, ids[:MAX_IDS_SHOWN]))}]{more}"
         with in_recipe(recipe, f"collate() {of}"):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from hvdtrain.recipe.framework import Ids
 from hvdtrain.system.errors import KnownError, RecipeError, RunError
 from hvdtrain.system.recipe_errors import name_call
-from hvdtrain.system.shared_memory import explain_full
+from hvdtrain.system.shared_memory import explain_full_shared_memory
 from hvdtrain.torch.data import BatchDataset, BatchRequest
 
 LOADER_EXIT_TIMEOUT = 2.0  # seconds for loader processes to end by themselves
@@ -77,7 +77,7 @@ class BatchLoader:
         try:
             iter(self._loader)
         except OSError as error:
-            if full := explain_full(error, starting=True):
+            if full := explain_full_shared_memory(error, starting=True):
                 raise full from error
             raise
         finally:
@@ -124,7 +124,7 @@ class BatchLoader:
                 return RecipeError(f"a process that loads {name} {_describe_exit(ended[0])}")
             time.sleep(0.01)
         if isinstance(error, RuntimeError):
-            return explain_full(error)
+            return explain_full_shared_memory(error)
         reason = str(error).strip().splitlines()[-1]
         return RunError(f"a process that loads {name} cannot pass on a batch: {reason}")
 

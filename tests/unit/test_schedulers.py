@@ -76,7 +76,7 @@ def test_counts_are_what_was_put_together(numbers: list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "2(x3", "2(3)", "a", "1,", "-1"])
 def test_invalid_slurm_counts_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is not understood"):
+    with pytest.raises(UserError, match="is invalid; expected numbers"):
         parse_repeated_counts(text, "SLURM_TASKS_PER_NODE")
 
 
@@ -106,7 +106,7 @@ def test_slurm_nodes_and_slots_are_read(environ: dict[str, str], hosts: str) -> 
         (SLURM | {"PE_HOSTFILE": "f"}, "variables of several batch systems are set: slurm, sge; name one of them"),
     ],
 )
-def test_slurm_that_is_not_understood(environ: dict[str, str], error: str) -> None:
+def test_slurm_variables_that_cannot_be_used_are_refused(environ: dict[str, str], error: str) -> None:
     with pytest.raises(UserError, match=error):
         read_allocated_hosts("auto", environ)
 

@@ -10,7 +10,7 @@ import pytest
 
 from hvdtrain.system.errors import RunError
 from hvdtrain.system.recipe_errors import in_recipe
-from hvdtrain.system.shared_memory import explain_full
+from hvdtrain.system.shared_memory import explain_full_shared_memory
 
 
 @pytest.mark.parametrize(
@@ -22,15 +22,15 @@ from hvdtrain.system.shared_memory import explain_full
     ],
 )
 def test_a_full_shared_memory_is_named(text: str) -> None:
-    error = explain_full(RuntimeError(text))
+    error = explain_full_shared_memory(RuntimeError(text))
     assert error is not None
     room = r"\([\d,]+ of [\d,]+ KiB free\)"
-    assert re.match(rf"/dev/shm on {socket.gethostname()} is full {room}, .* \(--workers 0\)$", str(error))
+    assert re.match(rf"/dev/shm on {socket.gethostname()} is full {room}: .* \(--workers 0\)$", str(error))
 
 
 def test_other_errors_are_left_alone() -> None:
     for text in ("No space left on device", "unable to mmap 9 bytes: Permission denied (13)", ""):
-        assert explain_full(RuntimeError(text)) is None
+        assert explain_full_shared_memory(RuntimeError(text)) is None
 
 
 def test_a_full_shared_memory_is_not_the_recipe_s_error() -> None:
@@ -40,6 +40,6 @@ def test_a_full_shared_memory_is_not_the_recipe_s_error() -> None:
 
 
 def test_semaphores_of_loader_processes_that_find_no_room() -> None:
-    error = explain_full(OSError(errno.ENOSPC, "No space left on device"), starting=True)
+    error = explain_full_shared_memory(OSError(errno.ENOSPC, "No space left on device"), starting=True)
     assert str(error).startswith("/dev/shm on ")
-    assert explain_full(OSError(errno.EMFILE, "Too many open files"), starting=True) is None
+    assert explain_full_shared_memory(OSError(errno.EMFILE, "Too many open files"), starting=True) is None
