@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from hvdtrain.cli.groups import CommandGroup
-from hvdtrain.cli.launch import LAUNCH_OPTION_NAMES, add_launch_options, launch_ranks
+from hvdtrain.cli.launch_options import LAUNCH_OPTION_NAMES, add_launch_options
 from hvdtrain.cli.rank import exit_on_failure, set_rank_threads, start_rank
 from hvdtrain.comm.world import World, rank_from_environment
+from hvdtrain.launch.options import LaunchOptions
+from hvdtrain.launch.start import launch_ranks
 from hvdtrain.native.installed import start_mpi
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.options import option_fields
@@ -75,7 +77,7 @@ def allreduce_command(
     max_bytes: str,
     dtype: str,
     device: str | None,
-    **where: Any,
+    launch_options: LaunchOptions,
 ) -> int:
     """Time all-reduces of many sizes, as nccl-tests do.
 
@@ -94,7 +96,7 @@ def allreduce_command(
 
         benchmark_all_reduce(world, chosen, dtype, device)
 
-    return run_or_launch(context, where, lambda: None, run_on_rank)
+    return run_or_launch(context, launch_options, lambda: None, run_on_rank)
 
 
 @bench_command.command("step", context_settings=COMMAND_SETTINGS)
@@ -113,7 +115,7 @@ def step_command(
     json_path: Path | None,
     recipe: str | None,
     args: tuple[str, ...],
-    **where: Any,
+    launch_options: LaunchOptions,
 ) -> int:
     """Time training steps: without an exchange, with Horovod's own, and with hvdtrain's buckets.
 
@@ -126,7 +128,7 @@ def step_command(
 
         benchmark_step(world, *load_workload(recipe, args), specs or ("none",), steps, json_path)
 
-    return run_or_launch(context, where, lambda: check_benchmark(specs, recipe, args), run_on_rank)
+    return run_or_launch(context, launch_options, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
 
 @bench_command.command("compression", context_settings=COMMAND_SETTINGS)
@@ -156,7 +158,7 @@ def compression_command(
     json_path: Path | None,
     recipe: str | None,
     args: tuple[str, ...],
-    **where: Any,
+    launch_options: LaunchOptions,
 ) -> int:
     """Measure and predict what each way to compress gradients costs and wins.
 
@@ -177,7 +179,7 @@ def compression_command(
 
         benchmark_compression(world, *load_workload(recipe, args), specs or default_specs(), steps, plot, json_path)
 
-    return run_or_launch(context, where, lambda: check_benchmark(specs, recipe, args), run_on_rank)
+    return run_or_launch(context, launch_options, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
 
 def parse_size(text: str) -> int:
@@ -236,15 +238,15 @@ def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, Ru
 
 
 def run_or_launch(
-    context: click.Context, where: dict[str, Any], check: Callable[[], object], work: Callable[[World], object]
+    context: click.Context, options: LaunchOptions, check: Callable[[], object], work: Callable[[World], object]
 ) -> int:
     """Do the work, if this process is a rank; else start the same command on ranks, after a check. The exit code."""
     if rank_from_environment() is None:
-        if where["ranks"] == 1:
+        if options.num_ranks == 1:
             raise UserError("-np 1: there is nothing to exchange; expected 2 ranks or more")
-        if where["ranks"] is None and not any(where[name] for name in ("hosts", "hostfile", "source")):
-            where["ranks"] = 2
-        return launch_ranks(["bench", str(context.command.name), *collect_own_arguments(context)], check, **where)
+        if options.num_ranks is None and not options.source.given_options():
+            options = replace(options, num_ranks=2)
+        return launch_ranks(["bench", str(context.command.name), *collect_own_arguments(context)], options, check)
     set_rank_threads()
     if "HOROVOD_RANK" not in os.environ:
         # MPI has started this rank; begun here, it outlives Horovod, which `bench step` starts anew.

@@ -10,20 +10,20 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from hvdtrain.cli.launch import add_launch_options, launch_ranks
+from hvdtrain.cli.launch_options import add_launch_options
 from hvdtrain.cli.rank import exit_immediately, exit_on_failure, set_rank_threads
 from hvdtrain.comm.world import rank_from_environment
 from hvdtrain.doctor.findings import DoctorFinding, diagnose_host, sort_by_severity
 from hvdtrain.doctor.report import format_verdict
-from hvdtrain.launch.schedulers import resolve_hosts
+from hvdtrain.launch.options import LaunchOptions
+from hvdtrain.launch.start import launch_ranks
 from hvdtrain.system import messages, signed_http
 from hvdtrain.system.errors import EXIT_FAILED, UserError
-from hvdtrain.system.ssh import Ssh
 from hvdtrain.system.strict_json import encode_json
 
 # Of the options that say where ranks run: those that have no use here, and those that name the hosts.
-EXCLUDED_OPTIONS = {"ranks", "dry_run"}
-HOST_OPTIONS = {"hosts", "hostfile", "source"}
+EXCLUDED_OPTIONS = {"num_ranks", "dry_run"}
+HOST_OPTIONS = {"hosts", "hostfile", "scheduler"}
 
 
 @click.command("doctor", context_settings={"max_content_width": 100})
@@ -31,7 +31,7 @@ HOST_OPTIONS = {"hosts", "hostfile", "source"}
 @click.option("--json", "as_json", is_flag=True, help="Print all that was found out as JSON.")
 @click.option("--meet", hidden=True, help="Where a rank that the doctor has started meets it.")
 @click.pass_context
-def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, **where: Any) -> int:
+def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, launch_options: LaunchOptions) -> int:
     """See what is wrong with this host, or with several and what joins them.
 
     \b
@@ -45,16 +45,15 @@ def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, *
     Exit codes: 0 nothing stands in the way of a run; 1 something does; 2 a mistake in the command line.
     """
     if meet is not None:
-        return (
-            run_doctor_worker(meet, where["nic"])
-            if rank_from_environment() is not None
-            else launch_workers(meet, **where)
-        )
-    if where["launcher"] == "srun":
-        raise UserError("--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun")
-    hosts = resolve_hosts(where["hosts"], where["hostfile"], where["source"], os.environ)
+        if rank_from_environment() is not None:
+            return run_doctor_worker(meet, launch_options.nic)
+        return launch_workers(meet, launch_options)
+    launcher = launch_options.launcher
+    if launcher.batch_system is not None:
+        raise UserError(f"--launcher {launcher.name}: the doctor asks hosts over ssh; expected horovodrun or mpirun")
+    hosts = launch_options.source.read_hosts(os.environ)
     if hosts:
-        return report_on_hosts([host.name for host in hosts], context, as_json, where)
+        return report_on_hosts([host.name for host in hosts], context, as_json, launch_options)
     from hvdtrain.doctor.facts import gather_facts
     from hvdtrain.doctor.host_facts import FactsRequest
     from hvdtrain.doctor.report import describe_host
@@ -68,14 +67,13 @@ def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, *
 doctor_command.params = [parameter for parameter in doctor_command.params if parameter.name not in EXCLUDED_OPTIONS]
 
 
-def report_on_hosts(hosts: list[str], context: click.Context, as_json: bool, where: dict[str, Any]) -> int:
+def report_on_hosts(hosts: list[str], context: click.Context, as_json: bool, launch: LaunchOptions) -> int:
     """The doctor of some hosts; the exit code."""
     from hvdtrain.doctor.examine import build_json_report, describe_hosts, examine_hosts
 
-    ssh = Ssh(where["ssh_port"], where["ssh_identity"])
-    ssh.check_identity()
+    launch.ssh.check_identity()
     options = ["-H", ",".join(f"{host}:1" for host in hosts), *collect_launch_options(context)]
-    result = examine_hosts(hosts, nic=where["nic"], ssh=ssh.ssh_arguments(), options=options)
+    result = examine_hosts(hosts, nic=launch.nic, ssh=launch.ssh.ssh_arguments(), options=options)
     return print_findings(result.findings, build_json_report(result), describe_hosts(result), as_json)
 
 
@@ -108,10 +106,10 @@ def print_findings(found: Sequence[DoctorFinding], facts: dict[str, Any], text: 
     return EXIT_FAILED if any(finding.bad for finding in found) else 0
 
 
-def launch_workers(meet: str, **where: Any) -> int:
+def launch_workers(meet: str, options: LaunchOptions) -> int:
     """Start a rank on each host; the launcher's exit code."""
-    nic = ["--nic", where["nic"]] if where["nic"] else []
-    return launch_ranks(["doctor", "--meet", meet, *nic], lambda: None, ranks=None, dry_run=False, **where)
+    nic = ["--nic", options.nic] if options.nic else []
+    return launch_ranks(["doctor", "--meet", meet, *nic], options, lambda: None)
 
 
 def run_doctor_worker(meet: str, nic: str | None) -> int:

@@ -1,4 +1,4 @@
-"""A launcher that runs under its guard, and the ways to signal and to end its ranks, on this host and on others."""
+"""A job: a launcher that runs under its guard, and the ways to signal and to end its ranks, on any host."""
 
 from __future__ import annotations
 
@@ -14,79 +14,108 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from hvdtrain.launch.report import SSH_FAILURE_CODE, JobReport, ProcessKey, message_sender
+from hvdtrain.launch.hosts import Host, hosts_by_rank
+from hvdtrain.launch.launcher import Launcher
+from hvdtrain.launch.outcome import SSH_FAILURE_CODE
+from hvdtrain.launch.report import JobReport, ProcessKey, message_sender
 from hvdtrain.launch.screen import Screen
 from hvdtrain.system.messages import message_prefix
 from hvdtrain.system.network import build_ssh_command
-from hvdtrain.system.ssh import Ssh
+from hvdtrain.system.ssh import DEFAULT_SSH, Ssh
 
-REMOTE_KILL_SECONDS = 10  # to end ranks on another host, at most
+REMOTE_KILL_SECONDS = 10  # for ssh to end ranks on other hosts
 
 
 HostLister = Callable[[], Collection[str]]  # names of hosts
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What to run, and what it takes to watch over it.
+
+    Attributes:
+        launcher: whose command line it is.
+        command_line: the launcher's.
+        environ: what the launcher runs in.
+        hosts: in the order in which ranks fill them; empty if that is not known: in an elastic run, and if a batch
+            system chooses.
+        ssh: how other hosts are reached.
+        grace: seconds that ranks may take to save once they were asked to stop.
+        list_hosts: the names of the hosts that horovodrun last got from discovery, for an elastic run; else None.
+    """
+
+    launcher: Launcher
+    command_line: Sequence[str]
+    environ: Mapping[str, str]
+    hosts: Sequence[Host] = ()
+    ssh: Ssh = DEFAULT_SSH
+    grace: float = 30.0
+    list_hosts: HostLister | None = None
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether its ranks come and go."""
+        return self.list_hosts is not None
+
+
 @dataclass
 class Job:
-    """A launcher that runs, under its guard."""
+    """A launcher that runs, under its guard: its state is drawn in `hvdtrain.launch.run`."""
 
+    spec: JobSpec
     guard: subprocess.Popen[bytes]
-    keep_alive: contextlib.ExitStack  # closes the pipe that keeps it alive
     report: JobReport
-    ssh: Ssh
-    grace: float
     mark: str  # begins the messages of its ranks
-    launcher_name: str = ""  # its name
+    keep_alive: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closes the guard's pipe
     screen: Screen = field(default_factory=Screen)
-    stop_signal: int | None = None  # the signal by which the user asked for a stop
-    stop_requested_at: float = 0.0  # when, by the monotonic clock
-    stopped_before_start: bool = False  # for any rank to be asked
-    signalled: set[ProcessKey] = field(default_factory=set)  # that were asked to
-    stop_deadline: float | None = None  # of the stop, by the monotonic clock
+    stop_signal: int | None = None  # by which the user asked for a stop
+    stop_requested_at: float = 0.0  # monotonic time of it
+    stopped_before_start: bool = False  # there was no rank yet to ask
+    stop_deadline: float | None = None  # monotonic time at which ranks that were asked to stop are ended
     terminated: bool = False  # by us, before its time
-    is_elastic: bool = False
-    list_hosts: HostLister | None = None  # the hosts that horovodrun was told of last, in an elastic run
-    known_hosts: set[str] = field(default_factory=set)  # all that it was told of, also those that have left
-    ssh_calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # of ssh, with the host
+    signalled: set[ProcessKey] = field(default_factory=set)  # processes that were asked to stop
+    known_hosts: set[str] = field(default_factory=set)  # all that discovery has named, also those that have left
+    ssh_calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # with the host of each
 
 
-def start_job(line: Sequence[str], environ: Mapping[str, str], report: JobReport, ssh: Ssh, grace: float) -> Job:
+def start_job(spec: JobSpec) -> Job:
     """Start the launcher under a guard, which ends it with all its children when our end of a pipe closes."""
     pipe, life = os.pipe()
     guard = subprocess.Popen(
-        [sys.executable, "-m", "hvdtrain.launch.guard", str(pipe), *line],
-        env=dict(environ),
+        [sys.executable, "-m", "hvdtrain.launch.guard", str(pipe), *spec.command_line],
+        env=dict(spec.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Ctrl-C in the terminal is for us alone: we decide what the ranks hear of it.
+        # Ctrl-C in the terminal is for us alone: we decide what the ranks get of it.
         start_new_session=True,
         pass_fds=[pipe],
     )
     os.close(pipe)
-    closing = contextlib.ExitStack()
-    closing.callback(os.close, life)
-    return Job(guard, closing, report, ssh, grace, message_prefix(environ))
+    report = JobReport(hosts_by_rank(spec.hosts), spec.launcher.output)
+    job = Job(spec, guard, report, message_prefix(spec.environ))
+    job.keep_alive.callback(os.close, life)
+    return job
 
 
 def terminate_job(job: Job) -> None:
-    """Tell the guard to end everything now."""
+    """Have the guard end everything now."""
     job.terminated = True
     job.keep_alive.close()
 
 
 def kill_remote_ranks(job: Job) -> None:
-    """Kill the ranks on other hosts that have not said that they end: the guard reaches only this host's.
+    """Kill the ranks on other hosts that have not reported their end: the guard reaches only this host's.
 
-    srun ends its ranks when it is ended, and Slurm does if it cannot.
+    A batch system ends its launcher's ranks by itself.
     """
-    if job.launcher_name == "srun":
+    if job.spec.launcher.batch_system is not None:
         return
-    said = set(job.report.finished) | {message["rank"] for message in job.report.failures}
+    ended = set(job.report.finished) | {message["rank"] for message in job.report.failures}
     here = socket.gethostname()
     # Of an elastic run's earlier ranks the processes are gone, and their numbers may be others'.
-    known = job.report.running if job.is_elastic else set(job.report.started)
-    left = [rank for rank in sorted(known - said) if job.report.started[rank].get("host") != here]
+    known = job.report.running if job.spec.is_elastic else set(job.report.started)
+    left = [rank for rank in sorted(known - ended) if job.report.started[rank].get("host") != here]
     signal_ranks(job, "KILL", left)
     deadline = time.monotonic() + REMOTE_KILL_SECONDS
     for _, process in job.ssh_calls:
@@ -98,34 +127,39 @@ def kill_remote_ranks(job: Job) -> None:
 
 
 def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
-    """Send a signal to ranks: directly on this host, by one ssh, that is not waited for, for each other host.
+    """Send a signal to ranks: directly on this host, by one ssh per other host, which is not waited for.
 
-    Under srun it goes to all ranks, as SIGUSR1, which is the one of those asking for a stop that srun hands on.
+    A launcher with a batch system gets the signal that it passes on, and all its ranks with it.
+
+    Args:
+        job: whose ranks.
+        name: USR1, which stops an elastic run, TERM or KILL.
+        ranks: their numbers.
     """
-    if job.launcher_name == "srun":
+    if job.spec.launcher.batch_system is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(job.guard.pid).children():
-                child.send_signal(signal.SIGUSR1)
+                child.send_signal(job.spec.launcher.relayed_stop_signal)
         return
     remote: dict[str, list[str]] = {}
     for rank in ranks:
-        told = job.report.started[rank]
-        if name == "USR1" and message_sender(told) in job.signalled:
+        started = job.report.started[rank]
+        if name == "USR1" and message_sender(started) in job.signalled:
             continue
-        job.signalled.add(message_sender(told))
-        # A supervisor hears of a stop also while it has no worker.
-        pid = told["supervisor"] if name == "USR1" and "supervisor" in told else told["pid"]
-        if told.get("host") == socket.gethostname():
+        job.signalled.add(message_sender(started))
+        # A supervisor receives a stop also while it has no worker.
+        pid = started["supervisor"] if name == "USR1" and "supervisor" in started else started["pid"]
+        if started.get("host") == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.Signals[f"SIG{name}"])
         else:
             remote.setdefault(job.report.reachable_host(rank), []).append(str(pid))
     for host, pids in remote.items():
         process = subprocess.Popen(
-            build_ssh_command(host, ["kill", f"-{name}", *pids], job.ssh.ssh_arguments()),
+            build_ssh_command(host, ["kill", f"-{name}", *pids], job.spec.ssh.ssh_arguments()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            # A rank that is already gone is no error.
+            # A rank that is already gone is not an error.
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -133,7 +167,7 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
 
 
 def pop_unreachable_hosts(job: Job) -> list[str]:
-    """The hosts that could not be reached, each told once; nobody needs them where all is being ended."""
+    """Return the hosts that ssh did not reach, each once; none once everything is being ended."""
     failed = [call for call in job.ssh_calls if call[1].poll() == SSH_FAILURE_CODE and not job.terminated]
     job.ssh_calls = [call for call in job.ssh_calls if call not in failed]
     return [host for host, _ in failed]

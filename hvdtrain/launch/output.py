@@ -1,27 +1,50 @@
-"""What the launchers print, taken apart: which rank and stream a line is from, its text, and messages in it."""
+"""What launchers print, parsed: the rank and stream that a line is from, its text, messages in it, and ranks' ends."""
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hvdtrain.system import messages
 
 # horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
-LINE_PREFIX = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")
-# srun: " 0: text", the number as wide as the largest one.
-SRUN_PREFIX = re.compile(rb" *(?P<rank>\d+): ?")
-SRUN_PIECE_BYTES = 1024  # bytes: srun breaks longer lines there, and shows each piece as a line
+HOROVOD_LABEL = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")
 LINE_END = re.compile(rb"[\r\n]")
-SRUN_LINE_END = re.compile(rb"\n")  # which is all that makes srun begin a new piece
-# The prefix of each line of a rank, as `Lines.take_plain` replaces it; and what is looked at line by line.
-PLAIN_PREFIX_TEMPLATE = rb"^\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<%b>:(?(job) ?)"
-PLAIN_PREFIXES = {
-    stream: re.compile(PLAIN_PREFIX_TEMPLATE % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")
+LINE_FEED = re.compile(rb"\n")
+# The label of each line, as `OutputParser.convert_plain_lines` replaces it; and what has to be looked at line by line.
+PLAIN_LABEL_TEMPLATE = rb"^\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<%b>:(?(job) ?)"
+PLAIN_LABELS = {
+    stream: re.compile(PLAIN_LABEL_TEMPLATE % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")
 }
 SPECIAL_MARKS = (b"##hvdtrain ", b"Peer host:")
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """How a launcher labels the lines of its ranks, and what it prints itself when a rank or a host is lost.
+
+    Attributes:
+        label: matches at the beginning of a rank's line. Its group `rank` is the rank's number; a group `stream`, if it
+            has one, tells standard output from standard error in a launcher that mixes the two; after a group `job`
+            that matched, one blank belongs to the label.
+        piece_bytes: the launcher breaks longer lines into labelled pieces of so many bytes, and only at a line feed
+            begins a new one; None if it leaves lines whole, and labels what follows a carriage return, too.
+        rank_exits: match what the launcher prints of a rank that ended, in text whose white space is single blanks. The
+            group `rank` is the rank's number; one of `code` (exit code), `signal` (number) and `description` (the
+            system's words for the signal) says how it ended; with none of them the exit code was 0.
+        lost_hosts: match what the launcher prints of a host that it lost; the group `host` is the host's name.
+    """
+
+    label: re.Pattern[bytes] = HOROVOD_LABEL
+    piece_bytes: int | None = None
+    rank_exits: tuple[re.Pattern[str], ...] = ()
+    lost_hosts: tuple[re.Pattern[str], ...] = ()
+
+
+DEFAULT_FORMAT = OutputFormat()
 
 
 class OutputLine(NamedTuple):
@@ -38,18 +61,19 @@ class OutputParser:
     A carriage return ends a line too, so that a rank's own progress bar comes through as it moves.
     """
 
-    def __init__(self, stream: str, prefix: re.Pattern[bytes] = LINE_PREFIX) -> None:
+    def __init__(self, stream: str, output_format: OutputFormat = DEFAULT_FORMAT) -> None:
+        """Parse one of the launcher's streams: "stdout" or "stderr"."""
         self.stream = stream
-        self.prefix = prefix
-        self.line_end = SRUN_LINE_END if prefix is SRUN_PREFIX else LINE_END
+        self.format = output_format
+        self.line_end = LINE_END if output_format.piece_bytes is None else LINE_FEED
         self.buffer = bytearray()
-        self.searched = 0  # so much of the buffer has no line end
-        self.owner: tuple[int | None, str] = (None, stream)  # of text that goes on after a carriage return
-        self.pieces: dict[int, bytes] = {}  # of each rank's line that srun broke
+        self.searched = 0  # bytes at the beginning of the buffer that are known to hold no line end
+        self.owner: tuple[int | None, str] = (None, stream)  # of text that continues after a carriage return
+        self.pieces: dict[int, bytes] = {}  # of each rank's line that the launcher broke
         self.ended_by_return: set[tuple[int | None, str]] = set()  # whose last line ended with a carriage return
 
     def parse_bytes(self, data: bytes) -> Iterator[OutputLine]:
-        """The lines that `data` completes; without data, also the last, unfinished one."""
+        """Yield the lines that `data` completes; without data, also the last, unfinished one."""
         self.buffer += data
         start = 0
         while end := self.line_end.search(self.buffer, self.searched):
@@ -67,20 +91,20 @@ class OutputParser:
             self.pieces.clear()
 
     def convert_plain_lines(self, data: bytes) -> tuple[str, bytes]:
-        """Take the lines that `data` completes in one piece, `[rank] text` each, if that makes no difference.
+        """Convert the lines that `data` completes in one piece, `[rank] text` each, if that makes no difference.
 
-        A rank that prints much is not to wait for this process to look at each line. It makes a difference where a
-        line is a message or one of the launcher's own, ends with a carriage return, or is not UTF-8.
+        A rank that prints much must not wait for this process to look at each line. It makes a difference if a line is
+        a message or one of the launcher's own, ends with a carriage return, or is not UTF-8.
 
         Returns:
-            The text of these lines, or ""; what is left of the data, for `feed`.
+            The text of these lines, or ""; the rest of the data, for `parse_bytes`.
         """
         whole = bytes(self.buffer) + data
         head = whole[: whole.rfind(b"\n") + 1]
-        odd = self.prefix is not LINE_PREFIX or self.ended_by_return or self.owner != (None, self.stream)
-        if odd or b"\r" in head or any(mark in head for mark in SPECIAL_MARKS):
+        is_special = self.format.label is not HOROVOD_LABEL or self.ended_by_return or self.owner != (None, self.stream)
+        if is_special or b"\r" in head or any(mark in head for mark in SPECIAL_MARKS):
             return "", data
-        text, count = PLAIN_PREFIXES[self.stream].subn(rb"[\g<rank>] ", head)
+        text, count = PLAIN_LABELS[self.stream].subn(rb"[\g<rank>] ", head)
         if count == 0 or count != head.count(b"\n"):
             return "", data
         try:
@@ -92,22 +116,22 @@ class OutputParser:
         return plain, whole[len(head) :]
 
     def parse_output_line(self, raw: bytes, end: bytes) -> Iterator[OutputLine]:
-        """The line in `raw`, unless it is only half of a two-byte line end."""
-        prefix = self.prefix.match(raw)
-        if prefix:
-            part = prefix.groupdict()
-            raw = raw[prefix.end() :]
+        """Yield the line in `raw`, unless it is only half of a two-byte line end."""
+        label = self.format.label.match(raw)
+        if label:
+            part = label.groupdict()
+            raw = raw[label.end() :]
             if part.get("job") is not None:
                 raw = raw.removeprefix(b" ")
-            stream = part.get("stream", self.stream.encode())
+            stream = part.get("stream") or self.stream.encode()
             self.owner = (int(part["rank"]), "stdout" if stream == b"stdout" else "stderr")
-            if self.prefix is SRUN_PREFIX:
+            if self.format.piece_bytes is not None:
                 whole = self.pieces.pop(self.owner[0], b"") + raw
-                if len(raw) == SRUN_PIECE_BYTES:
+                if len(raw) == self.format.piece_bytes:
                     self.pieces[self.owner[0]] = whole
                     return
                 raw = whole
-        if self.prefix is SRUN_PREFIX:
+        if self.format.piece_bytes is not None:
             *returned, raw = raw.split(b"\r")
             for text in filter(None, returned):
                 yield OutputLine(*self.owner, text.decode("utf-8", errors="replace"))
@@ -125,10 +149,10 @@ class OutputParser:
 
 
 def extract_message(line: OutputLine, mark: str, *, elastic: bool = False) -> dict[str, Any] | None:
-    """The message in a line, if it is one: `mark` begins those of this run.
+    """Return the message in a line, or None; `mark` begins the messages of this run.
 
-    The rank is that of the launcher's prefix. In an elastic run that is the number of the slot when it was filled, and
-    the message has the rank of this generation.
+    Its rank is that of the launcher's label. In an elastic run the label is the number of the slot when it was filled,
+    and the message itself has the rank in this generation.
     """
     parsed = messages.parse_message(line.text, mark) if line.stream == "stdout" else None
     message = messages.message_fields(parsed) if parsed is not None else None
@@ -138,7 +162,7 @@ def extract_message(line: OutputLine, mark: str, *, elastic: bool = False) -> di
 
 
 class RankExit(NamedTuple):
-    """What the launcher says of a rank's end. A code above 128 is 128 + a signal's number."""
+    """How a rank ended by the launcher's words. A code above 128 is 128 + a signal's number."""
 
     rank: int
     code: int
@@ -148,38 +172,26 @@ class RankExit(NamedTuple):
 SIGNALS_BY_DESCRIPTION = {
     str(signal.strsignal(number)): number for number in signal.valid_signals() if signal.strsignal(number)
 }
-# Each in the launcher's own words, joined by single spaces.
-RANK_EXIT_PATTERN = re.compile(
-    r"\bProcess (?P<rank>\d+) exit with status code (?P<code>\d+)\."  # horovodrun
-    r"|process rank (?P<rank2>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"  # Open MPI
-    r"|due to process rank (?P<rank5>\d+) with PID \d+ on node \S+ exiting improperly"  # Open MPI, of code 0
-    r"|Process name: \[[^\]]*,(?P<rank3>\d+)\] Exit code: (?P<code3>\d+)"  # Open MPI
-    r"|srun: error: \S+: tasks? (?P<rank4>\d+)[-,\d]*: "
-    rf"(?:Exited with exit code (?P<code4>\d+)|(?P<words>{'|'.join(map(re.escape, SIGNALS_BY_DESCRIPTION))}))"
-)
+SIGNAL_DESCRIPTIONS = "|".join(map(re.escape, SIGNALS_BY_DESCRIPTION))  # for patterns
+PEER_HOST_PATTERN = re.compile(r"\s+Peer host:\s+(\S+)\s*\Z")  # printed by Open MPI in a rank that lost another one
 
 
-def find_rank_exits(lines: list[str]) -> list[RankExit]:
-    """The ranks that ended badly by the launcher's own lines, in their order."""
-    found = []
-    for match in RANK_EXIT_PATTERN.finditer(" ".join(" ".join(lines).split())):
-        part = match.groupdict()
-        rank = part["rank"] or part["rank2"] or part["rank3"] or part["rank4"] or part["rank5"]
-        number = SIGNALS_BY_DESCRIPTION[part["words"]] if part["words"] else int(part["signal"] or 0)
-        code = 128 + number if number else int(part["code"] or part["code3"] or part["code4"] or 0)
-        found.append(RankExit(int(rank), code))
-    return found
+def find_rank_exits(lines: Sequence[str], output_format: OutputFormat) -> list[RankExit]:
+    """Return the ranks that ended badly by the launcher's own lines, in the order of these."""
+    text = " ".join(" ".join(lines).split())
+    matches = [match for pattern in output_format.rank_exits for match in pattern.finditer(text)]
+    return [parse_rank_exit(match) for match in sorted(matches, key=re.Match.start)]
 
 
-# Open MPI's launcher of a host, and a rank of the host that another rank is on.
-LOST_HOST_PATTERN = re.compile(
-    r"lost communication with a remote daemon\b.*? Remote daemon: \[\S+\] on node (\S+)"
-    r"|daemon failed to report back after being spawned\..*? Remote host: (\S+)"  # said of one that had, too
-)
-PEER_HOST_PATTERN = re.compile(r"\s+Peer host:\s+(\S+)\s*\Z")
+def parse_rank_exit(match: re.Match[str]) -> RankExit:
+    """Return the rank and the code in a match of one of `OutputFormat.rank_exits`."""
+    part = match.groupdict()
+    number = SIGNALS_BY_DESCRIPTION[part["description"]] if part.get("description") else int(part.get("signal") or 0)
+    return RankExit(int(part["rank"]), 128 + number if number else int(part.get("code") or 0))
 
 
-def find_lost_host(lines: list[str]) -> str | None:
-    """The first host that Open MPI says it lost; it may end with code 0 then."""
-    match = LOST_HOST_PATTERN.search(" ".join(" ".join(lines).split()))
-    return match.group(match.lastindex or 0) if match else None
+def find_lost_host(lines: Sequence[str], output_format: OutputFormat) -> str | None:
+    """Return the first host that the launcher reports as lost, or None; a launcher may end with code 0 then."""
+    text = " ".join(" ".join(lines).split())
+    matches = [match for pattern in output_format.lost_hosts if (match := pattern.search(text))]
+    return min(matches, key=re.Match.start)["host"] if matches else None

@@ -1,4 +1,30 @@
-"""Runs the launcher: its output to the screen, signals to the ranks, and an exit code at the end."""
+"""Runs a job: the launcher's output to the screen, signals to the ranks, and an exit code at the end.
+
+A job goes through these states (fields of `Job`; a signal is SIGINT, SIGTERM, SIGHUP or SIGUSR1):
+
+    start_job
+        |
+        v
+    STARTING --- signal: there is no rank to ask (stopped_before_start) ------------------.
+        | a rank reports `started`                                                          |
+        v                                                                                   |
+    RUNNING ---- signal, and a rank has failed already -------------------------------------+
+        |  |                                                                                |
+        |  | signal: ranks are asked to save (stop_signal, stop_deadline = now + grace)     |
+        |  v                                                                                |
+        | STOPPING --- another signal, more than a second later; or stop_deadline ----------+
+        |  |                                                                                |
+        v  v                                                                                v
+    FINISHED: all ranks have reported `finished` --- signal, or 10 s without end ------> TERMINATING (terminated):
+        |                                                                     the guard ends the launcher, ssh the ranks
+        v                                                                                   |  on other hosts
+    ENDED: the guard has ended and its output is shown  <-----------------------------------'
+        |
+        v
+    JobResult: the exit code (hvdtrain.launch.outcome), and whether it is final
+
+In an elastic run ranks start and finish again and again; its newest generation counts.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +33,48 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hvdtrain.launch.hosts import Host, hosts_by_rank
 from hvdtrain.launch.job import (
-    HostLister,
     Job,
+    JobSpec,
     kill_remote_ranks,
     pop_unreachable_hosts,
     signal_ranks,
     start_job,
     terminate_job,
 )
-from hvdtrain.launch.output import LINE_PREFIX, SRUN_PREFIX, OutputLine, OutputParser, extract_message
-from hvdtrain.launch.report import JobReport, determine_elastic_outcome, determine_outcome, failure_text
+from hvdtrain.launch.outcome import determine_elastic_outcome, determine_outcome
+from hvdtrain.launch.output import OutputLine, OutputParser, extract_message
+from hvdtrain.launch.report import failure_text
 from hvdtrain.launch.signals import SignalInbox, catch_stop_signals
 from hvdtrain.system.errors import EXIT_REQUEUE
 from hvdtrain.system.signals import SAME_STOP_SECONDS
-from hvdtrain.system.ssh import DEFAULT_SSH, Ssh
+
+READ_BYTES = 1 << 20  # of the launcher's output at a time
 
 
-def run_launcher(
-    line: Sequence[str],
-    environ: Mapping[str, str],
-    hosts: Sequence[Host],
-    *,
-    ssh: Ssh = DEFAULT_SSH,
-    grace: float = 30.0,
-    elastic: bool = False,
-    listed: HostLister | None = None,
-    caught: SignalInbox | None = None,
-) -> tuple[int, bool]:
-    """Run a launcher's command line in an environment until it ends.
+class JobResult(NamedTuple):
+    """How a job ended."""
 
-    Returns the exit code, and whether somebody has said why: a rank that failed, or the user who asked for a stop.
+    exit_code: int
+    is_final: bool  # the reason is known, a failed rank or the user's stop: the job must not be started again
 
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks rank 0 to stop and save; another one, more than a second later, or
-    the end of the grace, ends all.
-    caught: signals that the caller has caught; what comes while this cleans up is left in it.
-    Whatever happens, also if this process is killed, nothing started here outlives it by more than seconds.
+
+def run_job(spec: JobSpec, inbox: SignalInbox | None = None) -> JobResult:
+    """Run a job until it ends, and show what it prints.
+
+    The first signal asks rank 0 (of an elastic run, all ranks) to stop and save; another one, more than a second later,
+    or the end of the grace, ends all. Whatever happens, also if this process is killed, nothing started here outlives
+    it by more than seconds.
+
+    Args:
+        spec: what to run.
+        inbox: signals that the caller catches; those that come while this cleans up are left in it. None: they are
+            caught here.
     """
-    with contextlib.nullcontext(caught) if caught else catch_stop_signals() as (received, woken):
-        job = start_job(line, environ, JobReport(hosts_by_rank(hosts)), ssh, grace)
-        job.launcher_name, job.is_elastic, job.list_hosts = Path(line[0]).name, elastic, listed
+    with contextlib.nullcontext(inbox) if inbox else catch_stop_signals() as (received, woken):
+        job = start_job(spec)
         with job.guard:
             try:
                 watch_job(job, received, woken)
@@ -60,36 +83,47 @@ def run_launcher(
                 job.keep_alive.close()
                 job.guard.wait()
                 kill_remote_ranks(job)
-    judge = determine_elastic_outcome if elastic else determine_outcome
-    verdict, text = judge(job.report, job.launcher_name, job.guard.returncode, job.stop_signal)
-    if (
-        job.terminated and job.report.all_finished_at is not None
-    ):  # nothing of what the launcher was waiting for matters
-        text = text if job.report.failures else ""
+    return conclude_job(job)
+
+
+def conclude_job(job: Job) -> JobResult:
+    """Print why the job ended, if that is worth a line, and return its result."""
+    report, failed = job.report, bool(job.report.failures)
+    determine = determine_elastic_outcome if job.spec.is_elastic else determine_outcome
+    code, text = determine(report, job.spec.launcher.name, job.guard.returncode, job.stop_signal)
+    has_finished = report.all_finished_at is not None
+    if job.terminated and has_finished and not failed:
+        text = ""  # whatever the launcher was waiting for does not matter
     # What rank 0 has saved is saved, even if the others had to be ended.
-    saved = job.report.all_finished_at is not None if elastic else job.report.finished.get(0) == EXIT_REQUEUE
+    has_saved = has_finished if job.spec.is_elastic else report.finished.get(0) == EXIT_REQUEUE
     if job.stop_signal == signal.SIGUSR1 and job.stopped_before_start:
-        verdict, text = EXIT_REQUEUE, "no rank had started: there was nothing to save"
-    elif job.terminated and job.stop_signal and not saved:
-        verdict, text = 128 + job.stop_signal, text if job.report.failures else ""
+        code, text = EXIT_REQUEUE, "no rank had started: there was nothing to save"
+    elif job.terminated and job.stop_signal and not has_saved:
+        code, text = 128 + job.stop_signal, text if failed else ""
     else:
-        for held in job.report.pop_due_lines(last=True):
-            job.screen.print_line(held)
+        for line in report.pop_due_lines(last=True):
+            job.screen.print_line(line)
     if text:
         job.screen.print_note(text)
-    return verdict, bool(job.stop_signal or job.report.failures)
+    return JobResult(code, bool(job.stop_signal or failed))
 
 
 def watch_job(job: Job, received: list[int], woken: int) -> None:
-    """Show what comes and act on signals until the guard has ended and all its output is shown."""
-    prefix = SRUN_PREFIX if job.launcher_name == "srun" else LINE_PREFIX
-    streams = [(job.guard.stdout, OutputParser("stdout", prefix)), (job.guard.stderr, OutputParser("stderr", prefix))]
+    """Show what comes and act on signals until the guard has ended and all its output is shown.
+
+    Args:
+        job: just started.
+        received: gets the numbers of signals, which are taken from it.
+        woken: a file that can be read when one came.
+    """
+    output = job.spec.launcher.output
+    streams = [(job.guard.stdout, OutputParser("stdout", output)), (job.guard.stderr, OutputParser("stderr", output))]
     with selectors.DefaultSelector() as selector:
         selector.register(woken, selectors.EVENT_READ)
-        for pipe, lines in streams:
+        for pipe, parser in streams:
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe, selectors.EVENT_READ, lines)
+            selector.register(pipe, selectors.EVENT_READ, parser)
         while job.guard.poll() is None:
             for key, _ in selector.select(seconds_until_due(job)):
                 if key.data is None:
@@ -98,47 +132,53 @@ def watch_job(job: Job, received: list[int], woken: int) -> None:
                     selector.unregister(key.fileobj)
             while received:
                 handle_job_signal(job, received.pop(0))
-            if job.stop_deadline is not None and time.monotonic() >= job.stop_deadline and not job.terminated:
-                job.screen.print_note(f"the ranks have not ended within {job.grace:g} s: ending them")
-                terminate_job(job)
-            if (over := job.report.launcher_deadline()) is not None and time.monotonic() >= over and not job.terminated:
-                job.screen.print_note(f"all ranks have finished, and {job.launcher_name} waits for others: ending it")
-                terminate_job(job)
-            for host in pop_unreachable_hosts(job):
-                job.screen.print_note(f"{host} cannot be reached by ssh: its ranks do not hear of the stop")
-            for line in job.report.pop_due_lines():
-                job.screen.print_line(line)
-            standing = job.report.standstill_due
-            if standing is not None and time.monotonic() >= standing and (text := job.report.summarize_standstill()):
-                job.screen.print_note(text)
-        for pipe, lines in streams:
-            while pipe is not None and handle_output(job, pipe.fileno(), lines):
+            handle_due_events(job)
+        for pipe, parser in streams:
+            while pipe is not None and handle_output(job, pipe.fileno(), parser):
                 pass
-            for line in lines.parse_bytes(b""):
+            for line in parser.parse_bytes(b""):
                 handle_line(job, line)
 
 
-def handle_output(job: Job, fd: int, lines: OutputParser) -> bool:
-    """Handle what there is to read; False if there is nothing, now or for good."""
+def handle_due_events(job: Job) -> None:
+    """End a job whose time is over, and print what is due."""
+    now = time.monotonic()
+    if job.stop_deadline is not None and now >= job.stop_deadline and not job.terminated:
+        job.screen.print_note(f"the ranks have not ended within {job.spec.grace:g} s: ending them")
+        terminate_job(job)
+    if (over := job.report.launcher_deadline()) is not None and now >= over and not job.terminated:
+        job.screen.print_note(f"all ranks have finished, and {job.spec.launcher.name} waits for others: ending it")
+        terminate_job(job)
+    for host in pop_unreachable_hosts(job):
+        job.screen.print_note(f"{host} cannot be reached by ssh: its ranks do not receive the stop")
+    for line in job.report.pop_due_lines():
+        job.screen.print_line(line)
+    due = job.report.standstill_due
+    if due is not None and now >= due and (text := job.report.summarize_standstill()):
+        job.screen.print_note(text)
+
+
+def handle_output(job: Job, fd: int, parser: OutputParser) -> bool:
+    """Handle what there is to read; return False if there is nothing, now or at the end."""
     try:
-        data = os.read(fd, 1 << 20)
+        data = os.read(fd, READ_BYTES)
     except BlockingIOError:
         return False
     if data:
-        plain, rest = lines.convert_plain_lines(data) if job.screen.can_print_plain(lines.stream) else ("", data)
-        job.screen.print_plain(plain, lines.stream)
-        for line in lines.parse_bytes(rest) if rest else ():
+        plain, rest = parser.convert_plain_lines(data) if job.screen.can_print_plain(parser.stream) else ("", data)
+        job.screen.print_plain(plain, parser.stream)
+        for line in parser.parse_bytes(rest) if rest else ():
             handle_line(job, line)
     return bool(data)
 
 
 def handle_line(job: Job, line: OutputLine) -> None:
-    """Show a line, hold it back, or take the message out of it."""
-    message = extract_message(line, job.mark, elastic=job.is_elastic)
+    """Show a line, hold it back, or handle the message in it."""
+    message = extract_message(line, job.mark, elastic=job.spec.is_elastic)
     if message is not None and is_of_this_launch(job, message):
         if message["kind"] == "progress":
             job.screen.update_progress(message)
-        # What ranks say of their end once we end them is no news.
+        # What ranks report of their end once we end them is not news.
         elif not job.terminated:
             handle_message(job, message)
         return
@@ -150,49 +190,52 @@ def handle_line(job: Job, line: OutputLine) -> None:
 
 
 def is_of_this_launch(job: Job, message: dict[str, Any]) -> bool:
-    """Whether a message is from a rank, and about a host, that this launch has started."""
+    """Return whether a message is from a rank, and about a host, that this launch has started."""
     if job.report.hosts and message.get("rank", 0) >= len(job.report.hosts):
         return False
-    if job.list_hosts is None or "reach" not in message:
+    if job.spec.list_hosts is None or "reach" not in message:
         return True
-    job.known_hosts.update(job.list_hosts())
+    job.known_hosts.update(job.spec.list_hosts())
     return message["reach"] in job.known_hosts
 
 
 def handle_message(job: Job, message: dict[str, Any]) -> None:
-    """Note a rank's message, and ask a rank to stop that was not there when all were."""
-    if job.is_elastic and job.report.is_from_newcomer(message):
+    """Add a rank's message to the report, and ask a rank to stop that started after the others were asked."""
+    elastic = job.spec.is_elastic
+    if elastic and job.report.is_from_newcomer(message):
         outlived = [message]
     else:
         before = job.report.failures
         job.report.add_message(message)
         outlived = [failure for failure in before if failure not in job.report.failures]
     for failure in outlived:
-        job.screen.print_note(f"a worker on {failure.get('host')} failed, the others go on: {failure_text(failure)}")
-    if job.is_elastic and job.stop_signal and message["kind"] == "started":
+        text = failure_text(failure)
+        job.screen.print_note(f"a worker on {failure.get('host')} failed, the others continue: {text}")
+    if elastic and job.stop_signal and message["kind"] == "started":
         signal_ranks(job, "USR1", [message["rank"]])
 
 
 def handle_job_signal(job: Job, number: int) -> None:
     """Ask for a graceful stop the first time, if there is a rank to ask; otherwise end everything.
 
-    Those within SAME_STOP seconds after the first are the same stop.
+    Signals within SAME_STOP_SECONDS after the first are the same stop.
     """
     now = time.monotonic()
     if job.terminated or (job.stop_signal is not None and now - job.stop_requested_at <= SAME_STOP_SECONDS):
         return
-    if job.report.launcher_deadline() is not None:  # nobody is left to ask
+    if job.report.launcher_deadline() is not None:  # no rank is left to ask
         terminate_job(job)
         return
+    elastic = job.spec.is_elastic
     # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
-    ranks = sorted(job.report.running) if job.is_elastic else [0] if 0 in job.report.started else []
-    if job.stop_signal is None and ranks and (job.is_elastic or not job.report.failures):
+    ranks = sorted(job.report.running) if elastic else [0] if 0 in job.report.started else []
+    if job.stop_signal is None and ranks and (elastic or not job.report.failures):
         job.stop_signal, job.stop_requested_at = number, now
-        job.stop_deadline = now + job.grace
+        job.stop_deadline = now + job.spec.grace
         job.screen.print_note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
-        if job.is_elastic or 0 not in job.report.finished:
-            # In an elastic run SIGTERM means one rank alone.
-            signal_ranks(job, "USR1" if job.is_elastic else "TERM", ranks)
+        if elastic or 0 not in job.report.finished:
+            # In an elastic run SIGTERM is for one rank alone.
+            signal_ranks(job, "USR1" if elastic else "TERM", ranks)
         return
     job.stopped_before_start = job.stop_signal is None and not ranks and not job.report.failures
     job.stop_signal = number
@@ -200,7 +243,7 @@ def handle_job_signal(job: Job, number: int) -> None:
 
 
 def seconds_until_due(job: Job) -> float | None:
-    """How long to wait for output or a signal before something else is due."""
+    """Return how long to wait for output or a signal before something else is due; None if nothing is."""
     ends = [] if job.terminated else [job.stop_deadline, job.report.launcher_deadline()]
     times = [at for at in (*ends, job.report.next_due_at(), job.report.standstill_due) if at is not None]
     return max(0.0, min(times) - time.monotonic()) if times else None

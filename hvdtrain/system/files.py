@@ -68,6 +68,16 @@ def _write_and_sync(path: Path, data: bytes, mode: int) -> None:
         raise
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write so that readers see the old file or the new one, also if several processes write at the same time.
+
+    Unlike `write_atomically` it does not wait for the disk: it is for files that do not matter after a crash.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
 def write_json(path: Path, value: Any, mode: int = SHARED_MODE) -> None:
     """Write a value as indented JSON, atomically; numbers that are not finite become null."""
     write_atomically(path, (encode_json(value, indent=2) + "\n").encode(), mode)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.launch import command
+from hvdtrain.launch.launcher import LAUNCHERS, bin_folder
 from hvdtrain.system.cpus import USABLE_CPUS
 from tests.hosts.cluster import Host, cluster, missing
 
@@ -47,7 +47,10 @@ def by_horovodrun(
     environ = environment(hosts) | {"BENCH_MASTER": master, "BENCH_PORT": str(free_port())} | dict(env)
     where = ["-H", ",".join(f"{host.name}:1" for host in hosts), "--network-interfaces", "eth0"] if hosts else []
     return run(
-        [command.find_program("horovodrun"), "-np", str(ranks), "--gloo", *where, *line], hosts, environ, seconds
+        [LAUNCHERS.get("horovodrun").find_program(), "-np", str(ranks), "--gloo", *where, *line],
+        hosts,
+        environ,
+        seconds,
     )
 
 
@@ -63,7 +66,7 @@ def by_hvdtrain(arguments: Sequence[str], ranks: int, hosts: Sequence[Host], sec
 
 def environment(hosts: Sequence[Host]) -> dict[str, str]:
     """This process's environment as ranks want it; only what to add to it where they run on other hosts."""
-    path = f"{command.bin_folder()}{os.pathsep}{os.environ['PATH']}"
+    path = f"{bin_folder()}{os.pathsep}{os.environ['PATH']}"
     return {**({} if hosts else os.environ), "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from hvdtrain.launch.launcher import LAUNCHERS
+from hvdtrain.launch.outcome import determine_outcome
 from hvdtrain.launch.output import OutputLine
-from hvdtrain.launch.report import JobReport, determine_outcome
+from hvdtrain.launch.report import JobReport
 
 LOST_HOST = """
 Connection to h1 closed by remote host.
@@ -35,7 +37,7 @@ MISSED = ["An MPI communication peer process has unexpectedly disconnected.  Thi
 
 def ended(launcher: str, text: str, code: int, hosts: list[str], of_rank: list[str] | None = None) -> tuple[int, str]:
     """The outcome after a launcher has said some text, and rank 0 some lines; both ranks had started."""
-    report = JobReport(hosts)
+    report = JobReport(hosts, LAUNCHERS.get(launcher).output)
     for rank in (0, 1):
         report.add_message({"kind": "started", "rank": rank, "pid": 7, "host": hosts[rank]})
     for line in of_rank or []:

@@ -4,15 +4,19 @@ import os
 import sys
 from pathlib import Path
 
-from hvdtrain.launch.command import build_command_line
 from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import parse_hosts
-from hvdtrain.launch.run import run_launcher
+from hvdtrain.launch.job import JobSpec
+from hvdtrain.launch.launcher import LAUNCHERS, LaunchPlan
+from hvdtrain.launch.run import run_job
 
 if __name__ == "__main__":
-    launcher, controller, grace, hosts, *arguments = sys.argv[1:]
-    placed = parse_hosts(hosts)
+    name, controller, grace, hosts, *command = sys.argv[1:]
+    launcher = LAUNCHERS.get(name)
+    if not command[0].startswith("/"):
+        command = [sys.executable, str(Path(__file__).with_name("fake_rank.py")), *command]
     environ = rank_environment(os.environ, launcher, controller)
-    rank = [sys.executable, str(Path(__file__).with_name("fake_rank.py")), *arguments]
-    line = build_command_line(launcher, controller, placed, rank, environ)
-    sys.exit(run_launcher(line, environ, placed, grace=float(grace))[0])
+    plan = LaunchPlan(hosts=parse_hosts(hosts), command=command, environ=environ, controller=controller)
+    line = launcher.command_line(plan)
+    spec = JobSpec(launcher=launcher, command_line=line, environ=environ, hosts=plan.hosts, grace=float(grace))
+    sys.exit(run_job(spec).exit_code)

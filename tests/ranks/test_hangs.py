@@ -69,7 +69,7 @@ def test_an_elastic_run_replaces_a_worker_that_hangs(tmp_path: Path) -> None:
         done = job.finish()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "has been loading its batch" in done.stderr
-    assert re.search(r"a worker on \S+ failed, the others go on: it has been loading its batch", done.stderr), (
+    assert re.search(r"a worker on \S+ failed, the others continue: it has been loading its batch", done.stderr), (
         done.stderr
     )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["membership_changes"] >= 1

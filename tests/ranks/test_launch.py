@@ -245,14 +245,8 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
-    script = (
-        "import os, sys; from hvdtrain.launch.command import *; from hvdtrain.launch.run import run_launcher;"
-        "from hvdtrain.launch.environment import rank_environment;"
-        "from hvdtrain.launch.hosts import Host; hosts = [Host('localhost', 1)];"
-        "env = rank_environment(os.environ, 'mpirun', 'mpi');"
-        "sys.exit(run_launcher(build_command_line('mpirun', 'mpi', hosts, ['/no/such/program'], env), env, hosts)[0])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    command = [sys.executable, str(HERE / "fake_launch.py"), "mpirun", "mpi", "30", "localhost:1", "/no/such/program"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
     assert "Executable: /no/such/program" in done.stderr
     assert "hvdtrain: error: mpirun ended with code " in done.stderr

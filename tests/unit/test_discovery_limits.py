@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hvdtrain.launch import discover
+from hvdtrain.launch.discovery import debounce
 
 
 def script(folder: Path, text: str) -> str:
@@ -41,8 +41,8 @@ def test_an_answer_beyond_all_limits_is_none(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HVDTRAIN_DISCOVERY_SECONDS", "30")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(discover.DiscoveryError, match=why):
-        discover.run_discovery_script(script(tmp_path, text))
+    with pytest.raises(debounce.DiscoveryError, match=why):
+        debounce.run_discovery_script(script(tmp_path, text))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
     if (tmp_path / "pid").exists():
         until = time.monotonic() + 20
@@ -54,23 +54,25 @@ def test_an_answer_beyond_all_limits_is_none(
 
 @pytest.mark.parametrize("path", ["/no/such/script", "a\0b"])
 def test_a_script_that_cannot_be_run_is_no_answer(path: str) -> None:
-    with pytest.raises(discover.DiscoveryError, match=r"^cannot be run: "):
-        discover.run_discovery_script(path)
+    with pytest.raises(debounce.DiscoveryError, match=r"^cannot be run: "):
+        debounce.run_discovery_script(path)
 
 
 def test_whatever_fails_the_last_good_answer_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "state"
-    assert discover.main(state, script(tmp_path, "echo a:2")) == 0
-    monkeypatch.setattr(discover, "parse_script_output", lambda said: 1 // 0)
-    assert discover.main(state, script(tmp_path, "echo b:2")) == 0
+    assert debounce.main(state, script(tmp_path, "echo a:2")) == 0
+    monkeypatch.setattr(debounce, "parse_script_output", lambda output: 1 // 0)
+    assert debounce.main(state, script(tmp_path, "echo b:2")) == 0
     out, err = capsys.readouterr()
-    assert out == "a:2\na:2\n" and "failed: ZeroDivisionError" in err and "its last good answer stands" in err
+    assert out == "a:2\na:2\n" and "failed: ZeroDivisionError" in err and "its last good answer stays valid" in err
 
 
 def test_a_fixed_list_of_hosts_is_a_discovery_too() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hvdtrain.launch.discover", "--hosts", "a:2,b:3"], capture_output=True, text=True
+        [sys.executable, "-m", "hvdtrain.launch.discovery.debounce", "--hosts", "a:2,b:3"],
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "a:2\nb:3\n", "")

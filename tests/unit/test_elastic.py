@@ -7,9 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,12 +19,13 @@ from hvdtrain.cli.launch import launch_command
 from hvdtrain.elastic.heartbeats import HeartbeatMonitor
 from hvdtrain.elastic.ranks import assign_ranks
 from hvdtrain.elastic.records import Heartbeat
-from hvdtrain.launch import discover
-from hvdtrain.launch.elastic import ElasticOptions, run_with_relaunches
-from hvdtrain.launch.hosts import Host
+from hvdtrain.launch.discovery import debounce
+from hvdtrain.launch.job import JobSpec
+from hvdtrain.launch.relaunch import run_with_relaunches
+from hvdtrain.launch.run import JobResult
 from hvdtrain.launch.signals import SignalInbox
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.ssh import DEFAULT_SSH
+from tests.unit.test_relaunch import launch_of_one_host
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
@@ -51,16 +50,16 @@ ANSWERS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2))
 
 @given(ANSWERS, ANSWERS)
 def test_two_equal_answers_are_reported_to_horovodrun(before: dict[str, int], now: dict[str, int]) -> None:
-    standing = discover.apply_confirmed_changes({}, None, before)
+    standing = debounce.apply_confirmed_changes({}, None, before)
     assert standing == before
-    assert discover.apply_confirmed_changes(discover.apply_confirmed_changes(standing, before, now), now, now) == now
+    assert debounce.apply_confirmed_changes(debounce.apply_confirmed_changes(standing, before, now), now, now) == now
 
 
 @given(ANSWERS, ANSWERS)
 def test_one_answer_changes_nothing(stood: dict[str, int], odd: dict[str, int]) -> None:
     """A host that is missing once, or there once, is no change."""
-    once = discover.apply_confirmed_changes(stood, stood, odd)
-    assert discover.apply_confirmed_changes(once, odd, stood) == once == stood
+    once = debounce.apply_confirmed_changes(stood, stood, odd)
+    assert debounce.apply_confirmed_changes(once, odd, stood) == once == stood
 
 
 @pytest.mark.parametrize(
@@ -74,15 +73,15 @@ def test_one_answer_changes_nothing(stood: dict[str, int], odd: dict[str, int]) 
 )
 def test_unusable_script_output_is_refused_with_the_reason(tmp_path: Path, script: str, why: str) -> None:
     path = executable(tmp_path / "hosts.sh", script)
-    with pytest.raises(discover.DiscoveryError, match=why):
-        discover.run_discovery_script(str(path))
+    with pytest.raises(debounce.DiscoveryError, match=why):
+        debounce.run_discovery_script(str(path))
 
 
 def test_a_script_that_hangs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVDTRAIN_DISCOVERY_SECONDS", "1")
     path = executable(tmp_path / "hosts.sh", f"sleep 61 & echo $! > {tmp_path}/pid; sleep 61")
-    with pytest.raises(discover.DiscoveryError, match="took longer than 1 s"):
-        discover.run_discovery_script(str(path))
+    with pytest.raises(debounce.DiscoveryError, match="took longer than 1 s"):
+        debounce.run_discovery_script(str(path))
     pid = int((tmp_path / "pid").read_text())
     until = time.monotonic() + 10
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -99,31 +98,28 @@ def test_a_signal_between_two_launches(
     """While the lost job is cleaned up, or in the pause after it: the job is not launched again."""
     launches = []
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: SignalInbox, listed: Any) -> tuple[int, bool]:
-        assert listed() == ["localhost"]
-        launches.append(line)
+    def run(spec: JobSpec, inbox: SignalInbox) -> JobResult:
+        assert spec.list_hosts is not None and spec.list_hosts() == ["localhost"]
+        launches.append(spec.command_line)
         if seconds:
             threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
         else:
             os.kill(os.getpid(), number)
-        return 1, False
+        return JobResult(1, False)
 
-    fixed = ElasticOptions(1, None, None, [Host("localhost", 1)])
-    assert (
-        run_with_relaunches(launch, fixed, lambda resume: ["true"], {}, nic=None, ssh=DEFAULT_SSH, relaunch=3) == code
-    )
+    assert run_with_relaunches(launch_of_one_host(relaunches=3), run) == code
     assert len(launches) == 1
     assert "relaunch 1 of 3 in 2 s" in capsys.readouterr().err
 
 
 def test_last_good_answer_is_repeated_when_the_script_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, state = executable(tmp_path / "hosts.sh", "echo a:2; echo b"), tmp_path / "state.json"
-    assert discover.main(state, str(path)) == 0
+    assert debounce.main(state, str(path)) == 0
     executable(path, "exit 1")
-    assert discover.main(state, str(path)) == 0
+    assert debounce.main(state, str(path)) == 0
     said = capsys.readouterr()
     assert said.out == "a:2\nb:1\n" * 2
-    assert "its last good answer stands" in said.err
+    assert "its last good answer stays valid" in said.err
 
 
 def beat(number: int) -> Heartbeat:

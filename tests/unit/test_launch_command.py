@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from hvdtrain.cli.main import main
-from hvdtrain.launch.command import find_program
 from hvdtrain.launch.environment import forwarded_variables, rank_environment
+from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.system.errors import UserError
 
 TRAIN = "BIN/python -m hvdtrain train digits"
@@ -21,6 +21,7 @@ FORWARD = "-x HOROVOD_LOG_LEVEL -x HVDTRAIN_LAUNCH -x HVDTRAIN_SECRET -x OMP_NUM
 FORWARD += " -x PYTHONIOENCODING -x PYTHONUNBUFFERED"
 ADDRESSES = {"localhost": "127.0.0.1", "a": "10.213.0.1", "b": "10.213.0.2"}
 SRUN = "--mpi=none --label --kill-on-bad-exit=1 --export=ALL"
+HOROVODRUN, MPIRUN = LAUNCHERS.get("horovodrun"), LAUNCHERS.get("mpirun")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     train.check_arguments = check_arguments  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hvdtrain.cli.train", train)
     monkeypatch.setattr("hvdtrain.system.network.resolve_address", ADDRESSES.__getitem__)
-    monkeypatch.setattr("hvdtrain.cli.launch.interface_toward", lambda hosts: "ib0")
+    monkeypatch.setattr("hvdtrain.launch.start.interface_toward", lambda hosts: "ib0")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "HOME": "/home/me"})
@@ -102,7 +103,7 @@ def launch(arguments: str) -> int:
         (
             "--elastic --min-np 2 -H a:2,b:2 --ssh-port 2222 --ssh-identity BIN/key --dry-run digits",
             "BIN/horovodrun --gloo -np 2 --min-np 2 --blacklist-cooldown-range 10 300 "
-            "--host-discovery-script 'BIN/python -m hvdtrain.launch.discover --hosts a:2,b:2' "
+            "--host-discovery-script 'BIN/python -m hvdtrain.launch.discovery.debounce --hosts a:2,b:2' "
             f"--network-interfaces ib0 --ssh-port 2222 --ssh-identity-file BIN/key {TRAIN}",
         ),
     ],
@@ -164,11 +165,11 @@ def test_mpirun_as_root(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         ("-H a:2 --hostfile f digits", "give -H or --hostfile, not both"),
         (
             "-np 2 --launcher mpirun --controller gloo digits",
-            "--controller gloo needs --launcher horovodrun or srun; under mpirun it is mpi",
+            "--controller gloo needs --launcher horovodrun or srun; with mpirun it is mpi",
         ),
         (
             "-np 2 --launcher srun --controller mpi digits",
-            "--controller mpi needs --launcher horovodrun or mpirun; under srun it is gloo",
+            "--controller mpi needs --launcher horovodrun or mpirun; with srun it is gloo",
         ),
         ("-np 2 --env NONE digits", "--env NONE: there is no such variable in the environment"),
         (
@@ -180,8 +181,8 @@ def test_mpirun_as_root(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         ("-np 2 --from slurm digits", "--from slurm: SLURM_JOB_NODELIST is not set: this is not within such a job"),
         (
             "--from auto digits",
-            "--from auto: none is set of SLURM_JOB_NODELIST (slurm), PBS_NODEFILE (pbs), LSB_DJOB_HOSTFILE (lsf), "
-            "PE_HOSTFILE (sge)",
+            "--from auto: none is set of PBS_NODEFILE (pbs), LSB_DJOB_HOSTFILE (lsf), PE_HOSTFILE (sge), "
+            "SLURM_JOB_NODELIST (slurm)",
         ),
         ("-H a:2 --from auto digits", "give -H or --from, not both"),
         ("-np 2", "Missing argument 'RECIPE'."),
@@ -207,22 +208,22 @@ def test_launcher_is_found_beside_python_else_on_the_path(folder: Path, monkeypa
     other.mkdir()
     (other / "mpirun").touch(0o755)
     monkeypatch.setitem(os.environ, "PATH", str(other))
-    assert find_program("mpirun") == str(folder / "mpirun")
+    assert MPIRUN.find_program() == str(folder / "mpirun")
     (folder / "mpirun").unlink()
-    assert find_program("mpirun") == str(other / "mpirun")
+    assert MPIRUN.find_program() == str(other / "mpirun")
     (folder / "horovodrun").unlink()
-    with pytest.raises(UserError, match=r"horovodrun is neither beside .* nor on the PATH; `hvdtrain horovod build`"):
-        find_program("horovodrun")
+    with pytest.raises(UserError, match=r"horovodrun is neither next to .* nor on PATH; `hvdtrain horovod build`"):
+        HOROVODRUN.find_program()
 
 
 def test_environment_of_the_ranks(folder: Path) -> None:
-    env = rank_environment({"PATH": "/bin", "LSB_JOBID": "7", "NCCL_DEBUG": "INFO", "SECRET": "x"}, "mpirun", "mpi")
+    env = rank_environment({"PATH": "/bin", "LSB_JOBID": "7", "NCCL_DEBUG": "INFO", "SECRET": "x"}, MPIRUN, "mpi")
     assert env["PATH"] == f"{folder}{os.pathsep}/bin"
     assert env["HVDTRAIN_LAUNCH"] == env["PYTHONUNBUFFERED"] == "1"
     assert "LSB_JOBID" not in env
     assert env["SECRET"] == "x"
     assert "NCCL_DEBUG" in forwarded_variables(env) and "SECRET" not in forwarded_variables(env)
-    assert "SECRET" not in rank_environment({"PATH": "/bin", "SECRET": "x"}, "horovodrun", "gloo", away=True)
+    assert "SECRET" not in rank_environment({"PATH": "/bin", "SECRET": "x"}, HOROVODRUN, "gloo", multi_host=True)
     over = {
         "SECRET": "x",
         "OTHER": "y",
@@ -231,21 +232,21 @@ def test_environment_of_the_ranks(folder: Path) -> None:
         "SLURM_JOB_ID": "7",
         "VIRTUAL_ENV": "v",
     }
-    gloo = rank_environment(over, "horovodrun", "gloo", away=True, extra=["OTHER"])
+    gloo = rank_environment(over, HOROVODRUN, "gloo", multi_host=True, forward_env=["OTHER"])
     assert gloo.keys() & over.keys() == {"OTHER", "SSH_AUTH_SOCK", "VIRTUAL_ENV"}
-    mpi = rank_environment(over, "mpirun", "mpi", away=True, extra=["OTHER"])
+    mpi = rank_environment(over, MPIRUN, "mpi", multi_host=True, forward_env=["OTHER"])
     assert mpi.keys() & over.keys() == over.keys() - {"SECRET"}
     assert {"OTHER", "VIRTUAL_ENV"} <= set(
         forwarded_variables(mpi, ["OTHER"])
     ) and "SLURM_JOB_ID" not in forwarded_variables(mpi, ["OTHER"])
-    assert "PYTHONUNBUFFERED" not in rank_environment({"PYTHONUNBUFFERED": "1"}, "horovodrun", "gloo")
+    assert "PYTHONUNBUFFERED" not in rank_environment({"PYTHONUNBUFFERED": "1"}, HOROVODRUN, "gloo")
 
 
 def test_each_launch_has_a_secret_of_its_own_unless_the_environment_has_one() -> None:
-    first, second = (rank_environment({}, "horovodrun", "gloo")["HVDTRAIN_SECRET"] for _ in range(2))
+    first, second = (rank_environment({}, HOROVODRUN, "gloo")["HVDTRAIN_SECRET"] for _ in range(2))
     assert first != second and len(first) == 64
     mine = {"HVDTRAIN_SECRET": "m" * 32}
-    assert rank_environment(mine, "srun", "gloo", away=True)["HVDTRAIN_SECRET"] == "m" * 32
+    assert rank_environment(mine, LAUNCHERS.get("srun"), "gloo", multi_host=True)["HVDTRAIN_SECRET"] == "m" * 32
 
 
 def test_launch_imports_no_framework() -> None:

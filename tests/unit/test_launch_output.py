@@ -1,20 +1,29 @@
 """What the launchers print, taken apart, and the verdict on it."""
 
-import contextlib
 import json
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from hvdtrain.launch.job import Job, pop_unreachable_hosts
-from hvdtrain.launch.output import SRUN_PREFIX, OutputLine, OutputParser, RankExit, find_rank_exits
-from hvdtrain.launch.report import JobReport, determine_outcome
+from hvdtrain.launch.job import Job, JobSpec, pop_unreachable_hosts
+from hvdtrain.launch.launcher import LAUNCHERS
+from hvdtrain.launch.outcome import determine_outcome
+from hvdtrain.launch.output import OutputLine, OutputParser, RankExit, find_rank_exits
+from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_message, is_of_this_launch
 from hvdtrain.launch.screen import format_progress
-from hvdtrain.system.ssh import DEFAULT_SSH
+
+
+def job_of(guard: subprocess.Popen[bytes], hosts: Sequence[str] = (), *, elastic: bool = False) -> Job:
+    """A job of ranks on some hosts, or of elastic ones on host a, as if `guard` ran it."""
+    horovodrun = LAUNCHERS.get("horovodrun")
+    listed = (lambda: ["a"]) if elastic else None
+    spec = JobSpec(launcher=horovodrun, command_line=["true"], environ={}, list_hosts=listed)
+    return Job(spec, guard, JobReport(hosts, horovodrun.output), "#")
 
 
 def lines(*chunks: bytes, stream: str = "stdout") -> list[OutputLine]:
@@ -65,7 +74,7 @@ def test_a_line_without_end_is_not_searched_again_and_again() -> None:
 
 def test_srun_pieces_are_joined_to_lines() -> None:
     """It breaks a line after 1024 bytes, and gives each piece the rank's number."""
-    parser = OutputParser("stderr", SRUN_PREFIX)
+    parser = OutputParser("stderr", LAUNCHERS.get("srun").output)
     data = b" 0: a\n10: " + b"x" * 1024 + b"\n 0: \n10: y\nsrun: error: n1\n 0: 1: b\n10: " + b"z" * 1024 + b"\n"
     assert [*parser.parse_bytes(data), *parser.parse_bytes(b"")] == [
         OutputLine(0, "stderr", "a"),
@@ -106,17 +115,18 @@ srun: Force Terminated StepId=4.0"""
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("launcher", "text", "expected"),
     [
-        (SRUN, [RankExit(1, 139), RankExit(0, 143), RankExit(3, 2)]),
-        (MPI_KILLED, [RankExit(1, 137)]),
-        (MPI_CODE, [RankExit(2, 3)]),
-        (HOROVODRUN, [RankExit(1, 137), RankExit(0, 143)]),
-        ("", []),
+        ("srun", SRUN, [RankExit(1, 139), RankExit(0, 143), RankExit(3, 2)]),
+        ("mpirun", MPI_KILLED, [RankExit(1, 137)]),
+        ("mpirun", MPI_CODE, [RankExit(2, 3)]),
+        ("horovodrun", MPI_CODE, [RankExit(2, 3)]),  # with the MPI controller it starts mpirun
+        ("horovodrun", HOROVODRUN, [RankExit(1, 137), RankExit(0, 143)]),
+        ("srun", "", []),
     ],
 )
-def test_rank_exits_are_found_in_launcher_output(text: str, expected: list[RankExit]) -> None:
-    assert find_rank_exits(text.splitlines()) == expected
+def test_rank_exits_are_found_in_launcher_output(launcher: str, text: str, expected: list[RankExit]) -> None:
+    assert find_rank_exits(text.splitlines(), LAUNCHERS.get(launcher).output) == expected
 
 
 def failed(rank: int, error: str, code: int = 1, traceback: str = "") -> dict[str, Any]:
@@ -153,7 +163,7 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             None,
             (
                 1,
-                "error: rank 1 on b was killed by signal 9 (SIGKILL); out of memory, if nobody sent it"
+                "error: rank 1 on b was killed by signal 9 (SIGKILL); probably by the out-of-memory killer"
                 "\n(1 other rank failed with it)",
             ),
         ),
@@ -169,7 +179,7 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
         ([], MPI_CODE, 3, None, (1, "error: rank 2 ended with code 3 and no message")),
         ([], "Process 0 exit with status code 2.", 1, None, (2, "error: rank 0 on a ended with code 2 and no message")),
         ([], "Process 0 exit with status code 75.", 1, None, (75, "")),
-        ([], "help", 213, None, (1, "error: horovodrun ended with code 213; no rank said why")),
+        ([], "help", 213, None, (1, "error: horovodrun ended with code 213; no rank reported why")),
         (
             [finished(0, 0), finished(1, 0)],
             "",
@@ -182,21 +192,21 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             "Process 0 exit with status code 143.",
             1,
             signal.SIGINT,
-            (130, "rank 0 ended on the signal: it had not begun, and there was nothing to save"),
+            (130, "rank 0 was stopped before training began: there was nothing to save"),
         ),
         (
             [],
             "Process 0 exit with status code 138.",
             1,
             signal.SIGUSR1,
-            (75, "rank 0 ended on the signal: it had not begun, and there was nothing to save"),
+            (75, "rank 0 was stopped before training began: there was nothing to save"),
         ),
     ],
 )
 def test_exit_code_and_text_name_the_first_failure(
     said: list[dict[str, Any]], launcher: str, code: int, asked: int | None, expected: tuple[int, str]
 ) -> None:
-    report = JobReport(["a", "b"])
+    report = JobReport(["a", "b"], LAUNCHERS.get("horovodrun").output)
     for message in said:
         report.add_message(json.loads(json.dumps(message)))
     for line in launcher.splitlines():
@@ -236,7 +246,7 @@ def test_only_ranks_of_the_newest_generation_count_as_running() -> None:
 def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Before anybody has started it may be the run's; from then on it is a newcomer's."""
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), JobReport([]), DEFAULT_SSH, 30, "#", is_elastic=True)
+        job = job_of(guard, elastic=True)
         first = {**failed(1, "no such file", 2), "pid": 5}
         handle_message(job, first)
         assert job.report.failures == [first] and capsys.readouterr().err == ""
@@ -244,23 +254,15 @@ def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture
         handle_message(job, {**failed(0, "boom", traceback="where\n"), "host": "h2", "pid": 7})
         assert job.report.failures == []
     told = capsys.readouterr().err
-    assert "a worker on h1 failed, the others go on: no such file\n" in told
-    assert "a worker on h2 failed, the others go on: boom\nwhere\n" in told
+    assert "a worker on h1 failed, the others continue: no such file\n" in told
+    assert "a worker on h2 failed, the others continue: boom\nwhere\n" in told
 
 
 @pytest.mark.parametrize("elastic", [True, False])
 def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(
-            guard,
-            contextlib.ExitStack(),
-            JobReport([]),
-            DEFAULT_SSH,
-            30,
-            "#",
-            is_elastic=elastic,
-            stop_signal=signal.SIGINT,
-        )
+        job = job_of(guard, elastic=elastic)
+        job.stop_signal = signal.SIGINT
         started = {"kind": "started", "rank": 0, "size": 1, "host": socket.gethostname(), "pid": rank.pid}
         handle_message(job, started)
         assert (rank.poll() or rank.wait(10)) == -signal.SIGUSR1 if elastic else rank.poll() is None
@@ -269,7 +271,7 @@ def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
 
 def test_a_host_that_ssh_does_not_reach_is_told_once() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), JobReport([]), DEFAULT_SSH, 30, "#")
+        job = job_of(guard)
         job.ssh_calls = [("far", subprocess.Popen(["sh", "-c", "exit 255"])), ("near", subprocess.Popen(["false"]))]
         for _, call in job.ssh_calls:
             call.wait()
@@ -297,9 +299,9 @@ def test_progress_text_shows_epoch_loss_rate_and_text() -> None:
 
 def test_a_message_counts_for_ranks_and_hosts_of_this_launch_only() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        fixed = Job(guard, contextlib.ExitStack(), JobReport(["a", "b"]), DEFAULT_SSH, 30, "#")
+        fixed = job_of(guard, ["a", "b"])
         started = {"kind": "started", "rank": 1, "host": "x", "pid": 7}
         assert is_of_this_launch(fixed, started) and not is_of_this_launch(fixed, {**started, "rank": 2})
-        elastic = Job(guard, contextlib.ExitStack(), JobReport([]), DEFAULT_SSH, 30, "#", list_hosts=lambda: ["a"])
+        elastic = job_of(guard, elastic=True)
         assert is_of_this_launch(elastic, {**started, "rank": 99, "reach": "a"})
         assert not is_of_this_launch(elastic, {**started, "reach": "b"})

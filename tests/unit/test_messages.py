@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.output import LINE_PREFIX, SRUN_PREFIX, OutputLine, OutputParser, extract_message
+from hvdtrain.launch.launcher import LAUNCHERS
+from hvdtrain.launch.output import OutputLine, OutputParser, extract_message
 from hvdtrain.system import messages
 
 ENVIRON = {"HVDTRAIN_SECRET": "s" * 32, "HVDTRAIN_LAUNCH": "1"}
@@ -101,7 +102,7 @@ def test_a_message_is_found_after_an_unfinished_line(
         said = b"".join(prefix + part for part in re.findall(rb"[^\r\n]*[\r\n]", said))
     else:
         said = b"".join(prefix + part + b"\n" for part in said[:-1].split(b"\n"))
-    lines = OutputParser("stdout", SRUN_PREFIX if prefix == b" 4: " else LINE_PREFIX)
+    lines = OutputParser("stdout", LAUNCHERS.get("srun" if prefix == b" 4: " else "horovodrun").output)
     found = [*lines.parse_bytes(said), *lines.parse_bytes(b"")]
     assert [line for line in found if extract_message(line, MARK) is None] == [
         OutputLine(4, "stdout", "10%"),

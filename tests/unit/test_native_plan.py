@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.cli.main import main
-from hvdtrain.launch.command import find_program
 from hvdtrain.launch.environment import rank_environment
+from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.native import cuda, installed, mpi, plan, torchinfo
 from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.mpi import Mpi
@@ -199,9 +199,11 @@ def test_ranks_are_started_by_the_mpi_that_horovod_was_built_with(
     horovod = installed.InstalledHorovod("0.28.1", machine, record, True)
     monkeypatch.setattr(installed, "find_horovod", lambda: horovod)
     assert installed.find_site_mpi() == Mpi(site, "Open MPI 4.1.6", site / "bin" / "mpirun")
-    assert find_program("mpirun") == str(site / "bin" / "mpirun")
-    assert rank_environment({"PATH": "/bin"}, "horovodrun", "mpi")["PATH"].startswith(f"{site / 'bin'}:")
-    assert not rank_environment({"PATH": "/bin"}, "horovodrun", "gloo")["PATH"].startswith(f"{site / 'bin'}:")
+    assert LAUNCHERS.get("mpirun").find_program() == str(site / "bin" / "mpirun")
+    assert rank_environment({"PATH": "/bin"}, LAUNCHERS.get("horovodrun"), "mpi")["PATH"].startswith(f"{site / 'bin'}:")
+    assert not rank_environment({"PATH": "/bin"}, LAUNCHERS.get("horovodrun"), "gloo")["PATH"].startswith(
+        f"{site / 'bin'}:"
+    )
     monkeypatch.setattr(sys, "prefix", str(site))
     assert installed.find_site_mpi() is None and installed.find_horovods_mpi() is not None
     (site / "bin" / "mpirun").unlink()

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from hvdtrain.launch.launcher import LAUNCHERS
+from hvdtrain.launch.outcome import determine_elastic_outcome, determine_outcome
 from hvdtrain.launch.output import OutputLine
-from hvdtrain.launch.report import JobReport, determine_elastic_outcome, determine_outcome
+from hvdtrain.launch.report import JobReport
 
+HOROVODRUN = LAUNCHERS.get("horovodrun")
 LOST = {"kind": "failed", "code": 1, "error": "HorovodInternalError: shut down", "traceback": ""}
 
 
@@ -25,7 +28,7 @@ def lost(rank: int) -> dict[str, Any]:
 
 
 def report_of(*messages: dict[str, Any], launcher: str = "", hosts: int = 3) -> JobReport:
-    report = JobReport([f"h{rank}" for rank in range(hosts)])
+    report = JobReport([f"h{rank}" for rank in range(hosts)], HOROVODRUN.output)
     for message in messages:
         report.add_message(message)
     for line in launcher.splitlines():

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain.launch.output import LINE_PREFIX, SRUN_PREFIX, OutputParser
+from hvdtrain.launch.launcher import LAUNCHERS
+from hvdtrain.launch.output import OutputParser
 
 LINES = [
     "[0]<stdout>:epoch 1\n",
@@ -26,7 +27,7 @@ LINES = [
 
 def shown(data: bytes, sizes: list[int], *, plain: bool) -> str:
     """What is shown of the data, which comes in pieces of these sizes."""
-    lines, text, at = OutputParser("stdout", LINE_PREFIX), "", 0
+    lines, text, at = OutputParser("stdout", LAUNCHERS.get("mpirun").output), "", 0
     for size in [*sizes, len(data)]:
         piece, at = data[at : at + size], at + size
         if not piece:
@@ -53,4 +54,4 @@ def test_much_output_is_taken_in_one_piece() -> None:
 @pytest.mark.parametrize("data", [b"[0]<stdout>:\xff\n", b"own\n", b"[0]<stdout>:a\r\n", b"[0]<stderr>:a\n", b"half"])
 def test_output_that_is_not_plain_is_left_to_the_line_parser(data: bytes) -> None:
     assert OutputParser("stdout").convert_plain_lines(data) == ("", data)
-    assert OutputParser("stdout", SRUN_PREFIX).convert_plain_lines(b"0: a\n") == ("", b"0: a\n")
+    assert OutputParser("stdout", LAUNCHERS.get("srun").output).convert_plain_lines(b"0: a\n") == ("", b"0: a\n")

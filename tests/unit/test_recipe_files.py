@@ -300,7 +300,7 @@ def test_launch_reports_a_typo_before_any_host_is_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("hvdtrain.cli.launch.check_hosts", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr("hvdtrain.launch.start.check_hosts", lambda *args, **kwargs: asked.append(args))
     with pytest.raises(SystemExit) as left:
         main(["launch", "-H", "192.0.2.1:1,192.0.2.2:1", "--nic", "lo", "digits", "--epocs", "1"])
     assert left.value.code == 2

@@ -6,26 +6,40 @@ from collections.abc import Mapping
 
 import pytest
 
-from hvdtrain.launch import elastic
-from hvdtrain.launch.elastic import ElasticOptions, run_with_relaunches
+from hvdtrain.launch import relaunch
 from hvdtrain.launch.hosts import Host
+from hvdtrain.launch.job import JobSpec
+from hvdtrain.launch.launcher import LAUNCHERS
+from hvdtrain.launch.options import ElasticOptions, LaunchOptions
+from hvdtrain.launch.relaunch import ElasticLaunch, run_with_relaunches
+from hvdtrain.launch.run import JobResult
 from hvdtrain.launch.signals import SignalInbox
-from hvdtrain.system.ssh import DEFAULT_SSH
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
 
 
-@pytest.mark.parametrize(("relaunch", "names"), [(0, 0), (2, 1)])
-def test_relaunched_jobs_own_their_run_folder_together(
-    relaunch: int, names: int, monkeypatch: pytest.MonkeyPatch
+def launch_of_one_host(relaunches: int) -> ElasticLaunch:
+    """An elastic launch of a rank or more on this host."""
+    return ElasticLaunch(
+        options=LaunchOptions(launcher=LAUNCHERS.get("horovodrun")),
+        elastic=ElasticOptions(relaunches=relaunches),
+        hosts=[Host("localhost", 1)],
+        train_args=["digits"],
+        environ={},
+    )
+
+
+@pytest.mark.parametrize(("relaunches", "names"), [(0, 0), (2, 1)])
+def test_relaunched_jobs_own_their_run_folder_together_and_resume(
+    relaunches: int, names: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elastic, "RELAUNCH_BACKOFF", (0.0, 0.0))
+    monkeypatch.setattr(relaunch, "RELAUNCH_BACKOFF", (0.0, 0.0))
     environments: list[Mapping[str, str]] = []
 
-    def launch(line: list[str], environ: Mapping[str, str], caught: SignalInbox, told: object) -> tuple[int, bool]:
-        environments.append(environ)
-        return 1, False
+    def run(spec: JobSpec, inbox: SignalInbox) -> JobResult:
+        assert (spec.command_line[-1] == "--resume") == bool(environments)
+        environments.append(spec.environ)
+        return JobResult(1, False)
 
-    fixed = ElasticOptions(1, None, None, [Host("localhost", 1)])
-    code = run_with_relaunches(launch, fixed, lambda resume: ["true"], {}, nic=None, ssh=DEFAULT_SSH, relaunch=relaunch)
-    assert (code, len(environments)) == (1, relaunch + 1)
+    code = run_with_relaunches(launch_of_one_host(relaunches), run)
+    assert (code, len(environments)) == (1, relaunches + 1)
     assert len({environ[RELAUNCH_VARIABLE] for environ in environments if RELAUNCH_VARIABLE in environ}) == names

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.comm import srun
 from hvdtrain.launch.hosts import format_hosts
-from hvdtrain.launch.schedulers import read_allocated_hosts
+from hvdtrain.launch.scheduler import read_allocated_hosts
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.nodelist import parse_node_list, parse_repeated_counts
 
@@ -100,10 +100,10 @@ def test_slurm_nodes_and_slots_are_read(environ: dict[str, str], hosts: str) -> 
 @pytest.mark.parametrize(
     ("environ", "error"),
     [
-        (SLURM | {"SLURM_TASKS_PER_NODE": "2"}, "SLURM_TASKS_PER_NODE=2 is of 1 nodes, SLURM_JOB_NODELIST of 4"),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "2"}, "SLURM_TASKS_PER_NODE=2 is for 1 nodes, SLURM_JOB_NODELIST for 4"),
         (SLURM | {"SLURM_TASKS_PER_NODE": ""}, "neither SLURM_TASKS_PER_NODE nor SLURM_GPUS_ON_NODE is set"),
         (SLURM | {"SLURM_JOB_NODELIST": "n[0-"}, "SLURM_JOB_NODELIST='n.0-' is not a list of nodes"),
-        (SLURM | {"PE_HOSTFILE": "f"}, "variables of several batch systems are set: slurm, sge; name one of them"),
+        (SLURM | {"PE_HOSTFILE": "f"}, "variables of several batch systems are set: sge, slurm; name one of them"),
     ],
 )
 def test_slurm_variables_that_cannot_be_used_are_refused(environ: dict[str, str], error: str) -> None:

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from hvdtrain.comm.world import reject_stale_pmix
-from hvdtrain.launch.command import check_home_directory
+from hvdtrain.launch.launchers.mpirun import check_home_directory
 from hvdtrain.system.errors import UserError
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.launch.report import JobReport, determine_outcome
+from hvdtrain.launch.outcome import determine_outcome
+from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.standstill import describe_process_state, describe_standstill, parse_standstill
 from hvdtrain.system import activity
 from hvdtrain.system.activity import HangWatcher, Standstill

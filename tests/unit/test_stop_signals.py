@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from collections.abc import Iterator
 import pytest
 
 from hvdtrain.elastic.membership import FixedMembership
-from hvdtrain.launch.job import Job
+from hvdtrain.launch.job import Job, JobSpec
+from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_job_signal
 from hvdtrain.launch.signals import catch_stop_signals
-from hvdtrain.system.ssh import DEFAULT_SSH
 from hvdtrain.training.stop import StopRequest
 
 
@@ -70,7 +69,8 @@ def test_launch_takes_signals_within_a_second_for_one(
 ) -> None:
     now = time.monotonic()
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
-        job = Job(guard, contextlib.ExitStack(), JobReport(["localhost"]), DEFAULT_SSH, 30, mark="")
+        spec = JobSpec(launcher=LAUNCHERS.get("horovodrun"), command_line=["true"], environ={})
+        job = Job(spec, guard, JobReport(["localhost"]), mark="")
         job.report.add_message({"kind": "started", "rank": 0, "host": os.uname().nodename, "pid": rank.pid})
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             handle_job_signal(job, number)

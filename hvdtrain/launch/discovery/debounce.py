@@ -1,9 +1,8 @@
-"""A discovery script between horovodrun and the user's: it answers in time, and only what can be relied on.
+"""A discovery command between horovodrun and the user's script: it answers in time, and only what can be relied on.
 
-Run as `python -m hvdtrain.launch.discover STATE SCRIPT` once a second. A script that fails, hangs, floods, or prints
-what is not a host leaves the last good answer standing; a host counts as come, or as gone, when two answers in turn say
-so. Run as `python -m hvdtrain.launch.discover --hosts a:2,b:2` it prints this fixed list, a host a line.
-Standard library only: it starts once a second.
+Run as `python -m hvdtrain.launch.discovery.debounce STATE SCRIPT` once a second. A script that fails, hangs, floods, or
+prints what is not a host leaves the last good answer valid; a host counts as new, or as gone, when two answers in turn
+agree on it. Run with `--hosts a:2,b:2` it prints this fixed list, a host a line. It imports little.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hvdtrain.launch.hosts import MAX_HOSTS, MAX_SLOTS_PER_HOST
+from hvdtrain.system.files import replace_file
 
 SCRIPT_TIMEOUT = 5.0  # for the script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it
 MAX_OUTPUT_BYTES = 1 << 20  # that are read of the script's output, and of its errors
@@ -28,11 +28,11 @@ HOST_LINE = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([1-9]\d{0,8}))?", re.ASCII)
 
 
 class DiscoveryError(Exception):
-    """The script gave no answer that can be used; says why."""
+    """The script gave no answer that can be used; the text is why, and follows the script's name."""
 
 
 def run_discovery_script(script: str) -> dict[str, int]:
-    """The script's hosts and their slots; a host without slots has one. Raises NoAnswer."""
+    """Return the script's hosts and their slots; a host without slots has one. Raises DiscoveryError."""
     seconds = float(os.environ.get("HVDTRAIN_DISCOVERY_SECONDS", SCRIPT_TIMEOUT))
     try:
         process = subprocess.Popen(
@@ -46,7 +46,7 @@ def run_discovery_script(script: str) -> dict[str, int]:
         raise DiscoveryError(f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
     with process:
         try:
-            said, complained = read_script_output(process, time.monotonic() + seconds)
+            output, errors = read_script_output(process, time.monotonic() + seconds)
         except BaseException as error:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started
@@ -54,14 +54,20 @@ def run_discovery_script(script: str) -> dict[str, int]:
                 raise DiscoveryError(f"took longer than {seconds:g} s") from None
             raise
     if process.returncode != 0:
-        raise DiscoveryError(f"ended with code {process.returncode}: {(complained.strip().splitlines() or [''])[-1]}")
-    return parse_script_output(said)
+        raise DiscoveryError(f"ended with code {process.returncode}: {(errors.strip().splitlines() or [''])[-1]}")
+    return parse_script_output(output)
 
 
 def read_script_output(process: subprocess.Popen[bytes], deadline: float) -> tuple[str, str]:
-    """What a process prints on standard output and standard error until it ends.
+    """Return what a process prints on standard output and on standard error until it ends.
 
-    Raises NoAnswer after MOST_BYTES of either, subprocess.TimeoutExpired at the deadline.
+    Args:
+        process: with a pipe for each of the two.
+        deadline: monotonic time.
+
+    Raises:
+        DiscoveryError: it printed more than MAX_OUTPUT_BYTES on one of them.
+        subprocess.TimeoutExpired: it has not ended at the deadline.
     """
     assert process.stdout is not None and process.stderr is not None
     output = {process.stdout: bytearray(), process.stderr: bytearray()}
@@ -80,14 +86,14 @@ def read_script_output(process: subprocess.Popen[bytes], deadline: float) -> tup
                 if len(output[key.fileobj]) > MAX_OUTPUT_BYTES:  # type: ignore[index]
                     raise DiscoveryError(f"printed more than {MAX_OUTPUT_BYTES >> 20} MiB")
     process.wait(max(0.0, deadline - time.monotonic()))
-    said, complained = (bytes(data).decode(errors="replace") for data in output.values())
-    return said, complained
+    text, errors = (bytes(data).decode(errors="replace") for data in output.values())
+    return text, errors
 
 
-def parse_script_output(said: str) -> dict[str, int]:
-    """The hosts that a script printed, and their slots. Raises NoAnswer."""
+def parse_script_output(output: str) -> dict[str, int]:
+    """Return the hosts that a script printed, and their slots. Raises DiscoveryError."""
     hosts = {}
-    for line in said.splitlines():
+    for line in output.splitlines():
         if not line.strip():
             continue
         match = HOST_LINE.fullmatch(line.strip())
@@ -106,8 +112,14 @@ def parse_script_output(said: str) -> dict[str, int]:
 def apply_confirmed_changes(
     standing: Mapping[str, int], last: Mapping[str, int] | None, now: Mapping[str, int]
 ) -> dict[str, int]:
-    """What is told to horovodrun: what stood until now, changed where the last two answers agree on it."""
-    if last is None:  # the first answer of all
+    """Return the hosts to report to horovodrun, and their slots.
+
+    Args:
+        standing: what was reported until now; a host changes if the last two answers agree on it.
+        last: the answer before; None if `now` is the first, which is reported as it is.
+        now: the newest answer.
+    """
+    if last is None:
         return dict(now)
     settled = dict(standing)
     for host in {*standing, *now}:
@@ -119,11 +131,17 @@ def apply_confirmed_changes(
 
 
 def read_reported_hosts(state_file: Path) -> list[str]:
-    """The names of the hosts that horovodrun was told of last; none if it has not been yet."""
+    """Return the names of the hosts that were last reported to horovodrun; none before the first report."""
     return list(json.loads(state_file.read_text())["standing"]) if state_file.exists() else []
 
 
 def main(state_file: Path, script: str) -> int:
+    """Run the script and print the hosts to report; return the exit code.
+
+    Args:
+        state_file: what was reported, and the script's last answer, from one call to the next.
+        script: the user's.
+    """
     state = json.loads(state_file.read_text()) if state_file.exists() else {"standing": {}, "last": None}
     try:
         try:
@@ -133,11 +151,9 @@ def main(state_file: Path, script: str) -> int:
         except Exception as error:  # whatever it is, horovodrun must get an answer
             raise DiscoveryError(f"failed: {type(error).__name__}: {error}") from error
         state = {"standing": apply_confirmed_changes(state["standing"], state["last"], now), "last": now}
-        beside = state_file.with_name(f".{state_file.name}.new")
-        beside.write_text(json.dumps(state))
-        beside.replace(state_file)
+        replace_file(state_file, json.dumps(state).encode())
     except DiscoveryError as error:
-        print(f"discovery script {script} {error}; its last good answer stands", file=sys.stderr)
+        print(f"discovery script {script} {error}; its last good answer stays valid", file=sys.stderr)
         if not state["standing"]:
             return 1
     for host, slots in sorted(state["standing"].items()):
