@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
     "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on several ranks."),
+    "discover": ("hvdtrain.cli.discover", "Print the current hosts, for elastic training."),
     "agent": ("hvdtrain.cli.agent", "Keep a host in the membership folder until its preemption is announced."),
     "ledger": ("hvdtrain.cli.ledger", "Check whether a run visited every example exactly once."),
     "doctor": ("hvdtrain.cli.doctor", "Diagnose this host, or several hosts and the network between them."),

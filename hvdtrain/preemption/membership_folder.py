@@ -7,7 +7,7 @@ Each host's agent writes, atomically:
 
 boot_id names one life of the host: a notice is for that life only. deadline is unix time by that host's own clock,
 seconds is what was left when the notice came; state is "live" or "draining".
-cluster/discovery/membership.py reads the same folder without hvdtrain; its tests see to it that the two agree.
+`hvdtrain discover membership` (hvdtrain.launch.discovery.membership) reads the folder.
 """
 
 from __future__ import annotations

@@ -216,7 +216,8 @@ def test_elastic_pods_may_see_each_other_and_no_more() -> None:
     script = only(objects, "ConfigMap")["data"]["hosts.sh"]
     labels = only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert dict([re.findall(r"--selector (\w+)=(\S+)", script)[0]]).items() <= labels.items()
-    assert "/opt/hvdtrain/discovery/kubernetes.py" in script and "discovery /opt/hvdtrain/discovery" in dockerfile()
+    assert "exec /opt/hvdtrain/bin/hvdtrain discover kubernetes --selector" in script
+    assert "COPY --from=build /opt/hvdtrain /opt/hvdtrain" in dockerfile()
 
 
 @pytest.mark.parametrize("name", ["elastic.yaml", "mpijob.yaml"])

@@ -1,4 +1,4 @@
-"""The discovery scripts of cluster/discovery, each run as the launcher runs it."""
+"""`hvdtrain discover`, run as a launcher runs it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,36 @@ import pytest
 from hvdtrain.preemption.membership_folder import DrainNotice, HostRecord, write_drain_notice, write_host_record
 from tests.unit.http_server import serving
 
-SCRIPTS = Path(__file__).parents[2] / "cluster" / "discovery"
 
-
-def run(script: str, *args: object, **environ: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a script, under this Python without its packages."""
-    line = [sys.executable, "-I", "-S", str(SCRIPTS / script), *map(str, args)]
+def run(kind: str, *args: object, **environ: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `hvdtrain discover KIND`."""
+    line = [sys.executable, "-m", "hvdtrain", "discover", kind, *map(str, args)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False, env=os.environ | environ)
     assert done.returncode == 0 or (done.stdout == "" and done.stderr.count("\n") == 1), done.stderr
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("script", ["membership.py", "slurm.py", "kubernetes.py"])
-def test_scripts_can_be_run(script: str) -> None:
-    assert os.access(SCRIPTS / script, os.X_OK)
-    assert (SCRIPTS / script).read_text().startswith("#!/usr/bin/env python3\n")
+@pytest.mark.parametrize("kind", ["membership", "slurm", "kubernetes"])
+def test_discovery_imports_nothing_heavy(kind: str, tmp_path: Path) -> None:
+    """It is started once a second."""
+    code = (
+        "import sys; from hvdtrain.cli.main import main\n"
+        "try: main(['discover', *sys.argv[1:]])\n"
+        "except SystemExit as left: assert left.code in (0, 1), left.code\n"
+        "heavy = {'torch', 'numpy', 'horovod', 'rich', 'psutil'} & set(sys.modules)\n"
+        "assert not heavy and not [name for name in sys.modules if name.startswith('hvdtrain.comm')], heavy\n"
+    )
+    options = {"membership": [str(tmp_path)], "slurm": [], "kubernetes": ["--selector", "a=b"]}[kind]
+    subprocess.run([sys.executable, "-c", code, kind, *options], check=True, timeout=30)
 
 
-# --- membership.py
+def test_the_command_needs_a_kind() -> None:
+    done = subprocess.run([sys.executable, "-m", "hvdtrain", "discover"], capture_output=True, text=True)
+    error = "hvdtrain: error: `hvdtrain discover` needs a command: membership, slurm or kubernetes\n"
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+# --- membership
 
 
 class Folder:
@@ -57,7 +69,7 @@ class Folder:
 
     def ask(self, *options: object, settle: float = 0, **environ: str) -> tuple[int, str, str]:
         state = [] if environ else ["--state", self.path.with_name("state")]
-        return run("membership.py", self.path, "--settle", settle, *state, *options, **environ)
+        return run("membership", self.path, "--settle", settle, *state, *options, **environ)
 
     def offered(self, *options: object, settle: float = 0) -> str:
         code, output, error = self.ask(*options, settle=settle)
@@ -197,7 +209,7 @@ def test_membership_when_the_file_system_hangs(folder: Folder) -> None:
     begin = time.monotonic()
     code, output, error = folder.ask("--limit", 0.5)
     assert (code, output) == (1, "")
-    assert error == f"membership.py: {folder.path}: no answer from the file system within 0.5 s\n"
+    assert error == f"hvdtrain: error: {folder.path}: no answer from the file system within 0.5 s\n"
     (folder.path / "b.json").unlink()
     assert folder.seen("a") == "a:2\n"
     os.mkfifo(folder.path / "b.json")
@@ -222,8 +234,8 @@ def test_membership_while_an_earlier_reader_hangs_for_ever(folder: Folder) -> No
 
 
 def test_membership_folder_that_is_not_there(tmp_path: Path) -> None:
-    code, _, error = run("membership.py", tmp_path / "none", "--state", tmp_path / "state")
-    assert (code, error) == (1, f"membership.py: {tmp_path / 'none'}: No such file or directory\n")
+    code, _, error = run("membership", tmp_path / "none", "--state", tmp_path / "state")
+    assert (code, error) == (1, f"hvdtrain: error: {tmp_path / 'none'}: No such file or directory\n")
 
 
 def test_membership_state_of_another_boot_or_junk_is_dropped(folder: Folder) -> None:
@@ -260,7 +272,7 @@ def test_membership_of_a_real_agent(folder: Folder) -> None:
             agent.kill()
 
 
-# --- slurm.py
+# --- slurm
 
 # Written from the documented output of squeue (its man page, --Format): each field in a column of the width asked for.
 SQUEUE = """#!{python}
@@ -291,7 +303,7 @@ for job in jobs:
 def slurm(tmp_path: Path, *options: object, **environ: str) -> tuple[int, str, str]:
     (tmp_path / "squeue").write_text(SQUEUE.format(python=sys.executable))
     (tmp_path / "squeue").chmod(0o755)
-    return run("slurm.py", *options, PATH=f"{tmp_path}:{os.environ['PATH']}", **environ)
+    return run("slurm", *options, PATH=f"{tmp_path}:{os.environ['PATH']}", **environ)
 
 
 @pytest.mark.parametrize(
@@ -320,16 +332,16 @@ def test_slurm_nodes_of_running_tasks(tmp_path: Path, options: list[str], expect
 def test_slurm_script_exits_1_and_names_the_failure(tmp_path: Path, options: list[str], error: str) -> None:
     code, _, said = slurm(tmp_path, *options)
     assert code == 1
-    assert said.startswith(f"slurm.py: {error}")
+    assert said.startswith(f"hvdtrain: error: {error}")
 
 
 def test_slurm_squeue_that_hangs_or_is_missing(tmp_path: Path) -> None:
     begin = time.monotonic()
     assert slurm(tmp_path, "--job", "71", "--limit", "0.3", SQUEUE_SLEEP="20")[2] == (
-        "slurm.py: squeue has not answered within 0.3 s\n"
+        "hvdtrain: error: squeue has not answered within 0.3 s\n"
     )
     assert time.monotonic() - begin < 5
-    assert "No such file" in run("slurm.py", "--job", "71", PATH=str(tmp_path / "none"))[2]
+    assert "No such file" in run("slurm", "--job", "71", PATH=str(tmp_path / "none"))[2]
 
 
 @pytest.mark.parametrize(
@@ -349,10 +361,10 @@ def test_slurm_within_a_job(tmp_path: Path, nodes: str, environ: dict[str, str],
 @pytest.mark.parametrize("nodes", ["n[1-", "n[3-1]", "n[a]", "n[1-99999999]", "a;b", "n]", "-oX=1", "[", ","])
 def test_slurm_lists_that_are_none(tmp_path: Path, nodes: str) -> None:
     code, _, error = slurm(tmp_path, SLURM_JOB_NODELIST=nodes)
-    assert (code, error) == (1, f"slurm.py: {nodes!r} is not a list of nodes\n")
+    assert (code, error) == (1, f"hvdtrain: error: {nodes!r} is not a list of nodes\n")
 
 
-# --- kubernetes.py
+# --- kubernetes
 
 
 def pod(name: str, ip: str, *, ready: str = "True", phase: str = "Running", gpus: int = 0, **about: str) -> Any:
@@ -393,7 +405,7 @@ Ask = Callable[..., tuple[int, str, str]]
 
 def kubernetes(url: str, *options: object) -> tuple[int, str, str]:
     selection = ["--selector", "app=train,role in (worker)", "--namespace", "ml"]
-    return run("kubernetes.py", *selection, "--url", url, *options)
+    return run("kubernetes", *selection, "--url", url, *options)
 
 
 def test_kubernetes_pods_that_are_ready_and_stay() -> None:
@@ -412,16 +424,16 @@ def test_kubernetes_script_names_bad_pods_answers_and_connections() -> None:
     api = Api([pod("v6", "fd00::1")])
     with serving(api) as url:
         assert kubernetes(url)[2] == (
-            "kubernetes.py: pod v6: 'fd00::1' is not a host name or IPv4 address, which Horovod needs\n"
+            "hvdtrain: error: pod v6: 'fd00::1' is not a host name or IPv4 address, which Horovod needs\n"
         )
         api.pods = [None]
-        assert kubernetes(url)[2] == "kubernetes.py: the API's answer is not understood\n"
+        assert kubernetes(url)[2] == "hvdtrain: error: the API's answer is not understood\n"
         api.sleep = 3
         begin = time.monotonic()
         assert kubernetes(url, "--limit", 0.5)[0] == 1
         assert time.monotonic() - begin < 3
     assert "Connection refused" in kubernetes(url)[2]
-    assert "not within a pod" in run("kubernetes.py", "--selector", "a=b", "--namespace", "ml")[2]
+    assert "not within a pod" in run("kubernetes", "--selector", "a=b", "--namespace", "ml")[2]
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
@@ -440,9 +452,9 @@ def test_kubernetes_as_the_service_account(tmp_path: Path) -> None:
         port = url.rpartition(":")[2]
         line = ["--selector", "a=b", "--namespace", "ml", *map(str, account)]
         there = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
-        assert run("kubernetes.py", *line, **there)[:2] == (0, "10.0.0.1:1\n10.0.0.2:4\n")
+        assert run("kubernetes", *line, **there)[:2] == (0, "10.0.0.1:1\n10.0.0.2:4\n")
         (tmp_path / "token").write_text("stale")
-        assert kubernetes(url, *account)[2] == "kubernetes.py: the API answers 401 Unauthorized\n"
+        assert kubernetes(url, *account)[2] == "hvdtrain: error: the API answers 401 Unauthorized\n"
         assert "CERTIFICATE_VERIFY_FAILED" in kubernetes(url, *account[:2], "--ca-file", other_ca())[2]
 
 
