@@ -113,11 +113,12 @@ def test_membership_default_state_is_nobody_elses(folder: Folder, tmp_path: Path
 
 def test_membership_drops_who_beats_no_more(folder: Folder) -> None:
     assert folder.seen("a", "b") == "a:2\nb:2\n"
-    end = time.monotonic() + 1.5
-    while time.monotonic() < end:
+    end, last = time.monotonic() + 30, ""
+    while last != "a:2\n":
+        assert time.monotonic() < end
         folder.beat("a")
         last = folder.offered("--stale", 0.8)
-    assert last == "a:2\n"
+        assert "a:2\n" in last
 
 
 def test_membership_waits_until_a_host_has_settled(folder: Folder) -> None:
