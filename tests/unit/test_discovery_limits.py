@@ -26,7 +26,7 @@ def script(folder: Path, text: str) -> str:
     ("text", "why"),
     [
         ("exec yes", "^printed more than 1 MiB$"),
-        ("yes localhost:1 & echo $! > pid; wait", "^printed more than 1 MiB$"),
+        ("sh -c 'echo $$ > pid; exec yes localhost:1' & wait", "^printed more than 1 MiB$"),
         ("echo a:1; exec yes error >&2", "^printed more than 1 MiB$"),
         ("exec cat /dev/zero", "^printed more than 1 MiB$"),
         ("echo localhost:99999999999", "^printed 'localhost:99999999999', which is neither"),
