@@ -41,7 +41,7 @@ class KeyValueStore:
     """
 
     def __init__(self, address: str, port: int) -> None:
-        self.server = (address, port)
+        self.server, self.location = (address, port), f"{address}:{port}"
         self.client = SignedClient(signed_http.read_key())
         self.invalid_keys: set[str] = set()  # that were reported
 
@@ -127,13 +127,9 @@ class KeyValueStore:
         try:
             status, text = request_signed(self.client, self.server, method, path, body or b"", timeout=timeout)
         except OSError as error:
-            raise StoreUnreachable(
-                f"horovodrun at {self.server[0]}:{self.server[1]} does not answer: {error}"
-            ) from error
+            raise StoreUnreachable(f"horovodrun at {self.location} does not answer: {error}") from error
         if status not in (200, 404):
-            raise StoreUnreachable(
-                f"horovodrun at {self.server[0]}:{self.server[1]} answers {status} to {method} {path}"
-            )
+            raise StoreUnreachable(f"horovodrun at {self.location} answers {status} to {method} {path}")
         return text if status == 200 else None
 
 

@@ -131,6 +131,35 @@ class HangLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupervisorLimits:
+    """Limits of the supervisor of a slot of an elastic run (hvdtrain.elastic.supervisor).
+
+    Attributes:
+        poll_interval: between two looks at its worker.
+        heartbeat_interval: between its heartbeats, and between two looks at the others'.
+        round_interval: between horovodrun's rounds of assignment.
+        lease: without a heartbeat, until a supervisor counts as lost; also for a worker that is stopped, until it is
+            killed; HVDTRAIN_LEASE overrides it.
+        join_grace: for newcomers that are starting, while another one is ready.
+        end_propagation: for all supervisors to learn that the run has ended.
+        worker_exit: for a worker to end once the run is over.
+    """
+
+    poll_interval: float = 0.25
+    heartbeat_interval: float = 1.0
+    round_interval: float = 2.0
+    lease: float = 10.0
+    join_grace: float = 3.0
+    end_propagation: float = 5.0
+    worker_exit: float = 30.0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> SupervisorLimits:
+        """Return the limits with what the environment overrides. Raises UserError."""
+        return SupervisorLimits(lease=read_time_limit(environ, "HVDTRAIN_LEASE", SupervisorLimits.lease))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExitLimits:
     """Limits of the end of a process whose command is done.
 
