@@ -79,7 +79,7 @@ class Supervisor:
                 if time.monotonic() - last_heartbeat >= self.limits.heartbeat_interval:
                     last_heartbeat = time.monotonic()
                     self.exchange_heartbeats()
-                self.store_lost_since = None
+                    self.store_lost_since = None
             except StoreUnreachable:
                 if self.handle_lost_store():
                     return EXIT_REQUEUE
