@@ -111,11 +111,11 @@ def kill_remote_ranks(job: Job) -> None:
     """
     if job.spec.launcher.batch_system is not None:
         return
-    ended = set(job.report.finished) | {message["rank"] for message in job.report.failures}
+    ended = set(job.report.finished) | {failure.rank for failure in job.report.failures}
     here = socket.gethostname()
     # Of an elastic run's earlier ranks the processes are gone, and their numbers may be others'.
     known = job.report.running if job.spec.is_elastic else set(job.report.started)
-    left = [rank for rank in sorted(known - ended) if job.report.started[rank].get("host") != here]
+    left = [rank for rank in sorted(known - ended) if job.report.started[rank].host != here]
     signal_ranks(job, "KILL", left)
     deadline = time.monotonic() + REMOTE_KILL_SECONDS
     for _, process in job.ssh_calls:
@@ -148,8 +148,8 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
             continue
         job.signalled.add(message_sender(started))
         # A supervisor receives a stop also while it has no worker.
-        pid = started["supervisor"] if name == "USR1" and "supervisor" in started else started["pid"]
-        if started.get("host") == socket.gethostname():
+        pid = started.supervisor if name == "USR1" and started.supervisor is not None else started.pid
+        if started.host == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.Signals[f"SIG{name}"])
         else:

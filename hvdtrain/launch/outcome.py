@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hvdtrain.launch.output import RankExit
 from hvdtrain.launch.report import JobReport, is_consequence
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR
+from hvdtrain.system.messages import RankFailed
 
 SSH_FAILURE_CODE = 255  # ssh's own code, also if a signal ended its command: it does not tell which
 
@@ -44,7 +45,7 @@ def determine_outcome(report: JobReport, launcher: str, code: int, stop_signal: 
 
 def _failed_by_itself(report: JobReport) -> Outcome | None:
     """A rank reported an error of its own; or all failures are of ranks that waited for one that hung."""
-    causes = [message for message in report.failures if not is_consequence(message)]
+    causes = [failure for failure in report.failures if not is_consequence(failure)]
     if causes:
         return rank_failure_outcome(report, causes[0])
     if report.failures and report.standstill_text:
@@ -65,7 +66,7 @@ def _saved_or_not_begun(report: JobReport, exits: Sequence[RankExit], stop_signa
 
 def _lost_without_a_message(report: JobReport, exits: Sequence[RankExit], code: int) -> Outcome | None:
     """A rank ended badly, or its host was lost, and could not report it."""
-    reported = {message["rank"] for message in report.failures} | set(report.finished)
+    reported = {failure.rank for failure in report.failures} | set(report.finished)
     others = f"\n{describe_other_failures(len(report.failures))}" if report.failures else ""
     # SIGTERM is what a launcher ends the other ranks with.
     silent = [end for end in exits if end.rank not in reported and end.code != 128 + signal.SIGTERM]
@@ -121,20 +122,19 @@ def describe_loss(report: JobReport, host: str, why: str) -> str:
     return f"error: {which} was lost: {why}"
 
 
-def rank_failure_outcome(report: JobReport, message: dict[str, Any]) -> Outcome:
+def rank_failure_outcome(report: JobReport, failure: RankFailed) -> Outcome:
     """Return the outcome of a failure that a rank reported."""
-    where = report.describe_rank(message["rank"])
-    if not report.hosts and message.get("host"):  # of an elastic run, where ranks have been other workers
-        where = f"rank {message['rank']} on {message['host']}"
-    is_agreed = isinstance(message.get("origin"), int)  # all ranks end with this error, which names a rank if need be
+    where = report.describe_rank(failure.rank)
+    if not report.hosts and failure.host:  # of an elastic run, where ranks have been other workers
+        where = f"rank {failure.rank} on {failure.host}"
+    is_agreed = failure.origin is not None  # all ranks end with this error, which names a rank if need be
     failed = "" if is_agreed else f"{where} failed: "
-    text = f"error: {failed}{message.get('error') or 'it did not report why'}"
-    if message.get("traceback"):
-        text += f"\n{str(message['traceback']).rstrip()}"
+    text = f"error: {failed}{failure.error or 'it did not report why'}"
+    if failure.traceback:
+        text += f"\n{failure.traceback.rstrip()}"
     if len(report.failures) > 1 and not is_agreed:
         text += f"\n{describe_other_failures(len(report.failures) - 1)}"
-    code = message.get("code")
-    return Outcome(code if isinstance(code, int) and 0 < code < 256 else EXIT_FAILED, text)
+    return Outcome(failure.code if 0 < failure.code < 256 else EXIT_FAILED, text)
 
 
 def silent_exit_outcome(report: JobReport, end: RankExit, others: str) -> Outcome:

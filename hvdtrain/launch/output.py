@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from hvdtrain.system import messages
+from hvdtrain.system.messages import RankMessage, RankProgress, parse_message
 
 # horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
 HOROVOD_LABEL = re.compile(rb"\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<(?P<stream>stdout|stderr|stddiag)>:")
@@ -148,17 +148,16 @@ class OutputParser:
             yield OutputLine(*owner, raw.decode("utf-8", errors="replace"))
 
 
-def extract_message(line: OutputLine, mark: str, *, elastic: bool = False) -> dict[str, Any] | None:
+def extract_message(line: OutputLine, mark: str, *, elastic: bool = False) -> RankMessage | None:
     """Return the message in a line, or None; `mark` begins the messages of this run.
 
     Its rank is that of the launcher's label. In an elastic run the label is the number of the slot when it was filled,
     and the message itself has the rank in this generation.
     """
-    parsed = messages.parse_message(line.text, mark) if line.stream == "stdout" else None
-    message = messages.message_fields(parsed) if parsed is not None else None
-    if message is not None and line.rank is not None and not elastic and "rank" in message:
-        message["rank"] = line.rank
-    return message
+    message = parse_message(line.text, mark) if line.stream == "stdout" else None
+    if message is None or isinstance(message, RankProgress) or line.rank is None or elastic:
+        return message
+    return replace(message, rank=line.rank)
 
 
 class RankExit(NamedTuple):

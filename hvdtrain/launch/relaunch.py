@@ -7,14 +7,11 @@ run_job --> final (a rank reported why it failed, or the user stopped it), or ex
 
 from __future__ import annotations
 
-import os
 import secrets
-import select
 import shlex
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +23,9 @@ from hvdtrain.launch.job import JobSpec
 from hvdtrain.launch.launcher import LaunchPlan, hvdtrain_command
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.run import JobResult, run_job
-from hvdtrain.launch.signals import SignalInbox, catch_stop_signals
+from hvdtrain.launch.signals import catch_stop_signals
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from hvdtrain.system.signals import SignalInbox
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
 
 RELAUNCH_BACKOFF = (2.0, 60.0)  # seconds before the first relaunch, doubled each time, and the most
@@ -128,15 +126,5 @@ def run_with_relaunches(launch: ElasticLaunch, run: Callable[[JobSpec, SignalInb
             pause = min(RELAUNCH_BACKOFF[0] * 2**attempt, RELAUNCH_BACKOFF[1])
             attempt += 1
             print(f"hvdtrain: the job was lost: relaunch {attempt} of {relaunches} in {pause:g} s", file=sys.stderr)
-            if number := wait_for_signal(inbox, pause):
+            if number := inbox.wait_for_signal(pause):
                 return EXIT_REQUEUE if number == signal.SIGUSR1 else 128 + number
-
-
-def wait_for_signal(inbox: SignalInbox, seconds: float) -> int | None:
-    """Return the first signal in the inbox, as soon as there is one; None if none came within so many seconds."""
-    received, woken = inbox
-    deadline = time.monotonic() + seconds
-    while not received and (left := deadline - time.monotonic()) > 0:
-        if select.select([woken], [], [], left)[0]:
-            os.read(woken, 4096)
-    return received[0] if received else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from hvdtrain.launch.output import (
     DEFAULT_FORMAT,
@@ -16,7 +15,8 @@ from hvdtrain.launch.output import (
     find_lost_host,
     find_rank_exits,
 )
-from hvdtrain.launch.standstill import COLLECT_SECONDS, describe_process_state, describe_standstill, parse_standstill
+from hvdtrain.launch.standstill import COLLECT_SECONDS, describe_process_state, describe_standstill
+from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankStandstill, RankStarted
 
 HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
 LAUNCHER_EXIT_SECONDS = 10.0  # for the launcher to end when all ranks have finished
@@ -25,22 +25,17 @@ MAX_LAUNCHER_LINES = 1000  # of the launcher's own
 LOST_PEER_ERROR = "HorovodInternalError"
 
 
-ProcessKey = tuple[Any, Any]  # host and process id
+ProcessKey = tuple[str | None, int | None]  # host and process id
 
 
-def message_sender(message: dict[str, Any]) -> ProcessKey:
+def message_sender(message: RankStarted | RankFailed | RankStandstill) -> ProcessKey:
     """Return which process a message is from."""
-    return message.get("host"), message.get("pid")
+    return message.host, message.pid
 
 
-def failure_text(message: dict[str, Any]) -> str:
-    """Return a failed rank's error and traceback."""
-    return f"{message.get('error')}\n{message.get('traceback')}"
-
-
-def is_consequence(message: dict[str, Any]) -> bool:
+def is_consequence(failure: RankFailed) -> bool:
     """Return whether a rank failed only because another one did, or hung while it waited for another one."""
-    return LOST_PEER_ERROR in failure_text(message) or message.get("waits") is True
+    return failure.waits or LOST_PEER_ERROR in failure.error or LOST_PEER_ERROR in failure.traceback
 
 
 class JobReport:
@@ -55,47 +50,47 @@ class JobReport:
         """
         self.hosts = hosts
         self.output_format = output_format
-        self.started: dict[int, dict[str, Any]] = {}
+        self.started: dict[int, RankStarted] = {}
         self.finished: dict[int, int] = {}  # exit codes
         self.running: set[int] = set()  # of an elastic run's newest generation, as far as is known
         self.all_finished_at: float | None = None  # monotonic time at which the last rank finished
-        self.failures: list[dict[str, Any]] = []
+        self.failures: list[RankFailed] = []
         self.launcher_lines: deque[str] = deque(maxlen=MAX_LAUNCHER_LINES)
         self.held_lines: deque[tuple[float, OutputLine]] = deque()  # with the monotonic time at which each is due
-        self.standstill_messages: dict[ProcessKey, dict[str, Any]] = {}  # what ranks are in, as no step is made
+        self.standstill_messages: dict[ProcessKey, RankStandstill] = {}  # what ranks are in, as no step is made
         self.standstill_due: float | None = None  # monotonic time at which these are summarized
         self.standstill_text = ""  # who hangs, as last summarized
         self.lost_peer_host: str | None = None  # the host of a rank that another rank missed first
 
-    def add_message(self, message: dict[str, Any]) -> None:
-        """Add a rank's message; one without a rank is ignored."""
-        rank, kind = message.get("rank"), message["kind"]
-        if not isinstance(rank, int):
-            return
-        if kind == "started" and isinstance(message.get("pid"), int):
-            self._add_start(rank, message)
-        elif kind == "finished":
-            self.finished[rank] = int(message.get("code") or 0)
-            self.running.discard(rank)
+    def add_message(self, message: RankMessage) -> None:
+        """Add a rank's message; its progress is not kept."""
+        if isinstance(message, RankStarted):
+            self._add_start(message)
+        elif isinstance(message, RankFinished):
+            self.finished[message.rank] = message.code
+            self.running.discard(message.rank)
             is_last = len(self.finished) == len(self.hosts) if self.hosts else not self.running
             self.all_finished_at = time.monotonic() if is_last else None
-        elif kind == "failed":
+        elif isinstance(message, RankFailed):
             self._add_failure(message)
-        elif kind == "standstill" and parse_standstill(message) is not None:
+        elif isinstance(message, RankStandstill):
             self.standstill_messages[message_sender(message)] = message
             self.standstill_due = self.standstill_due or time.monotonic() + COLLECT_SECONDS
 
-    def _add_start(self, rank: int, message: dict[str, Any]) -> None:
-        self.started[rank] = message
+    def _add_start(self, message: RankStarted) -> None:
+        self.started[message.rank] = message
         self.all_finished_at = None
-        self.running = {other for other in self.running if other < message.get("size", rank)} | {rank}
-        if "size" in message:  # of a generation: ranks that are no longer in it failed without ending the run
-            self.started = {other: start for other, start in self.started.items() if other < message["size"]}
-            known = self.known_processes()
-            self.failures = [failure for failure in self.failures if message_sender(failure) in known]
+        if message.size is None:
+            self.running = {rank for rank in self.running if rank < message.rank} | {message.rank}
+            return
+        # Of a generation: ranks that are no longer in it failed without ending the run.
+        self.running = {rank for rank in self.running if rank < message.size} | {message.rank}
+        self.started = {rank: start for rank, start in self.started.items() if rank < message.size}
+        known = self.known_processes()
+        self.failures = [failure for failure in self.failures if message_sender(failure) in known]
 
-    def _add_failure(self, message: dict[str, Any]) -> None:
-        if message.get("ends") is False and self.failures:  # a supervisor's own is not news then
+    def _add_failure(self, message: RankFailed) -> None:
+        if message.ends is False and self.failures:  # a supervisor's own is not news then
             return
         self.failures.append(message)
         if not self.standstill_text and is_consequence(message):
@@ -110,7 +105,7 @@ class JobReport:
 
     def silent_ranks(self) -> dict[int, str]:
         """Return the ranks that have neither ended nor reported what they are in, and why that may be, or ""."""
-        ended = {*self.finished, *(failure["rank"] for failure in self.failures)}
+        ended = {*self.finished, *(failure.rank for failure in self.failures)}
         silent = {
             rank: message_sender(start)
             for rank, start in self.started.items()
@@ -122,22 +117,21 @@ class JobReport:
         """Return who hangs and who waits for whom, "" if nobody hangs, and begin to collect again."""
         known, reports, after = self.known_processes(), {}, 0.0
         for process, message in self.standstill_messages.items():
-            stands = parse_standstill(message)
-            if stands is not None:
-                name = self.describe_rank(message["rank"]) if process in known else f"a new worker on {process[0]}"
-                reports[name] = stands
-                after = max(after, float(message["after"]))
+            name = self.describe_rank(message.rank) if process in known else f"a new worker on {message.host}"
+            reports[name] = message.standstill()
+            after = max(after, message.after)
         silent = {self.describe_rank(rank): why for rank, why in self.silent_ranks().items()}
         text = describe_standstill(reports, silent, after)
         self.standstill_messages, self.standstill_due = {}, None
         self.standstill_text = text or self.standstill_text
         return text
 
-    def is_from_newcomer(self, message: dict[str, Any]) -> bool:
+    def is_from_newcomer(self, message: RankMessage) -> bool:
         """Return whether a message is from a worker that an elastic run has not admitted yet, and continues without."""
+        if not isinstance(message, RankFailed) or message.ends is True:
+            return False
         known = self.known_processes()
-        failed = message["kind"] == "failed" and message.get("ends") is not True
-        return failed and bool(known) and message_sender(message) not in known
+        return bool(known) and message_sender(message) not in known
 
     def known_processes(self) -> set[ProcessKey]:
         return {message_sender(start) for start in self.started.values()}
@@ -145,7 +139,7 @@ class JobReport:
     def reachable_host(self, rank: int) -> str:
         """Return the name by which this host can reach a rank's host, whose own name may be unknown here."""
         start = self.started[rank]
-        return self.hosts[rank] if rank < len(self.hosts) else str(start.get("reach") or start.get("host"))
+        return self.hosts[rank] if rank < len(self.hosts) else start.reach or start.host
 
     def note_lost_peer(self, line: OutputLine) -> None:
         """Note the rank that a rank's MPI library missed: it aborts its own rank, which is all that mpirun sees."""
@@ -177,7 +171,8 @@ class JobReport:
 
     def describe_rank(self, rank: int) -> str:
         """Return `rank 1 on host-b`, with the host's own name if the rank has reported it."""
-        host = self.started.get(rank, {}).get("host") or (self.hosts[rank] if rank < len(self.hosts) else None)
+        start = self.started.get(rank)
+        host = start.host if start is not None else self.hosts[rank] if rank < len(self.hosts) else None
         return f"rank {rank} on {host}" if host else f"rank {rank}"
 
     def rank_exits(self) -> list[RankExit]:

@@ -33,7 +33,7 @@ import os
 import selectors
 import signal
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hvdtrain.launch.job import (
     Job,
@@ -46,10 +46,10 @@ from hvdtrain.launch.job import (
 )
 from hvdtrain.launch.outcome import determine_elastic_outcome, determine_outcome
 from hvdtrain.launch.output import OutputLine, OutputParser, extract_message
-from hvdtrain.launch.report import failure_text
-from hvdtrain.launch.signals import SignalInbox, catch_stop_signals
+from hvdtrain.launch.signals import catch_stop_signals
 from hvdtrain.system.errors import EXIT_REQUEUE
-from hvdtrain.system.signals import SAME_STOP_SECONDS
+from hvdtrain.system.messages import RankFailed, RankMessage, RankProgress, RankStarted
+from hvdtrain.system.signals import SAME_STOP_SECONDS, SignalInbox
 
 READ_BYTES = 1 << 20  # of the launcher's output at a time
 
@@ -73,11 +73,11 @@ def run_job(spec: JobSpec, inbox: SignalInbox | None = None) -> JobResult:
         inbox: signals that the caller catches; those that come while this cleans up are left in it. None: they are
             caught here.
     """
-    with contextlib.nullcontext(inbox) if inbox else catch_stop_signals() as (received, woken):
+    with contextlib.nullcontext(inbox) if inbox is not None else catch_stop_signals() as signals:
         job = start_job(spec)
         with job.guard:
             try:
-                watch_job(job, received, woken)
+                watch_job(job, signals)
             finally:
                 job.screen.close()
                 job.keep_alive.close()
@@ -108,18 +108,12 @@ def conclude_job(job: Job) -> JobResult:
     return JobResult(code, bool(job.stop_signal or failed))
 
 
-def watch_job(job: Job, received: list[int], woken: int) -> None:
-    """Show what comes and act on signals until the guard has ended and all its output is shown.
-
-    Args:
-        job: just started.
-        received: gets the numbers of signals, which are taken from it.
-        woken: a file that can be read when one came.
-    """
+def watch_job(job: Job, inbox: SignalInbox) -> None:
+    """Show what comes and act on signals until the guard has ended and all its output is shown."""
     output = job.spec.launcher.output
     streams = [(job.guard.stdout, OutputParser("stdout", output)), (job.guard.stderr, OutputParser("stderr", output))]
     with selectors.DefaultSelector() as selector:
-        selector.register(woken, selectors.EVENT_READ)
+        selector.register(inbox, selectors.EVENT_READ)
         for pipe, parser in streams:
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
@@ -127,11 +121,11 @@ def watch_job(job: Job, received: list[int], woken: int) -> None:
         while job.guard.poll() is None:
             for key, _ in selector.select(seconds_until_due(job)):
                 if key.data is None:
-                    os.read(woken, 4096)
+                    inbox.clear_wakeups()
                 elif not handle_output(job, key.fd, key.data):
                     selector.unregister(key.fileobj)
-            while received:
-                handle_job_signal(job, received.pop(0))
+            while inbox.received:
+                handle_job_signal(job, inbox.received.popleft())
             handle_due_events(job)
         for pipe, parser in streams:
             while pipe is not None and handle_output(job, pipe.fileno(), parser):
@@ -176,7 +170,7 @@ def handle_line(job: Job, line: OutputLine) -> None:
     """Show a line, hold it back, or handle the message in it."""
     message = extract_message(line, job.mark, elastic=job.spec.is_elastic)
     if message is not None and is_of_this_launch(job, message):
-        if message["kind"] == "progress":
+        if isinstance(message, RankProgress):
             job.screen.update_progress(message)
         # What ranks report of their end once we end them is not news.
         elif not job.terminated:
@@ -189,30 +183,32 @@ def handle_line(job: Job, line: OutputLine) -> None:
         job.screen.print_line(line)
 
 
-def is_of_this_launch(job: Job, message: dict[str, Any]) -> bool:
+def is_of_this_launch(job: Job, message: RankMessage) -> bool:
     """Return whether a message is from a rank, and about a host, that this launch has started."""
-    if job.report.hosts and message.get("rank", 0) >= len(job.report.hosts):
+    if isinstance(message, RankProgress):
+        return True
+    if job.report.hosts and message.rank >= len(job.report.hosts):
         return False
-    if job.spec.list_hosts is None or "reach" not in message:
+    if job.spec.list_hosts is None or not isinstance(message, RankStarted) or message.reach is None:
         return True
     job.known_hosts.update(job.spec.list_hosts())
-    return message["reach"] in job.known_hosts
+    return message.reach in job.known_hosts
 
 
-def handle_message(job: Job, message: dict[str, Any]) -> None:
+def handle_message(job: Job, message: RankMessage) -> None:
     """Add a rank's message to the report, and ask a rank to stop that started after the others were asked."""
     elastic = job.spec.is_elastic
-    if elastic and job.report.is_from_newcomer(message):
+    if isinstance(message, RankFailed) and elastic and job.report.is_from_newcomer(message):
         outlived = [message]
     else:
         before = job.report.failures
         job.report.add_message(message)
         outlived = [failure for failure in before if failure not in job.report.failures]
     for failure in outlived:
-        text = failure_text(failure)
-        job.screen.print_note(f"a worker on {failure.get('host')} failed, the others continue: {text}")
-    if elastic and job.stop_signal and message["kind"] == "started":
-        signal_ranks(job, "USR1", [message["rank"]])
+        text = f"{failure.error}\n{failure.traceback}"
+        job.screen.print_note(f"a worker on {failure.host} failed, the others continue: {text}")
+    if elastic and job.stop_signal and isinstance(message, RankStarted):
+        signal_ranks(job, "USR1", [message.rank])
 
 
 def handle_job_signal(job: Job, number: int) -> None:

@@ -8,6 +8,7 @@ from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.launch.outcome import determine_outcome
 from hvdtrain.launch.output import OutputLine
 from hvdtrain.launch.report import JobReport
+from hvdtrain.system.messages import RankStarted
 
 LOST_HOST = """
 Connection to h1 closed by remote host.
@@ -39,7 +40,7 @@ def ended(launcher: str, text: str, code: int, hosts: list[str], of_rank: list[s
     """The outcome after a launcher has said some text, and rank 0 some lines; both ranks had started."""
     report = JobReport(hosts, LAUNCHERS.get(launcher).output)
     for rank in (0, 1):
-        report.add_message({"kind": "started", "rank": rank, "pid": 7, "host": hosts[rank]})
+        report.add_message(RankStarted(rank, hosts[rank], 7))
     for line in of_rank or []:
         report.note_lost_peer(OutputLine(0, "stderr", line))
     for line in text.splitlines():

@@ -1,11 +1,10 @@
 """What the launchers print, taken apart, and the verdict on it."""
 
-import json
 import signal
 import socket
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +14,7 @@ from hvdtrain.launch.outcome import determine_outcome
 from hvdtrain.launch.output import OutputLine, OutputParser, RankExit, find_rank_exits
 from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_message, is_of_this_launch
-from hvdtrain.launch.screen import format_progress
+from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankStarted
 
 
 def job_of(guard: subprocess.Popen[bytes], hosts: Sequence[str] = (), *, elastic: bool = False) -> Job:
@@ -129,12 +128,8 @@ def test_rank_exits_are_found_in_launcher_output(launcher: str, text: str, expec
     assert find_rank_exits(text.splitlines(), LAUNCHERS.get(launcher).output) == expected
 
 
-def failed(rank: int, error: str, code: int = 1, traceback: str = "") -> dict[str, Any]:
-    return {"kind": "failed", "rank": rank, "host": f"h{rank}", "code": code, "error": error, "traceback": traceback}
-
-
-def finished(rank: int, code: int) -> dict[str, Any]:
-    return {"kind": "finished", "rank": rank, "code": code}
+def failed(rank: int, error: str, code: int = 1, traceback: str = "") -> RankFailed:
+    return RankFailed(rank, f"h{rank}", code=code, error=error, traceback=traceback)
 
 
 BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
@@ -143,9 +138,9 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
 @pytest.mark.parametrize(
     ("said", "launcher", "code", "asked", "expected"),
     [
-        ([finished(0, 0), finished(1, 0)], "", 0, None, (0, "")),
+        ([RankFinished(0, 0), RankFinished(1, 0)], "", 0, None, (0, "")),
         ([], "", 0, None, (0, "")),
-        ([finished(0, 75), finished(1, 75)], HOROVODRUN, 1, None, (75, "")),
+        ([RankFinished(0, 75), RankFinished(1, 75)], HOROVODRUN, 1, None, (75, "")),
         (
             [failed(1, "a"), failed(0, "b")],
             "",
@@ -175,13 +170,13 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             None,
             (1, "error: rank 1 on b failed: a\n(1 other rank failed with it)"),
         ),
-        ([BROKEN], "", 1, None, (1, f"error: rank 0 on a failed: {BROKEN['error']}")),
+        ([BROKEN], "", 1, None, (1, f"error: rank 0 on a failed: {BROKEN.error}")),
         ([], MPI_CODE, 3, None, (1, "error: rank 2 ended with code 3 and no message")),
         ([], "Process 0 exit with status code 2.", 1, None, (2, "error: rank 0 on a ended with code 2 and no message")),
         ([], "Process 0 exit with status code 75.", 1, None, (75, "")),
         ([], "help", 213, None, (1, "error: horovodrun ended with code 213; no rank reported why")),
         (
-            [finished(0, 0), finished(1, 0)],
+            [RankFinished(0, 0), RankFinished(1, 0)],
             "",
             1,
             None,
@@ -204,11 +199,11 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
     ],
 )
 def test_exit_code_and_text_name_the_first_failure(
-    said: list[dict[str, Any]], launcher: str, code: int, asked: int | None, expected: tuple[int, str]
+    said: list[RankMessage], launcher: str, code: int, asked: int | None, expected: tuple[int, str]
 ) -> None:
     report = JobReport(["a", "b"], LAUNCHERS.get("horovodrun").output)
     for message in said:
-        report.add_message(json.loads(json.dumps(message)))
+        report.add_message(message)
     for line in launcher.splitlines():
         report.hold_line(OutputLine(None, "stderr", line))
     assert determine_outcome(report, "horovodrun", code, asked) == expected
@@ -218,28 +213,25 @@ def test_only_ranks_of_the_newest_generation_count_as_running() -> None:
     """The newest generation's ranks, whatever became of those before it; it is over when the last one has finished."""
     report = JobReport([])
 
-    def say(kind: str, rank: int, **more: int) -> None:
-        report.add_message({"kind": kind, "rank": rank, **more})
-
     for rank in range(3):
-        say("started", rank, size=3, pid=10 + rank)
-    say("finished", 2, code=75)
-    newcomer = {"kind": "failed", "rank": 0, "pid": 13}
-    assert report.is_from_newcomer(newcomer) and not report.is_from_newcomer({**newcomer, "pid": 10})
+        report.add_message(RankStarted(rank, "h", 10 + rank, size=3))
+    report.add_message(RankFinished(2, 75))
+    newcomer = RankFailed(0, "h", 13)
+    assert report.is_from_newcomer(newcomer) and not report.is_from_newcomer(replace(newcomer, pid=10))
     assert report.running == {0, 1} and report.all_finished_at is None
-    say("finished", 1, code=75)
-    say("finished", 0, code=75)
+    report.add_message(RankFinished(1, 75))
+    report.add_message(RankFinished(0, 75))
     assert report.running == set() and report.all_finished_at is not None
     for rank in range(3):
-        say("started", rank, size=3, pid=20 + rank)
+        report.add_message(RankStarted(rank, "h", 20 + rank, size=3))
     assert report.all_finished_at is None
-    say("failed", 0, pid=20)
+    report.add_message(RankFailed(0, "h", 20))
     assert len(report.failures) == 1
     # Ranks 0 and 2 are gone, and rank 1 goes on alone: what rank 0 failed of has not ended the run.
-    say("started", 0, size=1, pid=21)
+    report.add_message(RankStarted(0, "h", 21, size=1))
     assert report.failures == []
-    assert report.running == {0} and report.started[0]["pid"] == 21
-    say("finished", 0, code=0)
+    assert report.running == {0} and report.started[0].pid == 21
+    report.add_message(RankFinished(0, 0))
     assert report.all_finished_at is not None
 
 
@@ -247,11 +239,11 @@ def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture
     """Before anybody has started it may be the run's; from then on it is a newcomer's."""
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
         job = job_of(guard, elastic=True)
-        first = {**failed(1, "no such file", 2), "pid": 5}
+        first = replace(failed(1, "no such file", 2), pid=5)
         handle_message(job, first)
         assert job.report.failures == [first] and capsys.readouterr().err == ""
-        handle_message(job, {"kind": "started", "rank": 0, "size": 1, "host": "h0", "pid": 7})
-        handle_message(job, {**failed(0, "boom", traceback="where\n"), "host": "h2", "pid": 7})
+        handle_message(job, RankStarted(0, "h0", 7, size=1))
+        handle_message(job, replace(failed(0, "boom", traceback="where\n"), host="h2", pid=7))
         assert job.report.failures == []
     told = capsys.readouterr().err
     assert "a worker on h1 failed, the others continue: no such file\n" in told
@@ -263,8 +255,7 @@ def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
         job = job_of(guard, elastic=elastic)
         job.stop_signal = signal.SIGINT
-        started = {"kind": "started", "rank": 0, "size": 1, "host": socket.gethostname(), "pid": rank.pid}
-        handle_message(job, started)
+        handle_message(job, RankStarted(0, socket.gethostname(), rank.pid, size=1))
         assert (rank.poll() or rank.wait(10)) == -signal.SIGUSR1 if elastic else rank.poll() is None
         rank.kill()
 
@@ -291,17 +282,11 @@ def test_the_launchers_lines_are_held_back_and_dropped_if_a_rank_explains_them()
     assert report.next_due_at() is None
 
 
-def test_progress_text_shows_epoch_loss_rate_and_text() -> None:
-    message = {"step": 1, "steps": 9, "epoch": 3, "loss": 0.123456, "rate": 1234.5, "text": "lr 0.1"}
-    assert format_progress(message) == "epoch 3  loss 0.1235  1,234/s  lr 0.1"
-    assert format_progress({"step": 1, "loss": None, "text": ""}) == ""
-
-
 def test_a_message_counts_for_ranks_and_hosts_of_this_launch_only() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
         fixed = job_of(guard, ["a", "b"])
-        started = {"kind": "started", "rank": 1, "host": "x", "pid": 7}
-        assert is_of_this_launch(fixed, started) and not is_of_this_launch(fixed, {**started, "rank": 2})
+        started = RankStarted(1, "x", 7)
+        assert is_of_this_launch(fixed, started) and not is_of_this_launch(fixed, replace(started, rank=2))
         elastic = job_of(guard, elastic=True)
-        assert is_of_this_launch(elastic, {**started, "rank": 99, "reach": "a"})
-        assert not is_of_this_launch(elastic, {**started, "reach": "b"})
+        assert is_of_this_launch(elastic, replace(started, rank=99, reach="a"))
+        assert not is_of_this_launch(elastic, replace(started, reach="b"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,9 +78,11 @@ def test_a_message_without_one_of_its_fields_is_an_ordinary_line() -> None:
 def test_the_rank_is_the_launchers() -> None:
     """But in an elastic run, where the launcher's number is that of a slot. Standard error has no messages."""
     line = OutputLine(3, "stdout", text_of(STARTED))
-    assert extract_message(line, MARK) == {**STARTED, "rank": 3}
-    assert extract_message(line._replace(rank=None), MARK) == STARTED
-    assert extract_message(line, MARK, elastic=True) == STARTED
+    sent = messages.parse_message(text_of(STARTED), MARK)
+    assert isinstance(sent, messages.RankStarted) and messages.message_fields(sent) == STARTED
+    assert extract_message(line, MARK) == replace(sent, rank=3)
+    assert extract_message(line._replace(rank=None), MARK) == sent
+    assert extract_message(line, MARK, elastic=True) == sent
     assert extract_message(line._replace(stream="stderr"), MARK) is None
 
 
@@ -109,7 +112,7 @@ def test_a_message_is_found_after_an_unfinished_line(
         OutputLine(4, "stdout", "50%"),
     ]
     kept = [message for line in found if (message := extract_message(line, MARK))]
-    assert [message["kind"] for message in kept] == ["failed", "finished"] and kept[0]["error"] == "e" * 3000
+    assert kept == [messages.RankFailed(4, error="e" * 3000), messages.RankFinished(4, 0)]
 
 
 def cut(line: bytes) -> list[bytes]:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.launch.outcome import determine_elastic_outcome, determine_outcome
 from hvdtrain.launch.output import OutputLine
 from hvdtrain.launch.report import JobReport
+from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankStarted
 
 HOROVODRUN = LAUNCHERS.get("horovodrun")
-LOST = {"kind": "failed", "code": 1, "error": "HorovodInternalError: shut down", "traceback": ""}
 
 
-def started(rank: int, **more: Any) -> dict[str, Any]:
-    return {"kind": "started", "rank": rank, "host": f"h{rank}", "pid": 100 + rank, **more}
+def started(rank: int, size: int | None = None) -> RankStarted:
+    return RankStarted(rank, f"h{rank}", 100 + rank, size)
 
 
-def finished(rank: int, code: int = 0) -> dict[str, Any]:
-    return {"kind": "finished", "rank": rank, "code": code}
+def finished(rank: int, code: int = 0) -> RankFinished:
+    return RankFinished(rank, code)
 
 
-def lost(rank: int) -> dict[str, Any]:
-    return {**LOST, "rank": rank, "host": f"h{rank}", "pid": 100 + rank}
+def lost(rank: int) -> RankFailed:
+    return RankFailed(rank, f"h{rank}", 100 + rank, error="HorovodInternalError: shut down")
 
 
-def report_of(*messages: dict[str, Any], launcher: str = "", hosts: int = 3) -> JobReport:
+def report_of(*messages: RankMessage, launcher: str = "", hosts: int = 3) -> JobReport:
     report = JobReport([f"h{rank}" for rank in range(hosts)], HOROVODRUN.output)
     for message in messages:
         report.add_message(message)
@@ -84,7 +82,5 @@ def test_a_failure_at_the_end_of_an_elastic_run_beats_the_others_finish() -> Non
         report.add_message(started(rank, size=2))
     report.add_message(finished(1))
     error = "cannot write summary.json in run: Permission denied"
-    report.add_message(
-        {"kind": "failed", "rank": 0, "host": "h0", "pid": 100, "code": 1, "error": error, "traceback": ""}
-    )
+    report.add_message(RankFailed(0, "h0", 100, error=error))
     assert determine_elastic_outcome(report, "horovodrun", 0) == (1, f"error: rank 0 on h0 failed: {error}")

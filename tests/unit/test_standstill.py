@@ -17,10 +17,10 @@ import pytest
 
 from hvdtrain.launch.outcome import determine_outcome
 from hvdtrain.launch.report import JobReport
-from hvdtrain.launch.standstill import describe_process_state, describe_standstill, parse_standstill
+from hvdtrain.launch.standstill import describe_process_state, describe_standstill
 from hvdtrain.system import activity
 from hvdtrain.system.activity import HangWatcher, Standstill
-from hvdtrain.system.messages import parse_message
+from hvdtrain.system.messages import RankFailed, RankStandstill, RankStarted, message_fields, parse_message
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
 WAITS = Standstill("exchanging gradients", "gradients.0", "", 12, 60.9, True)
@@ -72,25 +72,15 @@ def test_standstill_line_names_hung_and_waiting_ranks(
     assert describe_standstill(reports, silent, 45.0) == line
 
 
-def message(rank: int, stands: Standstill, **more: Any) -> dict[str, Any]:
-    return {
-        "kind": "standstill",
-        "rank": rank,
-        "host": f"h{rank}",
-        "pid": rank,
-        **asdict(stands),
-        "after": 45.0,
-        **more,
-    }
+def message(rank: int, stands: Standstill) -> RankStandstill:
+    return RankStandstill(rank, f"h{rank}", 10 + rank, **asdict(stands), after=45.0)
 
 
 def test_what_ranks_report_is_put_together_once() -> None:
     report = JobReport(["h0", "h1", "h2"])
     for rank in range(3):
-        report.add_message({"kind": "started", "rank": rank, "host": f"h{rank}", "pid": rank})
-    report.add_message(message(1, LOADS, seconds="61"))
-    assert report.standstill_due is None  # not one of ours
-    assert parse_standstill(message(1, LOADS)) == LOADS
+        report.add_message(RankStarted(rank, f"h{rank}", 10 + rank))
+    assert message(1, LOADS).standstill() == LOADS
     report.add_message(message(1, LOADS))
     report.add_message(message(0, WAITS))
     assert report.standstill_due is not None
@@ -99,9 +89,7 @@ def test_what_ranks_report_is_put_together_once() -> None:
     assert report.standstill_due is None and report.summarize_standstill() == ""
     # Those that wait end as well; they are not the cause.
     for rank in (0, 2):
-        report.add_message(
-            {"kind": "failed", "rank": rank, "host": f"h{rank}", "code": 1, "error": "it hangs", "waits": True}
-        )
+        report.add_message(RankFailed(rank, f"h{rank}", error="it hangs", waits=True))
     code, text = determine_outcome(report, "horovodrun", 1)
     assert code == 1 and text.startswith("error: rank 1 on h1 has been loading its batch (step 12")
 
@@ -220,7 +208,7 @@ def test_what_ranks_and_supervisors_send_is_valid_to_launch() -> None:
     def is_valid_message(content: dict[str, Any]) -> bool:
         return parse_message(json.dumps(content), "") is not None
 
-    sent = message(1, LOADS, pid=7)
+    sent = message_fields(message(1, LOADS))
     assert is_valid_message(sent)
     assert not is_valid_message({**sent, "seconds": "61"}) and not is_valid_message({**sent, "waits": 1})
     started = {"kind": "started", "rank": 1, "host": "b", "pid": 7, "size": 2, "reach": "b", "supervisor": 6}

@@ -16,6 +16,7 @@ from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_job_signal
 from hvdtrain.launch.signals import catch_stop_signals
+from hvdtrain.system.messages import RankStarted
 from hvdtrain.training.stop import StopRequest
 
 
@@ -40,16 +41,16 @@ def test_nohup_lets_a_training_outlive_its_terminal(hangup: None) -> None:
     with StopRequest(FixedMembership()) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
-    with catch_stop_signals() as (received, _):
+    with catch_stop_signals() as inbox:
         signal.raise_signal(signal.SIGHUP)
-        assert received == []
+        assert not inbox.received
 
 
 def test_the_terminal_that_is_closed_reaches_launch(hangup: None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with catch_stop_signals() as (received, _):
+    with catch_stop_signals() as inbox:
         signal.raise_signal(signal.SIGHUP)
-        assert received == [signal.SIGHUP]
+        assert list(inbox.received) == [signal.SIGHUP]
 
 
 def test_signals_within_a_second_are_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_launch_takes_signals_within_a_second_for_one(
     with subprocess.Popen(["sleep", "60"]) as rank, subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
         spec = JobSpec(launcher=LAUNCHERS.get("horovodrun"), command_line=["true"], environ={})
         job = Job(spec, guard, JobReport(["localhost"]), mark="")
-        job.report.add_message({"kind": "started", "rank": 0, "host": os.uname().nodename, "pid": rank.pid})
+        job.report.add_message(RankStarted(0, os.uname().nodename, rank.pid))
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             handle_job_signal(job, number)
         assert job.stop_signal == signal.SIGTERM and not job.terminated
