@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from hvdtrain.cli.launch_options import add_launch_options
+from hvdtrain.cli.sides import LaunchCommand, correct_launch_line
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.signals import exit_75_on_usr1
 from hvdtrain.launch.start import launch_elastic, launch_ranks
@@ -18,6 +19,7 @@ from hvdtrain.system.errors import UserError
 
 @click.command(
     "launch",
+    cls=LaunchCommand,
     context_settings={"allow_interspersed_args": False, "max_content_width": 100},
     options_metavar="[LAUNCH OPTIONS]",
 )
@@ -50,14 +52,21 @@ from hvdtrain.system.errors import UserError
     metavar="SECONDS",
     help="How long ranks may take to save after Ctrl-C or SIGTERM.",
 )
-@click.argument("recipe")
-@click.argument("train_args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
+@click.argument("train_args", nargs=-1, type=click.UNPROCESSED, metavar="RECIPE [RECIPE OPTIONS] [RUN OPTIONS]")
+@click.pass_context
 def launch_command(
-    recipe: str, train_args: tuple[str, ...], elastic: bool, grace: float, launch_options: LaunchOptions, **given: Any
+    ctx: click.Context,
+    /,
+    train_args: tuple[str, ...],
+    elastic: bool,
+    grace: float,
+    launch_options: LaunchOptions,
+    **given: Any,
 ) -> int:
     """Start `hvdtrain train RECIPE` on many ranks and hosts.
 
-    Launch options go before RECIPE; all that follows RECIPE goes to `hvdtrain train` as it is, after a check here.
+    Launch options go before RECIPE; all that follows RECIPE goes to `hvdtrain train` as it is, after a check here. Run
+    options may also stand before RECIPE.
     The other hosts are reached by ssh, without a password, and have this Python and this folder at the same paths. This
     host need not be among those of -H.
 
@@ -82,24 +91,37 @@ def launch_command(
     Exit codes: 0 trained; 1 a rank failed, and which one and why is shown; 2 a mistake in the command line;
     75 saved, or not begun: run it again with --resume; 130 or 143 ended at once by Ctrl-C or SIGTERM.
     """
-    args = [recipe, *train_args]
-    options = replace(launch_options, grace=grace)
+    if not train_args:
+        raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
+    args, options = list(train_args), replace(launch_options, grace=grace)
+    has_hosts = options.num_ranks is not None or elastic or options.source.given_options()
+    if not has_hosts and (message := correct_launch_line(ctx, args)):
+        raise UserError(message)
+    check = partial(check_train_arguments, ctx, args, elastic=elastic)
     with exit_75_on_usr1():
         if elastic:
             elastic_options = ElasticOptions(**given | {"min_np": given["min_np"] or 1})
-            return launch_elastic(args, options, elastic_options, partial(check_train_arguments, args, elastic=True))
+            return launch_elastic(args, options, elastic_options, check)
         for name, value in given.items():
             if value:
                 flag = "--relaunch" if name == "relaunches" else f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {value} goes with --elastic")
-        return launch_ranks(["train", *args], options, partial(check_train_arguments, args))
+        return launch_ranks(["train", *args], options, check)
 
 
-def check_train_arguments(args: list[str], elastic: bool = False) -> None:
+def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) -> None:
     """Refuse a mistake in the arguments of `hvdtrain train` before any rank starts.
 
-    Raises UserError or a click error.
+    Raises:
+        UserError: there is one; if it is a launch option that stands after RECIPE, the message is the line to write.
+        click.ClickException: likewise.
     """
     from hvdtrain.cli.train import check_arguments
 
-    check_arguments(args, elastic)
+    try:
+        check_arguments(args, elastic)
+    except UserError as error:
+        unknown = error.__cause__.option_name if isinstance(error.__cause__, click.NoSuchOption) else ""
+        if unknown and (message := correct_launch_line(ctx, args, unknown)):
+            raise UserError(message) from None
+        raise

@@ -65,14 +65,19 @@ class TrainCommand(click.Command):
                     formatter.write_dl([record for record in listed if record])
 
 
+def run_option_arity() -> dict[str, bool]:
+    """Return the options that every recipe has, each with whether a value follows it."""
+    fields = [*option_fields(Recipe), *option_fields(RunOptions)]
+    takes_value = {field.flag: field.type is not bool for field in fields}
+    return takes_value | {f"--no-{field.flag[2:]}": False for field in fields if field.type is bool}
+
+
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
     """Find RECIPE, which run options may come before; return it and all options. None: help on every recipe's options.
 
     Raises UserError if RECIPE is missing, or an option before it is not one of every run.
     """
-    fields = [*option_fields(Recipe), *option_fields(RunOptions)]
-    takes_value = {field.flag: field.type is not bool for field in fields}
-    takes_value |= {f"--no-{field.flag[2:]}": False for field in fields if field.type is bool}
+    takes_value = run_option_arity()
     place = 0
     while place < len(args) and args[place].startswith("-"):
         flag, equals, _ = args[place].partition("=")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
 from hvdtrain.cli.main import main
@@ -42,6 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check_arguments(args: list[str], elastic: bool = False) -> None:
     os.environ["OMP_NUM_THREADS"] = "64"  # what importing a recipe does here is not for the ranks
+    if "--dry-run" in args:
+        raise UserError("no option --dry-run") from click.NoSuchOption("--dry-run")
     if "--epoks" in args:
         raise UserError("no option '--epoks'; did you mean '--epochs'?")
 
@@ -93,6 +96,10 @@ def launch(arguments: str) -> int:
             f"BIN/mpirun -np 2 -H a:1,b:1 {OPTIONS} --tag-output --prtemca oob_tcp_if_include ib0 "
             "--prtemca plm_ssh_args '-p 2222 -i BIN/key' --mca btl_tcp_if_include ib0 -x NCCL_SOCKET_IFNAME=ib0 "
             f"-x HOME {FORWARD} {TRAIN}",
+        ),
+        (
+            "--epochs 5 -np 2 --no-ledger --dry-run digits --lr=1",
+            f"BIN/horovodrun -np 2 -H localhost:2 --gloo --disable-cache {TRAIN} --epochs 5 --no-ledger --lr=1",
         ),
         ("--launcher srun -np 2 --dry-run digits", f"BIN/srun --ntasks=2 {SRUN} {TRAIN}"),
         (
@@ -185,7 +192,18 @@ def test_mpirun_as_root(folder: Path, capsys: pytest.CaptureFixture[str], monkey
             "SLURM_JOB_NODELIST (slurm)",
         ),
         ("-H a:2 --from auto digits", "give -H or --from, not both"),
-        ("-np 2", "Missing argument 'RECIPE'."),
+        ("-np 2", "RECIPE is missing; `hvdtrain list` shows those found"),
+        ("digits -np 2 --epochs 3", "-np goes before RECIPE: hvdtrain launch -np 2 digits --epochs 3"),
+        ("--dry-run digits -H a:2", "-H goes before RECIPE: hvdtrain launch --dry-run -H a:2 digits"),
+        (
+            "-np 2 digits --dry-run --lr 1",
+            "--dry-run goes before RECIPE: hvdtrain launch -np 2 --dry-run digits --lr 1",
+        ),
+        (
+            "-np 2 --width 3 digits",
+            "--width before RECIPE is neither a launch option nor a run option; a recipe's own options come after it: "
+            "hvdtrain launch [LAUNCH OPTIONS] RECIPE --width ...",
+        ),
         ("-np 2 --dry-run digits --epoks 3", "no option '--epoks'; did you mean '--epochs'?"),
     ],
 )
