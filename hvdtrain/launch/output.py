@@ -19,7 +19,8 @@ PLAIN_LABEL_TEMPLATE = rb"^\[(?:(?P<job>[^\]\s]*),)?(?P<rank>\d+)\]<%b>:(?(job) 
 PLAIN_LABELS = {
     stream: re.compile(PLAIN_LABEL_TEMPLATE % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")
 }
-SPECIAL_MARKS = (b"##hvdtrain ", b"Peer host:")
+SHELL_END_TEXT = "Terminated"  # printed by the shell around a rank that its launcher ends with SIGTERM
+SPECIAL_MARKS = (b"##hvdtrain ", b"Peer host:", f"{SHELL_END_TEXT}\n".encode())
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,10 @@ from hvdtrain.launch.job import (
     terminate_job,
 )
 from hvdtrain.launch.outcome import determine_elastic_outcome, determine_outcome
-from hvdtrain.launch.output import OutputLine, OutputParser, extract_message
+from hvdtrain.launch.output import SHELL_END_TEXT, OutputLine, OutputParser, extract_message
 from hvdtrain.launch.signals import catch_stop_signals
 from hvdtrain.system.errors import EXIT_REQUEUE
-from hvdtrain.system.messages import RankFailed, RankMessage, RankProgress, RankStarted
+from hvdtrain.system.messages import RankFailed, RankMessage, RankProgress, RankReport, RankStarted
 from hvdtrain.system.signals import SAME_STOP_SECONDS, SignalInbox
 
 READ_BYTES = 1 << 20  # of the launcher's output at a time
@@ -172,15 +172,24 @@ def handle_line(job: Job, line: OutputLine) -> None:
     if message is not None and is_of_this_launch(job, message):
         if isinstance(message, RankProgress):
             job.screen.update_progress(message)
+        elif isinstance(message, RankReport):
+            job.screen.write_line(message.text, "stdout")
         # What ranks report of their end once we end them is not news.
         elif not job.terminated:
             handle_message(job, message)
         return
     if line.rank is None:
         job.report.hold_line(line)
-    else:
+    elif not is_shell_noise(job, line):
         job.report.note_lost_peer(line)
         job.screen.print_line(line)
+
+
+def is_shell_noise(job: Job, line: OutputLine) -> bool:
+    """Return whether a rank's shell reports the end of a rank that the launcher ended because another one failed."""
+    if (line.stream, line.text) != ("stderr", SHELL_END_TEXT):
+        return False
+    return bool(job.stop_signal or job.report.failures or job.report.rank_exits())
 
 
 def is_of_this_launch(job: Job, message: RankMessage) -> bool:

@@ -74,6 +74,15 @@ class RankProgress:
 
 
 @dataclass(frozen=True)
+class RankReport:
+    """A line of the run's report, which launch prints without the rank: sent by rank 0."""
+
+    kind: ClassVar = "report"
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True)
 class RankFailed:
     """The rank ends badly: sent once.
 
@@ -133,9 +142,10 @@ class RankStandstill:
         return Standstill(self.what, self.collective, self.where, self.step, self.seconds, self.waits)
 
 
-RankMessage: TypeAlias = RankStarted | RankProgress | RankFailed | RankFinished | RankStandstill
+RankMessage: TypeAlias = RankStarted | RankProgress | RankReport | RankFailed | RankFinished | RankStandstill
 MESSAGE_CLASSES: dict[str, type[RankMessage]] = {
-    message.kind: message for message in (RankStarted, RankProgress, RankFailed, RankFinished, RankStandstill)
+    message.kind: message
+    for message in (RankStarted, RankProgress, RankReport, RankFailed, RankFinished, RankStandstill)
 }
 
 

@@ -96,10 +96,12 @@ class Reporter:
         self.pending_rows = len(recent) if self._row_file.error else 0
 
     def print_lines(self, lines: Sequence[str]) -> None:
-        """Tell people something."""
+        """Print lines of the run's report; under `hvdtrain launch`, which labels other lines with the rank, it does."""
         for line in lines if self.prints_output else ():
             if self._progress_bar is not None:
                 self._progress_bar.print_line(line)
+            elif messages.is_launched():
+                messages.send_message(messages.RankReport(0, line))
             else:
                 print(line, flush=True)
 

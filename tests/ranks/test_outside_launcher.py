@@ -28,6 +28,7 @@ def test_a_launcher_of_another_distribution_starts_ranks_that_train(path: str, t
         done = job.finish()
     assert done.returncode == 0, done.stderr
     assert "starting 2 ranks with spawn on localhost" in done.stdout
+    assert any(line.startswith("results ") for line in done.stdout.splitlines()), done.stdout
     assert "##hvdtrain" not in done.stdout and '"world_size": 2' in (tmp_path / "run" / "summary.json").read_text()
 
 

@@ -13,8 +13,9 @@ from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.launch.outcome import determine_outcome
 from hvdtrain.launch.output import OutputLine, OutputParser, RankExit, find_rank_exits
 from hvdtrain.launch.report import JobReport
-from hvdtrain.launch.run import handle_message, is_of_this_launch
-from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankStarted
+from hvdtrain.launch.run import handle_line, handle_message, is_of_this_launch
+from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankReport, RankStarted, message_fields
+from hvdtrain.system.strict_json import encode_json
 
 
 def job_of(guard: subprocess.Popen[bytes], hosts: Sequence[str] = (), *, elastic: bool = False) -> Job:
@@ -248,6 +249,18 @@ def test_a_failure_that_the_others_outlive_is_told(capsys: pytest.CaptureFixture
     told = capsys.readouterr().err
     assert "a worker on h1 failed, the others continue: no such file\n" in told
     assert "a worker on h2 failed, the others continue: boom\nwhere\n" in told
+
+
+def test_report_lines_have_no_label_and_a_rank_that_is_ended_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
+        job = job_of(guard, ["a", "b"])
+        sent = encode_json(message_fields(RankReport(0, "results   runs/1")))
+        ended = OutputLine(1, "stderr", "Terminated")
+        for line in (OutputLine(0, "stdout", f"#{sent}"), OutputLine(0, "stdout", "own"), ended):
+            handle_line(job, line)
+        job.report.add_message(failed(0, "boom"))
+        handle_line(job, ended)
+    assert capsys.readouterr() == ("results   runs/1\n[0] own\n", "[1] Terminated\n")
 
 
 @pytest.mark.parametrize("elastic", [True, False])
