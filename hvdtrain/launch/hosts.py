@@ -1,4 +1,4 @@
-"""Which hosts a run uses: the text of -H, the lines of a host file, and how many ranks go to each host."""
+"""Hosts of a run and their slots: parsed from -H or a host file, and filled with ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvdtrain.system import nodelist
 from hvdtrain.system.errors import UserError
 
 HOST_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\Z", re.ASCII)
-MAX_SLOTS_PER_HOST = 1024  # of a host: more is a mistake, such as a port
+MAX_SLOTS_PER_HOST = 1024  # more is a mistake, such as a port
 MAX_HOSTS = 10_000
 MAX_SLOTS_KEYS = ("max_slots", "max-slots")
 
@@ -25,9 +25,11 @@ class Host(NamedTuple):
 
 
 def parse_hosts(text: str) -> list[Host]:
-    """The hosts of `a:4,b:4`; a host without slots takes one rank.
+    """Return the hosts of `a:4,b:4`; a host without slots takes one rank.
 
-    Raises UserError for an empty item, a bad name or number, an IPv6 address, a host given twice, and too many hosts.
+    Raises:
+        UserError: an item is empty, a name or a number is invalid, an address is of IPv6, a host is given twice, or
+            there are too many hosts.
     """
     refuse_host_list(text, f"-H {text}")
     items = text.split(",")
@@ -39,10 +41,12 @@ def parse_hosts(text: str) -> list[Host]:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file with lines `host slots=N`, `host:N` or `host`; `#` starts a comment.
+    """Return the hosts of a file with lines `host slots=N`, `host:N` or `host`; `#` starts a comment.
 
-    Open MPI's `max_slots=M` may follow, which is at least N: there are never more ranks than slots.
-    Raises UserError for what `parse_hosts` refuses, naming the line; for a file without hosts or that cannot be read.
+    Open MPI's `max_slots=M` may follow, which must be at least N: there are never more ranks than slots.
+
+    Raises:
+        UserError: as for `parse_hosts`, naming the line; or the file has no hosts, or cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -64,24 +68,29 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def parse_hostfile_line(text: str, where: str) -> Host:
-    """The host of a line of a host file. Raises UserError."""
+    """Return the host of a line of a host file. Raises UserError; `where` begins its text."""
     name, *words = re.sub(r"\s*=\s*", "=", text).split()
     host = parse_host(name, where)
-    told = dict(word.partition("=")[::2] for word in words)
-    if len(told) < len(words) or not set(told) <= {"slots", *MAX_SLOTS_KEYS} or ("slots" in told and ":" in name):
+    values = dict(word.partition("=")[::2] for word in words)
+    if len(values) < len(words) or not set(values) <= {"slots", *MAX_SLOTS_KEYS} or ("slots" in values and ":" in name):
         raise UserError(f"{where}: {text!r} is not `host slots=N`, `host:N` or `host`")
-    if "slots" in told:
-        host = parse_host(f"{host.name}:{told['slots']}", where)
-    for most in (told[key] for key in MAX_SLOTS_KEYS if key in told):
+    if "slots" in values:
+        host = parse_host(f"{host.name}:{values['slots']}", where)
+    for most in (values[key] for key in MAX_SLOTS_KEYS if key in values):
         if parse_host(f"{host.name}:{most}", where).slots < host.slots:
             raise UserError(f"{where}: max_slots={most} is less than the {host.slots} slots of host {host.name!r}")
     return host
 
 
 def parse_host(text: str, where: str) -> Host:
-    """The host of `name` or `name:slots`; `where` begins the error.
+    """Return the host of `name` or `name:slots`.
 
-    Raises UserError for a bad name or number, and an IPv6 address.
+    Args:
+        text: what was given.
+        where: in what; begins the text of an error.
+
+    Raises:
+        UserError: the name or the number is invalid, or the address is of IPv6.
     """
     refuse_host_list(text, where)
     if is_ipv6(text) or text.count(":") > 2:
@@ -108,7 +117,7 @@ def parse_host(text: str, where: str) -> Host:
 
 
 def is_ipv6(text: str) -> bool:
-    """Whether a text is an IPv6 address, in brackets or not, with or without `:slots` after the brackets."""
+    """Return whether a text is an IPv6 address, in brackets or not, with or without `:slots` after the brackets."""
     address = text[1:].partition("]")[0] if text.startswith("[") else text
     try:
         return isinstance(ipaddress.ip_address(address), ipaddress.IPv6Address)
@@ -117,7 +126,7 @@ def is_ipv6(text: str) -> bool:
 
 
 def refuse_host_list(text: str, where: str) -> None:
-    """Raise UserError for Slurm's short form of several names, `node[01-03]`, with the names written out."""
+    """Raise UserError, with the names written out, for Slurm's short form of several names, `node[01-03]`."""
     if "[" not in text or is_ipv6(text):
         return
     try:
@@ -129,7 +138,7 @@ def refuse_host_list(text: str, where: str) -> None:
 
 
 def refuse_duplicate_hosts(hosts: Iterable[tuple[str, Host]]) -> None:
-    """Raise UserError, naming the place, for the first host given twice."""
+    """Raise UserError for the first host that is given twice; each host comes after where it is given."""
     seen = set()
     for where, host in hosts:
         name = host.name.lower().rstrip(".")  # as DNS compares names
@@ -139,10 +148,12 @@ def refuse_duplicate_hosts(hosts: Iterable[tuple[str, Host]]) -> None:
 
 
 def assign_slots(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
-    """The hosts with exactly as many slots as there are ranks, filled in order; without hosts, this one.
+    """Return the hosts with exactly as many slots as there are ranks, filled in order; without hosts, this one.
 
-    horovodrun starts a rank in every slot it is told of, whatever its -np says, so unused slots must go.
-    Raises UserError for more ranks than slots, and if neither hosts nor ranks are given.
+    horovodrun starts a rank in every slot that it gets, whatever its -np is, so unused slots must go.
+
+    Raises:
+        UserError: there are more ranks than slots, or neither hosts nor ranks are given.
     """
     slots = sum(host.slots for host in hosts)
     if ranks is None:
@@ -163,10 +174,10 @@ def assign_slots(hosts: Sequence[Host], ranks: int | None) -> list[Host]:
 
 
 def format_hosts(hosts: Iterable[Host]) -> str:
-    """The hosts as horovodrun and mpirun take them."""
+    """Return the hosts as horovodrun and mpirun take them: `a:4,b:4`."""
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)
 
 
 def hosts_by_rank(hosts: Iterable[Host]) -> list[str]:
-    """The host name at index `rank`: both launchers fill the hosts in order."""
+    """Return the host name of each rank, by its number: launchers fill the hosts in order."""
     return [host.name for host in hosts for _ in range(host.slots)]

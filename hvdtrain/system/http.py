@@ -52,6 +52,7 @@ def request_url(
     method: str = "GET",
     timeout: float,
     ca_file: Path | None = None,
+    max_bytes: int = MAX_RESPONSE_BYTES,
 ) -> HttpResponse:
     """Send a request and return the answer; an error status is an answer too.
 
@@ -61,6 +62,7 @@ def request_url(
         method: GET, or PUT with an empty body.
         timeout: seconds for the connection and for each piece of the answer, and twice that for all of it.
         ca_file: the certificates of those who may sign the server's; None: the system's.
+        max_bytes: of the answer that are read.
 
     Raises:
         OSError: the server cannot be reached, does not answer in time, or answers without HTTP.
@@ -72,7 +74,7 @@ def request_url(
     deadline = Deadline(2 * timeout)
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as response:
-            body = _read_body(response, deadline)
+            body = _read_body(response, deadline, max_bytes)
             return HttpResponse(response.status, body.decode(errors="replace"), response.headers)
     except urllib.error.HTTPError as error:
         with error:
@@ -83,14 +85,14 @@ def request_url(
         raise InvalidHttpResponse(f"{url} does not answer by HTTP: {error!r}") from error
 
 
-def _read_body(response: http.client.HTTPResponse, deadline: Deadline) -> bytes:
-    """Return the body, cut off after MAX_RESPONSE_BYTES. Raises TimeoutError."""
+def _read_body(response: http.client.HTTPResponse, deadline: Deadline, max_bytes: int) -> bytes:
+    """Return the body, cut off after `max_bytes`. Raises TimeoutError."""
     body = b""
-    while len(body) < MAX_RESPONSE_BYTES and (data := response.read1(READ_SIZE)):
+    while len(body) < max_bytes and (data := response.read1(READ_SIZE)):
         body += data
         if deadline.expired:
             raise TimeoutError(f"no whole answer within {deadline.seconds:g} s")
-    return body[:MAX_RESPONSE_BYTES]
+    return body[:max_bytes]
 
 
 def request_signed(

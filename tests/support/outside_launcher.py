@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 
 from hvdtrain.launch.hosts import Host
@@ -69,14 +70,16 @@ def spawn_ranks(size: int, command: list[str]) -> int:
         copies.append(threading.Thread(target=label_lines, args=[rank, process]))
         copies[-1].start()
         ranks.append(process)
-    codes = [process.wait() for process in ranks]
+    while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
+        time.sleep(0.05)
+    for rank, process in enumerate(ranks):
+        if process.returncode:
+            print(f"spawn: rank {rank} ended: {process.returncode}", file=sys.stderr)
+        process.terminate()
     for copy in copies:
         copy.join()
-    for rank, code in enumerate(codes):
-        if code:
-            print(f"spawn: rank {rank} ended: {code}", file=sys.stderr)
     server.stop_serving()
-    return int(any(codes))
+    return int(any(process.wait() for process in ranks))
 
 
 def label_lines(rank: int, process: subprocess.Popen[str]) -> None:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import ssl
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.launch.hosts import HOST_NAME
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.http import request_url
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 GPU_RESOURCE = "nvidia.com/gpu"
+MAX_ANSWER_BYTES = 1 << 28  # a pod is about 10 KiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +67,9 @@ def find_ready_pods(selection: PodSelection, access: ApiAccess) -> list[str]:
     """
     try:
         lines = [describe_pod(pod, selection) for pod in list_pods(selection, access)]
-    except urllib.error.HTTPError as error:
-        raise RunError(f"the API answers {error.code} {error.reason}") from None
     except (AttributeError, LookupError, TypeError):
         raise RunError("the API's answer is not understood") from None
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError) as error:
         raise RunError(" ".join(str(error).split()) or type(error).__name__) from None
     return sorted(line for line in lines if line is not None)
 
@@ -84,13 +81,14 @@ def list_pods(selection: PodSelection, access: ApiAccess) -> list[Any]:  # any J
     path = f"api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods?{query}"
     url = f"{access.url or own_api_url(os.environ)}/{path}"
     headers = {"Accept": "application/json"}
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # the API is within the cluster
     if url.startswith("https:"):
         headers["Authorization"] = f"Bearer {access.token_file.read_text().strip()}"
-        handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=access.ca_file)))
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.build_opener(*handlers).open(request, timeout=access.limit) as response:
-        answer = json.load(response)
+    response = request_url(
+        url, headers=headers, timeout=access.limit, ca_file=access.ca_file, max_bytes=MAX_ANSWER_BYTES
+    )
+    if response.status != HTTPStatus.OK:
+        raise RunError(f"the API answers {response.status} {HTTPStatus(response.status).phrase}")
+    answer = json.loads(response.text)
     pods = answer.get("items") if isinstance(answer, dict) else None
     if not isinstance(pods, list):
         raise RunError("the API's answer holds no list of pods")
