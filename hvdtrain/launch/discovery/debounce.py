@@ -7,20 +7,16 @@ agree on it. Run with `--hosts a:2,b:2` it prints this fixed list, a host a line
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import selectors
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from hvdtrain.launch.hosts import MAX_HOSTS, MAX_SLOTS_PER_HOST
 from hvdtrain.system.files import replace_file
+from hvdtrain.system.processes import OutputTooLarge, ProcessTimeout, run_process
 
 SCRIPT_TIMEOUT = 5.0  # for the script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it
 MAX_OUTPUT_BYTES = 1 << 20  # that are read of the script's output, and of its errors
@@ -35,59 +31,17 @@ def run_discovery_script(script: str) -> dict[str, int]:
     """Return the script's hosts and their slots; a host without slots has one. Raises DiscoveryError."""
     seconds = float(os.environ.get("HVDTRAIN_DISCOVERY_SECONDS", SCRIPT_TIMEOUT))
     try:
-        process = subprocess.Popen(
-            [script],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        done = run_process([script], seconds, max_bytes=MAX_OUTPUT_BYTES)
     except (OSError, ValueError) as error:
         raise DiscoveryError(f"cannot be run: {getattr(error, 'strerror', None) or error}") from None
-    with process:
-        try:
-            output, errors = read_script_output(process, time.monotonic() + seconds)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise DiscoveryError(f"took longer than {seconds:g} s") from None
-            raise
-    if process.returncode != 0:
-        raise DiscoveryError(f"ended with code {process.returncode}: {(errors.strip().splitlines() or [''])[-1]}")
-    return parse_script_output(output)
-
-
-def read_script_output(process: subprocess.Popen[bytes], deadline: float) -> tuple[str, str]:
-    """Return what a process prints on standard output and on standard error until it ends.
-
-    Args:
-        process: with a pipe for each of the two.
-        deadline: monotonic time.
-
-    Raises:
-        DiscoveryError: it printed more than MAX_OUTPUT_BYTES on one of them.
-        subprocess.TimeoutExpired: it has not ended at the deadline.
-    """
-    assert process.stdout is not None and process.stderr is not None
-    output = {process.stdout: bytearray(), process.stderr: bytearray()}
-    with selectors.DefaultSelector() as selector:
-        for pipe in output:
-            selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise subprocess.TimeoutExpired(process.args, left)
-            for key, _ in selector.select(left):
-                data = os.read(key.fd, 65536)
-                if not data:
-                    selector.unregister(key.fileobj)
-                output[key.fileobj] += data  # type: ignore[index]
-                if len(output[key.fileobj]) > MAX_OUTPUT_BYTES:  # type: ignore[index]
-                    raise DiscoveryError(f"printed more than {MAX_OUTPUT_BYTES >> 20} MiB")
-    process.wait(max(0.0, deadline - time.monotonic()))
-    text, errors = (bytes(data).decode(errors="replace") for data in output.values())
-    return text, errors
+    except ProcessTimeout:
+        raise DiscoveryError(f"took longer than {seconds:g} s") from None
+    except OutputTooLarge:
+        raise DiscoveryError(f"printed more than {MAX_OUTPUT_BYTES >> 20} MiB") from None
+    if done.exit_code != 0:
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
+        raise DiscoveryError(f"ended with code {done.exit_code}: {last_line}")
+    return parse_script_output(done.stdout)
 
 
 def parse_script_output(output: str) -> dict[str, int]:

@@ -7,12 +7,12 @@ starts and preempts its tasks.
 from __future__ import annotations
 
 import getpass
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
 
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.nodelist import parse_node_list, parse_repeated_counts
+from hvdtrain.system.processes import ProcessTimeout, run_process
 
 # Name and width of what squeue is asked for: columns of a fixed width, for not every version can separate them.
 COLUMNS = (("JobID", 32), ("NumTasks", 16), ("tres-alloc", 1024), ("NodeList", 16384))
@@ -43,12 +43,12 @@ def ask_squeue(selection: list[str], limit: float) -> str:
     line = ["squeue", "--noheader", "--array", "--states=RUNNING"]
     line.append("--Format=" + ",".join(f"{name}:{width}" for name, width in COLUMNS))
     try:
-        done = subprocess.run([*line, *selection], capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
+        done = run_process([*line, *selection], limit)
+    except ProcessTimeout:
         raise RunError(f"squeue has not answered within {limit:g} s") from None
-    if done.returncode:
+    if done.exit_code:
         lines = done.stderr.strip().splitlines()
-        raise RunError(f"squeue: {lines[-1] if lines else f'exit {done.returncode}'}")
+        raise RunError(f"squeue: {lines[-1] if lines else f'exit {done.exit_code}'}")
     return done.stdout
 
 
