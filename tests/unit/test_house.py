@@ -92,7 +92,7 @@ def test_files_can_be_read_in_one_sitting(path: Path) -> None:
 
 
 LIGHT = ["--help", "list", "launch --help", "horovod --help", "bench --help", "bench step --help", "agent --help"]
-LIGHT += ["ledger --help", "ledger verify --help", "doctor --help"]
+LIGHT += ["discover --help", "discover membership --help", "ledger --help", "ledger verify --help", "doctor --help"]
 
 
 @pytest.mark.parametrize("args", [text.split() for text in LIGHT], ids=LIGHT)
