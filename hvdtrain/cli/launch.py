@@ -66,7 +66,7 @@ def launch_command(
     """Start `hvdtrain train RECIPE` on many ranks and hosts.
 
     Launch options go before RECIPE; all that follows RECIPE goes to `hvdtrain train` as it is, after a check here. Run
-    options may also stand before RECIPE.
+    options may also be before RECIPE.
     The other hosts are reached by ssh, without a password, and have this Python and this folder at the same paths. This
     host need not be among those of -H.
 
@@ -113,7 +113,7 @@ def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) ->
     """Refuse a mistake in the arguments of `hvdtrain train` before any rank starts.
 
     Raises:
-        UserError: there is one; if it is a launch option that stands after RECIPE, the message is the line to write.
+        UserError: there is one; if it is a launch option after RECIPE, the message is the line to write.
         click.ClickException: likewise.
     """
     from hvdtrain.cli.train import check_arguments

@@ -1,7 +1,7 @@
-"""On which side of RECIPE an option stands: launch options before it, a recipe's and run options after it.
+"""The side of RECIPE on which an option belongs: launch options before it, a recipe's and run options after it.
 
-hvdtrain launch -np 2 --epochs 3 digits    run options may stand before RECIPE: they are moved
-hvdtrain launch digits -np 2               launch options may not stand after it: a recipe may have an option of
+hvdtrain launch -np 2 --epochs 3 digits    run options may be before RECIPE: they are moved
+hvdtrain launch digits -np 2               launch options may not be after it: a recipe may have an option of
                                            that name, so the line to write is shown instead
 """
 
@@ -35,7 +35,7 @@ def option_arity(command: click.Command) -> dict[str, bool]:
 
 
 def move_run_options(args: Sequence[str], launch: dict[str, bool]) -> list[str]:
-    """Return the arguments with the run options that stand before RECIPE moved behind it.
+    """Return the arguments with the run options that are before RECIPE moved to after it.
 
     Args:
         args: what follows `hvdtrain launch`.
@@ -73,7 +73,7 @@ def takes_run_value(flag: str) -> bool:
 
 
 def correct_launch_line(ctx: click.Context, train_args: Sequence[str], flag: str = "") -> str:
-    """Return the message that a launch option stands after RECIPE, with the line to write; "" if none does.
+    """Return the message that a launch option is after RECIPE, with the line to write; "" if none does.
 
     Args:
         ctx: of the command.

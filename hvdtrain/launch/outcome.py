@@ -11,7 +11,7 @@ from hvdtrain.launch.report import JobReport, is_consequence
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR
 from hvdtrain.system.messages import RankFailed
 
-SSH_FAILURE_CODE = 255  # ssh's own code, also if a signal ended its command: it does not tell which
+SSH_FAILURE_CODE = 255  # ssh's own code, also if a signal ended its command; which one is not known
 
 
 class Outcome(NamedTuple):
@@ -44,7 +44,7 @@ def determine_outcome(report: JobReport, launcher: str, code: int, stop_signal: 
 
 
 def _failed_by_itself(report: JobReport) -> Outcome | None:
-    """A rank reported an error of its own; or all failures are of ranks that waited for one that hung."""
+    """Return the outcome if a rank reported an error of its own, or all failed ones waited for one that hung."""
     causes = [failure for failure in report.failures if not is_consequence(failure)]
     if causes:
         return rank_failure_outcome(report, causes[0])
@@ -55,7 +55,7 @@ def _failed_by_itself(report: JobReport) -> Outcome | None:
 
 
 def _saved_or_not_begun(report: JobReport, exits: Sequence[RankExit], stop_signal: int | None) -> Outcome | None:
-    """The ranks agreed to save, or were stopped by the user's signal before they could catch it."""
+    """Return the outcome if ranks agreed to save, or the user's signal ended rank 0 before it could catch it."""
     if EXIT_REQUEUE in report.finished.values():
         return Outcome(EXIT_REQUEUE, "")
     if stop_signal and any(RankExit(0, 128 + number) in exits for number in (signal.SIGTERM, signal.SIGUSR1)):
@@ -65,7 +65,7 @@ def _saved_or_not_begun(report: JobReport, exits: Sequence[RankExit], stop_signa
 
 
 def _lost_without_a_message(report: JobReport, exits: Sequence[RankExit], code: int) -> Outcome | None:
-    """A rank ended badly, or its host was lost, and could not report it."""
+    """Return the outcome if a rank ended badly, or its host was lost, and could not report it."""
     reported = {failure.rank for failure in report.failures} | set(report.finished)
     others = f"\n{describe_other_failures(len(report.failures))}" if report.failures else ""
     # SIGTERM is what a launcher ends the other ranks with.
@@ -85,12 +85,12 @@ def _lost_without_a_message(report: JobReport, exits: Sequence[RankExit], code: 
 
 
 def _failed_with_others(report: JobReport) -> Outcome | None:
-    """All ranks that reported a failure had lost another one, and nothing tells which."""
+    """Return the outcome if all ranks that reported a failure had lost another one, and it is not known which."""
     return rank_failure_outcome(report, report.failures[0]) if report.failures else None
 
 
 def _ended_by_launcher(report: JobReport, launcher: str, code: int, stop_signal: int | None) -> Outcome:
-    """No rank failed: what the launcher's own code means."""
+    """Return the outcome by the launcher's own code: no rank failed."""
     if code == 0:
         return Outcome(0, "")
     if report.hosts and len(report.finished) == len(report.hosts):

@@ -26,24 +26,26 @@ def describe_standstill(reports: Mapping[str, Standstill], silent: Mapping[str, 
         silent: by the same names, why ranks that reported nothing may not have, or "".
         after: seconds in one activity from which on it is worth a line.
     """
-    if not any(stands.seconds >= after for stands in reports.values()):
+    if not any(activity.seconds >= after for activity in reports.values()):
         return ""
-    busy = {name: stands for name, stands in reports.items() if not stands.waits}
-    waiting = {name: stands for name, stands in reports.items() if stands.waits}
+    busy = {name: activity for name, activity in reports.items() if not activity.waits}
+    waiting = {name: activity for name, activity in reports.items() if activity.waits}
     # The cause may have begun a little later than the others began to wait.
-    stuck = {name: stands for name, stands in busy.items() if stands.seconds >= after / 2}
+    stuck = {name: activity for name, activity in busy.items() if activity.seconds >= after / 2}
     if stuck:
-        causes = [f"{name} has been {stands} for {stands.seconds:.0f} s" for name, stands in stuck.items()]
+        causes = [f"{name} has been {activity} for {activity.seconds:.0f} s" for name, activity in stuck.items()]
     elif silent:
         causes = [f"{name} does not report what it does" + (f": {why}" if why else "") for name, why in silent.items()]
     elif busy:
-        causes = [f"{name} is {stands}" for name, stands in busy.items()]
+        causes = [f"{name} is {activity}" for name, activity in busy.items()]
     else:
-        waits = [f"{name} has waited for {stands.seconds:.0f} s while {stands}" for name, stands in waiting.items()]
+        waits = [
+            f"{name} has waited for {activity.seconds:.0f} s while {activity}" for name, activity in waiting.items()
+        ]
         return f"{join_shortened(waits)}: they wait for each other" if len(waits) > 1 else join_shortened(waits)
     if not waiting:
         return join_shortened(causes)
-    longest = max(waiting.values(), key=lambda stands: stands.seconds)
+    longest = max(waiting.values(), key=lambda activity: activity.seconds)
     whom = "it" if len(causes) == 1 else "them"
     rest = len(waiting) == len(reports) + len(silent) - len(causes)
     who = (

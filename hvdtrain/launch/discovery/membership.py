@@ -100,7 +100,7 @@ def find_live_hosts(folder: Path, options: MembershipOptions, state: Path | None
         state: what earlier calls have seen; None for a file of this folder's own among the temporary files.
 
     Raises:
-        OSError: the folder or the state cannot be read, and there is no answer of before.
+        OSError: the folder or the state cannot be read, and there is no earlier answer.
         RunError: likewise; or another user owns the folder of states.
     """
     state = state or private_folder() / hashlib.sha256(bytes(folder.absolute())).hexdigest()[:24]
@@ -155,7 +155,7 @@ def update_host(before: HostHistory, member: Member | None, now: float, options:
         return HostHistory(flaps=[*flaps, now] if was_alive else flaps)
     changed = before.changed
     if (member.boot_id, member.beat) != (before.boot_id, before.beat):
-        # The first sight of a heartbeat does not tell how old it is.
+        # The first sight of a heartbeat does not show how old it is.
         changed = None if before.boot_id is None else now
     is_alive = changed is not None and now - changed <= options.stale and not member.draining
     alive_since = before.alive_since
