@@ -14,6 +14,7 @@ from hvdtrain.recipe.options import OptionField, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training import schedule
+from hvdtrain.training.logger import LOGGERS
 from hvdtrain.training.options import RunOptions, split_options
 
 CLICK_TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
@@ -147,3 +148,5 @@ def check_parsed_arguments(arguments: TrainArguments) -> None:
     recipe, run = split_options(arguments.recipe_class, arguments.given_options)
     schedule.parse_schedule(recipe.schedule, 1000, 10)
     spec.parse_compression(run.compression.spec)
+    for name in run.reports.loggers:
+        LOGGERS.get(name)

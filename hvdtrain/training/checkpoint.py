@@ -162,15 +162,34 @@ def step_from_folder(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def prune_checkpoints(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> None:
-    """Remove all but the last `keep` checkpoints and the best; `checkpoints/best` is a link to that one.
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The best of the checkpoints at whose step there was an evaluation."""
 
-    Best is told only of checkpoints that were evaluated themselves.
+    step: int
+    metric: str
+    value: float
+
+
+def find_best_checkpoint(run_dir: Path, best: tuple[str, Literal["min", "max"]]) -> BestCheckpoint | None:
+    """Return the checkpoint with the best value of a metric, the earliest of several; None if none was evaluated.
+
+    Args:
+        run_dir: the run folder.
+        best: the metric, and whether the smallest or the largest value of it is best.
     """
-    folders = list_checkpoints(run_dir)
     metric, direction = best
-    scored = {path: value for path in folders if (value := _read_metric(path, metric)) is not None}
-    chosen = (min if direction == "min" else max)(scored, key=scored.__getitem__) if scored else None
+    scored = {path: value for path in list_checkpoints(run_dir) if (value := _read_metric(path, metric)) is not None}
+    if not scored:
+        return None
+    chosen = (min if direction == "min" else max)(scored, key=scored.__getitem__)
+    return BestCheckpoint(step_from_folder(chosen), metric, scored[chosen])
+
+
+def prune_checkpoints(run_dir: Path, keep: int, best: tuple[str, Literal["min", "max"]]) -> BestCheckpoint | None:
+    """Remove all but the last `keep` checkpoints and the best, which `checkpoints/best` links to; return the best."""
+    folders, found = list_checkpoints(run_dir), find_best_checkpoint(run_dir, best)
+    chosen = run_dir / "checkpoints" / f"step-{found.step}" if found is not None else None
     if chosen is not None:
         link = run_dir / "checkpoints" / ".best.new"
         link.unlink(missing_ok=True)
@@ -179,6 +198,7 @@ def prune_checkpoints(run_dir: Path, keep: int, best: tuple[str, Literal["min", 
     for path in folders[:-keep]:
         if path != chosen:
             shutil.rmtree(path)
+    return found
 
 
 def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = False) -> Checkpoint | None:

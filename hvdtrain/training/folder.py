@@ -109,7 +109,7 @@ def check_folder_ownership(folder: Path, lease: Lease, report: Reporter, ledger:
     in_place = {
         "config.json": path_exists(folder / "config.json"),
         "checkpoints": path_exists(folder / "checkpoints"),
-        "metrics.jsonl": report.metrics_file_in_place(),
+        "metrics.jsonl": report.rows.is_in_place(),
         "the ledger's last segment": ledger.is_segment_in_place(),
     }
     for what, there in in_place.items():

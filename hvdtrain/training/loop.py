@@ -22,8 +22,10 @@ from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.evaluation import evaluate_model
 from hvdtrain.training.nonfinite import count_nonfinite_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
+from hvdtrain.training.reporter import StepReport
 from hvdtrain.training.run import Generation
 from hvdtrain.training.saving import save_checkpoint
+from hvdtrain.training.speed import StepTime
 
 Batches = Iterator[tuple[Ids, Any]]  # the ids that were loaded, and what the framework makes of them
 
@@ -127,7 +129,7 @@ def collect_votes(generation: Generation) -> StepVotes:
     votes = generation.run.stop.collect_votes()
     if generation.world.rank != 0:
         return votes
-    written, pending = generation.ledger.durable_step, generation.run.report.pending_rows
+    written, pending = generation.ledger.durable_step, generation.run.report.rows.pending
     return replace(votes, ledger_durable=written, pending_rows=pending)
 
 
@@ -140,14 +142,15 @@ def commit_step(generation: Generation, position: Position, share: StepShare, ou
     run.lease.check_ownership()
     # Only now: that this step took place shows that rank 0 has outlived its writing.
     ledger.discard_rows(votes.ledger_durable)
-    run.report.pending_rows = votes.pending_rows
+    run.report.rows.pending = votes.pending_rows
     epoch = position.epoch + 1
     ledger.append_row(LedgerRow(position.step + 1, epoch, position.offset, votes.examples, votes.id_hashes))
     count = share.step_examples
     position.advance_past_step(count, None if result.must_skip else float(result.score_sums[0]))
     activity.record_finished_steps(position.step)
     values = compute_means(run.step.metrics, result.score_sums, count) | outcome.update_report
-    run.report.record_step(position, epoch, outcome.lr, values, count, outcome.seconds, result.waited_here)
+    step_time = StepTime(count, outcome.seconds, result.waited_here)
+    run.report.record_step(position, StepReport(epoch, outcome.lr, values, step_time))
 
 
 def decide(generation: Generation, position: Position, votes: StepVotes) -> Ending | None:

@@ -43,6 +43,11 @@ class ReportOptions:
         None, "steps between evaluations; default: once an epoch. Also at the end", at_least=1
     )
     log_every: int = option(10, "steps between rows of metrics.jsonl", at_least=1)
+    loggers: tuple[str, ...] = option(
+        ("tensorboard",),
+        "what receives rows and the summary besides the run folder's files; several: give it several times",
+        name="logger",
+    )
     diagnose: bool = option(
         False,
         "compare ranks every --log-every steps, 10 at least: which rank the others wait for and why, and whether their "

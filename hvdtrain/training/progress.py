@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.rows import MetricsRow, rows_from_json, rows_to_json
 
 
 @dataclass(frozen=True)
@@ -14,16 +15,16 @@ class Progress:
     """How far a run has come, besides the model's state."""
 
     position: Position  # where that state belongs
-    recent_rows: Sequence[dict[str, float | None]]  # of metrics.jsonl, the last of which may not be in the file
+    recent_rows: Sequence[MetricsRow]  # of metrics.jsonl, the last of which may not be in the file
     ledger: Any  # Ledger.to_state()
     earlier_worlds: Any  # Diagnosis.build_history()
 
     def to_json(self) -> list[Any]:
         """Return it as plain data."""
-        return [asdict(self.position), self.recent_rows, self.ledger, self.earlier_worlds]
+        return [asdict(self.position), rows_to_json(self.recent_rows), self.ledger, self.earlier_worlds]
 
     @staticmethod
     def from_json(data: Sequence[Any]) -> Progress:
         """Return what another rank's `to_json` was called on."""
         position, recent_rows, ledger, earlier_worlds = data
-        return Progress(Position(**position), recent_rows, ledger, earlier_worlds)
+        return Progress(Position(**position), rows_from_json(recent_rows), ledger, earlier_worlds)

@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.ledger.writer import find_segments, read_segment
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import write_atomically
+from hvdtrain.system.strict_json import encode_json
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """What a step has measured: a line of metrics.jsonl. The values of `train` and `eval` may be NaN or infinite."""
+
+    step: int
+    epoch: int  # from 1
+    samples: int  # that were consumed since the run began
+    lr: float
+    samples_per_second: float  # since the last row
+    comm_seconds: float  # that a step has waited for communication, mean since the last row
+    train: Mapping[str, float]  # loss, metrics, and what the update reports, of this step
+    eval: Mapping[str, float] = field(default_factory=dict)  # if there was an evaluation after this step
+
+    def encode(self) -> bytes:
+        """Return the line; numbers that are not finite are null in it."""
+        values = {name: getattr(self, name) for name in ("step", "epoch", "samples", "lr")}
+        values |= {"samples_per_second": self.samples_per_second, "comm_seconds": self.comm_seconds, **self.train}
+        values |= {f"eval_{name}": value for name, value in self.eval.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return f"{encode_json(finite)}\n".encode()
+
+
+def rows_to_json(rows: Sequence[MetricsRow]) -> list[Any]:
+    """Return rows as plain data, for another rank."""
+    return [asdict(row) for row in rows]
+
+
+def rows_from_json(data: Sequence[Any]) -> list[MetricsRow]:
+    """Return the rows that another rank's `rows_to_json` was called on."""
+    return [MetricsRow(**row) for row in data]
 
 
 @dataclass

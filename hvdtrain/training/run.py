@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,4 +45,5 @@ class Generation:
     folder: Path
     ledger: Ledger
     diagnosis: Diagnosis | None  # of --diagnose
+    hosts: Sequence[str]  # of the ranks, each once
     formation_text: str  # how long it took to form, human-readable; "" for the first one

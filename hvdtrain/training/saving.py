@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.files import write_error_text
 from hvdtrain.training import checkpoint
-from hvdtrain.training.checkpoint import Checkpoint, Position
+from hvdtrain.training.checkpoint import BestCheckpoint, Checkpoint, Position
 from hvdtrain.training.folder import check_folder_ownership
 from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.run import Generation, Run
@@ -44,10 +45,12 @@ def save_checkpoint(generation: Generation, position: Position, *, must: bool) -
         error = str(problem)
     if error and not is_fatal:
         generation.run.report.print_warning(f"{error}; training continues, the next checkpoint is tried again")
+    best = generation.run.report.best
     if generation.world.rank == 0 and not error:
-        remove_old_checkpoints(generation)
+        best = remove_old_checkpoints(generation) or best
     # Without this the others would wait for rank 0 in the next step.
-    error, is_fatal = collectives.broadcast_json([error, is_fatal], "save")
+    error, is_fatal, best = collectives.broadcast_json([error, is_fatal, asdict(best) if best else None], "save")
+    generation.run.report.best = BestCheckpoint(**best) if best else None
     if error and is_fatal:
         raise RunError(error)
     position.saved = position.saved if error else position.step
@@ -74,13 +77,14 @@ def write_on_root(generation: Generation, position: Position, state: bytes) -> s
     return None
 
 
-def remove_old_checkpoints(generation: Generation) -> None:
-    """Remove the checkpoints that are not to be kept; warn if they cannot be removed."""
+def remove_old_checkpoints(generation: Generation) -> BestCheckpoint | None:
+    """Remove the checkpoints that are not to be kept, and return the best one; warn if they cannot be removed."""
     run = generation.run
     try:
-        checkpoint.prune_checkpoints(generation.folder, run.options.checkpoints.keep, run.recipe.best)
+        return checkpoint.prune_checkpoints(generation.folder, run.options.checkpoints.keep, run.recipe.best)
     except OSError as problem:
         run.report.print_warning(f"old checkpoints cannot be removed: {problem.filename}: {problem.strerror}")
+        return None
 
 
 def resume_run(run: Run, folder: Path, *, unattended: bool = False) -> Position:
@@ -97,13 +101,15 @@ def resume_run(run: Run, folder: Path, *, unattended: bool = False) -> Position:
     activity.enter_activity("reading a checkpoint", patient=True)
     found: Checkpoint | None = None
 
-    def read_on_root() -> dict[str, object] | None:
+    def read_on_root() -> tuple[dict[str, object] | None, dict[str, object] | None]:
         nonlocal found
         found = checkpoint.read_newest_checkpoint(folder, run.name, unattended=unattended)
         warn_of_damage(found)
-        return vars(found.position) if found else None
+        best = checkpoint.find_best_checkpoint(folder, run.recipe.best)
+        return vars(found.position) if found else None, asdict(best) if best else None
 
-    saved = collectives.on_root("resume.position", read_on_root)
+    saved, best = collectives.on_root("resume.position", read_on_root)
+    run.report.best = BestCheckpoint(**best) if best else None  # type: ignore[arg-type]
     position = Position(**saved) if saved is not None else Position()  # type: ignore[arg-type]
     start_order(run, position)
     if saved is not None:

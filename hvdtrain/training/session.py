@@ -135,7 +135,8 @@ class Session:
             log_every = run.options.reports.log_every
             diagnosis = Diagnosis(self.world, folder, log_every, position.step, self._earlier_worlds)
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
-        generation = Generation(run, self.world, plan, folder, ledger, diagnosis, self._formation_text)
+        hosts = list(dict.fromkeys(collectives.gather_json(self.world.host, "hosts")))
+        generation = Generation(run, self.world, plan, folder, ledger, diagnosis, hosts, self._formation_text)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
         report_generation(generation, position, notes)
         return generation, position
@@ -170,7 +171,7 @@ class Session:
         progress, state = None, None
         if entered.world.rank == entered.root:
             assert self.position is not None and self._ledger is not None
-            rows, ledger = self.run.report.recent_rows, self._ledger.to_state()
+            rows, ledger = self.run.report.rows.recent, self._ledger.to_state()
             progress = Progress(self.position, rows, ledger, self._earlier_worlds).to_json()
         received = collectives.broadcast_json(progress, "regroup.position", entered.root)
         if entered.world.rank == entered.root:
@@ -183,5 +184,5 @@ class Session:
         """Continue from what the rank that is farthest has sent; it may be this one."""
         self.run.step.load_state(state)
         self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger)
-        self.run.report.recent_rows = list(progress.recent_rows)
+        self.run.report.rows.recent = list(progress.recent_rows)
         self._earlier_worlds = progress.earlier_worlds

@@ -17,6 +17,7 @@ from hvdtrain.recipe.source_copy import describe_copy, write_copy
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import PRIVATE_MODE, write_error_text, write_json
 from hvdtrain.system.version import __version__
+from hvdtrain.system.processes import ProcessTimeout, run_process
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.plan import TrainingPlan, make_training_plan
@@ -24,6 +25,7 @@ from hvdtrain.training.ragged import refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
 from hvdtrain.training.run import Run
 
+GIT_SECONDS = 5.0  # for git to name the commit
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 
@@ -129,3 +131,15 @@ def collect_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def find_git_commit(folder: Path) -> str | None:
+    """Return the commit that is checked out in a folder, with "-dirty" if files differ from it; None without one."""
+    if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = run_process(command, GIT_SECONDS)
+    except (OSError, ValueError, ProcessTimeout):
+        return None
+    return done.stdout.strip() or None if done.exit_code == 0 else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +12,9 @@ from typing import Any
 from hvdtrain.comm import collectives
 from hvdtrain.system import activity, messages
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
-from hvdtrain.training.checkpoint import Position
-from hvdtrain.training.event_writer import MISSING_TENSORBOARD
+from hvdtrain.training.checkpoint import BestCheckpoint, Position
 from hvdtrain.training.run import Generation
-from hvdtrain.training.setup import collect_versions
+from hvdtrain.training.setup import collect_versions, find_git_commit
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Summary:
     samples_seen: int
     train_loss: float
     eval: Mapping[str, float]  # of the last evaluation, by metric
+    best: BestCheckpoint | None  # of those that were evaluated
     wire_bytes_per_step: int
     compression: str
     buckets: Sequence[Mapping[str, object]]
@@ -37,6 +39,9 @@ class Summary:
     skipped_nonfinite: int
     synthetic: bool  # the data is made up
     versions: Mapping[str, str]  # by package
+    command: str  # of this rank
+    git_commit: str | None  # of the repository that the recipe is in, with "-dirty" if files differ from it
+    hosts: Sequence[str]
     samples_per_second: float
     step_seconds_median: float
     comm_seconds_median: float
@@ -46,21 +51,22 @@ class Summary:
         """Return it as the plain data of summary.json."""
         return asdict(self)
 
-    def describe(self, folder: Path) -> list[str]:
-        """Return how the run has ended, in a few lines to print."""
-        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+    def describe(self, folder: Path, view_commands: Sequence[str]) -> list[str]:
+        """Return how the run has ended, in a few lines to print. view_commands: show what the loggers have written."""
+        best, ranks = self.best, f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         shown = "  ".join(f"{name} {value:.4f}" for name, value in self.eval.items())
         return [
             *([f"evaluated {shown}"] if self.finished and shown else []),
+            *([f"best      {best.metric} {best.value:.4f} at step {best.step}"] if best is not None else []),
             f"trained   {self.steps} steps, {self.samples_per_second:,.0f} samples/s on {ranks}",
-            f"results   {folder}/summary.json" + ("" if MISSING_TENSORBOARD else f", tensorboard --logdir {folder}"),
+            f"results   {', '.join([f'{folder}/summary.json', *view_commands])}",
         ]
 
 
 def make_summary(generation: Generation, position: Position, resumed_from: int | None, finished: bool) -> Summary:
     """Return the summary of a run that has ended at `position`."""
     activity.enter_activity("ending the run", patient=True)
-    run, rates = generation.run, generation.run.report.measure_rates()
+    run, rates = generation.run, generation.run.report.speed.measure_rates()
     return Summary(
         recipe=run.name,
         framework=run.recipe.framework,
@@ -71,6 +77,7 @@ def make_summary(generation: Generation, position: Position, resumed_from: int |
         samples_seen=position.samples,
         train_loss=position.train_loss,
         eval=position.eval,
+        best=run.report.best,
         wire_bytes_per_step=run.step.wire_bytes(),
         compression=run.options.compression.spec,
         buckets=run.step.exchange_report().buckets,
@@ -79,6 +86,9 @@ def make_summary(generation: Generation, position: Position, resumed_from: int |
         skipped_nonfinite=position.skipped_nonfinite,
         synthetic=bool(getattr(run.recipe, "synthetic", False)),
         versions=collect_versions(),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        git_commit=find_git_commit(run.source.main_path.parent) if run.source is not None else None,
+        hosts=generation.hosts,
         samples_per_second=rates.samples_per_second,
         step_seconds_median=rates.step_seconds_median,
         comm_seconds_median=rates.comm_seconds_median,
@@ -94,7 +104,7 @@ def write_summary(generation: Generation, summary: Summary) -> str | None:
         run.report.print_lines([f"stopped   at step {summary.steps}, saved; to continue: {resume}"])
     error = run.report.write_summary(summary.to_json())
     if not error:
-        run.report.print_lines(summary.describe(generation.folder))
+        run.report.print_lines(summary.describe(generation.folder, run.report.loggers.view_commands()))
     return error
 
 

@@ -389,7 +389,7 @@ def test_a_disk_that_is_full(tmp_path: Path, reference: Any) -> None:
         job.until(lambda: "cannot write step 20's checkpoint" in job.said(), "failed checkpoint of another rank")
         assert not list(job.run_dir.glob("**/.*"))
         disk.empty()
-        job.until(lambda: "has room again" in job.said(), "rows that were waiting")
+        job.until(lambda: "has free space again" in job.said(), "rows that were waiting")
         job.end()
         check(job, reference)
         assert re.search(r"No space left on device \(\d+ KiB free\); training continues", job.said())

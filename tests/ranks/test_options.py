@@ -84,8 +84,8 @@ def test_the_run_folder_holds_what_it_promises(world2: KeptWorld, tmp_path: Path
     assert 0 < summary["comm_seconds_median"] < summary["step_seconds_median"]
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [5, 10, 12, 15, 20, 24]
-    assert events.Scalars("eval_accuracy")[-1].value == pytest.approx(summary["eval"]["accuracy"])
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 12, 15, 20, 24]
+    assert events.Scalars("eval/accuracy")[-1].value == pytest.approx(summary["eval"]["accuracy"])
     assert any("Conv" in node.op or "conv" in node.name.lower() for node in events.Graph().node)
 
 

@@ -18,8 +18,9 @@ from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
 from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import ReportOptions
-from hvdtrain.training.reporter import Reporter
+from hvdtrain.training.reporter import Reporter, StepReport
 from hvdtrain.training.rows import RowCutResult, cut_rows, find_ledger_gap
+from hvdtrain.training.speed import StepTime
 
 ERRORS = [errno.EFBIG, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT]
 
@@ -227,7 +228,7 @@ def test_what_is_cut_or_missing_is_announced_in_one_line(
 
 def log_step(report: Reporter, at: Position) -> None:
     at.step += 1
-    report.record_step(at, 1, 0.1, {"loss": 0.5}, 8, 0.01, 0.001)
+    report.record_step(at, StepReport(1, 0.1, {"loss": 0.5}, StepTime(8, 0.01, 0.001)))
     report.write_due_row()
     report.report_write_errors(Ledger(0, 10, 2))
 
@@ -248,14 +249,14 @@ def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
         with pytest.raises(OSError):
             report.sync_rows()
         assert report.write_summary({}) is not None
-        assert report.pending_rows == 3
+        assert report.rows.pending == 3
     log_step(report, at)
     assert report.write_summary({}) is None
     report.close()
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith(f"hvdtrain: warning: cannot write metrics.jsonl in {tmp_path}: {os.strerror(number)}")
-    assert lines[0].endswith("; rows wait in memory, training goes on")
-    assert len(lines) == 2 and lines[1].endswith("again: all rows are written")
+    assert lines[0].endswith("; rows wait in memory, training continues")
+    assert len(lines) == 2 and lines[1].endswith("again: all pending rows were written")
     written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (written, at.rows) == ([1, 2, 3, 4, 5], 5)
     assert json.loads((tmp_path / "advisor.json").read_text()) == {"chosen": "none"}

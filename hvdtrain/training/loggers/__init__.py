@@ -1,0 +1,1 @@
+"""The loggers that hvdtrain brings: one module each, which registers itself."""

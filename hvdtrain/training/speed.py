@@ -1,0 +1,62 @@
+"""How fast a rank's steps are: since the last row, and in the whole run."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step took on this rank."""
+
+    examples: int  # of the global batch
+    seconds: float
+    waited_seconds: float  # for communication
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """How fast steps were."""
+
+    samples_per_second: float
+    step_seconds_median: float
+    comm_seconds_median: float  # waited for communication
+
+
+class SpeedMeter:
+    """Collects the times of steps."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._waited_seconds: list[float] = []
+        self._examples = 0
+        self._since_row: list[StepTime] = []
+
+    def record(self, step: StepTime) -> None:
+        """Add a step."""
+        self._seconds.append(step.seconds)
+        self._waited_seconds.append(step.waited_seconds)
+        self._examples += step.examples
+        self._since_row.append(step)
+
+    def start_row(self) -> None:
+        """Let the next row begin after the last step."""
+        self._since_row.clear()
+
+    def row_rate(self) -> float:
+        """Return examples per second since the last row."""
+        return sum(step.examples for step in self._since_row) / sum(step.seconds for step in self._since_row)
+
+    def row_wait(self) -> float:
+        """Return the mean seconds that a step has waited for communication since the last row."""
+        return statistics.fmean(step.waited_seconds for step in self._since_row)
+
+    def measure_rates(self) -> StepRates:
+        """Return how fast this rank's steps were so far."""
+        seconds = sum(self._seconds)
+        return StepRates(
+            samples_per_second=self._examples / seconds if seconds else 0.0,
+            step_seconds_median=statistics.median(self._seconds) if self._seconds else 0.0,
+            comm_seconds_median=statistics.median(self._waited_seconds) if self._waited_seconds else 0.0,
+        )
