@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from hvdtrain.recipe.base import Recipe, check_methods
-from hvdtrain.recipe.options import OptionField, option_fields
+from hvdtrain.recipe.options import OptionField, OptionValues, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training import schedule
@@ -103,7 +103,7 @@ class TrainArguments:
 
     recipe_class: type[Recipe]
     name: str  # of the recipe, as the run folder records it
-    given_options: dict[str, Any]  # only what was given
+    given_options: OptionValues  # only what was given
 
 
 def recipe_name(spec: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,38 @@ import numpy as np
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.diagnosis.drift import Drift, find_drift, hash_checksums
+from hvdtrain.diagnosis.report import (
+    DiagnosisReport,
+    DriftingRank,
+    DriftSummary,
+    FinalSummary,
+    IntervalSummary,
+    WorldHistory,
+    summarize_medians,
+    summarize_straggler,
+)
 from hvdtrain.diagnosis.straggler import TIME_PARTS, StepTimes, Straggler, find_straggler
 from hvdtrain.recipe.framework import Step
 from hvdtrain.system.errors import RunError
 from hvdtrain.system.files import BufferedDocument, write_error_text
+from hvdtrain.system.records import encode_record
 
-MIN_INTERVAL_STEPS = 10  # steps from one comparison to the next: fewer say little about a straggler
+MIN_INTERVAL_STEPS = 10  # steps from one comparison to the next: fewer show little of a straggler
 FINAL_TABLE_STEPS = 1000  # steps that the end's table is about
 MAX_INTERVALS = 30  # intervals in diagnose.json
 MAX_TABLE_RANKS = 8  # ranks in a table
 
 
 class Diagnosis:
-    """The times of this rank's steps in one world, which all ranks compare at intervals, and their weights with them.
+    """Collects the times of this rank's steps in one world; all ranks compare them, and their weights, at intervals.
 
-    The loop hands over its batches, tells when an exchange has ended, and asks to compare after a step's update.
+    The loop hands over its batches, reports when an exchange has ended, and asks to compare after a step's update.
     """
 
     def __init__(
-        self, world: World, folder: Path, log_every: int, from_step: int, earlier: list[dict[str, Any]]
+        self, world: World, folder: Path, log_every: int, from_step: int, earlier: Sequence[WorldHistory]
     ) -> None:
-        """earlier: the histories of this run's earlier worlds."""
+        """Begin after `from_step` in a run folder; earlier: of this run's earlier worlds."""
         self.world, self.path, self.earlier_worlds = world, folder / "diagnose.json", earlier
         self.interval = -(-MIN_INTERVAL_STEPS // log_every) * log_every
         self.from_step = self.last_compared_step = from_step
@@ -42,7 +53,7 @@ class Diagnosis:
         self._data_seconds = 0.0  # seconds that this step has waited for batches
         self._last_end_time = time.perf_counter()  # when the last exchange, or comparison, ended
         self._recent_times: deque[StepTimes] = deque(maxlen=FINAL_TABLE_STEPS)  # all ranks' times, (1, ranks, PARTS)
-        self._intervals: deque[dict[str, Any]] = deque(maxlen=MAX_INTERVALS)
+        self._intervals: deque[IntervalSummary] = deque(maxlen=MAX_INTERVALS)
         self._named_counts: dict[str, int] = {}  # intervals, by the rank that was named
         self._last_straggler: Any = ""  # who was named in the last table
         self._report_file = BufferedDocument(self.path)
@@ -70,7 +81,7 @@ class Diagnosis:
         return step % self.interval == 0
 
     def compare_ranks(self, step: Step, number: int, *, ends: bool) -> list[str]:
-        """Compare this world's ranks after a step; all call it. Returns lines for people.
+        """Compare this world's ranks after a step; all call it. Returns lines to print.
 
         Raises RunError on all ranks where their replicas differ: what they train then is no model any more, and a
         checkpoint would be one rank's opinion. It is called before anything is saved.
@@ -89,7 +100,8 @@ class Diagnosis:
         if straggler is not None:
             key = self.label_rank(straggler.rank)
             self._named_counts[key] = self._named_counts.get(key, 0) + 1
-        self._intervals.append({"first_step": first, "last_step": number, **self._summarize_times(times, straggler)})
+        slowest = summarize_straggler(times, self.hosts)
+        self._intervals.append(IntervalSummary(summarize_medians(times), slowest, first, number))
         if drift is not None:
             self._write_report(number, drift=drift)
             collectives.gather_json(None, "diagnose.written")  # the first rank to leave ends the others
@@ -110,46 +122,39 @@ class Diagnosis:
         self._last_end_time = time.perf_counter()
         return lines
 
-    def build_history(self) -> list[dict[str, Any]]:
-        """What is to be known of this world and those before it in the next one."""
+    def build_history(self) -> list[WorldHistory]:
+        """Return what the next world is to know of this one and those before it."""
         if self.last_compared_step == self.from_step:
-            return self.earlier_worlds
-        own = {"first_step": self.from_step + 1, "last_step": self.last_compared_step, "ranks": self.world.size}
-        return [*self.earlier_worlds, {**own, "named": self._named_counts}]
+            return list(self.earlier_worlds)
+        own = WorldHistory(self.from_step + 1, self.last_compared_step, self.world.size, self._named_counts)
+        return [*self.earlier_worlds, own]
 
     def label_rank(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}"
 
-    def _summarize_times(self, times: StepTimes, straggler: Straggler | None) -> dict[str, Any]:
-        """Medians and verdict, for JSON."""
-        medians = np.median(times, axis=0).round(6).tolist()
-        found = straggler and {"host": self.hosts[straggler.rank], **straggler.as_json_row()}
-        return {"seconds": [dict(zip(TIME_PARTS, row, strict=True)) for row in medians], "straggler": found}
-
     def _write_report(self, number: int, whole: StepTimes | None = None, drift: Drift | None = None) -> list[str]:
-        """Rank 0 writes diagnose.json; a line for people where it begins to be impossible, which ends no run."""
+        """Write diagnose.json on rank 0; return a line to print when it begins to fail, which does not end the run."""
         if self.world.rank != 0:
             return []
         found = None
         if drift is not None:
-            ranks = [{"rank": rank, "host": self.hosts[rank]} for rank in drift.ranks]
-            found = {"step": number, "tensor": drift.first_tensor, "majority": drift.has_majority, "ranks": ranks}
-            found["tensors"] = drift.num_differing
+            ranks = [DriftingRank(rank, self.hosts[rank]) for rank in drift.ranks]
+            found = DriftSummary(number, drift.first_tensor, drift.has_majority, ranks, drift.num_differing)
         end = None
         if whole is not None:
-            end = {"steps": len(whole), **self._summarize_times(whole, find_straggler(whole))}
-        told = {
-            "first_step": self.from_step + 1,
-            "last_step": number,
-            "hosts": self.hosts,
-            "end": end,
-            "named": self._named_counts,
-            "intervals": list(self._intervals),
-            "drift": found,
-            "earlier_worlds": self.earlier_worlds,
-        }
+            end = FinalSummary(summarize_medians(whole), summarize_straggler(whole, self.hosts), len(whole))
+        report = DiagnosisReport(
+            first_step=self.from_step + 1,
+            last_step=number,
+            hosts=self.hosts,
+            end=end,
+            named=self._named_counts,
+            intervals=list(self._intervals),
+            drift=found,
+            earlier_worlds=self.earlier_worlds,
+        )
         before = self._report_file.error
-        self._report_file.hold(told)
+        self._report_file.hold(encode_record(report))
         self._report_file.flush()
         error = self._report_file.error
         if error is None or before is not None:
@@ -195,7 +200,7 @@ class Diagnosis:
                 f"{self.world.size - len(drift.ranks)} ranks"
             )
         else:
-            what = f"{drift.first_tensor} is not the same on {who}, no more than half of which agree"
+            what = f"{drift.first_tensor} differs across {who}, and no value has a majority"
         count = drift.num_differing - 1
         more = f"; {count} more tensor{'s' * (count > 1)} differ{'s' * (count == 1)}" if count else ""
         return f"the replicas differ after step {number}, and were the same after step {held}: {what}{more}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +30,6 @@ class Straggler:
     share: float  # of the step
     cause: str  # of PARTS: which of its own times is longer than the others'
     longer: float  # seconds a step, by how much
-
-    def as_json_row(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: round(value, 6) if name != "cause" else value for name, value in asdict(self).items()}
 
 
 def find_straggler(times: StepTimes) -> Straggler | None:

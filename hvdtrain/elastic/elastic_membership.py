@@ -23,6 +23,7 @@ from hvdtrain.elastic.membership import EnteredWorld, FixedMembership, Membershi
 from hvdtrain.elastic.records import AGREEMENT, BEGAN, ERROR, FOLDER, LAUNCH, SOURCE, VERDICT, TrainingError, Verdict
 from hvdtrain.elastic.slot import MEMBER_VARIABLE, Request, Slot, read_requests
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
+from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system import activity, cpus, messages
 from hvdtrain.system.errors import RecipeError
 from hvdtrain.system.messages import RankStarted
@@ -52,7 +53,7 @@ class ElasticMembership:
     def change_count(self) -> int:
         return self._former.generation - 1
 
-    def get_recipe_copy(self) -> Mapping[str, object] | None:
+    def get_recipe_copy(self) -> RecipeCopy | None:
         return self.store.get(SOURCE)
 
     def prepare_process(self, world: World) -> World:
@@ -90,7 +91,7 @@ class ElasticMembership:
     def publish_run_folder(self, folder: Path) -> None:
         self.store.put_if_absent(FOLDER, str(folder.absolute()))
 
-    def publish_recipe_copy(self, make_description: Callable[[], Mapping[str, object]]) -> None:
+    def publish_recipe_copy(self, make_description: Callable[[], RecipeCopy]) -> None:
         self.store.put_if_absent(SOURCE, make_description())
 
     def publish_start(self, step: int) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hvdtrain.comm.world import World
 from hvdtrain.elastic.generation import MemberRequests
+from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system import messages
 
 if TYPE_CHECKING:  # torch comes with it, and `hvdtrain train` needs a membership before it imports that
@@ -52,7 +53,7 @@ class Membership(Protocol):
 
     # The start of the process.
 
-    def get_recipe_copy(self) -> Mapping[str, object] | None:
+    def get_recipe_copy(self) -> RecipeCopy | None:
         """Return how the run's copy of its recipe's source is found; None: import the recipe itself."""
 
     def prepare_process(self, world: World) -> World:
@@ -87,7 +88,7 @@ class Membership(Protocol):
     def publish_run_folder(self, folder: Path) -> None:
         """Let all who join find the run folder."""
 
-    def publish_recipe_copy(self, make_description: Callable[[], Mapping[str, object]]) -> None:
+    def publish_recipe_copy(self, make_description: Callable[[], RecipeCopy]) -> None:
         """Let all who join import the run's copy of the recipe's source."""
 
     def publish_start(self, step: int) -> None:
@@ -139,7 +140,7 @@ class FixedMembership:
     def __init__(self) -> None:
         self.stop_requested = False
 
-    def get_recipe_copy(self) -> Mapping[str, object] | None:
+    def get_recipe_copy(self) -> RecipeCopy | None:
         return None
 
     def prepare_process(self, world: World) -> World:
@@ -164,7 +165,7 @@ class FixedMembership:
     def publish_run_folder(self, folder: Path) -> None:
         pass
 
-    def publish_recipe_copy(self, make_description: Callable[[], Mapping[str, object]]) -> None:
+    def publish_recipe_copy(self, make_description: Callable[[], RecipeCopy]) -> None:
         pass
 
     def publish_start(self, step: int) -> None:

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system.records import encode_record, parse_record
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ FOLDER: Fact[str] = Fact("folder", str)  # the run folder, absolute
 LAUNCH: Fact[str] = Fact("launch", str)  # the launch's name (hvdtrain/training/lease.py)
 # What workers compare themselves with (hvdtrain/comm/agreement.py) and import (hvdtrain/recipe/source_copy.py).
 AGREEMENT: Fact[Any] = Fact("agreement", Any)
-SOURCE: Fact[Any] = Fact("source", Any)
+SOURCE: Fact[RecipeCopy] = Fact("source", RecipeCopy)
 
 
 def check_host(host: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hvdtrain.recipe.source import (
     OWN_PACKAGE,
+    SHIPPED_RECIPES,
     RecipeSource,
     absolute_name,
     is_own_module,
@@ -233,8 +234,6 @@ class _NameResolver:
         if parts[-1] == "Recipe":
             return ResolvedBase(RecipeStatus.RECIPE, parts[1] if len(parts) > 2 and parts[1] != "recipe" else "")
         if parts[1] == "recipes" and len(parts) == 4:
-            from hvdtrain.recipe.registry import SHIPPED_RECIPES
-
             path = SHIPPED_RECIPES / f"{parts[2]}.py"
             if path.is_file():
                 seen = {cls.name: cls for cls in read_classes(read_source(path))}

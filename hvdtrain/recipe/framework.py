@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

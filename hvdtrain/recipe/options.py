@@ -25,6 +25,8 @@ from hvdtrain.system.recipe_errors import describe_error, in_recipe
 
 CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
 OPTION_TYPES = (int, float, str, bool)
+# By the options' names; what type a value must have is known to the fields that it is given to.
+OptionValues = Mapping[str, Any]
 T = TypeVar("T")
 
 
@@ -209,7 +211,7 @@ def check_number(field: OptionField, value: Any) -> None:
         raise UserError(f"{field.flag} is {value}; it must be above {field.above:g}")
 
 
-def make_from_values(cls: type[T], values: Mapping[str, Any]) -> T:
+def make_from_values(cls: type[T], values: OptionValues) -> T:
     """Make a recipe, or a dataclass of options with its groups, from values by their flat names.
 
     Raises UserError for an unknown name, and for a ValueError out of a `__post_init__`.
@@ -238,7 +240,7 @@ def _make_group(cls: type[T], by_path: Mapping[tuple[str, ...], Any], path: tupl
     return cls(**arguments)
 
 
-def flatten_options(instance: Any) -> dict[str, Any]:
+def flatten_options(instance: Any) -> OptionValues:
     """Return the value of each option of an object, its groups' included, by their flat names."""
     values = {}
     for field in option_fields(type(instance)):

@@ -7,12 +7,8 @@ from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.classes import RecipeStatus, read_classes
-from hvdtrain.recipe.source import RecipeSource, import_source, read_source
+from hvdtrain.recipe.source import SHIPPED_RECIPES, RecipeSource, import_source, read_source
 from hvdtrain.system.errors import UserError, suggest_nearest
-
-SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
-if not SHIPPED_RECIPES.is_dir():  # an editable install: the recipes lie beside the package
-    SHIPPED_RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @dataclass(frozen=True)

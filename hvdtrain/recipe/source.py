@@ -28,6 +28,9 @@ from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import describe_error
 
 OWN_PACKAGE = "hvdtrain"
+SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
+if not SHIPPED_RECIPES.is_dir():  # an editable install: the recipes are next to the package
+    SHIPPED_RECIPES = Path(__file__).parents[2] / "recipes"
 added_folders: set[str] = set()  # to sys.path, by this module
 
 

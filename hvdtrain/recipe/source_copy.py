@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.system.files import sync_folder
@@ -65,34 +64,46 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def describe_copy(run_dir: Path, source: RecipeSource) -> dict[str, Any]:
-    """What another process needs to import the copy as the original, for JSON."""
-    return {
-        "folder": str((run_dir / SOURCE_FOLDER).absolute()),
-        "root": str(source.root),
-        "main": source.main,
-        "module": source.module,
-        "relative": source.has_relative_imports,
-        "shown": str(source.display_path),
-        "digest": source.content_digest,
-    }
+@dataclass(frozen=True)
+class RecipeCopy:
+    """What another process needs to import the copy in a run folder as the original."""
+
+    folder: str  # of the copy, absolute
+    root: str  # these are those of RecipeSource
+    main: str
+    module: str
+    relative: bool
+    shown: str
+    digest: str
 
 
-def read_copy(described: Mapping[str, Any]) -> RecipeSource | None:
-    """The source that a run's copy holds; None if it is not to be read from here."""
+def describe_copy(run_dir: Path, source: RecipeSource) -> RecipeCopy:
+    """Describe the copy that `write_copy` has written."""
+    return RecipeCopy(
+        folder=str((run_dir / SOURCE_FOLDER).absolute()),
+        root=str(source.root),
+        main=source.main,
+        module=source.module,
+        relative=source.has_relative_imports,
+        shown=str(source.display_path),
+        digest=source.content_digest,
+    )
+
+
+def read_copy(copy: RecipeCopy) -> RecipeSource | None:
+    """Return the source that a run's copy holds; None if it is not as described, or cannot be read from here."""
     try:
-        files = read_files(Path(described["folder"]))
+        files = read_files(Path(copy.folder))
     except OSError:
         return None
-    main = described["main"]
-    if main not in files:
+    if copy.main not in files:
         return None
     source = RecipeSource(
-        root=Path(described["root"]),
-        main=main,
-        module=described["module"],
-        has_relative_imports=described["relative"],
-        files={main: files.pop(main), **files},
-        display_path=Path(described["shown"]),
+        root=Path(copy.root),
+        main=copy.main,
+        module=copy.module,
+        has_relative_imports=copy.relative,
+        files={copy.main: files.pop(copy.main), **files},
+        display_path=Path(copy.shown),
     )
-    return source if source.content_digest == described["digest"] else None
+    return source if source.content_digest == copy.digest else None

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hvdtrain.recipe.framework import Ids, Split
+from hvdtrain.recipe.framework import Split
+from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import KnownError, RunError, UserError
 from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
 from hvdtrain.system.seeds import derive_seed

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from hvdtrain.recipe.framework import Ids
+from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import KnownError, RecipeError, RunError
 from hvdtrain.system.recipe_errors import name_call
 from hvdtrain.system.shared_memory import explain_full_shared_memory

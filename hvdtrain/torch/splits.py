@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.recipe.framework import Ids, Split
+from hvdtrain.recipe.framework import Split
+from hvdtrain.recipe.order import Ids
 from hvdtrain.recipe.step_options import DataOptions
 from hvdtrain.torch.data import BatchDataset, BatchRequest
 from hvdtrain.torch.loader import BatchLoader

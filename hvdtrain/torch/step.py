@@ -23,7 +23,8 @@ from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.checksums import checksum_model
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.framework import ExchangeReport, Ids, Split, StepResult, StepVotes
+from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
+from hvdtrain.recipe.order import Ids
 from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker

@@ -5,10 +5,9 @@ from __future__ import annotations
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.options import flatten_options
+from hvdtrain.recipe.options import OptionValues, flatten_options
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system.version import __version__
-from hvdtrain.training.config import OptionValues
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.run import Run
 

@@ -13,82 +13,23 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import sync_folder, write_atomically
-from hvdtrain.system.strict_json import (
-    check_count,
-    check_entries,
-    check_finite_number,
-    encode_with_digest,
-    parse_strict_json,
-)
+from hvdtrain.system.strict_json import check_count, check_entries, encode_with_digest, parse_strict_json
+from hvdtrain.training.position import FIELDS_SINCE_FORMAT_1, Position, parse_position
 
 CHECKPOINT_FORMAT = "hvdtrain checkpoint 2"
 # Read as well: meta.json has no checksum of its own, and lacks fields of Position that came later.
 CHECKPOINT_FORMAT_1 = "hvdtrain checkpoint 1"
-FIELDS_SINCE_1 = ("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples")
 FOLDER_NAME_PATTERN = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is not what this hvdtrain wrote, or older ones."""
-
-
-@dataclass
-class Position:
-    """Where in a run a state belongs: after `step` steps, with example `offset` of epoch `epoch`'s order to come."""
-
-    step: int = 0
-    epoch: int = 0
-    offset: int = 0
-    samples: int = 0
-    epoch_loss_sum: float = 0.0  # over the epoch's examples so far, without skipped steps
-    epoch_loss_count: int = 0
-    train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
-    skipped_nonfinite: int = 0
-    eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
-    evaluated: int = 0  # the step after which that was
-    saved: int = 0  # the step of the last checkpoint
-    examples: int = 0  # of an epoch; with the seed, what the order is drawn from
-    seed: int = 0
-    rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
-    order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
-    first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
-
-    def set_example_order(self, examples: int, seed: int) -> None:
-        """Let the order be that of `examples` examples and a seed.
-
-        Raises UserError in mid-epoch if it was begun in another order: some examples would come twice, others never.
-        """
-        if self.offset and self.order_version != order.ORDER_VERSION:
-            raise UserError(
-                f"the checkpoint is at example {self.offset} of an epoch that another version of hvdtrain shuffled "
-                "differently: resume from a checkpoint at the end of an epoch, or with that version"
-            )
-        if self.offset and (examples, seed) != (self.examples, self.seed):
-            begun = f"{self.examples} examples" + (f" by --seed {self.seed}" if self.seed != seed else "")
-            raise UserError(
-                f"the checkpoint is at example {self.offset} of an epoch of {begun}, and the training data is now "
-                f"{examples} examples" + (f" by --seed {seed}" if self.seed != seed else "") + ": resume with the same"
-            )
-        self.examples, self.seed, self.order_version = examples, seed, order.ORDER_VERSION
-
-    def advance_past_step(self, count: int, loss_sum: float | None) -> None:
-        """A step consumed `count` of the epoch's examples; their losses add up to `loss_sum`, None if skipped."""
-        self.step += 1
-        self.samples += count
-        self.offset += count
-        if loss_sum is not None:
-            self.epoch_loss_sum += loss_sum
-            self.epoch_loss_count += count
-            self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
-        if self.offset == self.examples:
-            self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
 
 
 @dataclass(frozen=True)
@@ -300,7 +241,7 @@ def _parse_meta(data: bytes, step: int) -> CheckpointMeta:
         check_entries(entries["files"], "files.", "state")["state"], "files.state.", "bytes", "sha256"
     )
     lenient = entries["format"] == CHECKPOINT_FORMAT_1
-    position = parse_position(entries["position"], allow_missing=FIELDS_SINCE_1 if lenient else ())
+    position = parse_position(entries["position"], allow_missing=FIELDS_SINCE_FORMAT_1 if lenient else ())
     if position.step != step:
         raise ValueError(f"is that of step {position.step}")
     if not isinstance(entries["recipe"], str) or not isinstance(state["sha256"], str):
@@ -308,37 +249,3 @@ def _parse_meta(data: bytes, step: int) -> CheckpointMeta:
     return CheckpointMeta(
         entries["recipe"], position, check_count(state["bytes"], "files.state.bytes"), state["sha256"]
     )
-
-
-def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Position:
-    """A Position from JSON. Raises ValueError for a field that is missing, unknown, or not a number in its range."""
-    known = {field.name: field.type for field in fields(Position)}
-    if isinstance(content, dict):
-        known = {name: kind for name, kind in known.items() if name in content or name not in allow_missing}
-    values: dict[str, Any] = {}
-    for name, value in check_entries(content, "position.", *known).items():
-        kind, where = known[name], f"position.{name}"
-        if kind == "int" or (kind == "int | None" and value is not None):
-            values[name] = check_count(value, where)
-        elif kind == "float":
-            values[name] = check_finite_number(value, where)
-        elif kind == "dict[str, str]":
-            if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-                raise ValueError(f"has no object of texts {where!r}")
-            values[name] = value
-        elif kind == "dict[str, float]":
-            if not isinstance(value, dict):
-                raise ValueError(f"has no object {where!r}")
-            values[name] = {
-                key: math.nan
-                if one is None or (isinstance(one, float) and not math.isfinite(one))
-                else check_finite_number(one, where)
-                for key, one in value.items()
-            }
-        elif kind == "int | None":
-            values[name] = None
-        else:
-            raise AssertionError(f"{where} of type {kind} cannot be read back")
-    if "rows" not in values:
-        values["rows"] = None
-    return Position(**values)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.options import convert_value, flatten_options, option_fields
+from hvdtrain.recipe.options import OptionValues, convert_value, flatten_options, option_fields
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.strict_json import parse_strict_json
 from hvdtrain.training.options import RunOptions
 
-OptionValues = Mapping[str, Any]  # by the options' names; their types are those of the fields that they are given to
 # Where a run is, not what it is.
 EXCLUDED_FROM_CONFIG = ("run_dir", "resume")
 
@@ -21,7 +19,7 @@ EXCLUDED_FROM_CONFIG = ("run_dir", "resume")
 def build_config(name: str, recipe: Recipe, options: RunOptions) -> Mapping[str, object]:
     """Return what config.json holds."""
     kept = {name: value for name, value in flatten_options(options).items() if name not in EXCLUDED_FROM_CONFIG}
-    values = flatten_options(recipe) | kept
+    values = {**flatten_options(recipe), **kept}
     return {"recipe": name, "options": {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}}
 
 

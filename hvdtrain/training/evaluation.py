@@ -11,8 +11,8 @@ from hvdtrain.recipe import order
 from hvdtrain.recipe.metrics import compute_means
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.plan import TrainingPlan
+from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
 
 

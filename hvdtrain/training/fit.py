@@ -19,12 +19,12 @@ from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe, check_methods
 from hvdtrain.recipe.framework import find_framework
-from hvdtrain.recipe.options import convert_value, make_from_values, option_fields
+from hvdtrain.recipe.options import OptionValues, convert_value, make_from_values, option_fields
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system import activity, streams
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training.agreement import agree_on_given_options, agree_on_options, compare_with_run
-from hvdtrain.training.config import OptionValues, build_config, merge_saved_options
+from hvdtrain.training.config import build_config, merge_saved_options
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
 from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
 from hvdtrain.training.loop import Ending

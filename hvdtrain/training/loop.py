@@ -18,10 +18,10 @@ from hvdtrain.recipe.framework import StepResult, StepVotes
 from hvdtrain.recipe.metrics import compute_means
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.evaluation import evaluate_model
 from hvdtrain.training.nonfinite import count_nonfinite_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
+from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import StepReport
 from hvdtrain.training.run import Generation
 from hvdtrain.training.saving import save_checkpoint

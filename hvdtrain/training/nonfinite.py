@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvdtrain.comm import collectives
 from hvdtrain.recipe.framework import StepResult
 from hvdtrain.system.errors import RunError
-from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.options import check_number, make_from_values, option, option_fields, option_group
+from hvdtrain.recipe.options import OptionValues, check_number, make_from_values, option, option_fields, option_group
 from hvdtrain.system.errors import UserError
 
 DEFAULT_HANG_LIMIT = 600.0  # seconds
@@ -79,7 +78,7 @@ class RunOptions(StepOptions):
     faults: FaultOptions = option_group(FaultOptions, "Faults and elastic runs")
 
 
-def check_elastic_options(given: Mapping[str, Any]) -> None:
+def check_elastic_options(given: OptionValues) -> None:
     """Raise UserError for options that would not mean the same in each world of an elastic run."""
     if given.get("batch_per_rank"):
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
@@ -90,7 +89,7 @@ def check_elastic_options(given: Mapping[str, Any]) -> None:
         raise UserError(f"--compression {compression}: no momentum in an elastic run, which may come down to one rank")
 
 
-def split_options(cls: type[R], given: Mapping[str, Any]) -> tuple[R, RunOptions]:
+def split_options(cls: type[R], given: OptionValues) -> tuple[R, RunOptions]:
     """Make a recipe and run options from one dict of values. Raises UserError if they reject a value."""
     run_names = {field.name for field in option_fields(RunOptions)}
     recipe = make_from_values(cls, {name: value for name, value in given.items() if name not in run_names})

@@ -10,8 +10,8 @@ from hvdtrain.recipe import order
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.order import Ids
 from hvdtrain.training import schedule
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import RunOptions
+from hvdtrain.training.position import Position
 from hvdtrain.training.schedule import Schedule
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvdtrain.training.checkpoint import Position
+from hvdtrain.diagnosis.report import WorldHistory
+from hvdtrain.system.records import encode_record, parse_record
+from hvdtrain.training.position import Position
 from hvdtrain.training.rows import MetricsRow, rows_from_json, rows_to_json
 
 
@@ -17,14 +19,15 @@ class Progress:
     position: Position  # where that state belongs
     recent_rows: Sequence[MetricsRow]  # of metrics.jsonl, the last of which may not be in the file
     ledger: Any  # Ledger.to_state()
-    earlier_worlds: Any  # Diagnosis.build_history()
+    earlier_worlds: Sequence[WorldHistory]  # of --diagnose
 
     def to_json(self) -> list[Any]:
         """Return it as plain data."""
-        return [asdict(self.position), rows_to_json(self.recent_rows), self.ledger, self.earlier_worlds]
+        return [asdict(self.position), rows_to_json(self.recent_rows), self.ledger, encode_record(self.earlier_worlds)]
 
     @staticmethod
     def from_json(data: Sequence[Any]) -> Progress:
         """Return what another rank's `to_json` was called on."""
         position, recent_rows, ledger, earlier_worlds = data
-        return Progress(Position(**position), rows_from_json(recent_rows), ledger, earlier_worlds)
+        worlds = parse_record(earlier_worlds, list[WorldHistory])
+        return Progress(Position(**position), rows_from_json(recent_rows), ledger, worlds)

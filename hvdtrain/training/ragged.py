@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.plan import TrainingPlan
+from hvdtrain.training.position import Position
 
 
 def count_passes(count: int, plan: TrainingPlan) -> list[int]:

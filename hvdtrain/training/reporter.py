@@ -13,9 +13,10 @@ from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system import streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, PRIVATE_MODE, BufferedDocument, write_error_text, write_json
 from hvdtrain.system.messages import RankProgress
-from hvdtrain.training.checkpoint import BestCheckpoint, Position
+from hvdtrain.training.checkpoint import BestCheckpoint
 from hvdtrain.training.logger import ActiveLoggers
 from hvdtrain.training.options import ReportOptions
+from hvdtrain.training.position import Position
 from hvdtrain.training.row_file import RowFile
 from hvdtrain.training.rows import MetricsRow
 from hvdtrain.training.speed import SpeedMeter, StepTime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hvdtrain.system.files import BufferedAppender
-from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.position import Position
 from hvdtrain.training.rows import MetricsRow, cut_rows
 from hvdtrain.training.terminal import Terminal
 

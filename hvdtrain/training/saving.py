@@ -13,9 +13,10 @@ from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.files import write_error_text
 from hvdtrain.training import checkpoint
-from hvdtrain.training.checkpoint import BestCheckpoint, Checkpoint, Position
+from hvdtrain.training.checkpoint import BestCheckpoint, Checkpoint
 from hvdtrain.training.folder import check_folder_ownership
 from hvdtrain.training.lease import FolderLost
+from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation, Run
 
 

@@ -30,21 +30,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.diagnosis.diagnosis import Diagnosis
+from hvdtrain.diagnosis.report import WorldHistory
 from hvdtrain.elastic.generation import EVICTED_TEXT, MembershipEnded
 from hvdtrain.elastic.membership import EnteredWorld
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system.errors import EXIT_FAILED, RunError, UserError
 from hvdtrain.training import hang
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.folder import take_over_folder
 from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.loop import Ending, run_loop
+from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
 from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.setup import open_ledger, plan_generation, write_run_files
@@ -69,7 +69,7 @@ class Session:
         self.resumed_from: int | None = None
         self._ledger: Ledger | None = None
         self._diagnosis: Diagnosis | None = None
-        self._earlier_worlds: Any = []  # Diagnosis.build_history()
+        self._earlier_worlds: Sequence[WorldHistory] = []
         self._formation_text = ""
         self._files = contextlib.ExitStack()  # that are open during a generation
 

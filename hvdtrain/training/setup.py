@@ -16,11 +16,11 @@ from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import describe_copy, write_copy
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import PRIVATE_MODE, write_error_text, write_json
-from hvdtrain.system.version import __version__
 from hvdtrain.system.processes import ProcessTimeout, run_process
-from hvdtrain.training.checkpoint import Position
+from hvdtrain.system.version import __version__
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.plan import TrainingPlan, make_training_plan
+from hvdtrain.training.position import Position
 from hvdtrain.training.ragged import refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
 from hvdtrain.training.run import Run

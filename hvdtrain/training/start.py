@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.folder import open_run_folder, take_over_folder
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
 from hvdtrain.training.plan import describe_training_plan
+from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.saving import resume_run, start_order
 

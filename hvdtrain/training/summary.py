@@ -12,7 +12,8 @@ from typing import Any
 from hvdtrain.comm import collectives
 from hvdtrain.system import activity, messages
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
-from hvdtrain.training.checkpoint import BestCheckpoint, Position
+from hvdtrain.training.checkpoint import BestCheckpoint
+from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
 from hvdtrain.training.setup import collect_versions, find_git_commit
 

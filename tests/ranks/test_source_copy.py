@@ -11,8 +11,9 @@ import hvdtrain
 from hvdtrain.cli.train import load_arguments
 from hvdtrain.elastic.membership import FixedMembership
 from hvdtrain.recipe.source import read_source
-from hvdtrain.recipe.source_copy import describe_copy, read_copy, read_files, write_copy
+from hvdtrain.recipe.source_copy import RecipeCopy, describe_copy, read_copy, read_files, write_copy
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.records import encode_record, parse_record
 from hvdtrain.training.fit import fit_from_command_line
 
 RECIPE = """
@@ -164,7 +165,7 @@ def test_resume_names_the_old_field_in_config_json(mine: Path) -> None:
 def test_a_copy_is_imported_as_the_original(mine: Path, tmp_path: Path) -> None:
     source = read_source(mine)
     assert write_copy(tmp_path, source) is None
-    described = json.loads(json.dumps(describe_copy(tmp_path, source)))
+    described = parse_record(json.loads(json.dumps(encode_record(describe_copy(tmp_path, source)))), RecipeCopy)
     mine.write_text("def broken(:")
     (mine.parent / "sizes.py").unlink()
     copy = read_copy(described)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from hvdtrain.system.errors import UserError
 from hvdtrain.training import checkpoint
-from hvdtrain.training.checkpoint import Position, prune_checkpoints, read_newest_checkpoint, write_checkpoint
+from hvdtrain.training.checkpoint import prune_checkpoints, read_newest_checkpoint, write_checkpoint
+from hvdtrain.training.position import Position
 
 STATE = bytes(range(256)) * 4
 

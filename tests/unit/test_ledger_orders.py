@@ -12,7 +12,7 @@ from hvdtrain.ledger.verify import verify_ledger
 from hvdtrain.ledger.writer import Ledger, LedgerRow, sum_id_hashes
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
-from hvdtrain.training.checkpoint import Position
+from hvdtrain.training.position import Position
 
 FIRST_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]  # of 10 examples, seed 0, first epoch, as version 1 drew it
 

@@ -30,8 +30,8 @@ from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.stage import open_sandbox
 from hvdtrain.torch.watch import LearningRateWatch, ParameterReport, find_divergent_parameter
 from hvdtrain.training import schedule
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.plan import TrainingPlan
+from hvdtrain.training.position import Position
 from hvdtrain.training.ragged import count_passes, refuse_uneven_calls
 
 SEEN: list[int] = []

@@ -205,7 +205,7 @@ def test_a_wrong_return_value_is_one_line(function: Any, message: str) -> None:
 
 
 def test_shipped_recipes_are_shown(tmp_path: Path) -> None:
-    from hvdtrain.recipe.registry import SHIPPED_RECIPES
+    from hvdtrain.recipe.source import SHIPPED_RECIPES
     from hvdtrain.system.recipe_errors import PACKAGE, is_hidden
 
     assert not is_hidden(str(SHIPPED_RECIPES / "digits.py"))

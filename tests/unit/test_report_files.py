@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hvdtrain.ledger.writer import Ledger, LedgerRow
 from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.options import ReportOptions
+from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import Reporter, StepReport
 from hvdtrain.training.rows import RowCutResult, cut_rows, find_ledger_gap
 from hvdtrain.training.speed import StepTime

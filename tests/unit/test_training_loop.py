@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hvdtrain.elastic.membership import FixedMembership
 from hvdtrain.ledger.writer import MAX_STEP_EXAMPLES
 from hvdtrain.recipe.framework import NUM_VOTES, StepVotes
-from hvdtrain.training.checkpoint import Position
 from hvdtrain.training.loop import Ending, decide, is_due
+from hvdtrain.training.position import Position
 
 COUNT = st.integers(0, MAX_STEP_EXAMPLES // 2 * (2**32 - 1))  # of each of two ranks
 VOTES = st.builds(StepVotes, *[st.integers(0, 1)] * 3, *[COUNT] * (NUM_VOTES - 3))
