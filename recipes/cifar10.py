@@ -28,7 +28,7 @@ class CIFAR10(Recipe):
 
     net: Literal["cnn", "resnet18"] = option("cnn", "network")
     data_dir: Path = option(Path("data"), "folder that holds cifar-10-batches-py")
-    download: bool = option(False, "fetch the files into --data-dir where they are missing (needs a network)")
+    download: bool = option(False, "fetch the files into --data-dir if they are missing (needs a network)")
     augment: bool = option(True, "random crops and flips in training")
     synthetic: bool = option(False, "random examples, for benchmarks only: the accuracy means nothing")
     epochs: int = 30
@@ -40,7 +40,7 @@ class CIFAR10(Recipe):
         """(B, 3, 32, 32) -> (B, 10)"""
         if self.net == "resnet18":
             net = resnet18(num_classes=10)
-            # For small images (He et al., 2015, section 4.2): a 3x3 stem and no pooling behind it.
+            # For small images (He et al., 2015, section 4.2): a 3x3 stem and no pooling after it.
             net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             net.maxpool = nn.Identity()
             return net
@@ -63,7 +63,7 @@ class CIFAR10(Recipe):
             return datasets.CIFAR10(self.data_dir, train=train, download=self.download, transform=transform)
         except RuntimeError as error:
             raise UserError(
-                f"no whole CIFAR-10 in {self.data_dir / 'cifar-10-batches-py'}: --download fetches it where there is a "
+                f"no whole CIFAR-10 in {self.data_dir / 'cifar-10-batches-py'}: --download fetches it if there is a "
                 f"network; else unpack cifar-10-python.tar.gz in {self.data_dir}"
             ) from error
 

@@ -22,7 +22,7 @@ class MNIST(Recipe):
 
     net: Literal["mlp", "cnn"] = option("cnn", "network")
     data_dir: Path = option(Path("data"), "folder that holds MNIST/raw/train-images-idx3-ubyteand its like")
-    download: bool = option(False, "fetch the files into --data-dir where they are missing (needs a network)")
+    download: bool = option(False, "fetch the files into --data-dir if they are missing (needs a network)")
     synthetic: bool = option(False, "random examples, for benchmarks only: the accuracy means nothing")
     epochs: int = 5
     batch_size: int = 128
@@ -56,7 +56,7 @@ class MNIST(Recipe):
             return datasets.MNIST(self.data_dir, train=train, download=self.download, transform=scale)
         except RuntimeError as error:
             raise UserError(
-                f"no MNIST in {self.data_dir / 'MNIST' / 'raw'}: --download fetches it where there is a network; else "
+                f"no MNIST in {self.data_dir / 'MNIST' / 'raw'}: --download fetches it if there is a network; else "
                 "put train- and t10k-images-idx3-ubyte and -labels-idx1-ubyte there"
             ) from error
 

@@ -1,4 +1,4 @@
-"""`hvdtrain ledger`: what a run's ledger proves."""
+"""`hvdtrain ledger`: check a run's ledger."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvdtrain.system.strict_json import encode_json
 @click.group("ledger", cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def ledger_command(context: click.Context) -> None:
-    """See from a run's ledger whether every epoch visited every example exactly once.
+    """Check by a run's ledger whether every epoch visited every example exactly once.
 
-    A run writes down in RUN_DIR/ledger which examples each step consumed: a place in the epoch's order, how many
+    A run records in RUN_DIR/ledger which examples each step consumed: a place in the epoch's order, how many
     examples the ranks really fed to the model, and a sum of hashes of their ids, both added up over ranks in the step
-    itself. `verify` works out the order anew and compares.
+    itself. `verify` computes the order again and compares.
     """
     if context.invoked_subcommand is None:
         raise UserError("`hvdtrain ledger` needs a command: verify")
@@ -31,8 +31,8 @@ def verify_command(run_dir: Path, as_json: bool) -> int:
     """Replay a run's ledger: did every epoch visit every example exactly once?
 
     Steps that a crash undid, and that were done again after --resume, count once; an epoch that is not complete is
-    said so. If something is wrong: which ids are missing or repeated (ten at most), in which epoch and step. If the
-    ids fed in a step are not those of the order, they are named where one fault explains it.
+    reported as such. If something is wrong: which ids are missing or repeated (ten at most), in which epoch and step.
+    If the ids fed in a step are not those of the order, they are named if one fault explains it.
 
     Exit codes: 0 exactly once, 1 not, 2 there is no ledger in RUN_DIR or a segment's header is damaged.
     """

@@ -1,4 +1,4 @@
-"""`hvdtrain list`"""
+"""`hvdtrain list`: the recipes that are found by name."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CLICK_TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.S
 
 
 def make_click_option(field: OptionField) -> click.Option:
-    """A field as a click option; a bool becomes --name/--no-name."""
+    """Return a field as a click option; a bool becomes --name/--no-name."""
     flag = field.flag if field.type is not bool else f"{field.flag}/--no-{field.flag[2:]}"
     kind = click.Choice(field.choices) if field.choices else CLICK_TYPES.get(field.type, click.Path(path_type=Path))
     return click.Option([field.name, flag], type=kind, default=None, multiple=field.multiple)

@@ -49,10 +49,12 @@ class Diagnosis:
         self.interval = -(-MIN_INTERVAL_STEPS // log_every) * log_every
         self.from_step = self.last_compared_step = from_step
         self.hosts: list[str] = collectives.gather_json(world.host, "diagnose.hosts")
-        self._step_times: list[list[float]] = []  # of each step since the last comparison: seconds by PARTS
+        self._step_times: list[list[float]] = []  # of each step since the last comparison: seconds by TIME_PARTS
         self._data_seconds = 0.0  # seconds that this step has waited for batches
         self._last_end_time = time.perf_counter()  # when the last exchange, or comparison, ended
-        self._recent_times: deque[StepTimes] = deque(maxlen=FINAL_TABLE_STEPS)  # all ranks' times, (1, ranks, PARTS)
+        self._recent_times: deque[StepTimes] = deque(
+            maxlen=FINAL_TABLE_STEPS
+        )  # all ranks' times, (1, ranks, TIME_PARTS)
         self._intervals: deque[IntervalSummary] = deque(maxlen=MAX_INTERVALS)
         self._named_counts: dict[str, int] = {}  # intervals, by the rank that was named
         self._last_straggler: Any = ""  # who was named in the last table
@@ -83,8 +85,8 @@ class Diagnosis:
     def compare_ranks(self, step: Step, number: int, *, ends: bool) -> list[str]:
         """Compare this world's ranks after a step; all call it. Returns lines to print.
 
-        Raises RunError on all ranks where their replicas differ: what they train then is no model any more, and a
-        checkpoint would be one rank's opinion. It is called before anything is saved.
+        Raises RunError on all ranks if their replicas differ: a checkpoint would hold the state of one rank alone. It
+        is called before anything is saved.
         """
         checksums = step.checksum_state()
         rows = np.array(self._step_times)

@@ -1,4 +1,4 @@
-"""Which replica is no longer the others', from the checksums of all ranks' tensors. No collectives."""
+"""Find replicas that differ from the others, by the checksums of all ranks' tensors. No collectives."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ class Drift:
     """Replicas that are not the same."""
 
     first_tensor: str  # the first that differs, in the model's order
-    ranks: list[int]  # whose tensor is not that of most ranks; all, where no more than half have the same
+    ranks: list[int]  # whose tensor differs from the majority's; all ranks if there is no majority
     has_majority: bool
     num_differing: int  # how many differ
 
 
 def hash_checksums(checksums: Mapping[str, int]) -> int:
-    """One number, 64 bits with a sign, of all names and checksums."""
+    """Return a signed 64-bit hash of all names and checksums."""
     seen = hashlib.blake2b(repr(list(checksums.items())).encode(), digest_size=8)
     return int.from_bytes(seen.digest(), "little", signed=True)
 
 
 def find_drift(checksums: Sequence[Mapping[str, int]]) -> Drift | None:
-    """What differs between the replicas, or None. checksums: of each rank, by name.
+    """Return what differs between the replicas, or None. checksums: of each rank, by name.
 
     A tensor that only some ranks have differs.
-    Of two ranks, and wherever no more than half agree, nobody can say which is right.
+    Of two ranks, and if no more than half agree, it is unknown which is right.
     """
     names = dict.fromkeys(name for own in checksums for name in own)
     differing = [name for name in names if len({own.get(name) for own in checksums}) > 1]

@@ -1,4 +1,4 @@
-"""Which rank the others wait for, and why, from the times of all ranks' steps. No collectives."""
+"""Find the rank that the others wait for, and why, by the times of all ranks' steps. No collectives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 TIME_PARTS = ("data", "compute", "wait", "between")
 WAIT_INDEX = TIME_PARTS.index("wait")
 NON_WAIT_INDEXES = [place for place in range(len(TIME_PARTS)) if place != WAIT_INDEX]
-MIN_COMPARED_STEPS = 8  # steps that can tell
+MIN_COMPARED_STEPS = 8  # fewer steps show no straggler
 MIN_COST_SHARE = 0.1  # of a step: what a straggler costs at least
 # The part of the steps that may cost less than half of the median. Nine of ten steps that agree come by chance once in
-# some hundreds of intervals of ten, where steps vary by a third of their length, and never in long ones.
+# some hundreds of intervals of ten, if steps vary by a third of their length, and never in long ones.
 MAX_OUTLIER_FRACTION = 0.1
 
-StepTimes = NDArray[np.float64]  # (steps, ranks, PARTS): seconds
+StepTimes = NDArray[np.float64]  # (steps, ranks, TIME_PARTS): seconds
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Straggler:
     rank: int
     cost: float  # seconds a step that the others wait longer than it does
     share: float  # of the step
-    cause: str  # of PARTS: which of its own times is longer than the others'
+    cause: str  # of TIME_PARTS: which of its own times is longer than the others'
     longer: float  # seconds a step, by how much
 
 
 def find_straggler(times: StepTimes) -> Straggler | None:
-    """The straggler, or None where the steps do not clearly show one.
+    """Return the straggler, or None if the steps do not clearly show one.
 
     Steps are compared one by one, each with the others' median: what slows all ranks alike takes no part, and a step
     that was slow by chance counts as one step, however slow it was. Named is who costs the others a tenth of the step
@@ -44,7 +44,7 @@ def find_straggler(times: StepTimes) -> Straggler | None:
         return None
     waits = times[:, :, WAIT_INDEX]
     rank = int(np.argmin(np.median(waits, axis=0)))
-    # What at least half of the others wait longer: where one of two others is as slow, none is the straggler.
+    # What at least half of the others wait longer: if one of two others is as slow, there is no straggler.
     others = np.sort(np.delete(waits, rank, axis=1), axis=1)
     lost = others[:, (ranks - 2) // 2] - waits[:, rank]
     cost = float(np.median(lost))
@@ -59,5 +59,5 @@ def find_straggler(times: StepTimes) -> Straggler | None:
 
 
 def compute_excess(times: StepTimes, rank: int) -> NDArray[np.float64]:
-    """(steps, PARTS): how much longer each time of a rank is than the median of the others' in the same step."""
+    """Return (steps, TIME_PARTS): by how much each time of a rank exceeds the others' median in the same step."""
     return times[:, rank] - np.median(np.delete(times, rank, axis=1), axis=1)

@@ -58,7 +58,7 @@ class CandidateClass:
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """What is known of an expression that stands for a class."""
+    """What is known of an expression that names a class."""
 
     status: RecipeStatus
     framework: str = ""

@@ -11,8 +11,8 @@ holds [0, n) and is nearly square:
 
 Fewer than a positions in n lie outside, so that hardly any is walked. An even a lets the rounds reach odd and even
 permutations alike. F_j is splitmix64's finalizer (Steele et al., OOPSLA'14). Four rounds of independent random
-functions cannot be told from a random permutation with few positions (Luby and Rackoff, SIAM J. Comput. 1988), six with
-many (Patarin, 2010); for tiny n, whose functions have few values, more are needed: see `rounds`.
+functions cannot be distinguished from a random permutation with few positions (Luby and Rackoff, SIAM J. Comput.
+1988), six with many (Patarin, 2010); for tiny n, whose functions have few values, more are needed: see `rounds`.
 
 Measured against numpy's shuffle for n from 2 to 5000, 4,000 to 300,000 seeds each (tests/unit/test_order.py has the
 like): frequencies of whole orders (n <= 7), of ids by position, of pairs, of differences between neighbours, the
@@ -38,10 +38,10 @@ GOLDEN_GAMMA, MIX_MULTIPLIER, HALF_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint
 
 
 def rounds_needed(side: int) -> int:
-    """How many rounds a network needs whose shorter side has so many values: 48 for 2, 16 for 8, 8 from 64 on.
+    """Return how many rounds a network needs whose shorter side has `side` values: 48 for 2, 16 for 8, 8 from 64 on.
 
-    What tells a network from a random permutation shrinks with each two rounds by a factor of the side at least; this
-    many bring it below 2^-24.
+    What distinguishes a network from a random permutation shrinks with each two rounds by a factor of the side at
+    least; this many rounds bring it below 2^-24.
     """
     return max(8, 2 * -(-24 // max(1, side.bit_length() - 1)))
 
@@ -91,7 +91,7 @@ class SampleOrder:
             mixed *= modulus  # 32 random bits to [0, modulus), without a division
             mixed >>= HALF_BITS
             mixed += left
-            # Below twice the modulus; unsigned, it wraps to a large number where there is nothing to take away.
+            # Below twice the modulus; unsigned, it wraps to a large number if there is nothing to subtract.
             left, right = right, np.minimum(mixed, mixed - modulus)
         joined: Words = left + right * self._a
         return joined
@@ -116,6 +116,6 @@ def part_bounds(count: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def split_micro_batches(ids: Ids, most: int) -> list[Ids]:
-    """Cut ids into micro-batches of at most `most`, as even as can be; none where there are no ids."""
+    """Cut ids into micro-batches of at most `most`, as even as can be; none if there are no ids."""
     number = -(-len(ids) // most)
     return [ids[slice(*part_bounds(len(ids), i, number))] for i in range(number)]

@@ -98,7 +98,7 @@ def load_recipe(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
         source: what to import; None: the file that `spec` names.
 
     Raises:
-        UserError: there is no such file or class, saying the nearest; or the import fails.
+        UserError: there is no such file or class, with the nearest one; or the import fails.
     """
     source = source or find_recipe_source(spec)
     where, class_name = split_recipe_spec(spec)

@@ -85,7 +85,7 @@ def parse_file(path: Path, data: bytes) -> ast.Module:
 
 
 def read_source(path: Path) -> RecipeSource:
-    """Read a recipe's file and, as far as imports in the files say, what it needs from its own folder.
+    """Read a recipe's file and, as far as the imports in the files show, what it needs from its own folder.
 
     Of a package in the folder every module is read: which of them are imported may be decided at run time.
     Raises UserError if the file cannot be read or does not parse.

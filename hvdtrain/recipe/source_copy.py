@@ -22,7 +22,7 @@ def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
     """Write the files of a recipe into a run folder, whole or not at all; an earlier copy that differs is kept.
 
     Returns:
-        A line that says what has changed since the earlier copy; None if nothing has, or there is none.
+        A line on what has changed since the earlier copy; None if nothing has, or there is none.
 
     Raises:
         OSError: it cannot be written.
@@ -59,7 +59,7 @@ def write_copy(run_dir: Path, source: RecipeSource) -> str | None:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The files below a folder by their relative paths; none if there is no such folder. Raises OSError."""
+    """Return the files below a folder by their relative paths; none if there is no such folder. Raises OSError."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 

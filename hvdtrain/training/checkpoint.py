@@ -1,7 +1,7 @@
-"""Checkpoints: RUN_DIR/checkpoints/step-N/{state, meta.json}, whole or not there at all.
+"""Checkpoints: RUN_DIR/checkpoints/step-N/{state, meta.json}, complete or absent.
 
 meta.json holds the size and SHA-256 of every other file of the checkpoint and its own: no byte of a checkpoint can
-change without its being damaged. What is read back is parsed strictly; anything else than expected is damage.
+change unnoticed. What is read back is parsed strictly: anything unexpected counts as damage.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ FOLDER_NAME_PATTERN = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not what this hvdtrain wrote, or older ones."""
+    """A checkpoint that is not as this hvdtrain, or an older one, wrote it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read back whole."""
+    """A checkpoint that was read back and is not damaged."""
 
     folder: Path
     position: Position
     state: bytes
-    damage_reports: list[str] = field(default_factory=list)  # what is wrong with newer ones, which were passed over
+    damage_reports: list[str] = field(default_factory=list)  # on newer ones, which were skipped
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CheckpointMeta:
     state_sha256: str
 
     def encode(self) -> bytes:
-        """The bytes of meta.json: indented JSON that holds the SHA-256 of itself without that entry."""
+        """Return the bytes of meta.json: indented JSON that holds the SHA-256 of itself without that entry."""
         return encode_with_digest(
             {
                 "format": CHECKPOINT_FORMAT,
@@ -68,28 +68,34 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder. An existing one of the same step is replaced.
 
-    confirm: called when all is written, before it takes its place; what it raises leaves nothing of the checkpoint.
+
+    Args:
+        run_dir: the run folder.
+        position: where the state belongs.
+        state: what the framework's step returned.
+        recipe: the recipe's name.
+        confirm: called when all is written, before the folder is renamed; what it raises removes the checkpoint.
     """
     folder = run_dir / "checkpoints" / f"step-{position.step}"
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        write_atomically(beside / "state", state)
+        write_atomically(temporary / "state", state)
         meta = CheckpointMeta(recipe, position, len(state), hashlib.sha256(state).hexdigest())
-        write_atomically(beside / "meta.json", meta.encode())
+        write_atomically(temporary / "meta.json", meta.encode())
         confirm()
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        temporary.rename(folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
         raise
     sync_folder(folder.parent)
     return folder
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint folders, oldest first."""
+    """Return the checkpoint folders, oldest first."""
     found = [
         path
         for path in (run_dir / "checkpoints").glob("step-*")
@@ -99,7 +105,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def step_from_folder(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -143,10 +149,16 @@ def prune_checkpoints(run_dir: Path, keep: int, best: tuple[str, Literal["min", 
 
 
 def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = False) -> Checkpoint | None:
-    """The newest checkpoint, or None if there is none.
+    """Return the newest checkpoint, or None if there is none.
 
-    unattended: nobody can choose another one; if the newest is damaged, take the newest that is whole.
-    Raises UserError if it is damaged, offering the newest that is whole, or of another recipe or format.
+
+    Args:
+        run_dir: the run folder.
+        recipe: the recipe's name.
+        unattended: if the newest is damaged, take the newest that is not, as no user can choose one.
+
+    Raises:
+        UserError: the checkpoint is damaged, and which older one is not; or it is of another recipe or format.
     """
     folders = list_checkpoints(run_dir)
     damaged: list[DamagedCheckpoint] = []
@@ -163,10 +175,10 @@ def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = Fal
             continue
         if damaged and not unattended:
             newer = " ".join(os.fspath(other) for other in folders[i + 1 :])
-            raise UserError(f"{damaged[0]}; {folders[i].name} is whole, to resume from it: rm -r {newer}")
+            raise UserError(f"{damaged[0]}; {folders[i].name} is not damaged; to resume from it: rm -r {newer}")
         return Checkpoint(found.folder, found.position, found.state, [str(error) for error in damaged])
     if damaged:
-        raise UserError(f"{damaged[0]}; no earlier checkpoint is whole")
+        raise UserError(f"{damaged[0]}; no earlier checkpoint is intact")
     return None
 
 
@@ -186,7 +198,7 @@ def _read_checkpoint(folder: Path, recipe: str) -> Checkpoint:
 
 
 def _read_metric(folder: Path, metric: str) -> float | None:
-    """The metric that this checkpoint was evaluated to; None for none, NaN or a folder that cannot be read."""
+    """Return the metric of this checkpoint's evaluation; None if there was none, for NaN, or if it cannot be read."""
     try:
         position = _read_meta(folder).position
     except UserError:
@@ -213,7 +225,7 @@ class UnknownCheckpointFormat(ValueError):
 
 
 def _parse_meta(data: bytes, step: int) -> CheckpointMeta:
-    """Parse meta.json of a checkpoint after `step`. Raises ValueError that says what is wrong with it."""
+    """Parse meta.json of a checkpoint after `step`. Raises ValueError with what is wrong."""
     try:
         content = parse_strict_json(data)
     except ValueError:

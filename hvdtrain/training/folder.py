@@ -55,7 +55,7 @@ def open_run_folder(options: CheckpointOptions, name: str, lease: Lease) -> Path
 
 
 def take_over_folder(folder: Path, lease: Lease) -> Path:
-    """Let rank 0 of an elastic run's new world be the owner of its folder. Raises RunError on all ranks."""
+    """Make rank 0 of a new generation the owner of the run folder. Raises RunError on all ranks."""
 
     def take_over_on_root() -> None:
         before = lease.is_held
@@ -68,7 +68,7 @@ def take_over_folder(folder: Path, lease: Lease) -> Path:
 
 
 def make_unused_folder(folder: Path) -> Path:
-    """Make a folder, with a number behind its name if there is one already."""
+    """Make a folder, with a number after its name if it exists already; return it."""
     numbers = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     for path in itertools.chain([folder], numbers):
         with contextlib.suppress(FileExistsError):
@@ -86,7 +86,9 @@ def refuse_used_folder(folder: Path, lease: Lease) -> None:
         or find_segments(folder / "ledger")
     ):
         lease.refuse_owned_folder(folder)
-        raise UserError(f"run folder {folder} already holds a run: add --resume to go on, or name another")
+        raise UserError(
+            f"run folder {folder} already holds a run: add --resume to continue it, or choose another --run-dir"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -101,9 +103,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_folder_ownership(folder: Path, lease: Lease, report: Reporter, ledger: Ledger) -> None:
-    """Before a checkpoint, on rank 0: raise FolderLost if the folder, or a file in it, is not this run's any more.
+    """Raise FolderLost if the run folder, or a file in it, is not this run's any more; rank 0, before a checkpoint.
 
-    Raises OSError if that cannot be found out now.
+    Raises OSError if that cannot be determined now.
     """
     lease.check_ownership(now=True)
     in_place = {
@@ -118,7 +120,7 @@ def check_folder_ownership(folder: Path, lease: Lease, report: Reporter, ledger:
 
 
 def path_exists(path: Path) -> bool:
-    """Whether a path leads to something. Raises OSError if that cannot be found out."""
+    """Return whether a path exists. Raises OSError if that cannot be determined."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What a rank says and does when it hangs: a line that names it, and an end at --hang-limit."""
+"""What a rank reports when it hangs, and its end at --hang-limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hvdtrain.training.options import DEFAULT_HANG_LIMIT
 
 
 class HangReporter:
-    """This rank's watcher, and how it is named. `hvdtrain launch` puts together what all ranks report.
+    """Reports when this rank makes no progress. `hvdtrain launch` combines the reports of all ranks.
 
     command: this process is `hvdtrain train`, and so may be ended also if it is a world of one.
     """
@@ -41,7 +41,7 @@ class HangReporter:
         return f"rank {self.rank} on {host}" if self.rank is not None else f"this process on {host}"
 
     def report_standstill(self, stands: Standstill, after: float) -> None:
-        """Report what this rank is in, as no step was made for so long."""
+        """Report what this rank is doing, as it has made no step for `after` seconds."""
         if messages.is_launched():
             messages.send_message(
                 messages.RankStandstill(

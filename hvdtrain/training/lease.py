@@ -11,10 +11,10 @@
 
 The file itself is the lease. Of several that want to take it away, one can (see `take_away`). The holder renews it by
 the descriptor that it has open, so that one that was frozen, and whose file was removed meanwhile, renews nothing of
-its successor's. It looks whether its file is still in place before it writes to the run folder, at most once
-a second, and always before a checkpoint; if it is not, the run ends. Nobody compares clocks of different hosts.
+its successor's. It checks that its file is still in place before it writes to the run folder, at most once
+a second, and always before a checkpoint; if it is not, the run ends. Clocks of different hosts are never compared.
 
-In an elastic run the lease belongs to the launch: whoever becomes rank 0 writes itself over the one before.
+In an elastic run the lease belongs to the launch: each new rank 0 overwrites the one before.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ OWNER_FILE = "owner.json"
 FOLDER_LEASE_SECONDS = 60.0  # without a renewal after which a lease may be taken over
 FOLDER_LEASE_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number of seconds
 RELAUNCH_VARIABLE = (
-    "HVDTRAIN_RELAUNCH"  # in the environment: a launch that outlives its jobs, and at whose end nobody looks
+    "HVDTRAIN_RELAUNCH"  # in the environment: the name of a launch that starts its jobs again, unattended
 )
 RENEWALS_PER_LEASE = 6  # in that time
-CHECK_INTERVAL = 1.0  # seconds between two looks of the holder at the lease
+CHECK_INTERVAL = 1.0  # seconds between two checks of the lease by its holder
 RENEWER_JOIN_TIMEOUT = 0.2  # seconds that the renewing thread may take to end
 CLAIM_WAIT = 0.02  # seconds for another process to remove a lease
 
 
 class FolderLost(RunError):
-    """The run folder is no longer this run's to write to."""
+    """The run folder does not belong to this run any more."""
 
     def __init__(self, text: str, same_launch: bool = False) -> None:
         """same_launch: it is another process of this run that owns it now."""
@@ -58,7 +58,7 @@ class FolderLost(RunError):
 
 @dataclass(frozen=True)
 class LeaseSnapshot:
-    """A lease as it was read."""
+    """The content and status of owner.json at one moment."""
 
     data: bytes
     stat: os.stat_result
@@ -70,7 +70,7 @@ class LeaseSnapshot:
         return same and self.stat.st_mtime_ns == other.stat.st_mtime_ns
 
     def describe_holder(self) -> str:
-        """Who holds it and since when it was not renewed; that is by the clocks of two hosts, for people only."""
+        """Return who holds it, and its age by the clocks of two hosts, which is only to be printed."""
         age = max(0.0, time.time() - self.stat.st_mtime)
         who = (
             f"pid {self.owner.pid} on {self.owner.host}" if self.owner else f"a process that {OWNER_FILE} does not name"
@@ -103,7 +103,7 @@ class Lease:
         """Become the owner of a folder.
 
         wait: for another run that may have died, for as long as its lease lasts.
-        Raises UserError, which names the owner, if the folder has one that may be alive, OSError if it cannot be told.
+        Raises UserError, which names the owner, if the folder has one that may be alive, OSError if that is unknown.
         """
         here = Owner.for_this_process(self.launch, self.seconds)
         path = folder / OWNER_FILE
@@ -179,7 +179,7 @@ class Lease:
         self._pending_folder = None
 
     def _create_owner_file(self, folder: Path, here: Owner) -> bool:
-        """Make owner.json and hold it; False if there is one."""
+        """Create owner.json and hold it; return False if it exists."""
         data = here.encode()
         try:
             file = os.open(folder / OWNER_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, SHARED_MODE)
@@ -196,7 +196,7 @@ class Lease:
         return True
 
     def _start_holding(self, folder: Path, file: int, data: bytes) -> None:
-        """Be the holder of what was written to an open file."""
+        """Start to renew the lease that was written to an open file."""
         self._folder_stat = folder.stat()
         self._folder, self._descriptor, self._owner_bytes, self._last_check = folder, file, data, time.monotonic()
         self._stop_renewing = threading.Event()
@@ -246,7 +246,7 @@ class Lease:
         if found.data == self._owner_bytes:
             return FolderLost(f"run folder {folder} was replaced by a copy during the run")
         same = found.owner is not None and found.owner.launch == self.launch
-        text = f"run folder {folder} was taken over by {found.describe_holder()}; this run was frozen, or out of reach"
+        text = f"run folder {folder} was taken over by {found.describe_holder()}; this run did not respond in time"
         return FolderLost(text, same_launch=same)
 
     def __enter__(self) -> Lease:
@@ -271,7 +271,7 @@ class Lease:
 
 
 def renew_lease(file: int, every: float, stop: threading.Event) -> None:
-    """Set the time of a file until told to stop: a thread, so that long steps do not matter, but a freeze does."""
+    """Set the time of a file until `stop` is set; a thread does it, so that a long step does not matter."""
     while not stop.wait(every):
         with contextlib.suppress(OSError):
             os.utime(file)

@@ -1,4 +1,4 @@
-"""Which process on which machine owns a run folder, and whether it still lives."""
+"""Which process on which machine owns a run folder, and whether it is still alive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNKNOWN_START_TIME = -1  # when a process started, if the system hides it
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lease: what owner.json says."""
+    """Who holds a lease: the fields are the keys of owner.json."""
 
     launch: str  # random; the same for all processes of a launch that may hold the lease one after the other
     token: str  # random, of this holding of the lease
@@ -32,7 +32,7 @@ class Owner:
 
     @staticmethod
     def for_this_process(launch: str, seconds: float) -> Owner:
-        """This process, as a holder."""
+        """Return this process as a holder."""
         return Owner(
             launch=launch,
             token=secrets.token_hex(8),
@@ -46,12 +46,12 @@ class Owner:
         )
 
     def encode(self) -> bytes:
-        """The bytes of owner.json: always as many, so that one owner can write itself over another."""
+        """Return the bytes of owner.json: always equally many, so that one owner can overwrite another in place."""
         return encode_json(asdict(self), indent=2).encode().ljust(MIN_OWNER_FILE_BYTES - 1) + b"\n"
 
     @staticmethod
     def decode(data: bytes) -> Owner | None:
-        """The owner that owner.json names, None if it does not hold one whole."""
+        """Return the owner that owner.json names, None if it is not complete and valid."""
         try:
             entries = check_entries(parse_strict_json(data), "", *(field.name for field in fields(Owner)))
             for name, value in entries.items():
@@ -68,14 +68,14 @@ class Owner:
             return None
 
     def is_dead(self, here: Owner) -> bool:
-        """Whether the process has ended for certain, as seen from `here`."""
+        """Return whether the process has certainly ended, as seen from `here`."""
         if self.is_local(here):
             return _process_start_time(self.pid) not in (UNKNOWN_START_TIME, self.started)
         rebooted = bool(self.boot) and self.boot != here.boot
         return rebooted and bool(self.machine) and (self.host, self.machine) == (here.host, here.machine)
 
     def is_local(self, here: Owner) -> bool:
-        """Whether it is a process of this machine, of which `is_dead` knows."""
+        """Return whether it is a process of this machine, so that `is_dead` can check it."""
         return bool(self.boot) and self.boot == here.boot and self.namespace == here.namespace
 
 
@@ -94,7 +94,7 @@ def _read_pid_namespace() -> str:
 
 
 def _process_start_time(pid: int) -> int | None:
-    """When a living process started, in clock ticks since the boot; None if there is none."""
+    """Return when a living process started, in clock ticks since the boot; None if there is no such process."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,4 +1,4 @@
-"""What a run will do, worked out before its first step."""
+"""What a run will do, computed before its first step."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class TrainingPlan:
     schedule: Schedule
 
     def schedule_step(self, at: Position) -> int:
-        """The step of the schedule: by what has been consumed, unless the run ends after a number of steps."""
+        """Return the step of the schedule: by the examples consumed, unless the run ends after a number of steps."""
         return at.epoch * self.steps_per_epoch + at.offset // self.batch_size if self.ends_with_epoch else at.step
 
 
 def make_training_plan(
     recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int, at: Position
 ) -> TrainingPlan:
-    """Work out the plan for `examples` training examples at learning rate `lr` on `ranks` ranks, from `at` on.
+    """Return the plan for `examples` training examples at learning rate `lr` on `ranks` ranks, from `at` on.
 
     A run that is resumed with another batch size still ends with its last epoch.
     Raises UserError for a schedule that does not parse.
@@ -80,7 +80,7 @@ def make_training_plan(
 
 
 def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]:
-    """The plan in a few lines for people."""
+    """Return the plan in a few lines to print."""
     ragged = plan.examples % plan.batch_size
     weak = f" ({options.data.batch_per_rank} x {plan.ranks} ranks)" if options.data.batch_per_rank else ""
     scaled = f" (times {plan.lr_scale:g}, --scale-lr {options.optimization.scale_lr})" if plan.lr_scale != 1 else ""
@@ -105,15 +105,15 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
 
 @dataclass(frozen=True)
 class StepShare:
-    """What a step gives to a rank."""
+    """A rank's share of a step."""
 
     step_examples: int  # of the step, on all ranks
-    first_index: int  # the place in the global batch of this rank's first
+    first_index: int  # index in the global batch of this rank's first example
     shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
 
 
 def iterate_step_shares(plan: TrainingPlan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[StepShare]:
-    """A rank's share of each step of an epoch, from example `offset` of its order on."""
+    """Yield a rank's share of each step of an epoch, from example `offset` of its order on."""
     own = range(*order.part_bounds(plan.shards, rank, plan.ranks))
     for ids in order.iterate_batches(plan.examples, plan.batch_size, seed, epoch, offset):
         bounds = [order.part_bounds(len(ids), shard, plan.shards) for shard in own]

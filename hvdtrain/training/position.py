@@ -38,25 +38,24 @@ class Position:
     first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
 
     def set_example_order(self, examples: int, seed: int) -> None:
-        """Let the order be that of `examples` examples and a seed.
+        """Set the order of examples to that of `examples` examples and a seed.
 
         Raises UserError in mid-epoch if it was begun in another order: some examples would come twice, others never.
         """
         if self.offset and self.order_version != order.ORDER_VERSION:
             raise UserError(
-                f"the checkpoint is at example {self.offset} of an epoch that another version of hvdtrain shuffled "
-                "differently: resume from a checkpoint at the end of an epoch, or with that version"
+                f"cannot resume at example {self.offset} of an epoch that another version of hvdtrain has shuffled "
+                "differently; resume from a checkpoint at the end of an epoch, or with that version"
             )
         if self.offset and (examples, seed) != (self.examples, self.seed):
-            begun = f"{self.examples} examples" + (f" by --seed {self.seed}" if self.seed != seed else "")
             raise UserError(
-                f"the checkpoint is at example {self.offset} of an epoch of {begun}, and the training data is now "
-                f"{examples} examples" + (f" by --seed {seed}" if self.seed != seed else "") + ": resume with the same"
+                f"cannot resume at example {self.offset} of an epoch: it began with {self.examples} examples (--seed "
+                f"{self.seed}), the data now has {examples} (--seed {seed}); use the original data and seed"
             )
         self.examples, self.seed, self.order_version = examples, seed, order.ORDER_VERSION
 
     def advance_past_step(self, count: int, loss_sum: float | None) -> None:
-        """A step consumed `count` of the epoch's examples; their losses add up to `loss_sum`, None if skipped."""
+        """Move past a step of `count` examples whose losses add up to `loss_sum`; None: the step was skipped."""
         self.step += 1
         self.samples += count
         self.offset += count
@@ -69,7 +68,7 @@ class Position:
 
 
 def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Position:
-    """A Position from JSON. Raises ValueError for a field that is missing, unknown, or not a number in its range."""
+    """Return a Position from JSON. Raises ValueError for a missing, unknown or invalid field."""
     known = {field.name: field.type for field in fields(Position)}
     if isinstance(content, dict):
         known = {name: kind for name, kind in known.items() if name in content or name not in allow_missing}

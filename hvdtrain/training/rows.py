@@ -49,7 +49,7 @@ def rows_from_json(data: Sequence[Any]) -> list[MetricsRow]:
 
 @dataclass
 class RowCutResult:
-    """What became of the lines of metrics.jsonl."""
+    """What was kept of metrics.jsonl, and what was removed."""
 
     kept_rows: int = 0  # rows
     last_step: int = 0  # step of the last of them
@@ -57,7 +57,7 @@ class RowCutResult:
     damaged_lines: int = 0  # lines that are not rows in order, or have no end, removed
 
     def describe_changes(self, step: int, expected: int | None) -> tuple[str, bool]:
-        """What was removed and what is missing, if anything, in one line; and whether something is missing.
+        """Return what was removed and what is missing, in one line, and whether something is missing.
 
         expected: rows that were written up to `step`, None if that is unknown.
         """
@@ -104,7 +104,7 @@ def cut_rows(path: Path, last_step: int) -> RowCutResult:
 
 
 def find_ledger_gap(folder: Path, step: int) -> str | None:
-    """That the rows of the last steps up to `step` are missing in a run's ledger, in one line; None if they are there.
+    """Return a line if the last rows up to `step` are missing in a run's ledger; None if they are not.
 
     `hvdtrain ledger verify` finds what is missing before them.
     """
@@ -121,7 +121,7 @@ def find_ledger_gap(folder: Path, step: int) -> str | None:
 
 
 def _parse_row_step(line: bytes) -> int | None:
-    """The step of a row, None for a line that is not a whole row."""
+    """Return the step of a row, None for a line that is not a complete row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

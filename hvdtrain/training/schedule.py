@@ -1,9 +1,9 @@
 """Learning-rate schedules as text.
 
     constant                    the learning rate as it is
-    cosine   cosine:0.1         half a cosine down to 0, or to that part of the learning rate, after the last step
-    linear   linear:0.1         a straight line likewise
-    step:30ep,60ep x0.1         times 0.1 at epochs 30 and 60
+    cosine   cosine:0.1         half a cosine down to 0, or to that fraction of the learning rate, after the last step
+    linear   linear:0.1         a straight line down to the same
+    step:30ep,60ep x0.1         multiplied by 0.1 at epochs 30 and 60
     warmup:5ep SHAPE            from near 0 up over 5 epochs, then any of the above over the rest
 
 A position is in epochs (`5ep`, `0.5ep`) or in steps (`500`).
@@ -60,7 +60,7 @@ def parse_schedule(text: str, total_steps: int, steps_per_epoch: int) -> Schedul
             return ratio ** sum(step >= drop for drop in drops)
 
     elif len(words) > 1:
-        raise UserError(f"schedule {text!r}: {words[1]!r} is one too many; {SCHEDULE_EXAMPLE}")
+        raise UserError(f"schedule {text!r}: {words[1]!r} is unexpected; {SCHEDULE_EXAMPLE}")
     elif name == "constant":
         if ":" in words[0]:
             raise UserError(f"schedule {text!r}: constant takes no argument")
@@ -94,10 +94,10 @@ def _parse_argument(word: str, text: str, needed: bool = False) -> str:
 
 
 def _parse_steps(word: str, steps_per_epoch: int, text: str) -> int:
-    """`5ep` or `500` as a number of steps."""
+    """Return `5ep` or `500` as a number of steps."""
     match = re.fullmatch(r"(\d*\.?\d+)(ep)?", word)
     if not match or (not match[2] and "." in match[1]):
-        raise UserError(f"schedule {text!r}: {word!r} is no position; give epochs ('5ep') or steps ('500')")
+        raise UserError(f"schedule {text!r}: {word!r} is not a position; give epochs ('5ep') or steps ('500')")
     return round(float(match[1]) * steps_per_epoch) if match[2] else int(match[1])
 
 
@@ -109,5 +109,5 @@ def _parse_fraction(word: str, text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise UserError(f"schedule {text!r}: {word!r} is no fraction between 0 and 1")
+        raise UserError(f"schedule {text!r}: {word!r} is not a fraction between 0 and 1")
     return value

@@ -207,7 +207,7 @@ def test_a_checkpoint_in_mid_epoch_of_an_older_order_is_refused_and_one_between_
         path.write_text(json.dumps({**old, "state_bytes": state["bytes"], "state_sha256": state["sha256"]}))
     (error,) = world1.errors(train_here, DRAWING, tmp_path / "run", ("--resume", "--steps", "8"))
     assert str(error) == (
-        "the checkpoint is at example 16 of an epoch that another version of hvdtrain shuffled differently: resume "
+        "cannot resume at example 16 of an epoch that another version of hvdtrain has shuffled differently; resume "
         "from a checkpoint at the end of an epoch, or with that version"
     )
     (tmp_path / "run" / "checkpoints" / "step-6").rename(tmp_path / "step-6")

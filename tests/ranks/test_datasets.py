@@ -108,8 +108,8 @@ def test_augmentation_does_not_depend_on_the_ranks_or_loader_processes(
 @pytest.mark.parametrize(
     ("recipe", "error"),
     [
-        (MNIST, "no MNIST in {data}/MNIST/raw: --download fetches it where there is a network; else put train- and "),
-        (CIFAR10, "no whole CIFAR-10 in {data}/cifar-10-batches-py: --download fetches it where there is a network"),
+        (MNIST, "no MNIST in {data}/MNIST/raw: --download fetches it if there is a network; else put train- and "),
+        (CIFAR10, "no whole CIFAR-10 in {data}/cifar-10-batches-py: --download fetches it if there is a network"),
     ],
 )
 def test_missing_files_are_explained(recipe: str, error: str, world1: KeptWorld, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_a_folder_with_a_run_is_not_overwritten(worlds: KeptWorlds, tmp_path: Pa
     train(worlds[1], EXACT, tmp_path / "run", "--steps", "2")
     for ranks in (1, 2):
         text = refusal(worlds[ranks], EXACT, tmp_path / "run", "--steps", "2")
-        assert text == f"run folder {tmp_path / 'run'} already holds a run: add --resume to go on, or name another"
+        expected = "already holds a run: add --resume to continue it, or choose another --run-dir"
+        assert text == f"run folder {tmp_path / 'run'} {expected}"
 
 
 def test_threads_divide_the_cores_among_the_ranks(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_offered(
     shutil.copytree(uninterrupted, folder, symlinks=True)
     message = broken(folder, kind)
     newest = folder / "checkpoints" / "step-60"
-    offer = f"; step-50 is whole, to resume from it: rm -r {newest}"
+    offer = f"; step-50 is not damaged; to resume from it: rm -r {newest}"
     assert refusal(world1, RECIPE, folder, "--resume") == message + offer
     shutil.rmtree(newest)
     assert train(world1, RECIPE, folder, "--resume")["resumed_from"] == 50
@@ -154,7 +154,7 @@ def test_resume_where_there_is_nothing_starts_at_step_0(world1: KeptWorld, tmp_p
 
 @pytest.mark.parametrize(
     ("changed", "now"),
-    [(["--seed", "5"], "999 examples by --seed 5"), (["--fewer", "9"], "990 examples"), (["--fewer", "500"], "499 ex")],
+    [(["--seed", "5"], "999 (--seed 5)"), (["--fewer", "9"], "990 (--seed 0)"), (["--fewer", "500"], "499 (--seed 0)")],
 )
 def test_another_order_in_mid_epoch_is_refused(
     changed: list[str], now: str, uninterrupted: Path, world2: KeptWorld, tmp_path: Path
@@ -164,9 +164,8 @@ def test_another_order_in_mid_epoch_is_refused(
     shutil.copytree(uninterrupted, folder, symlinks=True)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused = refusal(world2, RECIPE, folder, "--resume", "--steps", "70", *changed)
-    begun = "999 examples" + (" by --seed 0" if "--seed" in changed else "")
-    text = f"the checkpoint is at example 780 of an epoch of {begun}, and the training data is now {now}"
-    assert text in refused and ": resume with the same" in refused
+    began = "cannot resume at example 780 of an epoch: it began with 999 examples (--seed 0)"
+    assert refused == f"{began}, the data now has {now}; use the original data and seed"
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

@@ -83,7 +83,7 @@ def test_any_change_of_any_byte_is_damage(run_dir: Path, data: st.DataObject) ->
     try:
         with pytest.raises(UserError) as refused:
             read_newest_checkpoint(run_dir, "mine")
-        offer = f"step-10 is whole, to resume from it: rm -r {newest(run_dir)}"
+        offer = f"step-10 is not damaged; to resume from it: rm -r {newest(run_dir)}"
         assert str(refused.value).startswith(f"{newest(run_dir)} ") and str(refused.value).endswith(offer)
         assert "\n" not in str(refused.value)
         taken = read_newest_checkpoint(run_dir, "mine", unattended=True)
@@ -141,7 +141,7 @@ def test_damage_is_named_in_one_line_with_the_checkpoint_before(
     with pytest.raises(UserError) as refused:
         read_newest_checkpoint(run_dir, "mine")
     assert text in str(refused.value)
-    assert str(refused.value).endswith(f"; step-10 is whole, to resume from it: rm -r {newest(run_dir)}")
+    assert str(refused.value).endswith(f"; step-10 is not damaged; to resume from it: rm -r {newest(run_dir)}")
 
 
 def test_of_several_damaged_ones_all_are_passed_over_or_none_is_left(run_dir: Path) -> None:
@@ -152,7 +152,7 @@ def test_of_several_damaged_ones_all_are_passed_over_or_none_is_left(run_dir: Pa
     assert found is not None and found.position.step == 10
     assert [text.partition(" is damaged")[0][-7:] for text in found.damage_reports] == ["step-30", "step-20"]
     (run_dir / "checkpoints" / "step-10" / "state").write_bytes(b"")
-    with pytest.raises(UserError, match=r"step-30 is damaged: .*; no earlier checkpoint is whole"):
+    with pytest.raises(UserError, match=r"step-30 is damaged: .*; no earlier checkpoint is intact"):
         read_newest_checkpoint(run_dir, "mine", unattended=True)
 
 
@@ -192,7 +192,7 @@ def test_checkpoints_of_the_first_format_are_loaded(run_dir: Path) -> None:
 @pytest.mark.parametrize("changed", [{"step": "30"}, {"offset": -1}, {"other": 1}, {"train_loss": math.nan}])
 def test_what_is_wrong_in_the_first_format_is_damage(run_dir: Path, changed: dict[str, Any]) -> None:
     write_format_1(run_dir, 30, **changed)
-    with pytest.raises(UserError, match=r"step-30 is damaged: its meta.json has .*; step-20 is whole"):
+    with pytest.raises(UserError, match=r"step-30 is damaged: its meta.json has .*; step-20 is not damaged"):
         read_newest_checkpoint(run_dir, "mine")
 
 

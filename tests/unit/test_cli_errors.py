@@ -92,7 +92,7 @@ CASES = [
     (["train", DIGITS, "--schedule", "cosin"], "schedule 'cosin': no shape 'cosin'; did you mean 'cosine'?"),
     (
         ["train", DIGITS, "--schedule", "warmup:5xx cosine"],
-        "schedule 'warmup:5xx cosine': '5xx' is no position; give epochs ('5ep') or steps ('500')",
+        "schedule 'warmup:5xx cosine': '5xx' is not a position; give epochs ('5ep') or steps ('500')",
     ),
     (
         ["train", DIGITS, "--schedule", "step:3ep"],

@@ -72,7 +72,7 @@ def test_a_checkpoint_within_an_epoch_of_another_order_is_refused() -> None:
     with pytest.raises(UserError) as refused:
         within.set_example_order(10, 0)
     assert str(refused.value) == (
-        "the checkpoint is at example 8 of an epoch that another version of hvdtrain shuffled differently: resume from "
+        "cannot resume at example 8 of an epoch that another version of hvdtrain has shuffled differently; resume from "
         "a checkpoint at the end of an epoch, or with that version"
     )
     between = Position(step=3, epoch=1, samples=10, examples=10, seed=0)
