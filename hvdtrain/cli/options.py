@@ -107,7 +107,7 @@ class TrainArguments:
 
 
 def recipe_name(spec: str) -> str:
-    """`digits`, `digits:Wide`, `my/recipe.py:Class` as a name without folders."""
+    """Return `digits`, `digits:Wide` or `my/recipe.py:Class` as a name without folders."""
     where, cls = split_recipe_spec(spec)
     stem = where.rsplit("/", 1)[-1].removesuffix(".py")
     return f"{stem}:{cls}" if cls else stem

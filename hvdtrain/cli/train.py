@@ -98,7 +98,7 @@ def load_arguments(args: list[str], source: RecipeSource | None = None) -> optio
 
 
 def check_arguments(args: list[str], elastic: bool = False) -> None:
-    """What `hvdtrain launch` checks before any rank starts: RECIPE and its options. Raises UserError."""
+    """Check RECIPE and its options, as `hvdtrain launch` does before any rank starts. Raises UserError."""
     arguments = load_arguments(args)
     options.check_parsed_arguments(arguments)
     if elastic:

@@ -61,7 +61,7 @@ class Diagnosis:
         self._report_file = BufferedDocument(self.path)
 
     def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; what they take to come is this rank's data time."""
+        """Yield the same batches; the wait for them is this rank's data time."""
         while True:
             begin = time.perf_counter()
             try:
@@ -72,7 +72,12 @@ class Diagnosis:
             yield batch
 
     def record_exchange(self, start: float, waited: float) -> None:
-        """An exchange has ended. start: of its step, by time.perf_counter. waited: seconds of the exchange."""
+        """Record that an exchange has ended.
+
+        Args:
+            start: when its step began, by time.perf_counter.
+            waited: seconds that this rank waited for the exchange.
+        """
         now = time.perf_counter()
         compute = now - start - self._data_seconds - waited
         row = {"data": self._data_seconds, "compute": compute, "wait": waited, "between": start - self._last_end_time}

@@ -80,7 +80,7 @@ class ModuleNames:
 
 
 def read_classes(source: RecipeSource) -> list[CandidateClass]:
-    """The classes at the top level of a recipe's file that are recipes or may be, in their order.
+    """Return the classes at the top level of a recipe's file that are recipes or may be, in their order.
 
     Raises UserError if the file does not parse.
     """
@@ -150,7 +150,7 @@ class _NameResolver:
         return strongest_base(self.resolve_expression(base, module) for base in node.bases)
 
     def resolve_expression(self, node: ast.AST, module: ModuleNames) -> ResolvedBase:
-        """Where an expression leads that is used as a base class."""
+        """Return where an expression leads that is used as a base class."""
         if isinstance(node, ast.ClassDef):
             return self.resolve_class(node, module)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Constant)):
@@ -174,7 +174,7 @@ class _NameResolver:
         return self.resolve_name(chain[0], chain[1:], module)
 
     def resolve_name(self, name: str, attributes: list[str], module: ModuleNames) -> ResolvedBase:
-        """Where `name.a.b`, seen in a module, leads."""
+        """Return where `name.a.b`, seen in a module, leads."""
         key = (id(module), ".".join([name, *attributes]))
         if key in self.resolving:
             return NO_RECIPE_BASE
@@ -206,7 +206,7 @@ class _NameResolver:
         return self.resolve_name(chain[0], [*chain[1:], *attributes], module) if chain else UNKNOWN_BASE
 
     def resolve_module(self, name: str, attributes: list[str]) -> ResolvedBase:
-        """Where `attributes` of a module, by its absolute name, lead."""
+        """Return where `attributes` of a module, by its absolute name, lead."""
         top = name.partition(".")[0]
         if top == OWN_PACKAGE:
             return self._resolve_own_package(f"{name}.{'.'.join(attributes)}")
@@ -229,7 +229,7 @@ class _NameResolver:
         return self.resolve_name(first, rest, module)
 
     def _resolve_own_package(self, name: str) -> ResolvedBase:
-        """Where a name of hvdtrain's leads: to a framework's Recipe, or to a recipe that hvdtrain ships."""
+        """Return where a name of hvdtrain's leads: to a framework's Recipe, or to a recipe that hvdtrain ships."""
         parts = name.split(".")
         if parts[-1] == "Recipe":
             return ResolvedBase(RecipeStatus.RECIPE, parts[1] if len(parts) > 2 and parts[1] != "recipe" else "")
@@ -245,11 +245,11 @@ class _NameResolver:
         return NO_RECIPE_BASE
 
     def _is_namespace_folder(self, name: str) -> bool:
-        """Whether a module is a folder without __init__.py, next to the recipe."""
+        """Return whether a module is a folder without __init__.py, next to the recipe."""
         return is_own_module(self.root, name.partition(".")[0]) and self.root.joinpath(*name.split(".")).is_dir()
 
     def _load_module(self, name: str) -> ModuleNames | None:
-        """The names of a module of the recipe's own folder, None for any other."""
+        """Return the names of a module of the recipe's own folder, None for any other."""
         if name not in self.modules:
             self.modules[name] = None
             path = self.root.joinpath(*name.split("."))
@@ -264,7 +264,7 @@ class _NameResolver:
         return self.modules[name]
 
     def _is_recipe_free_call(self, node: ast.AST, module: ModuleNames) -> bool:
-        """Whether a function that is called is one of a package without recipes, or Python's own."""
+        """Return whether a function that is called is one of a package without recipes, or Python's own."""
         chain = dotted_parts(node)
         if chain is None:
             return False
@@ -275,7 +275,7 @@ class _NameResolver:
 
 
 def iterate_top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that bind names of a module, those in `if`, `try`, `with`, `match` and loops included."""
+    """Yield the statements that bind names of a module, also those in `if`, `try`, `with`, `match` and loops."""
     for node in body:
         yield node
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -291,7 +291,7 @@ def names_in_targets(targets: Iterable[ast.expr]) -> list[str]:
 
 
 def dotted_parts(node: ast.AST) -> list[str] | None:
-    """The parts of `a.b.c`; None for any other expression."""
+    """Return the parts of `a.b.c`; None for any other expression."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
@@ -300,7 +300,7 @@ def dotted_parts(node: ast.AST) -> list[str] | None:
 
 
 def is_recipe_free(top: str) -> bool:
-    """Whether a package, by its name, is known to have no recipe in it."""
+    """Return whether a package, by its name, is known to have no recipe in it."""
     return top in sys.stdlib_module_names or top in RECIPE_FREE_PACKAGES
 
 

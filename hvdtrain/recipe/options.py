@@ -76,7 +76,7 @@ class OptionField:
 
     @property
     def flag(self) -> str:
-        """The option on the command line: `--batch-size`."""
+        """Return the option as on the command line: `--batch-size`."""
         return flag_of(self.name)
 
 

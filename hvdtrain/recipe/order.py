@@ -69,7 +69,7 @@ class SampleOrder:
         self._keys: Words = np.frombuffer(drawn, "<u8").astype(np.uint64)
 
     def ids_between(self, begin: int, end: int) -> Ids:
-        """The ids at positions [begin, end): (end - begin,) int64."""
+        """Return the ids at positions [begin, end): (end - begin,) int64."""
         if not 0 <= begin <= end <= self.examples:
             raise ValueError(f"positions {begin} to {end} of an order of {self.examples} examples")
         found = self._permute_positions(np.arange(begin, end, dtype=np.uint64))
@@ -78,7 +78,7 @@ class SampleOrder:
         return found.astype(np.int64)
 
     def _permute_positions(self, values: Words) -> Words:
-        """The network, once: a permutation of [0, a * b)."""
+        """Apply the network once: a permutation of [0, a * b)."""
         left: Words = values % self._a
         right: Words = values // self._a
         moduli = (self._a, self._b)
@@ -98,7 +98,7 @@ class SampleOrder:
 
 
 def iterate_batches(examples: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> Iterator[Ids]:
-    """The global batches of an epoch from example `offset` of its order on; the last one may be ragged."""
+    """Yield the global batches of an epoch from example `offset` of its order on; the last one may be smaller."""
     order = SampleOrder(examples, seed, epoch)
     block = max(1, BLOCK_POSITIONS // batch_size) * batch_size
     for begin in range(offset, examples, block):
@@ -108,7 +108,7 @@ def iterate_batches(examples: int, batch_size: int, seed: int, epoch: int, offse
 
 
 def part_bounds(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Where a rank's part of `count` examples begins and ends.
+    """Return where a rank's part of `count` examples begins and ends.
 
     Parts are contiguous and differ by one example at most; rank 0 is never empty where any rank is not.
     """

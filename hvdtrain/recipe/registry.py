@@ -22,7 +22,7 @@ class FoundRecipe:
 
 
 def recipe_folders() -> list[Path]:
-    """Where a name is looked for: ./recipes, then the recipes that hvdtrain ships."""
+    """Return where a name is looked for: ./recipes, then the recipes that hvdtrain ships."""
     here = Path("recipes").absolute()
     return (
         [here, SHIPPED_RECIPES] if here.is_dir() and here.resolve() != SHIPPED_RECIPES.resolve() else [SHIPPED_RECIPES]
@@ -30,7 +30,7 @@ def recipe_folders() -> list[Path]:
 
 
 def find_all_recipes() -> list[FoundRecipe]:
-    """Every recipe in `folders()`, by reading the files' syntax only; the first folder wins a name."""
+    """Return every recipe in `recipe_folders()`, by the files' syntax only; the first folder wins a name."""
     found: dict[str, FoundRecipe] = {}
     for folder in recipe_folders():
         for path in sorted(folder.glob("*.py")):
@@ -41,7 +41,7 @@ def find_all_recipes() -> list[FoundRecipe]:
 
 
 def find_recipes_in_file(path: Path) -> list[FoundRecipe]:
-    """The recipe classes in a file, without running it. A file that cannot be read or does not parse has none."""
+    """Return the recipe classes in a file, without running it; none if it cannot be read or does not parse."""
     try:
         source = read_source(path)
         seen = read_classes(source)
@@ -56,7 +56,7 @@ def find_recipes_in_file(path: Path) -> list[FoundRecipe]:
 
 
 def choose_default_class(path: Path, names: list[str]) -> str | None:
-    """The class that a path alone means: the only one, or the one named as the file is."""
+    """Return the class that a path alone means: the only one, or the one named as the file is."""
     if len(names) == 1:
         return names[0]
     stem = path.stem.replace("_", "").replace("-", "").lower()
@@ -64,7 +64,7 @@ def choose_default_class(path: Path, names: list[str]) -> str | None:
 
 
 def split_recipe_spec(spec: str) -> tuple[str, str]:
-    """RECIPE as a name or path, and the class named after its last colon: "" if there is none.
+    """Return RECIPE as a name or path, and the class named after its last colon: "" if there is none.
 
     A path may have colons of its own: what follows the last one is a class only if the path does not exist as it is.
     """

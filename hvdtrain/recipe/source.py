@@ -61,12 +61,12 @@ class RecipeSource:
 
     @property
     def content_digest(self) -> str:
-        """A hash of all files and their paths."""
+        """Return a hash of all files and their paths."""
         return hashlib.sha256(repr(sorted(self.file_digests.items())).encode()).hexdigest()
 
     @property
     def file_digests(self) -> dict[str, str]:
-        """A hash of each file, by its relative path."""
+        """Return a hash of each file, by its relative path."""
         return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
 
 
@@ -74,7 +74,7 @@ imported_sources: dict[str, RecipeSource] = {}  # by the name of the recipe's mo
 
 
 def parse_file(path: Path, data: bytes) -> ast.Module:
-    """A file's syntax tree. Raises UserError with the line if it does not parse."""
+    """Return a file's syntax tree. Raises UserError with the line if it does not parse."""
     try:
         return ast.parse(data, filename=str(path))
     except SyntaxError as error:
@@ -125,7 +125,7 @@ def read_source(path: Path) -> RecipeSource:
 
 
 def imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
-    """The absolute names of the modules that a file may import, anywhere in it.
+    """Yield the absolute names of the modules that a file may import, anywhere in it.
 
     package: that the file is in; "" for one that lies in the root.
     """
@@ -140,7 +140,7 @@ def imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
 
 
 def absolute_name(node: ast.ImportFrom, package: str) -> str:
-    """The module that `from ... import` takes names from, "" for the root folder itself."""
+    """Return the module that `from ... import` takes names from, "" for the root folder itself."""
     if not node.level:
         return node.module or ""
     parents = package.split(".") if package else []
@@ -149,7 +149,7 @@ def absolute_name(node: ast.ImportFrom, package: str) -> str:
 
 
 def own_files(root: Path, name: str) -> list[Path]:
-    """The files that importing a module takes from the recipe's own folder: with its packages, all of their modules."""
+    """Return the files of the recipe's own folder that importing a module reads; of its packages, all modules."""
     top, *rest = name.split(".")
     if not is_own_module(root, top):
         return []
@@ -163,7 +163,7 @@ def own_files(root: Path, name: str) -> list[Path]:
 
 
 def package_files(folder: Path) -> list[Path]:
-    """All modules in a package's folder, but for hidden folders and environments in it."""
+    """Return all modules in a package's folder, except in hidden folders and environments."""
     found = []
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__pycache__")) and f != "site-packages")
@@ -172,7 +172,7 @@ def package_files(folder: Path) -> list[Path]:
 
 
 def is_own_module(root: Path, top: str) -> bool:
-    """Whether a top-level module is one of the recipe's own folder: what is installed comes first, as in sys.path."""
+    """Return whether a module is of the recipe's own folder; installed ones come first, as in sys.path."""
     if top in sys.stdlib_module_names or top in (OWN_PACKAGE, "horovod", "torch", "numpy", ""):
         return False
     if not (root / f"{top}.py").is_file() and not (root / top).is_dir():
@@ -186,7 +186,7 @@ def is_own_module(root: Path, top: str) -> bool:
 
 
 def is_same_folder(entry: str, folder: Path) -> bool:
-    """Whether an entry of sys.path is a folder."""
+    """Return whether an entry of sys.path is a certain folder."""
     return os.path.realpath(entry or ".") == os.path.realpath(folder)
 
 
@@ -279,7 +279,7 @@ def import_source(source: RecipeSource) -> ModuleType:
 
 
 def source_of_class(cls: type) -> RecipeSource | None:
-    """The source of a recipe's class, also of one that a script defines; None if no file is known."""
+    """Return the source of a recipe's class, also of one that a script defines; None if no file is known."""
     if cls.__module__ in imported_sources:
         return imported_sources[cls.__module__]
     path = Path(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")

@@ -36,7 +36,7 @@ class HangReporter:
         self.watcher.ends_if_blocked = self.is_train_command and size > 1
 
     def describe_process(self) -> str:
-        """`rank 1 on b`."""
+        """Return how messages name this process: `rank 1 on b`."""
         host = socket.gethostname()
         return f"rank {self.rank} on {host}" if self.rank is not None else f"this process on {host}"
 

@@ -65,7 +65,7 @@ class LeaseSnapshot:
     owner: Owner | None
 
     def is_unchanged_since(self, other: LeaseSnapshot) -> bool:
-        """Whether it is the same lease, not renewed since."""
+        """Return whether it is the same lease, not renewed since."""
         same = os.path.samestat(self.stat, other.stat) and self.data == other.data
         return same and self.stat.st_mtime_ns == other.stat.st_mtime_ns
 
@@ -206,7 +206,7 @@ class Lease:
         self._renewer.start()
 
     def check_ownership(self, *, now: bool = False) -> None:
-        """Before something is written: raise FolderLost if the folder is not this run's any more.
+        """Raise FolderLost if the folder is not this run's any more; called before something is written.
 
         Does nothing if this process holds no lease, or looked within the last second, unless `now`.
         Raises OSError if it cannot be found out, and `now`.
@@ -278,7 +278,7 @@ def renew_lease(file: int, every: float, stop: threading.Event) -> None:
 
 
 def read_lease(path: Path) -> LeaseSnapshot | None:
-    """A lease, None if there is none. Raises OSError."""
+    """Return a lease, None if there is none. Raises OSError."""
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
