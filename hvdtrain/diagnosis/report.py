@@ -52,7 +52,7 @@ class WorldHistory:
     first_step: int
     last_step: int
     ranks: int
-    named: Mapping[str, int]  # how many intervals a rank was the straggler in
+    named: dict[str, int]  # how many intervals a rank was the straggler in
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hvdtrain.diagnosis.report import WorldHistory
 from hvdtrain.ledger.writer import Ledger, LedgerRow
 from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
 from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.position import Position
+from hvdtrain.training.progress import Progress
 from hvdtrain.training.reporter import Reporter, StepReport
-from hvdtrain.training.rows import RowCutResult, cut_rows, find_ledger_gap
+from hvdtrain.training.rows import MetricsRow, RowCutResult, cut_rows, find_ledger_gap
 from hvdtrain.training.speed import StepTime
 
 ERRORS = [errno.EFBIG, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT]
@@ -274,3 +276,10 @@ def test_a_made_up_evaluation_counts_no_row_twice(tmp_path: Path) -> None:
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(one["step"], one.get("eval_loss")) for one in found] == [(1, None), (2, 0.25)]
     assert at.rows == 2
+
+
+def test_progress_survives_the_way_to_another_rank() -> None:
+    one = MetricsRow(3, 1, 24, 0.1, 100.0, 0.01, {"loss": 0.5}, {"loss": 0.25})
+    worlds = [WorldHistory(1, 2, 3, {"rank 1 on a": 1})]
+    progress = Progress(Position(step=3, eval={"loss": 0.25}), [one], {"rows": []}, worlds)
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
