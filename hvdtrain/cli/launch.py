@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import click
 from hvdtrain.cli.launch_options import add_launch_options
 from hvdtrain.cli.sides import LaunchCommand, correct_launch_line
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
-from hvdtrain.launch.signals import exit_75_on_usr1
+from hvdtrain.launch.signals import RequeueRequest
 from hvdtrain.launch.start import launch_elastic, launch_ranks
 from hvdtrain.system.errors import UserError
 
@@ -97,8 +96,12 @@ def launch_command(
     has_hosts = options.num_ranks is not None or elastic or options.source.given_options()
     if not has_hosts and (message := correct_launch_line(ctx, args)):
         raise UserError(message)
-    check = partial(check_train_arguments, ctx, args, elastic=elastic)
-    with exit_75_on_usr1():
+    with RequeueRequest() as request:
+
+        def check() -> None:
+            check_train_arguments(ctx, args, elastic=elastic)
+            request.raise_if_received()
+
         if elastic:
             elastic_options = ElasticOptions(**given | {"min_np": given["min_np"] or 1})
             return launch_elastic(args, options, elastic_options, check)

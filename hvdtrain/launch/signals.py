@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit
 from hvdtrain.system.signals import SignalInbox
 
 
-@contextlib.contextmanager
-def exit_75_on_usr1() -> Iterator[None]:
-    """While nothing runs yet, have SIGUSR1, which batch systems send ahead of the end, end this process with 75."""
+class RequeueRequest:
+    """While entered, SIGUSR1, which batch systems send ahead of the end, ends this process with 75: nothing runs yet.
 
-    def raise_requeued(*_: object) -> None:
-        raise RequeueExit(EXIT_REQUEUE)
+    The signal raises RequeueExit wherever this process is. A library that is imported just then may swallow that, as
+    some do around optional imports: call `raise_if_received` after foreign code.
+    """
 
-    before = signal.signal(signal.SIGUSR1, raise_requeued)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: Any = None  # whatever signal.signal has returned
+
+    def __enter__(self) -> RequeueRequest:
+        self._previous = signal.signal(signal.SIGUSR1, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGUSR1, self._previous)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        self.raise_if_received()
+
+    def raise_if_received(self) -> None:
+        """Raise RequeueExit if the signal came."""
+        if self._received:
+            raise RequeueExit(EXIT_REQUEUE)
 
 
 def catch_stop_signals() -> SignalInbox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from hvdtrain.launch.job import Job, JobSpec
 from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_job_signal
-from hvdtrain.launch.signals import catch_stop_signals
+from hvdtrain.launch.signals import RequeueRequest, catch_stop_signals
+from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit
 from hvdtrain.system.messages import RankStarted
 from hvdtrain.training.stop import StopRequest
 
@@ -81,3 +83,14 @@ def test_launch_takes_signals_within_a_second_for_one(
         handle_job_signal(job, signal.SIGTERM)
         assert job.terminated
     assert capsys.readouterr().err.count("stopping: ranks finish the step and save") == 1
+
+
+def test_a_batch_systems_signal_is_not_lost_in_an_import_that_swallows_it() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(RequeueExit) as left, RequeueRequest() as request:
+        request.raise_if_received()
+        with contextlib.suppress(BaseException):  # as some libraries do around an optional import
+            signal.raise_signal(signal.SIGUSR1)
+        request.raise_if_received()
+    assert left.value.code == EXIT_REQUEUE
+    assert signal.getsignal(signal.SIGUSR1) == before
