@@ -11,7 +11,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import KnownError, RecipeError, RunError
+from hvdtrain.system.processes import Deadline
 from hvdtrain.system.recipe_errors import name_call
 from hvdtrain.system.shared_memory import explain_full_shared_memory
 from hvdtrain.torch.data import BatchDataset, BatchRequest
@@ -117,12 +117,12 @@ class BatchLoader:
     def _explain_error(self, error: Exception) -> KnownError | None:
         """What to raise instead of an error of torch's loader: mostly one of its processes has ended."""
         name = name_call(self.examples.recipe, f"dataset({self.examples.split!r})")
-        deadline = time.monotonic() + 1  # its connections may break before it can be seen to have ended
-        while time.monotonic() < deadline and self.num_workers:
+        deadline = Deadline(1.0)  # its connections may break before it can be seen to have ended
+        while self.num_workers and not deadline.expired:
             ended = [process.exitcode for process in self._worker_processes() if process.exitcode is not None]
             if ended:
                 return RecipeError(f"a process that loads {name} {_describe_exit(ended[0])}")
-            time.sleep(0.01)
+            deadline.wait(0.01)
         if isinstance(error, RuntimeError):
             return explain_full_shared_memory(error)
         reason = str(error).strip().splitlines()[-1]
@@ -186,10 +186,10 @@ def wait_for_idle_threads(seconds: float = 2.0) -> None:
     Horovod's thread, as it lets go of a tensor, takes a lock of Python's that a process forked in that moment waits for
     for ever. It sleeps when all that was handed to it is done.
     """
-    own, tasks, until = threading.get_native_id(), Path("/proc/self/task"), time.monotonic() + seconds
-    while time.monotonic() < until and tasks.exists():
+    own, tasks, deadline = threading.get_native_id(), Path("/proc/self/task"), Deadline(seconds)
+    while tasks.exists() and not deadline.expired:
         others = [task / "stat" for task in tasks.iterdir() if int(task.name) != own]
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has ended: look again
             if not any(stat.read_text().rpartition(")")[2].split()[0] == "R" for stat in others):
                 return
-        time.sleep(0.001)
+        deadline.wait(0.001)
