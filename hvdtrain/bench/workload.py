@@ -20,6 +20,7 @@ from hvdtrain.comm.horovod import transport_name
 from hvdtrain.comm.network_model import synchronize_device
 from hvdtrain.comm.world import World
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.text import format_count
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
@@ -170,6 +171,7 @@ def print_on_root(world: World, text: str) -> None:
 
 
 def describe_world(world: World, device: torch.device) -> str:
-    """Where this runs, for people: `2 ranks on 1 host, cpu over gloo`."""
+    """Return where this runs: `2 ranks on 1 host, cpu over gloo`."""
     hosts = len(set(collectives.gather_json(world.host, "bench.hosts")))
-    return f"{world.size} ranks on {hosts} host{'s' * (hosts > 1)}, {device.type} over {transport_name(device.type)}"
+    where = f"{format_count(world.size, 'rank')} on {format_count(hosts, 'host')}"
+    return f"{where}, {device.type} over {transport_name(device.type)}"

@@ -10,6 +10,7 @@ from hvdtrain.launch.output import RankExit
 from hvdtrain.launch.report import JobReport, is_consequence
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR
 from hvdtrain.system.messages import RankFailed
+from hvdtrain.system.text import format_count
 
 SSH_FAILURE_CODE = 255  # ssh's own code, also if a signal ended its command; which one is not known
 
@@ -159,4 +160,4 @@ def silent_exit_outcome(report: JobReport, end: RankExit, others: str) -> Outcom
 
 def describe_other_failures(count: int) -> str:
     """Return the one line about the ranks that failed because one did."""
-    return f"({count} other {'rank' if count == 1 else 'ranks'} failed with it)"
+    return f"({format_count(count, 'other rank')} failed with it)"

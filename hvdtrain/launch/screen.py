@@ -64,11 +64,6 @@ class Screen:
             self.bar = None
 
 
-def format_rank_count(count: int) -> str:
-    """Return `1 rank` or `4 ranks`."""
-    return f"{count} rank{'s' * (count > 1)}"
-
-
 def announce_start(what: str, launcher: str, hosts: Sequence[str]) -> None:
     """Print what is being started, at once: the check and the ranks take seconds before they print anything.
 

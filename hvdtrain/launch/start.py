@@ -21,9 +21,10 @@ from hvdtrain.launch.launcher import LAUNCHERS, Launcher, LaunchPlan, choose_con
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.relaunch import ElasticLaunch, find_current_hosts, run_with_relaunches
 from hvdtrain.launch.run import run_job
-from hvdtrain.launch.screen import announce_start, format_rank_count
+from hvdtrain.launch.screen import announce_start
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.network import interface_toward, is_local_host
+from hvdtrain.system.text import format_count
 
 
 def launch_ranks(args: Sequence[str], options: LaunchOptions, check_arguments: Callable[[], object]) -> int:
@@ -37,7 +38,7 @@ def launch_ranks(args: Sequence[str], options: LaunchOptions, check_arguments: C
     plan = build_plan(args, options)
     launcher, names = options.launcher, [host.name for host in plan.hosts]
     if not options.dry_run and args[0] == "train":  # others print tables that programs read
-        announce_start(format_rank_count(plan.num_ranks), launcher.name, names)
+        announce_start(format_count(plan.num_ranks, "rank"), launcher.name, names)
     check_arguments()
     line = launcher.command_line(plan)
     if options.dry_run:

@@ -13,6 +13,7 @@ from hvdtrain.ledger.epoch_order import EpochOrder, MaterializedOrder
 from hvdtrain.ledger.writer import LedgerRow, Segment, find_segments, read_segment
 from hvdtrain.recipe.order import MAX_EXAMPLES, Ids
 from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.text import format_count
 
 SEED_BOUND = 1 << 64  # how many there are
 MAX_SHOWN = 10  # ids, of however many there are
@@ -47,10 +48,10 @@ class LedgerVerification:
 
     def format_lines(self) -> list[str]:
         """For people: a summary, and below it what is wrong."""
-        count = f"{self.epochs} epoch{'s' * (self.epochs != 1)} x {self.examples} examples"
+        count = f"{format_count(self.epochs, 'epoch')} x {self.examples} examples"
         if self.rest:
             count += f" and {self.rest} examples of epoch {self.epochs + 1}, which is not complete"
-        count += f", {self.steps} step{'s' * (self.steps != 1)} ({self.segments} segment{'s' * (self.segments != 1)})"
+        count += f", {format_count(self.steps, 'step')} ({format_count(self.segments, 'segment')})"
         if self.is_exactly_once:
             return [f"exactly once: {count}"]
         shown = [finding.text for finding in self.findings[:MAX_SHOWN]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hvdtrain.recipe import order
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.order import Ids
+from hvdtrain.system.text import format_count
 from hvdtrain.training import schedule
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.position import Position
@@ -93,9 +94,9 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
     return [
         f"data      {plan.examples} examples, {plan.steps_per_epoch} steps an epoch"
         + (f", the last of {ragged} examples" if ragged else ""),
-        f"batch     {plan.batch_size} global{weak} = {plan.ranks} rank{'s' * (plan.ranks > 1)} x "
+        f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
-        f"steps     {plan.total_steps} in {plan.epochs} epoch{'s' * (plan.epochs > 1)}",
+        f"steps     {plan.total_steps} in {format_count(plan.epochs, 'epoch')}",
         f"lr        {plan.schedule.text}: {corners}{scaled}",
         f"gradient  {way}, compression {options.compression.spec}, amp {options.optimization.amp}"
         + (f", clipped to norm {options.optimization.clip_norm:g}" if options.optimization.clip_norm else "")

@@ -13,6 +13,7 @@ from hvdtrain.ledger.writer import find_segments, read_segment
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import write_atomically
 from hvdtrain.system.strict_json import encode_json
+from hvdtrain.system.text import format_count
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class RowCutResult:
         """
         parts = []
         if self.later_rows:
-            parts.append(f"{self.later_rows} row{'s' * (self.later_rows > 1)} after step {step} removed")
+            parts.append(f"{format_count(self.later_rows, 'row')} after step {step} removed")
         if self.damaged_lines:
-            parts.append(f"{self.damaged_lines} damaged line{'s' * (self.damaged_lines > 1)} removed")
+            parts.append(f"{format_count(self.damaged_lines, 'damaged line')} removed")
         missing = expected is not None and self.kept_rows != expected
         if missing:
             parts.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
+from hvdtrain.system.text import format_count
 from hvdtrain.training.folder import open_run_folder, take_over_folder
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
 from hvdtrain.training.plan import describe_training_plan
@@ -62,7 +63,7 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
     """Print what is to be done; after a change of members, only who does it. notes: lines to print with it."""
     run, size = generation.run, generation.world.size
     if run.membership.change_count:
-        ranks = f"{size} rank{'s' * (size > 1)}"
+        ranks = format_count(size, "rank")
         run.report.print_lines([f"world     {ranks}, from step {position.step} on; {generation.formation_text}"])
         return
     threads = run.options.resolve_threads(generation.world.local_size)

@@ -12,6 +12,7 @@ from typing import Any
 from hvdtrain.comm import collectives
 from hvdtrain.system import activity, messages
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
+from hvdtrain.system.text import format_count
 from hvdtrain.training.checkpoint import BestCheckpoint
 from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
@@ -54,7 +55,7 @@ class Summary:
 
     def describe(self, folder: Path, view_commands: Sequence[str]) -> list[str]:
         """Return how the run has ended, in a few lines to print. view_commands: show what the loggers have written."""
-        best, ranks = self.best, f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        best, ranks = self.best, format_count(self.world_size, "rank")
         shown = "  ".join(f"{name} {value:.4f}" for name, value in self.eval.items())
         return [
             *([f"evaluated {shown}"] if self.finished and shown else []),
