@@ -18,11 +18,10 @@ import time
 
 import psutil
 
+from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signals import SignalInbox
 
-TERMINATE_SECONDS = 5.0  # between SIGTERM and SIGKILL
-KILL_SECONDS = 10.0  # a process that outlives this hangs in the kernel: nothing more can be done
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -51,7 +50,7 @@ def terminate_guarded_processes() -> None:
     """Send SIGTERM to every descendant, SIGKILL some seconds later, and return when none is left."""
     me = psutil.Process()
     asked: set[int] = set()
-    patience, limit = Deadline(TERMINATE_SECONDS), Deadline(TERMINATE_SECONDS + KILL_SECONDS)
+    patience, limit = Deadline(LaunchLimits.terminate), Deadline(LaunchLimits.terminate + LaunchLimits.kill)
     while True:
         # Only zombies that are children of the guard itself can be, and need to be, waited for.
         with contextlib.suppress(ChildProcessError):

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,12 +18,10 @@ from hvdtrain.launch.launcher import Launcher
 from hvdtrain.launch.outcome import SSH_FAILURE_CODE
 from hvdtrain.launch.report import JobReport, ProcessKey, message_sender
 from hvdtrain.launch.screen import Screen
+from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.system.messages import message_prefix
-from hvdtrain.system.network import build_ssh_command
-from hvdtrain.system.ssh import DEFAULT_SSH, Ssh
-
-REMOTE_KILL_SECONDS = 10  # for ssh to end ranks on other hosts
-
+from hvdtrain.system.processes import DISCARD, Child, Deadline, ProcessTimeout
+from hvdtrain.system.ssh import DEFAULT_SSH, Ssh, build_ssh_command
 
 HostLister = Callable[[], Collection[str]]  # names of hosts
 
@@ -75,7 +72,7 @@ class Job:
     terminated: bool = False  # by us, before its time
     signalled: set[ProcessKey] = field(default_factory=set)  # processes that were asked to stop
     known_hosts: set[str] = field(default_factory=set)  # all that discovery has named, also those that have left
-    ssh_calls: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)  # with the host of each
+    ssh_calls: list[tuple[str, Child]] = field(default_factory=list)  # with the host of each
 
 
 def start_job(spec: JobSpec) -> Job:
@@ -117,13 +114,11 @@ def kill_remote_ranks(job: Job) -> None:
     known = job.report.running if job.spec.is_elastic else set(job.report.started)
     left = [rank for rank in sorted(known - ended) if job.report.started[rank].host != here]
     signal_ranks(job, "KILL", left)
-    deadline = time.monotonic() + REMOTE_KILL_SECONDS
-    for _, process in job.ssh_calls:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    deadline = Deadline(LaunchLimits.remote_kill)
+    for _, call in job.ssh_calls:
+        with contextlib.suppress(ProcessTimeout):
+            call.wait_for_exit(deadline)
+        call.kill_group()
 
 
 def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
@@ -155,19 +150,13 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
         else:
             remote.setdefault(job.report.reachable_host(rank), []).append(str(pid))
     for host, pids in remote.items():
-        process = subprocess.Popen(
-            build_ssh_command(host, ["kill", f"-{name}", *pids], job.spec.ssh.ssh_arguments()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            # A rank that is already gone is not an error.
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        job.ssh_calls.append((host, process))
+        command = build_ssh_command(host, ["kill", f"-{name}", *pids], job.spec.ssh.ssh_arguments())
+        # What it prints does not matter: a rank that is already gone is not an error.
+        job.ssh_calls.append((host, Child(command, stdout=DISCARD, stderr=DISCARD)))
 
 
 def pop_unreachable_hosts(job: Job) -> list[str]:
     """Return the hosts that ssh did not reach, each once; none once everything is being ended."""
-    failed = [call for call in job.ssh_calls if call[1].poll() == SSH_FAILURE_CODE and not job.terminated]
+    failed = [call for call in job.ssh_calls if call[1].exit_code() == SSH_FAILURE_CODE and not job.terminated]
     job.ssh_calls = [call for call in job.ssh_calls if call not in failed]
     return [host for host, _ in failed]

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +25,9 @@ from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.run import JobResult, run_job
 from hvdtrain.launch.signals import catch_stop_signals
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.system.signals import SignalInbox
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
-
-RELAUNCH_BACKOFF = (2.0, 60.0)  # seconds before the first relaunch, doubled each time, and the most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,7 @@ class ElasticLaunch:
         hosts: the fixed list of hosts; empty if there is a discovery program.
         train_args: what follows `hvdtrain train`.
         environ: what the launcher runs in.
+        limits: how long to wait before a relaunch.
     """
 
     options: LaunchOptions
@@ -48,6 +48,7 @@ class ElasticLaunch:
     hosts: Sequence[Host]
     train_args: Sequence[str]
     environ: Mapping[str, str]
+    limits: LaunchLimits = field(default_factory=LaunchLimits)
 
     def command_line(self, state: Path, *, resume: bool = False) -> list[str]:
         """Return the launcher's command line.
@@ -123,7 +124,7 @@ def run_with_relaunches(launch: ElasticLaunch, run: Callable[[JobSpec, SignalInb
                 result = run(launch.job(Path(folder) / "hosts.json", environ, resume=attempt > 0), inbox)
             if result.is_final or result.exit_code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunches:
                 return result.exit_code
-            pause = min(RELAUNCH_BACKOFF[0] * 2**attempt, RELAUNCH_BACKOFF[1])
+            pause = min(launch.limits.relaunch_first * 2**attempt, launch.limits.relaunch_longest)
             attempt += 1
             print(f"hvdtrain: the job was lost: relaunch {attempt} of {relaunches} in {pause:g} s", file=sys.stderr)
             if number := inbox.wait_for_signal(pause):

@@ -15,11 +15,10 @@ from hvdtrain.launch.output import (
     find_lost_host,
     find_rank_exits,
 )
-from hvdtrain.launch.standstill import COLLECT_SECONDS, describe_process_state, describe_standstill
+from hvdtrain.launch.standstill import describe_process_state, describe_standstill
+from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankStandstill, RankStarted
 
-HOLD_SECONDS = 5.0  # a launcher's line waits so long for a rank's own words, which would make it noise
-LAUNCHER_EXIT_SECONDS = 10.0  # for the launcher to end when all ranks have finished
 MAX_LAUNCHER_LINES = 1000  # of the launcher's own
 # Horovod raises it in every rank that has lost another one: what broke the other one is the cause.
 LOST_PEER_ERROR = "HorovodInternalError"
@@ -75,7 +74,7 @@ class JobReport:
             self._add_failure(message)
         elif isinstance(message, RankStandstill):
             self.standstill_messages[message_sender(message)] = message
-            self.standstill_due = self.standstill_due or time.monotonic() + COLLECT_SECONDS
+            self.standstill_due = self.standstill_due or time.monotonic() + LaunchLimits.standstill
 
     def _add_start(self, message: RankStarted) -> None:
         self.started[message.rank] = message
@@ -101,7 +100,7 @@ class JobReport:
 
     def launcher_deadline(self) -> float | None:
         """Return the monotonic time at which the launcher should have ended; None until all ranks have finished."""
-        return None if self.all_finished_at is None else self.all_finished_at + LAUNCHER_EXIT_SECONDS
+        return None if self.all_finished_at is None else self.all_finished_at + LaunchLimits.launcher_exit
 
     def silent_ranks(self) -> dict[int, str]:
         """Return the ranks that have neither ended nor reported what they are in, and why that may be, or ""."""
@@ -150,7 +149,7 @@ class JobReport:
     def hold_line(self, line: OutputLine) -> None:
         """Keep a line of the launcher itself, to be shown later if at all."""
         self.launcher_lines.append(line.text)
-        self.held_lines.append((time.monotonic() + HOLD_SECONDS, line))
+        self.held_lines.append((time.monotonic() + LaunchLimits.hold_line, line))
 
     def pop_due_lines(self, *, last: bool = False) -> list[OutputLine]:
         """Return the held lines to show now, and hold them no longer; none if a rank's or a host's end explains them.

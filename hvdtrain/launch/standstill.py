@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hvdtrain.system.activity import Standstill
 
-COLLECT_SECONDS = 3.0  # from the first rank's report to the line: the others' arrive meanwhile
 MAX_NAMED_RANKS = 4
 PROCESS_STATES = {
     "T": "it is stopped by a signal",

@@ -77,6 +77,38 @@ class RendezvousLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchLimits:
+    """Limits of `hvdtrain launch`; the time that ranks may take to save is an option (--grace).
+
+    Attributes:
+        hold_line: until a launcher's own line is shown; a rank's message makes it unnecessary.
+        launcher_exit: for the launcher to end when all ranks have finished.
+        standstill: from the first rank's report that it makes no step to the line about it; the others' come meanwhile.
+        terminate: between SIGTERM and SIGKILL to the processes of a job.
+        kill: for killed processes to end; one that does not hangs in the kernel.
+        remote_kill: for ssh to end ranks on other hosts.
+        relaunch_first: before the first relaunch of a lost job; doubled for each further one.
+        relaunch_longest: before any relaunch.
+        discovery: for a discovery script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it.
+    """
+
+    hold_line: float = 5.0
+    launcher_exit: float = 10.0
+    standstill: float = 3.0
+    terminate: float = 5.0
+    kill: float = 10.0
+    remote_kill: float = 10.0
+    relaunch_first: float = 2.0
+    relaunch_longest: float = 60.0
+    discovery: float = 5.0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> LaunchLimits:
+        """Return the limits with what the environment overrides. Raises UserError."""
+        return LaunchLimits(discovery=read_time_limit(environ, "HVDTRAIN_DISCOVERY_SECONDS", LaunchLimits.discovery))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorLimits:
     """Limits of `hvdtrain doctor` and of the check before a launch.
 

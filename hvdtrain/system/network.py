@@ -9,9 +9,7 @@ from collections.abc import Iterable
 import psutil
 
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.ssh import build_ssh_command, ssh_hostname
-
-__all__ = ["build_ssh_command", "interface_address", "interface_toward", "is_local_host", "local_address_toward"]
+from hvdtrain.system.ssh import ssh_hostname
 
 
 def interface_toward(hosts: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from hvdtrain.launch.output import OutputLine, OutputParser, RankExit, find_rank
 from hvdtrain.launch.report import JobReport
 from hvdtrain.launch.run import handle_line, handle_message, is_of_this_launch
 from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankReport, RankStarted, message_fields
+from hvdtrain.system.processes import Child, Deadline
 from hvdtrain.system.strict_json import encode_json
 
 
@@ -276,9 +277,10 @@ def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
 def test_a_host_that_ssh_does_not_reach_is_told_once() -> None:
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as guard:
         job = job_of(guard)
-        job.ssh_calls = [("far", subprocess.Popen(["sh", "-c", "exit 255"])), ("near", subprocess.Popen(["false"]))]
+        job.ssh_calls = [("far", Child(["sh", "-c", "exit 255"])), ("near", Child(["false"]))]
         for _, call in job.ssh_calls:
-            call.wait()
+            call.wait_for_exit(Deadline(10.0))
+            call.kill_group()
         assert pop_unreachable_hosts(job) == ["far"]
         assert pop_unreachable_hosts(job) == []
 

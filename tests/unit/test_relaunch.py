@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import pytest
 
-from hvdtrain.launch import relaunch
 from hvdtrain.launch.hosts import Host
 from hvdtrain.launch.job import JobSpec
 from hvdtrain.launch.launcher import LAUNCHERS
@@ -14,10 +13,11 @@ from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.relaunch import ElasticLaunch, run_with_relaunches
 from hvdtrain.launch.run import JobResult
 from hvdtrain.launch.signals import SignalInbox
+from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
 
 
-def launch_of_one_host(relaunches: int) -> ElasticLaunch:
+def launch_of_one_host(relaunches: int, limits: LaunchLimits | None = None) -> ElasticLaunch:
     """An elastic launch of a rank or more on this host."""
     return ElasticLaunch(
         options=LaunchOptions(launcher=LAUNCHERS.get("horovodrun")),
@@ -25,14 +25,12 @@ def launch_of_one_host(relaunches: int) -> ElasticLaunch:
         hosts=[Host("localhost", 1)],
         train_args=["digits"],
         environ={},
+        limits=limits or LaunchLimits(),
     )
 
 
 @pytest.mark.parametrize(("relaunches", "names"), [(0, 0), (2, 1)])
-def test_relaunched_jobs_own_their_run_folder_together_and_resume(
-    relaunches: int, names: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(relaunch, "RELAUNCH_BACKOFF", (0.0, 0.0))
+def test_relaunched_jobs_own_their_run_folder_together_and_resume(relaunches: int, names: int) -> None:
     environments: list[Mapping[str, str]] = []
 
     def run(spec: JobSpec, inbox: SignalInbox) -> JobResult:
@@ -40,6 +38,6 @@ def test_relaunched_jobs_own_their_run_folder_together_and_resume(
         environments.append(spec.environ)
         return JobResult(1, False)
 
-    code = run_with_relaunches(launch_of_one_host(relaunches), run)
+    code = run_with_relaunches(launch_of_one_host(relaunches, LaunchLimits(relaunch_first=0.0)), run)
     assert (code, len(environments)) == (1, relaunches + 1)
     assert len({environ[RELAUNCH_VARIABLE] for environ in environments if RELAUNCH_VARIABLE in environ}) == names

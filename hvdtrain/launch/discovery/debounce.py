@@ -8,7 +8,6 @@ agree on it. Run with `--hosts a:2,b:2` it prints this fixed list, a host a line
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from pathlib import Path
 
 from hvdtrain.launch.hosts import MAX_HOSTS, MAX_SLOTS_PER_HOST
 from hvdtrain.system.files import replace_file
+from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.system.processes import OutputTooLarge, ProcessTimeout, run_process
 
-SCRIPT_TIMEOUT = 5.0  # for the script to answer; HVDTRAIN_DISCOVERY_SECONDS overrides it
 MAX_OUTPUT_BYTES = 1 << 20  # that are read of the script's output, and of its errors
 HOST_LINE = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([1-9]\d{0,8}))?", re.ASCII)
 
@@ -29,7 +28,7 @@ class DiscoveryError(Exception):
 
 def run_discovery_script(script: str) -> dict[str, int]:
     """Return the script's hosts and their slots; a host without slots has one. Raises DiscoveryError."""
-    seconds = float(os.environ.get("HVDTRAIN_DISCOVERY_SECONDS", SCRIPT_TIMEOUT))
+    seconds = LaunchLimits.from_environment().discovery
     try:
         done = run_process([script], seconds, max_bytes=MAX_OUTPUT_BYTES)
     except (OSError, ValueError) as error:
