@@ -37,7 +37,7 @@ class Recipe:
 def check_methods(cls: type[Recipe]) -> None:
     """Raise UserError if a recipe lacks a method that its framework's Recipe declares abstract."""
     for name in dir(cls):
-        method = getattr(cls, name)
+        method = inspect.getattr_static(cls, name, None)  # getattr would give a class without fields `__annotations__`
         if getattr(method, "__isabstractmethod__", False):
             arguments = ", ".join(inspect.signature(method).parameters)
             raise UserError(f"{cls.__name__} has no method {name}({arguments}), which a recipe needs: define it")

@@ -11,6 +11,7 @@ import pytest
 
 import hvdtrain
 from hvdtrain.cli.main import main
+from hvdtrain.recipe.base import check_methods
 from hvdtrain.recipe.options import convert_value, option_fields
 from hvdtrain.recipe.options import option as recipe_option
 from hvdtrain.system.errors import UserError
@@ -84,3 +85,14 @@ def test_a_field_with_a_name_of_the_recipe_contract_is_refused(name: str) -> Non
     cls = dataclasses.make_dataclass("Mine", [(name, int, 3)], bases=(Recipe,), kw_only=True)
     with pytest.raises(UserError, match=rf"Mine\.{name} is a name of the recipe contract: rename the option"):
         option_fields(cls)
+
+
+class Unbounded(Bounded):  # no fields of its own, so no need for @dataclass
+    def score(self, model, batch):
+        return super().score(model, batch)
+
+
+def test_a_subclass_without_fields_needs_no_decorator() -> None:
+    with pytest.raises(UserError, match=r"^Unbounded has no method dataset\(self, split\)"):
+        check_methods(Unbounded)
+    assert [field.name for field in option_fields(Unbounded)] == list(FIELDS)
