@@ -149,7 +149,12 @@ def run_code(block: Block, where: str, folder: Path, namespace: dict[str, object
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * (block.line - (block.language == "check")) + block.text, where, "exec"), namespace)
+            exec(
+                compile(
+                    "\n" * (block.line - (block.language == "check")) + block.text, where, "exec", dont_inherit=True
+                ),
+                namespace,
+            )
     except BaseException:
         raise AssertionError(f"{where}\n{printed.getvalue()}\n{traceback.format_exc()}") from None
     return printed.getvalue()
