@@ -1,4 +1,4 @@
-"""All-reduces of many sizes, told as nccl-tests tell them."""
+"""All-reduces of many sizes, printed as nccl-tests prints them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from hvdtrain.comm.world import World
 from hvdtrain.torch.setup import choose_device
 
 MAX_REPEATS = 20
-MAX_SECONDS_PER_SIZE = 2.0  # a size is repeated for so long at most, but three times in any case
+MAX_SECONDS_PER_SIZE = 2.0  # seconds of repeats of one size, if three repeats take no longer
 
 
 def benchmark_all_reduce(world: World, sizes: Sequence[int], dtype: str, wanted: str | None) -> None:
-    """Print a line for each size in bytes, the smallest first, and the line through the smallest and the largest."""
+    """Print a row for each size, and the latency and bandwidth that fit the smallest and the largest.
+
+    Args:
+        world: of this rank.
+        sizes: in bytes, increasing.
+        dtype: of the values, a name in `torch`.
+        wanted: "cpu", "cuda", or None for cuda if there is one.
+    """
     device = choose_device(wanted, world.local_rank)
     width = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     print_on_root(world, f"# all-reduce in place, {describe_world(world, device)}")
@@ -47,7 +54,7 @@ def benchmark_all_reduce(world: World, sizes: Sequence[int], dtype: str, wanted:
 
 
 def count_wrong_values(tensor: torch.Tensor, name: str, world: World) -> int:
-    """How many values are wrong, on all ranks together, after an all-reduce of small whole numbers."""
+    """All-reduce small integers and return how many values are wrong, on all ranks together."""
     numbers = torch.arange(len(tensor), device=tensor.device).remainder_(7)
     tensor.copy_(numbers + world.rank % 2)
     reduced = collectives.wait(collectives.all_reduce_async_(tensor, name))
@@ -57,5 +64,5 @@ def count_wrong_values(tensor: torch.Tensor, name: str, world: World) -> int:
 
 
 def format_bandwidth(bandwidth: float) -> str:
-    """Bytes per second for people."""
+    """Return bytes per second in readable units."""
     return f"{bandwidth / 1e9:.3g} GB/s = {bandwidth * 8 / 1e9:.3g} Gbit/s"

@@ -1,4 +1,4 @@
-"""Step time against bandwidth, as a picture."""
+"""Plot step time against bandwidth."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ def plot_step_times(
     here: float,
     measured: Mapping[str, float],
 ) -> bytes:
-    """A PNG. curves: each method's predicted seconds at the bandwidths, in bytes per second; measured: those here."""
-    # Without pyplot, which would choose a screen.
+    """Return a plot as PNG.
+
+    Args:
+        title: of the plot.
+        bandwidths: in bytes per second.
+        curves: predicted seconds of a step at each bandwidth, by method.
+        here: the bandwidth of this network.
+        measured: seconds of a step measured on it, by method.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    # Without pyplot, which would choose a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hvdtrain.bench.workload import (
     WARM_UP_STEPS,
+    BenchmarkPlan,
     Workload,
     copy_model,
     describe_world,
@@ -21,44 +22,57 @@ from hvdtrain.bench.workload import (
 )
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, World, init, shut_down_horovod
-from hvdtrain.recipe.base import Recipe
 from hvdtrain.system.files import write_json
-from hvdtrain.training.options import RunOptions
 
 NO_EXCHANGE, STOCK_HOROVOD = "no exchange", "horovod"
 
 
-def benchmark_step(
-    world: World, recipe: Recipe, options: RunOptions, specs: Sequence[str], steps: int, json_path: Path | None
-) -> None:
+@dataclass(frozen=True)
+class StepRow:
+    """What was measured of one way to exchange gradients; its fields are keys of the JSON file.
+
+    Attributes:
+        way: NO_EXCHANGE, STOCK_HOROVOD, or a method of compression in hvdtrain's buckets.
+        step_seconds: median of the slowest rank.
+        waited_seconds: likewise, of the time in which a step's thread waited for communication.
+        wire_bytes: sent by this rank in a step.
+        gain: step time of STOCK_HOROVOD over this one's.
+    """
+
+    way: str
+    step_seconds: float
+    waited_seconds: float
+    wire_bytes: float
+    gain: float = 1.0
+
+    def format_row(self) -> str:
+        """Return the row as text."""
+        return (
+            f"{self.way:22}  {self.step_seconds * 1e3:8.1f}  {self.waited_seconds * 1e3:9.1f}  "
+            f"{self.wire_bytes / 1e6:9.3f}  {self.gain:10.2f}"
+        )
+
+
+def benchmark_step(world: World, plan: BenchmarkPlan) -> None:
     """Print a row for each way of exchange, and write the rows as JSON if there is a path."""
-    work = prepare_workload(recipe, options, world)
-    title = f"{type(recipe).__name__}, {describe_world(world, work.device)}; medians of {steps} steps"
+    work = prepare_workload(plan, world)
+    title = f"{type(plan.recipe).__name__}, {describe_world(world, work.device)}; medians of {plan.steps} steps"
     print_on_root(world, f"# {title}")
     print_on_root(world, "way                      step ms  waited ms    sent MB   x horovod")
-    rows: list[dict[str, Any]] = []
-    for way in (STOCK_HOROVOD, NO_EXCHANGE, *specs):
+    rows: list[StepRow] = []
+    for way in (STOCK_HOROVOD, NO_EXCHANGE, *plan.specs):
         with use_stock_horovod() if way == STOCK_HOROVOD else contextlib.nullcontext():
-            seconds, waited, sent = measure_exchange(work, way, steps)
-        # Some methods send other sizes in turns.
-        row: dict[str, Any] = {
-            "way": way,
-            "step_seconds": seconds,
-            "waited_seconds": waited,
-            "wire_bytes": sum(sent[-2:]) / 2,
-        }
-        row["gain"] = (rows or [row])[0]["step_seconds"] / seconds
+            row = measure_exchange(work, way, plan.steps)
+        if rows:
+            row = replace(row, gain=rows[0].step_seconds / row.step_seconds)
         rows.append(row)
-        print_on_root(
-            world,
-            f"{way:22}  {seconds * 1e3:8.1f}  {waited * 1e3:9.1f}  {row['wire_bytes'] / 1e6:9.3f}  {row['gain']:10.2f}",
-        )
-    if json_path is not None and world.rank == 0:
-        write_json(json_path, {"title": title, "ranks": world.size, "rows": rows})
+        print_on_root(world, row.format_row())
+    if plan.json_path is not None and world.rank == 0:
+        write_json(plan.json_path, {"title": title, "ranks": world.size, "rows": [asdict(row) for row in rows]})
 
 
-def measure_exchange(work: Workload, way: str, steps: int) -> tuple[float, float, list[int]]:
-    """Median seconds of a step and seconds waited, the slowest rank's; and the bytes that this rank sent each step."""
+def measure_exchange(work: Workload, way: str, steps: int) -> StepRow:
+    """Train for some steps with one way of exchange and return its row."""
     model = copy_model(work)
     optimizer: Any
     if way == NO_EXCHANGE:
@@ -68,17 +82,18 @@ def measure_exchange(work: Workload, way: str, steps: int) -> tuple[float, float
     else:
         optimizer = make_distributed_optimizer(work, model, f"{way},warmup=0")
     collectives.barrier("bench.step")
-    taken, sent = [], []
+    timings, sent = [], []
     for _ in range(WARM_UP_STEPS + steps):
-        taken.append(time_step(work, model, optimizer))
+        timings.append(time_step(work, model, optimizer))
         sent.append(getattr(optimizer, "wire_bytes", 0))
-    seconds, waited, _ = slowest_rank_medians("bench.step.medians", taken[WARM_UP_STEPS:])
-    return seconds, waited, sent
+    seconds, waited, _ = slowest_rank_medians("bench.step.medians", timings[WARM_UP_STEPS:])
+    # Some methods send one of two sizes in turns.
+    return StepRow(way, seconds, waited, sum(sent[-2:]) / 2)
 
 
 @contextlib.contextmanager
 def use_stock_horovod() -> Iterator[None]:
-    """Horovod as it comes: with its fusion buffer, which hvdtrain has no use for, and which is set when it starts."""
+    """Run Horovod with its fusion buffer, which is set when it starts, and which hvdtrain does not use."""
     before = os.environ["HOROVOD_FUSION_THRESHOLD"]
     restart_horovod(str(HOROVOD_FUSION_BYTES))
     yield
@@ -86,7 +101,7 @@ def use_stock_horovod() -> Iterator[None]:
 
 
 def restart_horovod(threshold: str) -> None:
-    """Start Horovod anew, on all ranks, with another size of its fusion buffer in bytes."""
+    """Restart Horovod on all ranks with another size of its fusion buffer, in bytes."""
     shut_down_horovod()
     os.environ["HOROVOD_FUSION_THRESHOLD"] = threshold
     init()

@@ -1,4 +1,4 @@
-"""What the benchmarks train: a model and one batch on each rank, and a step that tells where its time went."""
+"""What the benchmarks train: a model and one batch on each rank, and steps that are timed in parts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.horovod import transport_name
 from hvdtrain.comm.network_model import synchronize_device
 from hvdtrain.comm.world import World
+from hvdtrain.recipe.base import Recipe as AnyRecipe
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
@@ -52,7 +54,7 @@ class ResNet18(Recipe):
     lr: float = 0.01
 
     def model(self) -> nn.Module:
-        """(B, 3, side, side) -> (B, 10)"""
+        """Return a network that maps (B, 3, side, side) to (B, 10)."""
         from torchvision.models import resnet18
 
         model: nn.Module = resnet18(num_classes=10)
@@ -70,6 +72,25 @@ class ResNet18(Recipe):
 
 
 @dataclass(frozen=True)
+class BenchmarkPlan:
+    """What a benchmark of steps does.
+
+    Attributes:
+        recipe: that is trained.
+        options: of the run.
+        specs: methods of compression to measure.
+        steps: of each method that count.
+        json_path: where rank 0 writes the rows; None: nowhere.
+    """
+
+    recipe: AnyRecipe
+    options: RunOptions
+    specs: Sequence[str]
+    steps: int
+    json_path: Path | None
+
+
+@dataclass(frozen=True)
 class Workload:
     """One rank's part: a model with its first weights, the same on all ranks, and this rank's batch."""
 
@@ -84,17 +105,29 @@ class Workload:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds of one step."""
+    """Seconds of one step.
 
-    start_time: float  # when it began, by time.perf_counter
+    Attributes:
+        start_time: when it began, by time.perf_counter.
+        seconds: of all of it.
+        waited_seconds: waiting for communication.
+        update_seconds: in the optimizer, after the exchange.
+    """
+
+    start_time: float
     seconds: float
-    waited_seconds: float  # for communication
-    update_seconds: float  # in the optimizer, after the exchange
+    waited_seconds: float
+    update_seconds: float
 
 
-def prepare_workload(recipe: Any, options: RunOptions, world: World) -> Workload:
-    """Build the recipe's model and load this rank's batch. Raises UserError for what a user can mend."""
-    if recipe.framework != "torch":
+def prepare_workload(plan: BenchmarkPlan, world: World) -> Workload:
+    """Build the recipe's model and load this rank's batch.
+
+    Raises:
+        UserError: the recipe is for another framework, or its dataset, model or device cannot be used.
+    """
+    recipe, options = plan.recipe, plan.options
+    if not isinstance(recipe, Recipe):
         raise UserError(f"{type(recipe).__name__} is a recipe for {recipe.framework}; expected one for torch")
     torch.set_num_threads(options.resolve_threads(world.local_size).count)
     device = choose_device(options.device.device, world.local_rank)
@@ -113,7 +146,7 @@ def prepare_workload(recipe: Any, options: RunOptions, world: World) -> Workload
 
 
 def copy_model(work: Workload) -> nn.Module:
-    """The model with its first weights, for another way of exchange; what earlier ones held is freed first."""
+    """Return a copy of the model with its first weights; memory of earlier copies is freed first."""
     gc.collect()
     return copy.deepcopy(work.model).train()
 
@@ -121,7 +154,7 @@ def copy_model(work: Workload) -> nn.Module:
 def make_distributed_optimizer(
     work: Workload, model: nn.Module, compression: str = "none", exchange: Literal["bucketed", "horovod"] = "bucketed"
 ) -> Any:
-    """The recipe's optimizer for a model, with an exchange of gradients."""
+    """Return the recipe's optimizer for a model, with an exchange of gradients."""
     inner = work.recipe.optimizer(model.parameters())
     held = {p for group in inner.param_groups for p in group["params"]}
     named = [(name, p) for name, p in model.named_parameters() if p in held]
@@ -129,7 +162,7 @@ def make_distributed_optimizer(
 
 
 def compute_gradients(work: Workload, model: nn.Module, optimizer: Any) -> None:
-    """The gradients of the mean loss of this rank's batch."""
+    """Compute the gradients of the mean loss of this rank's batch."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(work.device.type, work.amp_dtype, enabled=work.amp_dtype is not None):
         loss = work.recipe.score(model, work.batch)["loss"]
@@ -137,7 +170,7 @@ def compute_gradients(work: Workload, model: nn.Module, optimizer: Any) -> None:
 
 
 def time_step(work: Workload, model: nn.Module, optimizer: Any) -> StepTiming:
-    """Make one step, exchanging gradients if the optimizer is a distributed one."""
+    """Make and time one step; gradients are exchanged if the optimizer is a distributed one."""
     begin = time.perf_counter()
     compute_gradients(work, model, optimizer)
     waited = 0.0
@@ -153,19 +186,19 @@ def time_step(work: Workload, model: nn.Module, optimizer: Any) -> StepTiming:
 
 
 def max_over_ranks(name: str, values: list[float]) -> list[float]:
-    """The largest of each value over the ranks, on all ranks."""
+    """Return the maximum of each value over the ranks, on all ranks."""
     return [max(column) for column in zip(*collectives.gather_json(values, name), strict=True)]
 
 
 def slowest_rank_medians(name: str, steps: list[StepTiming]) -> tuple[float, float, float]:
-    """Median seconds, seconds waited and seconds of the update; the slowest rank's, on all ranks."""
+    """Return the slowest rank's median seconds, seconds waited and seconds of the update, on all ranks."""
     columns = [[s.seconds for s in steps], [s.waited_seconds for s in steps], [s.update_seconds for s in steps]]
     seconds, waited, update = max_over_ranks(name, [statistics.median(column) for column in columns])
     return seconds, waited, update
 
 
 def print_on_root(world: World, text: str) -> None:
-    """Print a line, if this is rank 0."""
+    """Print a line on rank 0."""
     if world.rank == 0:
         print(text, flush=True)
 

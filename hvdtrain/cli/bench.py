@@ -27,15 +27,19 @@ from hvdtrain.training.options import RunOptions, split_options
 
 COMMAND_SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
 BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-# What of a recipe's and a run's options a benchmark acts on; the recipe's own are all its own.
+# The run options that a benchmark uses, besides the recipe's own.
 USED_OPTIONS = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
 UNUSED_OPTIONS = ({field.name for field in option_fields(RunOptions)} | {"epochs", "schedule"}) - USED_OPTIONS
 
 steps_option = click.option(
-    "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps that count."
+    "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps to measure."
 )
 json_option = click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows here."
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the rows as JSON.",
 )
 recipe_argument = click.argument("recipe", required=False)
 options_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
@@ -46,8 +50,8 @@ options_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, meta
 def bench_command(context: click.Context) -> None:
     """Measure the network, the step and gradient compression, on many ranks.
 
-    Each starts its ranks itself, as `hvdtrain launch` does, two on this host if nothing else is said; under horovodrun,
-    mpirun or srun it is one of theirs.
+    Each command starts its ranks itself, as `hvdtrain launch` does, by default two on this host; under horovodrun,
+    mpirun or srun it is one of their ranks.
     """
     if context.invoked_subcommand is None:
         raise UserError("`hvdtrain bench` needs a command: allreduce, step or compression")
@@ -55,9 +59,13 @@ def bench_command(context: click.Context) -> None:
 
 @bench_command.command("allreduce", context_settings=COMMAND_SETTINGS)
 @add_launch_options
-@click.option("--sizes", metavar="4K,1M,...", help="These sizes in bytes, instead of a range.")
+@click.option("--sizes", metavar="4K,1M,...", help="Sizes in bytes, instead of a range.")
 @click.option(
-    "--min-bytes", default="1K", show_default=True, metavar="SIZE", help="The first size; each is four times the last."
+    "--min-bytes",
+    default="1K",
+    show_default=True,
+    metavar="SIZE",
+    help="The first size; each is four times the one before.",
 )
 @click.option("--max-bytes", default="64M", show_default=True, metavar="SIZE", help="No size is larger.")
 @click.option(
@@ -67,7 +75,9 @@ def bench_command(context: click.Context) -> None:
     show_default=True,
     help="The type of the values.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where they lie. Default: cuda if there is one.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where the values are. Default: cuda if there is one."
+)
 @click.pass_context
 def allreduce_command(
     context: click.Context,
@@ -81,9 +91,9 @@ def allreduce_command(
 ) -> int:
     """Time all-reduces of many sizes, as nccl-tests do.
 
-    Sizes are in bytes, or with K, M or G behind. For each: the median time of an all-reduce in place; the bytes reduced
-    in a second (algbw) and the bytes that each of n ranks sends in a second (busbw = algbw 2 (n - 1) / n), both in GB;
-    and how many values of all ranks' results are wrong.
+    Sizes are in bytes, or end in K, M or G. For each: the median time of an all-reduce in place; the bytes reduced per
+    second (algbw) and the bytes that each of n ranks sends per second (busbw = algbw 2 (n - 1) / n), both in GB; and
+    how many values of all ranks' results are wrong.
     """
     chosen = parse_size_list(sizes) if sizes is not None else size_range(min_bytes, max_bytes)
     width = int(re.sub(r"\D", "", dtype)) // 8
@@ -101,7 +111,7 @@ def allreduce_command(
 
 @bench_command.command("step", context_settings=COMMAND_SETTINGS)
 @add_launch_options
-@click.option("--compression", "specs", multiple=True, metavar="SPEC", help="Measure this too; may be given again.")
+@click.option("--compression", "specs", multiple=True, metavar="SPEC", help="A method to measure. Can be repeated.")
 @steps_option
 @json_option
 @recipe_argument
@@ -119,14 +129,16 @@ def step_command(
 ) -> int:
     """Time training steps: without an exchange, with Horovod's own, and with hvdtrain's buckets.
 
-    What is trained is RECIPE, on one batch over and over, or else a ResNet-18 on 16 random images of 64x64 per rank.
-    Medians of the slowest rank; "waited" is what of a step its thread spent waiting for the network.
+    Trains RECIPE on one batch again and again; without RECIPE, a ResNet-18 on 16 random images of 64x64 per rank.
+    Prints medians of the slowest rank; "waited" is the part of a step that its thread waits for the network.
     """
 
     def run_on_rank(world: World) -> None:
         from hvdtrain.bench.step import benchmark_step
+        from hvdtrain.bench.workload import BenchmarkPlan
 
-        benchmark_step(world, *load_workload(recipe, args), specs or ("none",), steps, json_path)
+        plan = BenchmarkPlan(*load_workload(recipe, args), specs or ("none",), steps, json_path)
+        benchmark_step(world, plan)
 
     return run_or_launch(context, launch_options, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
@@ -134,7 +146,7 @@ def step_command(
 @bench_command.command("compression", context_settings=COMMAND_SETTINGS)
 @add_launch_options
 @click.option(
-    "--compression", "specs", multiple=True, metavar="SPEC", help="Measure this; may be given again. Default: all."
+    "--compression", "specs", multiple=True, metavar="SPEC", help="A method to measure. Can be repeated. Default: all."
 )
 @click.option(
     "--plot",
@@ -160,13 +172,13 @@ def compression_command(
     args: tuple[str, ...],
     launch_options: LaunchOptions,
 ) -> int:
-    """Measure and predict what each way to compress gradients costs and wins.
+    """Measure and predict what each method of gradient compression costs and gains.
 
-    For each method: bytes that a rank sends in a step, milliseconds to encode and to decode, the cosine between what it
-    applied and the exact mean of the ranks' gradients, the step's predicted and measured milliseconds, and how many
-    times faster than without compression that is. The plot shows the prediction for other networks.
+    For each method: bytes that a rank sends in a step, milliseconds to encode and to decode, the cosine between the
+    gradients that were applied and the exact mean over the ranks, predicted and measured milliseconds of a step, and
+    the speed-up over no compression. The plot shows the prediction for other networks.
 
-    What is trained is RECIPE, on one batch over and over, or else a ResNet-18 on 16 random images of 64x64 per rank.
+    Trains RECIPE on one batch again and again; without RECIPE, a ResNet-18 on 16 random images of 64x64 per rank.
     """
     if plot.suffix != ".png":
         raise UserError(f"--plot {plot}: expected a name that ends in .png")
@@ -175,28 +187,30 @@ def compression_command(
 
     def run_on_rank(world: World) -> None:
         from hvdtrain.bench.compression import benchmark_compression
+        from hvdtrain.bench.workload import BenchmarkPlan
         from hvdtrain.compression.registry import default_specs
 
-        benchmark_compression(world, *load_workload(recipe, args), specs or default_specs(), steps, plot, json_path)
+        plan = BenchmarkPlan(*load_workload(recipe, args), specs or default_specs(), steps, json_path)
+        benchmark_compression(world, plan, plot)
 
     return run_or_launch(context, launch_options, lambda: check_benchmark(specs, recipe, args), run_on_rank)
 
 
 def parse_size(text: str) -> int:
-    """`4096`, `64K` or `1M` in bytes. Raises UserError."""
+    """Return the bytes of a text such as `4096`, `64K` or `1M`. Raises UserError."""
     found = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
     if not found or not int(found[1]):
-        raise UserError(f"{text!r} is no size in bytes; expected for example 4096, 64K or 16M")
+        raise UserError(f"{text!r} is not a size in bytes; expected for example 4096, 64K or 16M")
     return int(found[1]) * BYTE_UNITS[found[2]]
 
 
 def parse_size_list(text: str) -> list[int]:
-    """The sizes of a list, the smallest first, each once."""
+    """Return the sizes of a list, each once, increasing. Raises UserError."""
     return sorted({parse_size(part) for part in text.split(",")})
 
 
 def size_range(first: str, last: str) -> list[int]:
-    """Sizes from the first on, each four times the one before, none above the last."""
+    """Return sizes from the first on, each four times the one before, none above the last. Raises UserError."""
     size, most = parse_size(first), parse_size(last)
     if size > most:
         raise UserError(f"--min-bytes {first} is more than --max-bytes {last}")
@@ -208,7 +222,7 @@ def size_range(first: str, last: str) -> list[int]:
 
 
 def check_benchmark(specs: tuple[str, ...], recipe: str | None, args: tuple[str, ...]) -> None:
-    """Raise UserError for a mistake in what is to be compressed and trained."""
+    """Check what is to be compressed and trained. Raises UserError."""
     from hvdtrain.compression.spec import parse_compression
 
     for text in specs:
@@ -218,7 +232,11 @@ def check_benchmark(specs: tuple[str, ...], recipe: str | None, args: tuple[str,
 
 
 def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, RunOptions]:
-    """What is to be trained. Raises UserError for options that it does not have, or that a benchmark has no use for."""
+    """Return what is to be trained.
+
+    Raises:
+        UserError: an option is unknown, or a benchmark does not use it.
+    """
     from hvdtrain.cli import options
     from hvdtrain.cli.train import load_arguments
 
@@ -231,7 +249,7 @@ def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, Ru
         if name in UNUSED_OPTIONS:
             flags = ", ".join(f"--{used.replace('_', '-')}" for used in sorted(USED_OPTIONS))
             raise UserError(
-                f"--{name.replace('_', '-')} means nothing here; expected the recipe's own options, or {flags}"
+                f"--{name.replace('_', '-')} is not used by benchmarks; expected the recipe's own options, or {flags}"
             )
     options.check_parsed_arguments(arguments)
     return split_options(arguments.recipe_class, arguments.given_options)
@@ -240,7 +258,14 @@ def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, Ru
 def run_or_launch(
     context: click.Context, options: LaunchOptions, check: Callable[[], object], work: Callable[[World], object]
 ) -> int:
-    """Do the work, if this process is a rank; else start the same command on ranks, after a check. The exit code."""
+    """Do the work if this process is a rank; else start the same command on ranks. Returns the exit code.
+
+    Args:
+        context: of the command.
+        where: the launch options.
+        check: called before any rank starts, and on each rank; raises UserError.
+        work: what a rank does.
+    """
     if rank_from_environment() is None:
         if options.num_ranks == 1:
             raise UserError("-np 1: there is nothing to exchange; expected 2 ranks or more")
@@ -249,7 +274,7 @@ def run_or_launch(
         return launch_ranks(["bench", str(context.command.name), *collect_own_arguments(context)], options, check)
     set_rank_threads()
     if "HOROVOD_RANK" not in os.environ:
-        # MPI has started this rank; begun here, it outlives Horovod, which `bench step` starts anew.
+        # mpirun or srun started this rank. MPI that is started here outlives Horovod, which `bench step` restarts.
         start_mpi()
     with exit_on_failure():
         check()
@@ -260,12 +285,12 @@ def run_or_launch(
     messages.send_message(messages.RankFinished(world.rank, 0))
     from hvdtrain.comm import collectives
 
-    collectives.barrier("end")  # launchers end all ranks when one has left
+    collectives.barrier("end")  # launchers end all ranks when one has ended
     return 0
 
 
 def collect_own_arguments(context: click.Context) -> list[str]:
-    """What was given to a command, without what says where its ranks run."""
+    """Return the arguments that were given to a command, without the launch options."""
     given: list[str] = []
     for parameter in context.command.params:
         name = str(parameter.name)

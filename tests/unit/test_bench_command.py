@@ -57,9 +57,9 @@ def test_dry_run_prints_the_launch_command(
 
 CASES = [
     ("", "`hvdtrain bench` needs a command: allreduce, step or compression"),
-    ("allreduce --sizes 4X", "'4X' is no size in bytes; expected for example 4096, 64K or 16M"),
-    ("allreduce --sizes 4K,,1M", "'' is no size in bytes; expected for example 4096, 64K or 16M"),
-    ("allreduce --sizes 0", "'0' is no size in bytes; expected for example 4096, 64K or 16M"),
+    ("allreduce --sizes 4X", "'4X' is not a size in bytes; expected for example 4096, 64K or 16M"),
+    ("allreduce --sizes 4K,,1M", "'' is not a size in bytes; expected for example 4096, 64K or 16M"),
+    ("allreduce --sizes 0", "'0' is not a size in bytes; expected for example 4096, 64K or 16M"),
     ("allreduce --sizes 2", "a size of 2 bytes is less than one float32; expected 4 or more"),
     ("allreduce --min-bytes 2M --max-bytes 1M", "--min-bytes 2M is more than --max-bytes 1M"),
     ("allreduce -np 1", "-np 1: there is nothing to exchange; expected 2 ranks or more"),
@@ -78,8 +78,8 @@ CASES = [
     (f"step {RECIPE} --featurs 3", "no option --featurs; did you mean '--features'?"),
     (
         f"step {RECIPE} --resume",
-        "--resume means nothing here; expected the recipe's own options, or --amp, --batch-per-rank, --batch-size, "
-        "--device, --lr, --seed, --threads",
+        "--resume is not used by benchmarks; expected the recipe's own options, or --amp, --batch-per-rank, "
+        "--batch-size, --device, --lr, --seed, --threads",
     ),
 ]
 
