@@ -1,4 +1,4 @@
-"""`hvdtrain doctor`: what is wrong with this host, or with several and what joins them."""
+"""`hvdtrain doctor`: what is wrong with this host, or with several hosts and the network between them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from hvdtrain.system import messages, signed_http
 from hvdtrain.system.errors import EXIT_FAILED, UserError
 from hvdtrain.system.strict_json import encode_json
 
-# Of the options that say where ranks run: those that have no use here, and those that name the hosts.
+# Of the launch options: those that the doctor does not have, and those that name the hosts.
 EXCLUDED_OPTIONS = {"num_ranks", "dry_run"}
 HOST_OPTIONS = {"hosts", "hostfile", "scheduler"}
 
 
 @click.command("doctor", context_settings={"max_content_width": 100})
 @add_launch_options
-@click.option("--json", "as_json", is_flag=True, help="Print all that was found out as JSON.")
-@click.option("--meet", hidden=True, help="Where a rank that the doctor has started meets it.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--meet", hidden=True, help="Address of the coordinator, for a worker of the network test.")
 @click.pass_context
 def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, launch_options: LaunchOptions) -> int:
-    """See what is wrong with this host, or with several and what joins them.
+    """Find what is wrong with this host, or with several hosts and the network between them.
 
     \b
-    hvdtrain doctor                           this host, to be pasted into a message
-    hvdtrain doctor -H a:4,b:4 --nic eth0     the hosts of a run, started as `hvdtrain launch` does
+    hvdtrain doctor                           this host: a report to paste into a message
+    hvdtrain doctor -H a:4,b:4 --nic eth0     the hosts of a run, reached as `hvdtrain launch` does
 
-    Of several hosts it shows what differs; then, by one rank on each, how busy they are, the round trip and the
-    bandwidth of each link, and an all-reduce over each pair (of more than 6 hosts: of neighbours, and of what is odd).
-    The last line is `all fine`, or the worst: which host or link is bad, and why.
+    For several hosts it prints what differs; then, measured by one rank on each, the CPU slowdown, the round trip and
+    the bandwidth of each link, and an all-reduce over each pair (with more than 6 hosts: over neighbours and outliers).
+    The last line is `all fine`, or the worst finding: which host or link is bad, and why.
 
-    Exit codes: 0 nothing stands in the way of a run; 1 something does; 2 a mistake in the command line.
+    Exit codes: 0 a run can start; 1 something prevents it; 2 a mistake in the command line.
     """
     if meet is not None:
         if rank_from_environment() is not None:
@@ -50,7 +50,7 @@ def doctor_command(context: click.Context, /, as_json: bool, meet: str | None, l
         return launch_workers(meet, launch_options)
     launcher = launch_options.launcher
     if launcher.batch_system is not None:
-        raise UserError(f"--launcher {launcher.name}: the doctor asks hosts over ssh; expected horovodrun or mpirun")
+        raise UserError(f"--launcher {launcher.name}: the doctor queries hosts over ssh; expected horovodrun or mpirun")
     hosts = launch_options.source.read_hosts(os.environ)
     if hosts:
         return report_on_hosts([host.name for host in hosts], context, as_json, launch_options)
@@ -68,7 +68,7 @@ doctor_command.params = [parameter for parameter in doctor_command.params if par
 
 
 def report_on_hosts(hosts: list[str], context: click.Context, as_json: bool, launch: LaunchOptions) -> int:
-    """The doctor of some hosts; the exit code."""
+    """Examine hosts and print what was found. Returns the exit code."""
     from hvdtrain.doctor.examine import build_json_report, describe_hosts, examine_hosts
 
     launch.ssh.check_identity()
@@ -78,7 +78,7 @@ def report_on_hosts(hosts: list[str], context: click.Context, as_json: bool, lau
 
 
 def collect_launch_options(context: click.Context) -> list[str]:
-    """The options that say how ranks are started, as they were given."""
+    """Return the launch options that were given, without those that name the hosts."""
     words = []
     for parameter in context.command.params:
         name = str(parameter.name)
@@ -94,7 +94,17 @@ def collect_launch_options(context: click.Context) -> list[str]:
 
 
 def print_findings(found: Sequence[DoctorFinding], facts: dict[str, Any], text: str, as_json: bool) -> int:
-    """Print what was found out, and what is wrong; the exit code."""
+    """Print what was found out, then what is wrong.
+
+    Args:
+        found: what is wrong, the worst first.
+        facts: what was found out, for JSON.
+        text: the same as text.
+        as_json: whether to print JSON.
+
+    Returns:
+        the exit code.
+    """
     if as_json:
         findings = [finding._asdict() for finding in found]
         click.echo(encode_json(facts | {"findings": findings, "verdict": format_verdict(found)}, indent=2))
@@ -107,13 +117,13 @@ def print_findings(found: Sequence[DoctorFinding], facts: dict[str, Any], text: 
 
 
 def launch_workers(meet: str, options: LaunchOptions) -> int:
-    """Start a rank on each host; the launcher's exit code."""
+    """Start a worker on each host. Returns the launcher's exit code."""
     nic = ["--nic", options.nic] if options.nic else []
     return launch_ranks(["doctor", "--meet", meet, *nic], options, lambda: None)
 
 
 def run_doctor_worker(meet: str, nic: str | None) -> int:
-    """Be one of the ranks."""
+    """Run a worker of the network test. Returns the exit code."""
     from hvdtrain.doctor.network_test.worker import run_worker
 
     set_rank_threads()

@@ -10,7 +10,7 @@ from hvdtrain.doctor import report
 from hvdtrain.doctor.findings import DoctorFinding, diagnose_hosts, sort_by_severity
 from hvdtrain.doctor.network_test.coordinator import start_workers
 from hvdtrain.doctor.network_test.diagnose import diagnose_network, format_megabits
-from hvdtrain.doctor.network_test.measure import NetworkMeasurements, measure_network
+from hvdtrain.doctor.network_test.measure import NetworkMeasurements, run_network_test
 from hvdtrain.doctor.network_test.messages import Pair
 from hvdtrain.doctor.query import HostReply, local_address_or_none, query_hosts_and_connect_back
 from hvdtrain.system.errors import RunError
@@ -58,7 +58,7 @@ def examine_hosts(hosts: Sequence[str], *, nic: str | None, ssh: Sequence[str], 
         assert address is not None  # the hosts could connect to it
         try:
             with start_workers(hosts, address, options) as coordinator:
-                result.measured = measure_network(coordinator)
+                result.measured = run_network_test(coordinator)
             found += diagnose_network(result.measured, hosts)
         except RunError as error:
             found.append(DoctorFinding("", str(error)))

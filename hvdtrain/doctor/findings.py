@@ -25,7 +25,7 @@ class DoctorFinding(NamedTuple):
     Attributes:
         where: "host h2", "link h1-h3", or "" for this host alone.
         text: what is wrong.
-        bad: whether it stands in the way of a run; if not, it is a warning.
+        bad: whether it prevents a run; if not, it is a warning.
     """
 
     where: str

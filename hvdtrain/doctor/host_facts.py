@@ -59,7 +59,7 @@ class SoftwareFacts:
         torch_cuda: version of CUDA that torch is built for.
         wheel: key of the installed Horovod in the cache of builds, or UNKNOWN_WHEEL.
         built_with: None if hvdtrain did not build Horovod.
-        horovod_error: one line that says why Horovod cannot work and what to do; None if it can.
+        horovod_error: one line with why Horovod cannot work and what to do; None if it can.
     """
 
     python: str | None = None
@@ -84,7 +84,7 @@ class MachineFacts:
         memory, memory_free, memory_allowed: bytes; allowed by the control group, None for all.
         limits: soft resource limits by name: nofile, memlock in bytes, nproc; None for no limit.
         driver_cuda: the newest CUDA that the GPU driver supports.
-        gpus: a line for each GPU; or one that begins with "nvidia-smi" and says how that fails.
+        gpus: a line for each GPU; or one that begins with "nvidia-smi" and reports how that fails.
         infiniband: names of the devices.
     """
 

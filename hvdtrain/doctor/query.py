@@ -1,6 +1,6 @@
 """Ask many hosts for their facts at the same time: this one directly, others over ssh as the launchers reach them.
 
-If a host sends none, the exit code and the output of ssh tell why.
+If a host sends none, the exit code and the output of ssh show why.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def query_hosts(requests: Mapping[str, FactsRequest], ssh: Sequence[str] = ()) -
             replies[host] = HostReply(host, gather_facts(requests[host]))
         for child in completed_children(list(queries), deadline):
             with contextlib.suppress(ProcessTimeout):
-                replies[queries[child]] = parse_reply(queries[child], child, deadline)
+                replies[queries[child]] = read_host_reply(queries[child], child, deadline)
     late = f"did not answer within {DoctorLimits.query:g} s"
     return [replies[host] if host in replies else HostReply(host, error=late) for host in requests]
 
@@ -106,7 +106,7 @@ def working_folder() -> str:
     return os.getcwd()  # noqa: PTH109 - with the symbolic links of its path
 
 
-def parse_reply(host: str, child: Child, deadline: Deadline) -> HostReply:
+def read_host_reply(host: str, child: Child, deadline: Deadline) -> HostReply:
     """Return the facts that the ssh to a host has printed, or why there are none.
 
     Raises:

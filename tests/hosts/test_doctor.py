@@ -127,7 +127,7 @@ def check_verdict(hosts: list[Host], pattern: str) -> None:
 def test_options_that_make_no_sense(sick: list[Host]) -> None:
     for words, message in (
         (["--hostfile", "nowhere"], "give -H or --hostfile, not both"),
-        (["--launcher", "srun"], "--launcher srun: the doctor asks hosts over ssh; expected horovodrun or mpirun"),
+        (["--launcher", "srun"], "--launcher srun: the doctor queries hosts over ssh; expected horovodrun or mpirun"),
     ):
         done = hvdtrain(sick, "doctor", *words)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"hvdtrain: error: {message}\n")

@@ -225,7 +225,7 @@ def test_a_clock_is_judged_by_when_it_can_have_been_read(monkeypatch: pytest.Mon
         with Child(["printf", "%s", text]) as ssh:
             assert list(completed_children([ssh], Deadline(10.0))) == [ssh]
             ssh.started_at -= 0.5
-            answer = query.parse_reply("h1", ssh, Deadline(10.0))
+            answer = query.read_host_reply("h1", ssh, Deadline(10.0))
         assert answer.clock_offset == pytest.approx(expected, abs=0.6)
 
 

@@ -61,7 +61,7 @@ def build_link_findings(
     left, found = list(bad), []
     for rank, host in enumerate(hosts):
         for its in ([pair for pair in links if pair[0] == rank], [pair for pair in links if pair[1] == rank]):
-            # One link does not tell which of its ends is bad; and a host is not if the other ends explain it.
+            # A single link does not show which of its ends is bad; and a host is not bad if the other ends explain it.
             if len(its) > 1 and all(pair in bad for pair in its) and any(pair in left for pair in its):
                 mine = [pair for pair in bad if rank in pair]
                 if not any(is_explained_by_other_end(pair, bad, links, rank) for pair in mine):

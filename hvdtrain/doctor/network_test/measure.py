@@ -88,7 +88,7 @@ class NetworkMeasurements:
         return sorted({(min(pair), max(pair)) for pair in self.links})
 
 
-def measure_network(coordinator: Coordinator) -> NetworkMeasurements:
+def run_network_test(coordinator: Coordinator) -> NetworkMeasurements:
     """Measure what joins the hosts of the workers."""
     count = coordinator.size
     pairs = choose_pairs(count)
@@ -175,7 +175,7 @@ def measure_links(
 
 
 def combine_replies(sender: Reply, receiver: Reply) -> LinkMeasurement:
-    """Return what the replies of both ends say about a direction."""
+    """Return the measurement of a direction from the replies of both ends."""
     for reply in (sender, receiver):
         if isinstance(reply, Failure):
             return LinkMeasurement(error=reply.error)

@@ -1,4 +1,4 @@
-"""One worker of the network test: does what the coordinator's commands say, and replies to each."""
+"""One worker of the network test: carries out the coordinator's commands and replies to each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hvdtrain.system.signed_http import MOST_STRANGERS
 
 
 def run_worker(coordinator: tuple[str, int], key: bytes, rank: int, nic: str | None) -> None:
-    """Connect to the coordinator and do what its commands say until it ends the test.
+    """Connect to the coordinator and carry out its commands until it ends the test.
 
     Args:
         coordinator: its address and port.
