@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -25,24 +27,82 @@ from hvdtrain.system import messages
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.options import RunOptions, split_options
 
+if TYPE_CHECKING:
+    from hvdtrain.bench.workload import BenchmarkPlan
+
 COMMAND_SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
 BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # The run options that a benchmark uses, besides the recipe's own.
 USED_OPTIONS = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
 UNUSED_OPTIONS = ({field.name for field in option_fields(RunOptions)} | {"epochs", "schedule"}) - USED_OPTIONS
 
-steps_option = click.option(
-    "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps to measure."
-)
-json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write the rows as JSON.",
-)
-recipe_argument = click.argument("recipe", required=False)
-options_argument = click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class WorkloadArguments:
+    """The arguments of a benchmark that trains.
+
+    Attributes:
+        specs: methods of compression to measure; empty: the benchmark's own.
+        steps: to measure of each method.
+        json_path: where to write the rows; None: nowhere.
+        recipe: to train; None: a ResNet-18.
+        args: options of the recipe and of the run.
+    """
+
+    specs: tuple[str, ...]
+    steps: int
+    json_path: Path | None
+    recipe: str | None
+    args: tuple[str, ...]
+
+    def check_arguments(self) -> None:
+        """Check what is to be compressed and trained. Raises UserError."""
+        from hvdtrain.compression.spec import parse_compression
+
+        for text in self.specs:
+            if parse_compression(text).method == "auto":
+                raise UserError(f"compression {text!r} measures methods itself during training; expected one method")
+        load_workload(self.recipe, self.args)
+
+    def make_plan(self, default_specs: Sequence[str]) -> BenchmarkPlan:
+        """Return what the benchmark does. Imports torch."""
+        from hvdtrain.bench.workload import BenchmarkPlan
+
+        recipe, options = load_workload(self.recipe, self.args)
+        return BenchmarkPlan(recipe, options, self.specs or default_specs, self.steps, self.json_path)
+
+
+def add_workload_options(compression_help: str) -> Callable[[F], F]:
+    """Return a decorator that adds the options of WorkloadArguments to a command, which gets them as `workload`."""
+    options = (
+        click.option("--compression", "specs", multiple=True, metavar="SPEC", help=compression_help),
+        click.option(
+            "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps to measure."
+        ),
+        click.option(
+            "--json",
+            "json_path",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Also write the rows as JSON.",
+        ),
+        click.argument("recipe", required=False),
+        click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]"),
+    )
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            given = {field.name: kwargs.pop(field.name) for field in fields(WorkloadArguments)}
+            return function(*args, workload=WorkloadArguments(**given), **kwargs)
+
+        for option in reversed(options):
+            command = option(command)
+        return command  # type: ignore[return-value]
+
+    return decorate
 
 
 @click.group("bench", cls=CommandGroup, invoke_without_command=True)
@@ -78,10 +138,7 @@ def bench_command(context: click.Context) -> None:
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Where the values are. Default: cuda if there is one."
 )
-@click.pass_context
 def allreduce_command(
-    context: click.Context,
-    /,
     sizes: str | None,
     min_bytes: str,
     max_bytes: str,
@@ -106,27 +163,13 @@ def allreduce_command(
 
         benchmark_all_reduce(world, chosen, dtype, device)
 
-    return run_or_launch(context, launch_options, lambda: None, run_on_rank)
+    return run_or_launch(launch_options, lambda: None, run_on_rank)
 
 
 @bench_command.command("step", context_settings=COMMAND_SETTINGS)
 @add_launch_options
-@click.option("--compression", "specs", multiple=True, metavar="SPEC", help="A method to measure. Can be repeated.")
-@steps_option
-@json_option
-@recipe_argument
-@options_argument
-@click.pass_context
-def step_command(
-    context: click.Context,
-    /,
-    specs: tuple[str, ...],
-    steps: int,
-    json_path: Path | None,
-    recipe: str | None,
-    args: tuple[str, ...],
-    launch_options: LaunchOptions,
-) -> int:
+@add_workload_options("A method to measure. Can be repeated. Default: none.")
+def step_command(workload: WorkloadArguments, launch_options: LaunchOptions) -> int:
     """Time training steps: without an exchange, with Horovod's own, and with hvdtrain's buckets.
 
     Trains RECIPE on one batch again and again; without RECIPE, a ResNet-18 on 16 random images of 64x64 per rank.
@@ -135,19 +178,14 @@ def step_command(
 
     def run_on_rank(world: World) -> None:
         from hvdtrain.bench.step import benchmark_step
-        from hvdtrain.bench.workload import BenchmarkPlan
 
-        plan = BenchmarkPlan(*load_workload(recipe, args), specs or ("none",), steps, json_path)
-        benchmark_step(world, plan)
+        benchmark_step(world, workload.make_plan(["none"]))
 
-    return run_or_launch(context, launch_options, lambda: check_benchmark(specs, recipe, args), run_on_rank)
+    return run_or_launch(launch_options, workload.check_arguments, run_on_rank)
 
 
 @bench_command.command("compression", context_settings=COMMAND_SETTINGS)
 @add_launch_options
-@click.option(
-    "--compression", "specs", multiple=True, metavar="SPEC", help="A method to measure. Can be repeated. Default: all."
-)
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -156,22 +194,8 @@ def step_command(
     metavar="FILE.png",
     help="Step time against bandwidth, 10 Mbit/s to 100 Gbit/s.",
 )
-@steps_option
-@json_option
-@recipe_argument
-@options_argument
-@click.pass_context
-def compression_command(
-    context: click.Context,
-    /,
-    specs: tuple[str, ...],
-    plot: Path,
-    steps: int,
-    json_path: Path | None,
-    recipe: str | None,
-    args: tuple[str, ...],
-    launch_options: LaunchOptions,
-) -> int:
+@add_workload_options("A method to measure. Can be repeated. Default: all.")
+def compression_command(workload: WorkloadArguments, plot: Path, launch_options: LaunchOptions) -> int:
     """Measure and predict what each method of gradient compression costs and gains.
 
     For each method: bytes that a rank sends in a step, milliseconds to encode and to decode, the cosine between the
@@ -187,13 +211,11 @@ def compression_command(
 
     def run_on_rank(world: World) -> None:
         from hvdtrain.bench.compression import benchmark_compression
-        from hvdtrain.bench.workload import BenchmarkPlan
         from hvdtrain.compression.registry import default_specs
 
-        plan = BenchmarkPlan(*load_workload(recipe, args), specs or default_specs(), steps, json_path)
-        benchmark_compression(world, plan, plot)
+        benchmark_compression(world, workload.make_plan(default_specs()), plot)
 
-    return run_or_launch(context, launch_options, lambda: check_benchmark(specs, recipe, args), run_on_rank)
+    return run_or_launch(launch_options, workload.check_arguments, run_on_rank)
 
 
 def parse_size(text: str) -> int:
@@ -221,16 +243,6 @@ def size_range(first: str, last: str) -> list[int]:
     return sizes
 
 
-def check_benchmark(specs: tuple[str, ...], recipe: str | None, args: tuple[str, ...]) -> None:
-    """Check what is to be compressed and trained. Raises UserError."""
-    from hvdtrain.compression.spec import parse_compression
-
-    for text in specs:
-        if parse_compression(text).method == "auto":
-            raise UserError(f"compression {text!r} measures methods itself during training; expected one method")
-    load_workload(recipe, args)
-
-
 def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, RunOptions]:
     """Return what is to be trained.
 
@@ -255,17 +267,15 @@ def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, Ru
     return split_options(arguments.recipe_class, arguments.given_options)
 
 
-def run_or_launch(
-    context: click.Context, options: LaunchOptions, check: Callable[[], object], work: Callable[[World], object]
-) -> int:
+def run_or_launch(options: LaunchOptions, check: Callable[[], object], work: Callable[[World], object]) -> int:
     """Do the work if this process is a rank; else start the same command on ranks. Returns the exit code.
 
     Args:
-        context: of the command.
-        where: the launch options.
+        options: where the ranks run.
         check: called before any rank starts, and on each rank; raises UserError.
         work: what a rank does.
     """
+    context = click.get_current_context()
     if rank_from_environment() is None:
         if options.num_ranks == 1:
             raise UserError("-np 1: there is nothing to exchange; expected 2 ranks or more")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -93,7 +92,7 @@ def collect_launch_options(context: click.Context) -> list[str]:
     return words
 
 
-def print_findings(found: Sequence[DoctorFinding], facts: dict[str, Any], text: str, as_json: bool) -> int:
+def print_findings(found: Sequence[DoctorFinding], facts: dict[str, object], text: str, as_json: bool) -> int:
     """Print what was found out, then what is wrong.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from hvdtrain.doctor import report
 from hvdtrain.doctor.findings import DoctorFinding, diagnose_hosts, sort_by_severity
@@ -95,7 +94,7 @@ def describe_link(pair: Pair, measured: NetworkMeasurements, hosts: Sequence[str
     return f"{name:16} {1e3 * (there.round_trip or 0.0):15.3g} {rates} {reduced:>14}"
 
 
-def build_json_report(result: Examination) -> dict[str, Any]:  # for a JSON encoder
+def build_json_report(result: Examination) -> dict[str, object]:
     """Return what was found out as JSON: the keys are part of `hvdtrain doctor --json`."""
     hosts, measured = result.hosts, result.measured
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from hvdtrain.system.records import encode_record, named, parse_record
 from hvdtrain.system.strict_json import parse_strict_json
@@ -154,7 +153,7 @@ class HostFacts:
     asked_back: bool = False
     back_error: str | None = None
 
-    def encode_json(self) -> dict[str, Any]:  # keys of several dataclasses, for a JSON encoder
+    def encode_json(self) -> dict[str, object]:
         """Return the facts as one flat JSON object."""
         back = {"way back": self.back_error} if self.asked_back else {}
         return {

@@ -11,6 +11,7 @@ EndTest                                   ->    ends
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -110,7 +111,7 @@ COMMANDS = {kind.__name__: kind for kind in (MeasureCpu, ProbeLink, ServeProbe, 
 REPLIES = {kind.__name__: kind for kind in (CpuReply, ProbeReply, ServeReply, AllReduceReply, Failure)}
 
 
-def encode_message(number: int, message: Command | Reply) -> dict[str, Any]:  # fields of any message, as JSON
+def encode_message(number: int, message: Command | Reply) -> dict[str, object]:
     """Return a command or a reply with its number as a JSON object."""
     return {"kind": type(message).__name__, "number": number, "content": encode_record(message)}
 
@@ -134,7 +135,7 @@ def parse_reply(value: Any) -> tuple[int, Reply]:
     return number, reply
 
 
-def _parse_message(value: Any, kinds: dict[str, Any]) -> tuple[int, Any]:
+def _parse_message(value: Any, kinds: Mapping[str, type]) -> tuple[int, Any]:
     envelope: _Envelope = parse_record(value, _Envelope)
     if envelope.kind not in kinds:
         raise ValueError(f"unknown message {envelope.kind!r:.100}")
