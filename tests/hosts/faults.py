@@ -48,10 +48,10 @@ def another_torch(host: Host, version: str) -> None:
     cover(host, path, "\n".join([*lines, f"__version__ = '{version}'", ""]))
 
 
-def another_wheel(host: Host, key: str) -> None:
-    """By what Horovod's record says: the library stays."""
+def another_wheel(host: Host, cpu_flags: str) -> None:
+    """As if Horovod was built for another CPU, by its record: the library stays."""
     path = package("horovod") / "hvdtrain_build.json"
-    cover(host, path, json.dumps(json.loads(path.read_text()) | {"key": key}))
+    cover(host, path, json.dumps(json.loads(path.read_text()) | {"cpu_flags": cpu_flags}))
 
 
 def no_hvdtrain(host: Host) -> None:

@@ -29,7 +29,7 @@ def hvdtrain(hosts: list[Host], *words: str) -> subprocess.CompletedProcess[str]
 # What is wrong with each host of one cluster, as a pattern; the first two are well.
 SICK = {
     "h2": r"torch 2\.9\.9, the other 7 have \d\S+",
-    "h3": r"Horovod built as horovod-of-yesterday, the other 7 have horovod0\.28\.1\S+",
+    "h3": r"Horovod built as horovod0\.28\.1\S+, the other 7 have horovod0\.28\.1\S+",
     "h4": r"has no hvdtrain in \S+, or another version",
     "h5": r"has no \S+: it needs this Python at the same path",
     "h6": r"the disk is full: \S+ (B|KiB) is free in /run/tmp",
@@ -47,7 +47,7 @@ LATE = r"host h13: its clock is 3[56]\d\d s behind this host's: synchronize it b
 def sick() -> Iterator[list[Host]]:
     with cluster(14) as hosts:
         faults.another_torch(hosts[2], "2.9.9")
-        faults.another_wheel(hosts[3], "horovod-of-yesterday")
+        faults.another_wheel(hosts[3], "-march=x86-64")
         faults.no_hvdtrain(hosts[4])
         faults.no_python(hosts[5])
         faults.full_disk(hosts[6])
