@@ -1,4 +1,4 @@
-"""The orders that a ledger's rows are ranges of, and the sums of their ids' hashes; also those of earlier versions."""
+"""The orders of ids that a ledger's rows are ranges of, of this and of earlier versions, with sums of their hashes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvdtrain.ledger.writer import hash_ids
+from hvdtrain.ledger.rows import hash_ids
 from hvdtrain.recipe.order import BLOCK_POSITIONS, Ids, SampleOrder
 
 
@@ -22,7 +22,7 @@ class EpochOrder:
     version: int
 
     def sum_hashes(self, begin: int, end: int) -> int:
-        """The sum of the hashes of the ids at positions [begin, end)."""
+        """Return the sum of the hashes of the ids at positions [begin, end)."""
         total = 0
         for number in range(begin // BLOCK_POSITIONS, -(-end // BLOCK_POSITIONS)):
             sums, first = _block_hash_sums(self, number), number * BLOCK_POSITIONS
@@ -30,11 +30,11 @@ class EpochOrder:
         return total
 
     def materialize(self) -> MaterializedOrder:
-        """All of it in memory: only a ledger with something wrong in it takes that."""
+        """Return all of it in memory: needed only for a ledger with a defect."""
         return _materialize_order(self)
 
     def ids(self, begin: int, end: int) -> Ids:
-        """The ids at positions [begin, end)."""
+        """Return the ids at positions [begin, end), (end - begin,) int64."""
         return _draw_order(self).ids_between(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
 
 
@@ -43,7 +43,7 @@ class MaterializedOrder(NamedTuple):
 
     ids: Ids  # (examples,)
     hashes: Ids  # (examples,): of these ids
-    hash_sums_before: Ids  # (examples + 1,): sums of all hashes before
+    hash_sums_before: Ids  # (examples + 1,): at each position, the sum of all hashes before it
 
 
 @lru_cache(maxsize=4)
@@ -53,14 +53,14 @@ def _draw_order(order: EpochOrder) -> SampleOrder:
 
 @lru_cache(maxsize=2)
 def _sorted_philox(order: EpochOrder) -> Ids:
-    """The order of version 1, (examples,): Philox's output (Salmon et al., SC'11), sorted."""
+    """Return the order of version 1, (examples,) int64: Philox's output (Salmon et al., SC'11), sorted."""
     key = np.array([order.seed, order.epoch - 1], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(order.examples), kind="stable").astype(np.int64)
 
 
 @lru_cache(maxsize=16)
 def _block_hash_sums(order: EpochOrder, number: int) -> Ids:
-    """(BLOCK + 1,) at most: the sums of the hashes of a block's ids before each of its positions."""
+    """Return, (BLOCK_POSITIONS + 1,) int64 at most, the sums of a block's hashes before each of its positions."""
     ids = order.ids(number * BLOCK_POSITIONS, min((number + 1) * BLOCK_POSITIONS, order.examples))
     return np.concatenate([[0], np.cumsum(hash_ids(ids).astype(np.int64))])
 

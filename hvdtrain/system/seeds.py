@@ -2,7 +2,7 @@
 
 Two sequences of numbers do not go through this, since what was drawn by them is written down and must stay what it is:
 the order of a run's samples (hvdtrain.recipe.order: a resumed run continues the epoch that it began), and the hashes of
-a ledger's ids (hvdtrain.ledger.writer: `hvdtrain ledger verify` reads the ledgers of earlier versions). Checksums of
+a ledger's ids (hvdtrain.ledger.rows: `hvdtrain ledger verify` reads the ledgers of earlier versions). Checksums of
 tensors (hvdtrain.exchange.checksums) are computed on GPUs, by arithmetic on whole tensors.
 """
 

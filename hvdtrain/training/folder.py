@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from hvdtrain.comm import collectives
-from hvdtrain.ledger.writer import Ledger, find_segments
+from hvdtrain.ledger.reader import find_segments
+from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system.errors import UserError
 from hvdtrain.training import checkpoint
 from hvdtrain.training.lease import FolderLost, Lease

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hvdtrain.ledger.writer import LedgerRow, sum_id_hashes
+from hvdtrain.ledger.rows import LedgerRow, sum_id_hashes
 from hvdtrain.recipe.framework import StepResult, StepVotes
 from hvdtrain.recipe.metrics import compute_means
 from hvdtrain.recipe.order import Ids

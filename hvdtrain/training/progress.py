@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdtrain.diagnosis.report import WorldHistory
+from hvdtrain.ledger.writer import LedgerState
 from hvdtrain.system.records import encode_record, parse_record
 from hvdtrain.training.position import Position
 from hvdtrain.training.rows import MetricsRow, rows_from_json, rows_to_json
@@ -18,16 +19,21 @@ class Progress:
 
     position: Position  # where that state belongs
     recent_rows: Sequence[MetricsRow]  # of metrics.jsonl, the last of which may not be in the file
-    ledger: Any  # Ledger.to_state()
+    ledger: LedgerState
     earlier_worlds: Sequence[WorldHistory]  # of --diagnose
 
     def to_json(self) -> list[Any]:
         """Return it as plain data."""
-        return [asdict(self.position), rows_to_json(self.recent_rows), self.ledger, encode_record(self.earlier_worlds)]
+        return [
+            asdict(self.position),
+            rows_to_json(self.recent_rows),
+            asdict(self.ledger),
+            encode_record(self.earlier_worlds),
+        ]
 
     @staticmethod
     def from_json(data: Sequence[Any]) -> Progress:
         """Return what another rank's `to_json` was called on."""
         position, recent_rows, ledger, earlier_worlds = data
         worlds = parse_record(earlier_worlds, list[WorldHistory])
-        return Progress(Position(**position), rows_from_json(recent_rows), ledger, worlds)
+        return Progress(Position(**position), rows_from_json(recent_rows), LedgerState(**ledger), worlds)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.ledger.writer import find_segments, read_segment
+from hvdtrain.ledger.reader import find_segments, read_segment
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import write_atomically
 from hvdtrain.system.strict_json import encode_json

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
-from hvdtrain.ledger.writer import MAX_STEP_EXAMPLES, Ledger, find_segments
+from hvdtrain.ledger.reader import find_segments
+from hvdtrain.ledger.rows import MAX_STEP_EXAMPLES
+from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import describe_copy, write_copy
 from hvdtrain.system.errors import UserError

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdtrain.cli.main import main
+from hvdtrain.ledger.reader import find_segments, read_segment
+from hvdtrain.ledger.rows import MAX_STEP_EXAMPLES, LedgerRow, hash_ids, sum_id_hashes
 from hvdtrain.ledger.verify import LedgerVerification, verify_ledger
-from hvdtrain.ledger.writer import (
-    MAX_STEP_EXAMPLES,
-    Ledger,
-    LedgerRow,
-    find_segments,
-    hash_ids,
-    read_segment,
-    sum_id_hashes,
-)
+from hvdtrain.ledger.writer import Ledger, LedgerState
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 
@@ -109,7 +103,7 @@ class Training:
         self.ranks[0].close()
         data = self.last.read_bytes()
         self.last.write_bytes(data[: self.synced[self.last]])
-        state = json.loads(json.dumps(self.ranks[1].to_state()))
+        state = LedgerState(**json.loads(json.dumps(asdict(self.ranks[1].to_state()))))
         self.ranks = [Ledger.from_state(state) for _ in range(3)]
         self.roll_back(step)
         self.open()
@@ -342,7 +336,7 @@ def test_the_last_step_of_an_epoch_with_too_many(whole: Training) -> None:
 
 def test_a_step_with_many_wrong_ids_is_reported_without_naming_them(whole: Training) -> None:
     whole.step(lambda ids: ids // 2)
-    text = "step 17 (epoch 3): the 16 ids that were fed are not those of the order, and cannot be told"
+    text = "step 17 (epoch 3): the 16 ids that were fed are not those of the order, and cannot be named"
     assert found(whole, "ids") == [text]
 
 
@@ -379,12 +373,12 @@ def test_steps_without_a_ledger_are_missing(training: Training) -> None:
     assert found(training, "step") == ["steps 4 to 5 are missing"]
 
 
-def test_a_segment_lost_and_lines_that_are_no_rows(whole: Training) -> None:
+def test_a_segment_lost_and_invalid_lines(whole: Training) -> None:
     whole.save()
     whole.kill(b"", 16)
     second = whole.run_dir / "ledger" / "segment-000002.csv"
     edit(second, lambda lines: lines.__setitem__(4, "8;2;0\n"))
-    assert found(whole, "file") == ["segment-000002.csv: line 5 is no row"]
+    assert found(whole, "file") == ["segment-000002.csv: line 5 is not a valid row"]
     second.unlink()
     assert found(whole, "file") == ["segment-000002.csv is missing"]
     assert not whole.verdict().is_exactly_once
@@ -529,9 +523,8 @@ def test_no_ledger_and_damaged_headers(whole: Training, capsys: pytest.CaptureFi
     error = f"hvdtrain: error: {empty} has no ledger: there is no {empty}/ledger/segment-000001.csv\n"
     assert command(capsys, "verify", str(empty)) == (2, "", error)
     text = whole.last.read_text()
-    damaged = (
-        f"{whole.last} is no segment of a ledger of this hvdtrain: expected a header of format 'hvdtrain ledger 2'"
-    )
+    damaged = f"{whole.last} is not a ledger segment of this version of hvdtrain: "
+    damaged += "expected a header of format 'hvdtrain ledger 2'"
     for wrong in (text.replace("ledger 2", "ledger 9"), text.replace("seed=0", "seed="), text[:20], "", text[70:]):
         whole.last.write_text(wrong)
         assert command(capsys, "verify", str(whole.run_dir)) == (2, "", f"hvdtrain: error: {damaged}\n")

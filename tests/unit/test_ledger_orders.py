@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvdtrain.ledger.rows import LedgerRow, sum_id_hashes
 from hvdtrain.ledger.verify import verify_ledger
-from hvdtrain.ledger.writer import Ledger, LedgerRow, sum_id_hashes
+from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.position import Position

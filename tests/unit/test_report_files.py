@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvdtrain.diagnosis.report import WorldHistory
-from hvdtrain.ledger.writer import Ledger, LedgerRow
+from hvdtrain.ledger.rows import LedgerRow
+from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
 from hvdtrain.training.options import ReportOptions

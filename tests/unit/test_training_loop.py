@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.elastic.membership import FixedMembership
-from hvdtrain.ledger.writer import MAX_STEP_EXAMPLES
+from hvdtrain.ledger.rows import MAX_STEP_EXAMPLES
 from hvdtrain.recipe.framework import NUM_VOTES, StepVotes
 from hvdtrain.training.loop import Ending, decide, is_due
 from hvdtrain.training.position import Position

@@ -1,0 +1,63 @@
+"""Reading the segments of a ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.ledger.rows import HEADER_PATTERN, LEDGER_FORMAT, ROW_PATTERN, LedgerRow
+from hvdtrain.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one writer wrote."""
+
+    name: str  # of its file
+    seed: int
+    examples: int
+    batch: int
+    first_step: int
+    order_version: int
+    rows: list[LedgerRow]
+    invalid_lines: list[int]  # numbers of lines that are not rows
+
+
+def find_segments(folder: Path) -> dict[int, Path]:
+    """Return the segments' files by their numbers, in order."""
+    found = {int(path.stem[8:]): path for path in folder.glob("segment-*.csv") if path.stem[8:].isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def read_segment(path: Path) -> Segment:
+    """Read a segment, without a torn last line, which a process leaves that is killed while it writes.
+
+    Raises:
+        UserError: it cannot be read, or its header is damaged.
+    """
+    try:
+        lines = path.read_bytes().decode("ascii", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    header = HEADER_PATTERN.fullmatch(lines[0])
+    if header is None or len(lines) < 3 or lines[1] != ",".join(LedgerRow._fields):
+        raise UserError(
+            f"{path} is not a ledger segment of this version of hvdtrain: expected a header of format {LEDGER_FORMAT!r}"
+        )
+    version, seed, examples, batch, first_step = map(int, header.groups())
+    rows, invalid_lines = [], []
+    for number, line in enumerate(lines[2:-1], start=3):  # what follows the last newline is torn, or empty
+        if found := ROW_PATTERN.fullmatch(line):
+            rows.append(LedgerRow(*map(int, found.groups())))
+        else:
+            invalid_lines.append(number)
+    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines)
+
+
+def select_effective_rows(segments: list[Segment]) -> list[tuple[LedgerRow, Segment]]:
+    """Return the rows that no later segment supersedes, each with its segment."""
+    kept: list[tuple[LedgerRow, Segment]] = []
+    for segment in segments:
+        kept = [(row, source) for row, source in kept if row.step < segment.first_step]
+        kept += [(row, segment) for row in segment.rows]
+    return kept

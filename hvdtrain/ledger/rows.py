@@ -1,0 +1,60 @@
+"""The rows of the ledger: RUN_DIR/ledger/ says which example ids each step consumed.
+
+A row has a range of the epoch's order, and the number and the sum of hashes of the ids that the ranks really fed to the
+model, which they add up in the step's own all-reduce. It records what happened, not what was planned: `hvdtrain ledger
+verify` draws the order again and compares.
+
+The ledger consists of segments, numbered in order; a writer begins a new one and never changes an old one. A segment
+that begins after step k supersedes what earlier ones say of later steps: those steps were undone.
+
+    # hvdtrain ledger 2 seed=0 examples=1437 batch=128 first_step=1
+    step,epoch,offset,fed,hash_sum
+    1,1,0,128,277893418803
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdtrain.recipe import order
+from hvdtrain.recipe.order import Ids
+
+LEDGER_FORMAT = f"hvdtrain ledger {order.ORDER_VERSION}"  # its number is the version of the order of the ids
+HEADER_PATTERN = re.compile(r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
+ROW_PATTERN = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")  # numbers fit into 64 bits
+MAX_STEP_EXAMPLES = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
+
+
+class LedgerRow(NamedTuple):
+    """What a step consumed: ids that are neighbours in their epoch's order."""
+
+    step: int  # from 1
+    epoch: int  # from 1
+    offset: int  # the position of the first id in the epoch's order
+    fed: int  # how many ids the ranks fed to the model, added up by the ranks
+    hash_sum: int  # of the hashes of these ids, likewise
+
+
+def hash_ids(ids: Ids) -> NDArray[np.uint64]:
+    """Return a 32-bit hash of each id: the upper half of splitmix64 (Steele et al., OOPSLA'14).
+
+    Args:
+        ids: (n,) int64.
+
+    Returns:
+        (n,) uint64 below 2^32.
+    """
+    mixed = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    upper: NDArray[np.uint64] = (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(32)
+    return upper
+
+
+def sum_id_hashes(ids: Ids) -> int:
+    """Return the sum of the ids' hashes: the same in any order, and however the ids are divided among ranks."""
+    return int(hash_ids(ids).sum())
