@@ -20,7 +20,7 @@ class AgentCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
         used = {parameter.name for parameter in own}
-        of_sources = [make_click_option(found) for name, found in collect_options().items() if name not in used]
+        of_sources = [make_source_click_option(found) for name, found in collect_options().items() if name not in used]
         return [*own[:-1], *of_sources, own[-1]]  # --help is the last
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -50,7 +50,7 @@ def collect_options() -> dict[str, dict[str, SourceOption]]:
     return found
 
 
-def make_click_option(options: dict[str, SourceOption]) -> click.Option:
+def make_source_click_option(options: dict[str, SourceOption]) -> click.Option:
     """Return the option of the command line for an option that these sources have."""
     first = next(iter(options.values()))
     texts = [first.help]

@@ -1,4 +1,11 @@
-"""How a supervisor ends the run for all, or reports that its own slot fails."""
+"""What a supervisor does when its worker has died: start another one, end the run for all, or let its own slot fail.
+
+the worker had joined a generation                 another one, at once or after a pause; or the run ends, when it
+                                                   makes no progress (hvdtrain.elastic.tries)
+it had not, and no worker has ever joined one      another one, once; then the slot fails
+                others train                       another one; after two failed starts once a minute
+                all others fail to start, too      another one, up to three times; then the run ends
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ from hvdtrain.system import messages
 from hvdtrain.system.activity import ActivityRecord
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR
 
-MAX_FAILED_STARTS = 2  # failed starts of a worker in a row, after which it is tried again only now and then
+MAX_FAILED_STARTS = 2  # of a slot's workers in a row, after which one is started only once in RETRY_INTERVAL
 RETRY_INTERVAL = 60.0  # seconds
 
 
@@ -30,7 +37,7 @@ class DeathResponse:
 
 @dataclass(frozen=True)
 class FailureHandler:
-    """What one slot's supervisor, called `name` on the board, may say of the end."""
+    """Decides for one slot's supervisor, called `name` in the store."""
 
     store: KeyValueStore
     name: str
@@ -42,9 +49,11 @@ class FailureHandler:
         """Decide what follows the death of this slot's worker, and end the run if it makes no progress.
 
         Args:
-            member: the worker. code: its return code, as subprocess gives it. record: what it was in.
-            failed_starts: how many of this slot's workers before it died without joining a generation.
-            others: the pulses of the other supervisors that are alive.
+            member: the worker.
+            code: its return code, as subprocess gives it.
+            record: its last activity.
+            failed_starts: how many of this slot's workers before it, in a row, died without joining a generation.
+            others: the heartbeats of the other supervisors that are alive.
         """
         plans, (_, steps, _, what) = self.store.get_all(PLAN), record.read_activity()
         generations = [int(number) for number, plan in plans.items() if member in plan.member_ids]
@@ -68,9 +77,11 @@ class FailureHandler:
         return DeathResponse(failed_starts, exit_code=self.end_run(EXIT_FAILED, f"no worker starts any more: {text}"))
 
     def end_run(self, code: int, error: str) -> int:
-        """End the run for all with an exit code, and report why, unless it has ended already; the run's exit code.
+        """End the run for all and report why, unless it has ended already; return the run's exit code.
 
-        error: "" for a stop.
+        Args:
+            code: the exit code.
+            error: "" for a stop.
         """
         mine = Verdict(code, error, self.name)
         verdict = self.store.put_if_absent(VERDICT, mine)
@@ -81,7 +92,7 @@ class FailureHandler:
         return verdict.code
 
     def report_failure(self, code: int, error: str, *, ends: bool) -> None:
-        """Report to the launcher why this slot fails. ends: and the run with it, whoever else is there."""
+        """Report to the launcher why this slot fails. ends: the run ends with it, whichever other slots there are."""
         slot = self.slot
         messages.send_message(messages.RankFailed(slot.local_rank, slot.host, os.getpid(), code, error, ends=ends))
         if not messages.is_launched():

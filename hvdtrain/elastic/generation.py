@@ -49,7 +49,7 @@ FAST_POLL_SECONDS = 10.0  # seconds that it polls so often
 FOLLOW_TIMEOUT = 10.0  # seconds for all of a plan to say that they follow it
 FIRST_PLAN_TIMEOUT = 60.0  # seconds that the first generation waits for slots that do not come
 PROPOSER_TIMEOUT = 1.0  # seconds after which another proposes a plan if the first in line does not
-EVICTED_TEXT = "the others continued without this member: it was frozen, or out of reach"
+EVICTED_TEXT = "evicted: this worker did not respond in time"
 
 
 class MembershipEnded(Exception):

@@ -1,15 +1,15 @@
-"""When an elastic run is given up: a step that is not passed, whatever each try ends by.
+"""When an elastic run is given up: when it does not get past a step, whatever each try ends by.
 
 A try is a generation that ended by the death of a worker or by an error of the recipe. It has made progress if it got
-farther than all before it, in memory or in the checkpoint that it began with. Deaths by preemption do not count: their
-supervisor dies as well, or was told before.
+farther than all before it, in memory or in the checkpoint that it began with. Deaths by preemption do not count: the
+supervisor dies as well, or had a notice.
 
     generation   began with   got to    progress   tries at this step   tries in all
         1             0          4         yes             1                 1
         2             0          4         no              2                 2
-        3             0          4         no              3 = STEP_TRIES: given up
+        3             0          4         no              3 = MAX_TRIES_PER_STEP: given up
 
-A run whose tries end at different steps and still get no farther is given up after ALL_TRIES.
+A run whose tries end at different steps and still get no farther is given up after MAX_TRIES.
 """
 
 from __future__ import annotations
@@ -22,23 +22,30 @@ from hvdtrain.elastic.records import TrainingError, WorkerDeath
 
 MAX_TRIES_PER_STEP = 3
 MAX_TRIES = 10
-RETRY_DELAYS = (2.0, 30.0)  # seconds before the second try, doubled for each further one, and at most
+RETRY_DELAYS = (2.0, 30.0)  # seconds: before the second try, doubled for each further one; and the longest
 
 
 @dataclass(frozen=True)
 class TriesWithoutProgress:
-    """How often the run was tried since it last made progress."""
+    """How often the run was tried since it last made progress.
+
+    Attributes:
+        count: of tries.
+        count_at_step: of these, how many ended at the same step as the last one.
+        text: what the last one ended by.
+    """
 
     count: int
-    count_at_step: int  # of these, how many ended at the same step as the last one
-    text: str  # what the last one ended by
+    count_at_step: int
+    text: str
 
     @property
     def should_give_up(self) -> bool:
+        """Whether the run is to end."""
         return self.count_at_step >= MAX_TRIES_PER_STEP or self.count >= MAX_TRIES
 
     def next_try_delay(self) -> float:
-        """Seconds to wait before the next try."""
+        """Return the seconds to wait before the next try."""
         return 0.0 if self.count <= 1 else min(RETRY_DELAYS[0] * 2.0 ** (self.count - 2), RETRY_DELAYS[1])
 
 
@@ -52,7 +59,7 @@ def count_tries(
         errors: of the recipe, by `GENERATION-MEMBER`.
         began: by generation, the steps that were done when it began.
     """
-    ends: dict[int, list[tuple[int, str]]] = {}  # by generation: steps done, and the end in words
+    ends: dict[int, list[tuple[int, str]]] = {}  # by generation: steps done, and what it ended by
     for death in deaths.values():
         text = f"a worker on {death.host} {death.cause} while it was {death.what}"
         ends.setdefault(death.generation, []).append((death.steps, text))
@@ -76,12 +83,12 @@ def count_tries(
 
 
 def describe_exit_code(code: int) -> str:
-    """How a process ended, by its return code as subprocess gives it."""
+    """Return in words how a process ended, by its return code as subprocess gives it."""
     if code >= 0:
         return f"ended with code {code}"
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = "unknown"
-    hint = "; out of memory, if nobody sent it" if -code == signal.SIGKILL else ""
+    hint = "; probably by the out-of-memory killer" if -code == signal.SIGKILL else ""
     return f"was killed by signal {-code} ({name}{hint})"

@@ -1,4 +1,4 @@
-"""A worker process as its supervisor knows it: how it is started, what it is in, whether it answers."""
+"""A worker process as its supervisor sees it: how it is started, its last activity, whether it runs."""
 
 from __future__ import annotations
 
@@ -19,26 +19,36 @@ BLOCKED_GRACE = 120.0  # seconds after the hang limit for a worker to end by its
 
 @dataclass
 class WorkerProcess:
-    """A worker process and what its supervisor knows of it. Times are by the monotonic clock."""
+    """A worker process and what its supervisor knows of it. Times are by the monotonic clock.
+
+    Attributes:
+        member: its name in the store.
+        pidfd: becomes readable when it ends.
+        requests_fd: the write end of the pipe to it.
+        record: its last activity, in memory that it shares.
+        stopped_since: when it was first seen stopped by a signal.
+        beats: of its hang watcher, when they were last read.
+        beats_changed_at: when they last changed.
+    """
 
     process: subprocess.Popen[bytes]
     member: str
     pidfd: int
-    requests_fd: int  # the write end of the pipe to it
-    record: ActivityRecord  # what it is in
+    requests_fd: int
+    record: ActivityRecord
     stopped_since: float | None = None
-    beats: int = 0  # of its watcher, when they were last looked at
-    beats_changed_at: float = 0.0  # when they last changed
+    beats: int = 0
+    beats_changed_at: float = 0.0
 
     def is_stopped(self, seconds: float) -> bool:
-        """Whether somebody has stopped it, by a signal, for so long."""
+        """Whether it has been stopped by a signal for so many seconds."""
         with contextlib.suppress(OSError):
             state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
             self.stopped_since = (self.stopped_since or time.monotonic()) if state in "tT" else None
         return self.stopped_since is not None and time.monotonic() - self.stopped_since > seconds
 
     def is_blocked(self) -> bool:
-        """Whether not even its watcher has run for long after its hang limit: no signal may reach it."""
+        """Whether even its hang watcher has not run for long after the hang limit: a signal may not reach it."""
         beats, _, limit, _ = self.record.read_activity()
         if beats != self.beats:
             self.beats, self.beats_changed_at = beats, time.monotonic()
@@ -51,14 +61,14 @@ class WorkerProcess:
         send_request(self.requests_fd, request)
 
     def close(self) -> None:
-        """Close what this process holds of it, once it has ended."""
+        """Close what this process holds of it, after it has ended."""
         os.close(self.pidfd)
         os.close(self.requests_fd)
         self.record.memory.close()
 
 
 def start_worker(command: Sequence[str], environ: Mapping[str, str], slot: Slot, member: str) -> WorkerProcess:
-    """Start a worker, as a world of one; it joins the others when it has built its model."""
+    """Start a worker as a world of one rank; it joins the others when it has built its model."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     memory = os.memfd_create("hvdtrain-record")
@@ -66,7 +76,7 @@ def start_worker(command: Sequence[str], environ: Mapping[str, str], slot: Slot,
     environ |= slot.worker_environment(member, reading) | {ACTIVITY_FD_VARIABLE: str(memory)}
     environ |= {f"HOROVOD_{what}RANK": "0" for what in ("", "LOCAL_", "CROSS_")}
     environ |= {f"HOROVOD_{what}SIZE": "1" for what in ("", "LOCAL_", "CROSS_")}
-    # How long a peer that says nothing holds up a collective; Horovod's threads speak all the time.
+    # How long a silent peer holds up a collective: Horovod's threads exchange messages all the time.
     environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
     cpus.set_threads(slot.local_size, environ)
     record = ActivityRecord(memory)

@@ -79,4 +79,4 @@ def test_how_a_process_ended_in_words() -> None:
     assert describe_exit_code(0) == "ended with code 0"
     assert describe_exit_code(9) == "ended with code 9"
     assert describe_exit_code(-11) == "was killed by signal 11 (SIGSEGV)"
-    assert describe_exit_code(-9) == "was killed by signal 9 (SIGKILL; out of memory, if nobody sent it)"
+    assert describe_exit_code(-9) == "was killed by signal 9 (SIGKILL; probably by the out-of-memory killer)"
