@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hvdtrain.diagnosis.report import WorldHistory
 from hvdtrain.ledger.rows import LedgerRow
-from hvdtrain.ledger.writer import Ledger
+from hvdtrain.ledger.writer import Ledger, LedgerState
 from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
 from hvdtrain.training.options import ReportOptions
@@ -282,5 +282,6 @@ def test_a_made_up_evaluation_counts_no_row_twice(tmp_path: Path) -> None:
 def test_progress_survives_the_way_to_another_rank() -> None:
     one = MetricsRow(3, 1, 24, 0.1, 100.0, 0.01, {"loss": 0.5}, {"loss": 0.25})
     worlds = [WorldHistory(1, 2, 3, {"rank 1 on a": 1})]
-    progress = Progress(Position(step=3, eval={"loss": 0.25}), [one], {"rows": []}, worlds)
+    ledger = LedgerState(seed=0, examples=8, batch=4, from_step=3, rows=[[4, 1, 12, 4, 99]])
+    progress = Progress(Position(step=3, eval={"loss": 0.25}), [one], ledger, worlds)
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
