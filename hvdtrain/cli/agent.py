@@ -133,7 +133,7 @@ def agent_command(
 ) -> int:
     """Keep this host in the membership folder, and mark it there before it is preempted.
 
-    One runs on each host; cluster/discovery/membership.py offers the launcher those that are alive and stay. After a
+    One runs on each host; `hvdtrain discover membership` offers the launcher those that are alive and stay. After a
     notice the agent writes NAME.draining, and continues until the host ends. SIGTERM or Ctrl-C takes the host out of
     the folder, unless they are the source's notice.
     """

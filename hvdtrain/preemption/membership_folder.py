@@ -13,11 +13,12 @@ seconds is what was left when the notice came; state is "live" or "draining".
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from hvdtrain.system.files import write_json
+from hvdtrain.system.records import parse_record
 
 R = TypeVar("R", "HostRecord", "DrainNotice")
 
@@ -48,10 +49,12 @@ class DrainNotice:
 
 
 def host_record_path(folder: Path, host: str) -> Path:
+    """Return the path of HOST.json."""
     return folder / f"{host}.json"
 
 
 def drain_notice_path(folder: Path, host: str) -> Path:
+    """Return the path of HOST.draining."""
     return folder / f"{host}.draining"
 
 
@@ -76,15 +79,11 @@ def read_drain_notice(folder: Path, host: str) -> DrainNotice | None:
 
 
 def _read_record(path: Path, kind: type[R]) -> R | None:
-    """Return a record from a JSON object; fields of a later version are left out."""
     try:
-        record = json.loads(path.read_bytes())
+        record: R = parse_record(json.loads(path.read_bytes()), kind)
     except (FileNotFoundError, ValueError):
         return None
-    names = [field.name for field in fields(kind)]
-    if not isinstance(record, dict) or not all(name in record for name in names):
-        return None
-    return kind(**{name: record[name] for name in names})
+    return record
 
 
 def remove_host_record(folder: Path, host: str, boot_id: str, pid: int) -> None:
