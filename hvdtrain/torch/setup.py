@@ -9,7 +9,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +24,7 @@ from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.system.turns import hold_host_lock
 from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.torch_wrappers import skip_compiler_import
 
 NONDETERMINISTIC_TEXT = " does not have a deterministic implementation"  # torch, of the operation that it names before
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -103,18 +103,6 @@ def configure_torch(options: StepOptions, threads: int) -> None:
         enable_determinism(threads)
     if not options.optimization.compile:
         skip_compiler_import()
-
-
-def skip_compiler_import() -> None:
-    """Let optimizers be made without importing torch's compiler, a third of what it takes a rank to start.
-
-    Some of their methods are wrapped so that the compiler passes over them; the wrapper looks for the function to call
-    instead here, and imports the compiler to make one only where there is none.
-    """
-    for method in vars(torch.optim.Optimizer).values():
-        if isinstance(method, FunctionType) and method.__globals__["__name__"] == "torch._compile":
-            inner = inspect.unwrap(method)
-            inner.__dynamo_disable = inner
 
 
 def enable_determinism(threads: int) -> None:
