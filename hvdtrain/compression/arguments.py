@@ -65,7 +65,7 @@ class Choice:
 
     name: str  # "bit width", for messages
     help: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     default: str
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from hvdtrain.comm.network_model import NetworkModel
 
@@ -35,9 +34,9 @@ class Advice:
     at_step: int
     went_back_at_step: int | None = None  # when none was taken again
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what the run folder's advisor.json holds."""
-        found: dict[str, Any] = {
+        found: dict[str, object] = {
             "network": {"latency_seconds": self.network.latency, "bytes_per_second": self.network.bandwidth},
             "rows": [asdict(row) for row in self.rows],
             "chosen": self.chosen,

@@ -1,30 +1,45 @@
-"""A number for each tensor that every one of its bits goes into, to compare replicas by."""
+"""A number for each tensor that every one of its bits goes into, to compare replicas by.
+
+Knows tensors of any layout, and no models.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hvdtrain.exchange.tensors import dense_parts, view_as_bits
-
+INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
 CHECKSUM_BLOCK_VALUES = 1 << 18  # values at once: their 64-bit copies take 2 MiB
 ODD_MULTIPLIER = 6364136223846793005  # odd, so that multiplying loses no bit
 
 
-def checksum_model(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, int]:
-    """Of each tensor of the state that a checkpoint would hold, by name, in the model's order.
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that hold all bits of a tensor: itself, or the parts of a sparse or quantized one."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of other tensors
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in dense_parts(getattr(tensor, name))]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_quantized and tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [tensor.int_repr(), torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
+    return [tensor.to_dense() if tensor.layout != torch.strided else tensor]
 
-    leave_out: names of tensors that ranks keep for themselves.
-    """
-    state = model.state_dict().items()
-    tensors = {name: value for name, value in state if isinstance(value, Tensor) and name not in leave_out}
-    found = [checksum_tensor(tensor) for tensor in tensors.values()]
-    # One trip from a GPU for all.
-    values = torch.stack([value.to(found[0].device) for value in found]).tolist() if found else []
-    return dict(zip(tensors, values, strict=True))
+
+def view_as_bits(tensor: Tensor) -> Tensor:
+    """View a plain tensor as integers of the same size (two for a complex number)."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.resolve_neg().view(INTEGER_DTYPES[tensor.element_size()])
 
 
 def checksum_tensor(tensor: Tensor) -> Tensor:

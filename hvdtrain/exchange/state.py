@@ -44,14 +44,14 @@ class ExchangeState:
     build_orders: list[list[str]] = field(default_factory=list)  # of parameters, for each time that buckets were made
     unsent: dict[str, Tensor] = field(default_factory=dict)  # by parameter, (values,): not sent yet
     velocities: dict[str, Tensor] = field(default_factory=dict)  # by parameter, (values,): of momentum correction
-    codec_states: dict[str, Any] = field(default_factory=dict)  # by parameter: `StatefulCodec.parameter_states`
+    codec_states: dict[str, object] = field(default_factory=dict)  # by parameter: `StatefulCodec.parameter_states`
     rank_tensors: list[RankTensors] = field(default_factory=list)  # of each rank, if the state is exact
     bucket_names: list[list[str]] | None = None  # of the parameters in each bucket, if the state is exact
 
-    def to_checkpoint(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> dict[str, object]:
         """Return the state as a checkpoint holds it: tensors and plain values only."""
         residuals = {f"{name}.residual": part for name, part in self.unsent.items()}
-        saved = {
+        saved: dict[str, object] = {
             "steps": self.steps,
             "joined": self.build_orders,
             "debts": residuals | {f"{name}.velocity": part for name, part in self.velocities.items()},
@@ -61,7 +61,7 @@ class ExchangeState:
         return saved if self.bucket_names is None else saved | {"buckets": self.bucket_names}
 
     @classmethod
-    def from_checkpoint(cls, saved: Mapping[str, Any]) -> ExchangeState:
+    def from_checkpoint(cls, saved: Mapping[str, Any]) -> ExchangeState:  # as torch.load returns it
         """Return the state that a checkpoint holds. Raises KeyError if it holds none."""
         state = cls(saved["steps"], saved.get("joined") or [saved["order"]])
         for key, part in saved["debts"].items():

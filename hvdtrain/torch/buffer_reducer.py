@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.exchange.tensors import (
+from hvdtrain.system.errors import UserError
+from hvdtrain.torch.buffers import Buffer, BufferMode, describe_rebinding, find_builtin_mode, get_previous_value
+from hvdtrain.torch.tensors import (
     find_differing,
     fingerprint_tensors,
     is_content_check_due,
     is_writable_in_place,
     read_version,
 )
-from hvdtrain.system.errors import UserError
-from hvdtrain.torch.buffers import Buffer, BufferMode, describe_rebinding, find_builtin_mode, get_previous_value
 
 OTHER_MODES_HINT = '  # or "mean", "sum", "local"'
 

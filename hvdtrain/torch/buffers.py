@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hvdtrain.exchange.tensors import (
+from hvdtrain.system.errors import RunError, UserError, suggest_nearest
+from hvdtrain.torch.tensors import (
     TensorVersion,
     describe_layer,
     has_same_bits,
@@ -23,7 +24,6 @@ from hvdtrain.exchange.tensors import (
     is_writable_in_place,
     read_version,
 )
-from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 
 BufferMode = Literal["mean", "sum", "rank0", "local"]
 BUFFER_MODES: tuple[str, ...] = get_args(BufferMode)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
-from hvdtrain.exchange.tensors import is_finite
 from hvdtrain.torch.buffer_reducer import BufferReducer
 from hvdtrain.torch.buffers import BufferMode, check_tensors_finite
+from hvdtrain.torch.hyperparameters import ParamGroup
 from hvdtrain.torch.modes import TrainingModes
+from hvdtrain.torch.tensors import is_finite
 from hvdtrain.torch.watch import LearningRateWatch, ParameterWatch
-
-ParamGroups = Sequence[dict[str, Any]]  # of an optimizer
 
 
 class ChangeTracker:
@@ -51,7 +49,7 @@ class ChangeTracker:
         self.buffer_reducer.start_step()
         self.parameter_watch.start_step()
 
-    def collect_change_flags(self, groups: ParamGroups) -> list[float]:
+    def collect_change_flags(self, groups: Sequence[ParamGroup]) -> list[float]:
         """Return 1 for what has changed on this rank: its parameters, its learning rates, each buffer."""
         return [
             float(self.parameter_watch.detect_changes()),
@@ -79,7 +77,7 @@ class ChangeTracker:
         self.buffer_reducer.restore_values()
         self.parameter_watch.set_baseline()
 
-    def accept_loaded_state(self, groups: ParamGroups) -> None:
+    def accept_loaded_state(self, groups: Sequence[ParamGroup]) -> None:
         """Take all as it is now, after it was loaded, for unchanged."""
         self.buffer_reducer.set_baseline()
         self.parameter_watch.set_baseline()

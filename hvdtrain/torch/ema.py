@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hvdtrain.exchange.tensors import build_deepcopy_memo, is_finite, is_writable_in_place, overwrite_tensor
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.tensors import build_deepcopy_memo, is_finite, is_writable_in_place, overwrite_tensor
 
 
 class AveragedModel(nn.Module):

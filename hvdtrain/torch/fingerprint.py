@@ -23,7 +23,7 @@ from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.recipe.framework import SPLITS, Split
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset
-from hvdtrain.torch.hyperparameters import get_hyperparameters
+from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, get_hyperparameters
 from hvdtrain.torch.splits import SplitLoaders
 
 EXAMPLES_INDEX = 2  # the place of the examples among `step_parts`
@@ -57,7 +57,7 @@ def model_parts(model: nn.Module) -> list[ConsistentPart]:
     ]
 
 
-def check_same_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
+def check_same_model(model: nn.Module, saved: StateDict) -> None:
     """Raise UserError, naming the first, if parameters or buffers of a checkpoint have other names or shapes."""
     now = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     there = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
@@ -75,12 +75,12 @@ def check_same_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 
 def optimizer_part(
-    optimizer: torch.optim.Optimizer, model: nn.Module, settings: Sequence[Mapping[str, Any]]
+    optimizer: torch.optim.Optimizer, model: nn.Module, hyperparameters: Sequence[ParamGroup]
 ) -> ConsistentPart:
     """An optimizer's class, and of each group its settings and the names of its parameters."""
     names = {p: name for name, p in model.named_parameters()}
     values = {"the optimizer": type(optimizer).__name__}
-    for place, (group, given) in enumerate(zip(optimizer.param_groups, settings, strict=True), 1):
+    for place, (group, given) in enumerate(zip(optimizer.param_groups, hyperparameters, strict=True), 1):
         for name, value in given.items():
             values[f"{name} of the optimizer's group {place}"] = repr(value)
         own = [names.get(p, "not of the model") for p in group["params"]]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from hvdtrain.exchange.buckets import check_dtype
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe import Recipe
 
 
@@ -88,9 +88,7 @@ def match_groups(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -
     return [sets.index(set(names)) for names in now]
 
 
-def reorder_state(
-    state: dict[str, Any], saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]
-) -> dict[str, Any]:
+def reorder_state(state: StateDict, saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> StateDict:
     """An optimizer's saved state for an optimizer that has the same groups and parameters in another order.
 
     Args:

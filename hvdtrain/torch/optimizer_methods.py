@@ -16,6 +16,7 @@ import torch
 from hvdtrain.comm import horovod as hvd
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.torch.broadcast import load_in_place
+from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
 from hvdtrain.torch.stock_exchange import is_stock_exchange, reject_stock_exchange, synchronize_stock_exchange
 
 
@@ -80,7 +81,7 @@ def pause_exchange(self: Any) -> contextlib.AbstractContextManager[None]:
     return self.exchange.paused() if isinstance(self.exchange, BucketedExchange) else contextlib.nullcontext()
 
 
-def add_param_group(self: Any, group: dict[str, Any]) -> None:
+def add_param_group(self: Any, group: ParamGroup) -> None:
     """Add a group as torch does; on all ranks, with the same values, before the parameters' first gradients."""
     super(self.__class__, self).add_param_group(group)
     number = len(self.param_groups) - 1
@@ -95,11 +96,11 @@ def add_param_group(self: Any, group: dict[str, Any]) -> None:
             self.exchange.add_parameter(name, p)
 
 
-def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+def load_state_dict(self: Any, state_dict: StateDict) -> None:
     load_in_place(self, lambda: self.stock_load_state_dict(state_dict))
 
 
-def get_param_groups(self: Any) -> list[dict[str, Any]]:
+def get_param_groups(self: Any) -> list[ParamGroup]:
     if self.exchange is not None and self.exchange.has_pending_gradients:
         self.synchronize()
     declared = inspect.getattr_static(self.inner_class, "param_groups", None)
@@ -108,7 +109,7 @@ def get_param_groups(self: Any) -> list[dict[str, Any]]:
     return self.__dict__["param_groups"]  # type: ignore[no-any-return]
 
 
-def set_param_groups(self: Any, groups: list[dict[str, Any]]) -> None:
+def set_param_groups(self: Any, groups: list[ParamGroup]) -> None:
     declared = inspect.getattr_static(self.inner_class, "param_groups", None)
     if declared is not None:
         declared.__set__(self, groups)
@@ -117,7 +118,7 @@ def set_param_groups(self: Any, groups: list[dict[str, Any]]) -> None:
         self.__dict__["param_groups"] = groups
 
 
-def build_class_body(inner_class: type, inner_step: Any) -> dict[str, Any]:
+def build_class_body(inner_class: type, inner_step: Any) -> dict[str, object]:
     """Return the attributes of a class that is Horovod's DistributedOptimizer with these methods in it.
 
     Args:

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hvdtrain.exchange.tensors import build_deepcopy_memo, named_tensors, overwrite_tensor, read_version
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.tensors import build_deepcopy_memo, named_tensors, overwrite_tensor, read_version
 
 MISSING = object()
 INSTALL_ROOTS = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hvdtrain.exchange.tensors import load_module_state, read_tensors
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.fingerprint import check_same_model
+from hvdtrain.torch.tensors import load_module_state, read_tensors
 from hvdtrain.torch.update import Updater
 
 

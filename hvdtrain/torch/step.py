@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
-from hvdtrain.exchange.checksums import checksum_model
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
 from hvdtrain.recipe.order import Ids
@@ -48,6 +47,7 @@ from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.stage import preserve_random_state
 from hvdtrain.torch.state import restore_state, serialize_state
 from hvdtrain.torch.sums import StepSums
+from hvdtrain.torch.tensors import checksum_model
 from hvdtrain.torch.trial import (
     TrialResult,
     initialize_lazy_modules,

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.exchange.tensors import named_tensors
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
@@ -18,6 +17,7 @@ from hvdtrain.torch.graph import trace_loss
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import check_scores, get_metric_names
 from hvdtrain.torch.stage import is_lazy_module, open_sandbox
+from hvdtrain.torch.tensors import named_tensors
 
 
 @dataclass(frozen=True)

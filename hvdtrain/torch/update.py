@@ -25,7 +25,7 @@ from hvdtrain.exchange.state import (
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.groups import check_optimizer, get_parameter_names, match_groups, reorder_state
-from hvdtrain.torch.hyperparameters import apply_overrides, get_hyperparameters
+from hvdtrain.torch.hyperparameters import StateDict, apply_overrides, get_hyperparameters
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
@@ -208,25 +208,25 @@ class Updater:
             check_readable(self.optimizer.state_dict(), "the optimizer's state")
             self._state_checked = True
 
-    def gather_carried_state(self) -> dict[str, Any] | None:
+    def gather_carried_state(self) -> dict[str, object] | None:
         """Return the exchange's part of a checkpoint, the same on all ranks, all of which call this."""
         if self.bucketed_exchange is None:
             return None
         return gather_exchange_state(self.bucketed_exchange, self.options.exchange.saves_rank_residuals).to_checkpoint()
 
-    def local_carried_state(self) -> dict[str, Any] | None:
+    def local_carried_state(self) -> dict[str, object] | None:
         """Return the exchange's part of this rank's checkpoint after the world has broken, without what is unsent."""
         if self._carried_state is None:
             return None
         return replace(self._carried_state, unsent={}, velocities={}).to_checkpoint()
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def optimizer_state(self) -> StateDict:
         """All but the exchange's part."""
         names = get_parameter_names(self.optimizer, self.model)
         state = {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.hyperparameters}
         return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: StateDict) -> None:
         """Take over a state. Raises UserError or torch's own errors for one of other parameters."""
         own, earlier = state["optimizer"], state.get("settings", self.hyperparameters)
         if "parameters" in state:  # an earlier hvdtrain matched by order

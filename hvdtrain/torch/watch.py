@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hvdtrain.comm import collectives
 from hvdtrain.exchange.checksums import checksum_tensor
-from hvdtrain.exchange.tensors import (
+from hvdtrain.system.errors import UserError
+from hvdtrain.torch.hyperparameters import ParamGroup
+from hvdtrain.torch.tensors import (
     TensorVersion,
     describe_layer,
     find_differing,
@@ -30,7 +32,6 @@ from hvdtrain.exchange.tensors import (
     is_writable_in_place,
     read_version,
 )
-from hvdtrain.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,11 @@ class LearningRateWatch:
         self.recipe_name = recipe
         self._own_rates: list[float] | None = None
 
-    def set_baseline(self, groups: Sequence[dict[str, Any]]) -> None:
+    def set_baseline(self, groups: Sequence[ParamGroup]) -> None:
         """Take the rates that the groups have now for hvdtrain's own."""
         self._own_rates = [group["lr"] for group in groups]
 
-    def has_changed(self, groups: Sequence[dict[str, Any]]) -> bool:
+    def has_changed(self, groups: Sequence[ParamGroup]) -> bool:
         """Return whether a group's rate is not what it was at `accept`."""
         return self._own_rates is not None and any(
             group["lr"] is not own and float(group["lr"]) != float(own)

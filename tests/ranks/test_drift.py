@@ -14,9 +14,9 @@ from torch import nn
 import hvdtrain
 from hvdtrain.comm import collectives
 from hvdtrain.diagnosis.diagnosis import Diagnosis
-from hvdtrain.exchange.checksums import CHECKSUM_BLOCK_VALUES, checksum_model
-from hvdtrain.exchange.tensors import INTEGER_DTYPES
+from hvdtrain.exchange.checksums import CHECKSUM_BLOCK_VALUES, INTEGER_DTYPES
 from hvdtrain.system.errors import RunError
+from hvdtrain.torch.tensors import checksum_model
 from tests.support.worlds import on_ranks
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.exchange.tensors import read_tensors
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.tensors import read_tensors
 from tests.ranks import state_recipes
 from tests.support.worlds import KeptWorld, KeptWorlds
 

@@ -10,9 +10,10 @@ from hypothesis.strategies import DataObject
 
 from hvdtrain.diagnosis.drift import Drift, find_drift, hash_checksums
 from hvdtrain.exchange import checksums
-from hvdtrain.exchange.tensors import INTEGER_DTYPES
+from hvdtrain.exchange.checksums import INTEGER_DTYPES
 from hvdtrain.system.errors import RunError
 from hvdtrain.torch.buffers import check_tensors_finite
+from hvdtrain.torch.tensors import checksum_model
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
 
@@ -60,7 +61,7 @@ def test_a_checksum_tells_every_bit_and_place(dtype: torch.dtype, monkeypatch: p
 
 def test_empty_tensors_and_modules_have_checksums() -> None:
     assert int(checksums.checksum_tensor(torch.zeros(0))) == 0
-    assert checksums.checksum_model(torch.nn.ReLU()) == {}
+    assert checksum_model(torch.nn.ReLU()) == {}
 
 
 def test_what_is_not_finite_is_named() -> None:

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hvdtrain.exchange.checksums import checksum_tensor
-from hvdtrain.exchange.tensors import (
+from hvdtrain.recipe import order
+from hvdtrain.system.errors import UserError
+from hvdtrain.torch import Recipe
+from hvdtrain.torch.modes import TrainingModes
+from hvdtrain.torch.stage import open_sandbox
+from hvdtrain.torch.tensors import (
     fingerprint_tensors,
     has_same_bits,
     is_writable_in_place,
     load_module_state,
     overwrite_tensor,
 )
-from hvdtrain.recipe import order
-from hvdtrain.system.errors import UserError
-from hvdtrain.torch import Recipe
-from hvdtrain.torch.modes import TrainingModes
-from hvdtrain.torch.stage import open_sandbox
 from hvdtrain.torch.watch import LearningRateWatch, ParameterReport, find_divergent_parameter
 from hvdtrain.training import schedule
 from hvdtrain.training.plan import TrainingPlan

@@ -1,47 +1,22 @@
-"""Tensors of any layout: comparing them bit by bit, and overwriting also those that may not be written in place."""
+"""A model's tensors, of any layout: comparing them bit by bit, and overwriting also those that torch does not."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
+from hvdtrain.exchange.checksums import checksum_tensor, dense_parts, view_as_bits
+from hvdtrain.torch.hyperparameters import StateDict
+
 # Writing through `.data` leaves no mark: so contents are compared as well, in the first steps and then at intervals.
 INITIAL_COMPARED_STEPS, COMPARISON_INTERVAL = 8, 16
 DEEPCOPY_LAYOUTS = (torch.strided, torch.sparse_coo)  # layouts that `copy.deepcopy` copies
 TensorVersion = tuple[int, int]  # of a tensor: its version and where its memory is
-
-
-def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors that hold all bits of a tensor: itself, or the parts of a sparse or quantized one."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of other tensors
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in dense_parts(getattr(tensor, name))]
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    if tensor.is_quantized and tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return [tensor.int_repr(), torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
-    if tensor.is_quantized:
-        return [tensor.int_repr(), tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
-    return [tensor.to_dense() if tensor.layout != torch.strided else tensor]
-
-
-def view_as_bits(tensor: Tensor) -> Tensor:
-    """View a plain tensor as integers of the same size (two for a complex number)."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.resolve_neg().view(INTEGER_DTYPES[tensor.element_size()])
 
 
 def has_same_bits(one: Tensor, other: Tensor) -> bool:
@@ -148,7 +123,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def load_module_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_module_state(model: nn.Module, state: StateDict) -> None:
     """`model.load_state_dict(state)`, also for tensors that may not be written in place."""
     own = model.state_dict(keep_vars=True)
     odd = [name for name, t in own.items() if isinstance(t, Tensor) and name in state and not is_writable_in_place(t)]
@@ -161,3 +136,16 @@ def load_module_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     problems += [f"{name} is in the checkpoint only" for name in unexpected]
     if problems:
         raise RuntimeError(problems[0])
+
+
+def checksum_model(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, int]:
+    """Of each tensor of the state that a checkpoint would hold, by name, in the model's order.
+
+    leave_out: names of tensors that ranks keep for themselves.
+    """
+    state = model.state_dict().items()
+    tensors = {name: value for name, value in state if isinstance(value, Tensor) and name not in leave_out}
+    found = [checksum_tensor(tensor) for tensor in tensors.values()]
+    # One trip from a GPU for all.
+    values = torch.stack([value.to(found[0].device) for value in found]).tolist() if found else []
+    return dict(zip(tensors, values, strict=True))
