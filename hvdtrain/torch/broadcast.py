@@ -9,7 +9,7 @@ import torch
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import check_agreement
-from hvdtrain.torch.fingerprint import model_parts
+from hvdtrain.torch.consistency import model_parts
 from hvdtrain.torch.readable import check_readable, make_savable
 from hvdtrain.torch.tensors import is_writable_in_place, named_tensors, overwrite_tensor, read_tensors
 

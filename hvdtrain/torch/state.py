@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.consistency import check_same_model
 from hvdtrain.torch.ema import AveragedModel
-from hvdtrain.torch.fingerprint import check_same_model
 from hvdtrain.torch.tensors import load_module_state, read_tensors
 from hvdtrain.torch.update import Updater
 

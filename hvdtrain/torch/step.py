@@ -27,24 +27,24 @@ from hvdtrain.recipe.order import Ids
 from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
-from hvdtrain.torch.data import seed_all
-from hvdtrain.torch.ema import AveragedModel
-from hvdtrain.torch.fingerprint import (
-    EXAMPLES_INDEX,
+from hvdtrain.torch.consistency import (
     find_changed_hash,
     get_seeded_examples,
     metrics_part,
+    select_examples,
     select_split_hashes,
     step_parts,
 )
+from hvdtrain.torch.data import seed_all
+from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import sum_scores
 from hvdtrain.torch.setup import choose_device, configure_torch, explain_nondeterminism, load_datasets, make_model
 from hvdtrain.torch.splits import SplitLoaders
-from hvdtrain.torch.stage import preserve_random_state
 from hvdtrain.torch.state import restore_state, serialize_state
 from hvdtrain.torch.sums import StepSums
 from hvdtrain.torch.tensors import checksum_model
@@ -100,7 +100,7 @@ class TorchStep:
             undo.callback(self.updater.close)
 
             parts = self._agree_on_parts()
-            self.first_examples: Mapping[str, str] = select_split_hashes(parts[EXAMPLES_INDEX], "train")
+            self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             trial = self._run_trial()
             self.metrics, self.score_uses_collectives = trial.metrics, trial.calls_collectives
             self.agreement_parts: Sequence[ConsistentPart] = [*parts, metrics_part(self.metrics)]
@@ -165,7 +165,7 @@ class TorchStep:
             return self.scorer.move_batch(self.splits.load_first_batch(2))
 
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
-        return find_changed_hash(self.agreement_parts[EXAMPLES_INDEX], earlier)
+        return find_changed_hash(select_examples(self.agreement_parts), earlier)
 
     def base_learning_rate(self) -> float:
         return self.updater.base_lrs[0]

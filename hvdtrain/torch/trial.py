@@ -1,4 +1,4 @@
-"""Trying a recipe out before the first step: its scores, what it changes, its graph."""
+"""The trial of a recipe before the first step: its scores, what it changes, its graph."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
 from hvdtrain.torch.graph import trace_loss
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.sandbox import is_lazy_module, open_sandbox
 from hvdtrain.torch.scores import check_scores, get_metric_names
-from hvdtrain.torch.stage import is_lazy_module, open_sandbox
 from hvdtrain.torch.tensors import named_tensors
 
 
@@ -37,7 +37,7 @@ def run_trial(
     Args:
         recipe: scores it, as a copy.
         model: scored with, as a copy.
-        shared: what the copies refer to as it is (`stage`).
+        shared: what the copies refer to as it is (`open_sandbox`).
         batch: on the model's device.
         count: its examples.
         context: entered to score, such as autocast.

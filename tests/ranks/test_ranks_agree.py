@@ -247,7 +247,7 @@ def seconds_to_agree(run_dir: Path) -> float:
     import hvdtrain
     from hvdtrain.comm import collectives
     from hvdtrain.comm.agreement import check_agreement
-    from hvdtrain.torch.fingerprint import model_parts
+    from hvdtrain.torch.consistency import model_parts
 
     hvdtrain.init()
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(74)))

@@ -20,7 +20,7 @@ from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.modes import TrainingModes
-from hvdtrain.torch.stage import open_sandbox
+from hvdtrain.torch.sandbox import open_sandbox
 from hvdtrain.torch.tensors import (
     fingerprint_tensors,
     has_same_bits,

@@ -1,20 +1,11 @@
-"""What of a torch recipe has to be the same on all ranks, in a form that can be compared."""
+"""What of a torch recipe has to be the same on all ranks, in parts that `hvdtrain.comm.agreement` compares."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import decimal
-import enum
-import fractions
-import hashlib
-import pathlib
-import struct
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -23,26 +14,20 @@ from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.recipe.framework import SPLITS, Split
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset
+from hvdtrain.torch.example_digest import digest_example
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, get_hyperparameters
 from hvdtrain.torch.splits import SplitLoaders
 
-EXAMPLES_INDEX = 2  # the place of the examples among `step_parts`
-# Of the standard library: objects whose repr is all that they are.
-REPR_TYPES = (
-    *(bool, int, complex, type(None), type(Ellipsis), range, slice, uuid.UUID, decimal.Decimal, fractions.Fraction),
-    *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, pathlib.PurePath),
-)
-
 
 def describe_tensor(tensor: torch.Tensor) -> str:
-    """`(4, 1) float32`"""
+    """Return the shape and type of a tensor: `(4, 1) float32`."""
     if is_lazy(tensor):
         return f"not initialized, {str(tensor.dtype).removeprefix('torch.')}"
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def model_parts(model: nn.Module) -> list[ConsistentPart]:
-    """The parameters and buffers of a model by their place: name, shape, dtype, and whether a parameter is trained."""
+    """Return the parameters and buffers of a model in order: name, shape, dtype, and whether a parameter is trained."""
     parameters = {
         f"parameter {place}": f"{name!r} {describe_tensor(p)}{'' if p.requires_grad else ', frozen'}"
         for place, (name, p) in enumerate(model.named_parameters(), 1)
@@ -77,7 +62,7 @@ def check_same_model(model: nn.Module, saved: StateDict) -> None:
 def optimizer_part(
     optimizer: torch.optim.Optimizer, model: nn.Module, hyperparameters: Sequence[ParamGroup]
 ) -> ConsistentPart:
-    """An optimizer's class, and of each group its settings and the names of its parameters."""
+    """Return an optimizer's class, and of each group its hyperparameters and the names of its parameters."""
     names = {p: name for name, p in model.named_parameters()}
     values = {"the optimizer": type(optimizer).__name__}
     for place, (group, given) in enumerate(zip(optimizer.param_groups, hyperparameters, strict=True), 1):
@@ -89,7 +74,7 @@ def optimizer_part(
 
 
 def choose_compared_ids(count: int) -> list[int]:
-    """The examples whose content is compared: the first, the middle and the last one."""
+    """Return the indices of the examples whose content is compared: the first, the middle and the last one."""
     return sorted({0, count // 2, count - 1}) if count else []
 
 
@@ -102,7 +87,7 @@ class SeededExamples:
 
 
 def get_seeded_examples(splits: SplitLoaders) -> dict[Split, SeededExamples]:
-    """What returns the examples of each split as the first epoch draws them."""
+    """Return the examples of each split as the first epoch draws them."""
 
     def wrap_examples(examples: BatchDataset) -> SeededExamples:
         return SeededExamples(len(examples), lambda i: examples.load_example(i, [splits.seed, 0]))
@@ -111,7 +96,7 @@ def get_seeded_examples(splits: SplitLoaders) -> dict[Split, SeededExamples]:
 
 
 def examples_part(getters: Mapping[Split, SeededExamples]) -> ConsistentPart:
-    """The content of three examples of each split."""
+    """Return the digests of three examples of each split."""
 
     def compute_digests() -> dict[str, str]:
         found = {}
@@ -125,12 +110,17 @@ def examples_part(getters: Mapping[Split, SeededExamples]) -> ConsistentPart:
 
 
 def select_split_hashes(examples: ConsistentPart, split: Split) -> dict[str, str]:
-    """The hashes of the examples of one split."""
+    """Return the digests of the examples of one split, by name."""
     return {name: digest for name, digest in examples.values.items() if name.startswith(f"dataset({split!r})")}
 
 
+def select_examples(parts: Sequence[ConsistentPart]) -> ConsistentPart:
+    """Return the part of `step_parts` that holds the examples."""
+    return next(part for part in parts if part.name == "examples")
+
+
 def find_changed_hash(examples: ConsistentPart, earlier: Mapping[str, str]) -> str | None:
-    """The name of the first example whose hash is another one than it was, though it is the same each time now."""
+    """Return the name of the first example whose digest differs from the earlier one, though it is stable now."""
     if all(examples.values.get(name, digest) == digest for name, digest in earlier.items()):
         return None
     stable = examples.find_stable_values()
@@ -138,7 +128,7 @@ def find_changed_hash(examples: ConsistentPart, earlier: Mapping[str, str]) -> s
 
 
 def lengths_part(counts: Mapping[Split, int]) -> ConsistentPart:
-    """The number of examples of each split; 0 if there is none."""
+    """Return the number of examples of each split; 0 if there is none."""
     difference = (
         "the recipe's {key} dataset has {here} examples on {rank} and {there} on {base}: all ranks need the same data "
         "({who})"
@@ -147,14 +137,14 @@ def lengths_part(counts: Mapping[Split, int]) -> ConsistentPart:
 
 
 def metrics_part(metrics: Sequence[str]) -> ConsistentPart:
-    """The names of the scores."""
+    """Return the names of the scores."""
     return ConsistentPart("metrics", {"scores": ", ".join(metrics)}, "{who}: {key} are {here}, {base} has {there}")
 
 
 def step_parts(
     device: torch.device, examples: Mapping[Split, SeededExamples], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[ConsistentPart]:
-    """What has to be the same on all ranks before anything of them is joined; the examples are at EXAMPLES."""
+    """Return what has to be the same on all ranks before their training is joined."""
     return [
         ConsistentPart("devices", {"--device": device.type}, "{key} is {here} on {who}, {there} on {base}"),
         lengths_part({split: getter.count for split, getter in examples.items()}),
@@ -162,77 +152,3 @@ def step_parts(
         *model_parts(model),
         optimizer_part(optimizer, model, get_hyperparameters(optimizer.param_groups)),
     ]
-
-
-def digest_example(example: Any) -> str:
-    """A hash of an example's content, the same in every process; what cannot be hashed counts by its type only."""
-    digest = hashlib.blake2b(digest_size=16)
-    _digest_value(digest, example, 0)
-    return digest.hexdigest()
-
-
-def _digest_value(digest: hashlib.blake2b, value: Any, depth: int) -> None:
-    """Add a value to a hash: its type, its size and its bytes or parts."""
-    kind = type(value).__qualname__.encode()
-    digest.update(b"<%d:%s" % (len(kind), kind))
-    if depth > 20:  # a structure that contains itself
-        return
-    if isinstance(value, torch.Tensor):
-        _digest_tensor(digest, value)
-    elif isinstance(value, np.ndarray):
-        digest.update(repr((value.shape, value.dtype.str)).encode())
-        if value.dtype.hasobject:
-            _digest_value(digest, value.tolist(), depth + 1)
-        else:
-            digest.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, np.generic):
-        digest.update(value.dtype.str.encode() + value.tobytes())
-    elif isinstance(value, float):
-        digest.update(struct.pack("<d", value))
-    elif isinstance(value, str):
-        digest.update(b"%d:" % len(value) + value.encode("utf-8", "surrogatepass"))
-    elif isinstance(value, (bytes, bytearray, memoryview)):
-        digest.update(b"%d:" % len(value) + bytes(value))
-    elif isinstance(value, enum.Enum):
-        digest.update(value.name.encode())
-    elif isinstance(value, REPR_TYPES):
-        digest.update(repr(value).encode())
-    elif isinstance(value, Mapping):
-        items = sorted((digest_example(key), item) for key, item in value.items()) if _has_unique_keys(value) else []
-        digest.update(b"%d:" % len(value))
-        for key, item in items:
-            digest.update(key.encode())
-            _digest_value(digest, item, depth + 1)
-    elif isinstance(value, (set, frozenset)):
-        digest.update("".join(sorted(map(digest_example, value))).encode())
-    elif isinstance(value, (list, tuple)):
-        digest.update(b"%d:" % len(value))
-        for item in value:
-            _digest_value(digest, item, depth + 1)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            digest.update(field.name.encode())
-            _digest_value(digest, getattr(value, field.name, None), depth + 1)
-    elif hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):  # an image of PIL
-        digest.update(repr((value.mode, value.size)).encode() + value.tobytes())
-
-
-def _has_unique_keys(value: Mapping[Any, Any]) -> bool:
-    """Whether keys can be told apart by their content."""
-    return len({digest_example(key) for key in value}) == len(value)
-
-
-def _digest_tensor(digest: hashlib.blake2b, tensor: torch.Tensor) -> None:
-    tensor = tensor.detach()
-    digest.update(repr((tuple(tensor.shape), str(tensor.dtype), str(tensor.layout))).encode())
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        for part in (tensor.indices(), tensor.values()):
-            _digest_tensor(digest, part)
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
-            _digest_tensor(digest, part)
-    elif tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested:
-        tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-        flat = tensor.cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())

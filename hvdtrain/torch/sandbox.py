@@ -1,4 +1,4 @@
-"""A stage for a trial of a recipe, which it cannot observe.
+"""A sandbox for a trial of a recipe, of which nothing remains.
 
 The trial runs on copies of the recipe and its model, with all random generators put back afterwards, and so does the
 drawing of the model's graph. What copies do not hold is put back as well: attributes of the recipe's own classes and

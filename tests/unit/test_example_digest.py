@@ -20,7 +20,8 @@ from PIL import Image
 from hvdtrain.comm.agreement import ConsistentPart, check_against_record, make_agreement_record
 from hvdtrain.comm.world import World
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.fingerprint import choose_compared_ids, digest_example, examples_part, find_changed_hash
+from hvdtrain.torch.consistency import choose_compared_ids, examples_part, find_changed_hash
+from hvdtrain.torch.example_digest import digest_example
 
 
 class Colour(Enum):
@@ -79,7 +80,7 @@ def test_what_cannot_be_hashed_counts_by_its_type() -> None:
 
 def test_sets_and_texts_have_the_same_hash_in_every_process() -> None:
     program = (
-        "from hvdtrain.torch.fingerprint import digest_example as d\n"
+        "from hvdtrain.torch.example_digest import digest_example as d\n"
         "print(d([{'age', 'height', 'weight'}, {'b': 1, 'a': {'x', 'y'}}]))"
     )
     digests = set()
@@ -101,7 +102,7 @@ def test_three_examples_are_compared() -> None:
 
 
 def test_examples_that_are_never_the_same_are_not_compared() -> None:
-    from hvdtrain.torch.fingerprint import SeededExamples
+    from hvdtrain.torch.consistency import SeededExamples
 
     calls = iter(range(100))
     part = examples_part({"train": SeededExamples(4, lambda i: i if i else next(calls))})
