@@ -37,7 +37,7 @@ def test_the_inner_step_is_without_wrappers(kind: type[torch.optim.Optimizer]) -
     optimizer = kind([p], lr=0.1)  # type: ignore[call-arg]
     assert hasattr(type(optimizer).step, "__wrapped__")
     step, without_grad = find_inner_step(optimizer)
-    assert not hasattr(step, "__wrapped__") and step.__qualname__ == f"{kind.__name__}.step"
+    assert not hasattr(step, "__wrapped__") and step.__qualname__.endswith(".step")
     assert without_grad
 
 
