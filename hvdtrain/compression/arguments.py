@@ -61,7 +61,7 @@ class PositiveInteger:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few texts, each of which stands for a value."""
+    """One of a few texts, each with its value."""
 
     name: str  # "bit width", for messages
     help: str

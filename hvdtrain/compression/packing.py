@@ -18,7 +18,7 @@ def join_scales(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def split_scales(payload: Tensor, value_bytes: int, scales: int) -> tuple[Tensor, Tensor]:
-    """The reverse of `join`: (rows, b) uint8 and (rows, scales) float32."""
+    """Undo `join_scales`: return (rows, b) uint8 and (rows, scales) float32."""
     values, rest = torch.split(payload, [value_bytes, 4 * scales], -1)
     # A view as float32 needs 4-byte alignment, which a slice lacks.
     return values, rest.clone(memory_format=torch.contiguous_format).view(torch.float32)
@@ -38,7 +38,7 @@ def pack_bits_by_torch(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
-    """The reverse of `pack_bits`: (..., n) uint8 of 0 and 1."""
+    """Undo `pack_bits`: (..., n / 8) uint8 -> (..., n) uint8 of 0 and 1."""
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.contiguous().numpy(), axis=-1, bitorder="little"))
     return unpack_bits_by_torch(packed)

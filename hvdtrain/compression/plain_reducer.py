@@ -1,4 +1,4 @@
-"""How a flat tensor is summed over ranks without compression, and what that shares with a codec's way."""
+"""How a flat tensor is summed over ranks without compression, and what all reducers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvdtrain.comm import collectives
 
 
 class Reducer:
-    """What both reducers share: a flat tensor is summed or averaged over ranks, once per step.
+    """What all reducers share: a flat tensor is summed or averaged over ranks, once per step.
 
     Attributes:
         name: of the bucket's collectives; the same on all ranks, and no other's.
@@ -48,7 +48,7 @@ class Reducer:
                 self.carried_over[begin:end] = carried_over[begin:end]
 
     def _wait_for_collective(self) -> Tensor:
-        """Return what the collective under way has brought."""
+        """Return the result of the collective that was started."""
         assert self._handle is not None
         begin = time.perf_counter()
         received = collectives.wait(self._handle)

@@ -54,7 +54,7 @@ class CompressedReducer(Reducer):
     """Sums or averages `flat` by a codec.
 
     With momentum correction (DGC, Lin et al., 1712.01887) velocities v_k = m v_{k-1} + g_k are sent in place of the
-    gradients, and set to 0 where they are sent late.
+    gradients, and set to 0 at the values that are sent late.
 
     Attributes:
         codec: the codec.

@@ -37,7 +37,7 @@ class Compressor:
 
     @property
     def default_argument(self) -> str:
-        """The argument that its name alone stands for; "" if it takes none."""
+        """The argument if none is given; "" if it takes none."""
         return self.argument.default_text if self.argument is not None else ""
 
     @property

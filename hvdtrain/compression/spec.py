@@ -23,7 +23,7 @@ from hvdtrain.compression.codec import BucketContext, Codec, RandomKey
 from hvdtrain.compression.registry import COMPRESSORS, Compressor
 from hvdtrain.system.errors import UserError, suggest_nearest
 
-NONE, AUTO = "none", "auto"  # methods that are no compressors
+NONE, AUTO = "none", "auto"  # methods that are not compressors
 OPTION_NAMES = ("warmup", "min", "feedback", "momentum")
 
 

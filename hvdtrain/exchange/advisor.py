@@ -3,7 +3,7 @@
     all buckets plain --> measure network and codecs, predict each choice --> try the best few in turns
                       --> take the fastest --> look from time to time whether it still is faster than none
 
-The model of a step (`hvdtrain.compression.cost_model`) only chooses what is worth trying; what is taken is what was
+The model of a step (`hvdtrain.compression.cost_model`) only chooses what is worth trying; the choice is what was
 fastest in steps of the training itself. Nothing is lost when a bucket's method changes: what a method has not sent yet,
 the next one sends.
 
@@ -38,7 +38,7 @@ TRIAL_STEPS = 6  # steps measured of each choice in a round
 TRIAL_MARGINS = (1.5, 1.2, 1.1, 1.1)
 WATCH_STEPS = 100  # steps between checks whether the choice is still faster; twice as many after each false alarm
 MAX_SLOWDOWN = 1.02  # a choice slower than none by more is checked
-MAX_TRIALS = 3  # choices tried at most, besides none
+MAX_TRIALS = 3  # choices tried at most, apart from none
 MAX_PREDICTED_RATIO = 1.15  # what is predicted to take longer than this times none's step is not tried
 MAX_MEASURED_RATIO = 0.96  # a choice is taken only if its steps take no more than this times none's
 T = TypeVar("T")

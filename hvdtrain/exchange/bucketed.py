@@ -56,7 +56,7 @@ class BucketedExchange(BucketLayout):
         steps: steps exchanged.
         waited: seconds that the last step waited for communication.
         backward_end: when `finish_exchange` was last called, by time.perf_counter.
-        checks_finite: whether a step looks if all sums are finite also where no codec needs to know.
+        checks_finite: whether a step looks if all sums are finite even if no codec needs to know.
         sums_are_finite: what it saw in the last step; the same on all ranks.
         advisor: of compression "auto".
     """
@@ -94,7 +94,7 @@ class BucketedExchange(BucketLayout):
         self._has_late_gradients: bool | None = None
         self._repeated: set[torch.nn.Parameter] = set()  # whose gradients are finished only at the end of the pass
         self._remaining_passes: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
-        self._is_last_pass: bool | None = None  # of the step is under way; None: the caller does not announce passes
+        self._is_last_pass: bool | None = None  # of the step; None: the caller does not announce passes
         self._paused = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, p in named:

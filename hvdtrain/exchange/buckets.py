@@ -18,10 +18,10 @@ from hvdtrain.system.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
 FIRST_BUCKET_BYTES = 1 << 20
-# On CPUs the second bucket should be there when the first has been sent: at 1 Gbit/s, with 25 MiB, the network waited
-# for it up to 50 ms of a step. And two rounds (of codecs) overlap better in pieces.
+# On CPUs the second bucket should be full when the first has been sent: at 1 Gbit/s, with 25 MiB, the network waited
+# for it up to 50 ms of a step. And the two rounds of codecs overlap better in pieces.
 CPU_BUCKET_BYTES = 8 << 20
-# NCCL cuts what it is given into as many parts as there are ranks: more at once is faster. Codecs give it less.
+# NCCL cuts each tensor into as many parts as there are ranks: larger ones are faster. Codecs give it less.
 GPU_BUCKET_BYTES = 25 << 20
 # Horovod reduces no other floating type; bfloat16 travels as float32.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}

@@ -43,7 +43,7 @@ def view_as_bits(tensor: Tensor) -> Tensor:
 
 
 def checksum_tensor(tensor: Tensor) -> Tensor:
-    """A 64-bit number of the tensor's bits, without a rounding: another for any tensor that differs in one value.
+    """Return () int64 of the tensor's bits, without a rounding: another for any tensor that differs in one value.
 
     It is the sum of the values' bits, each times a number of its own place, modulo 2**64; so values that change places
     count too. If several values differ, it is the same by chance only, less than once in billions.

@@ -1,4 +1,7 @@
-"""Which parameters are exchanged, and in which buckets: agreed on by all ranks whenever it changes."""
+"""Which parameters are exchanged, and in which buckets: agreed on by all ranks whenever it changes.
+
+Knows parameters, and no optimizer.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, make_buckets
 from hvdtrain.exchange.checksums import checksum_tensor
 from hvdtrain.system.errors import RunError
 
-# After so many steps in a row without a gradient, and after twice as many each time, the ranks agree whether a bucket
-# is frozen. Not sooner: layers that are frozen and trained in turns should stay.
+# After 10 steps in a row without a gradient, and after twice as many each time, the ranks agree whether a bucket is
+# frozen. Not sooner: layers that are frozen and trained in turns should stay.
 IDLE_CHECK_STEPS = {10 * 2**doubling for doubling in range(40)}
 
 

@@ -1,9 +1,17 @@
-"""The exchange of --deterministic: gradients of virtual shards, added in the order of one tree wherever they live.
+"""The exchange of --deterministic: gradients of virtual shards, added in the order of one tree on any ranks.
 
 Floating-point sums depend on their order, and an all-reduce's order on the ranks. Here the global batch is cut into
-shards whose number does not depend on the ranks. Each shard's gradient is computed alone, and they are added as the
-nodes of one binary tree say: first by each rank as far as its own shards go, then piece by piece of the gradient by
-the rank whom the piece falls to. Bytes travel, sums do not, so that Horovod cannot change a bit.
+shards whose number does not depend on the ranks. Each shard's gradient is computed alone, and they are added along one
+binary tree:
+
+    shards        0   1   2   3   4   5        6 shards on 2 ranks: (0, 3) is rank 0's sum,
+    nodes        (0, 2) 2  (3, 5) 5            (3, 6) rank 1's
+                   (0, 3)    (3, 6)
+                        (0, 6)                 added by the rank that a piece of the gradient belongs to
+
+Each rank adds its own shards as far as they make nodes. Then the sums are cut into as many pieces as ranks; an
+all-to-all brings each piece to its rank, which adds the rest of the tree, and an all-gather brings it to all. Bytes
+travel, and Horovod adds nothing, so that it cannot change a bit. Like the other exchange, it knows no optimizer.
 """
 
 from __future__ import annotations
@@ -25,11 +33,11 @@ from hvdtrain.recipe import order
 # Gloo's all-to-all and all-gather are half as fast beyond some 4 MiB that a rank sends at once.
 BLOCK_BYTES = 4 << 20
 
-Node = tuple[int, int]  # the first shard of a range and the one behind its last
+Node = tuple[int, int]  # the first shard of a range, and the one after its last
 
 
 def tree_nodes(first: int, end: int) -> set[Node]:
-    """The nodes of the tree over a range of shards: the range itself, and those of its two halves."""
+    """Return the nodes of the tree over a range of shards: the range itself, and those of its two halves."""
     if end - first < 2:
         return {(first, end)}
     middle = (first + end + 1) // 2
@@ -55,7 +63,7 @@ def push_partial(stack: list[PartialSum], partial: PartialSum, nodes: set[Node])
 
 
 def covering_nodes(first: int, end: int, nodes: set[Node]) -> list[Node]:
-    """The nodes, from left to right, whose sums a rank that has these shards comes to alone."""
+    """Return the nodes, from left to right, whose sums a rank that has these shards comes to alone."""
     stack: list[PartialSum] = []
     for shard in range(first, end):
         push_partial(stack, PartialSum((shard, shard + 1), torch.empty(0)), nodes)
@@ -63,7 +71,7 @@ def covering_nodes(first: int, end: int, nodes: set[Node]) -> list[Node]:
 
 
 def split_for_ranks(sums: Sequence[Tensor], size: int) -> Tensor:
-    """(size, sums, ceil(values / size)): for each rank, its piece of each sum; what is behind the end is 0."""
+    """Return (size, sums, ceil(values / size)): for each rank, its piece of each sum; 0 after the end."""
     values = len(sums[0])
     pieces = sums[0].new_zeros(size, len(sums), -(-values // size))
     for i, total in enumerate(sums):
@@ -73,7 +81,13 @@ def split_for_ranks(sums: Sequence[Tensor], size: int) -> Tensor:
 
 
 def add_pieces(pieces: Iterable[Tensor], nodes_of_pieces: Iterable[Node], nodes: set[Node]) -> Tensor:
-    """The sum of all shards, of one piece of the gradient. pieces: of all ranks' sums, in the order of ranks."""
+    """Return the sum over all shards of one piece of the gradient, (values,).
+
+    Args:
+        pieces: of all ranks' sums, in the order of ranks; they are overwritten.
+        nodes_of_pieces: the shards that each piece is the sum of.
+        nodes: of the tree.
+    """
     stack: list[PartialSum] = []
     for node, piece in zip(nodes_of_pieces, pieces, strict=True):
         push_partial(stack, PartialSum(node, piece), nodes)
@@ -94,7 +108,7 @@ class FlatGradient:
     received_bytes: int = 0
 
     def join_gradients(self) -> Tensor:
-        """The parameters' gradients, one after the other; zeros for those that have none."""
+        """Return the parameters' gradients, one after the other; zeros for those that have none."""
         pieces = [torch.zeros(0, dtype=self.dtype, device=self.device)]
         for p in self.params:
             if p.grad is None:
@@ -123,21 +137,36 @@ class FlatGradient:
 class ShardedExchange:
     """Sums gradients over virtual shards and ranks: the same bits on every rank and on any number of ranks.
 
-    A step is `begin`, a backward pass and `passed` for each micro-batch, and `finish`, which sets every `p.grad`. A
-    parameter that no shard used keeps the gradient None; one that only some used counts as zero in the others.
-    What travels are the parameters that some shard has used in this step: they may be frozen and trained at any time.
-    One rank alone adds in the same order, without Horovod.
+    A step is `start_exchange`, a backward pass and `end_backward_pass` for each micro-batch, and `finish_exchange`,
+    which sets every `p.grad`. A parameter that no shard used keeps the gradient None; one that only some used counts as
+    zero in the others. Only the parameters that some shard has used in this step are sent: they may be frozen and
+    trained at any time. One rank alone adds in the same order, without Horovod.
+
+    Attributes:
+        waited: seconds that the last `finish_exchange` waited for communication.
+        wire_bytes: bytes that this rank sent in the last step.
+        checks_finite: whether `finish_exchange` looks if all sums are finite.
+        sums_are_finite: what it saw in the last step; the same on all ranks.
+        nodes_by_rank: of the tree, whose sums each rank computes alone.
+        own_shards: of this rank.
     """
 
     advisor = None
 
     def __init__(self, named: NamedParameters, shards: int, group: collectives.Group = None) -> None:
+        """Prepare the exchange, on all ranks.
+
+        Args:
+            named: names, the same on all ranks, and parameters.
+            shards: virtual shards of the global batch.
+            group: the ranks; None: all.
+        """
         check_parameters(named, parse_compression(NONE))
         self.group, self.size = group, collectives.size(group)
-        self.waited = 0.0  # seconds that the last `finish` waited for communication
-        self.wire_bytes = 0  # that this rank sent in the last step
-        self.checks_finite = False  # whether `finish` looks if all sums are finite
-        self.sums_are_finite = True  # what it saw in the last step; the same on all ranks
+        self.waited = 0.0
+        self.wire_bytes = 0
+        self.checks_finite = False
+        self.sums_are_finite = True
         self.nodes = tree_nodes(0, shards)
         self.nodes_by_rank = [
             covering_nodes(*order.part_bounds(shards, rank, self.size), self.nodes) for rank in range(self.size)
@@ -155,20 +184,20 @@ class ShardedExchange:
             self.add_parameter(name, p)
 
     def add_parameter(self, name: str, p: torch.nn.Parameter) -> None:
-        """Take in another parameter, on all ranks; where its first gradient comes, the ranks' values must be equal."""
+        """Add a parameter, on all ranks; when its first gradient comes, the ranks' values must be equal."""
         check_dtype(name, p)
         self.names[p], self._use_counts[p] = name, [0, 0]
         self._get_flat(p)
 
     def discard_gradients(self) -> None:
-        """Drop the gradients that have come since the last `finish`."""
+        """Drop the gradients that have come since the last `finish_exchange`."""
         self._passes_left.clear()
         for flat in self.flats.values():
             flat.stack.clear()
 
     @property
     def has_pending_gradients(self) -> bool:
-        """Whether there are gradients of this rank that `finish` has not added up yet."""
+        """Whether there are gradients of this rank that `finish_exchange` has not added up yet."""
         return bool(self._passes_left) or any(flat.stack for flat in self.flats.values())
 
     def start_exchange(self, passes: Sequence[int]) -> None:
@@ -183,7 +212,7 @@ class ShardedExchange:
         self._add_finished_shards()
 
     def end_backward_pass(self) -> None:
-        """A backward pass is over."""
+        """Note that a backward pass is over."""
         self._passes_left[0] -= 1
         self._add_finished_shards()
 
@@ -267,7 +296,7 @@ class ShardedExchange:
         return summed.tolist()
 
     def _reduce_flat(self, number: int, flat: FlatGradient) -> Tensor:
-        """The sum over all shards, on every rank."""
+        """Return the sum over all shards, on every rank."""
         if self.size == 1 or not flat.params:
             return flat.stack[0].total if flat.stack else torch.zeros(0, dtype=flat.dtype)
         values = sum(map(real_numel, flat.params))
@@ -308,7 +337,7 @@ class ShardedExchange:
 
 
 def shape_gradient(piece: Tensor, p: torch.nn.Parameter, sparse: bool) -> Tensor:
-    """A parameter's part of a flat gradient, as the parameter is laid out in memory."""
+    """Return a parameter's part of a flat gradient, as the parameter is laid out in memory."""
     if p.is_complex():
         piece = torch.view_as_complex(piece.clone().view(-1, 2))
     gradient = piece.view(p.shape).to(p.dtype)

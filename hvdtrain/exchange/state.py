@@ -159,7 +159,7 @@ def load_exchange_state(exchange: BucketedExchange, state: ExchangeState) -> Non
 
 
 def restore_local_state(exchange: BucketedExchange, state: ExchangeState) -> None:
-    """Take back what this rank had not sent in another world, where `local_exchange_state` returned it."""
+    """Take back what this rank had not sent in another world, as `local_exchange_state` returned it there."""
     for bucket in exchange.buckets:
         _load_local_share(bucket, state, 1)
 

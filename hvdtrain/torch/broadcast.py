@@ -24,7 +24,7 @@ def broadcast_state(
 
     Raises UserError on all ranks, before anything is overwritten, if their models differ in names, order or shapes.
 
-    root: a rank among all, also where a process_set is given; it must be in it.
+    root: a rank among all, even if a process_set is given; it must be in it.
     """
     if collectives.size(process_set) == 1:
         return

@@ -32,7 +32,7 @@ OTHER_MODES_HINT = '  # or "mean", "sum", "local"'
 
 @dataclass
 class PendingReduction:
-    """Buffers on their way over the ranks, joined by how they are combined."""
+    """Buffers that are being reduced, joined by how they are combined."""
 
     float_buffers: list[Buffer] = field(default_factory=list)  # float64: means, sums of floats, small counts of rank 0
     integer_buffers: list[Buffer] = field(default_factory=list)  # int64: sums of integers
@@ -116,7 +116,7 @@ class BufferReducer:
         self._check_allowed_changes(self.changed_buffers)
 
     def start_step(self) -> None:
-        """A step begins: remember the buffers as they are before it."""
+        """Start a step: remember the buffers as they are before it."""
         self._steps += 1
         self.save_values()
 
@@ -162,7 +162,7 @@ class BufferReducer:
         if current is not b.tensor and current is not None and not b.is_persistent and not b.is_declared:
             b.tensor, b.version = current, read_version(current)  # a cache, computed again
             self._fingerprints |= fingerprint_tensors([(b.name, current)])
-        # torch's layers leave no mark where they write their statistics.
+        # torch's layers leave no mark when they write their statistics.
         unmarked = b.is_declared or (b.mode is not None and b.owner.training)
         return read_version(b.tensor) != b.version or (unmarked and not self.forbids_changes)
 

@@ -38,7 +38,7 @@ class Buffer:
     name: str
     owner: nn.Module
     tensor: Tensor
-    mode: BufferMode | None  # None: nothing is known of it
+    mode: BufferMode | None  # None: not known
     is_declared: bool
     version: TensorVersion
     is_reduced: bool = False  # it has changed on some rank: it is reduced in every step
@@ -61,7 +61,7 @@ class Buffer:
 
 
 def resolve_buffer_modes(recipe: str, declared: Mapping[str, str], model: nn.Module) -> dict[str, BufferMode]:
-    """Resolve a recipe's `buffers` to the names of a model's buffers; a name is worth more than a pattern.
+    """Resolve a recipe's `buffers` to the names of a model's buffers; a name overrides a pattern.
 
     Raises UserError for a name or pattern without a buffer, and for a mode that a buffer cannot have.
     """
@@ -135,10 +135,9 @@ def get_previous_value(b: Buffer) -> Tensor:
 
 
 def describe_rebinding(b: Buffer) -> str:
-    """Return the error for a buffer that is not the tensor any more that it was."""
+    """Return the message for a buffer that is another tensor than it was."""
     return (
-        f"training puts another tensor in the place of the buffer {b.description}, so that it cannot be kept the "
-        f"same on all "
+        f"training rebinds the buffer {b.description} to another tensor, so that it cannot be kept the same on all "
         f"ranks: change it in place, self.{b.local_name}.copy_(...)"
     )
 

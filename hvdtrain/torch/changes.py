@@ -1,4 +1,4 @@
-"""What a step changes besides the optimizer's update: parameters, buffers and learning rates, on all ranks alike."""
+"""What a step changes apart from the optimizer's update: parameters, buffers, learning rates; the same on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hvdtrain.torch.watch import LearningRateWatch, ParameterWatch
 class ChangeTracker:
     """Watches all that `score` may change, and keeps it the same on all ranks or refuses it on all of them.
 
-    `start_step`, the forward passes, `votes`, then with the votes summed over ranks `settle`; then `accept` or `skip`.
+    A step is `start_step`, the forward passes, `collect_change_flags`, with the flags summed over ranks
+    `reconcile_changes`; then `accept_update` or `skip_step`.
     """
 
     def __init__(
@@ -29,22 +30,31 @@ class ChangeTracker:
         size: int,
         deterministic: bool,
     ) -> None:
-        """recipe: its name. size: the number of ranks."""
+        """Watch a model on all ranks.
+
+        Args:
+            recipe: its name.
+            model: as the recipe made it.
+            modes: in which its modules train.
+            buffer_modes: how declared buffers are combined, by name.
+            size: the number of ranks.
+            deterministic: whether nothing may change that depends on the ranks.
+        """
         self.training_modes = modes
         self.buffer_reducer = BufferReducer(recipe, model, buffer_modes, size, deterministic)
         self.parameter_watch = ParameterWatch(recipe, model, size, deterministic)
         self.learning_rate_watch = LearningRateWatch(recipe)
         self.model = model
         frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        self._initially_nonfinite = {name for name, p in frozen if not is_finite(p)}  # from the start: a mask, say
+        self._initially_nonfinite = {name for name, p in frozen if not is_finite(p)}  # from the start: a mask
 
     @property
     def num_change_flags(self) -> int:
-        """How many numbers `votes` returns."""
+        """How many numbers `collect_change_flags` returns."""
         return 2 + self.buffer_reducer.num_change_flags
 
     def start_step(self) -> None:
-        """A step begins: its forward passes follow."""
+        """Start a step: its forward passes follow."""
         self.end_evaluation()
         self.buffer_reducer.start_step()
         self.parameter_watch.start_step()
@@ -58,9 +68,14 @@ class ChangeTracker:
         ]
 
     def reconcile_changes(self, votes: Sequence[float], passes: int) -> None:
-        """Combine what has changed. votes: summed over ranks. passes: how often this rank has called score.
+        """Combine what has changed.
 
-        Raises UserError on all ranks for what cannot be kept the same on them.
+        Args:
+            votes: the change flags, summed over ranks.
+            passes: how often this rank has called score.
+
+        Raises:
+            UserError: on all ranks, for what cannot be kept the same on them.
         """
         if votes[0]:
             self.parameter_watch.reconcile_parameters(int(votes[0]), passes)
@@ -102,7 +117,7 @@ class ChangeTracker:
             self.buffer_reducer.restore_values()
 
     def set_world_size(self, size: int) -> None:
-        """Continue with so many ranks."""
+        """Continue with `size` ranks."""
         self.training_modes.leave_evaluation()
         self.buffer_reducer.set_world_size(size)
         self.parameter_watch.set_world_size(size)

@@ -68,7 +68,7 @@ class BatchDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, request: BatchRequest) -> tuple[Ids, Any] | KnownError:
-        """The ids that were loaded and their batch, or the error that says why there is none.
+        """Return the ids that were loaded and their batch, or the error that explains why there is none.
 
         Returned, not raised: a loader process would wrap it into one with another text.
         """
@@ -78,7 +78,7 @@ class BatchDataset(Dataset[Any]):
             return error
 
     def load_batch(self, request: BatchRequest) -> tuple[Ids, Any]:
-        """The ids that were loaded, (B,), and their batch.
+        """Return the ids that were loaded, (B,), and their batch.
 
         Raises:
             RunError: for an example that is None, and for examples that do not fit into one batch.
@@ -90,7 +90,7 @@ class BatchDataset(Dataset[Any]):
         return request.ids, self._collate_examples(ids, examples)
 
     def load_example(self, i: int, entropy: Sequence[int]) -> Any:
-        """One example. Raises RunError if it is None, RecipeError for what the dataset raises."""
+        """Return one example. Raises RunError if it is None, RecipeError for what the dataset raises."""
         seed_cpu_generators([*entropy, i])
         try:
             example = self.dataset[i]
@@ -119,7 +119,7 @@ class BatchDataset(Dataset[Any]):
         return batch
 
     def _explain_collate_error(self, ids: Sequence[int], examples: list[Any], error: Exception) -> str:
-        """Why torch's default collation refuses a batch: which example, or which two."""
+        """Return why torch's default collation refuses a batch: which example, or which two."""
         name = type(self.recipe).__name__
         own = getattr(self.dataset, "collate_fn", None)
         how = f"write {name}.collate(self, examples)"
@@ -159,7 +159,7 @@ class BatchDataset(Dataset[Any]):
     def check_examples(self, entropy: Sequence[int], most: int, *, passed_on: bool) -> None:
         """Load the first few examples, the middle and the last one, and, if batches hold several, join them.
 
-        most: examples per batch. passed_on: by loader processes, where an error in that would be seen by nobody.
+        most: examples per batch. passed_on: whether loader processes send examples, in which nobody would see an error.
         Raises UserError for what is wrong with them, RecipeError for what the recipe raises.
         """
         count = len(self)

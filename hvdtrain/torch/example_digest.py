@@ -25,7 +25,10 @@ REPR_TYPES = (
 
 
 def digest_example(example: Any) -> str:
-    """A hash of an example's content, the same in every process; what cannot be hashed counts by its type only."""
+    """Return a hash of an example's content, the same in every process.
+
+    Of values that cannot be hashed only the type counts.
+    """
     digest = hashlib.blake2b(digest_size=16)
     _digest_value(digest, example, 0)
     return digest.hexdigest()
@@ -78,7 +81,7 @@ def _digest_value(digest: hashlib.blake2b, value: Any, depth: int) -> None:
 
 
 def _has_unique_keys(value: Mapping[Any, Any]) -> bool:
-    """Whether keys can be told apart by their content."""
+    """Return whether all keys differ by their content."""
     return len({digest_example(key) for key in value}) == len(value)
 
 

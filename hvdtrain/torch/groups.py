@@ -32,10 +32,9 @@ def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.
     for p in held:
         if p not in names:
             raise UserError(
-                f"{method}: {find_recipe_attribute(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of "
-                f"the model, so it "
-                "would be neither saved nor sent to other ranks: put it into the model in model(), and take it from "
-                "there"
+                f"{method}: {find_recipe_attribute(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of the "
+                "model, so it would be neither saved nor sent to other ranks: put it into the model in model(), and take "
+                "it from there"
             )
         check_dtype(names[p], p)
     if not held:
@@ -56,7 +55,7 @@ def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.
 
 
 def find_recipe_attribute(recipe: Recipe, p: nn.Parameter) -> str:
-    """What a parameter that is not the model's is called in the recipe."""
+    """Return what a parameter that is not the model's is called in the recipe."""
     for name, value in vars(recipe).items():
         if value is p:
             return f"self.{name}"
@@ -68,7 +67,7 @@ def find_recipe_attribute(recipe: Recipe, p: nn.Parameter) -> str:
 
 
 def get_parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """The names of each group's parameters, in the group's order."""
+    """Return the names of each group's parameters, in the group's order."""
     names = {p: name for name, p in model.named_parameters()}
     groups = vars(optimizer).get("param_groups", optimizer.param_groups)
     return [
@@ -89,7 +88,7 @@ def match_groups(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -
 
 
 def reorder_state(state: StateDict, saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> StateDict:
-    """An optimizer's saved state for an optimizer that has the same groups and parameters in another order.
+    """Return an optimizer's saved state for an optimizer that has the same groups and parameters in another order.
 
     Args:
         state: a state dict; one that is not as torch's optimizers have it is returned as it is.

@@ -1,4 +1,4 @@
-"""An optimizer's hyperparameters when a run is resumed: the checkpoint's, but for those that are given anew."""
+"""An optimizer's hyperparameters when a run is resumed: the checkpoint's, but for those that are given again."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class BatchLoader:
         atexit.register(self.close)
 
     def load_batches(self, parts: Iterable[Ids], entropy: Sequence[int]) -> Iterator[tuple[Ids, Any]]:
-        """The ids that were loaded and their batches, in order; `parts` is read no farther ahead than needed.
+        """Return the ids that were loaded and their batches, in order; `parts` is read no farther ahead than needed.
 
         A later call ends an earlier one, also if that has batches left.
 
@@ -115,7 +115,7 @@ class BatchLoader:
             yield batch
 
     def _explain_error(self, error: Exception) -> KnownError | None:
-        """What to raise instead of an error of torch's loader: mostly one of its processes has ended."""
+        """Return what to raise instead of an error of torch's loader: mostly one of its processes has ended."""
         name = name_call(self.examples.recipe, f"dataset({self.examples.split!r})")
         deadline = Deadline(1.0)  # its connections may break before it can be seen to have ended
         while self.num_workers and not deadline.expired:
@@ -152,7 +152,7 @@ def _pass_through(loaded: Any) -> Any:
 
 
 def _describe_exit(code: int) -> str:
-    """How a process ended, by its exit code as multiprocessing has it, and the usual reason."""
+    """Return how a process ended, by its exit code as multiprocessing has it, and the usual reason."""
     if code >= 0:
         return f"ended with code {code}"
     reasons = {signal.SIGKILL: ": is this host out of memory?", signal.SIGBUS: ": is /dev/shm full?"}

@@ -15,13 +15,13 @@ CUBLAS_WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def get_random_states() -> tuple[Any, ...]:
-    """The states of Python's, numpy's and torch's generators."""
+    """Return the states of Python's, numpy's and torch's generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def get_determinism() -> tuple[bool, bool]:
-    """Whether torch is to use deterministic algorithms only, and to warn instead of raising an error."""
+    """Return whether torch is to use deterministic algorithms only, and to warn instead of raising an error."""
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 

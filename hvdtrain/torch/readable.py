@@ -30,7 +30,7 @@ def make_savable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def to_python_numbers(value: Any) -> Any:
-    """A value with Python's numbers for numpy's."""
+    """Return a value with Python's numbers for numpy's."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
     return type(value)(map(to_python_numbers, value)) if type(value) in (list, tuple) else value
@@ -62,7 +62,7 @@ def check_readable(state: Any, what: str) -> None:
 
 
 def iterate_leaves(state: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What stands in nested dicts, lists and tuples, each with the keys that lead to it: "['a'][0]"."""
+    """Yield what nested dicts, lists and tuples hold, each with the keys that lead to it: "['a'][0]"."""
     if isinstance(state, Mapping) and type(state).__module__ in ("builtins", "collections"):
         for key, value in state.items():
             yield from iterate_leaves(key, f"{path}.keys()")

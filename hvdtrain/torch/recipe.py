@@ -34,12 +34,12 @@ class Recipe(base.Recipe):
 
     @abstractmethod
     def model(self) -> torch.nn.Module:
-        """The model, with its initial weights."""
+        """Return the model, with its initial weights."""
         raise NotImplementedError
 
     @abstractmethod
     def dataset(self, split: Literal["train", "eval"]) -> Any:
-        """The examples of a split: an object with len() and [i]; None as "eval" for a recipe without evaluation.
+        """Return the examples of a split: an object with len() and [i]; None as "eval" for a recipe without evaluation.
 
         It is called for "train", then for "eval", each time with torch's, numpy's and Python's global generators newly
         seeded from --seed: a random split (`random_split`, `train_test_split`) is the same both times.
@@ -47,9 +47,9 @@ class Recipe(base.Recipe):
         raise NotImplementedError
 
     def collate(self, examples: list[Any]) -> Any:
-        """The batch of some examples, given to `score`; by default torch's `default_collate` stacks their tensors.
+        """Return the batch of some examples, for `score`; by default torch's `default_collate` stacks their tensors.
 
-        Override it to pad examples of different sizes, or to join objects of your own. It runs where examples are
+        Override it to pad examples of different sizes, or to join objects of your own. It runs wherever examples are
         loaded, with --workers in other processes. Tensors of the batch are moved to the device, in dicts, lists, tuples
         and dataclasses, or by the batch's own method `to(device)`.
         """
@@ -57,10 +57,10 @@ class Recipe(base.Recipe):
 
     @abstractmethod
     def optimizer(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer, at learning rate `self.lr`."""
+        """Return the optimizer, at learning rate `self.lr`."""
         raise NotImplementedError
 
     @abstractmethod
     def score(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        """The scores of a batch of B examples: {"loss": (B,), ...}; what is not the loss is a metric."""
+        """Return the scores of a batch of B examples: {"loss": (B,), ...}; what is not the loss is a metric."""
         raise NotImplementedError

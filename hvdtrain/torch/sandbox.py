@@ -43,11 +43,17 @@ class Sandbox:
 
 @contextlib.contextmanager
 def open_sandbox(recipe: Recipe, model: nn.Module, shared: Sequence[Any], in_place: bool = False) -> Iterator[Sandbox]:
-    """Give copies of a recipe and its model for a trial, and put back whatever it changes besides them.
+    """Yield copies of a recipe and its model for a trial, and put back whatever else it changes.
 
-    shared: objects that the copies refer to as they are, such as datasets. in_place: let the trial have the model
-    itself, and put back its parts except parameters and buffers that had no memory yet.
-    Raises UserError if the trial has changed parameters of the model although it ran on a copy.
+    Args:
+        recipe: it is copied.
+        model: it is copied.
+        shared: objects that the copies refer to as they are, such as datasets.
+        in_place: let the trial have the model itself, and put back its parts except parameters and buffers that had no
+            memory yet.
+
+    Raises:
+        UserError: the trial has changed parameters of the model although it ran on a copy.
     """
     copies, problem = (None, None) if in_place else _copy_recipe_and_model(recipe, model, shared)
     with contextlib.ExitStack() as exits:
@@ -151,7 +157,7 @@ def _restore_container(value: Any, contents: Any) -> None:
 
 
 def _user_namespaces(recipe: Recipe, model: nn.Module) -> list[Any]:
-    """The classes that the user has written for the recipe and its model, and the modules that they are in."""
+    """Return the classes that the user has written for the recipe and its model, and the modules that they are in."""
     classes = {cls for thing in (recipe, *model.modules()) for cls in type(thing).__mro__ if _is_user_class(cls)}
     modules = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
     for module in modules:

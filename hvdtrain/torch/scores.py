@@ -1,4 +1,4 @@
-"""What a recipe's `score` returns: checked, and added up."""
+"""What a recipe's `score` returns: checked and summed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
 
-# What metrics.jsonl holds besides the recipe's metrics.
+# Keys of metrics.jsonl that the recipe's metrics cannot have.
 RESERVED_COLUMNS = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
 RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"}
 
 
 def get_metric_names(recipe: Recipe, scores: Any) -> tuple[str, ...]:
-    """The names of the scores, "loss" first. Raises UserError where there is no loss, or a name is taken."""
+    """Return the names of the scores, "loss" first. Raises UserError if there is no loss, or a name is taken."""
     if not isinstance(scores, dict) or "loss" not in scores:
         raise UserError(f"{type(recipe).__name__}.score must return a dict with 'loss', got {describe_value(scores)}")
     names = ("loss", *(name for name in scores if name != "loss"))
@@ -42,7 +42,7 @@ def check_scores(recipe: Recipe, scores: dict[str, torch.Tensor], metrics: Seque
 
 
 def sum_scores(scores: dict[str, torch.Tensor], metrics: Sequence[str]) -> torch.Tensor:
-    """(metrics,) float64: each score added up over the batch."""
+    """Return (metrics,) float64: each score summed over the batch."""
     return torch.stack([scores[name].detach().double().sum() for name in metrics])
 
 

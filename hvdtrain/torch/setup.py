@@ -34,8 +34,8 @@ def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
     """Load the recipe's datasets, those that are not None.
 
     The first rank of each host goes first, so that what it fetches is there for the others. Processes that are alone,
-    as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded alike:
-    a random division into two splits is the same for both, on all ranks and after a resume.
+    as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded with
+    the same seed: a random division into two splits is the same for both, on all ranks and after a resume.
 
     Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
@@ -44,7 +44,7 @@ def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
 
 
 def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
-    """The turn of this process among those of its host that load a recipe's data."""
+    """Return a context that is this process's turn among those of its host that load the recipe's data."""
     name = type(recipe).__name__
     source = hashlib.sha256(inspect.getfile(type(recipe)).encode()).hexdigest()[:8]
     return hold_host_lock(f"{name}-{source}", f"load the data of {name}")
@@ -71,7 +71,7 @@ def _load_local_leader_first(recipe: Recipe, world: World, seed: int) -> dict[Sp
 
 
 def make_model(recipe: Recipe) -> torch.nn.Module:
-    """The recipe's model. Raises UserError if that is something else, RecipeError for what the recipe raises."""
+    """Return the recipe's model. Raises UserError if that is something else, RecipeError for what the recipe raises."""
     with in_recipe(recipe, "model()"):
         model = recipe.model()
     if not isinstance(model, torch.nn.Module):
@@ -83,7 +83,7 @@ def make_model(recipe: Recipe) -> torch.nn.Module:
 
 
 def make_optimizer(recipe: Recipe, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Raises UserError if that is something else, RecipeError for what the recipe raises."""
+    """Return the recipe's optimizer. Raises UserError if that is something else, RecipeError for what it raises."""
     with in_recipe(recipe, "optimizer()"):
         optimizer = recipe.optimizer(params)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -118,7 +118,7 @@ def enable_determinism(threads: int) -> None:
 
 
 def explain_nondeterminism(function: Function) -> Function:
-    """Make torch's refusal of an operation, once `be_deterministic` was called, a RunError that names it."""
+    """Make torch's refusal of an operation, once `enable_determinism` was called, a RunError that names it."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ def explain_nondeterminism(function: Function) -> Function:
 
 
 def check_momentum(spec: Spec, optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Raise UserError where compression's momentum would be a second one, or none."""
+    """Raise UserError if compression's momentum would be a second one, or have no effect."""
     if spec.momentum and any(group.get("momentum") for group in optimizer.param_groups):
         raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
     if spec.momentum and world.size == 1:
@@ -144,7 +144,7 @@ def check_momentum(spec: Spec, optimizer: torch.optim.Optimizer, world: World) -
 
 
 def choose_device(wanted: str | None, local_rank: int) -> torch.device:
-    """This rank's device; ranks of a host take its GPUs in turn. Raises UserError where there is no cuda to take."""
+    """Return this rank's device: a host's ranks use its GPUs in turn. Raises UserError for "cuda" without a GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here; expected cpu")
     if wanted == "cpu" or not torch.cuda.is_available():

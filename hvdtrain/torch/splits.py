@@ -32,12 +32,12 @@ class SplitLoaders:
             loader.examples.check_examples([self.seed, 0], self.max_batch, passed_on=loader.num_workers > 0)
 
     def load_first_batch(self, most: int) -> Any:
-        """The first training examples, `most` or as many as there are, as one batch, loaded in this process."""
+        """Return the first training examples, `most` or as many as there are, as one batch, loaded in this process."""
         ids = np.arange(min(most, self.num_examples["train"]), dtype=np.int64)
         return self.loaders["train"].examples.load_batch(BatchRequest(ids, (self.seed, 0)))[1]
 
     def load_batches(self, split: Split, parts: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        """The batches of these ids, in order, each with the ids that were loaded."""
+        """Return the batches of these ids, in order, each with the ids that were loaded."""
         return self.loaders[split].load_batches(parts, [self.seed, epoch])
 
     def start_workers(self) -> None:

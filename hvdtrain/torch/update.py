@@ -1,4 +1,4 @@
-"""The recipe's optimizer on all ranks: gradients are exchanged, checked, clipped and applied; its state is by name."""
+"""The recipe's optimizer on all ranks: gradients are exchanged, checked, clipped and applied."""
 
 from __future__ import annotations
 
@@ -31,18 +31,23 @@ from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.setup import check_momentum, make_optimizer
 
-# A detector's first batches may hold no object, so that their loss is zero without a graph; so many in a row do not.
+# A detector's first batches may hold no object, so that their loss is zero without a graph; 5 in a row do not.
 MAX_STEPS_WITHOUT_GRADIENT = 5
 
 
 class Updater:
-    """A step is `start_step`, `backward` for each micro-batch, `exchange`, and `apply` unless a sum is not finite.
+    """Exchanges gradients and updates the parameters.
+
+    A step is `start_step`, `backward` for each micro-batch, `reduce_gradients`, and `clip_and_step` unless a sum is not
+    finite.
 
     Attributes:
         optimizer: the recipe's, wrapped.
-        bucketed, shards: its exchange, if it is the one or the other.
+        bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
         scaler: of --amp fp16.
-        news: lines to be reported.
+        log_lines: to be reported.
+        base_lrs: each group's learning rate, before the schedule.
+        hyperparameters: what each group was given.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, options: StepOptions) -> None:
@@ -52,7 +57,7 @@ class Updater:
         self.optimizer: Any = collectives.on_all_ranks("optimizer", lambda: self._make_optimizer(recipe))
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         if self.scaler is not None:
-            self.scaler.scale(torch.zeros((), device=device))  # it starts here also where there are no examples
+            self.scaler.scale(torch.zeros((), device=device))  # it starts here even if this rank has no examples
         self._carried_state: ExchangeState | None = None  # the exchange's, from one world to the next
         self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
@@ -100,7 +105,7 @@ class Updater:
         self.close()
 
     def close(self) -> None:
-        """Give the recipe's optimizer and its parameters back as they were before `start_world`."""
+        """Give the recipe's optimizer and its parameters back as they were before `join_world`."""
         if hasattr(type(self.optimizer), "inner_class"):
             unwrap_optimizer(self.optimizer)
 
@@ -112,7 +117,7 @@ class Updater:
         return [p.grad for p in self._optimized_parameters() if p.grad is not None]
 
     def start_step(self, passes: Sequence[int]) -> None:
-        """Forget the last step's gradients. passes: the backward passes of each of this rank's shards."""
+        """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(sum(passes))
         if self.shard_exchange is not None:
@@ -146,7 +151,7 @@ class Updater:
         ) or ("the sum",)
 
     def check_loss_trains(self, loss: float) -> None:
-        """Raise UserError if no rank's loss has depended on a parameter so far, and that is no accident.
+        """Raise UserError if no rank's loss has depended on a parameter so far, and that is not by chance.
 
         Args:
             loss: the sum of the step's losses over all ranks.
@@ -160,8 +165,8 @@ class Updater:
         if loss or self._steps_without_gradient == MAX_STEPS_WITHOUT_GRADIENT:
             raise UserError(
                 f"{self.recipe_name}.score: 'loss' depends on no parameter that is trained, on no rank: compute it "
-                f"from the "
-                "model's outputs, without detach(), item() or no_grad(), and with parameters that require a gradient"
+                "from the model's outputs, without detach(), item() or no_grad(), and with parameters that require a "
+                "gradient"
             )
 
     def clip_and_step(self, factor: float) -> dict[str, float]:
@@ -221,13 +226,13 @@ class Updater:
         return replace(self._carried_state, unsent={}, velocities={}).to_checkpoint()
 
     def optimizer_state(self) -> StateDict:
-        """All but the exchange's part."""
+        """Return all of the state but the exchange's part."""
         names = get_parameter_names(self.optimizer, self.model)
         state = {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.hyperparameters}
         return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: StateDict) -> None:
-        """Take over a state. Raises UserError or torch's own errors for one of other parameters."""
+        """Load a state. Raises UserError or torch's own errors for one of other parameters."""
         own, earlier = state["optimizer"], state.get("settings", self.hyperparameters)
         if "parameters" in state:  # an earlier hvdtrain matched by order
             now = get_parameter_names(self.optimizer, self.model)
@@ -248,7 +253,7 @@ class Updater:
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all values are finite; in one pass through memory, so values whose sum overflows count as not finite."""
+    """Return whether all values are finite, in one pass through memory: a sum that overflows counts as not finite."""
     sums = []
     for gradient in gradients:
         dense = gradient._values() if gradient.is_sparse else gradient

@@ -1,4 +1,4 @@
-"""Notices what changes parameters, or the optimizer's learning rate, besides hvdtrain's own update.
+"""Detects changes of parameters, or of the optimizer's learning rate, other than hvdtrain's own update.
 
 The update gives all ranks the same parameters because it makes the same step with the same gradients. What `score`
 writes into them is the same on all ranks only if it does not depend on the examples:
@@ -6,7 +6,7 @@ writes into them is the same on all ranks only if it does not depend on the exam
     a teacher that follows the weights (BYOL), weights clamped     allowed: checked over ranks, by checksums
     an initialisation from the first batch (ActNorm), max_norm     refused, by name
 
-A rank without examples does not call `score`: it takes over what the others, which agree, have made of a parameter.
+A rank without examples does not call `score`: it is sent the parameters as the others, which agree, have changed them.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def find_divergent_parameter(reports: Sequence[ParameterReport]) -> str | None:
 
 
 class ParameterWatch:
-    """Compares over ranks the parameters that something else than the update has changed.
+    """Compares over ranks the parameters that something other than the update has changed.
 
-    `start_step`, then the forward passes, `changes`, and with the number of ranks that had any, `agree`; `accept` after
-    the update.
+    A step is `start_step`, the forward passes, `detect_changes`, and with the number of ranks that had any,
+    `reconcile_parameters`; `set_baseline` after the update.
     """
 
     def __init__(self, recipe: str, model: nn.Module, size: int, fixed: bool) -> None:
@@ -64,7 +64,7 @@ class ParameterWatch:
         self.set_baseline()
 
     def set_world_size(self, size: int) -> None:
-        """Begin with so many ranks, whose parameters are the same."""
+        """Begin with `size` ranks, whose parameters are the same."""
         self.world_size = size
         self._steps = self._num_comparisons = 0
         self._untracked_writes: set[str] = set()  # those that were written without leaving a mark
@@ -76,7 +76,7 @@ class ParameterWatch:
         self._versions: list[TensorVersion] = [read_version(p) for _, p in self._named_parameters]
 
     def start_step(self) -> None:
-        """A step begins."""
+        """Start a step: remember the parameters as they are before it."""
         self._fingerprints = {}
         if self.forbids_changes or (self.world_size > 1 and is_content_check_due(self._steps)):
             self._fingerprints = fingerprint_tensors(self._named_parameters)
@@ -87,7 +87,7 @@ class ParameterWatch:
         self._steps += 1
 
     def detect_changes(self) -> bool:
-        """Return whether this rank's parameters have changed since `accept`."""
+        """Return whether this rank's parameters have changed since `set_baseline`."""
         marked: list[str] = []
         if self.world_size > 1 and not self.forbids_changes:
             marked = [
@@ -104,9 +104,14 @@ class ParameterWatch:
         return bool(marked)
 
     def reconcile_parameters(self, ranks: int, passes: int) -> None:
-        """Make sure that all ranks have changed their parameters alike. ranks: how many have changed any.
+        """Check that all ranks have changed their parameters in the same way.
 
-        Raises UserError on all ranks if they have not.
+        Args:
+            ranks: how many have changed any.
+            passes: how often this rank has called score.
+
+        Raises:
+            UserError: on all ranks, if they differ.
         """
         if self.forbids_changes:
             name = next((n for r in self._gather_reports(passes) for n in r.checksums), "?")
@@ -150,7 +155,7 @@ class ParameterWatch:
 
 
 class LearningRateWatch:
-    """The learning rates that hvdtrain has set, by which those that somebody else has set are noticed."""
+    """Remembers the learning rates that hvdtrain has set, to detect others."""
 
     def __init__(self, recipe: str) -> None:
         self.recipe_name = recipe
@@ -161,17 +166,17 @@ class LearningRateWatch:
         self._own_rates = [group["lr"] for group in groups]
 
     def has_changed(self, groups: Sequence[ParamGroup]) -> bool:
-        """Return whether a group's rate is not what it was at `accept`."""
+        """Return whether a group's rate is not what it was at `set_baseline`."""
         return self._own_rates is not None and any(
             group["lr"] is not own and float(group["lr"]) != float(own)
             for group, own in zip(groups, self._own_rates, strict=False)
         )
 
     def build_error(self) -> UserError:
+        """Return the error for a recipe that sets learning rates."""
         return UserError(
-            f"{self.recipe_name} changes the learning rate of its optimizer itself, which hvdtrain sets in each "
-            f"step: leave "
-            "out its scheduler, and name a schedule instead, e.g. schedule = 'warmup:5ep cosine' or --schedule"
+            f"{self.recipe_name} changes the learning rate of its optimizer itself, which hvdtrain sets in each step: "
+            "leave out its scheduler, and name a schedule instead, e.g. schedule = 'warmup:5ep cosine' or --schedule"
         )
 
 

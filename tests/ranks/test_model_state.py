@@ -127,7 +127,7 @@ def test_a_buffer_that_begins_to_change_later_is_refused_then(how: str, world2: 
     [
         (
             "rebound",
-            "training puts another tensor in the place of the buffer 'scale' of an Observer, so that it cannot",
+            "training rebinds the buffer 'scale' of an Observer to another tensor, so that it cannot",
         ),
         ("registered", "training registers the buffer 'other' of an Observer, so that it cannot be kept the same"),
     ],

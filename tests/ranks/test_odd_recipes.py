@@ -85,7 +85,7 @@ def test_sparse_gradients_agree_on_any_number_of_ranks(option: str, worlds: Kept
         ("Column", "Column.score: 'lr' is a column of metrics.jsonl; rename it"),
         (
             "Rebinds",
-            "training puts another tensor in the place of the buffer '0.mean' of a RunningMean, so that it cannot be "
+            "training rebinds the buffer '0.mean' of a RunningMean to another tensor, so that it cannot be "
             "kept the same on all ranks: change it in place, self.mean.copy_(...)",
         ),
     ],

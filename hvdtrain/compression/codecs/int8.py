@@ -24,9 +24,9 @@ class Int8(Codec):
     def encode(self, x: Tensor, key: RandomKey) -> Tensor:
         """(rows, n) -> (rows, n + 4 n / block) uint8"""
         blocks = reshape_to_blocks(x.float(), self.block_size)
-        # Not below the normal floats, where a multiple of it could be the largest magnitude's double.
+        # Not below the normal floats: a multiple of a subnormal scale could be twice the largest magnitude.
         scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        # What is not finite is told by the scale.
+        # The scale carries what is not finite.
         values = (blocks / scale).nan_to_num_(0.0, 0.0, 0.0).round_().to(torch.int8)
         return join_scales(values.flatten(-2).view(torch.uint8), scale.squeeze(-1))
 

@@ -23,7 +23,7 @@ from hvdtrain.compression.codec import (
 )
 from hvdtrain.compression.registry import compressor
 
-# Values of a block of rows that is gone through several times while it lies in a core's cache.
+# Values in a block of rows that is read several times while it is in a core's cache.
 BLOCK_VALUES = 1 << 18
 
 

@@ -41,7 +41,7 @@ class RandomK(Codec):
         return max(1, round(1 / self.ratio))
 
     def draw_indices(self, n: int, key: RandomKey, device: torch.device) -> Tensor:
-        """Return (ceil(n / group),) int64; of a last, smaller group the index may lie after the end."""
+        """Return (ceil(n / group),) int64; of a last, smaller group the index may be after the end."""
         groups = -(-n // self.group_size)
         drawn = torch.randint(
             self.group_size, (groups,), generator=key.make_generator(device, shared=True), device=device
@@ -54,7 +54,7 @@ class RandomK(Codec):
         values = x[indices.clamp(max=len(x) - 1)].float()
         if self.unbiased:
             values *= self.group_size
-        # A group after whose end the index lies sends nothing this time. Values that are not sent must not hide a NaN.
+        # If the index is after the end, the group sends nothing this time. Values not sent must not hide a NaN.
         return values.mul_(indices < len(x)).add_(x.sum() * 0)
 
     def decode(self, payload: Tensor, n: int, key: RandomKey) -> Tensor:

@@ -12,7 +12,7 @@ from hvdtrain.compression.arguments import Fraction
 from hvdtrain.compression.codec import Codec, Collective, RandomKey, decode_by_adding
 from hvdtrain.compression.registry import compressor
 
-SAMPLE_STRIDE = 64  # the threshold is looked for among one in so many values
+SAMPLE_STRIDE = 64  # the threshold is found among one in 64 values
 
 
 @compressor(
