@@ -33,8 +33,8 @@ def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.
         if p not in names:
             raise UserError(
                 f"{method}: {find_recipe_attribute(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of the "
-                "model, so it would be neither saved nor sent to other ranks: put it into the model in model(), and take "
-                "it from there"
+                "model, so it would be neither saved nor sent to other ranks: put it into the model in model(), and "
+                "take it from there"
             )
         check_dtype(names[p], p)
     if not held:
