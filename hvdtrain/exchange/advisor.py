@@ -7,8 +7,7 @@ The model of a step (`hvdtrain.compression.cost_model`) only chooses what is wor
 fastest in steps of the training itself. Nothing is lost when a bucket's method changes: what a method has not sent yet,
 the next one sends.
 
-It lives in this room because it changes the reducers of buckets; the cost model, which knows reducers and the network
-only, lives with the codecs.
+It is in this room because it changes buckets; the cost model, which knows only reducers, is with the codecs.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, make_reducer, set_
 
 SETTLE_STEPS = 3  # steps after a change that are not measured
 TRIAL_STEPS = 6  # steps measured of each choice in a round
-# After each round but the last, what took longer than this times the best is out: what is far slower costs no more
-# steps, and what is close is measured until noise has averaged out.
+# After each round but the last, what took longer than this times the best is out; what is close is measured on.
 TRIAL_MARGINS = (1.5, 1.2, 1.1, 1.1)
 WATCH_STEPS = 100  # steps between checks whether the choice is still faster; twice as many after each false alarm
 MAX_SLOWDOWN = 1.02  # a choice slower than none by more is checked

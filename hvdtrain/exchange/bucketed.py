@@ -21,8 +21,8 @@ from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.compression.spec import AUTO
 from hvdtrain.exchange.advisor import Advisor
 from hvdtrain.exchange.buckets import (
+    SPARSE_FLAG,
     Bucket,
-    BucketReport,
     ExchangeConfig,
     NamedParameters,
     check_dtype,
@@ -31,10 +31,6 @@ from hvdtrain.exchange.buckets import (
 )
 from hvdtrain.exchange.layout import BucketLayout, expects_gradient
 from hvdtrain.system.errors import UserError
-
-# What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
-# times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
-SPARSE_FLAG = 1 / 1024
 
 
 class BucketedExchange(BucketLayout):
@@ -136,11 +132,6 @@ class BucketedExchange(BucketLayout):
             self._paused = before
 
     @property
-    def compressed_buckets(self) -> list[Bucket]:
-        """The buckets that a codec carries."""
-        return [bucket for bucket in self.buckets if isinstance(bucket.reducer, CompressedReducer)]
-
-    @property
     def wire_bytes(self) -> int:
         """Bytes that this rank sent in the last step, and received as many."""
         return sum(bucket.reducer.wire_bytes for bucket in self.active_buckets) + self.flags.wire_bytes
@@ -149,15 +140,6 @@ class BucketedExchange(BucketLayout):
     def has_pending_gradients(self) -> bool:
         """Whether this rank has finished gradients that `finish_exchange` has not reduced yet."""
         return bool(self._arrived) or any(bucket.sent or bucket.filled for bucket in self.buckets)
-
-    def describe_buckets(self) -> list[BucketReport]:
-        """Return the buckets as they are sent."""
-        reports = []
-        for bucket in self.buckets:
-            values = sum(p.numel() for p in bucket.params)
-            wire_bytes = 0 if bucket.suspended else bucket.reducer.wire_bytes  # rings are symmetric
-            reports.append(BucketReport(len(bucket.params), values, bucket.method, wire_bytes, wire_bytes))
-        return reports
 
     def set_passes(self, passes: int) -> None:
         """Set how many backward passes make the coming step on this rank: 0 if it has no examples."""
@@ -319,10 +301,4 @@ class BucketedExchange(BucketLayout):
             ends = itertools.accumulate(real_numel(p) for p in bucket.params)
             parts = zip(ends, bucket.params, used, strict=True)
             bucket.reducer.commit_step([(end - real_numel(p), end) for end, p, ranks in parts if ranks == 0])
-        for p, view, ranks in zip(bucket.params, bucket.views, used, strict=True):
-            if ranks == 0:
-                p.grad = None
-            elif ranks < 0.9:  # sparse on all ranks that used it: optimizers for sparse gradients accept no others
-                p.grad = view.to(p.dtype).to_sparse(1)
-            elif p.grad is not view:
-                p.grad = view.to(p.dtype)  # the view itself if the types are the same
+        bucket.set_gradients(used)

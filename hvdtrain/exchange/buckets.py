@@ -5,6 +5,7 @@ Knows parameters and their gradients, and no optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,9 @@ CPU_BUCKET_BYTES = 8 << 20
 GPU_BUCKET_BYTES = 25 << 20
 # Horovod reduces no other floating type; bfloat16 travels as float32.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
+# What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
+# times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
+SPARSE_FLAG = 1 / 1024
 SUPPORTED_DTYPES = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
 
 
@@ -96,6 +100,21 @@ class Bucket:
             reducer.codec.encode_fused(index, *matrices)
         else:
             torch.add(residual, gradient, out=total)
+
+    def set_gradients(self, used: Sequence[float]) -> None:
+        """Set every `p.grad` to its view of the reduced bucket.
+
+        Args:
+            used: each parameter's flag, summed over ranks: 0 if no rank used it, below 0.9 if all that did have sparse
+                gradients.
+        """
+        for p, view, ranks in zip(self.params, self.views, used, strict=True):
+            if ranks == 0:
+                p.grad = None
+            elif ranks < 0.9:  # optimizers for sparse gradients accept no others
+                p.grad = view.to(p.dtype).to_sparse(1)
+            elif p.grad is not view:
+                p.grad = view.to(p.dtype)  # the view itself if the types are the same
 
     def split_flat(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the parameters' parts of a tensor that is laid out as the reducer's flat."""

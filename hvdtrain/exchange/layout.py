@@ -12,7 +12,8 @@ import torch
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.plain_reducer import PlainReducer
-from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, make_buckets
+from hvdtrain.compression.reducer import CompressedReducer
+from hvdtrain.exchange.buckets import Bucket, BucketReport, ExchangeConfig, make_buckets
 from hvdtrain.exchange.checksums import checksum_tensor
 from hvdtrain.system.errors import RunError
 
@@ -47,6 +48,20 @@ class BucketLayout:
     def active_buckets(self) -> list[Bucket]:
         """The buckets that are sent."""
         return [bucket for bucket in self.buckets if not bucket.suspended]
+
+    @property
+    def compressed_buckets(self) -> list[Bucket]:
+        """The buckets that a codec carries."""
+        return [bucket for bucket in self.buckets if isinstance(bucket.reducer, CompressedReducer)]
+
+    def describe_buckets(self) -> list[BucketReport]:
+        """Return the buckets as they are sent."""
+        reports = []
+        for bucket in self.buckets:
+            values = sum(p.numel() for p in bucket.params)
+            wire_bytes = 0 if bucket.suspended else bucket.reducer.wire_bytes  # rings are symmetric
+            reports.append(BucketReport(len(bucket.params), values, bucket.method, wire_bytes, wire_bytes))
+        return reports
 
     def build_buckets(self, order: Sequence[str]) -> list[Bucket]:
         """Make buckets of parameters that are in none, in this order of names, and return them."""

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch import tensors
 from hvdtrain.torch.buffers import Buffer, BufferMode, describe_rebinding, find_builtin_mode, get_previous_value
-from hvdtrain.torch.tensors import (
-    find_differing,
-    fingerprint_tensors,
-    is_content_check_due,
-    is_writable_in_place,
-    read_version,
-)
+from hvdtrain.torch.tensors import find_differing, fingerprint_tensors, is_writable_in_place, read_version
 
 OTHER_MODES_HINT = '  # or "mean", "sum", "local"'
 
@@ -44,19 +39,14 @@ class PendingReduction:
 class BufferReducer:
     """Watches a model's buffers, and combines those that change after each step as their modes say.
 
-    `start_step`, then the forward passes, `changes` and `start`, then (with the changes summed over ranks) `finish`.
-    A buffer begins to travel in the step after the first in which a rank changed it; in that one it follows at the end.
+    A step is `start_step`, the forward passes, `detect_changes` and `start_combining`, then (with the changes summed
+    over ranks) `finish_combining`. A buffer is reduced early from the step after the first in which a rank changed it.
     """
 
     def __init__(self, recipe: str, model: nn.Module, modes: Mapping[str, BufferMode], size: int, fixed: bool) -> None:
         """modes: those that the recipe declares, by name. fixed: no buffer may change (--deterministic)."""
-        self.recipe_name, self.model, self.declared_modes, self.world_size, self.forbids_changes = (
-            recipe,
-            model,
-            modes,
-            size,
-            fixed,
-        )
+        self.recipe_name, self.model, self.declared_modes = recipe, model, modes
+        self.world_size, self.forbids_changes = size, fixed
         self._warnings: list[str] = []  # lines for the user, until they are taken
         self._warned: set[str] = set()
         self._buffers = [self._make_buffer(name, b) for name, b in model.named_buffers()]
@@ -152,7 +142,7 @@ class BufferReducer:
         A rank without examples changes nothing.
         """
         changed = [self._has_changed(b) for b in self._buffers]
-        if self.forbids_changes or (self.world_size > 1 and is_content_check_due(self._steps - 1)):
+        if self.forbids_changes or (self.world_size > 1 and tensors.is_content_check_due(self._steps - 1)):
             unlike = set(find_differing(self._fingerprints, fingerprint_tensors(self._constant_buffers())))
             changed = [already or b.name in unlike for already, b in zip(changed, self._buffers, strict=True)]
         return [*map(float, changed), float(self._find_structure_problem() is not None)]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvdtrain.exchange.sharded import (
+from hvdtrain.exchange.summation_tree import (
     Node,
     PartialSum,
     add_pieces,
