@@ -76,19 +76,24 @@ def compressor(
 
 
 def default_specs() -> list[str]:
-    """Return each method with its default argument. Raises UserError if another distribution's cannot be loaded."""
-    return [compressor.default_spec for compressor in COMPRESSORS.load_all().values()]
+    """Return all methods with their default arguments. Raises UserError if another distribution's cannot be loaded."""
+    return [found.default_spec for found in _sorted_compressors()]
 
 
 def auto_candidates() -> list[str]:
     """Return what `--compression auto` may choose next to "none". Raises UserError as `default_specs` does."""
-    return [found.default_spec for found in COMPRESSORS.load_all().values() if found.auto_candidate]
+    return [found.default_spec for found in _sorted_compressors() if found.auto_candidate]
+
+
+def _sorted_compressors() -> list[Compressor]:
+    """Return all by name, in an order that is the same on all ranks, whatever they have imported before."""
+    return [found for _, found in sorted(COMPRESSORS.load_all().items())]
 
 
 def describe_methods() -> str:
     """Return the help of `--compression`."""
     methods = []
-    for name in COMPRESSORS.names():
+    for name in sorted(COMPRESSORS.names()):
         try:
             found = COMPRESSORS.get(name)
         except UserError:  # another distribution's, which is of no use now and must not take the help away
