@@ -15,9 +15,32 @@ import torch
 
 from hvdtrain.comm import horovod as hvd
 from hvdtrain.exchange.bucketed import BucketedExchange
+from hvdtrain.exchange.sharded import ShardedExchange
 from hvdtrain.torch.broadcast import load_in_place
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
 from hvdtrain.torch.stock_exchange import is_stock_exchange, reject_stock_exchange, synchronize_stock_exchange
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """What a wrapped optimizer has, for type checkers. Its class is another, made when it is wrapped.
+
+    Attributes:
+        exchange: hvdtrain's; None on one rank (without shards), and if Horovod's own is in use.
+        waited: seconds that the last step waited for communication.
+        wire_bytes: bytes that this rank sent in the last step.
+    """
+
+    exchange: BucketedExchange | ShardedExchange | None
+    waited: float
+    wire_bytes: int
+
+    def synchronize(self) -> None:
+        """See `synchronize`."""
+        raise NotImplementedError
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """See `set_backward_passes`."""
+        raise NotImplementedError
 
 
 def register_hooks(self: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from hvdtrain.exchange.state import (
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.groups import check_optimizer, get_parameter_names, match_groups, reorder_state
-from hvdtrain.torch.hyperparameters import StateDict, apply_overrides, get_hyperparameters
+from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
+from hvdtrain.torch.optimizer_methods import WrappedOptimizer
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.setup import check_momentum, make_optimizer
@@ -54,10 +55,16 @@ class Updater:
         self.model, self.options = model, options
         self.recipe_name = type(recipe).__name__
         self.log_lines: list[str] = []
-        self.optimizer: Any = collectives.on_all_ranks("optimizer", lambda: self._make_optimizer(recipe))
+        made = collectives.on_all_ranks("optimizer", lambda: self._make_optimizer(recipe))
+        self.optimizer = cast(WrappedOptimizer, made)  # as soon as a world is joined
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here even if this rank has no examples
+        self.bucketed_exchange: BucketedExchange | None = None
+        self.shard_exchange: ShardedExchange | None = None
+        self.base_lrs: list[float] = []
+        self.hyperparameters: list[ParamGroup] = []
+        self._has_joined = False  # a world, now or before
         self._carried_state: ExchangeState | None = None  # the exchange's, from one world to the next
         self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
@@ -70,11 +77,11 @@ class Updater:
 
     def join_world(self, world: World) -> None:
         """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
-        first = not hasattr(self, "hyperparameters")
+        first = not self._has_joined
         if first:
             check_momentum(parse_compression(self.options.compression.spec), self.optimizer, world)
         held = set(self._optimized_parameters())
-        self.optimizer = DistributedOptimizer(
+        wrapped = DistributedOptimizer(
             self.optimizer,
             [(name, p) for name, p in self.model.named_parameters() if p in held],
             average=False,
@@ -84,6 +91,7 @@ class Updater:
             bucket_bytes=self.options.exchange.bucket_bytes,
             shards=self.options.exchange.num_shards,
         )
+        self.optimizer = cast(WrappedOptimizer, wrapped)
         exchange = self.optimizer.exchange
         self.bucketed_exchange = exchange if isinstance(exchange, BucketedExchange) else None
         self.shard_exchange = exchange if isinstance(exchange, ShardedExchange) else None
@@ -94,6 +102,7 @@ class Updater:
         if first:
             self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
             self.hyperparameters = get_hyperparameters(self.optimizer.param_groups)
+            self._has_joined = True
             check_readable(self.model.state_dict(), "the model's state")
             check_readable(self.optimizer.state_dict(), "the optimizer's state")
 
