@@ -14,7 +14,7 @@ from hvdtrain.compression.codec import BucketContext, Codec, Collective, RandomK
 from hvdtrain.compression.registry import COMPRESSORS, auto_candidates, default_specs, describe_methods
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.system.errors import UserError
-from tests.support.distributions import make_distribution
+from tests.support.distributions import write_distribution
 
 
 class Doubles(Codec):
@@ -52,11 +52,14 @@ def test_every_codec_is_made_for_a_bucket(spec: str) -> None:
 def test_another_distribution_that_does_not_load_leaves_the_help_and_all_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_distribution(tmp_path / "site", "broken-one", {}, {"hvdtrain.compressors": "broken = no_such_module:Broken"})
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    module, site = tmp_path / "broken_one.py", tmp_path / "site"
+    module.write_text("import no_such_module\n")
+    site.mkdir()
+    write_distribution(site, module, {"hvdtrain.compressors:broken": "Broken"})
+    monkeypatch.syspath_prepend(str(site))
     assert "broken (cannot be loaded)" in describe_methods()
     assert parse_compression("int8").method == "int8"
-    with pytest.raises(UserError, match="the compressor 'broken' of broken-one cannot be loaded"):
+    with pytest.raises(UserError, match="the compressor 'broken' of broken_one cannot be loaded"):
         parse_compression("broken:3")
 
 
