@@ -79,7 +79,8 @@ def test_residuals_are_carried_over_between_methods_and_skipped_steps():
     exact, debts = collectives.wait(collectives.all_reduce_async_(mine, "checks.totals")) / collectives.size()
     applied = before - torch.cat([p.detach().flatten() for p in net.parameters()]).double()
     assert debts.abs().max() > 0.1  # the last methods do owe something
-    torch.testing.assert_close(applied + debts, exact, rtol=2e-3, atol=2e-3)
+    # fp16 rounds what was carried over: up to 2**-8 of values from 8 on.
+    torch.testing.assert_close(applied + debts, exact, rtol=2e-3, atol=4e-3)
 
 
 @on_ranks(2, 3)
