@@ -38,9 +38,8 @@ from hvdtrain.training.owner import Owner
 OWNER_FILE = "owner.json"
 FOLDER_LEASE_SECONDS = 60.0  # without a renewal after which a lease may be taken over
 FOLDER_LEASE_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number of seconds
-RELAUNCH_VARIABLE = (
-    "HVDTRAIN_RELAUNCH"  # in the environment: the name of a launch that starts its jobs again, unattended
-)
+# In the environment: the name of a launch that starts its jobs again, unattended
+RELAUNCH_VARIABLE = "HVDTRAIN_RELAUNCH"
 RENEWALS_PER_LEASE = 6  # in that time
 CHECK_INTERVAL = 1.0  # seconds between two checks of the lease by its holder
 RENEWER_JOIN_TIMEOUT = 0.2  # seconds that the renewing thread may take to end
