@@ -70,7 +70,7 @@ def spawn_ranks(size: int, command: list[str]) -> int:
         copies.append(threading.Thread(target=label_lines, args=[rank, process]))
         copies[-1].start()
         ranks.append(process)
-    while any(process.poll() is None for process in ranks) and not any(process.returncode for process in ranks):
+    while None in (codes := [process.poll() for process in ranks]) and not any(codes):
         time.sleep(0.05)
     for rank, process in enumerate(ranks):
         if process.returncode:
