@@ -15,13 +15,13 @@ import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
-from hvdtrain.system.errors import KnownError, UserError
+from hvdtrain.system.errors import KnownError, RunError, UserError
+from hvdtrain.system.records import parse_record
 
 DIGEST_BYTES = 16
 MAX_RECORDED_BYTES = 32 << 10  # of a part's values as JSON; only the hash is recorded of longer ones
@@ -65,6 +65,19 @@ class ConsistentPart:
             return None
         values = {"here": here.get(key, self.absent_text), "there": there.get(key, self.absent_text)}
         return self.difference_message.format(who=who, rank=who.partition(" on ")[0], base=base, key=key, **values)
+
+
+@dataclass(frozen=True)
+class RecordedPart:
+    """A part as the first worker of an elastic run has recorded it.
+
+    Attributes:
+        digest: hexadecimal hash of the part.
+        values: its values by name; None if they are too long to be recorded.
+    """
+
+    digest: str
+    values: list[tuple[str, str]] | None
 
 
 def find_first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
@@ -111,26 +124,37 @@ def _raise_difference(name: str, part: ConsistentPart, group: collectives.Group)
             raise error
 
 
-def make_agreement_record(parts: Sequence[ConsistentPart]) -> dict[str, Any]:
-    """Return, as values for JSON, what later workers of an elastic run compare their own parts with."""
+def make_agreement_record(parts: Sequence[ConsistentPart]) -> dict[str, RecordedPart]:
+    """Return, by the parts' names, what later workers of an elastic run compare their own parts with."""
     entries = {}
     for part in parts:
         items = list(part.values.items())
         short = len(json.dumps(items)) <= MAX_RECORDED_BYTES
-        entries[part.name] = {"digest": part.values_digest.hex(), "values": items if short else None}
+        entries[part.name] = RecordedPart(part.values_digest.hex(), items if short else None)
     return entries
 
 
-def check_against_record(parts: Sequence[ConsistentPart], recorded: Mapping[str, Any], world: World) -> None:
+def parse_agreement_record(value: object) -> dict[str, RecordedPart]:
+    """Return a record that came as JSON. Raises RunError if it is not one."""
+    try:
+        record: dict[str, RecordedPart] = parse_record(value, dict[str, RecordedPart])
+    except ValueError as error:
+        raise RunError(f"the run's record of what all its workers must have the same is invalid: {error}") from None
+    return record
+
+
+def check_against_record(parts: Sequence[ConsistentPart], recorded: Mapping[str, RecordedPart], world: World) -> None:
     """Raise UserError for the first difference between this worker's parts and the record of the run's first worker."""
     for part in parts:
-        entry = recorded[part.name]
-        if entry["digest"] == part.values_digest.hex():
+        entry = recorded.get(part.name)
+        if entry is None:
+            raise UserError(f"this worker on {world.host}: the run has no {part.name} to compare with: another version")
+        if entry.digest == part.values_digest.hex():
             continue
         who = f"this worker on {world.host}"
-        if entry["values"] is None:
+        if entry.values is None:
             raise UserError(f"{who}: its {part.name} differ from those of the run")
-        here, there = part.find_stable_values(), dict(entry["values"])
+        here, there = part.find_stable_values(), dict(entry.values)
         unstable = part.values.keys() - here.keys()
         there = {key: value for key, value in there.items() if key not in unstable}
         if text := part.describe_difference(here, there, who, "the run"):

@@ -66,10 +66,11 @@ class ElasticMembership:
 
     def check_agreement(self, make_parts: Callable[[], Sequence[ConsistentPart]], world: World) -> None:
         """Compare this worker with what the first one recorded."""
-        from hvdtrain.comm.agreement import check_against_record, make_agreement_record
+        from hvdtrain.comm.agreement import check_against_record, make_agreement_record, parse_agreement_record
 
         parts = make_parts()
-        check_against_record(parts, self.store.put_if_absent(AGREEMENT, make_agreement_record(parts)), world)
+        recorded = self.store.put_if_absent(AGREEMENT, make_agreement_record(parts))
+        check_against_record(parts, parse_agreement_record(recorded), world)
 
     def enter_next_world(self, world: World, step: int) -> EnteredWorld:
         # Nothing of the old world may be waited for: some of it is gone.

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeAlias
 from hvdtrain.system import signed_http
 from hvdtrain.system.activity import Standstill
 from hvdtrain.system.errors import EXIT_FAILED
-from hvdtrain.system.strict_json import encode_json, parse_strict_json
+from hvdtrain.system.strict_json import JsonObject, encode_json, parse_strict_json
 
 HOST_PATTERN = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)  # never an option of ssh
 
@@ -167,7 +167,7 @@ def send_message(message: RankMessage) -> None:
         sys.stdout.flush()
 
 
-def message_fields(message: RankMessage) -> dict[str, Any]:
+def message_fields(message: RankMessage) -> JsonObject:
     """Return a message as it is sent: its kind, and its fields that are not None."""
     values = {one.name: getattr(message, one.name) for one in fields(message)}
     return {"kind": message.kind, **{name: value for name, value in values.items() if value is not None}}

@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import reprlib
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 INTEGER_BOUND = 2**64  # larger integers are rejected
+JsonObject: TypeAlias = dict[str, Any]  # a JSON object whose entries are not checked yet: they may be anything
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:
@@ -43,13 +44,13 @@ def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def encode_with_digest(content: dict[str, Any]) -> bytes:
+def encode_with_digest(content: JsonObject) -> bytes:
     """Return the indented JSON of an object with, as its last entry, the SHA-256 of its JSON without that entry."""
     digest = hashlib.sha256(encode_json(content, indent=2).encode()).hexdigest()
     return (encode_json({**content, "sha256": digest}, indent=2) + "\n").encode()
 
 
-def check_entries(content: Any, where: str, *names: str) -> dict[str, Any]:
+def check_entries(content: Any, where: str, *names: str) -> JsonObject:
     """Return an object that has exactly these entries. Raises ValueError if it is none, or has others."""
     if not isinstance(content, dict):
         raise ValueError(f"has no object {where.rstrip('.')!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hvdtrain.comm.agreement import ConsistentPart, check_against_record, make_agreement_record
+from hvdtrain.comm.agreement import ConsistentPart, check_against_record, make_agreement_record, parse_agreement_record
 from hvdtrain.comm.world import World
-from hvdtrain.system.errors import UserError
+from hvdtrain.system.errors import RunError, UserError
+from hvdtrain.system.records import encode_record
 from hvdtrain.torch.consistency import choose_compared_ids, examples_part, find_changed_hash
 from hvdtrain.torch.example_digest import digest_example
 
@@ -129,9 +131,8 @@ HERE = World(0, 1, 0, 1, "b")
 )
 def test_a_newcomer_is_compared_with_the_run_s_record(here: dict[str, str], message: str | None) -> None:
     text = "{who}: {key} is {here}, {base} has {there}"
-    recorded = make_agreement_record(
-        [ConsistentPart("a", {}, text), ConsistentPart("settings", {"x": "1", "y": "2"}, text)]
-    )
+    first = [ConsistentPart("a", {}, text), ConsistentPart("settings", {"x": "1", "y": "2"}, text)]
+    recorded = parse_agreement_record(json.loads(json.dumps(encode_record(make_agreement_record(first)))))
     parts = [ConsistentPart("a", {}, text), ConsistentPart("settings", here, text)]
     if message is None:
         check_against_record(parts, recorded, HERE)
@@ -144,7 +145,13 @@ def test_a_newcomer_is_compared_with_the_run_s_record(here: dict[str, str], mess
 def test_of_a_long_part_the_record_holds_the_hash_only() -> None:
     long = ConsistentPart("parameters", {str(i): "x" * 100 for i in range(1000)}, "{who}: {key}")
     recorded = make_agreement_record([long])
-    assert recorded["parameters"]["values"] is None
+    assert recorded["parameters"].values is None
     check_against_record([long], recorded, HERE)
     with pytest.raises(UserError, match=r"^this worker on b: its parameters differ from those of the run$"):
         check_against_record([ConsistentPart("parameters", {}, "")], recorded, HERE)
+
+
+@pytest.mark.parametrize("value", [None, [], {"a": 1}, {"a": {"digest": "0", "values": [["x"]]}}])
+def test_a_record_that_is_not_one_is_refused(value: object) -> None:
+    with pytest.raises(RunError, match="record of what all its workers must have the same is invalid"):
+        parse_agreement_record(value)

@@ -17,7 +17,7 @@ MECHANISMS = {
         "elastic/worker.py",  # the worker, which its supervisor watches without a time limit
     },
     r"\b(urllib\.request|HTTPConnection)\b": {"system/http.py", "system/signed_http.py"},
-    r"\bset_wakeup_fd\b": {"system/signals.py", "elastic/supervisor.py"},
+    r"\bset_wakeup_fd\b": {"system/signals.py"},
     r"\bfrom rich\.progress\b": {"system/progress.py"},
     r"\bBatchMode\b": {"system/ssh.py"},
 }
