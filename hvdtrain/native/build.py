@@ -144,7 +144,7 @@ def install_wheel(wheel: Path) -> None:
     # Horovod alone first, even if the same version is installed; then requirements, without changing those that fit.
     run_pip([*source.PIP, "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], os.environ)
     run_pip([*source.PIP, "install", "--quiet", str(wheel)], os.environ)
-    loaded = run_process([sys.executable, "-c", "import horovod.torch"], NativeLimits.load, cwd=sys.prefix)
+    loaded = run_process([sys.executable, "-I", "-c", "import horovod.torch"], NativeLimits.load)
     if loaded.exit_code:
         why = (loaded.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"Horovod is installed from {wheel} but does not load: {why}")

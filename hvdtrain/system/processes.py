@@ -237,7 +237,6 @@ def run_process(
     seconds: float,
     *,
     env: Mapping[str, str] | None = None,
-    cwd: Path | str | None = None,
     merge_stderr: bool = False,
     max_bytes: int | None = None,
     grace: float = 0.0,
@@ -247,7 +246,7 @@ def run_process(
     Args:
         command: the program and its arguments.
         seconds: its time limit; its process group is then ended.
-        env, cwd: its environment and working directory; None: this process's.
+        env: its environment; None: this process's.
         merge_stderr: whether standard error goes where standard output does.
         max_bytes: of output on either stream before it is killed; None: no limit.
         grace: seconds between SIGTERM and SIGKILL at the time limit; 0: SIGKILL at once.
@@ -258,7 +257,7 @@ def run_process(
         OutputTooLarge: it printed more than max_bytes.
     """
     deadline = Deadline(seconds)
-    with Child(command, env=env, cwd=cwd, stderr=TO_STDOUT if merge_stderr else CAPTURE) as child:
+    with Child(command, env=env, stderr=TO_STDOUT if merge_stderr else CAPTURE) as child:
         try:
             for _ in read_children([child], deadline):
                 if max_bytes is not None and max(len(child.stdout), len(child.stderr)) > max_bytes:

@@ -68,7 +68,6 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder. An existing one of the same step is replaced.
 
-
     Args:
         run_dir: the run folder.
         position: where the state belongs.
@@ -150,7 +149,6 @@ def prune_checkpoints(run_dir: Path, keep: int, best: tuple[str, Literal["min", 
 
 def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = False) -> Checkpoint | None:
     """Return the newest checkpoint, or None if there is none.
-
 
     Args:
         run_dir: the run folder.
