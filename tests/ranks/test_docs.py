@@ -19,10 +19,10 @@ ENVIRONMENT = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, read_blocks(page)))], ids=page_name)
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.pages", str(page), str(tmp_path)]
     with Job(command, ENVIRONMENT, ROOT) as job:
-        done = job.finish(timeout=550)
+        done = job.finish(timeout=850)
     print(done.stdout)  # each block with its time, or why it is not run
     assert done.returncode == 0, done.stdout + done.stderr
