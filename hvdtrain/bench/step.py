@@ -21,7 +21,7 @@ from hvdtrain.bench.workload import (
     time_step,
 )
 from hvdtrain.comm import collectives
-from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, World, init, shut_down_horovod
+from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, World, restart_horovod
 from hvdtrain.system.files import write_json
 
 NO_EXCHANGE, STOCK_HOROVOD = "no exchange", "horovod"
@@ -95,13 +95,6 @@ def measure_exchange(work: Workload, way: str, steps: int) -> StepRow:
 def use_stock_horovod() -> Iterator[None]:
     """Run Horovod with its fusion buffer, which is set when it starts, and which hvdtrain does not use."""
     before = os.environ["HOROVOD_FUSION_THRESHOLD"]
-    restart_horovod(str(HOROVOD_FUSION_BYTES))
+    restart_horovod(HOROVOD_FUSION_BYTES)
     yield
-    restart_horovod(before)
-
-
-def restart_horovod(threshold: str) -> None:
-    """Restart Horovod on all ranks with another size of its fusion buffer, in bytes."""
-    shut_down_horovod()
-    os.environ["HOROVOD_FUSION_THRESHOLD"] = threshold
-    init()
+    restart_horovod(int(before))

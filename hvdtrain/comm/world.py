@@ -18,6 +18,7 @@ from hvdtrain.native import installed
 from hvdtrain.system import cpus
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.limits import RendezvousLimits
+from hvdtrain.system.network import interface_address
 
 # Environment variables in which launchers put the rank of a process.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
@@ -159,6 +160,31 @@ def enter_world(environment: Mapping[str, str]) -> World:
     except ValueError as error:
         raise PeersLost(str(error)) from error
     return World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), socket.gethostname())
+
+
+def restart_horovod(fusion_bytes: int) -> None:
+    """Start Horovod again on all its ranks, with another size of its fusion buffer.
+
+    With Gloo the ranks meet at a server of rank 0's: at the launcher's, a rank can still find the address that another
+    one had before.
+    """
+    import horovod.torch as hvd
+
+    from hvdtrain.comm.collectives import broadcast_json
+
+    environment = {"HOROVOD_FUSION_THRESHOLD": str(fusion_bytes)}
+    previous = rendezvous_servers.get("restart")
+    if hvd.size() > 1 and not hvd.mpi_enabled():
+        where = None
+        if hvd.rank() == 0:
+            server = RendezvousServer(interface_address(os.environ.get("HOROVOD_GLOO_IFACE", "lo")), {})
+            rendezvous_servers["restart"], where = server, server.server_address
+        address, port = broadcast_json(where, "restart.server")
+        environment |= {"HOROVOD_GLOO_RENDEZVOUS_ADDR": address, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}
+    shut_down_horovod()
+    if previous is not None:
+        previous.stop_serving()
+    enter_world(environment)
 
 
 def keep_freed_memory() -> None:
