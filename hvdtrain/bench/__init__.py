@@ -1,0 +1,1 @@
+"""Measure the network, the step and gradient compression."""

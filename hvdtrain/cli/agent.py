@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ class AgentCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
-        used = {parameter.name for parameter in own}
-        of_sources = [make_source_click_option(found) for name, found in collect_options().items() if name not in used]
+        of_sources = map(make_source_click_option, collect_options().values())
         return [*own[:-1], *of_sources, own[-1]]  # --help is the last
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -30,15 +30,42 @@ class AgentCommand(click.Command):
             formatter.write_dl(list(lines.items()))
 
 
-def load_sources() -> dict[str, type[NoticeSource]]:
-    """Return all sources by name, without those of other packages that cannot be loaded; --source reports these."""
-    sources = {}
+def load_sources(chosen: str | None = None) -> dict[str, type[NoticeSource]]:
+    """Return all sources by name, without those of other packages that cannot be used.
+
+    Raises:
+        UserError: the source `chosen` does not exist, cannot be loaded, or has an option that clashes with another one.
+    """
+    sources: dict[str, type[NoticeSource]] = {}
     for name in SOURCES.names():
         try:
-            sources[name] = SOURCES.get(name)
+            source = SOURCES.get(name)
+            check_source_options(name, source, sources)
         except UserError:
+            if name == chosen:
+                raise
             continue
+        sources[name] = source
+    if chosen is not None:
+        SOURCES.get(chosen)
     return sources
+
+
+def check_source_options(name: str, source: type[NoticeSource], others: Mapping[str, type[NoticeSource]]) -> None:
+    """Raise UserError if an option is the agent's own, or of another type than that of another source."""
+    own = {parameter.name for parameter in agent_command.params}
+    types = {
+        option.name: (option.type, other) for other, found in others.items() for option in options_of_source(found)
+    }
+    for option in options_of_source(source):
+        kind, other = types.get(option.name, (option.type, ""))
+        if option.name in own:
+            raise UserError(f"{option.flag} is the agent's own option; rename the field in the notice source {name!r}")
+        if kind is not option.type:
+            raise UserError(
+                f"{option.flag} takes {option.type.__name__} in the notice source {name!r} and {kind.__name__} in "
+                f"{other!r}; rename the field"
+            )
 
 
 def collect_options() -> dict[str, dict[str, SourceOption]]:
@@ -71,7 +98,7 @@ def make_source_click_option(options: dict[str, SourceOption]) -> click.Option:
 
 def make_source(name: str, host: str, given: dict[str, OptionValue]) -> NoticeSource:
     """Make a source from the options that were given. Raises UserError if they are not its options, or invalid."""
-    source = SOURCES.get(name)
+    source = load_sources(name)[name]
     options = {option.name: option for option in options_of_source(source)}
     for other in given:
         if other not in options:

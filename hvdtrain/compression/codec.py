@@ -58,7 +58,8 @@ class BucketContext:
 class Codec(abc.ABC):
     """A way to send x: floating values in (n,), or in (rows, n) for Collective.REDUCE_SCATTER.
 
-    A value of x that is not finite must decode to one that is not; for ALL_REDUCE the payload must hold one.
+    A value of x that is not finite must decode to one that is not; for ALL_REDUCE the payload must hold one. A scale
+    that is computed from the values (a mean, a maximum) keeps it; a constant scale does not.
     """
 
     collective: Collective

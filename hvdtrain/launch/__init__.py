@@ -1,0 +1,1 @@
+"""Starting ranks on hosts, and what comes of them."""

@@ -1,0 +1,1 @@
+"""Taking a host out of a run before it is preempted."""

@@ -6,7 +6,7 @@ A source is one file: a dataclass whose fields are its command-line options, reg
     @notice_source("mycloud")
     @dataclass(kw_only=True)
     class MyCloudSource(NoticeSource):
-        "My cloud: polls its metadata server."        # shown by `hvdtrain agent --help`
+        "My cloud: polls its metadata server."        # the first line is shown by `hvdtrain agent --help`
         poll_interval = 5.0
         zone: str = source_option("eu", "The zone of this host.", metavar="NAME")
 
@@ -33,7 +33,7 @@ class UnexpectedResponse(Exception):
 
 
 class Notice(NamedTuple):
-    """This host will be preempted: why, and in how many seconds."""
+    """This host will be preempted: why, and in how many seconds from now (0 or more)."""
 
     reason: str
     seconds: float
@@ -74,7 +74,11 @@ class NoticeSource:
         return type(self).__name__
 
     def poll(self) -> Notice | None:
-        """Ask once for a notice. May raise any exception: it is reported, and the source is polled again."""
+        """Ask once for a notice; None: there is none.
+
+        It is also asked after a notice; a sooner end replaces a later one. May raise any exception; it is polled again.
+        OSError and UnexpectedResponse are reported by their text.
+        """
         return None
 
     def read_boot_id(self, environ: Mapping[str, str] = os.environ) -> str:

@@ -1,0 +1,1 @@
+"""The machine: processes, files, signals, network, time limits."""

@@ -27,7 +27,7 @@ class Registry(Generic[T]):
         Args:
             kind: what a component is, for messages, e.g. "compressor".
             group: the entry point group in which other distributions name theirs, e.g. "hvdtrain.compressors".
-            package: the package whose modules register hvdtrain's own, e.g. "hvdtrain.compression".
+            package: the package whose modules register hvdtrain's own, e.g. "hvdtrain.compression.codecs".
         """
         self.kind = kind
         self.group = group

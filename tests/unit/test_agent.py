@@ -256,6 +256,32 @@ def test_options_and_help_of_a_source_of_another_package(outside_source: Path) -
     assert "the notice source 'pond' of meadow cannot be loaded" in agent("--source", "pond", "--membership", "x")
 
 
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        ("slots: str = ", "--slots is the agent's own option; rename the field in the notice source 'meadow'"),
+        (
+            "notice_file: int = ",
+            "--notice-file takes int in the notice source 'meadow' and Path in 'file'; rename the field",
+        ),
+    ],
+)
+def test_a_source_whose_options_clash_is_refused_by_name_and_stops_no_other(
+    outside_source: Path, folder: Path, field: str, error: str
+) -> None:
+    file = outside_source / "meadow.py"
+    assert "gate: str = " in file.read_text()
+    file.write_text(file.read_text().replace("gate: str = ", field))
+    environ = os.environ | {"PYTHONPATH": str(outside_source)}
+    line = [sys.executable, "-m", "hvdtrain", "agent"]
+    for options, code, text in (
+        (["--source", "meadow", "--membership", str(folder)], 2, f"hvdtrain: error: {error}\n"),
+        (["--help"], 0, "aws "),
+    ):
+        done = subprocess.run([*line, *options], capture_output=True, text=True, timeout=60, check=False, env=environ)
+        assert done.returncode == code and text in done.stdout + done.stderr
+
+
 def test_readers_never_see_half_a_file(folder: Path) -> None:
     folder.mkdir()
     members = [HostRecord("a", 1, "boot" * size, 1, 1.0, size, "live") for size in (1, 20000)]

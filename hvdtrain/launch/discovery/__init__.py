@@ -1,0 +1,1 @@
+"""Which hosts an elastic run may use now."""

@@ -1,0 +1,1 @@
+"""The launchers that hvdtrain brings: one module each, which registers itself."""

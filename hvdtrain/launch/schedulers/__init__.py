@@ -1,0 +1,1 @@
+"""The schedulers that hvdtrain brings: one module each, which registers itself."""
