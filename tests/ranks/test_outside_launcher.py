@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, Job
-from tests.support import outside_launcher
 from tests.support.distributions import write_distribution
 
 
@@ -18,7 +17,7 @@ def path(tmp_path: Path) -> str:
     there = tmp_path / "site"
     there.mkdir()
     points = {"hvdtrain.launchers:spawn": "Spawn", "hvdtrain.schedulers:desk": "Desk"}
-    write_distribution(there, Path(outside_launcher.__file__), points)
+    write_distribution(there, ROOT / "tests" / "support" / "outside_launcher.py", points)
     return f"{there}:{ROOT}"
 
 

@@ -216,7 +216,7 @@ def test_membership_when_the_file_system_hangs(folder: Folder) -> None:
     os.mkfifo(folder.path / "b.json")
     begin = time.monotonic()
     assert folder.offered() == "a:2\n"
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 30
     for _ in range(3):  # longer than --stale, in which no heartbeat could be seen
         assert folder.offered("--limit", 0.5, "--stale", 1) == "a:2\n"
     (folder.path / "b.json").unlink()
@@ -231,7 +231,7 @@ def test_membership_while_an_earlier_reader_hangs_for_ever(folder: Folder) -> No
         fcntl.flock(lock, fcntl.LOCK_EX)
         begin = time.monotonic()
         assert folder.offered("--limit", 0.3) == "a:2\n"
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 30
 
 
 def test_membership_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_slurm_squeue_that_hangs_or_is_missing(tmp_path: Path) -> None:
     assert slurm(tmp_path, "--job", "71", "--limit", "0.3", SQUEUE_SLEEP="20")[2] == (
         "hvdtrain: error: squeue has not answered within 0.3 s\n"
     )
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert "No such file" in run("slurm", "--job", "71", PATH=str(tmp_path / "none"))[2]
 
 
@@ -429,10 +429,10 @@ def test_kubernetes_script_names_bad_pods_answers_and_connections() -> None:
         )
         api.pods = [None]
         assert kubernetes(url)[2] == "hvdtrain: error: the API's answer is not understood\n"
-        api.sleep = 3
+        api.sleep = 6
         begin = time.monotonic()
         assert kubernetes(url, "--limit", 0.5)[0] == 1
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 6
     assert "Connection refused" in kubernetes(url)[2]
     assert "not within a pod" in run("kubernetes", "--selector", "a=b", "--namespace", "ml")[2]
 

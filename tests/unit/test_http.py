@@ -82,7 +82,7 @@ def test_answer_that_trickles_in_is_given_up() -> None:
         begin = time.monotonic()
         with pytest.raises(TimeoutError):
             request_url(f"http://{address}:{port}/", timeout=0.5)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 5
 
 
 def test_unreachable_server_raises_the_systems_error() -> None:
