@@ -49,9 +49,9 @@ def resolve_address(name: str) -> str:
     Raises:
         UserError: the name does not resolve.
     """
-    for known_as in (name, ssh_hostname(name)):
+    for find_name in (str, ssh_hostname):  # ssh is only asked, by a process, about a name that does not resolve
         try:
-            found = socket.getaddrinfo(known_as, 9, socket.AF_INET, socket.SOCK_DGRAM)
+            found = socket.getaddrinfo(find_name(name), 9, socket.AF_INET, socket.SOCK_DGRAM)
         except OSError:
             continue
         return str(found[0][4][0])
