@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
-from typing import Any
 
 from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit
 from hvdtrain.system.signals import SignalInbox
 
 
-class RequeueRequest:
+class RequeueRequest(SignalInbox):
     """While entered, SIGUSR1, which batch systems send ahead of the end, ends this process with 75: nothing runs yet.
 
     The signal raises RequeueExit wherever this process is. A library that is imported just then may swallow that, as
@@ -18,23 +16,15 @@ class RequeueRequest:
     """
 
     def __init__(self) -> None:
-        self._received = False
-        self._previous: Any = None  # whatever signal.signal has returned
+        super().__init__([signal.SIGUSR1], on_signal=self._receive)
 
-    def __enter__(self) -> RequeueRequest:
-        self._previous = signal.signal(signal.SIGUSR1, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGUSR1, self._previous)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+    def _receive(self, number: int) -> None:
+        self.received.append(number)
         self.raise_if_received()
 
     def raise_if_received(self) -> None:
         """Raise RequeueExit if the signal came."""
-        if self._received:
+        if self.received:
             raise RequeueExit(EXIT_REQUEUE)
 
 

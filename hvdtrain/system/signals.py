@@ -9,7 +9,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hvdtrain.system.processes import Deadline
 
@@ -18,6 +18,7 @@ from hvdtrain.system.processes import Deadline
 SAME_STOP_SECONDS = 1.0
 # Ctrl-C, an end, what batch systems send ahead of the end, a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+Inbox = TypeVar("Inbox", bound="SignalInbox")
 
 
 def ignores_hangup() -> bool:
@@ -62,7 +63,7 @@ class SignalInbox:
         self._previous_wakeup_fd = -1
         self._readable = self._writable = -1
 
-    def __enter__(self) -> SignalInbox:
+    def __enter__(self: Inbox) -> Inbox:
         self._readable, self._writable = os.pipe()
         os.set_blocking(self._readable, False)
         os.set_blocking(self._writable, False)
