@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run, train
+from tests.support.distributions import write_distribution
 
 LINE = """
 from dataclasses import dataclass
@@ -29,11 +29,9 @@ class Line(Recipe):
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A folder with a recipe, and in `installed` the package with its framework."""
-    about = tmp_path / "installed" / "numpy_framework-1.0.dist-info"
-    about.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("numpy_framework.py"), about.parent)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy-framework\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[hvdtrain.frameworks]\nnumpy = numpy_framework:FRAMEWORK\n")
+    (tmp_path / "installed").mkdir()
+    module = Path(__file__).with_name("numpy_framework.py")
+    write_distribution(tmp_path / "installed", module, {"hvdtrain.frameworks:numpy": "FRAMEWORK"})
     (tmp_path / "line.py").write_text(LINE)
     return tmp_path
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.distributions import write_distribution
+
 ROOT = Path(__file__).parents[2]
 OUTSIDE = """
 import json
@@ -40,13 +42,12 @@ class FailingLogger(Logger):
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """In which a distribution of loggers is installed."""
-    site = tmp_path / "site"
-    about = site / "outside_loggers-1.0.dist-info"
-    about.mkdir(parents=True)
-    (site / "outside_loggers.py").write_text(OUTSIDE)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-loggers\nVersion: 1.0\n")
-    points = "lines = outside_loggers:LineLogger\nfailing = outside_loggers:FailingLogger\n"
-    (about / "entry_points.txt").write_text(f"[hvdtrain.loggers]\n{points}")
+    site, module = tmp_path / "site", tmp_path / "outside_loggers.py"
+    site.mkdir()
+    module.write_text(OUTSIDE)
+    write_distribution(
+        site, module, {"hvdtrain.loggers:lines": "LineLogger", "hvdtrain.loggers:failing": "FailingLogger"}
+    )
     return {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
 
