@@ -39,7 +39,7 @@ from hvdtrain.system.errors import RunError
 from hvdtrain.system.extras import explain_missing_extra
 from hvdtrain.system.files import write_atomically, write_json
 
-# Steps with a method's buckets before it compresses; the last RECORDED_STEPS tell when each bucket is ready.
+# Steps with a method's buckets before it compresses; the last RECORDED_STEPS show when each bucket is ready.
 UNCOMPRESSED_STEPS = 6
 # Steps whose gradients are compared: an even number, for methods that send one of two factors in turns.
 RECORDED_STEPS = 4
