@@ -16,7 +16,7 @@ from hvdtrain.torch import DistributedOptimizer
 from tests.ranks.harness import ROOT
 from tests.support.worlds import KeptWorld, on_ranks, train
 
-STEPS = 220
+MAX_STEPS = 250
 
 
 def model() -> nn.Module:
@@ -85,13 +85,16 @@ def test_residuals_are_carried_over_between_methods_and_skipped_steps():
 
 @on_ranks(2, 3)
 def test_rank_0_decides_for_all():
-    """The same advice everywhere, consistent in itself; all ranks stay the same to the bit, and the loss falls."""
+    """The same advice everywhere, consistent in itself; all ranks stay the same to the bit."""
     net = model()
     optimizer = wrapped(net)
     news = []
     optimizer.exchange.advisor.log_line = news.append
-    for step in range(STEPS):
+    # Up to the choice: later, on a noisy machine, it may rightly go back to none.
+    for step in range(MAX_STEPS):
         train_step(net, optimizer, step)
+        if optimizer.exchange.advisor.advice is not None:
+            break
     advice = optimizer.exchange.advisor.advice
     assert advice is not None
     advice = advice.to_json()
@@ -107,9 +110,8 @@ def test_rank_0_decides_for_all():
         if tuple(advice["chosen"]) != ("none", "none")
         else fastest > advisor.MAX_MEASURED_RATIO * none
     )
-    if "went_back_at_step" not in advice:
-        methods = [bucket.method for bucket in optimizer.exchange.buckets if bucket.compressible]
-        assert methods == advice["chosen"]
+    methods = [bucket.method for bucket in optimizer.exchange.buckets if bucket.compressible]
+    assert methods == advice["chosen"]
     assert any("takes" in line for line in news)
     assert_same_on_all(net)
 
