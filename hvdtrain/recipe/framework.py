@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
@@ -53,7 +54,7 @@ NUM_VOTES = len(StepVotes().to_vector())
 class StepResult:
     """What a rank knows after an exchange. It is the same on all ranks but for what says "here"."""
 
-    score_sums: NDArray[np.float64]  # (metrics,): sums of the scores over the global batch
+    score_sums: NDArray[np.float64]  # (layout.num_sums,) over the global batch
     votes: StepVotes  # of all ranks, summed
     nonfinite_loss: bool  # a loss of some rank was not finite
     nonfinite_gradients: tuple[str, ...]  # parameters whose gradient, summed over ranks, is not finite
@@ -97,7 +98,7 @@ class Step(Protocol):
          +-> close()
     """
 
-    metrics: tuple[str, ...]  # the scores' names, "loss" first
+    layout: ScoreLayout  # the scores, and how they are summed
     examples: dict[Split, int]  # 0 for "eval": no evaluation
     agreement_parts: Sequence[ConsistentPart]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
@@ -165,7 +166,7 @@ class Step(Protocol):
     # Between steps.
 
     def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
-        """Return (metrics,) the sums of the scores of a batch of `count` examples, without training.
+        """Return (layout.num_sums,) the sums of the scores of a batch of `count` examples, without training.
 
         seed: what randomness in the model is drawn from.
         """

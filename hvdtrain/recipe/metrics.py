@@ -1,13 +1,113 @@
-"""Metrics as sums and counts: a mean is taken once, of the global sum by the global count."""
+"""Scores as sums: a metric is computed once, of sums over all examples and all ranks.
+
+The sums of a batch are a vector, which is added over batches and over ranks, (num_sums,) float64:
+
+    numerators of each score: 1, or k of a vector  |  denominators of the scores that have their own: 1 or k each
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+MetricMeans = dict[str, np.float64 | NDArray[np.float64]]  # by score: a number, or (k,) of a vector
+MetricValue = float | list[float]  # the same as plain data, as it is written and sent to other ranks
 
-def compute_means(names: Sequence[str], sums: NDArray[np.float64], count: int) -> dict[str, float]:
-    """Name each metric's mean over `count` examples. sums: (len(names),) float64."""
-    return {name: float(total) / count for name, total in zip(names, sums, strict=True)}
+
+@dataclass(frozen=True)
+class Metric:
+    """How a score is summed.
+
+    Attributes:
+        name: of the score.
+        width: k of a score with k values per example, (B, k); None for one value per example, (B,).
+        num_denominators: sums of its own denominators: 1 of (B,), k of (B, k); 0: it is divided by the examples.
+    """
+
+    name: str
+    width: int | None = None
+    num_denominators: int = 0
+
+    @property
+    def num_numerators(self) -> int:
+        return 1 if self.width is None else self.width
+
+    def describe(self) -> str:
+        """Return its name and what differs from one value per example: `counts (B, 3) / (B,)`."""
+        if self.width is None:
+            return f"{self.name} (B,) / (B,)" if self.num_denominators else self.name
+        shape = f"{self.name} (B, {self.width})"
+        if not self.num_denominators:
+            return shape
+        return f"{shape} / {'(B,)' if self.num_denominators == 1 else f'(B, {self.width})'}"
+
+
+@dataclass(frozen=True)
+class ScoreLayout:
+    """What a recipe's scores are, in the order of their sums; the loss is the first."""
+
+    metrics: tuple[Metric, ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The scores' names."""
+        return tuple(metric.name for metric in self.metrics)
+
+    @cached_property
+    def num_numerators(self) -> int:
+        return sum(metric.num_numerators for metric in self.metrics)
+
+    @cached_property
+    def num_sums(self) -> int:
+        """How many float64 numbers the sums are."""
+        return self.num_numerators + sum(metric.num_denominators for metric in self.metrics)
+
+    def means(self, sums: NDArray[np.float64], count: int) -> MetricMeans:
+        """Return each score's sum of numerators by its sum of denominators; NaN or infinite by a sum of 0.
+
+        Args:
+            sums: (num_sums,) over `count` examples.
+            count: the denominator of the scores that have none of their own.
+        """
+        found: MetricMeans = {}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for metric, numerators, denominators in self._locate():
+                totals = sums[numerators] / (sums[denominators] if metric.num_denominators else np.float64(count))
+                found[metric.name] = totals[0] if metric.width is None else totals
+        return found
+
+    def loss_denominator(self, sums: NDArray[np.float64], count: int) -> float:
+        """Return what the sum of losses is divided by: the sum of their own denominators, or `count` examples."""
+        has_own = self.metrics[0].num_denominators > 0
+        return float(sums[self.num_numerators]) if has_own else float(count)
+
+    def describe(self) -> str:
+        """Return all scores, to be compared with those of other ranks or of an earlier run."""
+        return ", ".join(metric.describe() for metric in self.metrics)
+
+    def _locate(self) -> Iterator[tuple[Metric, slice, slice]]:
+        """Yield each score with the places of its numerators and of its denominators in the sums."""
+        first, own = 0, self.num_numerators
+        for metric in self.metrics:
+            end, own_end = first + metric.num_numerators, own + metric.num_denominators
+            yield metric, slice(first, end), slice(own, own_end)
+            first, own = end, own_end
+
+
+def to_plain_values(means: MetricMeans) -> dict[str, MetricValue]:
+    """Return metrics as plain data: a float, or a list of floats for a vector."""
+    return {name: value.tolist() for name, value in means.items()}
+
+
+def select_scalars(values: Mapping[str, MetricValue]) -> dict[str, float]:
+    """Return the metrics that are one number, which can be printed, plotted and compared."""
+    return {name: value for name, value in values.items() if not isinstance(value, list)}
+
+
+def format_values(values: Mapping[str, MetricValue]) -> str:
+    """Return the metrics that are one number, human-readable."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in select_scalars(values).items())

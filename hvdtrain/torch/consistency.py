@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.recipe.framework import SPLITS, Split
+from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset
 from hvdtrain.torch.example_digest import digest_example
@@ -136,9 +137,9 @@ def lengths_part(counts: Mapping[Split, int]) -> ConsistentPart:
     return ConsistentPart("datasets", {repr(split): str(counts.get(split, 0)) for split in SPLITS}, difference)
 
 
-def metrics_part(metrics: Sequence[str]) -> ConsistentPart:
-    """Return the names of the scores."""
-    return ConsistentPart("metrics", {"scores": ", ".join(metrics)}, "{who}: {key} are {here}, {base} has {there}")
+def metrics_part(layout: ScoreLayout) -> ConsistentPart:
+    """Return the names of the scores, and how they are summed."""
+    return ConsistentPart("metrics", {"scores": layout.describe()}, "{who}: {key} are {here}, {base} has {there}")
 
 
 def step_parts(

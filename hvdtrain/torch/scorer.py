@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import RecipeError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import to_device
@@ -36,19 +36,19 @@ class Scorer:
         """Return a batch on the device."""
         return to_device(batch, self.device, self.memory_format)
 
-    def score_for_training(self, model: Any, batch: Any, metrics: Sequence[str], count: int) -> Scores:
+    def score_for_training(self, model: Any, batch: Any, layout: ScoreLayout, count: int) -> Scores:
         """Return the scores of `count` examples, with their graph."""
         with self.autocast_context():
             scores = self._call_score(model, self.move_batch(batch))
-        check_scores(self.recipe, scores, metrics, count)
+        check_scores(self.recipe, scores, layout, count)
         return scores
 
-    def score_for_evaluation(self, model: Any, batch: Any, metrics: Sequence[str], count: int) -> Scores:
+    def score_for_evaluation(self, model: Any, batch: Any, layout: ScoreLayout, count: int) -> Scores:
         """Return the scores of `count` examples, without a graph, unless `score` itself needs one."""
         batch = self.move_batch(batch)
         with self.autocast_context():
             scores = self._call_score_without_graph(model, batch)
-        check_scores(self.recipe, scores, metrics, count)
+        check_scores(self.recipe, scores, layout, count)
         return scores
 
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:

@@ -102,8 +102,8 @@ class TorchStep:
             parts = self._agree_on_parts()
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             trial = self._run_trial()
-            self.metrics, self.score_uses_collectives = trial.metrics, trial.calls_collectives
-            self.agreement_parts: Sequence[ConsistentPart] = [*parts, metrics_part(self.metrics)]
+            self.layout, self.score_uses_collectives = trial.layout, trial.calls_collectives
+            self.agreement_parts: Sequence[ConsistentPart] = [*parts, metrics_part(self.layout)]
             check_agreement("agreement.metrics", self.agreement_parts[-1:])
 
             self.updater.join_world(world)
@@ -111,7 +111,7 @@ class TorchStep:
             self.ema = AveragedModel(self.model, decay) if (decay := options.optimization.ema) is not None else None
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
-            self.sums = StepSums(len(self.metrics), self.changes.num_change_flags, self.device)
+            self.sums = StepSums(self.layout.num_sums, self.changes.num_change_flags, self.device)
             self._messages = self.updater.log_lines
             self._messages += modes.get_warnings()
             self._votes, self._batch_share = StepVotes(), 0.0
@@ -192,9 +192,9 @@ class TorchStep:
     @explain_nondeterminism
     def accumulate_gradients(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         seed_all(seed)
-        scores = self.scorer.score_for_training(self.forward, batch, self.metrics, count)
+        scores = self.scorer.score_for_training(self.forward, batch, self.layout, count)
         loss = scores["loss"]
-        self.sums.add_scores(sum_scores(scores, self.metrics), loss.detach())
+        self.sums.add_scores(sum_scores(scores, self.layout), loss.detach())
         self._micro_batches_done += 1
         is_last = self._micro_batches_done == self._num_micro_batches
         if is_last:  # the forward passes are over: sums and buffers travel while backward computes
@@ -254,8 +254,8 @@ class TorchStep:
         if self.changes.start_evaluation() and self.ema is not None:
             self.ema.copy_constants(self.model)
         model = self.forward if self.ema is None else self.ema.module.eval()
-        scores = self.scorer.score_for_evaluation(model, batch, self.metrics, count)
-        return sum_scores(scores, self.metrics).cpu().numpy()
+        scores = self.scorer.score_for_evaluation(model, batch, self.layout, count)
+        return sum_scores(scores, self.layout).cpu().numpy()
 
     def gather_state(self) -> bytes:
         self.changes.end_evaluation()

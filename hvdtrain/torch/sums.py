@@ -19,7 +19,7 @@ from hvdtrain.recipe.framework import NUM_VOTES, StepVotes
 class StepTotals:
     """The sums over all ranks."""
 
-    scores: NDArray[np.float64]  # (metrics,)
+    scores: NDArray[np.float64]  # (num_scores,)
     votes: StepVotes
     change_flags: list[float]  # ranks on which each thing has changed
     nonfinite_ranks: int  # ranks on which a loss was not finite
@@ -28,13 +28,16 @@ class StepTotals:
 class StepSums:
     """A float64 vector on the device:
 
-    sums of the scores (metrics,) | votes (NUM_VOTES,) | change flags (num_flags,) | whether a loss is not finite (1,)
+    sums of the scores (num_scores,) | votes (NUM_VOTES,) | change flags (num_flags,) | a loss is not finite (1,)
     """
 
-    def __init__(self, num_metrics: int, num_flags: int, device: torch.device) -> None:
-        """Make the vector. num_flags: how many change flags there are (hvdtrain.torch.changes)."""
-        self.num_metrics = num_metrics
-        self.vector = torch.zeros(num_metrics + NUM_VOTES + num_flags + 1, dtype=torch.float64, device=device)
+    def __init__(self, num_scores: int, num_flags: int, device: torch.device) -> None:
+        """Make the vector.
+
+        num_scores: numbers that the scores are summed in. num_flags: change flags (hvdtrain.torch.changes).
+        """
+        self.num_scores = num_scores
+        self.vector = torch.zeros(num_scores + NUM_VOTES + num_flags + 1, dtype=torch.float64, device=device)
         self.nonfinite_here = torch.zeros((), dtype=torch.bool, device=device)
         # Pinned: a GPU takes them from there without waiting.
         self._own_numbers = torch.zeros(NUM_VOTES + num_flags, dtype=torch.float64, pin_memory=device.type == "cuda")
@@ -50,14 +53,14 @@ class StepSums:
         self.nonfinite_here.zero_()
 
     def add_scores(self, sums: Tensor, loss: Tensor) -> None:
-        """Add (metrics,) float64 sums of a micro-batch's scores; note whether its (B,) losses are finite."""
-        self.vector[: self.num_metrics] += sums
+        """Add (num_scores,) float64 sums of a micro-batch's scores; note whether its (B,) losses are finite."""
+        self.vector[: self.num_scores] += sums
         self.nonfinite_here |= ~torch.isfinite(loss).all()
 
     def start_all_reduce(self, votes: StepVotes, change_flags: Sequence[float], num_ranks: int) -> None:
         """Add this rank's votes and flags, and start the sum over ranks."""
         self._own_numbers.copy_(torch.tensor([*votes.to_vector(), *change_flags], dtype=torch.float64))
-        self.vector[self.num_metrics : -1].copy_(self._own_numbers, non_blocking=True)
+        self.vector[self.num_scores : -1].copy_(self._own_numbers, non_blocking=True)
         self.vector[-1] = self.nonfinite_here
         if num_ranks > 1:
             self._handle = collectives.all_reduce_async_(self.vector, "step.sums")
@@ -74,7 +77,7 @@ class StepSums:
     def read_totals(self) -> StepTotals:
         """Return the sums, once they were waited for."""
         numbers = self.vector.cpu().numpy()
-        scores, votes, flags = np.split(numbers[:-1].copy(), [self.num_metrics, self.num_metrics + NUM_VOTES])
+        scores, votes, flags = np.split(numbers[:-1].copy(), [self.num_scores, self.num_scores + NUM_VOTES])
         return StepTotals(scores, StepVotes.from_vector(votes), flags.tolist(), int(numbers[-1]))
 
     def forget_all_reduce(self) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
 from hvdtrain.torch.graph import trace_loss
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import is_lazy_module, open_sandbox
-from hvdtrain.torch.scores import check_scores, get_metric_names
+from hvdtrain.torch.scores import check_scores, find_layout
 from hvdtrain.torch.tensors import named_tensors
 
 
@@ -24,7 +25,7 @@ from hvdtrain.torch.tensors import named_tensors
 class TrialResult:
     """What a trial has found."""
 
-    metrics: tuple[str, ...]  # the scores' names, "loss" first
+    layout: ScoreLayout  # the scores
     changed_buffers: list[str]  # the names of those that training changes
     calls_collectives: bool  # `score` calls collectives of its own
 
@@ -50,11 +51,11 @@ def run_trial(
         with collectives.count_calls() as counter:
             with context, in_recipe(recipe, "score()"):
                 scores = trial.recipe.score(trial.model, batch)
-            metrics = get_metric_names(recipe, scores)
-            check_scores(recipe, scores, metrics, count)
+            layout = find_layout(recipe, scores)
+            check_scores(recipe, scores, layout, count)
             if scores["loss"].requires_grad:
                 scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
-        return TrialResult(metrics, find_changed_buffers(before), counter.calls > 0)
+        return TrialResult(layout, find_changed_buffers(before), counter.calls > 0)
 
 
 def trace_model_graph(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, rank: int) -> bytes | None:

@@ -196,13 +196,13 @@ def _read_checkpoint(folder: Path, recipe: str) -> Checkpoint:
 
 
 def _read_metric(folder: Path, metric: str) -> float | None:
-    """Return the metric of this checkpoint's evaluation; None if there was none, for NaN, or if it cannot be read."""
+    """Return the metric of this checkpoint's evaluation; None if there was none, or it is not a finite number."""
     try:
         position = _read_meta(folder).position
     except UserError:
         return None
     value = position.eval.get(metric, math.nan) if position.evaluated == position.step else math.nan
-    return None if math.isnan(value) else value
+    return None if isinstance(value, list) or not math.isfinite(value) else value
 
 
 def _read_meta(folder: Path) -> CheckpointMeta:

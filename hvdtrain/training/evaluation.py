@@ -8,7 +8,7 @@ import numpy as np
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe import order
-from hvdtrain.recipe.metrics import compute_means
+from hvdtrain.recipe.metrics import to_plain_values
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.training.plan import TrainingPlan
@@ -21,13 +21,13 @@ def evaluate_model(generation: Generation, position: Position) -> None:
     step, plan = generation.run.step, generation.plan
     activity.enter_activity("loading a batch of the evaluation")
     count = step.examples["eval"]
-    sums = np.zeros(len(step.metrics))
+    sums = np.zeros(step.layout.num_sums)
     for ids, batch in step.load_batches("eval", iterate_evaluation_chunks(count, plan, generation.world.rank), 0):
         activity.enter_activity("evaluating")
         sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")
-    position.eval = compute_means(step.metrics, collectives.sum_float64(sums, "evaluation"), count)
+    position.eval = to_plain_values(step.layout.means(collectives.sum_float64(sums, "evaluation"), count))
     position.evaluated = position.step
 
 

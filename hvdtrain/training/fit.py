@@ -125,7 +125,7 @@ def train_recipe(
     with StopRequest(membership) as stop, contextlib.closing(step), lease, report:
         run = Run(name, recipe, source, options, membership, step, lease, report, stop)
         if step.examples["eval"]:
-            check_best_metric(recipe, step.metrics)
+            check_best_metric(recipe, step.layout.names)
         compare_with_run(run, world)
         with Session(run, world, config) as session:
             generation, position, ending = session.run_generations()

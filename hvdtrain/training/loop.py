@@ -15,7 +15,7 @@ from typing import Any
 
 from hvdtrain.ledger.rows import LedgerRow, sum_id_hashes
 from hvdtrain.recipe.framework import StepResult, StepVotes
-from hvdtrain.recipe.metrics import compute_means
+from hvdtrain.recipe.metrics import to_plain_values
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.training.evaluation import evaluate_model
@@ -148,9 +148,10 @@ def commit_step(generation: Generation, position: Position, share: StepShare, ou
     count = share.step_examples
     position.advance_past_step(count, None if result.must_skip else float(result.score_sums[0]))
     activity.record_finished_steps(position.step)
-    values = compute_means(run.step.metrics, result.score_sums, count) | outcome.update_report
+    means = run.step.layout.means(result.score_sums, count)
     step_time = StepTime(count, outcome.seconds, result.waited_here)
-    run.report.record_step(position, StepReport(epoch, outcome.lr, values, step_time))
+    values = to_plain_values(means) | outcome.update_report
+    run.report.record_step(position, StepReport(epoch, outcome.lr, float(means["loss"]), values, step_time))
 
 
 def decide(generation: Generation, position: Position, votes: StepVotes) -> Ending | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hvdtrain.recipe import order
+from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.strict_json import check_count, check_entries, check_finite_number
 
@@ -28,7 +29,7 @@ class Position:
     epoch_loss_count: int = 0
     train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
     skipped_nonfinite: int = 0
-    eval: dict[str, float] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
+    eval: dict[str, MetricValue] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
     evaluated: int = 0  # the step after which that was
     saved: int = 0  # the step of the last checkpoint
     examples: int = 0  # of an epoch; with the seed, what the order is drawn from
@@ -83,15 +84,10 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 raise ValueError(f"has no object of texts {where!r}")
             values[name] = value
-        elif kind == "dict[str, float]":
+        elif kind == "dict[str, MetricValue]":
             if not isinstance(value, dict):
                 raise ValueError(f"has no object {where!r}")
-            values[name] = {
-                key: math.nan
-                if one is None or (isinstance(one, float) and not math.isfinite(one))
-                else check_finite_number(one, where)
-                for key, one in value.items()
-            }
+            values[name] = {key: parse_metric_value(one, where) for key, one in value.items()}
         elif kind == "int | None":
             values[name] = None
         else:
@@ -99,3 +95,16 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
     if "rows" not in values:
         values["rows"] = None
     return Position(**values)  # type: ignore[arg-type]
+
+
+def parse_metric_value(value: object, where: str) -> MetricValue:
+    """Return a metric from JSON, NaN for each number that was not finite. Raises ValueError for anything else."""
+    if isinstance(value, list):
+        return [_parse_number(one, where) for one in value]
+    return _parse_number(value, where)
+
+
+def _parse_number(value: object, where: str) -> float:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return math.nan
+    return check_finite_number(value, where)

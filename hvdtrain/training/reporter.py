@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdtrain.ledger.writer import Ledger
+from hvdtrain.recipe.metrics import MetricValue, format_values
 from hvdtrain.system import streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, PRIVATE_MODE, BufferedDocument, write_error_text, write_json
 from hvdtrain.system.messages import RankProgress
@@ -29,7 +30,8 @@ class StepReport:
 
     epoch: int  # from 1
     lr: float
-    values: Mapping[str, float]  # loss, metrics and what the update reports
+    loss: float  # the mean of this step
+    values: Mapping[str, MetricValue]  # loss, metrics and what the update reports
     time: StepTime
 
 
@@ -117,7 +119,7 @@ class Reporter:
         )
         self._row_due = at.step % self.options.log_every == 0 or at.step == self._total_steps
         if self._active:
-            progress = RankProgress(at.step, self._total_steps, step.epoch, step.values["loss"], rate)
+            progress = RankProgress(at.step, self._total_steps, step.epoch, step.loss, rate)
             self.terminal.show_progress(progress)
 
     def record_evaluation(self, at: Position, epoch: int) -> None:
@@ -126,9 +128,8 @@ class Reporter:
         self._row = self.rows.take_back_last(at) or self._row
         if self._row is not None and self._row.step == at.step:
             self._row, self._row_due = replace(self._row, eval=dict(at.eval)), True
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in at.eval.items())
         progress = f"epoch {epoch}  step {at.step}/{self._total_steps}"
-        self.print_lines([f"{progress}  train loss {at.train_loss:.4f}  eval {shown}"])
+        self.print_lines([f"{progress}  train loss {at.train_loss:.4f}  eval {format_values(at.eval)}"])
 
     def write_due_row(self) -> None:
         """Write the row of this step, if it is due. Called once a step, when its values are complete."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.ledger.reader import find_segments, read_segment
+from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import write_atomically
 from hvdtrain.system.strict_json import encode_json
@@ -26,16 +26,15 @@ class MetricsRow:
     lr: float
     samples_per_second: float  # since the last row
     comm_seconds: float  # that a step has waited for communication, mean since the last row
-    train: Mapping[str, float]  # loss, metrics, and what the update reports, of this step
-    eval: Mapping[str, float] = field(default_factory=dict)  # if there was an evaluation after this step
+    train: Mapping[str, MetricValue]  # loss, metrics, and what the update reports, of this step
+    eval: Mapping[str, MetricValue] = field(default_factory=dict)  # if there was an evaluation after this step
 
     def encode(self) -> bytes:
         """Return the line; numbers that are not finite are null in it."""
         values = {name: getattr(self, name) for name in ("step", "epoch", "samples", "lr")}
         values |= {"samples_per_second": self.samples_per_second, "comm_seconds": self.comm_seconds, **self.train}
         values |= {f"eval_{name}": value for name, value in self.eval.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        return f"{encode_json(finite)}\n".encode()
+        return f"{encode_json(values)}\n".encode()
 
 
 def rows_to_json(rows: Sequence[MetricsRow]) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm import collectives
+from hvdtrain.recipe.metrics import MetricValue, format_values
 from hvdtrain.system import activity, messages
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
 from hvdtrain.system.text import format_count
@@ -31,7 +32,7 @@ class Summary:
     finished: bool  # False: the run was stopped, and can be resumed
     samples_seen: int
     train_loss: float
-    eval: Mapping[str, float]  # of the last evaluation, by metric
+    eval: Mapping[str, MetricValue]  # of the last evaluation, by metric
     best: BestCheckpoint | None  # of those that were evaluated
     wire_bytes_per_step: int
     compression: str
@@ -56,7 +57,7 @@ class Summary:
     def describe(self, folder: Path, view_commands: Sequence[str]) -> list[str]:
         """Return how the run has ended, in a few lines to print. view_commands: show what the loggers have written."""
         best, ranks = self.best, format_count(self.world_size, "rank")
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in self.eval.items())
+        shown = format_values(self.eval)
         return [
             *([f"evaluated {shown}"] if self.finished and shown else []),
             *([f"best      {best.metric} {best.value:.4f} at step {best.step}"] if best is not None else []),

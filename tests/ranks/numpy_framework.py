@@ -26,6 +26,7 @@ from hvdtrain.recipe.framework import (
     StepResult,
     StepVotes,
 )
+from hvdtrain.recipe.metrics import Metric, ScoreLayout
 
 
 @dataclass(kw_only=True)
@@ -42,7 +43,7 @@ class Recipe(base.Recipe):
 class NumpyStep:
     """`hvdtrain.recipe.framework.Step` without any overlap: all numbers travel in one sum at the end."""
 
-    metrics = ("loss",)
+    layout = ScoreLayout((Metric("loss"),))
     score_uses_collectives = update_in_progress = False
     agreement_parts = ()
     first_examples: ClassVar[dict[str, str]] = {}

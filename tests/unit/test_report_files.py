@@ -231,7 +231,7 @@ def test_what_is_cut_or_missing_is_announced_in_one_line(
 
 def log_step(report: Reporter, at: Position) -> None:
     at.step += 1
-    report.record_step(at, StepReport(1, 0.1, {"loss": 0.5}, StepTime(8, 0.01, 0.001)))
+    report.record_step(at, StepReport(1, 0.1, 0.5, {"loss": 0.5}, StepTime(8, 0.01, 0.001)))
     report.write_due_row()
     report.report_write_errors(Ledger(0, 10, 2))
 

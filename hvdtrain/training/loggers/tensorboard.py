@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hvdtrain.recipe.metrics import select_scalars
 from hvdtrain.system.plugins import registering
 from hvdtrain.training.logger import LOGGERS, Logger
 from hvdtrain.training.rows import MetricsRow
@@ -25,9 +26,9 @@ class TensorBoardLogger(Logger):
         return self._events.error
 
     def log_row(self, row: MetricsRow) -> None:
-        scalars = {f"train/{name}": value for name, value in row.train.items()}
+        scalars = {f"train/{name}": value for name, value in select_scalars(row.train).items()}
         scalars |= {"train/lr": row.lr, "train/epoch": float(row.epoch)}
-        scalars |= {f"eval/{name}": value for name, value in row.eval.items()}
+        scalars |= {f"eval/{name}": value for name, value in select_scalars(row.eval).items()}
         scalars |= {"speed/samples_per_second": row.samples_per_second, "speed/comm_seconds": row.comm_seconds}
         self._events.add_scalars(row.step, scalars)
 
