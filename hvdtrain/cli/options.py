@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from hvdtrain.recipe.base import Recipe, check_methods
-from hvdtrain.recipe.options import OptionField, OptionValues, option_fields
+from hvdtrain.recipe.option_types import SeveralValues, format_values, parse_texts
+from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training import schedule
@@ -18,19 +19,36 @@ from hvdtrain.training.logger import LOGGERS
 from hvdtrain.training.options import RunOptions, split_options
 
 CLICK_TYPES: dict[type, Any] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
+CLICK_NAMES = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: "BOOLEAN"}
 
 
 def make_click_option(field: OptionField) -> click.Option:
-    """Return a field as a click option; a bool becomes --name/--no-name."""
-    flag = field.flag if field.type is not bool else f"{field.flag}/--no-{field.flag[2:]}"
+    """Return a field as a click option; a bool becomes --name/--no-name, several values texts to be split at commas."""
     kind = click.Choice(field.choices) if field.choices else CLICK_TYPES.get(field.type, click.Path(path_type=Path))
-    return click.Option([field.name, flag], type=kind, default=None, multiple=field.multiple)
+    if field.multiple:
+        option = click.Option(["value", field.flag], type=click.STRING, multiple=True, metavar=_name_values(field))
+    elif field.type is bool:
+        option = click.Option(["value", f"{field.flag}/--no-{field.flag[2:]}"], type=click.BOOL, default=None)
+    else:
+        option = click.Option(["value", field.flag], type=kind, default=None)
+    option.name = field.name  # not an identifier, if it has a dot
+    return option
+
+
+def _name_values(field: OptionField) -> str:
+    """Return what stands for several values in the help: `INTEGER,...`."""
+    assert isinstance(field.kind, SeveralValues)
+    names = [
+        f"[{'|'.join(kind.choices)}]" if kind.choices else CLICK_NAMES.get(kind.type, "PATH")
+        for kind in field.kind.items
+    ]
+    return ",".join(names) if field.kind.is_fixed else f"{names[0]},..."
 
 
 def _format_help(field: OptionField) -> str:
-    shown = field.default if field.type is not bool else ("on" if field.default else "off")
-    if field.multiple:
-        shown = " ".join(map(str, field.default)) or None
+    shown = field.default if field.type is not bool or field.multiple else ("on" if field.default else "off")
+    if field.multiple and shown is not None:
+        shown = format_values(shown) or None
     text = field.help() if callable(field.help) else field.help
     return text if shown is None else f"{text}  [{shown}]"
 
@@ -113,6 +131,19 @@ def recipe_name(spec: str) -> str:
     return f"{stem}:{cls}" if cls else stem
 
 
+def collect_given(fields: Sequence[OptionField], values: OptionValues) -> OptionValues:
+    """Return the values of the options that were given. Raises UserError for a wrong one in a list of values."""
+    given: dict[str, Any] = {}
+    for field in fields:
+        value = values[field.name]
+        if value is None or value == ():
+            continue
+        is_several = isinstance(field.kind, SeveralValues)
+        given[field.name] = parse_texts(field.kind, field.flag, value) if is_several else value  # type: ignore[arg-type]
+        convert_value(field, given[field.name])
+    return given
+
+
 def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArguments:
     """Parse what follows RECIPE. Raises UserError for an unknown option or a wrong value, naming the nearest right one.
 
@@ -121,7 +152,7 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
     command = TrainCommand(f"hvdtrain train {spec}", cls, help=cls.__doc__)
     try:
         with command.make_context(command.name, list(args)) as context:
-            given = {key: value for key, value in context.params.items() if value not in (None, ())}
+            given = collect_given(command.fields, context.params)
     except click.NoSuchOption as error:
         names = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
         near = suggest_nearest(error.option_name, names, list_all=False)

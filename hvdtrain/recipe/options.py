@@ -1,7 +1,8 @@
 """Options as fields of dataclasses: how they are declared, checked, grouped and made from flat values.
 
 option(default, help)            declares one; its name on the command line is the field's, with dashes
-option_group(kind, section)      nests a dataclass of options in another; their names stay flat
+a field that is a dataclass      nests its options: those of `adam: Adam` are --adam.beta, ...
+option_group(kind, section)      nests those of a component of hvdtrain, whose names stay flat
 option_fields(cls)               all options of a class, those of its groups included
 make_from_values(cls, values)    an object of the class from {name: value}
 flatten_options(instance)        {name: value} of an object
@@ -9,22 +10,29 @@ flatten_options(instance)        {name: value} of an object
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from hvdtrain.recipe.option_types import (
+    EXPECTED_TYPES,
+    OptionType,
+    SeveralValues,
+    ValueType,
+    convert_several,
+    parse_hint,
+)
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import describe_error, in_recipe
 
 CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
-OPTION_TYPES = (int, float, str, bool)
 # By the options' names; what type a value must have is known to the fields that it is given to.
 OptionValues = Mapping[str, Any]
 T = TypeVar("T")
@@ -42,7 +50,7 @@ def option(
     """Declare an option: a dataclass field with a help text. Choices are given by the type: Literal["mlp", "cnn"].
 
     Args:
-        default: the value if none is given.
+        default: the value if none is given; of a list or a dataclass, each recipe gets a copy.
         help: one line for `--help`, or what returns it: called only when the help is printed.
         at_least: the smallest number that is accepted.
         above: a number that an accepted one must be greater than.
@@ -50,6 +58,8 @@ def option(
         section: the title under which `--help` lists it, if it is not that of its group.
     """
     metadata = {"help": help, "at_least": at_least, "above": above, "name": name, "section": section}
+    if type(default).__hash__ is None:  # which dataclasses refuse as a default, as all objects would share it
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,17 +72,30 @@ def option_group(kind: type[Any], section: str) -> Any:
 class OptionField:
     """One option of a recipe or of a run, as the command line needs it."""
 
-    name: str
-    type: type  # int, float, str, bool or pathlib.Path; of each value if there may be several
+    name: str  # with a dot if it is in a nested dataclass: "adam.beta"
+    kind: OptionType
     optional: bool  # may be None
-    multiple: bool  # holds a tuple of values
-    choices: tuple[str, ...]
     default: Any
     help: str | Callable[[], str]
     at_least: float | None
     above: float | None
     section: str  # title in --help; "" for a recipe's own
     path: tuple[str, ...]  # attributes that lead to it: of the groups that it is in, then its own
+
+    @property
+    def type(self) -> type:
+        """Return int, float, str, bool or pathlib.Path; of several values, the first one's."""
+        return self.kind.items[0].type if isinstance(self.kind, SeveralValues) else self.kind.type
+
+    @property
+    def multiple(self) -> bool:
+        """Return whether it holds several values."""
+        return isinstance(self.kind, SeveralValues)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Return the values that it may have; empty: any of its type."""
+        return self.kind.choices if isinstance(self.kind, ValueType) else ()
 
     @property
     def flag(self) -> str:
@@ -100,17 +123,57 @@ def option_fields(cls: type) -> list[OptionField]:
     for field in dataclasses.fields(cls):
         if field.name in reserved:
             raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: rename the option")
-    return _collect_fields(cls, (), "")
+    return _collect_fields(cls, _Nesting())
 
 
-def _collect_fields(cls: type, path: tuple[str, ...], section: str) -> list[OptionField]:
+@dataclass(frozen=True)
+class _Nesting:
+    """Where a dataclass of options is in the one that holds it."""
+
+    path: tuple[str, ...] = ()
+    prefix: str = ""  # of the options' names
+    section: str = ""
+    default: Any = None  # what holds the options' defaults; None: the class
+
+
+def _collect_fields(cls: type, nesting: _Nesting) -> list[OptionField]:
     found: list[OptionField] = []
     for field in dataclasses.fields(cls):
+        path = (*nesting.path, field.name)
         if "group" in field.metadata:
-            found += _collect_fields(field.metadata["group"], (*path, field.name), field.metadata["section"])
-        elif field.init:
-            found.append(_make_option_field(cls, field, (*path, field.name), section))
+            section = field.metadata["section"]
+            found += _collect_fields(field.metadata["group"], _Nesting(path, nesting.prefix, section))
+        elif not field.init:
+            continue
+        elif (inner := find_nested_class(cls, field)) is not None:
+            default = _find_default(cls, field, nesting.default)
+            if type(default) is not inner:
+                text = f"{default!r} as its default; expected an {inner.__name__}(...)"
+                raise UserError(f"{cls.__name__}.{field.name}, a dataclass of options, has {text}")
+            prefix = f"{nesting.prefix}{field.name}."
+            found += _collect_fields(inner, _Nesting(path, prefix, nesting.section, default))
+        else:
+            found.append(_make_option_field(cls, field, nesting))
     return found
+
+
+def find_nested_class(cls: type, field: dataclasses.Field[Any]) -> type | None:
+    """Return the dataclass of options that a field of a recipe holds; None if it is an option itself."""
+    if isinstance(field.type, type):
+        return field.type if dataclasses.is_dataclass(field.type) else None
+    hint = resolve_hint(cls, field)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _find_default(cls: type, field: dataclasses.Field[Any], holder: Any) -> Any:
+    """Return an option's default: what `holder` has, or else the class. Raises UserError if there is none."""
+    if holder is not None:
+        return getattr(holder, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    raise UserError(f"{cls.__name__}.{field.name} needs a default")
 
 
 def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:
@@ -130,38 +193,21 @@ def resolve_hint(cls: type, field: dataclasses.Field[Any]) -> Any:
         ) from error
 
 
-def _make_option_field(cls: type, field: dataclasses.Field[Any], path: tuple[str, ...], section: str) -> OptionField:
-    hint, optional, multiple = resolve_hint(cls, field), False, False
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
-        optional = len(inner) < len(typing.get_args(hint))
-        hint = inner[0] if len(inner) == 1 else hint
-    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (Ellipsis,):
-        multiple, hint = True, typing.get_args(hint)[0]
-    choices: tuple[str, ...] = ()
-    if typing.get_origin(hint) is Literal:
-        choices, hint = tuple(typing.get_args(hint)), str
-    if hint not in OPTION_TYPES and not (isinstance(hint, type) and issubclass(hint, Path)):
-        raise UserError(
-            f"{cls.__name__}.{field.name} has type {hint}; options are int, float, str, bool, Path, Literal or Optional"
-        )
-    default = field.default
-    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    if default is dataclasses.MISSING:
-        raise UserError(f"{cls.__name__}.{field.name} needs a default")
+def _make_option_field(cls: type, field: dataclasses.Field[Any], nesting: _Nesting) -> OptionField:
+    hint = resolve_hint(cls, field)
+    kind, optional = parse_hint(hint)
+    if kind is None:
+        raise UserError(f"{cls.__name__}.{field.name} has type {hint}; {EXPECTED_TYPES}")
     return OptionField(
-        name=field.metadata.get("name") or field.name,
-        type=hint,
+        name=nesting.prefix + (field.metadata.get("name") or field.name),
+        kind=kind,
         optional=optional,
-        multiple=multiple,
-        choices=choices,
-        default=default,
+        default=_find_default(cls, field, nesting.default),
         help=_find_metadata(cls, field.name, "help") or "",
         at_least=_find_metadata(cls, field.name, "at_least"),
         above=_find_metadata(cls, field.name, "above"),
-        section=_find_metadata(cls, field.name, "section") or section,
-        path=path,
+        section=_find_metadata(cls, field.name, "section") or nesting.section,
+        path=(*nesting.path, field.name),
     )
 
 
@@ -178,27 +224,35 @@ def convert_value(field: OptionField, value: Any) -> Any:
     """Return a value as the field's type; a str may stand for a path and an int for a float. Raises UserError."""
     if value is None and (field.optional or field.default is None):
         return None
-    if field.multiple:
-        single = dataclasses.replace(field, multiple=False)
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        return tuple(convert_value(single, one) for one in values)
-    if field.choices and value not in field.choices:
-        raise UserError(f"{field.flag}: {value!r} is not one of {', '.join(map(repr, field.choices))}")
-    if issubclass(field.type, Path) and isinstance(value, str):
+    if isinstance(field.kind, SeveralValues):
+        return convert_several(field.kind, field.flag, value, lambda kind, one: _convert_one(field, kind, one))
+    return _convert_one(field, field.kind, value)
+
+
+def _convert_one(field: OptionField, kind: ValueType, value: Any) -> Any:
+    if kind.choices and value not in kind.choices:
+        raise UserError(f"{field.flag}: {value!r} is not one of {', '.join(map(repr, kind.choices))}")
+    if issubclass(kind.type, Path) and isinstance(value, str):
         return Path(value)
-    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind.type is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
         except OverflowError:
             raise UserError(f"{field.flag}: {value} is too large for a float") from None
-    if not isinstance(value, field.type) or (field.type is int and isinstance(value, bool)):
-        raise UserError(f"{field.flag}: {value!r} is {type(value).__name__}; expected {field.type.__name__}")
+    if not isinstance(value, kind.type) or (kind.type is int and isinstance(value, bool)):
+        raise UserError(f"{field.flag}: {value!r} is {type(value).__name__}; expected {kind.type.__name__}")
     check_number(field, value)
     return value
 
 
 def check_number(field: OptionField, value: Any) -> None:
-    """Raise UserError for a number out of bounds, for NaN, and for infinity unless the field's default is infinite."""
+    """Raise UserError for a number out of bounds, for NaN, and for infinity unless the field's default is infinite.
+
+    value: of any type; of several values each one is checked.
+    """
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            check_number(field, one)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     may_be_infinite = isinstance(field.default, float) and math.isinf(field.default)
@@ -229,7 +283,8 @@ def make_from_values(cls: type[T], values: OptionValues) -> T:
             raise UserError(str(error)) from error
 
 
-def _make_group(cls: type[T], by_path: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> T:
+def _make_group(cls: type[T], by_path: Mapping[tuple[str, ...], Any], path: tuple[str, ...], default: Any = None) -> T:
+    """Make a dataclass of options; those not given are as in `default`, or as the class declares them if it is None."""
     arguments = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         here = (*path, field.name)
@@ -237,7 +292,10 @@ def _make_group(cls: type[T], by_path: Mapping[tuple[str, ...], Any], path: tupl
             arguments[field.name] = _make_group(field.metadata["group"], by_path, here)
         elif here in by_path:
             arguments[field.name] = by_path[here]
-    return cls(**arguments)
+        elif any(other[: len(here)] == here for other in by_path):
+            holder = _find_default(cls, field, default)
+            arguments[field.name] = _make_group(type(holder), by_path, here, holder)
+    return cls(**arguments) if default is None else dataclasses.replace(default, **arguments)
 
 
 def flatten_options(instance: Any) -> OptionValues:

@@ -8,7 +8,15 @@ from typing import TypeVar
 
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.options import OptionValues, check_number, make_from_values, option, option_fields, option_group
+from hvdtrain.recipe.options import (
+    OptionValues,
+    check_number,
+    flatten_options,
+    make_from_values,
+    option,
+    option_fields,
+    option_group,
+)
 from hvdtrain.system.errors import UserError
 
 DEFAULT_HANG_LIMIT = 600.0  # seconds
@@ -44,7 +52,7 @@ class ReportOptions:
     log_every: int = option(10, "steps between rows of metrics.jsonl", at_least=1)
     loggers: tuple[str, ...] = option(
         ("tensorboard",),
-        "what receives rows and the summary besides the run folder's files; several: give it several times",
+        "what receives rows and the summary besides the run folder's files; several: a,b",
         name="logger",
     )
     diagnose: bool = option(
@@ -99,5 +107,6 @@ def split_options(cls: type[R], given: OptionValues) -> tuple[R, RunOptions]:
 
 def check_recipe_values(recipe: Recipe) -> None:
     """Raise UserError for a number of epochs or a batch size below 1, and for numbers that are not finite."""
+    values = flatten_options(recipe)
     for field in option_fields(type(recipe)):
-        check_number(field, getattr(recipe, field.name))
+        check_number(field, values[field.name])

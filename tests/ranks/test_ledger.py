@@ -99,7 +99,7 @@ def test_ranks_that_do_not_agree_on_the_order_are_found_out(world2: KeptWorld, t
 def test_no_ledger_option_writes_no_ledger(world1: KeptWorld, tmp_path: Path) -> None:
     train(world1, EXACT, tmp_path / "run", "--steps", "3", "--no-ledger")
     assert not (tmp_path / "run" / "ledger").exists()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["ledger"] is False
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["ledger"] is False
     done = run("alone", 1, [*HVDTRAIN, "ledger", "verify", str(tmp_path / "run")])
     assert done.returncode == 2
     assert "has no ledger" in done.stderr

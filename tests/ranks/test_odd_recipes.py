@@ -57,7 +57,7 @@ def test_resume_with_another_batch_size_still_trains_its_epochs(
 
 def test_namedtuples_and_fields_that_are_worked_out(world2: KeptWorld, tmp_path: Path) -> None:
     train(world2, f"{ODD}:Named", tmp_path / "run", "--steps", "10")
-    assert "double" not in json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    assert "double" not in json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
     summary = train(world2, f"{ODD}:Named", tmp_path / "run", "--resume", "--steps", "20")
     assert summary["steps"] == 20
 

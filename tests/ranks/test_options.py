@@ -64,8 +64,9 @@ def test_the_run_folder_holds_what_it_promises(world2: KeptWorld, tmp_path: Path
     folder = tmp_path / "run"
     summary = train(world2, DIGITS, folder, "--epochs", "2", "--width", "8", "--log-every", "5")
     config = json.loads((folder / "config.json").read_text())
-    assert config["recipe"] == "digits"
-    assert {"width": 8, "epochs": 2, "batch_size": 128, "seed": 0, "amp": "off"}.items() <= config["options"].items()
+    assert (config["name"], config["class"], config["framework"]) == ("digits", "Digits", "torch")
+    assert {"width": 8, "epochs": 2, "batch_size": 128}.items() <= config["recipe"].items()
+    assert {"seed": 0, "amp": "off", "logger": ["tensorboard"]}.items() <= config["run"].items()
 
     logged = rows(folder)
     assert [row["step"] for row in logged] == [5, 10, 12, 15, 20, 24]

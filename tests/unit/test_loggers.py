@@ -87,7 +87,7 @@ def test_a_logger_of_another_distribution_gets_rows_and_the_summary(
 def test_without_tensorboard_among_them_there_is_no_such_folder(tmp_path: Path, environment: dict[str, str]) -> None:
     done = train(tmp_path / "run", environment, "--logger", "lines")
     assert done.returncode == 0 and not (tmp_path / "run" / "tensorboard").exists()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["logger"] == ["lines"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["logger"] == ["lines"]
 
 
 def test_a_logger_that_is_not_there_is_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
