@@ -15,6 +15,7 @@ from hvdtrain.bench.workload import (
     copy_model,
     describe_world,
     make_distributed_optimizer,
+    make_optimizer,
     prepare_workload,
     print_on_root,
     slowest_rank_medians,
@@ -76,7 +77,7 @@ def measure_exchange(work: Workload, way: str, steps: int) -> StepRow:
     model = copy_model(work)
     optimizer: Any
     if way == NO_EXCHANGE:
-        optimizer = work.recipe.optimizer(model.parameters())
+        optimizer = make_optimizer(work, model)
     elif way == STOCK_HOROVOD:
         optimizer = make_distributed_optimizer(work, model, exchange="horovod")
     else:

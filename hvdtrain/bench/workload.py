@@ -27,7 +27,7 @@ from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import AMP_DTYPES
-from hvdtrain.torch.setup import choose_device, load_datasets
+from hvdtrain.torch.setup import choose_device, load_datasets, make_optimizers
 from hvdtrain.training.options import RunOptions
 
 WARM_UP_STEPS = 4  # steps that do not count
@@ -151,11 +151,20 @@ def copy_model(work: Workload) -> nn.Module:
     return copy.deepcopy(work.model).train()
 
 
+def make_optimizer(work: Workload, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer for a model. Raises UserError if it has several."""
+    optimizers, several = make_optimizers(work.recipe, model)
+    if several:
+        names = ", ".join(optimizers)
+        raise UserError(f"{type(work.recipe).__name__} has an optimizer for each of {names}; expected one to measure")
+    return optimizers["loss"]
+
+
 def make_distributed_optimizer(
     work: Workload, model: nn.Module, compression: str = "none", exchange: Literal["bucketed", "horovod"] = "bucketed"
 ) -> Any:
     """Return the recipe's optimizer for a model, with an exchange of gradients."""
-    inner = work.recipe.optimizer(model.parameters())
+    inner = make_optimizer(work, model)
     held = {p for group in inner.param_groups for p in group["params"]}
     named = [(name, p) for name, p in model.named_parameters() if p in held]
     return DistributedOptimizer(inner, named, compression=compression, exchange=exchange, seed=work.seed)

@@ -55,6 +55,17 @@ def layer_contains(layer: str, name: str) -> bool:
     return name == layer or name.startswith(f"{layer}.")
 
 
+def select_layers(text: str, names: Sequence[str]) -> str:
+    """Return a specification without the layers that none of these parameters is in."""
+    head, *options = text.split(",")
+
+    def applies(option: str) -> bool:
+        layer = option.partition("=")[0].removeprefix("layer.")
+        return not option.startswith("layer.") or any(layer_contains(layer, name) for name in names)
+
+    return ",".join([head, *filter(applies, options)])
+
+
 def parse_compression(text: str) -> Spec:
     """Parse a specification. Raises UserError naming the part that is wrong, and the nearest valid one."""
     head, *options = text.split(",")

@@ -39,6 +39,7 @@ class ExchangeConfig:
     average: bool  # whether the sum is divided by the number of ranks
     spec: Spec  # compression
     seed: int = 0  # of compression's randomness
+    name: str = ""  # before those of its collectives, if another exchange may be under way at the same time
     group: collectives.Group = None  # the ranks; None: all
     bucket_bytes: int | None = None  # about as much is sent at once; None: as suits the device and, on a GPU, the codec
 
@@ -70,6 +71,7 @@ class Bucket:
     late_flag: torch.Tensor  # (1,), or (0,) if compressible
     reducer: CompressedReducer | PlainReducer
     compressible: bool  # a codec may carry it; whether one does, the reducer knows
+    collective_name: str  # of its collectives, which a codec adds its own to
     method: str = NONE  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
@@ -134,12 +136,17 @@ NamedParameters = list[tuple[str, torch.nn.Parameter]]
 
 def check_parameters(named: NamedParameters, spec: Spec) -> None:
     """Raise UserError if a layer of the spec matches no parameter, or a parameter's type cannot be exchanged."""
-    for layer in spec.layers:
-        if not any(layer_contains(layer, name) for name, _ in named):
-            names = ", ".join(sorted({name.rpartition(".")[0] or name for name, _ in named}))
-            raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {names}")
+    check_layers(spec, [name for name, _ in named])
     for name, p in named:
         check_dtype(name, p)
+
+
+def check_layers(spec: Spec, names: Sequence[str]) -> None:
+    """Raise UserError if a layer of the spec matches none of these names of parameters."""
+    for layer in spec.layers:
+        if not any(layer_contains(layer, name) for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[0] or name for name in names}))
+            raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {known}")
 
 
 def check_dtype(name: str, p: torch.nn.Parameter) -> None:
@@ -208,8 +215,9 @@ def make_bucket(
     flat = torch.zeros(count + (0 if compressible else len(params) + 1), dtype=dtype, device=params[0].device)
     flags = torch.zeros(len(params), device=flat.device) if compressible else flat[count:-1]
     late = flat[:0] if compressible else flat[-1:]
-    reducer = PlainReducer(f"gradients.{number}", flat, config.average, config.group)
-    return Bucket(params, [name for name, _ in members], make_views(flat, params), flags, late, reducer, compressible)
+    reducer = PlainReducer(f"{config.name}gradients.{number}", flat, config.average, config.group)
+    names, views = [name for name, _ in members], make_views(flat, params)
+    return Bucket(params, names, views, flags, late, reducer, compressible, reducer.name)
 
 
 def set_compression(bucket: Bucket, spec: Spec, argument: str, key: RandomKey) -> None:
@@ -232,14 +240,14 @@ def make_reducer(
     bucket: Bucket, flat: torch.Tensor, spec: Spec, argument: str, key: RandomKey
 ) -> CompressedReducer | PlainReducer:
     """Make a reducer of a flat tensor that is laid out as the bucket's; arguments as for `set_compression`."""
-    average, group = bucket.reducer.average, bucket.reducer.group
+    average, group, name = bucket.reducer.average, bucket.reducer.group, bucket.collective_name
     if spec.method == NONE:
-        return PlainReducer(f"gradients.{key.bucket}", flat, average, group)
+        return PlainReducer(name, flat, average, group)
     codec = make_codec(spec, argument, [matrix_shape(p) for p in bucket.params], key, flat.device)
     options = ReducerOptions(
         average=average, group=group, feedback=spec.feedback, warmup=spec.warmup, momentum=spec.momentum
     )
-    return CompressedReducer(f"gradients.{key.bucket}.{spec.method}{argument}", flat, codec, key, options)
+    return CompressedReducer(f"{name}.{spec.method}{argument}", flat, codec, key, options)
 
 
 def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:

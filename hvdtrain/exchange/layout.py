@@ -87,7 +87,7 @@ class BucketLayout:
         pieces = torch.split(flat[1:], [len(bucket.params) for bucket in compressible])
         for bucket, piece in zip(compressible, pieces, strict=True):
             bucket.flags = piece
-        return PlainReducer("gradients.flags", flat, average=False, group=self.group)
+        return PlainReducer(f"{self.config.name}gradients.flags", flat, average=False, group=self.group)
 
     def add_newcomers(self, arrived: Collection[torch.nn.Parameter]) -> list[Bucket]:
         """Agree with all ranks on the parameters to be exchanged from now on; return the buckets that they are in.

@@ -100,16 +100,17 @@ class ShardedExchange:
 
     advisor = None
 
-    def __init__(self, named: NamedParameters, shards: int, group: collectives.Group = None) -> None:
+    def __init__(self, named: NamedParameters, shards: int, group: collectives.Group = None, name: str = "") -> None:
         """Prepare the exchange, on all ranks.
 
         Args:
             named: names, the same on all ranks, and parameters.
             shards: virtual shards of the global batch.
             group: the ranks; None: all.
+            name: before those of its collectives.
         """
         check_parameters(named, parse_compression(NONE))
-        self.group, self.size = group, collectives.size(group)
+        self.group, self.size, self.collective_name = group, collectives.size(group), f"{name}shards"
         self.waited = 0.0
         self.wire_bytes = 0
         self.checks_finite = False
@@ -224,13 +225,15 @@ class ShardedExchange:
         added = [p for p in self.names if p not in agreed]
         counts = [self._use_counts[p] for p in self._agreed_params]
         # Whole numbers, whose sum over ranks does not depend on an order.
-        uses = self._sum_counts([*counts, [any(self._use_counts[p][0] for p in added), 0]], "shards.used")
+        uses = self._sum_counts(
+            [*counts, [any(self._use_counts[p][0] for p in added), 0]], f"{self.collective_name}.used"
+        )
         if uses.pop()[0]:
             arrived = [self.names[p] for p in added if self._use_counts[p][0]]
             known = {name: describe_parameter(p, values=p not in agreed) for p, name in self.names.items()}
             names = agree_on_newcomers(arrived, [], known, self.group)
             newcomers = [p for name in names for p in added if self.names[p] == name]
-            uses += self._sum_counts([self._use_counts[p] for p in newcomers], "shards.newcomers")
+            uses += self._sum_counts([self._use_counts[p] for p in newcomers], f"{self.collective_name}.newcomers")
             self._agreed_params += newcomers
         return uses
 
@@ -256,7 +259,7 @@ class ShardedExchange:
             # A rank without shards sends nothing, and adds its piece all the same.
             sums = [partial.total[start:end] for partial in flat.stack]
             own = split_for_ranks(sums, self.size) if sums else torch.empty(0, dtype=flat.dtype, device=flat.device)
-            name = f"shards.{number}.{start}"
+            name = f"{self.collective_name}.{number}.{start}"
             first_rounds.append(
                 collectives.all_to_all_async(own.view(-1).view(torch.uint8), f"{name}.pieces", self.group)
             )
@@ -268,7 +271,7 @@ class ShardedExchange:
             size, others = total.numel() * total.element_size(), self.size - 1
             flat.sent_bytes += size * others * (len(flat.stack) + 1)
             flat.received_bytes += size * (len(all_nodes) - len(flat.stack) + others)
-            name = f"shards.{number}.{start}"
+            name = f"{self.collective_name}.{number}.{start}"
             second_rounds.append(collectives.all_gather_async(total.view(torch.uint8), f"{name}.totals", self.group))
         gathered = [collectives.wait(handle).view(flat.dtype) for handle in second_rounds]
         return torch.cat([total[: end - start] for (start, end), total in zip(blocks, gathered, strict=True)])

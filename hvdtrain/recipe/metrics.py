@@ -80,6 +80,10 @@ class ScoreLayout:
                 found[metric.name] = totals[0] if metric.width is None else totals
         return found
 
+    def numerator(self, sums: NDArray[np.float64], name: str) -> float:
+        """Return the sum over examples of a score that has one value per example."""
+        return next(float(sums[place][0]) for metric, place, _ in self._locate() if metric.name == name)
+
     def loss_denominator(self, sums: NDArray[np.float64], count: int) -> float:
         """Return what the sum of losses is divided by: the sum of their own denominators, or `count` examples."""
         has_own = self.metrics[0].num_denominators > 0

@@ -47,15 +47,22 @@ def broadcast_state(
         for t, value in zip(odd, read_tensors(data), strict=True):
             overwrite_tensor(model, t, value)
     if optimizer is not None:
-        make_savable(optimizer)
-        state = optimizer.state_dict()
-        check_readable(state, "the optimizer's state")
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = collectives.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
-        if collectives.rank() != root:
-            loaded = torch.load(io.BytesIO(data), weights_only=True)
-            load_in_place(optimizer, lambda: optimizer.load_state_dict(loaded))
+        broadcast_optimizer(optimizer, root, process_set)
+
+
+def broadcast_optimizer(optimizer: torch.optim.Optimizer, root: int = 0, process_set: collectives.Group = None) -> None:
+    """Overwrite an optimizer's state with the root's."""
+    if collectives.size(process_set) == 1:
+        return
+    make_savable(optimizer)
+    state = optimizer.state_dict()
+    check_readable(state, "the optimizer's state")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = collectives.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
+    if collectives.rank() != root:
+        loaded = torch.load(io.BytesIO(data), weights_only=True)
+        load_in_place(optimizer, lambda: optimizer.load_state_dict(loaded))
 
 
 def load_in_place(optimizer: torch.optim.Optimizer, load: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset
 from hvdtrain.torch.example_digest import digest_example
-from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, get_hyperparameters
+from hvdtrain.torch.hyperparameters import StateDict, get_hyperparameters
 from hvdtrain.torch.splits import SplitLoaders
 
 
@@ -60,17 +60,19 @@ def check_same_model(model: nn.Module, saved: StateDict) -> None:
         raise UserError(f"the checkpoint is of another model or optimizer: {text}")
 
 
-def optimizer_part(
-    optimizer: torch.optim.Optimizer, model: nn.Module, hyperparameters: Sequence[ParamGroup]
-) -> ConsistentPart:
-    """Return an optimizer's class, and of each group its hyperparameters and the names of its parameters."""
+def optimizers_part(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> ConsistentPart:
+    """Return each optimizer's class, and of each group its hyperparameters and the names of its parameters."""
     names = {p: name for name, p in model.named_parameters()}
-    values = {"the optimizer": type(optimizer).__name__}
-    for place, (group, given) in enumerate(zip(optimizer.param_groups, hyperparameters, strict=True), 1):
-        for name, value in given.items():
-            values[f"{name} of the optimizer's group {place}"] = repr(value)
-        own = [names.get(p, "not of the model") for p in group["params"]]
-        values |= {f"parameter {i} of the optimizer's group {place}": name for i, name in enumerate(own, 1)}
+    values = {"the order of the losses": ", ".join(optimizers)} if len(optimizers) > 1 else {}
+    for loss, optimizer in optimizers.items():
+        which = "the optimizer" if len(optimizers) == 1 else f"the optimizer of {loss!r}"
+        values[which] = type(optimizer).__name__
+        hyperparameters = get_hyperparameters(optimizer.param_groups)
+        for place, (group, given) in enumerate(zip(optimizer.param_groups, hyperparameters, strict=True), 1):
+            for name, value in given.items():
+                values[f"{name} of {which}'s group {place}"] = repr(value)
+            own = [names.get(p, "not of the model") for p in group["params"]]
+            values |= {f"parameter {i} of {which}'s group {place}": name for i, name in enumerate(own, 1)}
     return ConsistentPart("optimizer", values, "{who}: {key} is {here}, {base} has {there}")
 
 
@@ -143,7 +145,10 @@ def metrics_part(layout: ScoreLayout) -> ConsistentPart:
 
 
 def step_parts(
-    device: torch.device, examples: Mapping[Split, SeededExamples], model: nn.Module, optimizer: torch.optim.Optimizer
+    device: torch.device,
+    examples: Mapping[Split, SeededExamples],
+    model: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> list[ConsistentPart]:
     """Return what has to be the same on all ranks before their training is joined."""
     return [
@@ -151,5 +156,5 @@ def step_parts(
         lengths_part({split: getter.count for split, getter in examples.items()}),
         examples_part(examples),
         *model_parts(model),
-        optimizer_part(optimizer, model, get_hyperparameters(optimizer.param_groups)),
+        optimizers_part(optimizers, model),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,44 +14,73 @@ from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe import Recipe
 
 
-def check_optimizer(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Return warnings of what a recipe's optimizer leaves out.
+def check_optimizers(recipe: Recipe, optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> list[str]:
+    """Return warnings of what a recipe's optimizers leave out.
+
+    Args:
+        recipe: whose they are.
+        optimizers: by the names of their losses.
+        model: whose parameters they have.
 
     Raises:
-        UserError: if it does not step without a closure, its parameters are not the model's, or it
-            has none to train.
+        UserError: if one does not step without a closure, its parameters are not the model's or another's, or it has
+            none to train.
     """
-    method = f"{type(recipe).__name__}.optimizer"
+    method, names = f"{type(recipe).__name__}.optimizer", {p: name for name, p in model.named_parameters()}
+    owners: dict[nn.Parameter, str] = {}
+    warnings = []
+    for loss, optimizer in optimizers.items():
+        which = f"{loss!r}: " if len(optimizers) > 1 else ""
+        warnings += check_optimizer(recipe, optimizer, names, which)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if owners.setdefault(p, loss) != loss:
+                raise UserError(
+                    f"{method}: parameter {names[p]} is in the optimizers of {owners[p]!r} and {loss!r}: give it to one"
+                )
+    left_out = [name for p, name in names.items() if p.requires_grad and p not in owners]
+    if left_out:
+        more = f" and {len(left_out) - 3} others" if len(left_out) > 3 else ""
+        group = "no group of the optimizer" if len(optimizers) == 1 else "no optimizer"
+        warnings.insert(0, f"warning   in {group}, so not trained: {', '.join(left_out[:3])}{more}")
+    return warnings
+
+
+def check_optimizer(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], which: str
+) -> list[str]:
+    """Return warnings of one optimizer. Raises UserError for one that cannot be used.
+
+    Args:
+        recipe: whose it is.
+        optimizer: as it was returned.
+        names: of the model's parameters.
+        which: before what is said of it, if there are others.
+    """
+    method = f"{type(recipe).__name__}.optimizer: {which}"
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(f"{method}: {type(optimizer).__name__} needs a closure: it cannot be used")
+        raise UserError(f"{method}{type(optimizer).__name__} needs a closure: it cannot be used")
     if any("lr" not in group for group in optimizer.param_groups):
-        raise UserError(f"{method}: {type(optimizer).__name__} has no learning rate 'lr': it cannot be used")
-    names = {p: name for name, p in model.named_parameters()}
+        raise UserError(f"{method}{type(optimizer).__name__} has no learning rate 'lr': it cannot be used")
     held = [p for group in optimizer.param_groups for p in group["params"]]
     for p in held:
         if p not in names:
             raise UserError(
-                f"{method}: {find_recipe_attribute(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of the "
+                f"{method}{find_recipe_attribute(recipe, p)}, of shape {tuple(p.shape)}, is not a parameter of the "
                 "model, so it would be neither saved nor sent to other ranks: put it into the model in model(), and "
                 "take it from there"
             )
         check_dtype(names[p], p)
     if not held:
-        raise UserError(f"{method}: the optimizer has no parameters: there is nothing to train")
+        raise UserError(f"{method}the optimizer has no parameters: there is nothing to train")
     if not any(p.requires_grad for p in held):
         raise UserError(
-            f"{method}: none of the optimizer's {len(held)} parameters requires a gradient: there is nothing to train; "
+            f"{method}none of the optimizer's {len(held)} parameters requires a gradient: there is nothing to train; "
             "use requires_grad_(True) for those that are to be trained"
         )
-    left_out = [name for p, name in names.items() if p.requires_grad and p not in set(held)]
-    warnings = []
-    if left_out:
-        more = f" and {len(left_out) - 3} others" if len(left_out) > 3 else ""
-        warnings.append(f"warning   in no group of the optimizer, so not trained: {', '.join(left_out[:3])}{more}")
     if empty := [str(number) for number, group in enumerate(optimizer.param_groups) if not group["params"]]:
-        warnings.append(f"warning   without parameters: the optimizer's group {', '.join(empty)}")
-    return warnings
+        return [f"warning   {which}without parameters: the optimizer's group {', '.join(empty)}"]
+    return []
 
 
 def find_recipe_attribute(recipe: Recipe, p: nn.Parameter) -> str:

@@ -46,7 +46,7 @@ class WrapOptions:
     def make_exchange(self, named: NamedParameters) -> BucketedExchange | ShardedExchange:
         """Make hvdtrain's exchange."""
         if self.shards is not None:
-            return ShardedExchange(named, self.shards, self.config.group)
+            return ShardedExchange(named, self.shards, self.config.group, self.config.name)
         return BucketedExchange(named, self.config)
 
 
@@ -62,6 +62,7 @@ def DistributedOptimizer(
     process_set: collectives.Group = None,
     bucket_bytes: int | None = None,
     shards: int | None = None,
+    name: str = "",
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or the sum) of all ranks' gradients.
 
@@ -80,6 +81,7 @@ def DistributedOptimizer(
         shards: sum over so many virtual shards of the batch, the same bits on any number of ranks. Only with
             average=False, and the caller announces through `exchange.start_exchange` and `exchange.end_backward_pass`
             what belongs to which (`hvdtrain.exchange.sharded`).
+        name: before those of its collectives, if gradients of several optimizers are exchanged at the same time.
 
     Raises:
         ValueError: a parameter of the optimizer has no name, two have the same, or one is in another
@@ -96,7 +98,9 @@ def DistributedOptimizer(
     spec = parse_compression(compression)
     if exchange == "horovod":
         check_stock_exchange(compression, named)
-    config = ExchangeConfig(average=average, spec=spec, seed=seed, group=process_set, bucket_bytes=bucket_bytes)
+    config = ExchangeConfig(
+        average=average, spec=spec, seed=seed, name=name, group=process_set, bucket_bytes=bucket_bytes
+    )
     _wrap_optimizer(optimizer, named, WrapOptions(config, exchange, backward_passes_per_step, shards))
     return optimizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -56,8 +55,11 @@ class Recipe(base.Recipe):
         return default_collate(examples)
 
     @abstractmethod
-    def optimizer(self, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer, at learning rate `self.lr`."""
+    def optimizer(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer | dict[str, torch.optim.Optimizer]:
+        """Return the optimizer of the model's parameters, at learning rate `self.lr`.
+
+        Declared as `optimizer(self, params, named)`, it is also given a list of (name, parameter).
+        """
         raise NotImplementedError
 
     @abstractmethod

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -82,18 +82,44 @@ def make_model(recipe: Recipe) -> torch.nn.Module:
     return model
 
 
-def make_optimizer(recipe: Recipe, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer. Raises UserError if that is something else, RecipeError for what it raises."""
+def make_optimizers(recipe: Recipe, model: torch.nn.Module) -> tuple[dict[str, torch.optim.Optimizer], bool]:
+    """Return the recipe's optimizers by the names of their losses, and whether it returned a dict of them.
+
+    Raises UserError if it returned something else, RecipeError for what it raises.
+    """
+    method = name_call(recipe, "optimizer()")
     with in_recipe(recipe, "optimizer()"):
-        optimizer = recipe.optimizer(params)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        several = isinstance(optimizer, (tuple, list, dict))
+        returned = _call_optimizer(recipe, model)
+    if isinstance(returned, torch.optim.Optimizer):
+        return {"loss": returned}, False
+    if not isinstance(returned, dict) or not returned:
+        several = isinstance(returned, (tuple, list, dict))
         raise UserError(
-            f"{name_call(recipe, 'optimizer()')} returned {type(optimizer).__name__}; expected a torch.optim.Optimizer"
-            + (": does it lack a return?" if optimizer is None else "")
-            + (": use one with several parameter groups, or a loop of your own" if several else "")
+            f"{method} returned {'an empty dict' if returned == {} else type(returned).__name__}; expected a "
+            "torch.optim.Optimizer"
+            + (": does it lack a return?" if returned is None else "")
+            + (", or a dict of them by the names of their losses, e.g. {'loss_d': ..., 'loss_g': ...}" * several)
         )
-    return optimizer
+    for name, optimizer in returned.items():
+        if not isinstance(name, str) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(
+                f"{method} returned {name!r}: {type(optimizer).__name__} in its dict; expected the name of a score, "
+                "and the torch.optim.Optimizer that minimizes it"
+            )
+    return returned, True
+
+
+def _call_optimizer(recipe: Recipe, model: torch.nn.Module) -> object:
+    """Call `optimizer(params)`, or `optimizer(params, named)` if that is how the recipe declares it."""
+    declared = inspect.signature(recipe.optimizer).parameters
+    required = [
+        p for p in declared.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    method: Callable[..., object] = recipe.optimizer
+    params, named = list(model.parameters()), list(model.named_parameters())
+    if "named" in declared:
+        return method(params, named=named)
+    return method(params, named) if len(required) > 1 else method(params)
 
 
 def configure_torch(options: StepOptions, threads: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
 from hvdtrain.recipe.order import Ids
-from hvdtrain.torch.broadcast import broadcast_state
+from hvdtrain.torch.broadcast import broadcast_optimizer, broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import (
@@ -107,7 +106,9 @@ class TorchStep:
             check_agreement("agreement.metrics", self.agreement_parts[-1:])
 
             self.updater.join_world(world)
-            broadcast_state(self.model, self.updater.optimizer)
+            broadcast_state(self.model)
+            for optimizer in self.updater.optimizers.values():
+                broadcast_optimizer(optimizer)
             self.ema = AveragedModel(self.model, decay) if (decay := options.optimization.ema) is not None else None
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
@@ -134,21 +135,21 @@ class TorchStep:
 
     def _agree_on_parts(self) -> list[ConsistentPart]:
         """Return what has to be the same on all ranks, and is."""
-        examples, optimizer = get_seeded_examples(self.splits), self.updater.optimizer
-        reject_scheduler(self.recipe, optimizer)
+        examples, optimizers = get_seeded_examples(self.splits), self.updater.optimizers
+        reject_scheduler(self.recipe, optimizers.values())
         parts = collectives.on_all_ranks(
-            "agreement.parts", lambda: step_parts(self.device, examples, self.model, optimizer)
+            "agreement.parts", lambda: step_parts(self.device, examples, self.model, optimizers)
         )
         check_agreement("agreement.step", parts)
         return parts
 
     def _run_trial(self) -> TrialResult:
         """Score two examples with a copy of the recipe, and return what that does."""
-        shared, count = [*self.datasets.values(), self.updater.optimizer], min(2, self.examples["train"])
+        count = min(2, self.examples["train"])
         batch, context = self._load_two_examples(), self.scorer.autocast_context()
         attempt = explain_nondeterminism(run_trial)
         return collectives.on_all_ranks(
-            "trial", lambda: attempt(self.recipe, self.model, shared, batch, count, context)
+            "trial", lambda: attempt(self.recipe, self.model, self._list_shared(), batch, count, context)
         )
 
     def _track_changes(
@@ -157,7 +158,7 @@ class TorchStep:
         name, deterministic = type(self.recipe).__name__, self.options.exchange.deterministic
         changes = ChangeTracker(name, self.model, modes, buffer_modes, self.world.size, deterministic)
         changes.buffer_reducer.expect_changes(changed_buffers)
-        changes.learning_rate_watch.set_baseline(self.updater.optimizer.param_groups)
+        changes.learning_rate_watch.set_baseline(self.updater.param_groups)
         return changes
 
     def _load_two_examples(self) -> Any:
@@ -168,11 +169,15 @@ class TorchStep:
         return find_changed_hash(select_examples(self.agreement_parts), earlier)
 
     def base_learning_rate(self) -> float:
-        return self.updater.base_lrs[0]
+        return self.updater.losses[0].base_lrs[0]
 
     def trace_graph(self) -> bytes | None:
-        shared = [*self.datasets.values(), self.updater.optimizer]
-        return trace_model_graph(self.recipe, self.model, shared, self._load_two_examples(), self.world.rank)
+        batch = self._load_two_examples()
+        return trace_model_graph(self.recipe, self.model, self._list_shared(), batch, self.world.rank)
+
+    def _list_shared(self) -> list[Any]:
+        """Return what a trial's copies refer to as it is."""
+        return [*self.datasets.values(), *self.updater.optimizers.values()]
 
     # A training step.
 
@@ -199,12 +204,10 @@ class TorchStep:
         is_last = self._micro_batches_done == self._num_micro_batches
         if is_last:  # the forward passes are over: sums and buffers travel while backward computes
             self._start_small_all_reduces()
-        objective = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum() * weight
-        self.updater.backward(objective, last=is_last)
+        self.updater.backward(scores, weight, last=is_last)
 
     def _start_small_all_reduces(self) -> None:
-        # The groups not by their property, which would wait for gradients.
-        flags = self.changes.collect_change_flags(vars(self.updater.optimizer).get("param_groups", ()))
+        flags = self.changes.collect_change_flags(self.updater.param_groups)
         self.sums.start_all_reduce(self._votes, flags, self.world.size)
         if self.world.size > 1:
             self.changes.buffer_reducer.start_combining(self._batch_share)
@@ -218,9 +221,9 @@ class TorchStep:
         begin = time.perf_counter()
         self.changes.reconcile_changes(totals.change_flags, self._num_micro_batches)
         if self.world.size > 1:
-            waited += self.updater.optimizer.waited + time.perf_counter() - begin
+            waited += self.updater.waited + time.perf_counter() - begin
         self._messages += self.changes.buffer_reducer.take_warnings()
-        self.updater.check_loss_trains(float(totals.scores[0]))
+        self.updater.check_losses_train(lambda name: self.layout.numerator(totals.scores, name))
         nonfinite = totals.nonfinite_ranks > 0
         return StepResult(
             score_sums=totals.scores,
@@ -235,7 +238,7 @@ class TorchStep:
         seed_all(seed)  # what an optimizer draws is the same on all ranks
         self._step_in_progress, self.update_in_progress = False, True
         report = self.updater.clip_and_step(factor)
-        self.changes.learning_rate_watch.set_baseline(self.updater.optimizer.param_groups)
+        self.changes.learning_rate_watch.set_baseline(self.updater.param_groups)
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
         self.changes.accept_update()
@@ -271,7 +274,7 @@ class TorchStep:
 
     def load_state(self, data: bytes) -> None:
         restore_state(data, self.device, self.model, self.updater, self.ema)
-        self.changes.accept_loaded_state(self.updater.optimizer.param_groups)
+        self.changes.accept_loaded_state(self.updater.param_groups)
         self.update_in_progress = False
 
     def checksum_state(self) -> dict[str, int]:
@@ -282,13 +285,10 @@ class TorchStep:
         if self.world.size == 1:
             return 0
         small = self.changes.buffer_reducer.payload_bytes + self.sums.num_bytes
-        return int(self.updater.optimizer.wire_bytes) + collectives.ring_all_reduce_bytes(small, self.world.size)
+        return self.updater.wire_bytes + collectives.ring_all_reduce_bytes(small, self.world.size)
 
     def exchange_report(self) -> ExchangeReport:
-        exchange, bucketed = self.updater.optimizer.exchange, self.updater.bucketed_exchange
-        advisor = bucketed and bucketed.advisor
-        buckets = [asdict(bucket) for bucket in exchange.describe_buckets()] if exchange else []
-        return ExchangeReport(buckets, advisor.advice.to_json() if advisor and advisor.advice else None)
+        return self.updater.describe_exchange()
 
     def take_messages(self) -> list[str]:
         lines, self._messages[:] = list(self._messages), []

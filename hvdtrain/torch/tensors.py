@@ -41,6 +41,17 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in dense_parts(tensor))
 
 
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Return whether all values are finite, in one pass through memory: a sum that overflows counts as not finite."""
+    sums = []
+    for gradient in gradients:
+        dense = gradient._values() if gradient.is_sparse else gradient
+        values = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+        sums.append(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).double())
+    # One trip from a GPU for all.
+    return not sums or bool(torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all())
+
+
 def read_version(tensor: Tensor) -> TensorVersion:
     """Return what changes when a tensor is written in place (but through `.data`) or is given other memory."""
     version = -1 if tensor.is_inference() else tensor._version

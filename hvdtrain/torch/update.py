@@ -1,272 +1,233 @@
-"""The recipe's optimizer on all ranks: gradients are exchanged, checked, clipped and applied."""
+"""The recipe's optimizers on all ranks: one for the loss, or one for each of several losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
-from hvdtrain.compression.spec import parse_compression
-from hvdtrain.exchange.bucketed import BucketedExchange
-from hvdtrain.exchange.sharded import ShardedExchange
-from hvdtrain.exchange.state import (
-    ExchangeState,
-    gather_exchange_state,
-    load_exchange_state,
-    local_exchange_state,
-    restore_local_state,
-    scale_state,
-)
+from hvdtrain.compression.spec import AUTO, parse_compression
+from hvdtrain.exchange.buckets import check_layers
 from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.recipe.framework import ExchangeReport
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.groups import check_optimizer, get_parameter_names, match_groups, reorder_state
-from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
-from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
-from hvdtrain.torch.optimizer_methods import WrappedOptimizer
+from hvdtrain.torch.groups import check_optimizers
+from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
+from hvdtrain.torch.optimized_loss import OptimizedLoss, UpdateSettings
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.setup import check_momentum, make_optimizer
-
-# A detector's first batches may hold no object, so that their loss is zero without a graph; 5 in a row do not.
-MAX_STEPS_WITHOUT_GRADIENT = 5
+from hvdtrain.torch.setup import make_optimizers
 
 
 class Updater:
     """Exchanges gradients and updates the parameters.
 
     A step is `start_step`, `backward` for each micro-batch, `reduce_gradients`, and `clip_and_step` unless a sum is not
-    finite.
+    finite. With several losses, `select_losses` says before the last `backward`, on a rank without any before
+    `reduce_gradients`, which of them take part: the same on all ranks.
 
     Attributes:
-        optimizer: the recipe's, wrapped.
-        bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
+        losses: the scores that are minimized, each by its optimizer, in the order of the recipe's dict.
+        several: whether the recipe returned a dict of optimizers.
         scaler: of --amp fp16.
         log_lines: to be reported.
-        base_lrs: each group's learning rate, before the schedule.
-        hyperparameters: what each group was given.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, options: StepOptions) -> None:
-        self.model, self.options = model, options
-        self.recipe_name = type(recipe).__name__
+        self.model = model
         self.log_lines: list[str] = []
-        made = collectives.on_all_ranks("optimizer", lambda: self._make_optimizer(recipe))
-        self.optimizer = cast(WrappedOptimizer, made)  # as soon as a world is joined
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
+        optimizers = collectives.on_all_ranks("optimizer", lambda: self._make_optimizers(recipe, options))
+        settings = UpdateSettings(type(recipe).__name__, model, options, self.scaler, tuple(optimizers), self.several)
+        self.losses = tuple(OptimizedLoss(name, optimizer, settings) for name, optimizer in optimizers.items())
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here even if this rank has no examples
-        self.bucketed_exchange: BucketedExchange | None = None
-        self.shard_exchange: ShardedExchange | None = None
-        self.base_lrs: list[float] = []
-        self.hyperparameters: list[ParamGroup] = []
         self._has_joined = False  # a world, now or before
-        self._carried_state: ExchangeState | None = None  # the exchange's, from one world to the next
-        self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
-        self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
-        self._state_checked = False
+        self._in_step = self.losses  # those that take part in it
+        self._steps = 0  # that were exchanged in this process
 
-    def _make_optimizer(self, recipe: Recipe) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(recipe, list(self.model.parameters()))
-        self.log_lines += check_optimizer(recipe, optimizer, self.model)
-        return optimizer
+    def _make_optimizers(self, recipe: Recipe, options: StepOptions) -> dict[str, torch.optim.Optimizer]:
+        optimizers, self.several = make_optimizers(recipe, self.model)
+        self.log_lines += check_optimizers(recipe, optimizers, self.model)
+        if self.several:
+            check_several(options, optimizers, self.model)
+        return optimizers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the losses."""
+        return tuple(loss.name for loss in self.losses)
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The recipe's optimizers, wrapped, by the names of their losses."""
+        return {loss.name: loss.optimizer for loss in self.losses}
+
+    @property
+    def param_groups(self) -> list[ParamGroup]:
+        """All optimizers' groups, without waiting for gradients as the property of a wrapped optimizer does."""
+        return [group for loss in self.losses for group in vars(loss.optimizer).get("param_groups", ())]
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the last step waited for gradients."""
+        return sum(loss.optimizer.waited for loss in self._in_step)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of gradients that this rank sends in a step: on average, if losses are left out of some."""
+        if not self.several:
+            return int(self.losses[0].optimizer.wire_bytes)
+        total = sum(loss.optimizer.wire_bytes * loss.steps for loss in self.losses)
+        return int(total / max(1, self._steps))
+
+    def describe_exchange(self) -> ExchangeReport:
+        """Return how gradients travel; with several losses, each bucket with the name of its loss."""
+        buckets: list[Mapping[str, object]] = []
+        advisor = None
+        for loss in self.losses:
+            exchange, of_loss = loss.optimizer.exchange, {"loss": loss.name} if self.several else {}
+            buckets += [asdict(bucket) | of_loss for bucket in exchange.describe_buckets()] if exchange else []
+            advisor = advisor or (loss.bucketed_exchange and loss.bucketed_exchange.advisor)
+        return ExchangeReport(buckets, advisor.advice.to_json() if advisor and advisor.advice else None)
+
+    # The world.
 
     def join_world(self, world: World) -> None:
         """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
-        first = not self._has_joined
-        if first:
-            check_momentum(parse_compression(self.options.compression.spec), self.optimizer, world)
-        held = set(self._optimized_parameters())
-        wrapped = DistributedOptimizer(
-            self.optimizer,
-            [(name, p) for name, p in self.model.named_parameters() if p in held],
-            average=False,
-            compression=self.options.compression.spec,
-            exchange=self.options.exchange.kind,
-            seed=self.options.data.seed,
-            bucket_bytes=self.options.exchange.bucket_bytes,
-            shards=self.options.exchange.num_shards,
-        )
-        self.optimizer = cast(WrappedOptimizer, wrapped)
-        exchange = self.optimizer.exchange
-        self.bucketed_exchange = exchange if isinstance(exchange, BucketedExchange) else None
-        self.shard_exchange = exchange if isinstance(exchange, ShardedExchange) else None
-        if exchange is not None:
-            exchange.checks_finite = self.scaler is None and self.options.optimization.clip_norm is None
-        if self.bucketed_exchange is not None and self.bucketed_exchange.advisor is not None:
-            self.bucketed_exchange.advisor.log_line = self.log_lines.append
-        if first:
-            self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-            self.hyperparameters = get_hyperparameters(self.optimizer.param_groups)
-            self._has_joined = True
+        for loss in self.losses:
+            loss.join_world(world, self.log_lines.append)
+        if not self._has_joined:
             check_readable(self.model.state_dict(), "the model's state")
-            check_readable(self.optimizer.state_dict(), "the optimizer's state")
+        self._has_joined = True
 
     def leave_world(self) -> None:
-        """Leave the exchange of a world; what it has not sent is kept for the next."""
-        if self.bucketed_exchange is not None and (self._carried_state is None or self.bucketed_exchange.buckets):
-            self._carried_state = local_exchange_state(self.bucketed_exchange)
-            # Else the world broke before the state was loaded into it.
-        self.close()
+        """Leave the exchanges of a world; what they have not sent is kept for the next."""
+        for loss in self.losses:
+            loss.leave_world()
 
     def close(self) -> None:
-        """Give the recipe's optimizer and its parameters back as they were before `join_world`."""
-        if hasattr(type(self.optimizer), "inner_class"):
-            unwrap_optimizer(self.optimizer)
+        """Give the recipe's optimizers and their parameters back as they were before `join_world`."""
+        for loss in self.losses:
+            loss.close()
 
-    def _optimized_parameters(self) -> list[nn.Parameter]:
-        groups = vars(self.optimizer).get("param_groups", self.optimizer.param_groups)
-        return [p for group in groups for p in group["params"]]
-
-    def _collect_gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._optimized_parameters() if p.grad is not None]
+    # A step.
 
     def start_step(self, passes: Sequence[int]) -> None:
         """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.set_backward_passes_per_step(sum(passes))
-        if self.shard_exchange is not None:
-            self.shard_exchange.start_exchange(passes)
+        self._in_step = self.losses
+        for loss in self.losses:
+            loss.start_step(passes)
 
-    def backward(self, objective: Tensor, last: bool) -> None:
-        """Add the gradient of an objective, if it has one, and start exchanging what is ready in the last pass."""
-        if self.bucketed_exchange is not None:
-            self.bucketed_exchange.announce_pass(last)
-        if objective.requires_grad:
-            (self.scaler.scale(objective) if self.scaler is not None else objective).backward()  # type: ignore[no-untyped-call]
-        if self.shard_exchange is not None:
-            self.shard_exchange.end_backward_pass()
+    def select_losses(self, names: Collection[str]) -> None:
+        """Let only these losses take part in the step, on all ranks alike."""
+        self._in_step = tuple(loss for loss in self.losses if loss.name in names)
+        for loss in self.losses:
+            if loss not in self._in_step:
+                loss.leave_out()
+
+    def backward(self, scores: Mapping[str, Tensor], weight: float, last: bool) -> None:
+        """Add the gradients of `weight` * the sum of each loss in `scores`, and start exchanging what is ready.
+
+        Args:
+            scores: (B,) by name.
+            weight: of each example.
+            last: whether this is the step's last micro-batch on this rank.
+        """
+        present = [loss for loss in self.losses if loss.name in scores]
+        for loss in present:
+            values = scores[loss.name]
+            objective = values.to(torch.promote_types(values.dtype, torch.float32)).sum() * weight
+            if self.scaler is not None and objective.requires_grad:
+                objective = self.scaler.scale(objective)
+            loss.backward(objective, last, keep_graph=loss is not present[-1])
 
     def reduce_gradients(self) -> tuple[str, ...]:
         """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
-        self.optimizer.synchronize()
-        if self.scaler is not None:
-            return ()  # which skips such steps itself
-        exchange = self.optimizer.exchange
-        if self.options.optimization.clip_norm is not None:
-            self._gradient_norm = nn.utils.get_total_norm(self._collect_gradients())
-            finite = bool(torch.isfinite(self._gradient_norm))
-        else:
-            finite = exchange.sums_are_finite if exchange is not None else all_finite(self._collect_gradients())
-        if finite:
-            return ()
-        names = {p: name for name, p in self.model.named_parameters()}
-        return tuple(
-            names[p] for p in self._optimized_parameters() if p.grad is not None and not all_finite([p.grad])
-        ) or ("the sum",)
+        self._steps += 1
+        return tuple(name for loss in self._in_step for name in loss.reduce_gradients())
 
-    def check_loss_trains(self, loss: float) -> None:
+    def check_losses_train(self, get_sum: Callable[[str], float]) -> None:
         """Raise UserError if no rank's loss has depended on a parameter so far, and that is not by chance.
 
-        Args:
-            loss: the sum of the step's losses over all ranks.
+        get_sum: returns the sum of a score over the step's examples, by its name.
         """
-        if self._steps_without_gradient is None:
-            return
-        if self._collect_gradients():
-            self._steps_without_gradient = None
-            return
-        self._steps_without_gradient += 1
-        if loss or self._steps_without_gradient == MAX_STEPS_WITHOUT_GRADIENT:
-            raise UserError(
-                f"{self.recipe_name}.score: 'loss' depends on no parameter that is trained, on no rank: compute it "
-                "from the model's outputs, without detach(), item() or no_grad(), and with parameters that require a "
-                "gradient"
-            )
+        for loss in self._in_step:
+            loss.check_loss_trains(get_sum(loss.name))
 
     def clip_and_step(self, factor: float) -> dict[str, float]:
         """Clip, and step at `factor` times the learning rates; return what is to be reported."""
-        groups = self.optimizer.param_groups
-        self.base_lrs += [float(group["lr"]) for group in groups[len(self.base_lrs) :]]  # added since
-        for group, lr in zip(groups, self.base_lrs, strict=True):
-            group["lr"] = lr * factor
         report: dict[str, float] = {}
+        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         if self.scaler is not None:
-            report["loss_scale"] = self.scaler.get_scale()
-            self.scaler.unscale_(self.optimizer)
-        if self.options.optimization.clip_norm is not None:
-            params = [p for p in self._optimized_parameters() if p.grad is not None]
-            norm = (
-                self._gradient_norm
-                if self._gradient_norm is not None
-                else nn.utils.get_total_norm(self._collect_gradients())
-            )
-            nn.utils.clip_grads_with_norm_(params, self.options.optimization.clip_norm, norm)
-            report["gradient_norm"], self._gradient_norm = float(norm), None
-        if self.scaler is None:
-            self._step_optimizer()
-        else:
-            # The gradients are the same on all ranks, and so is the decision to skip.
-            self.scaler.step(self.optimizer)
+            report["loss_scale"] = scale
+        for loss in self._in_step:
+            loss.set_learning_rates(factor)
+            report |= loss.clip_and_step()
+        if self.several:
+            report |= {f"lr{loss.column_suffix}": loss.base_lrs[0] * factor for loss in self.losses}
+        if self.scaler is not None:
             self.scaler.update()
-            scale = self.scaler.get_scale()
-            report["skipped"] = float(scale < report["loss_scale"])
-            if self.bucketed_exchange is not None and scale != report["loss_scale"]:
-                scale_state(self.bucketed_exchange, scale / report["loss_scale"])
+            new_scale = self.scaler.get_scale()
+            report["skipped"] = float(new_scale < scale)
+            if new_scale != scale:
+                for loss in self.losses:  # also what one that was left out carries is in gradients' units
+                    loss.scale_carried_state(new_scale / scale)
         return report
 
-    def _step_optimizer(self) -> None:
-        try:
-            self.optimizer.step()
-        except (AssertionError, TypeError) as error:
-            if "closure" not in str(error):
-                raise
-            raise UserError(
-                f"{self.recipe_name}.optimizer: {type(self.optimizer).__name__} needs a closure: it cannot be used"
-            ) from error
-        if not self._state_checked:
-            check_readable(self.optimizer.state_dict(), "the optimizer's state")
-            self._state_checked = True
+    # The state.
 
     def gather_carried_state(self) -> dict[str, object] | None:
-        """Return the exchange's part of a checkpoint, the same on all ranks, all of which call this."""
-        if self.bucketed_exchange is None:
-            return None
-        return gather_exchange_state(self.bucketed_exchange, self.options.exchange.saves_rank_residuals).to_checkpoint()
+        """Return the exchanges' part of a checkpoint, the same on all ranks, all of which call this."""
+        return self._join_carried({loss.name: loss.gather_carried_state() for loss in self.losses})
 
     def local_carried_state(self) -> dict[str, object] | None:
-        """Return the exchange's part of this rank's checkpoint after the world has broken, without what is unsent."""
-        if self._carried_state is None:
-            return None
-        return replace(self._carried_state, unsent={}, velocities={}).to_checkpoint()
+        """Return the exchanges' part of this rank's checkpoint after the world has broken, without what is unsent."""
+        return self._join_carried({loss.name: loss.local_carried_state() for loss in self.losses})
+
+    def _join_carried(self, parts: Mapping[str, dict[str, object] | None]) -> dict[str, object] | None:
+        if not self.several:
+            return parts[self.losses[0].name]
+        return {name: part for name, part in parts.items() if part is not None} or None
 
     def optimizer_state(self) -> StateDict:
-        """Return all of the state but the exchange's part."""
-        names = get_parameter_names(self.optimizer, self.model)
-        state = {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.hyperparameters}
+        """Return all of the state but the exchanges' part."""
+        states = {loss.name: loss.get_state() for loss in self.losses}
+        state = {"optimizers": states} if self.several else states[self.losses[0].name]
         return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: StateDict) -> None:
         """Load a state. Raises UserError or torch's own errors for one of other parameters."""
-        own, earlier = state["optimizer"], state.get("settings", self.hyperparameters)
-        if "parameters" in state:  # an earlier hvdtrain matched by order
-            now = get_parameter_names(self.optimizer, self.model)
-            places = match_groups(state["parameters"], now)
-            own = reorder_state(own, state["parameters"], now)
-            earlier = [earlier[place] for place in places if place < len(earlier)]
-        self.optimizer.load_state_dict(own)
-        apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
+        carried = state.get("exchange")
+        if not self.several and "optimizers" not in state:
+            self.losses[0].load_state(state, carried)
+        else:
+            saved = state.get("optimizers", {"loss": state})
+            if sorted(saved) != sorted(self.names) or not self.several:
+                raise UserError(
+                    f"the checkpoint's optimizers minimize {', '.join(saved)}, and this run's {', '.join(self.names)}: "
+                    "return the same from optimizer() to resume"
+                )
+            for loss in self.losses:
+                loss.load_state(saved[loss.name], None if carried is None else carried.get(loss.name))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if self.bucketed_exchange is not None and "exchange" in state:
-            loaded = ExchangeState.from_checkpoint(state["exchange"])
-            load_exchange_state(self.bucketed_exchange, loaded)
-            # A checkpoint of the run folder has what all ranks have not sent.
-            if self._carried_state is not None and not (loaded.unsent or loaded.velocities):
-                restore_local_state(self.bucketed_exchange, self._carried_state)
-            self._carried_state = None
 
 
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Return whether all values are finite, in one pass through memory: a sum that overflows counts as not finite."""
-    sums = []
-    for gradient in gradients:
-        dense = gradient._values() if gradient.is_sparse else gradient
-        values = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
-        sums.append(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).double())
-    # One trip from a GPU for all.
-    return not sums or bool(torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all())
+def check_several(options: StepOptions, optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> None:
+    """Raise UserError for options that cannot be used with an optimizer for each of several losses."""
+    names = ", ".join(optimizers)
+    spec = parse_compression(options.compression.spec)
+    if spec.method == AUTO:
+        raise UserError(
+            f"--compression auto measures the steps of one optimizer, and there is one for each of {names}: name a "
+            "method, e.g. powersgd:4 (hvdtrain bench compression compares them)"
+        )
+    if options.exchange.kind == "horovod":
+        raise UserError(f"--exchange horovod takes one optimizer, and there is one for each of {names}: leave it out")
+    held = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
+    check_layers(spec, [name for name, p in model.named_parameters() if p in held])

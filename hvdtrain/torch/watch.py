@@ -11,7 +11,7 @@ A rank without examples does not call `score`: it is sent the parameters as the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,10 +180,10 @@ class LearningRateWatch:
         )
 
 
-def reject_scheduler(recipe: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError if a recipe has made a learning-rate scheduler for its optimizer, which would have no effect."""
+def reject_scheduler(recipe: Any, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise UserError if a recipe has made a learning-rate scheduler for an optimizer, which would have no effect."""
     kept = next((type(value).__name__ for value in vars(recipe).values() if isinstance(value, LRScheduler)), None)
-    if kept is None and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    if kept is None and not any(hasattr(optimizer.step, "_wrapped_by_lr_sched") for optimizer in optimizers):
         return
     raise UserError(
         f"{type(recipe).__name__} makes a learning-rate scheduler{f' ({kept})' if kept else ''}, and hvdtrain sets the "

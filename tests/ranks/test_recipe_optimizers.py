@@ -122,8 +122,8 @@ UNREADABLE = (
     "with which a checkpoint could not be read back: make it a tensor, a number, a text, or lists and dicts of them"
 )
 REFUSED = {
-    Tuple: "Tuple.optimizer() returned tuple; expected a torch.optim.Optimizer: use one with several parameter groups, "
-    "or a loop of your own",
+    Tuple: "Tuple.optimizer() returned tuple; expected a torch.optim.Optimizer, or a dict of them by the names of "
+    "their losses, e.g. {'loss_d': ..., 'loss_g': ...}",
     Outside: f"Outside.optimizer: self.log_var, of shape (), {OUTSIDE}",
     OutsideModule: f"OutsideModule.optimizer: self.arcs.weight, of shape (3, 2), {OUTSIDE}",
     AllFrozen: "AllFrozen.optimizer: none of the optimizer's 4 parameters requires a gradient: there is nothing to "

@@ -17,7 +17,7 @@ from hvdtrain.recipe.options import make_from_values
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.setup import check_dataset, explain_nondeterminism, make_model, make_optimizer
+from hvdtrain.torch.setup import check_dataset, explain_nondeterminism, make_model, make_optimizers
 
 
 class Inner(nn.Module):
@@ -175,13 +175,13 @@ class BadLength:
         ),
         (lambda: make_model(Mine(kind="text")), "Mine.model() returned str; expected a torch.nn.Module"),
         (
-            lambda: make_optimizer(Mine(kind="none"), nn.Linear(1, 1).parameters()),
+            lambda: make_optimizers(Mine(kind="none"), nn.Linear(1, 1)),
             "Mine.optimizer() returned NoneType; expected a torch.optim.Optimizer: does it lack a return?",
         ),
         (
-            lambda: make_optimizer(Mine(kind="list"), nn.Linear(1, 1).parameters()),
-            "Mine.optimizer() returned list; expected a torch.optim.Optimizer: use one with several parameter groups, "
-            "or a loop of your own",
+            lambda: make_optimizers(Mine(kind="list"), nn.Linear(1, 1)),
+            "Mine.optimizer() returned list; expected a torch.optim.Optimizer, or a dict of them by the names of their "
+            "losses, e.g. {'loss_d': ..., 'loss_g': ...}",
         ),
         (
             lambda: check_dataset(Mine(), "train", Stream()),

@@ -1,0 +1,311 @@
+"""One loss and the optimizer that minimizes it: gradients are exchanged, checked, clipped and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.comm.world import World
+from hvdtrain.compression.spec import parse_compression, select_layers
+from hvdtrain.exchange.bucketed import BucketedExchange
+from hvdtrain.exchange.sharded import ShardedExchange
+from hvdtrain.exchange.state import (
+    ExchangeState,
+    gather_exchange_state,
+    load_exchange_state,
+    local_exchange_state,
+    restore_local_state,
+    scale_state,
+)
+from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.system.errors import UserError
+from hvdtrain.system.seeds import derive_seed
+from hvdtrain.torch.groups import get_parameter_names, match_groups, reorder_state
+from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
+from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
+from hvdtrain.torch.optimizer_methods import WrappedOptimizer
+from hvdtrain.torch.readable import check_readable
+from hvdtrain.torch.setup import check_momentum
+from hvdtrain.torch.tensors import all_finite
+
+# A detector's first batches may hold no object, so that their loss is zero without a graph; 5 in a row do not.
+MAX_STEPS_WITHOUT_GRADIENT = 5
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What the losses of a recipe have in common.
+
+    Attributes:
+        recipe_name: the class.
+        model: whose parameters the optimizers have.
+        options: of the run.
+        scaler: of --amp fp16.
+        losses: the names of the scores that are minimized, in order.
+        several: whether each loss is differentiated by its own optimizer's parameters only, and may be left out of a
+            step.
+    """
+
+    recipe_name: str
+    model: nn.Module
+    options: StepOptions
+    scaler: torch.amp.GradScaler | None
+    losses: tuple[str, ...]
+    several: bool
+
+
+class OptimizedLoss:
+    """A score that is minimized by an optimizer of its own.
+
+    A step is `start_step`, `backward` for each micro-batch, `reduce_gradients`, and `clip_and_step` unless a sum is not
+    finite; or `start_step` and `leave_out`.
+
+    Attributes:
+        name: of the score.
+        optimizer: the recipe's, wrapped.
+        bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
+        steps: in which it took part in this process.
+        base_lrs: each group's learning rate, before the schedule.
+        hyperparameters: what each group was given.
+    """
+
+    def __init__(self, name: str, optimizer: torch.optim.Optimizer, settings: UpdateSettings) -> None:
+        self.name, self.settings = name, settings
+        self.optimizer = cast(WrappedOptimizer, optimizer)  # as soon as a world is joined
+        self.column_suffix = f"_{name.removeprefix('loss_')}" if settings.several else ""
+        self.bucketed_exchange: BucketedExchange | None = None
+        self.shard_exchange: ShardedExchange | None = None
+        self.steps = 0
+        self.base_lrs: list[float] = []
+        self.hyperparameters: list[ParamGroup] = []
+        self._has_joined = False  # a world, now or before
+        self._carried_state: ExchangeState | None = None  # the exchange's, from one world to the next
+        self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
+        self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
+        self._state_checked = False
+
+    # The world.
+
+    def join_world(self, world: World, log_line: Callable[[str], object]) -> None:
+        """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
+        options, first = self.settings.options, not self._has_joined
+        if first:
+            check_momentum(parse_compression(options.compression.spec), self.optimizer, world)
+        held = set(self.get_parameters())
+        named = [(name, p) for name, p in self.settings.model.named_parameters() if p in held]
+        own_options: dict[str, Any] = {"compression": options.compression.spec, "seed": options.data.seed}
+        if self.settings.several:
+            index = self.settings.losses.index(self.name)
+            own_options["name"] = f"{self.name}."
+            own_options["seed"] = derive_seed(options.data.seed, index) if index else options.data.seed
+            own_options["compression"] = select_layers(options.compression.spec, [name for name, _ in named])
+        wrapped = DistributedOptimizer(
+            self.optimizer,
+            named,
+            average=False,
+            exchange=options.exchange.kind,
+            bucket_bytes=options.exchange.bucket_bytes,
+            shards=options.exchange.num_shards,
+            **own_options,
+        )
+        self.optimizer = cast(WrappedOptimizer, wrapped)
+        self._adopt_exchange(self.optimizer.exchange, log_line)
+        if first:
+            self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self.hyperparameters = get_hyperparameters(self.optimizer.param_groups)
+            self._has_joined = True
+            check_readable(self.optimizer.state_dict(), "the optimizer's state")
+
+    def _adopt_exchange(
+        self, exchange: BucketedExchange | ShardedExchange | None, log_line: Callable[[str], object]
+    ) -> None:
+        self.bucketed_exchange = exchange if isinstance(exchange, BucketedExchange) else None
+        self.shard_exchange = exchange if isinstance(exchange, ShardedExchange) else None
+        if exchange is not None:
+            clips = self.settings.options.optimization.clip_norm is not None
+            exchange.checks_finite = self.settings.scaler is None and not clips
+        if self.bucketed_exchange is not None and self.bucketed_exchange.advisor is not None:
+            self.bucketed_exchange.advisor.log_line = log_line
+
+    def leave_world(self) -> None:
+        """Leave the exchange of a world; what it has not sent is kept for the next."""
+        if self.bucketed_exchange is not None and (self._carried_state is None or self.bucketed_exchange.buckets):
+            self._carried_state = local_exchange_state(self.bucketed_exchange)
+            # Else the world broke before the state was loaded into it.
+        self.close()
+
+    def close(self) -> None:
+        """Give the recipe's optimizer and its parameters back as they were before `join_world`."""
+        if hasattr(type(self.optimizer), "inner_class"):
+            unwrap_optimizer(self.optimizer)
+
+    # A step.
+
+    def get_parameters(self) -> list[nn.Parameter]:
+        """Return the optimizer's parameters, without waiting for gradients."""
+        groups = vars(self.optimizer).get("param_groups", self.optimizer.param_groups)
+        return [p for group in groups for p in group["params"]]
+
+    def collect_gradients(self) -> list[Tensor]:
+        """Return the gradients of those parameters that have one."""
+        return [p.grad for p in self.get_parameters() if p.grad is not None]
+
+    def start_step(self, passes: Sequence[int]) -> None:
+        """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.set_backward_passes_per_step(sum(passes))
+        if self.shard_exchange is not None:
+            self.shard_exchange.start_exchange(passes)
+
+    def leave_out(self) -> None:
+        """Take no part in the step that was started: parameters, state and residuals stay as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, objective: Tensor, last: bool, keep_graph: bool) -> None:
+        """Add the gradient of an objective, if it has one, and start exchanging what is ready in the last pass.
+
+        Args:
+            objective: (), scaled as the gradients are to be.
+            last: whether this is the step's last micro-batch on this rank.
+            keep_graph: whether other losses of the micro-batch follow, which may share its graph.
+        """
+        if self.bucketed_exchange is not None:
+            self.bucketed_exchange.announce_pass(last)
+        if objective.requires_grad and not self.settings.several:
+            objective.backward()  # type: ignore[no-untyped-call]
+        elif objective.requires_grad:
+            trained = [p for p in self.get_parameters() if p.requires_grad]
+            if trained:
+                torch.autograd.backward(objective, inputs=trained, retain_graph=keep_graph)
+        if self.shard_exchange is not None:
+            self.shard_exchange.end_backward_pass()
+
+    def reduce_gradients(self) -> tuple[str, ...]:
+        """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
+        self.optimizer.synchronize()
+        self.steps += 1
+        if self.settings.scaler is not None:
+            return ()  # which skips such steps itself
+        exchange = self.optimizer.exchange
+        if self.settings.options.optimization.clip_norm is not None:
+            self._gradient_norm = nn.utils.get_total_norm(self.collect_gradients())
+            finite = bool(torch.isfinite(self._gradient_norm))
+        else:
+            finite = exchange.sums_are_finite if exchange is not None else all_finite(self.collect_gradients())
+        if finite:
+            return ()
+        names = {p: name for name, p in self.settings.model.named_parameters()}
+        return tuple(names[p] for p in self.get_parameters() if p.grad is not None and not all_finite([p.grad])) or (
+            "the sum",
+        )
+
+    def check_loss_trains(self, loss: float) -> None:
+        """Raise UserError if no rank's loss has depended on a parameter so far, and that is not by chance.
+
+        Args:
+            loss: the sum of the step's losses over all ranks.
+        """
+        if self._steps_without_gradient is None:
+            return
+        if self.collect_gradients():
+            self._steps_without_gradient = None
+            return
+        self._steps_without_gradient += 1
+        if loss or self._steps_without_gradient == MAX_STEPS_WITHOUT_GRADIENT:
+            own = " of its own optimizer" if self.settings.several else ""
+            raise UserError(
+                f"{self.settings.recipe_name}.score: {self.name!r} depends on no parameter{own} that is trained, on no "
+                "rank: compute it from the model's outputs, without detach(), item() or no_grad(), and with parameters "
+                "that require a gradient"
+            )
+
+    def set_learning_rates(self, factor: float) -> None:
+        """Set each group's learning rate to `factor` times what it was before the schedule."""
+        groups = self.optimizer.param_groups
+        self.base_lrs += [float(group["lr"]) for group in groups[len(self.base_lrs) :]]  # added since
+        for group, lr in zip(groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
+
+    def clip_and_step(self) -> dict[str, float]:
+        """Unscale, clip, and step; return what is to be reported."""
+        report: dict[str, float] = {}
+        scaler, clip_norm = self.settings.scaler, self.settings.options.optimization.clip_norm
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        if clip_norm is not None:
+            params = [p for p in self.get_parameters() if p.grad is not None]
+            norm = self._gradient_norm
+            if norm is None:
+                norm = nn.utils.get_total_norm(self.collect_gradients())
+            nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
+            report[f"gradient_norm{self.column_suffix}"], self._gradient_norm = float(norm), None
+        if scaler is None:
+            self._step_optimizer()
+        else:
+            # The gradients are the same on all ranks, and so is the decision to skip.
+            scaler.step(self.optimizer)
+        return report
+
+    def _step_optimizer(self) -> None:
+        try:
+            self.optimizer.step()
+        except (AssertionError, TypeError) as error:
+            if "closure" not in str(error):
+                raise
+            raise UserError(
+                f"{self.settings.recipe_name}.optimizer: {type(self.optimizer).__name__} needs a closure: it cannot be "
+                "used"
+            ) from error
+        if not self._state_checked:
+            check_readable(self.optimizer.state_dict(), "the optimizer's state")
+            self._state_checked = True
+
+    # The state.
+
+    def scale_carried_state(self, factor: float) -> None:
+        """Multiply what the exchange carries from step to step, when the loss scale changes by a factor."""
+        if self.bucketed_exchange is not None:
+            scale_state(self.bucketed_exchange, factor)
+
+    def gather_carried_state(self) -> dict[str, object] | None:
+        """Return the exchange's part of a checkpoint, the same on all ranks, all of which call this."""
+        if self.bucketed_exchange is None:
+            return None
+        exact = self.settings.options.exchange.saves_rank_residuals
+        return gather_exchange_state(self.bucketed_exchange, exact).to_checkpoint()
+
+    def local_carried_state(self) -> dict[str, object] | None:
+        """Return the exchange's part of this rank's checkpoint after the world has broken, without what is unsent."""
+        if self._carried_state is None:
+            return None
+        return replace(self._carried_state, unsent={}, velocities={}).to_checkpoint()
+
+    def get_state(self) -> StateDict:
+        """Return the state of the optimizer."""
+        names = get_parameter_names(self.optimizer, self.settings.model)
+        return {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.hyperparameters}
+
+    def load_state(self, state: StateDict, carried: StateDict | None) -> None:
+        """Load a state. Raises UserError or torch's own errors for one of other parameters.
+
+        carried: the exchange's part; None if there is none.
+        """
+        own, earlier = state["optimizer"], state.get("settings", self.hyperparameters)
+        if "parameters" in state:  # an earlier hvdtrain matched by order
+            now = get_parameter_names(self.optimizer, self.settings.model)
+            places = match_groups(state["parameters"], now)
+            own = reorder_state(own, state["parameters"], now)
+            earlier = [earlier[place] for place in places if place < len(earlier)]
+        self.optimizer.load_state_dict(own)
+        apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
+        if self.bucketed_exchange is not None and carried is not None:
+            loaded = ExchangeState.from_checkpoint(carried)
+            load_exchange_state(self.bucketed_exchange, loaded)
+            # A checkpoint of the run folder has what all ranks have not sent.
+            if self._carried_state is not None and not (loaded.unsent or loaded.velocities):
+                restore_local_state(self.bucketed_exchange, self._carried_state)
+            self._carried_state = None
