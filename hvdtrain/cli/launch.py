@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.signals import RequeueRequest
 from hvdtrain.launch.start import launch_elastic, launch_ranks
 from hvdtrain.system.errors import UserError
+
+if TYPE_CHECKING:
+    from hvdtrain.cli.options import TrainArguments
 
 
 @click.command(
@@ -93,6 +96,10 @@ def launch_command(
     if not train_args:
         raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
     args, options = list(train_args), replace(launch_options, grace=grace)
+    if "--print-config" in args:
+        from hvdtrain.cli.train import print_config
+
+        return print_config(check_train_arguments(ctx, args, elastic=elastic))
     has_hosts = options.num_ranks is not None or elastic or options.source.given_options()
     if not has_hosts and (message := correct_launch_line(ctx, args)):
         raise UserError(message)
@@ -112,8 +119,8 @@ def launch_command(
         return launch_ranks(["train", *args], options, check)
 
 
-def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) -> None:
-    """Refuse a mistake in the arguments of `hvdtrain train` before any rank starts.
+def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) -> TrainArguments:
+    """Return the arguments of `hvdtrain train`, with mistakes in them refused before any rank starts.
 
     Raises:
         UserError: there is one; if it is a launch option after RECIPE, the message is the line to write.
@@ -122,7 +129,7 @@ def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) ->
     from hvdtrain.cli.train import check_arguments
 
     try:
-        check_arguments(args, elastic)
+        return check_arguments(args, elastic)
     except UserError as error:
         unknown = error.__cause__.option_name if isinstance(error.__cause__, click.NoSuchOption) else ""
         if unknown and (message := correct_launch_line(ctx, args, unknown)):

@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
+from hvdtrain.cli.config_file import CONFIG_SECTION, make_config_options, read_config_files
 from hvdtrain.recipe.base import Recipe, check_methods
 from hvdtrain.recipe.option_types import SeveralValues, format_values, parse_texts
 from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training import schedule
+from hvdtrain.training.config import override_options
 from hvdtrain.training.logger import LOGGERS
 from hvdtrain.training.options import RunOptions, split_options
 
@@ -63,7 +65,7 @@ class TrainCommand(click.Command):
         if clash:
             raise UserError(f"{recipe.__name__}.{clash.pop()} is a run option; rename the recipe's option")
         self.fields = [*of_recipe, *of_run]
-        options = [make_click_option(field) for field in self.fields]
+        options = [*map(make_click_option, self.fields), *make_config_options()]
         flags = ["--help", "-h", *(flag for option in options for flag in (*option.opts, *option.secondary_opts))]
         twice = [flag for flag in flags if flags.count(flag) > 1]
         if twice:
@@ -82,13 +84,16 @@ class TrainCommand(click.Command):
             if listed:
                 with formatter.section(section or "Recipe options"):
                     formatter.write_dl([record for record in listed if record])
+        with formatter.section(CONFIG_SECTION):
+            formatter.write_dl([record for option in make_config_options() if (record := records[str(option.name)])])
 
 
 def run_option_arity() -> dict[str, bool]:
     """Return the options that every recipe has, each with whether a value follows it."""
     fields = [*option_fields(Recipe), *option_fields(RunOptions)]
-    takes_value = {field.flag: field.type is not bool for field in fields}
-    return takes_value | {f"--no-{field.flag[2:]}": False for field in fields if field.type is bool}
+    takes_value = {field.flag: field.multiple or field.type is not bool for field in fields}
+    takes_value |= {option.opts[0]: not option.is_flag for option in make_config_options()}
+    return takes_value | {f"--no-{field.flag[2:]}": False for field in fields if not takes_value[field.flag]}
 
 
 def split_recipe(args: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -121,7 +126,8 @@ class TrainArguments:
 
     recipe_class: type[Recipe]
     name: str  # of the recipe, as the run folder records it
-    given_options: OptionValues  # only what was given
+    given_options: OptionValues  # only what was given, on the command line or in a file
+    print_config: bool = False
 
 
 def recipe_name(spec: str) -> str:
@@ -152,7 +158,8 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
     command = TrainCommand(f"hvdtrain train {spec}", cls, help=cls.__doc__)
     try:
         with command.make_context(command.name, list(args)) as context:
-            given = collect_given(command.fields, context.params)
+            given, files = collect_given(command.fields, context.params), context.params["config"]
+            print_config = context.params["print_config"]
     except click.NoSuchOption as error:
         names = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
         near = suggest_nearest(error.option_name, names, list_all=False)
@@ -166,7 +173,8 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
         if one in given and other in given:
             flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
             raise UserError(f"{' and '.join(flags)} exclude each other: give one")
-    return TrainArguments(cls, recipe_name(spec), given)
+    given = override_options(read_config_files(files, cls), given)
+    return TrainArguments(cls, recipe_name(spec), given, print_config)
 
 
 def check_parsed_arguments(arguments: TrainArguments) -> None:

@@ -8,8 +8,9 @@ import sys
 import click
 
 from hvdtrain.cli import options
+from hvdtrain.cli.config_file import format_config
 from hvdtrain.cli.rank import exit_on_failure, report_failure, set_rank_threads, start_rank
-from hvdtrain.comm.world import HOROVOD_FUSION_BYTES
+from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, rank_from_environment
 from hvdtrain.elastic.elastic_membership import membership_from_environment
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.elastic.slot import MEMBER_VARIABLE
@@ -59,6 +60,8 @@ def train_command(ctx: click.Context, args: tuple[str, ...]) -> int:
     try:
         arguments = load_arguments([recipe, *rest], read_recipe_copy(membership))
         options.check_parsed_arguments(arguments)
+        if arguments.print_config:
+            return print_config(arguments)
         if arguments.given_options.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
         activity.enter_activity("meeting the other ranks", waits=True, patient=True)
@@ -97,9 +100,17 @@ def load_arguments(args: list[str], source: RecipeSource | None = None) -> optio
     return options.parse_arguments(cls, spec, rest)
 
 
-def check_arguments(args: list[str], elastic: bool = False) -> None:
-    """Check RECIPE and its options, as `hvdtrain launch` does before any rank starts. Raises UserError."""
+def print_config(arguments: options.TrainArguments) -> int:
+    """Print all options on rank 0, for `--config`; return the exit code. Raises UserError."""
+    if not rank_from_environment():
+        click.echo(format_config(arguments.recipe_class, arguments.name, arguments.given_options))
+    return 0
+
+
+def check_arguments(args: list[str], elastic: bool = False) -> options.TrainArguments:
+    """Return RECIPE and its options, checked as `hvdtrain launch` does before any rank starts. Raises UserError."""
     arguments = load_arguments(args)
     options.check_parsed_arguments(arguments)
     if elastic:
         check_elastic_options(arguments.given_options)
+    return arguments

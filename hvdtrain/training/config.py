@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.comm import collectives
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, flatten_options, option_fields
 from hvdtrain.recipe.source import source_of_class
@@ -162,15 +161,6 @@ def override_options(earlier: OptionValues, given: OptionValues) -> OptionValues
     """Return options of a file, overridden by those given now."""
     replaced = {other for option, other in REPLACED_OPTIONS if given.get(option) is not None}
     return {**{name: value for name, value in earlier.items() if name not in replaced}, **given}
-
-
-def merge_saved_options(run_dir: Path, cls: type[Recipe], name: str, given: OptionValues) -> OptionValues:
-    """Return the options of rank 0's config.json, overridden by those given now; the same on every rank.
-
-    Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
-    """
-    options = dict(collectives.on_root("config", lambda: read_saved_options(run_dir, cls, name)))
-    return override_options(options, given)
 
 
 def read_saved_options(run_dir: Path, cls: type[Recipe], name: str) -> OptionValues:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe, check_methods
@@ -24,7 +25,7 @@ from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system import activity, streams
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training.agreement import agree_on_given_options, agree_on_options, compare_with_run
-from hvdtrain.training.config import build_config, merge_saved_options
+from hvdtrain.training.config import build_config, override_options, read_saved_options
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
 from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
 from hvdtrain.training.loop import Ending
@@ -96,6 +97,15 @@ def fit_from_command_line(
     recipe, options = split_options(cls, given)
     agree_on_options(recipe, name, options)
     return train_recipe(recipe, name, options, build_config(name, recipe, options), world, membership)
+
+
+def merge_saved_options(run_dir: Path, cls: type[Recipe], name: str, given: OptionValues) -> OptionValues:
+    """Return the options of rank 0's config.json, overridden by those given now; the same on every rank.
+
+    Raises UserError if the file is of another recipe or cannot be read. A folder without one is a run that never began.
+    """
+    options = dict(collectives.on_root("config", lambda: read_saved_options(run_dir, cls, name)))
+    return override_options(options, given)
 
 
 def train_recipe(

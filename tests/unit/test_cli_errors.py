@@ -12,6 +12,8 @@ from hvdtrain.cli.main import main
 DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits.py")
 
 FILES = {
+    "widht.toml": "widht = 3",
+    "broken.toml": "width =",
     "two.py": """
         from dataclasses import dataclass
         from hvdtrain.torch import Recipe
@@ -64,8 +66,20 @@ CASES = [
     (["train", "bare.py"], "recipe class Bare has fields but is not a dataclass: add @dataclass(kw_only=True)"),
     (
         ["train", "odd_type.py"],
-        "Odd.layers has type <class 'list'>; options are int, float, str, bool, Path, Literal or Optional",
+        "Odd.layers has type <class 'list'>; options are int, float, str, bool, Path, Literal or Optional, lists and "
+        "tuples of these, and dataclasses of them",
     ),
+    (
+        ["train", DIGITS, "--config", "widht.toml"],
+        "widht.toml has the option 'widht', which Digits does not have; did you mean 'width'?",
+    ),
+    (
+        ["launch", "-np", "2", DIGITS, "--config", "widht.toml"],
+        "widht.toml has the option 'widht', which Digits does not have; did you mean 'width'?",
+    ),
+    (["train", DIGITS, "--config", "no.toml"], "--config no.toml cannot be read: No such file or directory"),
+    (["train", DIGITS, "--config", "none.py"], "--config none.py: expected a file whose name ends in .toml or .json"),
+    (["train", DIGITS, "--config", "broken.toml"], re.compile(r"--config broken\.toml cannot be read: .*")),
     (["train", "clash.py"], "Clash.seed is a run option; rename the recipe's option"),
     (["train", DIGITS, "--widht", "3"], "no option --widht; did you mean '--width'?"),
     (["train", DIGITS, "--width", "wide"], "--width: 'wide' is not a valid integer"),
