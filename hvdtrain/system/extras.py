@@ -4,6 +4,9 @@ from __future__ import annotations
 
 # Name of the module or the package in an error, name of the package, extra of hvdtrain that installs it.
 EXTRAS = {
+    "babel": ("babel", "recipes"),
+    "gymnasium": ("gymnasium", "recipes"),
+    "sacrebleu": ("sacrebleu", "recipes"),
     "sklearn": ("scikit-learn", "recipes"),
     "scikit-learn": ("scikit-learn", "recipes"),
     "tensorboard": ("tensorboard", "tensorboard"),
