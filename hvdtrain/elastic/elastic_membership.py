@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING
 from hvdtrain.comm.world import World, enter_world, shut_down_horovod
 from hvdtrain.elastic.generation import GenerationFormer, MemberRequests
 from hvdtrain.elastic.membership import EnteredWorld, FixedMembership, Membership
-from hvdtrain.elastic.records import AGREEMENT, BEGAN, ERROR, FOLDER, LAUNCH, SOURCE, VERDICT, TrainingError, Verdict
+from hvdtrain.elastic.records import (
+    AGREEMENT,
+    BEGAN,
+    CHOSEN_FOLDER,
+    ERROR,
+    FOLDER,
+    LAUNCH,
+    SOURCE,
+    VERDICT,
+    TrainingError,
+    Verdict,
+)
 from hvdtrain.elastic.slot import MEMBER_VARIABLE, Request, Slot, read_requests
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.recipe.source_copy import RecipeCopy
@@ -84,6 +95,10 @@ class ElasticMembership:
     def announce_rank(self, world: World) -> None:
         own, supervisor = os.getpid(), os.getppid()
         messages.send_message(RankStarted(world.rank, world.host, own, world.size, self.slot.host, supervisor))
+
+    def agree_on_run_folder(self, choose: Callable[[], Path]) -> Path:
+        known = self.store.get(FOLDER) or self.store.get(CHOSEN_FOLDER)
+        return Path(known or self.store.put_if_absent(CHOSEN_FOLDER, str(choose().absolute())))
 
     def get_run_folder(self) -> Path | None:
         folder = self.store.get(FOLDER)

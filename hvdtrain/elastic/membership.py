@@ -62,6 +62,9 @@ class Membership(Protocol):
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         """Return the name by which the processes of this launch know each other. relaunch: of the first launch."""
 
+    def agree_on_run_folder(self, choose: Callable[[], Path]) -> Path:
+        """Return the folder of the run, before it begins; the same on all ranks. choose: returns it on one of them."""
+
     def check_agreement(self, make_parts: Callable[[], Sequence[ConsistentPart]], world: World) -> None:
         """Compare this process with those that began the run. Raises UserError, naming a difference."""
 
@@ -149,6 +152,11 @@ class FixedMembership:
 
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         return secrets.token_hex(8)  # only this process uses it
+
+    def agree_on_run_folder(self, choose: Callable[[], Path]) -> Path:
+        from hvdtrain.comm import collectives
+
+        return Path(collectives.on_root("run_folder.chosen", lambda: str(choose())))
 
     def check_agreement(self, make_parts: Callable[[], Sequence[ConsistentPart]], world: World) -> None:
         """Do nothing: the ranks compared themselves with each other when they started."""

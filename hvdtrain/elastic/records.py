@@ -154,7 +154,8 @@ BEGAN: Fact[int] = Fact("began", int, f"began-{NUMBER}")  # by generation: the s
 ERROR: Fact[TrainingError] = Fact("error", TrainingError, f"error-{NUMBER}-.+")  # by generation and member
 GONE: Fact[str] = Fact("gone", str, "gone-.+")  # by member: why it is not in the run any more
 DEATH: Fact[WorkerDeath] = Fact("died", WorkerDeath, "died-.+")  # by member
-FOLDER: Fact[str] = Fact("folder", str)  # the run folder, absolute
+FOLDER: Fact[str] = Fact("folder", str)  # the run folder, absolute, once a generation has begun in it
+CHOSEN_FOLDER: Fact[str] = Fact("chosen_folder", str)  # the one that the first is to begin in, absolute
 LAUNCH: Fact[str] = Fact("launch", str)  # the launch's name (hvdtrain/training/lease.py)
 # What workers compare themselves with (hvdtrain/comm/agreement.py) and import (hvdtrain/recipe/source_copy.py).
 AGREEMENT: Fact[Any] = Fact("agreement", Any)

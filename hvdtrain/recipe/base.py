@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.options import option
 from hvdtrain.system.errors import UserError
 
@@ -21,6 +23,8 @@ class Recipe:
     framework: ClassVar[str] = ""
     # The metric of the evaluation by which the best checkpoint is kept.
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+    # The evaluation sets, by the names that `dataset` is called with; () for none.
+    evals: ClassVar[tuple[str, ...]] = ("eval",)
 
     epochs: int = option(10, "passes over the training examples", at_least=1, section="Data")
     batch_size: int = option(
@@ -33,11 +37,37 @@ class Recipe:
         section="Optimization",
     )
 
+    @property
+    def now(self) -> Now:
+        """Where the training is; in `model`, `dataset` and `optimizer` only `folder`, `rank` and `size` are known."""
+        try:
+            return vars(self)["now"]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__}.now is known in a training only") from None
+
 
 def check_methods(cls: type[Recipe]) -> None:
-    """Raise UserError if a recipe lacks a method that its framework's Recipe declares abstract."""
+    """Raise UserError if a recipe lacks a method that its framework's Recipe declares abstract, or `evals` is wrong."""
+    check_evals(cls)
     for name in dir(cls):
         method = inspect.getattr_static(cls, name, None)  # getattr would give a class without fields `__annotations__`
         if getattr(method, "__isabstractmethod__", False):
             arguments = ", ".join(inspect.signature(method).parameters)
             raise UserError(f"{cls.__name__} has no method {name}({arguments}), which a recipe needs: define it")
+
+
+def check_evals(cls: type[Recipe]) -> None:
+    """Raise UserError unless `evals` is a tuple of names, each once, that are no other split's nor prefix of a column.
+
+    The metrics of the first set are columns `eval_loss`, whatever its name; those of a set "test" are `test_loss`.
+    """
+    evals, expected = cls.evals, "expected a tuple of names, for example ('eval', 'test')"
+    if not isinstance(evals, (tuple, list)) or not all(isinstance(name, str) for name in evals):
+        raise UserError(f"{cls.__name__}.evals is {evals!r}; {expected}")
+    for i, name in enumerate(evals):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in ("train", "speed"):
+            raise UserError(f"{cls.__name__}.evals: {name!r} cannot be the name of an evaluation set; {expected}")
+        if name in evals[:i]:
+            raise UserError(f"{cls.__name__}.evals has {name!r} twice; {expected}")
+        if name == "eval" and i > 0:
+            raise UserError(f"{cls.__name__}.evals: 'eval' comes first, as columns eval_* are those of the first set")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,7 @@ from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
 
-Split = Literal["train", "eval"]
-SPLITS: tuple[Split, ...] = ("train", "eval")
+Split = str  # "train", or one of the recipe's `evals`
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Step(Protocol):
          |     all_reduce() -> StepResult             all ranks know the same from here on
          |     apply_update(...)                      or skip_update(), if StepResult.must_skip
          |
-         +-> between steps: evaluate_batch for each of load_batches("eval", ...); gather_state for a checkpoint;
+         +-> between steps: evaluate_batch for each of load_batches(SET, ...); gather_state for a checkpoint;
          |     checksum_state, exchange_report, take_messages, wire_bytes
          |
          +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state
@@ -99,7 +98,7 @@ class Step(Protocol):
     """
 
     layout: ScoreLayout  # the scores, and how they are summed
-    examples: dict[Split, int]  # 0 for "eval": no evaluation
+    examples: dict[Split, int]  # of "train" and of each of the recipe's `evals`; 0: it is not evaluated
     agreement_parts: Sequence[ConsistentPart]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often

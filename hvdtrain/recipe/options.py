@@ -33,6 +33,9 @@ from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import describe_error, in_recipe
 
 CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
+# What a recipe may define besides what its framework's Recipe has; no option can have these names.
+CONTRACT_NAMES = {"evals", "now", "collate", "sampler", "metrics", "outputs", "summarise", "evaluated", "logged"}
+CONTRACT_NAMES |= {"lr_factor", "state", "load_state", "buffers", "model", "dataset", "optimizer", "score"}
 # By the options' names; what type a value must have is known to the fields that it is given to.
 OptionValues = Mapping[str, Any]
 T = TypeVar("T")
@@ -120,6 +123,7 @@ def option_fields(cls: type) -> list[OptionField]:
     contract = [base for base in cls.__mro__ if base.__module__ in CONTRACT_MODULES]
     shared = {field.name for base in contract for field in dataclasses.fields(base)}
     reserved = {name for base in contract for name in vars(base)} - shared
+    reserved |= CONTRACT_NAMES if contract else set()
     for field in dataclasses.fields(cls):
         if field.name in reserved:
             raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: rename the option")

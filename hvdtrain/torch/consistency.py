@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hvdtrain.comm.agreement import ConsistentPart
-from hvdtrain.recipe.framework import SPLITS, Split
+from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.data import BatchDataset
@@ -131,12 +131,12 @@ def find_changed_hash(examples: ConsistentPart, earlier: Mapping[str, str]) -> s
 
 
 def lengths_part(counts: Mapping[Split, int]) -> ConsistentPart:
-    """Return the number of examples of each split; 0 if there is none."""
+    """Return the number of examples of each split that there is."""
     difference = (
         "the recipe's {key} dataset has {here} examples on {rank} and {there} on {base}: all ranks need the same data "
         "({who})"
     )
-    return ConsistentPart("datasets", {repr(split): str(counts.get(split, 0)) for split in SPLITS}, difference)
+    return ConsistentPart("datasets", {repr(split): str(count) for split, count in counts.items()}, difference, "0")
 
 
 def metrics_part(layout: ScoreLayout) -> ConsistentPart:

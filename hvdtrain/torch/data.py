@@ -180,7 +180,7 @@ def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
     """Raise UserError unless a recipe's dataset is a map-style one that is not empty, or None for no evaluation."""
     call, kind = name_call(recipe, f"dataset({split!r})"), type(dataset).__name__
     expected = "expected a map-style dataset, with len() and [i]"
-    if dataset is None and split == "eval":
+    if dataset is None and split != "train":
         return
     if dataset is None:
         raise UserError(f"{call} returned None; {expected}: does it lack a return?")
@@ -195,7 +195,7 @@ def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
     with in_recipe(recipe, f"dataset({split!r}).__len__()"):
         count = len(dataset)
     if count == 0:
-        hint = "; for no evaluation, return None" if split == "eval" else "; expected one example at least"
+        hint = "; for no evaluation, return None" if split != "train" else "; expected one example at least"
         raise UserError(f"{call} is empty{hint}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import default_collate
@@ -37,11 +37,12 @@ class Recipe(base.Recipe):
         raise NotImplementedError
 
     @abstractmethod
-    def dataset(self, split: Literal["train", "eval"]) -> Any:
-        """Return the examples of a split: an object with len() and [i]; None as "eval" for a recipe without evaluation.
+    def dataset(self, split: str) -> Any:
+        """Return the examples of a split: an object with len() and [i]; None for one that is not to be evaluated.
 
-        It is called for "train", then for "eval", each time with torch's, numpy's and Python's global generators newly
-        seeded from --seed: a random split (`random_split`, `train_test_split`) is the same both times.
+        It is called for "train", then for each name in `evals`, by default "eval", each time with torch's, numpy's and
+        Python's global generators newly seeded from --seed: a random split (`random_split`, `train_test_split`) is the
+        same each time.
         """
         raise NotImplementedError
 

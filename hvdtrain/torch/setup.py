@@ -18,7 +18,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import Spec
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.framework import SPLITS, Split
+from hvdtrain.recipe.framework import Split
 from hvdtrain.system.errors import RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.system.turns import hold_host_lock
@@ -35,7 +35,7 @@ def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
 
     The first rank of each host goes first, so that what it fetches is there for the others. Processes that are alone,
     as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded with
-    the same seed: a random division into two splits is the same for both, on all ranks and after a resume.
+    the same seed: a random division into two splits is the same for all, on all ranks and after a resume.
 
     Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
@@ -54,7 +54,7 @@ def _load_local_leader_first(recipe: Recipe, world: World, seed: int) -> dict[Sp
     loaded: dict[Split, Any] = {}
 
     def load_splits() -> None:
-        for split in SPLITS:
+        for split in ("train", *recipe.evals):
             seed_all([seed])
             with in_recipe(recipe, f"dataset({split!r})"):
                 dataset = recipe.dataset(split)

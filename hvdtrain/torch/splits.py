@@ -1,4 +1,4 @@
-"""A recipe's splits, "train" and "eval": their examples and what loads them."""
+"""A recipe's splits, "train" and its evaluation sets: their examples and what loads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SplitLoaders:
 
     def __init__(self, recipe: Recipe, datasets: Mapping[Split, Any], options: DataOptions) -> None:
         self.seed, self.max_batch = options.seed, options.micro_batch or recipe.batch_size
-        self.num_examples: dict[Split, int] = {"train": 0, "eval": 0}
+        self.num_examples: dict[Split, int] = dict.fromkeys(("train", *recipe.evals), 0)
         self.loaders: dict[Split, BatchLoader] = {}
         for split, dataset in datasets.items():
             self.num_examples[split] = len(dataset)

@@ -22,6 +22,7 @@ from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
+from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.torch.broadcast import broadcast_optimizer, broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
@@ -89,15 +90,19 @@ class TorchStep:
             self.splits = SplitLoaders(recipe, self.datasets, options.data)
             undo.callback(self.splits.close)
             self.examples = self.splits.num_examples
-            collectives.on_all_ranks("examples", self.splits.check_splits)
+            first_step = foresee_first_step(recipe, options.data, self.examples["train"])
+            with temporary_now(recipe, first_step):
+                collectives.on_all_ranks("examples", self.splits.check_splits)
 
             self.model = self._build_model()
             modes = TrainingModes(self.model)
-            initialize_lazy_modules(recipe, self.model, self._load_two_examples)
+            with temporary_now(recipe, first_step):
+                initialize_lazy_modules(recipe, self.model, self._load_two_examples)
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
             self.updater = Updater(recipe, self.model, self.device, options)
             undo.callback(self.updater.close)
 
+            set_now(recipe, first_step)
             parts = self._agree_on_parts()
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             trial = self._run_trial()

@@ -20,7 +20,7 @@ from typing import Literal
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.files import sync_folder, write_atomically
 from hvdtrain.system.strict_json import check_count, check_entries, encode_with_digest, parse_strict_json
-from hvdtrain.training.position import FIELDS_SINCE_FORMAT_1, Position, parse_position
+from hvdtrain.training.position import FIELDS_SINCE_FORMAT_1, FIELDS_SINCE_FORMAT_2, Position, parse_position
 
 CHECKPOINT_FORMAT = "hvdtrain checkpoint 2"
 # Read as well: meta.json has no checksum of its own, and lacks fields of Position that came later.
@@ -201,7 +201,7 @@ def _read_metric(folder: Path, metric: str) -> float | None:
         position = _read_meta(folder).position
     except UserError:
         return None
-    value = position.eval.get(metric, math.nan) if position.evaluated == position.step else math.nan
+    value = position.all_metrics().get(metric, math.nan) if position.evaluated == position.step else math.nan
     return None if isinstance(value, list) or not math.isfinite(value) else value
 
 
@@ -251,7 +251,8 @@ def _parse_meta(data: bytes, step: int) -> CheckpointMeta:
         check_entries(entries["files"], "files.", "state")["state"], "files.state.", "bytes", "sha256"
     )
     lenient = entries["format"] == CHECKPOINT_FORMAT_1
-    position = parse_position(entries["position"], allow_missing=FIELDS_SINCE_FORMAT_1 if lenient else ())
+    allow_missing = FIELDS_SINCE_FORMAT_2 + (FIELDS_SINCE_FORMAT_1 if lenient else ())
+    position = parse_position(entries["position"], allow_missing)
     if position.step != step:
         raise ValueError(f"is that of step {position.step}")
     if not isinstance(entries["recipe"], str) or not isinstance(state["sha256"], str):

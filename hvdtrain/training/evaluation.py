@@ -8,7 +8,7 @@ import numpy as np
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe import order
-from hvdtrain.recipe.metrics import to_plain_values
+from hvdtrain.recipe.metrics import MetricValue, to_plain_values
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.training.plan import TrainingPlan
@@ -17,18 +17,26 @@ from hvdtrain.training.run import Generation
 
 
 def evaluate_model(generation: Generation, position: Position) -> None:
-    """Set `position.eval` to the metrics over the evaluation examples: sums over ranks, divided by their number."""
+    """Evaluate the model on each evaluation set that has examples: the first is `position.eval`, then come `evals`."""
+    run = generation.run
+    generation.set_now(position, training=False)
+    found = {name: evaluate_set(generation, name) for name in run.recipe.evals if run.step.examples[name]}
+    position.eval = found.pop(run.recipe.evals[0], {})
+    position.evals, position.evaluated = found, position.step
+
+
+def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
+    """Return the metrics over an evaluation set: sums over ranks, divided by the number of its examples."""
     step, plan = generation.run.step, generation.plan
     activity.enter_activity("loading a batch of the evaluation")
-    count = step.examples["eval"]
+    count = step.examples[name]
     sums = np.zeros(step.layout.num_sums)
-    for ids, batch in step.load_batches("eval", iterate_evaluation_chunks(count, plan, generation.world.rank), 0):
+    for ids, batch in step.load_batches(name, iterate_evaluation_chunks(count, plan, generation.world.rank), 0):
         activity.enter_activity("evaluating")
         sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")
-    position.eval = to_plain_values(step.layout.means(collectives.sum_float64(sums, "evaluation"), count))
-    position.evaluated = position.step
+    return to_plain_values(step.layout.means(collectives.sum_float64(sums, "evaluation"), count))
 
 
 def iterate_evaluation_chunks(count: int, plan: TrainingPlan, rank: int) -> Iterator[Ids]:

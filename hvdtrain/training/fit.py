@@ -20,12 +20,14 @@ from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe, check_methods
 from hvdtrain.recipe.framework import find_framework
+from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.options import OptionValues, convert_value, make_from_values, option_fields
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system import activity, streams
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.training.agreement import agree_on_given_options, agree_on_options, compare_with_run
 from hvdtrain.training.config import build_config, override_options, read_saved_options
+from hvdtrain.training.folder import choose_run_folder
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
 from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
 from hvdtrain.training.loop import Ending
@@ -33,7 +35,7 @@ from hvdtrain.training.options import RunOptions, check_elastic_options, check_r
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.run import Run
 from hvdtrain.training.session import Session
-from hvdtrain.training.start import check_best_metric
+from hvdtrain.training.start import check_recipe_metrics
 from hvdtrain.training.stop import StopRequest
 from hvdtrain.training.summary import Summary, end_run, make_summary, write_summary
 
@@ -129,17 +131,24 @@ def train_recipe(
     framework = find_framework(type(recipe))
     configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
     activity.enter_activity("preparing the model and the datasets", patient=True)
-    step = framework.make_step(recipe, world, options)
-    report, source = Reporter(options.reports), source_of_class(type(recipe))
-    lease = Lease(membership.agree_on_launch_name(os.environ.get(RELAUNCH_VARIABLE)))
-    with StopRequest(membership) as stop, contextlib.closing(step), lease, report:
+    with contextlib.ExitStack() as exits:
+        folder = exits.enter_context(choose_run_folder(options.checkpoints, name, membership))
+        options = replace(options, checkpoints=replace(options.checkpoints, run_dir=folder))
+        absolute = Path(collectives.on_root("run_folder.absolute", lambda: str(folder.absolute())))
+        set_now(recipe, Now.before_training(absolute, world.rank, world.size))
+        step = framework.make_step(recipe, world, options)
+        report, source = Reporter(options.reports), source_of_class(type(recipe))
+        lease = Lease(membership.agree_on_launch_name(os.environ.get(RELAUNCH_VARIABLE)))
+        stop = exits.enter_context(StopRequest(membership))
+        exits.enter_context(contextlib.closing(step))
+        exits.enter_context(lease)
+        exits.enter_context(report)
         run = Run(name, recipe, source, options, membership, step, lease, report, stop)
-        if step.examples["eval"]:
-            check_best_metric(recipe, step.layout.names)
+        check_recipe_metrics(recipe, step)
         compare_with_run(run, world)
-        with Session(run, world, config) as session:
-            generation, position, ending = session.run_generations()
-            summary = make_summary(generation, position, session.resumed_from, finished=ending == Ending.FINISHED)
-            error = write_summary(generation, summary)
+        session = exits.enter_context(Session(run, world, config))
+        generation, position, ending = session.run_generations()
+        summary = make_summary(generation, position, session.resumed_from, finished=ending == Ending.FINISHED)
+        error = write_summary(generation, summary)
     end_run(generation, summary, error)
     return summary

@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from hvdtrain.comm import collectives
+from hvdtrain.elastic.membership import Membership
 from hvdtrain.ledger.reader import find_segments
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.system.errors import UserError
@@ -21,25 +23,49 @@ from hvdtrain.training.reporter import Reporter
 LEFTOVER_PATTERNS = (".*.new", "*/.*.new", "checkpoints/.*.new/.*.new", "ledger/.segment-*.csv.*", ".owner.json.*")
 
 
-def open_run_folder(options: CheckpointOptions, name: str, lease: Lease) -> Path:
+@contextlib.contextmanager
+def choose_run_folder(options: CheckpointOptions, name: str, membership: Membership) -> Iterator[Path]:
+    """Yield the run folder, the same on all ranks, before it is opened: recipes are told it before they make a model.
+
+    One that no option names is made, so that no other run can have it, and removed if it is empty at the end.
+    """
+    made: list[Path] = []
+
+    def choose() -> Path:
+        if options.run_dir is not None:
+            return options.run_dir
+        folder = Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            made.append(make_unused_folder(folder))
+        except OSError as error:
+            raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
+        return made[0]
+
+    try:
+        yield membership.agree_on_run_folder(choose)
+    finally:
+        for folder in made:  # also where another rank's is taken
+            with contextlib.suppress(OSError):  # it holds a run
+                folder.rmdir()
+                folder.parent.rmdir()
+
+
+def open_run_folder(folder: Path, lease: Lease, *, resume: bool) -> Path:
     """Make or find rank 0's run folder, become its owner and clean it; every rank learns its path.
 
     Raises UserError on all ranks if the folder has another owner, holds another run or cannot be written.
     """
 
     def open_folder() -> str:
-        folder = options.run_dir
         try:
-            if folder is None:
-                folder = make_unused_folder(Path("runs") / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-            elif not options.resume:
+            if not resume:
                 refuse_used_folder(folder, lease)
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir(parents=True)
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-            lease.acquire(folder, wait=options.resume)
-            if not options.resume:
+            lease.acquire(folder, wait=resume)
+            if not resume:
                 refuse_used_folder(folder, lease)  # another run may have been faster
             elif checkpoint.list_checkpoints(folder) and not (folder / "config.json").exists():
                 raise UserError(

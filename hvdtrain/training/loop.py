@@ -84,6 +84,7 @@ def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[Ste
 def train_step(generation: Generation, position: Position, share: StepShare, batches: Batches) -> StepOutcome:
     """Compute gradients, exchange them with the other ranks, and update the model."""
     run, plan, start = generation.run, generation.plan, time.perf_counter()
+    generation.set_now(position, training=True)
     accumulate_micro_batches(generation, position, share, batches)
     activity.enter_activity("exchanging gradients")
     result = run.step.all_reduce()
@@ -179,7 +180,8 @@ def evaluate_and_save(generation: Generation, position: Position, ending: Ending
     run, options = generation.run, generation.run.options
     is_last, epoch_ends = position.step >= generation.plan.total_steps, position.offset == 0
     evaluates = is_last or is_due(position.step, options.reports.eval_every, epoch_ends)
-    if evaluates and run.step.examples["eval"] > 0 and position.evaluated != position.step:
+    has_evaluation = any(run.step.examples[name] for name in run.recipe.evals)
+    if evaluates and has_evaluation and position.evaluated != position.step:
         evaluate_model(generation, position)
         run.lease.check_ownership()
         run.report.record_evaluation(position, position.epoch + (not epoch_ends))

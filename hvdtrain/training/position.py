@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,6 +16,8 @@ from hvdtrain.system.strict_json import check_count, check_entries, check_finite
 FIELDS_SINCE_FORMAT_1 = (
     *("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples"),
 )
+# Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
+FIELDS_SINCE_FORMAT_2 = ("evals",)
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Position:
     train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
     skipped_nonfinite: int = 0
     eval: dict[str, MetricValue] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
+    evals: dict[str, dict[str, MetricValue]] = field(default_factory=dict)  # of each evaluation set but the first
     evaluated: int = 0  # the step after which that was
     saved: int = 0  # the step of the last checkpoint
     examples: int = 0  # of an epoch; with the seed, what the order is drawn from
@@ -37,6 +41,10 @@ class Position:
     rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
     order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
     first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
+
+    def all_metrics(self) -> dict[str, MetricValue]:
+        """Return the metrics of the last evaluation: of the first set by their names, of others as "test/loss"."""
+        return join_metrics(self.eval, self.evals)
 
     def set_example_order(self, examples: int, seed: int) -> None:
         """Set the order of examples to that of `examples` examples and a seed.
@@ -68,6 +76,14 @@ class Position:
             self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
 
 
+def join_metrics(
+    first: Mapping[str, MetricValue], others: Mapping[str, Mapping[str, MetricValue]]
+) -> dict[str, MetricValue]:
+    """Return the metrics of all evaluation sets: of the first by their names, of others as "test/loss"."""
+    joined = {f"{name}/{key}": value for name, metrics in others.items() for key, value in metrics.items()}
+    return {**first, **joined}
+
+
 def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Position:
     """Return a Position from JSON. Raises ValueError for a missing, unknown or invalid field."""
     known = {field.name: field.type for field in fields(Position)}
@@ -85,9 +101,11 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
                 raise ValueError(f"has no object of texts {where!r}")
             values[name] = value
         elif kind == "dict[str, MetricValue]":
+            values[name] = _parse_metrics(value, where)
+        elif kind == "dict[str, dict[str, MetricValue]]":
             if not isinstance(value, dict):
                 raise ValueError(f"has no object {where!r}")
-            values[name] = {key: parse_metric_value(one, where) for key, one in value.items()}
+            values[name] = {key: _parse_metrics(one, f"{where}.{key}") for key, one in value.items()}
         elif kind == "int | None":
             values[name] = None
         else:
@@ -95,6 +113,13 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
     if "rows" not in values:
         values["rows"] = None
     return Position(**values)  # type: ignore[arg-type]
+
+
+def _parse_metrics(content: Any, where: str) -> dict[str, MetricValue]:
+    """Return metrics from JSON. Raises ValueError for anything else."""
+    if not isinstance(content, dict):
+        raise ValueError(f"has no object {where!r}")
+    return {key: parse_metric_value(one, where) for key, one in content.items()}
 
 
 def parse_metric_value(value: object, where: str) -> MetricValue:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.plan import TrainingPlan
@@ -21,27 +23,28 @@ def _own_shards(plan: TrainingPlan, rank: int) -> range:
     return range(*order.part_bounds(plan.shards, rank, plan.ranks))
 
 
-def refuse_uneven_calls(recipe: str, plan: TrainingPlan, evaluation_examples: int, position: Position) -> None:
+def refuse_uneven_calls(recipe: str, plan: TrainingPlan, examples: Mapping[str, int], position: Position) -> None:
     """Raise UserError if a rank would wait in a collective of `score` for one that does not call it.
 
     Args:
         recipe: its name.
         plan: of the run.
-        evaluation_examples: the number of evaluation examples.
+        examples: the number of examples of each split.
         position: the beginning of the run.
     """
     remaining_steps = plan.total_steps - position.step
-    for examples in (plan.examples - position.offset, plan.examples):
-        full, rest = divmod(examples, plan.batch_size)
+    for epoch_examples in (plan.examples - position.offset, plan.examples):
+        full, rest = divmod(epoch_examples, plan.batch_size)
         sizes = [plan.batch_size] * (full > 0 and remaining_steps > 0) + [rest] * (rest > 0 and remaining_steps > full)
         for count in sizes:
             passes = count_passes(count, plan)
             _refuse_uneven_passes(recipe, f"a step of {count} examples", passes, "batch-size", plan.batch_size)
         remaining_steps -= full + (rest > 0)
-    parts = [order.part_bounds(evaluation_examples, rank, plan.ranks) for rank in range(plan.ranks)]
-    passes = [-(-(end - first) // plan.eval_micro_batch) for first, end in parts]
-    what = f"an evaluation of {evaluation_examples} examples"
-    _refuse_uneven_passes(recipe, what, passes, "micro-batch", plan.eval_micro_batch)
+    for count in (count for split, count in examples.items() if split != "train"):
+        parts = [order.part_bounds(count, rank, plan.ranks) for rank in range(plan.ranks)]
+        passes = [-(-(end - first) // plan.eval_micro_batch) for first, end in parts]
+        what = f"an evaluation of {count} examples"
+        _refuse_uneven_passes(recipe, what, passes, "micro-batch", plan.eval_micro_batch)
 
 
 def _refuse_uneven_passes(recipe: str, what: str, passes: list[int], option: str, value: int) -> None:

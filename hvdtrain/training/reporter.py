@@ -123,13 +123,13 @@ class Reporter:
             self.terminal.show_progress(progress)
 
     def record_evaluation(self, at: Position, epoch: int) -> None:
-        """Report `at.eval`. If the step's row is written already, by the rank that was lost, it is written again."""
+        """Report an evaluation. If the step's row is there already, by the rank that was lost, it is written again."""
         self._position = at
         self._row = self.rows.take_back_last(at) or self._row
         if self._row is not None and self._row.step == at.step:
-            self._row, self._row_due = replace(self._row, eval=dict(at.eval)), True
+            self._row, self._row_due = replace(self._row, eval=dict(at.eval), evals=dict(at.evals)), True
         progress = f"epoch {epoch}  step {at.step}/{self._total_steps}"
-        self.print_lines([f"{progress}  train loss {at.train_loss:.4f}  eval {format_values(at.eval)}"])
+        self.print_lines([f"{progress}  train loss {at.train_loss:.4f}  eval {format_values(at.all_metrics())}"])
 
     def write_due_row(self) -> None:
         """Write the row of this step, if it is due. Called once a step, when its values are complete."""

@@ -18,7 +18,7 @@ from hvdtrain.system.text import format_count
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """What a step has measured: a line of metrics.jsonl. The values of `train` and `eval` may be NaN or infinite."""
+    """What a step has measured: a line of metrics.jsonl. Values of metrics may be NaN or infinite."""
 
     step: int
     epoch: int  # from 1
@@ -28,12 +28,14 @@ class MetricsRow:
     comm_seconds: float  # that a step has waited for communication, mean since the last row
     train: Mapping[str, MetricValue]  # loss, metrics, and what the update reports, of this step
     eval: Mapping[str, MetricValue] = field(default_factory=dict)  # if there was an evaluation after this step
+    evals: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)  # of each set but the first
 
     def encode(self) -> bytes:
         """Return the line; numbers that are not finite are null in it."""
         values = {name: getattr(self, name) for name in ("step", "epoch", "samples", "lr")}
         values |= {"samples_per_second": self.samples_per_second, "comm_seconds": self.comm_seconds, **self.train}
-        values |= {f"eval_{name}": value for name, value in self.eval.items()}
+        for prefix, metrics in {"eval": self.eval, **self.evals}.items():
+            values |= {f"{prefix}_{name}": value for name, value in metrics.items()}
         return f"{encode_json(values)}\n".encode()
 
 

@@ -12,10 +12,12 @@ from hvdtrain.elastic.membership import Membership
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import Step
+from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.training.lease import Lease
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.plan import TrainingPlan
+from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.stop import StopRequest
 
@@ -47,3 +49,19 @@ class Generation:
     diagnosis: Diagnosis | None  # of --diagnose
     hosts: Sequence[str]  # of the ranks, each once
     formation_text: str  # how long it took to form, human-readable; "" for the first one
+
+    def set_now(self, position: Position, *, training: bool) -> Now:
+        """Let the recipe know that the training is at `position`; return what it knows."""
+        now = Now(
+            folder=self.run.recipe.now.folder,
+            rank=self.world.rank,
+            size=self.world.size,
+            step=position.step,
+            steps=self.plan.total_steps,
+            epoch=position.epoch,
+            epochs=self.plan.epochs,
+            samples=position.samples,
+            training=training,
+        )
+        set_now(self.run.recipe, now)
+        return now

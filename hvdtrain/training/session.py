@@ -137,6 +137,7 @@ class Session:
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
         hosts = list(dict.fromkeys(collectives.gather_json(self.world.host, "hosts")))
         generation = Generation(run, self.world, plan, folder, ledger, diagnosis, hosts, self._formation_text)
+        generation.set_now(position, training=True)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
         report_generation(generation, position, notes)
         return generation, position

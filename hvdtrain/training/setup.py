@@ -38,7 +38,7 @@ def plan_generation(run: Run, world: World, position: Position) -> TrainingPlan:
         run.recipe, run.options, step.examples["train"], step.base_learning_rate(), world.size, position
     )
     if step.score_uses_collectives:
-        refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples["eval"], position)
+        refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples, position)
     return plan
 
 

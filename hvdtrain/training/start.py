@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.framework import Step
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 from hvdtrain.system.text import format_count
 from hvdtrain.training.folder import open_run_folder, take_over_folder
@@ -18,13 +18,27 @@ from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.saving import resume_run, start_order
 
 
-def check_best_metric(recipe: Recipe, metrics: Sequence[str]) -> None:
-    """Raise UserError if the recipe's `best` names no metric of its own or no direction."""
+def check_recipe_metrics(recipe: Recipe, step: Step) -> None:
+    """Raise UserError if two columns would have one name, or `best` names no metric or no direction.
+
+    Without an evaluation, `best` may be anything.
+    """
+    cls, used = type(recipe).__name__, [name for name in recipe.evals if step.examples[name]]
+    for name in recipe.evals:
+        prefix = "eval" if name == recipe.evals[0] else name
+        if taken := next((metric for metric in step.layout.names if f"{prefix}_{metric}" in step.layout.names), None):
+            raise UserError(f"{cls}.score: '{prefix}_{taken}' is a column of the evaluation: rename it")
+    if not used:
+        return
     metric, direction = recipe.best
-    if metric not in metrics:
+    names = [m if name == recipe.evals[0] else f"{name}/{m}" for name in used for m in step.layout.names]
+    if metric in step.layout.names and metric not in names:
         raise UserError(
-            f"{type(recipe).__name__}.best: there is no metric {metric!r}{suggest_nearest(metric, metrics)}"
+            f"{cls}.best: {metric!r} is of the evaluation set {recipe.evals[0]!r}, whose dataset is None; expected for "
+            f"example {names[0]!r}"
         )
+    if metric not in names:
+        raise UserError(f"{cls}.best: there is no metric {metric!r}{suggest_nearest(metric, names)}")
     if direction not in ("min", "max"):
         raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
 
@@ -39,10 +53,10 @@ def begin_run(run: Run) -> tuple[Path, Position]:
     if membership.get_run_folder() is not None:  # an earlier generation has begun, and all that had a state are gone
         folder = take_over_folder(find_run_folder(run), run.lease)
         return folder, resume_run(run, folder, unattended=True)
-    if membership.change_count > 0 and options.run_dir is not None:
-        options = replace(options, resume=True)  # the first generation may have come so far as to make it
-    folder = open_run_folder(options, run.name, run.lease)
-    if options.resume:
+    assert options.run_dir is not None  # chosen before the step was made
+    resume = options.resume or membership.change_count > 0  # the first generation may have come so far as to make it
+    folder = open_run_folder(options.run_dir, run.lease, resume=resume)
+    if resume:
         position = resume_run(run, folder, unattended=RELAUNCH_VARIABLE in os.environ)
     else:
         position = Position()

@@ -15,7 +15,7 @@ from hvdtrain.system import activity, messages
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError
 from hvdtrain.system.text import format_count
 from hvdtrain.training.checkpoint import BestCheckpoint
-from hvdtrain.training.position import Position
+from hvdtrain.training.position import Position, join_metrics
 from hvdtrain.training.run import Generation
 from hvdtrain.training.setup import collect_versions, find_git_commit
 
@@ -33,6 +33,7 @@ class Summary:
     samples_seen: int
     train_loss: float
     eval: Mapping[str, MetricValue]  # of the last evaluation, by metric
+    evals: Mapping[str, Mapping[str, MetricValue]]  # the same of each evaluation set but the first, by its name
     best: BestCheckpoint | None  # of those that were evaluated
     wire_bytes_per_step: int
     compression: str
@@ -57,7 +58,7 @@ class Summary:
     def describe(self, folder: Path, view_commands: Sequence[str]) -> list[str]:
         """Return how the run has ended, in a few lines to print. view_commands: show what the loggers have written."""
         best, ranks = self.best, format_count(self.world_size, "rank")
-        shown = format_values(self.eval)
+        shown = format_values(join_metrics(self.eval, self.evals))
         return [
             *([f"evaluated {shown}"] if self.finished and shown else []),
             *([f"best      {best.metric} {best.value:.4f} at step {best.step}"] if best is not None else []),
@@ -80,6 +81,7 @@ def make_summary(generation: Generation, position: Position, resumed_from: int |
         samples_seen=position.samples,
         train_loss=position.train_loss,
         eval=position.eval,
+        evals=position.evals,
         best=run.report.best,
         wire_bytes_per_step=run.step.wire_bytes(),
         compression=run.options.compression.spec,

@@ -80,7 +80,7 @@ def test_fit_refuses_nonfinite_numbers_in_a_recipe_and_in_options(tmp_path: Path
         hvdtrain.fit(digits(), run_dir=tmp_path / "run", clip_norm=math.inf)
 
 
-@pytest.mark.parametrize("name", ["collate", "buffers", "model", "best"])
+@pytest.mark.parametrize("name", ["collate", "buffers", "model", "best", "now", "evals", "sampler", "lr_factor"])
 def test_a_field_with_a_name_of_the_recipe_contract_is_refused(name: str) -> None:
     cls = dataclasses.make_dataclass("Mine", [(name, int, 3)], bases=(Recipe,), kw_only=True)
     with pytest.raises(UserError, match=rf"Mine\.{name} is a name of the recipe contract: rename the option"):

@@ -28,7 +28,8 @@ class TensorBoardLogger(Logger):
     def log_row(self, row: MetricsRow) -> None:
         scalars = {f"train/{name}": value for name, value in select_scalars(row.train).items()}
         scalars |= {"train/lr": row.lr, "train/epoch": float(row.epoch)}
-        scalars |= {f"eval/{name}": value for name, value in select_scalars(row.eval).items()}
+        for prefix, metrics in {"eval": row.eval, **row.evals}.items():
+            scalars |= {f"{prefix}/{name}": value for name, value in select_scalars(metrics).items()}
         scalars |= {"speed/samples_per_second": row.samples_per_second, "speed/comm_seconds": row.comm_seconds}
         self._events.add_scalars(row.step, scalars)
 
