@@ -13,6 +13,7 @@ from hvdtrain.cli.sides import LaunchCommand, correct_launch_line
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.signals import RequeueRequest
 from hvdtrain.launch.start import launch_elastic, launch_ranks
+from hvdtrain.system.collection import pause_collection
 from hvdtrain.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,10 +127,11 @@ def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) ->
         UserError: there is one; if it is a launch option after RECIPE, the message is the line to write.
         click.ClickException: likewise.
     """
-    from hvdtrain.cli.train import check_arguments
-
     try:
-        return check_arguments(args, elastic)
+        with pause_collection():
+            from hvdtrain.cli.train import check_arguments
+
+            return check_arguments(args, elastic)
     except UserError as error:
         unknown = error.__cause__.option_name if isinstance(error.__cause__, click.NoSuchOption) else ""
         if unknown and (message := correct_launch_line(ctx, args, unknown)):

@@ -20,6 +20,7 @@ from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import read_copy
 from hvdtrain.system import activity
+from hvdtrain.system.collection import pause_collection
 from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit, UserError
 from hvdtrain.training.hang import watch_for_hangs
 from hvdtrain.training.options import check_elastic_options
@@ -57,19 +58,21 @@ def train_command(ctx: click.Context, args: tuple[str, ...]) -> int:
     membership = membership_from_environment()
     ctx.with_resource(watch_for_hangs(command=True))
     activity.enter_activity("importing the recipe", patient=True)
-    try:
-        arguments = load_arguments([recipe, *rest], read_recipe_copy(membership))
-        options.check_parsed_arguments(arguments)
+    with pause_collection():
+        try:
+            arguments = load_arguments([recipe, *rest], read_recipe_copy(membership))
+            options.check_parsed_arguments(arguments)
+        except UserError as error:
+            report_failure(error.exit_code, str(error), "")
+            raise
         if arguments.print_config:
             return print_config(arguments)
         if arguments.given_options.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
         activity.enter_activity("meeting the other ranks", waits=True, patient=True)
-        world = start_rank(membership)
-    except UserError as error:
-        report_failure(error.exit_code, str(error), "")
-        raise
-    from hvdtrain.training.fit import fit_from_command_line
+        with exit_on_failure(membership):
+            world = start_rank(membership)
+        from hvdtrain.training.fit import fit_from_command_line
 
     with exit_on_failure(membership):
         summary = fit_from_command_line(

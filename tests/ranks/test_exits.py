@@ -11,6 +11,20 @@ import pytest
 from tests.ranks.harness import HVDTRAIN, ROOT, run
 
 RECIPE = str(ROOT / "tests" / "ranks" / "ending_recipe.py")
+NO_START = """
+import horovod.torch
+from hvdtrain.comm.world import rank_from_environment
+from recipes.digits import Digits as Base
+
+class Digits(Base):
+    pass
+
+def fail(*_):
+    raise RuntimeError("no connection to the others")
+
+if rank_from_environment() == 0:
+    horovod.torch.init = fail
+"""
 
 
 def launch(ranks: int, folder: Path, *options: str, launcher: str = "horovodrun") -> tuple[int, str]:
@@ -52,6 +66,15 @@ def test_a_rank_that_vanishes_is_blamed(tmp_path: Path, launcher: str) -> None:
 def test_a_rank_that_ends_with_a_code_and_no_message_is_blamed(tmp_path: Path) -> None:
     code, said = launch(2, tmp_path, "--how", "os-exit5", "--on", "1")
     assert code == 1 and "error: rank 1 on " in said and "ended with code 5 and no message" in said, said
+
+
+def test_a_rank_on_which_horovod_does_not_start_reports_why(tmp_path: Path) -> None:
+    recipe = tmp_path / "no_start.py"
+    recipe.write_text(NO_START)
+    done = run("alone", 1, [*HVDTRAIN, "launch", "-np", "2", str(recipe), "--run-dir", str(tmp_path / "run")])
+    assert done.returncode == 1
+    assert "error: rank 0 on " in done.stderr, done.stderr
+    assert "failed: RuntimeError: no connection to the others" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("how", ["thread", "child", "fork"])
