@@ -17,7 +17,7 @@ from hvdtrain.doctor.preflight import check_hosts
 from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.hosts import assign_slots
 from hvdtrain.launch.job import JobSpec
-from hvdtrain.launch.launcher import LAUNCHERS, Launcher, LaunchPlan, choose_controller, hvdtrain_command
+from hvdtrain.launch.launcher import LAUNCHERS, LaunchPlan, choose_controller, hvdtrain_command
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
 from hvdtrain.launch.relaunch import ElasticLaunch, find_current_hosts, run_with_relaunches
 from hvdtrain.launch.run import run_job
@@ -45,7 +45,7 @@ def launch_ranks(args: Sequence[str], options: LaunchOptions, check_arguments: C
         print(shlex.join(line))
         return 0
     # The doctor has asked the hosts more than this check does.
-    if is_multi_host(launcher, names) and launcher.uses_ssh(os.environ) and args[0] != "doctor":
+    if launcher.uses_ssh(os.environ) and args[0] != "doctor":
         check_hosts(names, args, nic=plan.nic, ssh=plan.ssh.ssh_arguments())
     launcher.check_installation()
     is_chosen_by_system = launcher.batch_system is not None and names == ["localhost"]
@@ -76,7 +76,7 @@ def build_plan(args: Sequence[str], options: LaunchOptions) -> LaunchPlan:
     launcher.check_environment(os.environ, controller)
     hosts = assign_slots(options.read_hosts(os.environ), options.num_ranks)
     names = [host.name for host in hosts]
-    multi_host = is_multi_host(launcher, names)
+    multi_host = launcher.batch_system is not None or not all(map(is_local_host, names))
     nic = options.nic
     if nic is None and multi_host and launcher.batch_system is None:
         nic = interface_toward(names)
@@ -92,11 +92,6 @@ def build_plan(args: Sequence[str], options: LaunchOptions) -> LaunchPlan:
         ssh=options.ssh,
         forward_env=options.forward_env,
     )
-
-
-def is_multi_host(launcher: Launcher, hosts: Sequence[str]) -> bool:
-    """Return whether ranks may run on other hosts than this one."""
-    return launcher.batch_system is not None or not all(map(is_local_host, hosts))
 
 
 def launch_elastic(
