@@ -105,13 +105,13 @@ class ElasticMembership:
         return Path(folder) if folder else None
 
     def publish_run_folder(self, folder: Path) -> None:
-        self.store.put_if_absent(FOLDER, str(folder.absolute()))
+        self.store.put(FOLDER, str(folder.absolute()))
 
     def publish_recipe_copy(self, make_description: Callable[[], RecipeCopy]) -> None:
-        self.store.put_if_absent(SOURCE, make_description())
+        self.store.put(SOURCE, make_description())
 
     def publish_start(self, step: int) -> None:
-        self.store.put_if_absent(BEGAN.of(self._former.generation), step)
+        self.store.put(BEGAN.of(self._former.generation), step)
 
     def request_stop(self) -> None:
         self.stop_requested = True
@@ -148,10 +148,10 @@ class ElasticMembership:
         else:
             text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         print(f"{trace}hvdtrain: retrying once after an error after step {step}: {text}", file=sys.stderr)
-        self.store.put_if_absent(ERROR.of(self._former.generation, self.member), TrainingError(step, text))
+        self.store.put(ERROR.of(self._former.generation, self.member), TrainingError(step, text))
 
     def publish_end(self, code: int, error: str = "") -> None:
-        self.store.put_if_absent(VERDICT, Verdict(code, error))
+        self.store.put(VERDICT, Verdict(code, error))
 
     def has_run_ended(self) -> bool:
         try:

@@ -37,6 +37,7 @@ from hvdtrain.elastic.records import (
     VERDICT,
     Candidate,
     GenerationPlan,
+    TrainingError,
 )
 from hvdtrain.elastic.slot import Slot
 from hvdtrain.elastic.store import KeyValueStore
@@ -74,7 +75,7 @@ class GenerationFormer:
 
     def __init__(self, store: KeyValueStore, slot: Slot, member: str) -> None:
         self.store, self.slot, self.member = store, slot, member
-        self.generation = get_newest_plan(store)[0]
+        self.generation, self._newest_plan = get_newest_plan(store)
         self.has_joined = False  # a generation: this member has a state that others count on
         self._server: RendezvousServer | None = None  # where the ranks of a generation that it planned meet
 
@@ -92,7 +93,7 @@ class GenerationFormer:
         while True:
             number = self.generation + 1
             plan = self._agree_on_plan(number, step, poll_requests)
-            self.generation = number
+            self.generation, self._newest_plan = number, plan
             self._stop_stale_server(plan)
             if plan.error:
                 raise RunError(plan.error)
@@ -106,7 +107,7 @@ class GenerationFormer:
 
     def announce_departure(self) -> NoReturn:
         """Publish that this member has left, and raise MembershipEnded."""
-        self.store.put_if_absent(GONE.of(self.member), "left")
+        self.store.put(GONE.of(self.member), "left")
         raise MembershipEnded("left, as it was asked to", EXIT_REQUEUE)
 
     def _agree_on_plan(self, number: int, step: int, poll_requests: Callable[[], MemberRequests]) -> GenerationPlan:
@@ -117,9 +118,8 @@ class GenerationFormer:
         """
         store, began, complete_since = self.store, time.monotonic(), None
         mine = Candidate(step, self.slot.host, self.slot.local_rank, self.has_joined)
-        store.put_if_absent(CANDIDATE.of(number, self.member), mine)
-        last_plan = store.get(PLAN.of(number - 1))
-        previous = last_plan.member_ids if last_plan is not None else []
+        store.put(CANDIDATE.of(number, self.member), mine)
+        previous = self._newest_plan.member_ids if self._newest_plan is not None else []
         while True:
             if (plan := store.get(PLAN.of(number))) is not None:
                 return plan
@@ -177,7 +177,7 @@ class GenerationFormer:
 
     def _confirm_plan(self, number: int, names: Sequence[str]) -> bool:
         """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""
-        self.store.put_if_absent(FOLLOWS.of(number, self.member), True)
+        self.store.put(FOLLOWS.of(number, self.member), True)
         deadline = time.monotonic() + FOLLOW_TIMEOUT
         while time.monotonic() < deadline:
             if len(self.store.get_all(FOLLOWS.of(number))) == len(names):
@@ -189,15 +189,18 @@ class GenerationFormer:
 
     def _find_give_up_reason(self) -> str | None:
         """Why there is to be no further generation, or None."""
-        tries = count_tries(self.store.get_all(DEATH), self.store.get_all(ERROR), self.store.get_all(BEGAN))
-        return self._find_repeated_error() or (f"no progress: {tries.text}" if tries.should_give_up else None)
+        errors = self.store.get_all(ERROR)
+        tries = count_tries(self.store.get_all(DEATH), errors, self.store.get_all(BEGAN))
+        return find_repeated_error(errors) or (f"no progress: {tries.text}" if tries.should_give_up else None)
 
-    def _find_repeated_error(self) -> str | None:
-        reports: dict[tuple[int, str], set[str]] = {}  # by step and text: the generations in which it was reported
-        for key, error in self.store.get_all(ERROR).items():
-            reports.setdefault((error.step, error.text), set()).add(key.partition("-")[0])
-        twice = [(step, text) for (step, text), generations in reports.items() if len(generations) > 1]
-        return f"the same error came twice at step {twice[0][0]}: {twice[0][1]}" if twice else None
+
+def find_repeated_error(errors: Mapping[str, TrainingError]) -> str | None:
+    """Return why a run with these errors, by `GENERATION-MEMBER`, is given up: one came in two generations; or None."""
+    reports: dict[tuple[int, str], set[str]] = {}  # by step and text: the generations in which it was reported
+    for key, error in errors.items():
+        reports.setdefault((error.step, error.text), set()).add(key.partition("-")[0])
+    twice = [(step, text) for (step, text), generations in reports.items() if len(generations) > 1]
+    return f"the same error came twice at step {twice[0][0]}: {twice[0][1]}" if twice else None
 
 
 def get_newest_plan(store: KeyValueStore) -> tuple[int, GenerationPlan | None]:

@@ -125,7 +125,7 @@ class SlotLifecycle:
     def handle_worker_exit(self, code: int) -> None:
         """Publish that the worker is gone, and decide what follows."""
         left = self.requests.leave or code == EXIT_REQUEUE
-        self.store.put_if_absent(GONE.of(self.worker.member), "left" if left else describe_exit_code(code))
+        self.store.put(GONE.of(self.worker.member), "left" if left else describe_exit_code(code))
         if self.follow_verdict():
             return
         if left:
@@ -205,7 +205,7 @@ class SlotLifecycle:
             return
         if self.worker.is_blocked():
             # It may be in a system call that no signal ends: the others need not wait for its death.
-            self.store.put_if_absent(GONE.of(self.worker.member), "blocked")
+            self.store.put(GONE.of(self.worker.member), "blocked")
             self.worker.process.kill()
         if self.worker.is_stopped(self.limits.lease):
             self.worker.process.kill()

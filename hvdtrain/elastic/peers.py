@@ -76,6 +76,6 @@ class PeerMonitor:
         for name in peers.lost & peers.heartbeats.keys() - {self.own_name}:
             member = peers.heartbeats[name].member
             if member not in peers.gone:
-                self.store.put_if_absent(GONE.of(member), "lost")
+                self.store.put(GONE.of(member), "lost")
                 peers.gone.add(member)
         return peers

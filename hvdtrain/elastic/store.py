@@ -51,8 +51,12 @@ class KeyValueStore:
         Raises:
             RunError: what is written already is not valid.
         """
-        self._request("PUT", f"/{FACT_SCOPE}/{fact.key}", dump_record(value))
+        self.put(fact, value)
         return self.require(fact)
+
+    def put(self, fact: Fact[T], value: T) -> None:
+        """Write a fact unless it is written already; for one whose other writers, if there are any, mean the same."""
+        self._request("PUT", f"/{FACT_SCOPE}/{fact.key}", dump_record(value))
 
     def get(self, fact: Fact[T]) -> T | None:
         """Return a fact, or None if it is not written."""

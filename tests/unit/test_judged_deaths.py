@@ -32,6 +32,9 @@ class Facts:
 
     require = get
 
+    def put(self, fact: Fact[Any], value: Any) -> None:
+        self.known.setdefault(fact.key, value)
+
     def put_if_absent(self, fact: Fact[Any], value: Any) -> Any:
         return self.known.setdefault(fact.key, value)
 
