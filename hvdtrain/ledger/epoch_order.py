@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from hvdtrain.ledger.rows import hash_ids
+from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import BLOCK_POSITIONS, Ids, SampleOrder
 
 
@@ -20,6 +21,8 @@ class EpochOrder:
     seed: int
     epoch: int  # from 1
     version: int
+    key: str = ""  # of what the recipe's sampler gave; "": the epoch was shuffled
+    given: GivenOrder | None = field(default=None, compare=False, repr=False)
 
     def sum_hashes(self, begin: int, end: int) -> int:
         """Return the sum of the hashes of the ids at positions [begin, end)."""
@@ -35,6 +38,8 @@ class EpochOrder:
 
     def ids(self, begin: int, end: int) -> Ids:
         """Return the ids at positions [begin, end), (end - begin,) int64."""
+        if self.given is not None:
+            return _list_given(self)[begin:end]
         return _draw_order(self).ids_between(begin, end) if self.version > 1 else _sorted_philox(self)[begin:end]
 
 
@@ -44,6 +49,12 @@ class MaterializedOrder(NamedTuple):
     ids: Ids  # (examples,)
     hashes: Ids  # (examples,): of these ids
     hash_sums_before: Ids  # (examples + 1,): at each position, the sum of all hashes before it
+
+
+@lru_cache(maxsize=2)
+def _list_given(order: EpochOrder) -> Ids:
+    assert order.given is not None
+    return order.given.list_ids(order.seed, order.epoch - 1)
 
 
 @lru_cache(maxsize=4)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.ledger.rows import HEADER_PATTERN, LEDGER_FORMAT, ROW_PATTERN, LedgerRow
+from hvdtrain.ledger.rows import HEADER_PATTERN, LEDGER_FORMAT, ORDER_PATTERN, ROW_PATTERN, LedgerRow, order_path
+from hvdtrain.recipe.given_order import GivenOrder, decode_file
 from hvdtrain.system.errors import UserError
 
 
@@ -21,6 +22,7 @@ class Segment:
     order_version: int
     rows: list[LedgerRow]
     invalid_lines: list[int]  # numbers of lines that are not rows
+    orders: dict[int, str]  # by epoch (from 1), the key of what a sampler gave for it
 
 
 def find_segments(folder: Path) -> dict[int, Path]:
@@ -45,13 +47,29 @@ def read_segment(path: Path) -> Segment:
             f"{path} is not a ledger segment of this version of hvdtrain: expected a header of format {LEDGER_FORMAT!r}"
         )
     version, seed, examples, batch, first_step = map(int, header.groups())
-    rows, invalid_lines = [], []
+    rows, invalid_lines, orders = [], [], {}
     for number, line in enumerate(lines[2:-1], start=3):  # what follows the last newline is torn, or empty
         if found := ROW_PATTERN.fullmatch(line):
             rows.append(LedgerRow(*map(int, found.groups())))
+        elif found := ORDER_PATTERN.fullmatch(line):
+            orders[int(found[1])] = found[2]
         else:
             invalid_lines.append(number)
-    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines)
+    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines, orders)
+
+
+def load_given_order(folder: Path, key: str) -> GivenOrder:
+    """Return what a sampler gave, by its key, from the ledger's folder. Raises UserError for a bad or missing file."""
+    path = order_path(folder, key)
+    try:
+        given = decode_file(path.read_bytes())
+        if given.key != key:
+            raise ValueError(f"has other contents than its name says ({given.key})")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+    return given
 
 
 def select_effective_rows(segments: list[Segment]) -> list[tuple[LedgerRow, Segment]]:

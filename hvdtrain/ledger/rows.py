@@ -9,12 +9,17 @@ that begins after step k supersedes what earlier ones say of later steps: those 
 
     # hvdtrain ledger 2 seed=0 examples=1437 batch=128 first_step=1
     step,epoch,offset,fed,hash_sum
+    # order 1 weights-41a8...
     1,1,0,128,277893418803
+
+A line "# order" names the file next to the segments, weights-41a8....npz, that holds what the recipe's `sampler` gave
+for an epoch; an epoch without such a line was shuffled.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +31,7 @@ from hvdtrain.recipe.order import Ids
 LEDGER_FORMAT = f"hvdtrain ledger {order.ORDER_VERSION}"  # its number is the version of the order of the ids
 HEADER_PATTERN = re.compile(r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
 ROW_PATTERN = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")  # numbers fit into 64 bits
+ORDER_PATTERN = re.compile(r"# order ([1-9]\d{0,17}) ((?:weights|ids)-[0-9a-f]{32})")
 MAX_STEP_EXAMPLES = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
 
@@ -37,6 +43,16 @@ class LedgerRow(NamedTuple):
     offset: int  # the position of the first id in the epoch's order
     fed: int  # how many ids the ranks fed to the model, added up by the ranks
     hash_sum: int  # of the hashes of these ids, likewise
+
+
+def format_order_line(epoch: int, key: str) -> str:
+    """Return the line that names what a sampler gave for an epoch (from 1), by its key."""
+    return f"# order {epoch} {key}"
+
+
+def order_path(folder: Path, key: str) -> Path:
+    """Return the file in the ledger's folder that keeps what a sampler gave."""
+    return folder / f"{key}.npz"
 
 
 def hash_ids(ids: Ids) -> NDArray[np.uint64]:

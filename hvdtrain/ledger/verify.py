@@ -1,7 +1,7 @@
-"""Replaying a ledger: did every epoch visit every id exactly once?
+"""Replaying a ledger: did every epoch visit every id exactly once, or as its sampler's order has them?
 
 check                  kind of defect   what it compares
-_find_file_defects     file             segments' numbers and lines
+_find_file_defects     file             segments' numbers and lines, and files of orders
 check_position         step, place      a row's step, epoch and offset with the end of the row before
 check_step_ids         ids              count and sum of hashes with the order; a difference is explained, if it can be
 check_epoch            epoch            how often each id was visited, by what the steps are known to have fed
@@ -9,7 +9,7 @@ check_epoch            epoch            how often each id was visited, by what t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,9 @@ import numpy as np
 
 from hvdtrain.ledger.epoch_order import EpochOrder
 from hvdtrain.ledger.explain import NO_IDS, explain_mismatch
-from hvdtrain.ledger.reader import Segment, find_segments, read_segment, select_effective_rows
+from hvdtrain.ledger.reader import Segment, find_segments, load_given_order, read_segment, select_effective_rows
 from hvdtrain.ledger.rows import LedgerRow
+from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import MAX_EXAMPLES, Ids
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.text import format_count
@@ -50,11 +51,17 @@ class LedgerVerification:
     steps: int
     segments: int
     rest: int  # examples of the last epoch so far; 0: it is complete
+    given_orders: int = 0  # epochs whose order the recipe's sampler gave
+
+    @property
+    def is_as_ordered(self) -> bool:
+        """Whether every epoch visited each id as often as its order has it, as far as it has come."""
+        return not self.findings
 
     @property
     def is_exactly_once(self) -> bool:
-        """Whether every epoch visited every id exactly once, as far as it has come."""
-        return not self.findings
+        """Whether every epoch visited every id exactly once, as far as it has come: none had an order of its own."""
+        return not self.findings and not self.given_orders
 
     def format_lines(self) -> list[str]:
         """Return a human-readable summary, and below it what is wrong."""
@@ -62,15 +69,16 @@ class LedgerVerification:
         if self.rest:
             count += f" and {self.rest} examples of epoch {self.epochs + 1}, which is not complete"
         count += f", {format_count(self.steps, 'step')} ({format_count(self.segments, 'segment')})"
-        if self.is_exactly_once:
-            return [f"exactly once: {count}"]
+        verdict = "as ordered" if self.given_orders else "exactly once"
+        if self.is_as_ordered:
+            return [f"{verdict}: {count}"]
         shown = [finding.text for finding in self.findings[:MAX_SHOWN]]
         more = len(self.findings) - len(shown)
-        return [f"not exactly once: {count}", *shown, *([f"and {more} more findings"] if more else [])]
+        return [f"not {verdict}: {count}", *shown, *([f"and {more} more findings"] if more else [])]
 
     def as_json(self) -> dict[str, object]:
         """Return what `hvdtrain ledger verify --json` prints."""
-        return {"exactly_once": self.is_exactly_once, **asdict(self)}
+        return {"exactly_once": self.is_exactly_once, "as_ordered": self.is_as_ordered, **asdict(self)}
 
 
 class ReplayedStep(NamedTuple):
@@ -105,11 +113,14 @@ def verify_ledger(run_dir: Path) -> LedgerVerification:
 
 def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerVerification:
     defects = _find_file_defects(paths, segments)
+    given, damaged = _load_orders(paths, segments)
+    defects += damaged
     steps: list[ReplayedStep] = []
     rows = select_effective_rows(segments)
     for i, (row, segment) in enumerate(rows):
         defects += check_position(row, segment, steps[-1] if steps else None)
-        step, found = check_step_ids(row, segment, rows[i + 1][0] if i + 1 < len(rows) else None)
+        order = make_epoch_order(row, segment, given)
+        step, found = check_step_ids(row, segment, order, rows[i + 1][0] if i + 1 < len(rows) else None)
         defects += found
         steps.append(step)
     last = steps[-1] if steps else None
@@ -121,7 +132,28 @@ def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerV
         is_complete = not (last and epoch == last.row.epoch and rest)
         defects += check_epoch(epoch, of_epoch, is_complete)
     complete = 0 if last is None else last.row.epoch - bool(rest)
-    return LedgerVerification(defects, complete, segments[-1].examples, len(steps), len(segments), rest)
+    ordered = len({step.row.epoch for step in steps if step.order.key})
+    return LedgerVerification(defects, complete, segments[-1].examples, len(steps), len(segments), rest, ordered)
+
+
+def _load_orders(paths: dict[int, Path], segments: list[Segment]) -> tuple[dict[str, GivenOrder], list[LedgerDefect]]:
+    """Return what samplers gave, by its key, and which files of it are missing or damaged."""
+    folder, given, defects = next(iter(paths.values())).parent, {}, []
+    for key in dict.fromkeys(key for segment in segments for key in segment.orders.values()):
+        try:
+            given[key] = load_given_order(folder, key)
+        except UserError as error:
+            defects.append(LedgerDefect("file", str(error)))
+    return given, defects
+
+
+def make_epoch_order(row: LedgerRow, segment: Segment, given: Mapping[str, GivenOrder]) -> EpochOrder:
+    """Return the order of a row's epoch."""
+    key = segment.orders.get(row.epoch, "")
+    order = given.get(key)
+    if order is not None and len(order.values) != segment.examples:
+        order = None  # its ids differ, then
+    return EpochOrder(segment.examples, segment.seed, row.epoch, segment.order_version, key, order)
 
 
 def _find_file_defects(paths: dict[int, Path], segments: list[Segment]) -> list[LedgerDefect]:
@@ -155,19 +187,19 @@ def check_position(row: LedgerRow, segment: Segment, before: ReplayedStep | None
 
 
 def check_step_ids(
-    row: LedgerRow, segment: Segment, after: LedgerRow | None
+    row: LedgerRow, segment: Segment, order: EpochOrder, after: LedgerRow | None
 ) -> tuple[ReplayedStep, list[LedgerDefect]]:
     """Compare the ids that were fed with those that the row names.
 
     Args:
         row: of the step.
         segment: that the row is in.
+        order: of its epoch.
         after: the next row, None for the last one.
 
     Returns:
         The step with what is known of its ids, and what is wrong with them.
     """
-    order = EpochOrder(segment.examples, segment.seed, row.epoch, segment.order_version)
     as_named = ReplayedStep(row, order, NO_IDS, NO_IDS)
     end = row.offset + row.fed
     if row.epoch < 1 or row.step < 1 or row.fed < 1 or row.offset >= segment.examples:
@@ -211,13 +243,13 @@ def check_epoch(epoch: int, steps: list[ReplayedStep], is_complete: bool) -> Ite
     reach = steps[-1].order.examples if is_complete else max(step.row.offset + step.row.fed for step in steps)
     if is_covered_once(steps, reach):
         return
-    visits = np.zeros(max(step.order.examples for step in steps), np.int32)
-    for step in steps:
-        visits[list_row_ids(step)] += 1
-        visits[step.extra] += 1
-        visits[step.missing] -= 1
     due = list_epoch_ids(steps[-1])[:reach]
-    missing, repeated = np.sort(due[visits[due] < 1]), np.flatnonzero(visits > 1)
+    fed = [ids for step in steps for ids in (list_row_ids(step), step.extra)]
+    count = 1 + max((int(ids.max()) for ids in (due, *fed) if len(ids)), default=0)
+    visits = np.bincount(np.concatenate(fed), minlength=count)
+    visits -= np.bincount(np.concatenate([step.missing for step in steps]), minlength=count)
+    times_due = np.bincount(due, minlength=count)  # 0 or 1, but for orders that a sampler gave
+    missing, repeated = np.flatnonzero(visits < times_due), np.flatnonzero(visits > np.maximum(times_due, 1))
     texts = []
     if len(missing):
         place = describe_place(int(np.flatnonzero(due == missing[0])[0]), steps)

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.ledger.reader import find_segments
-from hvdtrain.ledger.rows import LEDGER_FORMAT, LedgerRow
+from hvdtrain.ledger.rows import LEDGER_FORMAT, LedgerRow, format_order_line, order_path
+from hvdtrain.recipe.given_order import GivenOrder, encode_file
 from hvdtrain.system.files import create_atomically, is_same_file
 
 SEGMENT_RETRY_INTERVAL = 1.0  # seconds after which a segment that could not be written is begun again
@@ -36,6 +37,7 @@ class Ledger:
 
     Attributes:
         durable_step: up to here this rank knows the rows to be on disk for good.
+        orders: by epoch (from 1), what the recipe's sampler has given for those that rows are of, and for the present.
         error: why the last rows are in memory only; None if they are written.
     """
 
@@ -54,6 +56,7 @@ class Ledger:
         self.seed, self.examples, self.batch = seed, examples, batch
         self.from_step, self.rows = from_step, list(rows)
         self.durable_step = from_step
+        self.orders: dict[int, GivenOrder] = {}
         self.error: OSError | None = None
         self._failed_at = 0.0  # when writing last failed, by the monotonic clock
         self._folder: Path | None = None  # of the segments, if this rank writes
@@ -61,13 +64,15 @@ class Ledger:
         self._path: Path | None = None  # its path
 
     @classmethod
-    def from_state(cls, state: LedgerState) -> Ledger:
-        """Return a ledger that knows what another rank's knew."""
+    def from_state(cls, state: LedgerState, orders: Mapping[int, GivenOrder]) -> Ledger:
+        """Return a ledger that knows what another rank's knew; `orders` are that rank's."""
         rows = [LedgerRow(*row) for row in state.rows]
-        return cls(state.seed, state.examples, state.batch, state.from_step, rows)
+        ledger = cls(state.seed, state.examples, state.batch, state.from_step, rows)
+        ledger.orders = dict(orders)
+        return ledger
 
     def to_state(self) -> LedgerState:
-        """Return all that it knows."""
+        """Return all that it knows, but for the orders."""
         rows = [list(row) for row in self.rows]
         return LedgerState(self.seed, self.examples, self.batch, self.from_step, rows)
 
@@ -86,9 +91,13 @@ class Ledger:
     def _begin_segment(self, folder: Path) -> None:
         first = self.from_step + 1
         header = f"# {LEDGER_FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
-        lines = [header, ",".join(LedgerRow._fields), *(",".join(map(str, row)) for row in self.rows)]
+        lines = [header, ",".join(LedgerRow._fields)]
+        lines += [format_order_line(epoch, given.key) for epoch, given in self.orders.items()]
+        lines += [",".join(map(str, row)) for row in self.rows]
         try:
             folder.mkdir(exist_ok=True)  # no parents: a run folder that was deleted is not made again
+            for given in self.orders.values():
+                self._keep_order(folder, given)
             while True:
                 path = folder / f"segment-{max(find_segments(folder), default=0) + 1:06}.csv"
                 try:
@@ -108,6 +117,31 @@ class Ledger:
                 os.close(self._file)
         self._file, self.error, self._failed_at = None, error, time.monotonic()
 
+    @staticmethod
+    def _keep_order(folder: Path, given: GivenOrder) -> None:
+        """Write the file of an order, unless it is there; raises OSError."""
+        path = order_path(folder, given.key)
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):
+                create_atomically(path, encode_file(given))
+
+    def begin_epoch(self, epoch: int, given: GivenOrder | None) -> None:
+        """Take what the recipe's sampler has given for an epoch (from 1) before its first row; None: nothing.
+
+        If it cannot be written now, `error` says why, and it is written with a later row.
+        """
+        first = min([epoch, *(row.epoch for row in self.rows)])
+        kept = {number: order for number, order in self.orders.items() if first <= number < epoch}
+        is_new = given is not None and (epoch not in self.orders or self.orders[epoch].key != given.key)
+        self.orders = kept if given is None else kept | {epoch: given}
+        if self._folder is None or self._file is None or given is None or not is_new:
+            return
+        try:
+            self._keep_order(self._folder, given)
+            self._write_line(format_order_line(epoch, given.key))
+        except OSError as error:
+            self._abandon_segment(error)
+
     def append_row(self, row: LedgerRow) -> None:
         """Add the row of a step that is done; on the rank that writes, it survives the process.
 
@@ -120,12 +154,15 @@ class Ledger:
             if time.monotonic() - self._failed_at > SEGMENT_RETRY_INTERVAL:
                 self._begin_segment(self._folder)
             return
-        line = b"%d,%d,%d,%d,%d\n" % row
         try:
-            if os.write(self._file, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._write_line(",".join(map(str, row)))
         except OSError as error:
             self._abandon_segment(error)
+
+    def _write_line(self, line: str) -> None:
+        data = f"{line}\n".encode()
+        if self._file is not None and os.write(self._file, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def make_durable(self) -> None:
         """Make all rows survive the machine, on the rank that writes. Called before a checkpoint is saved.

@@ -17,6 +17,7 @@ from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.metrics import ScoreLayout
+from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
@@ -101,6 +102,7 @@ class Step(Protocol):
     examples: dict[Split, int]  # of "train" and of each of the recipe's `evals`; 0: it is not evaluated
     agreement_parts: Sequence[ConsistentPart]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
+    has_sampler: bool  # the recipe has a method `sampler`
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
     update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
 
@@ -116,6 +118,12 @@ class Step(Protocol):
         """Return the model as a TensorBoard GraphDef on rank 0; None for batches that cannot be traced.
 
         All ranks call it. Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
+        """
+
+    def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
+        """Return what the recipe's `sampler` gives for an epoch (from 0) of training; None for a shuffled one.
+
+        Rank 0 calls it. Raises UserError for what is no order, RecipeError for what the recipe raises.
         """
 
     # A training step.

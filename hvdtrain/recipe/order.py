@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,17 @@ def rounds_needed(side: int) -> int:
     least; this many rounds bring it below 2^-24.
     """
     return max(8, 2 * -(-24 // max(1, side.bit_length() - 1)))
+
+
+class Order(Protocol):
+    """The order of an epoch: which id each of its positions has."""
+
+    @property
+    def examples(self) -> int:
+        """The number of positions."""
+
+    def ids_between(self, begin: int, end: int) -> Ids:
+        """Return the ids at positions [begin, end): (end - begin,) int64."""
 
 
 class SampleOrder:
@@ -98,11 +110,15 @@ class SampleOrder:
 
 
 def iterate_batches(examples: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> Iterator[Ids]:
+    """Yield the global batches of a shuffled epoch; see `cut_batches`."""
+    return cut_batches(SampleOrder(examples, seed, epoch), batch_size, offset)
+
+
+def cut_batches(order: Order, batch_size: int, offset: int = 0) -> Iterator[Ids]:
     """Yield the global batches of an epoch from example `offset` of its order on; the last one may be smaller."""
-    order = SampleOrder(examples, seed, epoch)
     block = max(1, BLOCK_POSITIONS // batch_size) * batch_size
-    for begin in range(offset, examples, block):
-        ids = order.ids_between(begin, min(begin + block, examples))
+    for begin in range(offset, order.examples, block):
+        ids = order.ids_between(begin, min(begin + block, order.examples))
         for start in range(0, len(ids), batch_size):
             yield ids[start : start + batch_size]
 

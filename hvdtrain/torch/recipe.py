@@ -46,6 +46,19 @@ class Recipe(base.Recipe):
         """
         raise NotImplementedError
 
+    def sampler(self, split: str, epoch: int) -> Any:
+        """Return the order of an epoch (from 0) of training; None, the default, for a shuffled one.
+
+        A float tensor or array of len(dataset): weights, by which len(dataset) examples are drawn, with replacement.
+        Integers, as a tensor, a list, or a torch Sampler: the ids of the epoch's examples in their order, as many as
+        they are; an id may come several times, or not at all. All epochs of a run must have equally many.
+
+        It is called with the split "train" only, on rank 0, whose order all ranks take, at the beginning of each epoch
+        and where a run resumes, with torch's, numpy's and Python's global generators seeded by (seed, epoch). An
+        evaluation scores each of its examples once: let `dataset` return the examples to evaluate.
+        """
+        return None
+
     def collate(self, examples: list[Any]) -> Any:
         """Return the batch of some examples, for `score`; by default torch's `default_collate` stacks their tensors.
 

@@ -23,6 +23,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
 from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
+from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import Ids
 from hvdtrain.torch.broadcast import broadcast_optimizer, broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
@@ -40,6 +41,7 @@ from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.sampling import draw_order, has_sampler
 from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import sum_scores
@@ -89,7 +91,7 @@ class TorchStep:
             self.datasets = load_datasets(recipe, world, options.data.seed)
             self.splits = SplitLoaders(recipe, self.datasets, options.data)
             undo.callback(self.splits.close)
-            self.examples = self.splits.num_examples
+            self.examples, self.has_sampler = self.splits.num_examples, has_sampler(recipe)
             first_step = foresee_first_step(recipe, options.data, self.examples["train"])
             with temporary_now(recipe, first_step):
                 collectives.on_all_ranks("examples", self.splits.check_splits)
@@ -183,6 +185,9 @@ class TorchStep:
     def _list_shared(self) -> list[Any]:
         """Return what a trial's copies refer to as it is."""
         return [*self.datasets.values(), *self.updater.optimizers.values()]
+
+    def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
+        return draw_order(self.recipe, self.examples["train"], seed, epoch)
 
     # A training step.
 

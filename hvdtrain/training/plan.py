@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hvdtrain.recipe import order
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.order import Ids
+from hvdtrain.recipe.order import Ids, Order
 from hvdtrain.system.text import format_count
 from hvdtrain.training import schedule
 from hvdtrain.training.options import RunOptions
@@ -35,6 +35,7 @@ class TrainingPlan:
     lr: float  # after scaling, before the schedule
     lr_scale: float
     schedule: Schedule
+    order_text: str = ""  # where an epoch's order comes from, if it is not shuffled
 
     def schedule_step(self, at: Position) -> int:
         """Return the step of the schedule: by the examples consumed, unless the run ends after a number of steps."""
@@ -91,8 +92,9 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
         else f"{options.exchange.kind} exchange"
     )
     corners = ", ".join(f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners)
+    source = f" {plan.order_text}" if plan.order_text else ""
     return [
-        f"data      {plan.examples} examples, {plan.steps_per_epoch} steps an epoch"
+        f"data      {plan.examples} examples{source}, {plan.steps_per_epoch} steps an epoch"
         + (f", the last of {ragged} examples" if ragged else ""),
         f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
@@ -113,10 +115,10 @@ class StepShare:
     shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
 
 
-def iterate_step_shares(plan: TrainingPlan, seed: int, epoch: int, offset: int, rank: int) -> Iterator[StepShare]:
+def iterate_step_shares(plan: TrainingPlan, epoch_order: Order, offset: int, rank: int) -> Iterator[StepShare]:
     """Yield a rank's share of each step of an epoch, from example `offset` of its order on."""
     own = range(*order.part_bounds(plan.shards, rank, plan.ranks))
-    for ids in order.iterate_batches(plan.examples, plan.batch_size, seed, epoch, offset):
+    for ids in order.cut_batches(epoch_order, plan.batch_size, offset):
         bounds = [order.part_bounds(len(ids), shard, plan.shards) for shard in own]
         shards = [order.split_micro_batches(ids[first:end], plan.micro_batch) for first, end in bounds]
         yield StepShare(len(ids), bounds[0][0] if bounds else 0, shards)

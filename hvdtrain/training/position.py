@@ -17,7 +17,7 @@ FIELDS_SINCE_FORMAT_1 = (
     *("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples"),
 )
 # Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
-FIELDS_SINCE_FORMAT_2 = ("evals",)
+FIELDS_SINCE_FORMAT_2 = ("evals", "order")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Position:
     rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
     order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
     first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
+    order: str = ""  # the key of what the recipe's sampler gave for the epoch; "": the epoch is shuffled
 
     def all_metrics(self) -> dict[str, MetricValue]:
         """Return the metrics of the last evaluation: of the first set by their names, of others as "test/loss"."""
@@ -74,6 +75,7 @@ class Position:
             self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
         if self.offset == self.examples:
             self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
+            self.order = ""
 
 
 def join_metrics(
@@ -106,6 +108,10 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             if not isinstance(value, dict):
                 raise ValueError(f"has no object {where!r}")
             values[name] = {key: _parse_metrics(one, f"{where}.{key}") for key, one in value.items()}
+        elif kind == "str" and isinstance(value, str):
+            values[name] = value
+        elif kind == "str":
+            raise ValueError(f"has no text {where!r}")
         elif kind == "int | None":
             values[name] = None
         else:

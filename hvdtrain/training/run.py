@@ -16,6 +16,7 @@ from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.training.lease import Lease
 from hvdtrain.training.options import RunOptions
+from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import Reporter
@@ -44,6 +45,7 @@ class Generation:
     run: Run
     world: World
     plan: TrainingPlan
+    orders: EpochOrders
     folder: Path
     ledger: Ledger
     diagnosis: Diagnosis | None  # of --diagnose

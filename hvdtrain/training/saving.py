@@ -122,7 +122,9 @@ def resume_run(run: Run, folder: Path, *, unattended: bool = False) -> Position:
 def start_order(run: Run, position: Position) -> None:
     """Let `position` belong to this run's order of its examples. Raises UserError on all ranks if it cannot."""
     step = run.step
-    position.set_example_order(step.examples["train"], run.options.data.seed)
+    # Of an epoch in a sampler's order the length is that of the order: see hvdtrain.training.orders.
+    examples = position.examples if position.order else step.examples["train"]
+    position.set_example_order(examples, run.options.data.seed)
     if position.offset and position.first_examples:
         collectives.on_all_ranks("resume.examples", lambda: refuse_changed_examples(step, position))
     position.first_examples = dict(step.first_examples)

@@ -39,11 +39,13 @@ from hvdtrain.diagnosis.report import WorldHistory
 from hvdtrain.elastic.generation import EVICTED_TEXT, MembershipEnded
 from hvdtrain.elastic.membership import EnteredWorld
 from hvdtrain.ledger.writer import Ledger
+from hvdtrain.recipe.given_order import GivenOrder, decode_orders, encode_orders
 from hvdtrain.system.errors import EXIT_FAILED, RunError, UserError
 from hvdtrain.training import hang
 from hvdtrain.training.folder import take_over_folder
 from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.loop import Ending, run_loop
+from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
 from hvdtrain.training.run import Generation, Run
@@ -125,7 +127,8 @@ class Session:
             self.resumed_from, self._ledger = position.step or None, None
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
-        plan = plan_generation(run, self.world, position)
+        orders = EpochOrders(run.step, type(run.recipe).__name__, run.options.data.seed, folder, position, self._ledger)
+        plan = plan_generation(run, self.world, position, orders)
         ledger = self._files.enter_context(open_ledger(self._ledger, run.options, plan, position, folder))
         if self.world.rank == 0:
             run.membership.publish_start(position.step)
@@ -136,7 +139,7 @@ class Session:
             diagnosis = Diagnosis(self.world, folder, log_every, position.step, self._earlier_worlds)
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
         hosts = list(dict.fromkeys(collectives.gather_json(self.world.host, "hosts")))
-        generation = Generation(run, self.world, plan, folder, ledger, diagnosis, hosts, self._formation_text)
+        generation = Generation(run, self.world, plan, orders, folder, ledger, diagnosis, hosts, self._formation_text)
         generation.set_now(position, training=True)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
         report_generation(generation, position, notes)
@@ -167,9 +170,9 @@ class Session:
         hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
         membership.announce_rank(self.world)
 
-    def exchange_state(self, entered: EnteredWorld) -> tuple[Progress, bytes]:
-        """Return the progress and the state of the rank that is farthest, on all ranks."""
-        progress, state = None, None
+    def exchange_state(self, entered: EnteredWorld) -> tuple[Progress, bytes, dict[int, GivenOrder]]:
+        """Return the progress, the state and the samplers' orders of the rank that is farthest, on all ranks."""
+        progress, state, orders = None, None, None
         if entered.world.rank == entered.root:
             assert self.position is not None and self._ledger is not None
             rows, ledger = self.run.report.rows.recent, self._ledger.to_state()
@@ -178,12 +181,17 @@ class Session:
         if entered.world.rank == entered.root:
             state = self.run.step.local_state()
         state = collectives.broadcast_bytes(state, "regroup.state", entered.root)
+        if self.run.step.has_sampler:
+            if entered.world.rank == entered.root:
+                assert self._ledger is not None
+                orders = encode_orders(self._ledger.orders)
+            orders = collectives.broadcast_bytes(orders, "regroup.orders", entered.root)
         collectives.barrier("regroup.end")
-        return Progress.from_json(received), state
+        return Progress.from_json(received), state, decode_orders(orders) if orders is not None else {}
 
-    def take_over(self, progress: Progress, state: bytes) -> None:
+    def take_over(self, progress: Progress, state: bytes, orders: Mapping[int, GivenOrder]) -> None:
         """Continue from what the rank that is farthest has sent; it may be this one."""
         self.run.step.load_state(state)
-        self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger)
+        self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger, orders)
         self.run.report.rows.recent = list(progress.recent_rows)
         self._earlier_worlds = progress.earlier_worlds

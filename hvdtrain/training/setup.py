@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hvdtrain.system.files import PRIVATE_MODE, write_error_text, write_json
 from hvdtrain.system.processes import ProcessTimeout, run_process
 from hvdtrain.system.version import __version__
 from hvdtrain.training.options import RunOptions
+from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.plan import TrainingPlan, make_training_plan
 from hvdtrain.training.position import Position
 from hvdtrain.training.ragged import refuse_uneven_calls
@@ -31,12 +33,13 @@ GIT_SECONDS = 5.0  # for git to name the commit
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 
 
-def plan_generation(run: Run, world: World, position: Position) -> TrainingPlan:
+def plan_generation(run: Run, world: World, position: Position, orders: EpochOrders) -> TrainingPlan:
     """Return the plan of a generation that begins at `position`. Raises UserError if it cannot be carried out."""
     step = run.step
     plan = make_training_plan(
-        run.recipe, run.options, step.examples["train"], step.base_learning_rate(), world.size, position
+        run.recipe, run.options, orders.order.examples, step.base_learning_rate(), world.size, position
     )
+    plan = replace(plan, order_text=orders.describe())
     if step.score_uses_collectives:
         refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples, position)
     return plan

@@ -44,7 +44,7 @@ class NumpyStep:
     """`hvdtrain.recipe.framework.Step` without any overlap: all numbers travel in one sum at the end."""
 
     layout = ScoreLayout((Metric("loss"),))
-    score_uses_collectives = update_in_progress = False
+    score_uses_collectives = update_in_progress = has_sampler = False
     agreement_parts = ()
     first_examples: ClassVar[dict[str, str]] = {}
 
@@ -62,6 +62,9 @@ class NumpyStep:
         return self.lr
 
     def trace_graph(self) -> bytes | None:
+        return None
+
+    def draw_order(self, seed: int, epoch: int) -> None:
         return None
 
     def load_batches(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:

@@ -104,7 +104,7 @@ class Training:
         data = self.last.read_bytes()
         self.last.write_bytes(data[: self.synced[self.last]])
         state = LedgerState(**json.loads(json.dumps(asdict(self.ranks[1].to_state()))))
-        self.ranks = [Ledger.from_state(state) for _ in range(3)]
+        self.ranks = [Ledger.from_state(state, {}) for _ in range(3)]
         self.roll_back(step)
         self.open()
 
@@ -509,7 +509,8 @@ def test_ledger_command_verifies_and_reports_a_missing_step(
     code, out, _ = command(capsys, "verify", folder, "--json")
     values = json.loads(out)
     assert (code, values.pop("findings"), values.pop("exactly_once")) == (0, [], True)
-    assert values == {"epochs": 2, "examples": 100, "steps": 16, "segments": 2, "rest": 32}
+    counts = {"epochs": 2, "examples": 100, "steps": 16, "segments": 2, "rest": 32}
+    assert values == counts | {"as_ordered": True, "given_orders": 0}
     edit(whole.last, lambda lines: lines.pop(6))
     code, out, _ = command(capsys, "verify", folder)
     assert (code, out.splitlines()[1]) == (1, "step 10 is missing")
