@@ -11,6 +11,8 @@ import torch
 from hvdtrain.ledger.verify import verify_ledger
 from hvdtrain.recipe.given_order import GivenOrder, decode_file, encode_file, read_given_order
 from hvdtrain.system.errors import UserError
+from tests.ranks.elastic import RECIPE as SLOW
+from tests.ranks.elastic import ElasticJob, verify
 from tests.ranks.harness import rows
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
@@ -113,6 +115,18 @@ def test_without_a_ledger_a_resume_calls_the_sampler_again_and_compares(
     Path(recipe).write_text(RECIPE)
     train(world2, recipe, tmp_path / "parts", "--resume", "--steps", "8")
     assert fed(tmp_path / "parts") == fed(tmp_path / "whole")
+
+
+def test_a_lost_rank_takes_no_order_with_it(tmp_path: Path) -> None:
+    """Each epoch's order is drawn from nowhere: no other process could draw it again."""
+    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "4", recipe=f"{SLOW}:SampledDigits") as job:
+        job.step(2)
+        job.kill(0)
+        job.world(1)
+        job.world(2)
+        job.more(2)
+        job.end()
+    verify(job.run_dir, "as ordered: 4 epochs x 640 examples, 20 steps")
 
 
 def test_a_damaged_file_of_an_order_is_a_finding(tmp_path: Path, recipe: str, world1: KeptWorld) -> None:
