@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hvdtrain.recipe.registry import load_recipe
@@ -57,11 +56,3 @@ class SlowDigits(Digits):  # type: ignore[misc]
 
     def said(self, fault: str) -> bool:
         return bool(self.fault) and Path(self.fault).exists() and Path(self.fault).read_text() == fault
-
-
-@dataclass(kw_only=True)
-class SampledDigits(SlowDigits):
-    """With another order of every epoch, which no other rank could draw again."""
-
-    def sampler(self, split: str, epoch: int) -> torch.Tensor:
-        return torch.tensor([int(place) for place in np.random.default_rng().integers(0, 1437, 640)])

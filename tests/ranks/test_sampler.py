@@ -11,11 +11,11 @@ import torch
 from hvdtrain.ledger.verify import verify_ledger
 from hvdtrain.recipe.given_order import GivenOrder, decode_file, encode_file, read_given_order
 from hvdtrain.system.errors import UserError
-from tests.ranks.elastic import RECIPE as SLOW
 from tests.ranks.elastic import ElasticJob, verify
 from tests.ranks.harness import rows
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
+SAMPLED = str(Path(__file__).parent / "sampled_recipe.py")
 RECIPE = """
 from dataclasses import dataclass
 import torch
@@ -119,7 +119,7 @@ def test_without_a_ledger_a_resume_calls_the_sampler_again_and_compares(
 
 def test_a_lost_rank_takes_no_order_with_it(tmp_path: Path) -> None:
     """Each epoch's order is drawn from nowhere: no other process could draw it again."""
-    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "4", recipe=f"{SLOW}:SampledDigits") as job:
+    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "4", recipe=SAMPLED) as job:
         job.step(2)
         job.kill(0)
         job.world(1)
