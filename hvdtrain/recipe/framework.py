@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.recipe.given_order import GivenOrder
+from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry

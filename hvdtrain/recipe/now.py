@@ -2,6 +2,7 @@
 
 model, dataset, optimizer          folder, rank and size only: the plan is made of what they return
 the trial before the first step    as in the first step of a new run
+sampler, as a run begins           all but `steps` and `epochs`, which depend on what it returns
 each training step                 the updates finished before it: 0 in the first one
 evaluations, and the hooks after   the updates finished, `training` False
 """
@@ -49,6 +50,12 @@ class Now:
         """Return what is known before there is a plan; the other attributes raise AttributeError, by their names."""
         now = object.__new__(Now)
         vars(now).update(folder=folder, rank=rank, size=size)
+        return now
+
+    def before_plan(self, step: int, epoch: int, samples: int) -> Now:
+        """Return what is known where a run begins, before its sampler has told how long it is: no `steps`, `epochs`."""
+        now = Now.before_training(self.folder, self.rank, self.size)
+        vars(now).update(step=step, epoch=epoch, samples=samples, training=True)
         return now
 
     if not TYPE_CHECKING:

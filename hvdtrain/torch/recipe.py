@@ -54,8 +54,9 @@ class Recipe(base.Recipe):
         they are; an id may come several times, or not at all. All epochs of a run must have equally many.
 
         It is called with the split "train" only, on rank 0, whose order all ranks take, at the beginning of each epoch
-        and where a run resumes, with torch's, numpy's and Python's global generators seeded by (seed, epoch). An
-        evaluation scores each of its examples once: let `dataset` return the examples to evaluate.
+        and where a run resumes, with torch's, numpy's and Python's global generators seeded by (seed, epoch). Before a
+        run's first step `now.steps` and `now.epochs` are not known. An evaluation scores each of its examples once: let
+        `dataset` return the examples to evaluate.
         """
         return None
 

@@ -22,8 +22,8 @@ from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
-from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.given_order import GivenOrder
+from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.torch.broadcast import broadcast_optimizer, broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes

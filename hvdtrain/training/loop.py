@@ -70,6 +70,7 @@ def run_loop(generation: Generation, position: Position) -> Ending:
 def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[StepShare, Batches]]:
     """Yield this rank's share of each remaining step of the epoch, and the batches to take its micro-batches from."""
     plan, run = generation.plan, generation.run
+    generation.set_now(position, training=True)
     epoch_order = generation.orders.begin_epoch(position, generation.ledger)
     shares = iterate_step_shares(plan, epoch_order, position.offset, generation.world.rank)
     shares_ahead, shares = itertools.tee(itertools.islice(shares, plan.total_steps - position.step))

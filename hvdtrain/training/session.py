@@ -40,6 +40,7 @@ from hvdtrain.elastic.generation import EVICTED_TEXT, MembershipEnded
 from hvdtrain.elastic.membership import EnteredWorld
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe.given_order import GivenOrder, decode_orders, encode_orders
+from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.system.errors import EXIT_FAILED, RunError, UserError
 from hvdtrain.training import hang
 from hvdtrain.training.folder import take_over_folder
@@ -127,6 +128,8 @@ class Session:
             self.resumed_from, self._ledger = position.step or None, None
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
+        before = Now.before_training(run.recipe.now.folder, self.world.rank, self.world.size)
+        set_now(run.recipe, before.before_plan(position.step, position.epoch, position.samples))
         orders = EpochOrders(run.step, type(run.recipe).__name__, run.options.data.seed, folder, position, self._ledger)
         plan = plan_generation(run, self.world, position, orders)
         ledger = self._files.enter_context(open_ledger(self._ledger, run.options, plan, position, folder))
