@@ -6,6 +6,7 @@ hvdtrain.frameworks, or by another package that names it in the entry point grou
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +19,31 @@ from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.metrics import ScoreLayout
+from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
 
 Split = str  # "train", or one of the recipe's `evals`
+
+
+class DataSource(enum.Enum):
+    """Where training examples come from."""
+
+    NUMBERED = "a dataset, by their numbers in the order of the epoch"
+    ROLLOUTS = "the model plays them"
+    STREAM = "every rank reads the same stream; ids count its examples"
+    DIVIDED_STREAM = "each rank reads its part of a stream; ids count that part's examples"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Examples to be loaded as one batch: of a training step, or of an evaluation."""
+
+    ids: Ids  # (B,)
+    now: Now  # what the recipe's `now` is while they are loaded and scored
+    first_index: int  # of the first one, in the step's global batch or in the evaluation set
+    first_place: int | None = None  # of the first one, in an order that may have an id several times
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,7 @@ class Step(Protocol):
     examples: dict[Split, int]  # of "train" and of each of the recipe's `evals`; 0: it is not evaluated
     agreement_parts: Sequence[ConsistentPart]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names
+    source: DataSource
     has_sampler: bool  # the recipe has a method `sampler`
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
     update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
@@ -128,8 +150,8 @@ class Step(Protocol):
 
     # A training step.
 
-    def load_batches(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        """Yield the batch of each chunk of ids, in order, with the ids that were really loaded.
+    def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        """Yield the batch of each chunk, in order, with the ids that were really loaded.
 
         `chunks` is read as batches are needed. Only the iterator of the last call for a split may be used.
         """

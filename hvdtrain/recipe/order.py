@@ -33,7 +33,7 @@ Ids = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 ORDER_VERSION = 2  # of the order; 1 sorted Philox's output, see hvdtrain.ledger.epoch_order
-MAX_EXAMPLES = 1 << 62  # a and b stay below 2^32
+MAX_EXAMPLES = 1 << 62  # a and b stay below 2^32; of a stream: the length of its only epoch is not known
 BLOCK_POSITIONS = 8192  # positions computed at a time: fewer cost more each, as numpy's calls do
 GOLDEN_GAMMA, MIX_MULTIPLIER, HALF_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)
 
@@ -107,6 +107,17 @@ class SampleOrder:
             left, right = right, np.minimum(mixed, mixed - modulus)
         joined: Words = left + right * self._a
         return joined
+
+
+class StreamOrder:
+    """The order of an epoch of a stream: its ids count the stream's examples from `first` on."""
+
+    def __init__(self, examples: int, first: int) -> None:
+        self.examples, self._first = examples, first
+
+    def ids_between(self, begin: int, end: int) -> Ids:
+        """Return the ids at positions [begin, end): (end - begin,) int64."""
+        return np.arange(self._first + begin, self._first + end)
 
 
 def iterate_batches(examples: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> Iterator[Ids]:

@@ -76,24 +76,22 @@ def optimizers_part(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.M
     return ConsistentPart("optimizer", values, "{who}: {key} is {here}, {base} has {there}")
 
 
-def choose_compared_ids(count: int) -> list[int]:
-    """Return the indices of the examples whose content is compared: the first, the middle and the last one."""
-    return sorted({0, count // 2, count - 1}) if count else []
-
-
 @dataclasses.dataclass(frozen=True)
 class SeededExamples:
     """A split's examples, each with its randomness seeded."""
 
-    count: int
+    compared: Sequence[int]  # ids of those whose content is compared
     load_example: Callable[[int], Any]
+    count: int = 0
 
 
 def get_seeded_examples(splits: SplitLoaders) -> dict[Split, SeededExamples]:
     """Return the examples of each split as the first epoch draws them."""
 
     def wrap_examples(examples: BatchDataset) -> SeededExamples:
-        return SeededExamples(len(examples), lambda i: examples.load_example(i, [splits.seed, 0]))
+        return SeededExamples(
+            examples.list_compared_ids(), lambda i: examples.load_example(i, [splits.seed, 0]), len(examples)
+        )
 
     return {split: wrap_examples(loader.examples) for split, loader in splits.loaders.items()}
 
@@ -104,7 +102,7 @@ def examples_part(getters: Mapping[Split, SeededExamples]) -> ConsistentPart:
     def compute_digests() -> dict[str, str]:
         found = {}
         for split, getter in getters.items():
-            for i in choose_compared_ids(getter.count):
+            for i in getter.compared:
                 found[f"dataset({split!r})[{i}]"] = digest_example(getter.load_example(i))
         return found
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from hvdtrain.data.rollouts import Rollouts
+from hvdtrain.data.stream import Stream
 from hvdtrain.recipe.framework import Split
+from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import KnownError, RunError, UserError
 from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
@@ -22,6 +25,10 @@ from hvdtrain.system.shared_memory import explain_full_shared_memory
 from hvdtrain.torch.recipe import Recipe
 
 NUM_CHECKED_EXAMPLES = 8  # examples that are looked at before training, with the middle and the last one
+OTHER_DATA = (
+    "hvdtrain.data.Lines (a file's lines), hvdtrain.data.Stream (an iterable) or hvdtrain.data.Rollouts (played by the "
+    "model)"
+)
 MAX_IDS_SHOWN = 5  # ids in a message
 
 
@@ -45,12 +52,20 @@ def seed_cpu_generators(entropy: Sequence[int]) -> int:
     return seed
 
 
+def choose_compared_ids(count: int) -> list[int]:
+    """Return the indices of the examples whose content is compared: the first, the middle and the last one."""
+    return sorted({0, count // 2, count - 1}) if count else []
+
+
 @dataclass(frozen=True)
 class BatchRequest:
     """Examples to be loaded as one batch."""
 
     ids: Ids  # (B,)
     entropy: tuple[int, ...]  # what, with its id, each one's randomness is drawn from
+    now: Now | None = None  # for the recipe of a loader process; None: nobody is training
+    first_index: int = 0  # see hvdtrain.recipe.framework.Chunk
+    first_place: int | None = None
 
 
 class BatchDataset(Dataset[Any]):
@@ -84,10 +99,19 @@ class BatchDataset(Dataset[Any]):
             RunError: for an example that is None, and for examples that do not fit into one batch.
             RecipeError: for what the dataset or `collate` raises.
         """
-        ids = request.ids.tolist()
-        examples = [self.load_example(i, request.entropy) for i in ids]
+        if request.now is not None and get_worker_info() is not None:
+            set_now(self.recipe, request.now)
+        ids, examples = request.ids.tolist(), self.load_examples(request)
         seed_cpu_generators([*request.entropy, *ids[:1], len(ids)])
         return request.ids, self._collate_examples(ids, examples)
+
+    def load_examples(self, request: BatchRequest) -> list[Any]:
+        """Return the examples of a batch. Raises RunError, RecipeError: see `load_batch`."""
+        ids, entropy = request.ids.tolist(), request.entropy
+        if request.first_place is None:
+            return [self.load_example(i, entropy) for i in ids]
+        # An id that comes again draws other numbers.
+        return [self.load_example(i, (*entropy, place)) for place, i in enumerate(ids, request.first_place)]
 
     def load_example(self, i: int, entropy: Sequence[int]) -> Any:
         """Return one example. Raises RunError if it is None, RecipeError for what the dataset raises."""
@@ -153,8 +177,15 @@ class BatchDataset(Dataset[Any]):
     def _format_call(self, i: int) -> str:
         return f"dataset({self.split!r})[{i}]"
 
+    def _name_call(self) -> str:
+        return name_call(self.recipe, f"dataset({self.split!r})")
+
     def _name_example(self, i: int) -> str:
         return name_call(self.recipe, self._format_call(i))
+
+    def list_compared_ids(self) -> list[int]:
+        """Return the ids of the examples whose content is compared over ranks."""
+        return choose_compared_ids(len(self))
 
     def check_examples(self, entropy: Sequence[int], most: int, *, passed_on: bool) -> None:
         """Load the first few examples, the middle and the last one, and, if batches hold several, join them.
@@ -185,9 +216,18 @@ def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
     if dataset is None:
         raise UserError(f"{call} returned None; {expected}: does it lack a return?")
     if isinstance(dataset, DataLoader):
-        raise UserError(f"{call} returned a {kind}; return its dataset: hvdtrain makes the batches (--batch-size)")
+        raise UserError(
+            f"{call} returned a {kind}; return its dataset: hvdtrain makes the batches (--batch-size), also of "
+            f"{OTHER_DATA}"
+        )
     if isinstance(dataset, IterableDataset):
-        raise UserError(f"{call} returned {kind}, an IterableDataset; {expected}: examples are chosen by their number")
+        raise UserError(f"{call} returned {kind}, an IterableDataset; {expected}, or {OTHER_DATA}")
+    if isinstance(dataset, Stream):
+        if split == "train":
+            return
+        raise UserError(f"{call} returned a Stream; {expected}: an evaluation scores each example once")
+    if isinstance(dataset, Rollouts):
+        return
     if isinstance(dataset, (dict, str, bytes)) or not all(
         hasattr(dataset, name) for name in ("__len__", "__getitem__")
     ):

@@ -89,7 +89,11 @@ class BatchLoader:
         atexit.register(self.close)
 
     def load_batches(self, parts: Iterable[Ids], entropy: Sequence[int]) -> Iterator[tuple[Ids, Any]]:
-        """Return the ids that were loaded and their batches, in order; `parts` is read no farther ahead than needed.
+        """Return the ids that were loaded and their batches, in order; see `load_requests`."""
+        return self.load_requests(BatchRequest(ids, tuple(entropy)) for ids in parts)
+
+    def load_requests(self, requests: Iterable[BatchRequest]) -> Iterator[tuple[Ids, Any]]:
+        """Return the ids that were loaded and their batches, in order; `requests` is read no farther than needed.
 
         A later call ends an earlier one, also if that has batches left.
 
@@ -97,7 +101,7 @@ class BatchLoader:
             RunError, RecipeError: see Examples.load; and for a loader process that has ended.
         """
         self.start_workers()
-        self._requests.requests = (BatchRequest(ids, tuple(entropy)) for ids in parts)
+        self._requests.requests = iter(requests)
         loaded: Iterator[Any] | None = None
         while True:
             try:

@@ -20,7 +20,8 @@ class Recipe(base.Recipe):
     `score` must return one value per example, never a mean: that is what makes weighting, accumulation and metrics
     exact. `dataset` returns map-style datasets, not loaders: hvdtrain shards them, and `collate` makes batches of their
     examples. Random transformations of an example are drawn from torch's, numpy's or Python's global generator, which
-    hvdtrain seeds by (seed, epoch, example), in evaluations by (seed, example).
+    hvdtrain seeds by (seed, epoch, example), in evaluations by (seed, example); in the order of a `sampler` by the
+    example's place, too.
     """
 
     framework: ClassVar[str] = "torch"

@@ -7,24 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.recipe.framework import Split
+from hvdtrain.comm.world import World
+from hvdtrain.recipe.framework import Chunk, Split
+from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import Ids
 from hvdtrain.recipe.step_options import DataOptions
-from hvdtrain.torch.data import BatchDataset, BatchRequest
+from hvdtrain.torch.data import BatchRequest
 from hvdtrain.torch.loader import BatchLoader
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.sampling import draw_order, has_sampler
+from hvdtrain.torch.sources import find_source, make_batches
 
 
 class SplitLoaders:
     """Loads batches of a recipe's datasets, by `options.workers` processes each from `start` to `close`."""
 
-    def __init__(self, recipe: Recipe, datasets: Mapping[Split, Any], options: DataOptions) -> None:
+    def __init__(self, recipe: Recipe, datasets: Mapping[Split, Any], options: DataOptions, world: World) -> None:
+        self.recipe, self.has_sampler = recipe, has_sampler(recipe)
+        self.source = find_source(recipe, datasets["train"], world)
         self.seed, self.max_batch = options.seed, options.micro_batch or recipe.batch_size
         self.num_examples: dict[Split, int] = dict.fromkeys(("train", *recipe.evals), 0)
         self.loaders: dict[Split, BatchLoader] = {}
         for split, dataset in datasets.items():
-            self.num_examples[split] = len(dataset)
-            self.loaders[split] = BatchLoader(BatchDataset(recipe, split, dataset), options.workers)
+            batches = make_batches(recipe, split, dataset)
+            self.num_examples[split] = len(batches)
+            self.loaders[split] = BatchLoader(batches, options.workers)
 
     def check_splits(self) -> None:
         """Load some examples of each split. Raises UserError, RecipeError: see Examples.look_at."""
@@ -34,11 +41,17 @@ class SplitLoaders:
     def load_first_batch(self, most: int) -> Any:
         """Return the first training examples, `most` or as many as there are, as one batch, loaded in this process."""
         ids = np.arange(min(most, self.num_examples["train"]), dtype=np.int64)
-        return self.loaders["train"].examples.load_batch(BatchRequest(ids, (self.seed, 0)))[1]
+        return self.loaders["train"].examples.load_batch(BatchRequest(ids, (self.seed, 0), self.recipe.now))[1]
 
-    def load_batches(self, split: Split, parts: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        """Return the batches of these ids, in order, each with the ids that were loaded."""
-        return self.loaders[split].load_batches(parts, [self.seed, epoch])
+    def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
+        """Return what the recipe's sampler gives for an epoch of training; None for a shuffled one."""
+        return draw_order(self.recipe, self.num_examples["train"], seed, epoch)
+
+    def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        """Return the batches of these chunks, in order, each with the ids that were loaded."""
+        entropy = (self.seed, epoch)
+        requests = (BatchRequest(c.ids, entropy, c.now, c.first_index, c.first_place) for c in chunks)
+        return self.loaders[split].load_requests(requests)
 
     def start_workers(self) -> None:
         """Fork the loader processes, after what they are to find in memory is there."""

@@ -21,7 +21,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.framework import ExchangeReport, Split, StepResult, StepVotes
+from hvdtrain.recipe.framework import Chunk, ExchangeReport, Split, StepResult, StepVotes
 from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.order import Ids
@@ -41,7 +41,6 @@ from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.sampling import draw_order, has_sampler
 from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import sum_scores
@@ -89,9 +88,10 @@ class TorchStep:
             self.scorer = Scorer(recipe, self.device, options.optimization.amp)
 
             self.datasets = load_datasets(recipe, world, options.data.seed)
-            self.splits = SplitLoaders(recipe, self.datasets, options.data)
+            self.splits = SplitLoaders(recipe, self.datasets, options.data, world)
             undo.callback(self.splits.close)
-            self.examples, self.has_sampler = self.splits.num_examples, has_sampler(recipe)
+            self.examples, self.source = self.splits.num_examples, self.splits.source
+            self.has_sampler = self.splits.has_sampler
             first_step = foresee_first_step(recipe, options.data, self.examples["train"])
             with temporary_now(recipe, first_step):
                 collectives.on_all_ranks("examples", self.splits.check_splits)
@@ -187,11 +187,11 @@ class TorchStep:
         return [*self.datasets.values(), *self.updater.optimizers.values()]
 
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
-        return draw_order(self.recipe, self.examples["train"], seed, epoch)
+        return self.splits.draw_order(seed, epoch)
 
     # A training step.
 
-    def load_batches(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
+    def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
         return self.splits.load_batches(split, chunks, epoch)
 
     def start_step(self, passes: Sequence[int], batch_share: float) -> None:

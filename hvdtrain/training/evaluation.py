@@ -8,6 +8,7 @@ import numpy as np
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe import order
+from hvdtrain.recipe.framework import Chunk
 from hvdtrain.recipe.metrics import MetricValue, to_plain_values
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
@@ -31,7 +32,9 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
     activity.enter_activity("loading a batch of the evaluation")
     count = step.examples[name]
     sums = np.zeros(step.layout.num_sums)
-    for ids, batch in step.load_batches(name, iterate_evaluation_chunks(count, plan, generation.world.rank), 0):
+    parts = iterate_evaluation_chunks(count, plan, generation.world.rank)
+    now = generation.run.recipe.now
+    for ids, batch in step.load_batches(name, (Chunk(ids, now, int(ids[0])) for ids in parts), 0):
         activity.enter_activity("evaluating")
         sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
         activity.enter_activity("loading a batch of the evaluation")

@@ -37,6 +37,7 @@ from hvdtrain.training.run import Run
 from hvdtrain.training.session import Session
 from hvdtrain.training.start import check_recipe_metrics
 from hvdtrain.training.stop import StopRequest
+from hvdtrain.training.streams import leave_out_ledger
 from hvdtrain.training.summary import Summary, end_run, make_summary, write_summary
 
 
@@ -143,6 +144,7 @@ def train_recipe(
         exits.enter_context(contextlib.closing(step))
         exits.enter_context(lease)
         exits.enter_context(report)
+        options = leave_out_ledger(options, step.source)
         run = Run(name, recipe, source, options, membership, step, lease, report, stop)
         check_recipe_metrics(recipe, step)
         compare_with_run(run, world)

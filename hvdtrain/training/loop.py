@@ -9,13 +9,14 @@ from __future__ import annotations
 import enum
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdtrain.ledger.rows import LedgerRow, sum_id_hashes
-from hvdtrain.recipe.framework import StepResult, StepVotes
+from hvdtrain.recipe.framework import Chunk, DataSource, StepResult, StepVotes
 from hvdtrain.recipe.metrics import to_plain_values
+from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.training.evaluation import evaluate_model
@@ -26,6 +27,7 @@ from hvdtrain.training.reporter import StepReport
 from hvdtrain.training.run import Generation
 from hvdtrain.training.saving import save_checkpoint
 from hvdtrain.training.speed import StepTime
+from hvdtrain.training.streams import count_own_examples, number_own_examples
 
 Batches = Iterator[tuple[Ids, Any]]  # the ids that were loaded, and what the framework makes of them
 
@@ -70,17 +72,37 @@ def run_loop(generation: Generation, position: Position) -> Ending:
 def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[StepShare, Batches]]:
     """Yield this rank's share of each remaining step of the epoch, and the batches to take its micro-batches from."""
     plan, run = generation.plan, generation.run
-    generation.set_now(position, training=True)
+    now = generation.set_now(position, training=True)
     epoch_order = generation.orders.begin_epoch(position, generation.ledger)
     shares = iterate_step_shares(plan, epoch_order, position.offset, generation.world.rank)
+    if run.step.source is DataSource.DIVIDED_STREAM:
+        shares = number_own_examples(shares, count_own_examples(plan, position, generation.world.rank))
     shares_ahead, shares = itertools.tee(itertools.islice(shares, plan.total_steps - position.step))
     # Loading is some batches ahead of the steps.
-    chunks = (chunk for share in shares_ahead for shard in share.shards for chunk in shard)
+    place = position.offset if generation.orders.may_repeat else None
+    chunks = iterate_chunks(shares_ahead, now, place)
     batches = run.step.load_batches("train", chunks, position.epoch)
     if generation.diagnosis is not None:
         batches = generation.diagnosis.time_batches(batches)
     for share in shares:
         yield share, batches
+
+
+def iterate_chunks(shares: Iterable[StepShare], now: Now, place: int | None) -> Iterator[Chunk]:
+    """Yield what a rank loads for its shares of some steps of an epoch.
+
+    Args:
+        shares: of these steps.
+        now: of the first one.
+        place: of its first example in the epoch's order; None: ids do without it.
+    """
+    for share in shares:
+        index = share.first_index
+        for ids in itertools.chain.from_iterable(share.shards):
+            yield Chunk(ids, now, index, None if place is None else place + index)
+            index += len(ids)
+        now = replace(now, step=now.step + 1, samples=now.samples + share.step_examples)
+        place = None if place is None else place + share.step_examples
 
 
 def train_step(generation: Generation, position: Position, share: StepShare, batches: Batches) -> StepOutcome:

@@ -16,9 +16,10 @@ from hvdtrain.ledger.rows import order_path
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe.framework import Step
 from hvdtrain.recipe.given_order import GivenOrder, ListedOrder, decode_orders, encode_orders
-from hvdtrain.recipe.order import Order, SampleOrder
+from hvdtrain.recipe.order import Order, SampleOrder, StreamOrder
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.position import Position
+from hvdtrain.training.streams import SOURCE_TEXTS, is_stream
 
 
 class EpochOrders:
@@ -118,12 +119,19 @@ class EpochOrders:
         position.order = self.given.key if self.given is not None else ""
         if self.given is not None:
             return ListedOrder(self.given.list_ids(self._seed, position.epoch))
+        if is_stream(self._step.source):
+            return StreamOrder(self._step.examples["train"], position.samples - position.offset)
         return SampleOrder(self._step.examples["train"], self._seed, position.epoch)
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether an epoch may have an id several times."""
+        return self.given is not None
+
     def describe(self) -> str:
-        """Return in a few words where the order comes from; "" for shuffled epochs."""
+        """Return in a few words where the order comes from; "" for a shuffled dataset."""
         if self.given is None:
-            return ""
+            return SOURCE_TEXTS[self._step.source]
         count = self._step.examples["train"]
         return (
             f"drawn by the sampler's weights from {count}"

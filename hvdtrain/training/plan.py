@@ -93,9 +93,11 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
     )
     corners = ", ".join(f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners)
     source = f" {plan.order_text}" if plan.order_text else ""
+    length = f"{plan.examples} examples{source}, {plan.steps_per_epoch} steps an epoch"
+    if plan.examples == order.MAX_EXAMPLES:
+        length, ragged = f"examples{source}, of unknown length", 0
     return [
-        f"data      {plan.examples} examples{source}, {plan.steps_per_epoch} steps an epoch"
-        + (f", the last of {ragged} examples" if ragged else ""),
+        f"data      {length}" + (f", the last of {ragged} examples" if ragged else ""),
         f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {format_count(plan.epochs, 'epoch')}",

@@ -17,7 +17,7 @@ FIELDS_SINCE_FORMAT_1 = (
     *("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples"),
 )
 # Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
-FIELDS_SINCE_FORMAT_2 = ("evals", "order")
+FIELDS_SINCE_FORMAT_2 = ("evals", "order", "division")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Position:
     rows: int | None = 0  # of metrics.jsonl so far; None: unknown, of an hvdtrain that did not count them
     order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
     first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
+    division: str = ""  # what the ranks' parts of a divided stream depend on
     order: str = ""  # the key of what the recipe's sampler gave for the epoch; "": the epoch is shuffled
 
     def all_metrics(self) -> dict[str, MetricValue]:

@@ -28,6 +28,7 @@ from hvdtrain.training.position import Position
 from hvdtrain.training.ragged import refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
 from hvdtrain.training.run import Run
+from hvdtrain.training.streams import check_division, check_length
 
 GIT_SECONDS = 5.0  # for git to name the commit
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
@@ -36,9 +37,11 @@ REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
 def plan_generation(run: Run, world: World, position: Position, orders: EpochOrders) -> TrainingPlan:
     """Return the plan of a generation that begins at `position`. Raises UserError if it cannot be carried out."""
     step = run.step
+    check_length(run.options, orders.order.examples, run.recipe.schedule)
     plan = make_training_plan(
         run.recipe, run.options, orders.order.examples, step.base_learning_rate(), world.size, position
     )
+    check_division(step.source, plan, position, world_may_change=run.membership.world_may_change)
     plan = replace(plan, order_text=orders.describe())
     if step.score_uses_collectives:
         refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples, position)

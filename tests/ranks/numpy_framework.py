@@ -19,6 +19,8 @@ from hvdtrain.recipe import base
 from hvdtrain.recipe.framework import (
     FRAMEWORKS,
     NUM_VOTES,
+    Chunk,
+    DataSource,
     ExchangeReport,
     Framework,
     Ids,
@@ -44,6 +46,7 @@ class NumpyStep:
     """`hvdtrain.recipe.framework.Step` without any overlap: all numbers travel in one sum at the end."""
 
     layout = ScoreLayout((Metric("loss"),))
+    source = DataSource.NUMBERED
     score_uses_collectives = update_in_progress = has_sampler = False
     agreement_parts = ()
     first_examples: ClassVar[dict[str, str]] = {}
@@ -67,9 +70,9 @@ class NumpyStep:
     def draw_order(self, seed: int, epoch: int) -> None:
         return None
 
-    def load_batches(self, split: Split, chunks: Iterable[Ids], epoch: int) -> Iterator[tuple[Ids, Any]]:
-        for ids in chunks:
-            yield ids, (self.x[ids], self.y[ids])
+    def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        for chunk in chunks:
+            yield chunk.ids, (self.x[chunk.ids], self.y[chunk.ids])
 
     def start_step(self, passes: Sequence[int], batch_share: float) -> None:
         self.loss_sum, self.gradient = 0.0, np.zeros_like(self.weights)
