@@ -80,8 +80,9 @@ def test_each_line_of_a_file_comes_once_on_several_ranks(tmp_path: Path, worlds:
 def test_a_whole_stream_is_the_same_training_on_any_number_of_ranks(tmp_path: Path, worlds: KeptWorlds) -> None:
     recipe = write(
         tmp_path,
+        "    evals = ()\n"
         "    def dataset(self, split):\n"
-        "        return Stream(lambda: (i + torch.rand(()).item() for i in range(17)), 10) if split == 'train' else None\n",
+        "        return Stream(lambda: (i + torch.rand(()).item() for i in range(17)), 10)\n",
     )
     options = ("--log-every", "1", "--deterministic", "--epochs", "3")
     train(worlds[1], recipe, tmp_path / "whole", *options)
@@ -135,8 +136,8 @@ def test_what_a_stream_cannot_do_is_refused_by_name(tmp_path: Path, worlds: Kept
     assert refusal(world2, sampled, run, "--steps", "4") == text
     evaluated = write(tmp_path, "    def dataset(self, split):\n        return Stream(lambda: [1, 2])\n")
     assert refusal(world2, evaluated, run, "--steps", "4") == (
-        "Mine.dataset('eval') returned a Stream; expected a map-style dataset, with len() and [i]: an evaluation scores "
-        "each example once"
+        "Mine.dataset('eval') returned a Stream; expected a map-style dataset, with len() and [i]: an evaluation "
+        "scores each example once"
     )
 
 
@@ -153,8 +154,8 @@ ROLLOUTS = """
 
 def test_rollouts_are_the_same_on_any_number_of_ranks(tmp_path: Path, worlds: KeptWorlds) -> None:
     recipe = write(tmp_path, ROLLOUTS)
+    options = ("--log-every", "1", "--deterministic", "--micro-batch", "1", "--eval-every", "1")
     for ranks in (1, 2, 3):
-        options = ("--log-every", "1", "--deterministic", "--micro-batch", "1", "--eval-every", "1")
         train(worlds[ranks], recipe, tmp_path / f"{ranks}", *options)
         assert rows_without_times(tmp_path / f"{ranks}") == rows_without_times(tmp_path / "1")
     first, second = numbers(tmp_path / "1")[:2]
@@ -193,7 +194,7 @@ def test_rollouts_refuse_loader_processes(tmp_path: Path, world2: KeptWorld) -> 
     [
         (
             "torch.utils.data.DataLoader([1, 2])",
-            "returned a DataLoader; return its dataset: hvdtrain makes the batches",
+            "returned a DataLoader; return its dataset: hvdtrain makes",
         ),
         ("Endless()", "returned Endless, an IterableDataset; expected a map-style dataset, with len() and [i], or"),
     ],
