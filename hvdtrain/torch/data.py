@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,8 +220,9 @@ def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
             f"{call} returned a {kind}; return its dataset: hvdtrain makes the batches (--batch-size), also of "
             f"{OTHER_DATA}"
         )
-    if isinstance(dataset, IterableDataset):
-        raise UserError(f"{call} returned {kind}, an IterableDataset; {expected}, or {OTHER_DATA}")
+    if isinstance(dataset, (IterableDataset, Iterator)):
+        what = ", an IterableDataset" if isinstance(dataset, IterableDataset) else ""
+        raise UserError(f"{call} returned {kind}{what}; {expected}, or {OTHER_DATA}")
     if isinstance(dataset, Stream):
         if split == "train":
             return

@@ -160,18 +160,7 @@ def test_rollouts_are_the_same_on_any_number_of_ranks(tmp_path: Path, worlds: Ke
         assert rows_without_times(tmp_path / f"{ranks}") == rows_without_times(tmp_path / "1")
     first, second = numbers(tmp_path / "1")[:2]
     assert 2 < first[0] < 5 and 10 < second[0] < 13  # 2.5 and 11.5, each with its draw and the weight
-    train(
-        worlds[2],
-        recipe,
-        tmp_path / "parts",
-        "--log-every",
-        "1",
-        "--deterministic",
-        "--eval-every",
-        "1",
-        "--steps",
-        "3",
-    )
+    train(worlds[2], recipe, tmp_path / "parts", *options, "--steps", "3")
     train(worlds[1], recipe, tmp_path / "parts", "--resume", "--steps", "4")
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "1")
     assert verify_ledger(tmp_path / "2").format_lines()[0].startswith("exactly once: 2 epochs x 10 examples")

@@ -119,14 +119,14 @@ def test_without_a_ledger_a_resume_calls_the_sampler_again_and_compares(
 
 def test_a_lost_rank_takes_no_order_with_it(tmp_path: Path) -> None:
     """Each epoch's order is drawn from nowhere: no other process could draw it again."""
-    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "4", recipe=SAMPLED) as job:
+    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "16", recipe=SAMPLED) as job:
         job.step(2)
         job.kill(0)
         job.world(1)
         job.world(2)
         job.more(2)
         job.end()
-    verify(job.run_dir, "as ordered: 4 epochs x 640 examples, 20 steps")
+    verify(job.run_dir, "as ordered: 16 epochs x 640 examples, 80 steps")
 
 
 def test_a_damaged_file_of_an_order_is_a_finding(tmp_path: Path, recipe: str, world1: KeptWorld) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.data import BatchDataset, BatchRequest, check_dataset, to_device
+from hvdtrain.torch.data import OTHER_DATA, BatchDataset, BatchRequest, check_dataset, to_device
 
 EXPECTED = "expected a map-style dataset, with len() and [i]"
 
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_the_first_examples_the_middle_and_the_last_is_known_
             "Mine.dataset('train') returned a DataLoader; return its dataset: hvdtrain makes the batches "
             "(--batch-size)",
         ),
-        ("eval", (i for i in range(3)), f"Mine.dataset('eval') returned generator; {EXPECTED}"),
+        ("eval", (i for i in range(3)), f"Mine.dataset('eval') returned generator; {EXPECTED}, or {OTHER_DATA}"),
         ("train", {"x": torch.ones(4)}, f"Mine.dataset('train') returned dict; {EXPECTED}"),
         ("train", 3, f"Mine.dataset('train') returned int; {EXPECTED}"),
         ("train", torch.utils.data.Dataset(), f"Mine.dataset('train') returned Dataset; {EXPECTED}"),

@@ -186,7 +186,7 @@ class BadLength:
         (
             lambda: check_dataset(Mine(), "train", Stream()),
             "Mine.dataset('train') returned Stream, an IterableDataset; expected a map-style dataset, with len() and "
-            "[i]: examples are chosen by their number",
+            f"[i], or {OTHER_DATA}",
         ),
         (
             lambda: check_dataset(Mine(), "eval", 5),
