@@ -17,7 +17,8 @@ from hvdtrain.recipe.options import make_from_values
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch import Recipe
-from hvdtrain.torch.setup import OTHER_DATA, check_dataset, explain_nondeterminism, make_model, make_optimizers
+from hvdtrain.torch.data import OTHER_DATA
+from hvdtrain.torch.setup import check_dataset, explain_nondeterminism, make_model, make_optimizers
 
 
 class Inner(nn.Module):
