@@ -159,7 +159,7 @@ def test_what_is_wrong_with_the_first_examples_the_middle_and_the_last_is_known_
             "train",
             DataLoader(TensorDataset(torch.ones(4))),
             "Mine.dataset('train') returned a DataLoader; return its dataset: hvdtrain makes the batches "
-            "(--batch-size)",
+            f"(--batch-size), also of {OTHER_DATA}",
         ),
         ("eval", (i for i in range(3)), f"Mine.dataset('eval') returned generator; {EXPECTED}, or {OTHER_DATA}"),
         ("train", {"x": torch.ones(4)}, f"Mine.dataset('train') returned dict; {EXPECTED}"),
