@@ -59,7 +59,8 @@ class GivenOrder:
 
     def list_ids(self, seed: int, epoch: int) -> Ids:
         """Return the ids of an epoch (from 0) in their order, int64; as many as there are weights or ids."""
-        return draw_by_weight(self.values, seed, epoch) if self.kind == "weights" else self.values
+        ids: Ids = draw_by_weight(self.values, seed, epoch) if self.kind == "weights" else self.values
+        return ids
 
 
 def draw_by_weight(weights: NDArray[np.float64], seed: int, epoch: int) -> Ids:
@@ -130,7 +131,8 @@ def _check_ids(values: NDArray[Any], call: str, count: int) -> Ids:
 def encode_orders(orders: Mapping[int, GivenOrder]) -> bytes:
     """Return orders by some numbers, such as epochs, as bytes to send to other ranks."""
     file = io.BytesIO()
-    np.savez(file, **{f"{number}.{order.kind}": order.values for number, order in orders.items()})
+    arrays: dict[str, Any] = {f"{number}.{order.kind}": order.values for number, order in orders.items()}
+    np.savez(file, **arrays)
     return file.getvalue()
 
 
@@ -145,7 +147,8 @@ def encode_file(order: GivenOrder) -> bytes:
     values, file = order.values, io.BytesIO()
     if order.kind == "ids":
         values = values.astype(np.min_scalar_type(int(values.max())))
-    np.savez_compressed(file, **{order.kind: values})
+    arrays: dict[str, Any] = {order.kind: values}
+    np.savez_compressed(file, **arrays)
     return file.getvalue()
 
 

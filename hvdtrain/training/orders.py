@@ -142,4 +142,5 @@ class EpochOrders:
 
 def share_order(given: GivenOrder | None) -> GivenOrder:
     """Return rank 0's order on all ranks."""
-    return decode_orders(collectives.broadcast_bytes(given and encode_orders({0: given}), "sampler.order"))[0]
+    data = encode_orders({0: given}) if given is not None else None
+    return decode_orders(collectives.broadcast_bytes(data, "sampler.order"))[0]
