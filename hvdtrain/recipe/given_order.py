@@ -59,7 +59,9 @@ class GivenOrder:
 
     def list_ids(self, seed: int, epoch: int) -> Ids:
         """Return the ids of an epoch (from 0) in their order, int64; as many as there are weights or ids."""
-        ids: Ids = draw_by_weight(self.values, seed, epoch) if self.kind == "weights" else self.values
+        if self.kind == "weights":
+            return draw_by_weight(self.values, seed, epoch)
+        ids: Ids = self.values
         return ids
 
 
@@ -131,8 +133,8 @@ def _check_ids(values: NDArray[Any], call: str, count: int) -> Ids:
 def encode_orders(orders: Mapping[int, GivenOrder]) -> bytes:
     """Return orders by some numbers, such as epochs, as bytes to send to other ranks."""
     file = io.BytesIO()
-    arrays: dict[str, Any] = {f"{number}.{order.kind}": order.values for number, order in orders.items()}
-    np.savez(file, **arrays)
+    arrays = {f"{number}.{order.kind}": order.values for number, order in orders.items()}
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -147,8 +149,8 @@ def encode_file(order: GivenOrder) -> bytes:
     values, file = order.values, io.BytesIO()
     if order.kind == "ids":
         values = values.astype(np.min_scalar_type(int(values.max())))
-    arrays: dict[str, Any] = {order.kind: values}
-    np.savez_compressed(file, **arrays)
+    arrays = {str(order.kind): values}
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
 
 
