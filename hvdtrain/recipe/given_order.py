@@ -61,8 +61,7 @@ class GivenOrder:
         """Return the ids of an epoch (from 0) in their order, int64; as many as there are weights or ids."""
         if self.kind == "weights":
             return draw_by_weight(self.values, seed, epoch)
-        ids: Ids = self.values
-        return ids
+        return self.values
 
 
 def draw_by_weight(weights: NDArray[np.float64], seed: int, epoch: int) -> Ids:
@@ -72,7 +71,8 @@ def draw_by_weight(weights: NDArray[np.float64], seed: int, epoch: int) -> Ids:
     uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     sums = np.cumsum(weights)
     last = int(np.flatnonzero(weights)[-1])  # a product may be rounded up to the whole sum
-    return np.minimum(np.searchsorted(sums, uniform * sums[-1], side="right"), last).astype(np.int64)
+    ids: Ids = np.minimum(np.searchsorted(sums, uniform * sums[-1], side="right"), last).astype(np.int64)
+    return ids
 
 
 def read_given_order(returned: Any, call: str, count: int) -> GivenOrder:
