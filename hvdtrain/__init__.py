@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from hvdtrain.recipe.options import option
     from hvdtrain.system.errors import RunError, UserError
     from hvdtrain.training.fit import fit
+    from hvdtrain.training.loading import load
 
-__all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "option"]
+__all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "load", "option"]
 
 _MODULES = {
     "Recipe": "hvdtrain.recipe.base",
@@ -22,6 +23,7 @@ _MODULES = {
     "UserError": "hvdtrain.system.errors",
     "fit": "hvdtrain.training.fit",
     "init": "hvdtrain.comm.world",
+    "load": "hvdtrain.training.loading",
     "option": "hvdtrain.recipe.options",
 }
 

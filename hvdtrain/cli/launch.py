@@ -98,9 +98,7 @@ def launch_command(
         raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
     args, options = list(train_args), replace(launch_options, grace=grace)
     if "--print-config" in args:
-        from hvdtrain.cli.train import print_config
-
-        return print_config(check_train_arguments(ctx, args, elastic=elastic))
+        return print_train_config(ctx, args, elastic=elastic)
     has_hosts = options.num_ranks is not None or elastic or options.source.given_options()
     if not has_hosts and (message := correct_launch_line(ctx, args)):
         raise UserError(message)
@@ -137,3 +135,10 @@ def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) ->
         if unknown and (message := correct_launch_line(ctx, args, unknown)):
             raise UserError(message) from None
         raise
+
+
+def print_train_config(ctx: click.Context, args: list[str], elastic: bool) -> int:
+    """Do what `hvdtrain train` does with --print-config, and start no rank."""
+    from hvdtrain.cli.train import print_config
+
+    return print_config(check_train_arguments(ctx, args, elastic))

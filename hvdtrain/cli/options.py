@@ -11,7 +11,7 @@ import click
 
 from hvdtrain.cli.config_file import CONFIG_SECTION, make_config_options, read_config_files
 from hvdtrain.recipe.base import Recipe, check_methods
-from hvdtrain.recipe.option_types import SeveralValues, format_values, parse_texts
+from hvdtrain.recipe.option_types import SeveralValues, join_values, parse_texts
 from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
@@ -50,7 +50,7 @@ def _name_values(field: OptionField) -> str:
 def _format_help(field: OptionField) -> str:
     shown = field.default if field.type is not bool or field.multiple else ("on" if field.default else "off")
     if field.multiple and shown is not None:
-        shown = format_values(shown) or None
+        shown = join_values(shown) or None
     text = field.help() if callable(field.help) else field.help
     return text if shown is None else f"{text}  [{shown}]"
 
@@ -139,7 +139,7 @@ def recipe_name(spec: str) -> str:
 
 def collect_given(fields: Sequence[OptionField], values: OptionValues) -> OptionValues:
     """Return the values of the options that were given. Raises UserError for a wrong one in a list of values."""
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for field in fields:
         value = values[field.name]
         if value is None or value == ():

@@ -9,6 +9,8 @@ from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import FRAMEWORKS, Framework, Step
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hvdtrain.torch.recipe import Recipe
 
 
@@ -19,4 +21,11 @@ def make_torch_step(recipe: Recipe, world: World, options: StepOptions) -> Step:
     return TorchStep(recipe, world, options)
 
 
-FRAMEWORKS.register("torch", Framework("torch", "hvdtrain.torch.Recipe", make_torch_step))
+def load_torch_model(recipe: Recipe, state: bytes, seed: int, device: str) -> nn.Module:
+    """Return the model of a torch recipe with a checkpoint's weights."""
+    from hvdtrain.torch.loading import load_model
+
+    return load_model(recipe, state, seed, device)
+
+
+FRAMEWORKS.register("torch", Framework("torch", "hvdtrain.torch.Recipe", make_torch_step, load_torch_model))

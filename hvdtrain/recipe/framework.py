@@ -239,6 +239,8 @@ class Framework:
     name: str
     recipe_class: str  # what its recipes derive from, e.g. "hvdtrain.torch.Recipe"
     make_step: Callable[[Any, World, Any], Step]  # from a recipe, its world and exchange.step_options.StepOptions
+    # From a recipe, a checkpoint's state, the run's seed and a device: the model, as it was evaluated.
+    load_model: Callable[[Any, bytes, int, str], Any] | None = None
 
 
 FRAMEWORKS: Registry[Framework] = Registry("framework", "hvdtrain.frameworks", "hvdtrain.frameworks")

@@ -131,6 +131,6 @@ def parse_texts(kind: SeveralValues, flag: str, texts: Sequence[str]) -> list[An
     return [parse_text(item, flag, part) for item, part in zip(items, parts, strict=True)]
 
 
-def format_values(values: Sequence[Any]) -> str:
+def join_values(values: Sequence[Any]) -> str:
     """Return values as the command line takes them: `32,64`."""
     return ",".join(f'"{value}"' if "," in str(value) else str(value) for value in values)

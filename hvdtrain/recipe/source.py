@@ -228,7 +228,7 @@ class SourceFinder(importlib.abc.MetaPathFinder):
         for file, package in ((f"{relative}.py", False), (f"{relative}/__init__.py", True)):
             if file in files:
                 where = str(root / file)
-                loader = SourceLoader(fullname, where, files[file])
+                loader = self.make_loader(fullname, where, files[file])
                 places = [str((root / file).parent)] if package else None
                 return importlib.util.spec_from_file_location(
                     fullname, where, loader=loader, submodule_search_locations=places
@@ -238,6 +238,10 @@ class SourceFinder(importlib.abc.MetaPathFinder):
             spec.submodule_search_locations = [str(root / relative)]
             return spec
         return None
+
+    def make_loader(self, fullname: str, path: str, data: bytes) -> SourceLoader:
+        """Return what loads a module from its bytes."""
+        return SourceLoader(fullname, path, data)
 
 
 def import_source(source: RecipeSource) -> ModuleType:

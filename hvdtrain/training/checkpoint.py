@@ -162,7 +162,7 @@ def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = Fal
     damaged: list[DamagedCheckpoint] = []
     for i in reversed(range(len(folders))):
         try:
-            found = _read_checkpoint(folders[i], recipe)
+            found = read_checkpoint(folders[i], recipe)
         except DamagedCheckpoint as error:
             damaged.append(error)
             continue
@@ -180,7 +180,8 @@ def read_newest_checkpoint(run_dir: Path, recipe: str, *, unattended: bool = Fal
     return None
 
 
-def _read_checkpoint(folder: Path, recipe: str) -> Checkpoint:
+def read_checkpoint(folder: Path, recipe: str) -> Checkpoint:
+    """Return a checkpoint. Raises UserError if it is damaged, or of another recipe or format."""
     meta = _read_meta(folder)
     if meta.recipe != recipe:
         raise UserError(f"{folder} is a checkpoint of recipe {meta.recipe!r}, not of {recipe!r}")

@@ -18,7 +18,7 @@ from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, flatten_options, option_fields
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system.errors import UserError, suggest_nearest
-from hvdtrain.system.strict_json import parse_strict_json
+from hvdtrain.system.strict_json import JsonObject, parse_strict_json
 from hvdtrain.training.options import RunOptions
 
 # Where a run is, not what it is.
@@ -45,7 +45,7 @@ def build_config(name: str, recipe: Recipe, options: RunOptions) -> Mapping[str,
 
 def nest_values(values: OptionValues) -> dict[str, object]:
     """Return values for JSON, those with a dot in their name in objects of their own."""
-    nested: dict[str, Any] = {}
+    nested: JsonObject = {}
     for name, value in values.items():
         *outer, last = name.split(".")
         table = nested
@@ -137,9 +137,9 @@ class ConfigReader:
             values.update(self.read_table(inner, own))
         return values
 
-    def read_table(self, table: Mapping[str, Any], known: Mapping[str, OptionField], prefix: str = "") -> OptionValues:
+    def read_table(self, table: JsonObject, known: Mapping[str, OptionField], prefix: str = "") -> OptionValues:
         """Return the options of an object, those of the objects in it included."""
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for key, value in table.items():
             name = f"{prefix}{key}"
             if name in known:

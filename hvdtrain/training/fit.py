@@ -20,6 +20,7 @@ from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe, check_methods
 from hvdtrain.recipe.framework import find_framework
+from hvdtrain.recipe.kept_source import check_not_importing
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.options import OptionValues, convert_value, make_from_values, option_fields
 from hvdtrain.recipe.source import source_of_class
@@ -54,6 +55,7 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
         UserError: for invalid input.
         RunError: for a run that cannot continue, e.g. a loss that is not finite.
     """
+    check_not_importing("hvdtrain.fit")
     check_methods(type(recipe))
     recipe, options = apply_run_options(recipe, run_options)
     world = init(comm)
