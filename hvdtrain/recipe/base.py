@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.options import option
@@ -33,7 +33,8 @@ class Recipe:
     lr: float = option(0.1, "learning rate, before the schedule", section="Optimization")
     schedule: str = option(
         "constant",
-        "learning-rate schedule, e.g. 'warmup:5ep cosine', 'step:30ep,60ep x0.1', 'linear', 'constant'",
+        "learning-rate schedule, e.g. 'warmup:5ep cosine', 'step:30ep,60ep x0.1', 'plateau:3 x0.5', 'onecycle', "
+        "'cosine restarts:10ep x2', 'invsqrt:4000', 'linear', 'constant'",
         section="Optimization",
     )
 
@@ -44,6 +45,30 @@ class Recipe:
             return vars(self)["now"]  # type: ignore[no-any-return]
         except KeyError:
             raise AttributeError(f"{type(self).__name__}.now is known in a training only") from None
+
+    def evaluated(self, model: Any, metrics: dict[str, Any]) -> bool:
+        """Return whether the training ends here, finished and saved: to stop early, or to give up a bad trial.
+
+        It is called on all ranks after each evaluation, and must return the same on all.
+
+        Args:
+            model: as it was evaluated: with --ema the average; in evaluation mode.
+            metrics: those of the evaluation, the same on all ranks; of other sets than the first as "test/loss". What
+                is not finite is NaN.
+        """
+        return False
+
+    def logged(self, row: dict[str, Any]) -> None:
+        """Take a row of metrics.jsonl, on rank 0, as it was written: for a tracker of experiments.
+
+        What it raises is warned of once, and it is not called any more. After a resume, rows of steps that were undone
+        come again.
+        """
+
+
+def is_overridden(recipe: Recipe, name: str) -> bool:
+    """Return whether a recipe defines a method that every recipe has, so that calling it makes a difference."""
+    return getattr(type(recipe), name) is not getattr(Recipe, name)
 
 
 def check_methods(cls: type[Recipe]) -> None:

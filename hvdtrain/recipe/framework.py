@@ -200,6 +200,12 @@ class Step(Protocol):
         seed: what randomness in the model is drawn from.
         """
 
+    def evaluated_model(self, seed: Sequence[int]) -> Any:
+        """Return the model as it was evaluated, for the recipe's `evaluated`; in mode and values as in an evaluation.
+
+        seed: what randomness there is drawn from, the same on all ranks.
+        """
+
     def gather_state(self) -> bytes:
         """Return all that the trajectory depends on. All ranks call it; only rank 0's result is whole."""
 

@@ -13,6 +13,9 @@ class DataOptions:
     """How much is trained, and how batches are cut, drawn and loaded."""
 
     steps: int | None = option(None, "train this many steps in all, instead of --epochs", at_least=1)
+    patience: int | None = option(
+        None, "end the training after this many evaluations without a better value of the recipe's `best`", at_least=1
+    )
     batch_per_rank: int | None = option(
         None, "weak scaling: a global batch of this many examples times the ranks", at_least=1
     )

@@ -95,7 +95,6 @@ class TorchStep:
             first_step = foresee_first_step(recipe, options.data, self.examples["train"])
             with temporary_now(recipe, first_step):
                 collectives.on_all_ranks("examples", self.splits.check_splits)
-
             self.model = self._build_model()
             modes = TrainingModes(self.model)
             with temporary_now(recipe, first_step):
@@ -103,7 +102,6 @@ class TorchStep:
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
             self.updater = Updater(recipe, self.model, self.device, options)
             undo.callback(self.updater.close)
-
             set_now(recipe, first_step)
             parts = self._agree_on_parts()
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
@@ -111,7 +109,6 @@ class TorchStep:
             self.layout, self.score_uses_collectives = trial.layout, trial.calls_collectives
             self.agreement_parts: Sequence[ConsistentPart] = [*parts, metrics_part(self.layout)]
             check_agreement("agreement.metrics", self.agreement_parts[-1:])
-
             self.updater.join_world(world)
             broadcast_state(self.model)
             for optimizer in self.updater.optimizers.values():
@@ -264,11 +261,19 @@ class TorchStep:
     @explain_nondeterminism
     def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
         seed_all(seed)
-        if self.changes.start_evaluation() and self.ema is not None:
-            self.ema.copy_constants(self.model)
-        model = self.forward if self.ema is None else self.ema.module.eval()
+        evaluated = self._enter_evaluation()
+        model = self.forward if self.ema is None else evaluated
         scores = self.scorer.score_for_evaluation(model, batch, self.layout, count)
         return sum_scores(scores, self.layout).cpu().numpy()
+
+    def evaluated_model(self, seed: Sequence[int]) -> torch.nn.Module:
+        seed_all(seed)
+        return self._enter_evaluation()  # which a rank without an example of it has not done
+
+    def _enter_evaluation(self) -> torch.nn.Module:
+        if self.changes.start_evaluation() and self.ema is not None:
+            self.ema.copy_constants(self.model)
+        return self.model if self.ema is None else self.ema.module.eval()
 
     def gather_state(self) -> bytes:
         self.changes.end_evaluation()

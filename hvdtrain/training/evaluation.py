@@ -12,6 +12,10 @@ from hvdtrain.recipe.framework import Chunk
 from hvdtrain.recipe.metrics import MetricValue, to_plain_values
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
+from hvdtrain.system.recipe_errors import name_call
+from hvdtrain.system.text import format_count
+from hvdtrain.training.hooks import ask_to_end
+from hvdtrain.training.patience import count_evaluation
 from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
@@ -23,7 +27,27 @@ def evaluate_model(generation: Generation, position: Position) -> None:
     generation.set_now(position, training=False)
     found = {name: evaluate_set(generation, name) for name in run.recipe.evals if run.step.examples[name]}
     position.eval = found.pop(run.recipe.evals[0], {})
-    position.evals, position.evaluated = found, position.step
+    position.evals = found
+
+
+def conclude_evaluation(generation: Generation, position: Position) -> None:
+    """Count the evaluation, and let `position.ended` be why the training ends with it, if it does."""
+    run, (metric, _) = generation.run, generation.run.recipe.best
+    ends = ask_to_end(generation, position)
+    # From here on without collectives: if a rank is lost before, the evaluation is repeated.
+    position.evaluated = position.step
+    patience, plateau = run.options.data.patience, generation.plan.schedule.plateau
+    if count_evaluation(position, run.recipe.best, plateau) and plateau is not None:
+        waited = f"{format_count(plateau.evaluations, 'evaluation')} without a better {metric}"
+        run.report.print_lines([f"lr        {waited}: times {plateau.ratio:g} from step {position.step} on"])
+    if ends:
+        position.ended = f"{name_call(run.recipe, 'evaluated()')} returned True"
+    elif patience is not None and position.since_best >= patience:
+        position.ended = f"{format_count(position.since_best, 'evaluation')} without a better {metric} (--patience)"
+    if position.ended:
+        run.report.print_lines(
+            [f"ended     at step {position.step} of {generation.plan.total_steps}: {position.ended}"]
+        )
 
 
 def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:

@@ -19,7 +19,7 @@ from hvdtrain.recipe.metrics import to_plain_values
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
-from hvdtrain.training.evaluation import evaluate_model
+from hvdtrain.training.evaluation import conclude_evaluation, evaluate_model
 from hvdtrain.training.nonfinite import count_nonfinite_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
 from hvdtrain.training.position import Position
@@ -56,7 +56,7 @@ def run_loop(generation: Generation, position: Position) -> Ending:
     if position.step:
         evaluate_and_save(generation, position, None)  # what was due when another rank was lost
     activity.begin_training(position.step)
-    while position.step < generation.plan.total_steps:
+    while position.step < generation.plan.total_steps and not position.ended:
         for share, batches in plan_epoch(generation, position):
             outcome = train_step(generation, position, share, batches)
             commit_step(generation, position, share, outcome)
@@ -64,6 +64,8 @@ def run_loop(generation: Generation, position: Position) -> Ending:
             compare_replicas(generation, position, ending)
             evaluate_and_save(generation, position, ending)
             generation.run.report.report_write_errors(generation.ledger)
+            if position.ended:
+                return Ending.FINISHED
             if ending is not None:
                 return ending
     return Ending.FINISHED
@@ -115,7 +117,7 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     if generation.diagnosis is not None:
         generation.diagnosis.record_exchange(start, result.waited_here)
     activity.enter_activity("updating the model")
-    lr_factor = plan.schedule.factor(plan.schedule_step(position))
+    lr_factor = plan.schedule.lr_factor(plan.schedule_step(position), position.lr_drops)
     if result.must_skip:
         count_nonfinite_step(generation, result, position)
         run.step.skip_update()
@@ -209,7 +211,10 @@ def evaluate_and_save(generation: Generation, position: Position, ending: Ending
         evaluate_model(generation, position)
         run.lease.check_ownership()
         run.report.record_evaluation(position, position.epoch + (not epoch_ends))
-    must = is_last or ending == Ending.STOPPED
+        conclude_evaluation(generation, position)
+        if position.ended and ending not in (Ending.FINISHED, Ending.STOPPED):
+            compare_replicas(generation, position, Ending.FINISHED)
+    must = is_last or ending == Ending.STOPPED or bool(position.ended)
     saves = must or ending == Ending.MEMBERS_LEAVE or is_due(position.step, options.checkpoints.every, epoch_ends)
     if saves and position.saved != position.step:
         save_checkpoint(generation, position, must=must)

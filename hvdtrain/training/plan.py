@@ -15,6 +15,8 @@ from hvdtrain.training.options import RunOptions
 from hvdtrain.training.position import Position
 from hvdtrain.training.schedule import Schedule
 
+MAX_CORNERS_SHOWN = 8  # of a schedule, in the line that describes it
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -91,7 +93,9 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
         if options.exchange.deterministic
         else f"{options.exchange.kind} exchange"
     )
-    corners = ", ".join(f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners)
+    shown = [f"{plan.lr * plan.schedule.factor(step):.4g} at step {step}" for step in plan.schedule.corners]
+    if len(shown) > MAX_CORNERS_SHOWN:
+        shown[MAX_CORNERS_SHOWN - 1 : -1] = ["..."]
     source = f" {plan.order_text}" if plan.order_text else ""
     length = f"{plan.examples} examples{source}, {plan.steps_per_epoch} steps an epoch"
     if plan.examples == order.MAX_EXAMPLES:
@@ -101,7 +105,7 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
         f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {format_count(plan.epochs, 'epoch')}",
-        f"lr        {plan.schedule.text}: {corners}{scaled}",
+        f"lr        {plan.schedule.text}: {', '.join(shown)}{scaled}",
         f"gradient  {way}, compression {options.compression.spec}, amp {options.optimization.amp}"
         + (f", clipped to norm {options.optimization.clip_norm:g}" if options.optimization.clip_norm else "")
         + (f", EMA {options.optimization.ema:g}" if options.optimization.ema else ""),

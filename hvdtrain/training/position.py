@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,7 +18,7 @@ FIELDS_SINCE_FORMAT_1 = (
     *("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples"),
 )
 # Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
-FIELDS_SINCE_FORMAT_2 = ("evals", "order", "division")
+FIELDS_SINCE_FORMAT_2 = ("evals", "order", "division", "best_value", "since_best", "since_drop", "lr_drops", "ended")
 
 
 @dataclass
@@ -35,6 +36,11 @@ class Position:
     eval: dict[str, MetricValue] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
     evals: dict[str, dict[str, MetricValue]] = field(default_factory=dict)  # of each evaluation set but the first
     evaluated: int = 0  # the step after which that was
+    best_value: float | None = None  # of the recipe's `best`, over all evaluations
+    since_best: int = 0  # evaluations since then
+    since_drop: int = 0  # the same, or since the schedule "plateau" has last lowered the learning rate
+    lr_drops: int = 0  # how often it has
+    ended: str = ""  # why the training ends here, before its last step; "": it does not
     saved: int = 0  # the step of the last checkpoint
     examples: int = 0  # of an epoch; with the seed, what the order is drawn from
     seed: int = 0
@@ -97,7 +103,7 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
         kind, where = known[name], f"position.{name}"
         if kind == "int" or (kind == "int | None" and value is not None):
             values[name] = check_count(value, where)
-        elif kind == "float":
+        elif kind == "float" or (kind == "float | None" and value is not None):
             values[name] = check_finite_number(value, where)
         elif kind == "dict[str, str]":
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
@@ -111,10 +117,10 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             values[name] = {key: _parse_metrics(one, f"{where}.{key}") for key, one in value.items()}
         elif kind == "str" and isinstance(value, str):
             values[name] = value
-        elif kind == "str":
-            raise ValueError(f"has no text {where!r}")
-        elif kind == "int | None":
+        elif kind in ("int | None", "float | None"):
             values[name] = None
+        elif kind == "str":
+            raise ValueError(f"has {reprlib.repr(value)} as {where}; expected a text")
         else:
             raise AssertionError(f"{where} of type {kind} cannot be read back")
     if "rows" not in values:

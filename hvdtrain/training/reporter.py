@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdtrain.ledger.writer import Ledger
+from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.metrics import MetricValue, format_values
 from hvdtrain.system import streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, PRIVATE_MODE, BufferedDocument, write_error_text, write_json
@@ -19,6 +20,7 @@ from hvdtrain.training.logger import ActiveLoggers
 from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.position import Position
 from hvdtrain.training.row_file import RowFile
+from hvdtrain.training.row_hook import RowHook
 from hvdtrain.training.rows import MetricsRow
 from hvdtrain.training.speed import SpeedMeter, StepTime
 from hvdtrain.training.terminal import Terminal
@@ -42,16 +44,18 @@ class Reporter:
         terminal: prints lines.
         rows: metrics.jsonl.
         loggers: those of --logger.
+        row_hook: the recipe's `logged`.
         speed: times this rank's steps.
         best: the best checkpoint so far, on all ranks.
     """
 
-    def __init__(self, options: ReportOptions) -> None:
-        """Report nothing until `open_files`."""
+    def __init__(self, options: ReportOptions, recipe: Recipe | None = None) -> None:
+        """Report nothing until `open_files`. recipe: gets the rows too."""
         self.options = options
         self.terminal = Terminal(quiet=options.quiet)
         self.rows = RowFile(self.terminal)
         self.loggers = ActiveLoggers(options.loggers, self.terminal.print_warning)
+        self.row_hook = RowHook(recipe, self.terminal.print_warning)
         self.speed = SpeedMeter()
         self.best: BestCheckpoint | None = None
         self.print_lines, self.print_warning = self.terminal.print_lines, self.terminal.print_warning
@@ -139,6 +143,8 @@ class Reporter:
         self._row_due = False
         self.rows.append(row, self._position)
         self.loggers.call(lambda logger: logger.log_row(row))
+        if self._active:
+            self.row_hook.log_row(row)
         self.speed.start_row()
         self._advice_file.flush()
 

@@ -12,16 +12,17 @@ from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 from hvdtrain.system.text import format_count
 from hvdtrain.training.folder import open_run_folder, take_over_folder
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
+from hvdtrain.training.options import RunOptions
 from hvdtrain.training.plan import describe_training_plan
 from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.saving import resume_run, start_order
 
 
-def check_recipe_metrics(recipe: Recipe, step: Step) -> None:
+def check_recipe_metrics(recipe: Recipe, step: Step, options: RunOptions) -> None:
     """Raise UserError if two columns would have one name, or `best` names no metric or no direction.
 
-    Without an evaluation, `best` may be anything.
+    Without an evaluation, `best` may be anything, and nothing can wait for it to improve.
     """
     cls, used = type(recipe).__name__, [name for name in recipe.evals if step.examples[name]]
     for name in recipe.evals:
@@ -29,6 +30,7 @@ def check_recipe_metrics(recipe: Recipe, step: Step) -> None:
         if taken := next((metric for metric in step.layout.names if f"{prefix}_{metric}" in step.layout.names), None):
             raise UserError(f"{cls}.score: '{prefix}_{taken}' is a column of the evaluation: rename it")
     if not used:
+        refuse_counting_evaluations(recipe, options)
         return
     metric, direction = recipe.best
     names = [m if name == recipe.evals[0] else f"{name}/{m}" for name in used for m in step.layout.names]
@@ -41,6 +43,17 @@ def check_recipe_metrics(recipe: Recipe, step: Step) -> None:
         raise UserError(f"{cls}.best: there is no metric {metric!r}{suggest_nearest(metric, names)}")
     if direction not in ("min", "max"):
         raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
+
+
+def refuse_counting_evaluations(recipe: Recipe, options: RunOptions) -> None:
+    """Raise UserError for what counts evaluations, as the recipe has none."""
+    patience = options.data.patience
+    counts = f"--patience {patience}" if patience is not None else f"--schedule {recipe.schedule!r}"
+    if patience is not None or "plateau" in recipe.schedule:
+        raise UserError(
+            f"{counts} counts evaluations, and {type(recipe).__name__} has none: evals is {recipe.evals!r}, and "
+            "dataset() returned nothing for them"
+        )
 
 
 def begin_run(run: Run) -> tuple[Path, Position]:
@@ -90,6 +103,8 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
     )
     if run.options.checkpoints.resume:
         where = f"step {position.step}" if position.step else "step 0: no checkpoint yet"
+        if position.ended:
+            where += f", where the training has ended: {position.ended}"
         run.report.print_lines([f"resumed   at {where}"])
     elif not position.step:
         report_graph(run)

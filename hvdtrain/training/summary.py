@@ -30,6 +30,7 @@ class Summary:
     steps: int
     epochs: int
     finished: bool  # False: the run was stopped, and can be resumed
+    ended: str  # why it has ended before its last step; "": it has not
     samples_seen: int
     train_loss: float
     eval: Mapping[str, MetricValue]  # of the last evaluation, by metric
@@ -78,6 +79,7 @@ def make_summary(generation: Generation, position: Position, resumed_from: int |
         steps=position.step,
         epochs=generation.plan.epochs,
         finished=finished,
+        ended=position.ended,
         samples_seen=position.samples,
         train_loss=position.train_loss,
         eval=position.eval,
