@@ -21,6 +21,7 @@ from hvdtrain.comm.horovod import transport_name
 from hvdtrain.comm.network_model import synchronize_device
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe as AnyRecipe
+from hvdtrain.recipe.framework import DataSource
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
@@ -28,6 +29,7 @@ from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import AMP_DTYPES
 from hvdtrain.torch.setup import choose_device, load_datasets, make_optimizers
+from hvdtrain.torch.sources import find_source
 from hvdtrain.training.options import RunOptions
 
 WARM_UP_STEPS = 4  # steps that do not count
@@ -132,6 +134,10 @@ def prepare_workload(plan: BenchmarkPlan, world: World) -> Workload:
     torch.set_num_threads(options.resolve_threads(world.local_size).count)
     device = choose_device(options.device.device, world.local_rank)
     data = load_datasets(recipe, world, options.data.seed)["train"]
+    if find_source(recipe, data, world) is not DataSource.NUMBERED:
+        raise UserError(
+            f"{type(recipe).__name__} trains on a {type(data).__name__}: a benchmark needs a list of examples"
+        )
     count = options.data.batch_per_rank or max(1, recipe.batch_size // world.size)
     ids = (np.arange(count, dtype=np.int64) * world.size + world.rank) % len(data)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
