@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from hvdtrain.recipe import order
+from hvdtrain.training import orders
 from tests.ranks import harness
 from tests.ranks.harness import HVDTRAIN, Job, launcher, run, wait_for_step
 from tests.support.worlds import KeptWorld, train, train_here
@@ -83,7 +84,7 @@ def train_in_an_order_of_its_own(run_dir: Path) -> None:
         def __init__(self, examples: int, seed: int, epoch: int) -> None:
             super().__init__(examples, seed + hvd.rank(), epoch)
 
-    with mock.patch.object(order, "SampleOrder", Other):
+    with mock.patch.object(orders, "SampleOrder", Other):
         train_here(EXACT, run_dir, ("--steps", "5"))
 
 
