@@ -36,6 +36,11 @@ def size(group: Group = None) -> int:
     return hvd.size() if group is None else group.size()  # type: ignore[no-any-return]
 
 
+def is_initialized() -> bool:
+    """Return whether this process is a rank of a world."""
+    return bool(hvd.is_initialized())
+
+
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
     op = hvd.Average if average else hvd.Sum
@@ -50,7 +55,10 @@ def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Ha
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
-    """Start gathering every rank's 1-D tensor on all ranks, concatenated in rank order."""
+    """Start gathering every rank's tensor on all ranks, joined along the first dimension in rank order.
+
+    The first dimension may differ between ranks, and be 0 on some; the others may not.
+    """
     return remember_name(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 

@@ -38,6 +38,8 @@ class StepOptions:
             )
         if self.data.batch_per_rank is not None:
             raise ValueError("--deterministic with --batch-per-rank: the batch depends on the ranks; give --batch-size")
+        if self.optimization.sync_batchnorm:
+            raise ValueError("--deterministic with --sync-batchnorm: its sums depend on the ranks; use GroupNorm")
         if self.optimization.compile:
             raise ValueError("--deterministic with --compile: what is compiled depends on what a rank sees first")
 

@@ -111,7 +111,8 @@ class Step(Protocol):
          |     all_reduce() -> StepResult             all ranks know the same from here on
          |     apply_update(...)                      or skip_update(), if StepResult.must_skip
          |
-         +-> between steps: evaluate_batch for each of load_batches(SET, ...); gather_state for a checkpoint;
+         +-> between steps: evaluate_batch for each of load_batches(SET, ...), or join_evaluation for a pass without
+         |     examples on this rank; gather_state for a checkpoint;
          |     checksum_state, exchange_report, take_messages, wire_bytes
          |
          +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state
@@ -126,6 +127,7 @@ class Step(Protocol):
     source: DataSource
     has_sampler: bool  # the recipe has a method `sampler`
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
+    score_needs_whole_batch: bool  # `score` exchanges examples by collectives of hvdtrain: a step is one pass
     update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
 
     # What is known before the first step.
@@ -205,6 +207,9 @@ class Step(Protocol):
 
         seed: what randomness there is drawn from, the same on all ranks.
         """
+
+    def join_evaluation(self, split: Split) -> None:
+        """Take part in a pass of an evaluation in which this rank has no example, but others have."""
 
     def gather_state(self) -> bytes:
         """Return all that the trajectory depends on. All ranks call it; only rank 0's result is whole."""

@@ -40,6 +40,9 @@ class OptimizationOptions:
     clip_norm: float | None = option(None, "clip the norm of the reduced gradient to this", above=0)
     ema: float | None = option(None, "evaluate an exponential moving average of the weights with this decay")
     amp: Literal["off", "bf16", "fp16"] = option("off", "automatic mixed precision")
+    sync_batchnorm: bool = option(
+        False, "batch norm over the examples of all ranks, as on one rank, instead of over each rank's own"
+    )
     compile: bool = option(False, "compile the model (torch.compile)")
 
     def __post_init__(self) -> None:

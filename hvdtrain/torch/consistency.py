@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hvdtrain.comm.agreement import ConsistentPart
+from hvdtrain.comm import collectives
+from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
@@ -137,9 +138,10 @@ def lengths_part(counts: Mapping[Split, int]) -> ConsistentPart:
     return ConsistentPart("datasets", {repr(split): str(count) for split, count in counts.items()}, difference, "0")
 
 
-def metrics_part(layout: ScoreLayout) -> ConsistentPart:
-    """Return the names of the scores, and how they are summed."""
-    return ConsistentPart("metrics", {"scores": layout.describe()}, "{who}: {key} are {here}, {base} has {there}")
+def metrics_part(layout: ScoreLayout, calls: str) -> ConsistentPart:
+    """Return the names of the scores, how they are summed, and the collectives that `score` calls."""
+    values = {"scores": layout.describe(), "the collectives of score": calls}
+    return ConsistentPart("metrics", values, "{who}: {key} are {here}, {base} has {there}")
 
 
 def step_parts(
@@ -156,3 +158,13 @@ def step_parts(
         *model_parts(model),
         optimizers_part(optimizers, model),
     ]
+
+
+def agree_on_parts(
+    device: torch.device, splits: SplitLoaders, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> list[ConsistentPart]:
+    """Return what has to be the same on all ranks, and is. Raises UserError on all ranks for what is not."""
+    examples = get_seeded_examples(splits)
+    parts = collectives.on_all_ranks("agreement.parts", lambda: step_parts(device, examples, model, optimizers))
+    check_agreement("agreement.step", parts)
+    return parts

@@ -1,4 +1,4 @@
-"""Calls of a recipe's `score`, in training and in evaluations."""
+"""Calls of a recipe's `score`, in training and in evaluations; and the part of a rank without examples in them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import RecipeError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import to_device
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.score_session import ScoreSession, enter_session, find_refusal
 from hvdtrain.torch.scores import check_scores
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,12 +21,22 @@ Scores = dict[str, torch.Tensor]  # (B,) of each metric
 
 
 class Scorer:
-    """Scores batches with a recipe, on its device and with its precision."""
+    """Scores batches with a recipe, on its device and with its precision.
 
-    def __init__(self, recipe: Recipe, device: torch.device, amp: str) -> None:
-        self.recipe, self.device, self.amp = recipe, device, amp
+    Attributes:
+        session: the collectives that `score` calls.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, options: StepOptions) -> None:
+        self.recipe, self.device, self.amp = recipe, device, options.optimization.amp
+        self.session = ScoreSession(type(recipe).__name__, find_refusal(options))
+        enter_session(self.session)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self._needs_graph = False  # in evaluations: `score` takes derivatives itself, as of an energy
+
+    def close(self) -> None:
+        """Leave the session: there is no training any more."""
+        enter_session(None)
 
     def autocast_context(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of --amp to score in."""
@@ -38,10 +50,11 @@ class Scorer:
 
     def score_for_training(self, model: Any, batch: Any, layout: ScoreLayout, count: int) -> Scores:
         """Return the scores of `count` examples, with their graph."""
+        self.session.start_pass(training=True)
         with self.autocast_context():
             scores = self._call_score(model, self.move_batch(batch))
         check_scores(self.recipe, scores, layout, count)
-        return scores
+        return {**scores, "loss": self.session.end_forward(scores["loss"])}
 
     def score_for_evaluation(self, model: Any, batch: Any, layout: ScoreLayout, count: int) -> Scores:
         """Return the scores of `count` examples, without a graph, unless `score` itself needs one."""
@@ -52,6 +65,7 @@ class Scorer:
         return scores
 
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:
+        self.session.start_pass(training=False)
         if not self._needs_graph:
             try:
                 with torch.no_grad():
@@ -60,6 +74,7 @@ class Scorer:
                 if "does not require grad" not in str(error):
                     raise
                 self._needs_graph = True
+                self.session.start_pass(training=False)
         with torch.enable_grad():
             return self._call_score(model, batch)
 

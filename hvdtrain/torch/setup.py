@@ -24,6 +24,7 @@ from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.system.turns import hold_host_lock
 from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.sync_batch_norm import SyncBatchNorm
 from hvdtrain.torch.torch_wrappers import skip_compiler_import
 
 NONDETERMINISTIC_TEXT = " does not have a deterministic implementation"  # torch, of the operation that it names before
@@ -80,6 +81,31 @@ def make_model(recipe: Recipe) -> torch.nn.Module:
             + (": does it lack a return?" if model is None else "")
         )
     return model
+
+
+def build_model(recipe: Recipe, device: torch.device, options: StepOptions) -> torch.nn.Module:
+    """Make the recipe's model on all ranks, from the same seed, and move it to the device.
+
+    Raises UserError for a batch norm that cannot be what it is to be.
+    """
+    seed_all([options.data.seed])
+    model = collectives.on_all_ranks("model", lambda: make_model(recipe)).to(device)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if options.optimization.sync_batchnorm:
+        return SyncBatchNorm.convert(model)
+    reject_sync_batch_norm(model)
+    return model
+
+
+def reject_sync_batch_norm(model: torch.nn.Module) -> None:
+    """Raise UserError for torch's SyncBatchNorm, which exchanges nothing without torch.distributed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.SyncBatchNorm):
+            raise UserError(
+                f"{name!r} is a torch.nn.SyncBatchNorm, which needs torch.distributed: use "
+                "hvdtrain.torch.SyncBatchNorm, or BatchNorm2d with --sync-batchnorm, which makes it one; or GroupNorm"
+            )
 
 
 def make_optimizers(recipe: Recipe, model: torch.nn.Module) -> tuple[dict[str, torch.optim.Optimizer], bool]:

@@ -38,10 +38,10 @@ class SplitLoaders:
         for loader in self.loaders.values():
             loader.examples.check_examples([self.seed, 0], self.max_batch, passed_on=loader.num_workers > 0)
 
-    def load_first_batch(self, most: int) -> Any:
-        """Return the first training examples, `most` or as many as there are, as one batch, loaded in this process."""
-        ids = np.arange(min(most, self.num_examples["train"]), dtype=np.int64)
-        return self.loaders["train"].examples.load_batch(BatchRequest(ids, (self.seed, 0), self.recipe.now))[1]
+    def load_first_batch(self, most: int, split: Split = "train") -> Any:
+        """Return a split's first examples, `most` or as many as there are, as one batch, loaded in this process."""
+        ids = np.arange(min(most, self.num_examples[split]), dtype=np.int64)
+        return self.loaders[split].examples.load_batch(BatchRequest(ids, (self.seed, 0), self.recipe.now))[1]
 
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
         """Return what the recipe's sampler gives for an epoch of training; None for a shuffled one."""

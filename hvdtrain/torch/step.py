@@ -29,12 +29,11 @@ from hvdtrain.torch.broadcast import broadcast_optimizer, broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import (
+    agree_on_parts,
     find_changed_hash,
-    get_seeded_examples,
     metrics_part,
     select_examples,
     select_split_hashes,
-    step_parts,
 )
 from hvdtrain.torch.data import seed_all
 from hvdtrain.torch.ema import AveragedModel
@@ -44,7 +43,7 @@ from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import sum_scores
-from hvdtrain.torch.setup import choose_device, configure_torch, explain_nondeterminism, load_datasets, make_model
+from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
 from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import restore_state, serialize_state
 from hvdtrain.torch.sums import StepSums
@@ -52,7 +51,7 @@ from hvdtrain.torch.tensors import checksum_model
 from hvdtrain.torch.trial import (
     TrialResult,
     initialize_lazy_modules,
-    reject_sync_batch_norm,
+    join_evaluation_pass,
     run_trial,
     trace_model_graph,
 )
@@ -85,7 +84,8 @@ class TorchStep:
             undo.callback(ProcessSettings().restore_settings)
             configure_torch(options, options.resolve_threads(world.local_size).count)
             self.device = choose_device(options.device.device, world.local_rank)
-            self.scorer = Scorer(recipe, self.device, options.optimization.amp)
+            self.scorer = Scorer(recipe, self.device, options)
+            undo.callback(self.scorer.close)
 
             self.datasets = load_datasets(recipe, world, options.data.seed)
             self.splits = SplitLoaders(recipe, self.datasets, options.data, world)
@@ -95,20 +95,25 @@ class TorchStep:
             first_step = foresee_first_step(recipe, options.data, self.examples["train"])
             with temporary_now(recipe, first_step):
                 collectives.on_all_ranks("examples", self.splits.check_splits)
-            self.model = self._build_model()
+
+            self.model = build_model(recipe, self.device, options)
             modes = TrainingModes(self.model)
-            with temporary_now(recipe, first_step):
+            with temporary_now(recipe, first_step), self.scorer.session.record_pass():
                 initialize_lazy_modules(recipe, self.model, self._load_two_examples)
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
             self.updater = Updater(recipe, self.model, self.device, options)
             undo.callback(self.updater.close)
             set_now(recipe, first_step)
-            parts = self._agree_on_parts()
+            reject_scheduler(recipe, self.updater.optimizers.values())
+            parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             trial = self._run_trial()
             self.layout, self.score_uses_collectives = trial.layout, trial.calls_collectives
-            self.agreement_parts: Sequence[ConsistentPart] = [*parts, metrics_part(self.layout)]
-            check_agreement("agreement.metrics", self.agreement_parts[-1:])
+            self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
+            scores_part = metrics_part(self.layout, trial.exchanges.describe_calls())
+            self.agreement_parts: Sequence[ConsistentPart] = [*parts, scores_part]
+            check_agreement("agreement.metrics", [scores_part])
+
             self.updater.join_world(world)
             broadcast_state(self.model)
             for optimizer in self.updater.optimizers.values():
@@ -129,31 +134,12 @@ class TorchStep:
 
     # What is known before the first step.
 
-    def _build_model(self) -> torch.nn.Module:
-        seed_all([self.options.data.seed])
-        model = collectives.on_all_ranks("model", lambda: make_model(self.recipe)).to(self.device)
-        if self.recipe.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        reject_sync_batch_norm(model)
-        return model
-
-    def _agree_on_parts(self) -> list[ConsistentPart]:
-        """Return what has to be the same on all ranks, and is."""
-        examples, optimizers = get_seeded_examples(self.splits), self.updater.optimizers
-        reject_scheduler(self.recipe, optimizers.values())
-        parts = collectives.on_all_ranks(
-            "agreement.parts", lambda: step_parts(self.device, examples, self.model, optimizers)
-        )
-        check_agreement("agreement.step", parts)
-        return parts
-
     def _run_trial(self) -> TrialResult:
         """Score two examples with a copy of the recipe, and return what that does."""
         count = min(2, self.examples["train"])
-        batch, context = self._load_two_examples(), self.scorer.autocast_context()
-        attempt = explain_nondeterminism(run_trial)
+        batch, attempt = self._load_two_examples(), explain_nondeterminism(run_trial)
         return collectives.on_all_ranks(
-            "trial", lambda: attempt(self.recipe, self.model, self._list_shared(), batch, count, context)
+            "trial", lambda: attempt(self.scorer, self.model, self._list_shared(), batch, count)
         )
 
     def _track_changes(
@@ -165,9 +151,9 @@ class TorchStep:
         changes.learning_rate_watch.set_baseline(self.updater.param_groups)
         return changes
 
-    def _load_two_examples(self) -> Any:
+    def _load_two_examples(self, split: Split = "train") -> Any:
         with preserve_random_state():
-            return self.scorer.move_batch(self.splits.load_first_batch(2))
+            return self.scorer.move_batch(self.splits.load_first_batch(2, split))
 
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
         return find_changed_hash(select_examples(self.agreement_parts), earlier)
@@ -176,6 +162,8 @@ class TorchStep:
         return self.updater.losses[0].base_lrs[0]
 
     def trace_graph(self) -> bytes | None:
+        if self.score_needs_whole_batch:  # a part of it on each rank
+            return None
         batch = self._load_two_examples()
         return trace_model_graph(self.recipe, self.model, self._list_shared(), batch, self.world.rank)
 
@@ -194,6 +182,7 @@ class TorchStep:
     def start_step(self, passes: Sequence[int], batch_share: float) -> None:
         self.updater.start_step(passes)
         self.sums.clear()
+        self.scorer.session.start_step()
         self._num_micro_batches, self._micro_batches_done, self._batch_share = sum(passes), 0, batch_share
         self._step_in_progress = True
         self.changes.start_step()
@@ -222,8 +211,9 @@ class TorchStep:
     def all_reduce(self) -> StepResult:
         if self._num_micro_batches == 0:
             self._start_small_all_reduces()
+            self.scorer.session.join_pass(self.device)
         nonfinite_gradients = self.updater.reduce_gradients()
-        waited = self.sums.wait()
+        waited = self.sums.wait() + self.scorer.session.waited
         totals = self.sums.read_totals()
         begin = time.perf_counter()
         self.changes.reconcile_changes(totals.change_flags, self._num_micro_batches)
@@ -275,6 +265,9 @@ class TorchStep:
             self.ema.copy_constants(self.model)
         return self.model if self.ema is None else self.ema.module.eval()
 
+    def join_evaluation(self, split: Split) -> None:
+        join_evaluation_pass(self.scorer, self.model, self._list_shared(), split, self._load_two_examples)
+
     def gather_state(self) -> bytes:
         self.changes.end_evaluation()
         carried = self.updater.gather_carried_state()
@@ -300,7 +293,8 @@ class TorchStep:
         if self.world.size == 1:
             return 0
         small = self.changes.buffer_reducer.payload_bytes + self.sums.num_bytes
-        return self.updater.wire_bytes + collectives.ring_all_reduce_bytes(small, self.world.size)
+        own = self.updater.wire_bytes + self.scorer.session.bytes_sent
+        return own + collectives.ring_all_reduce_bytes(small, self.world.size)
 
     def exchange_report(self) -> ExchangeReport:
         return self.updater.describe_exchange()

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
 from hvdtrain.torch.graph import trace_loss
+from hvdtrain.torch.pass_record import PassRecord
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import is_lazy_module, open_sandbox
+from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import check_scores, find_layout
 from hvdtrain.torch.tensors import named_tensors
 
@@ -27,35 +30,56 @@ class TrialResult:
 
     layout: ScoreLayout  # the scores
     changed_buffers: list[str]  # the names of those that training changes
-    calls_collectives: bool  # `score` calls collectives of its own
+    calls_collectives: bool  # `score` calls collectives of its own, not of hvdtrain
+    exchanges: PassRecord  # by the collectives of hvdtrain that `score` calls
 
 
-def run_trial(
-    recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, count: int, context: Any
-) -> TrialResult:
+def run_trial(scorer: Scorer, model: nn.Module, shared: Sequence[Any], batch: Any, count: int) -> TrialResult:
     """Score a batch in training mode and make a backward pass, on copies.
 
     Args:
-        recipe: scores it, as a copy.
+        scorer: of the recipe, of which a copy scores the batch.
         model: scored with, as a copy.
         shared: what the copies refer to as it is (`open_sandbox`).
         batch: on the model's device.
         count: its examples.
-        context: entered to score, such as autocast.
 
     Raises:
         UserError: for scores that are not as they should be, or buffers that are replaced.
     """
-    with open_sandbox(recipe, model, shared) as trial:
+    recipe, session = scorer.recipe, scorer.session
+    with session.record_pass() as exchanges, open_sandbox(recipe, model, shared) as trial:
         before = snapshot_buffers(trial.model)
         with collectives.count_calls() as counter:
-            with context, in_recipe(recipe, "score()"):
+            with scorer.autocast_context(), in_recipe(recipe, "score()"):
                 scores = trial.recipe.score(trial.model, batch)
             layout = find_layout(recipe, scores)
             check_scores(recipe, scores, layout, count)
-            if scores["loss"].requires_grad:
-                scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
-        return TrialResult(layout, find_changed_buffers(before), counter.calls > 0)
+            if (loss := session.end_forward(scores["loss"])).requires_grad:
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+        return TrialResult(layout, find_changed_buffers(before), counter.calls > 0, exchanges)
+
+
+def join_evaluation_pass(
+    scorer: Scorer, model: nn.Module, shared: Sequence[Any], split: Split, load_batch: Callable[[Split], Any]
+) -> None:
+    """Take part in a pass of an evaluation without an example, by what a trial on this rank exchanges.
+
+    Args:
+        scorer: of the recipe.
+        model: copied, as the recipe is.
+        shared: what the copies refer to as it is.
+        split: the evaluation set.
+        load_batch: returns some of its examples, on the model's device; called once for each split.
+    """
+    records = scorer.session.evaluation_records
+    if split not in records:
+        batch = load_batch(split)
+        with scorer.session.record_pass() as records[split], open_sandbox(scorer.recipe, model, shared) as trial:
+            trial.model.eval()
+            with torch.no_grad(), scorer.autocast_context(), in_recipe(scorer.recipe, "score()"):
+                trial.recipe.score(trial.model, batch)
+    scorer.session.join_pass(scorer.device, split)
 
 
 def trace_model_graph(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, rank: int) -> bytes | None:
@@ -67,16 +91,6 @@ def trace_model_graph(recipe: Recipe, model: nn.Module, shared: Sequence[Any], b
         if trial.copy_error is not None:
             raise UserError(f"the recipe or its model cannot be copied ({trial.copy_error})")
         return trace_loss(trial.recipe, trial.model, batch, draw=rank == 0)
-
-
-def reject_sync_batch_norm(model: nn.Module) -> None:
-    """Raise UserError for torch's SyncBatchNorm, which exchanges nothing without torch.distributed."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            raise UserError(
-                f"{name!r} is a torch.nn.SyncBatchNorm, which needs torch.distributed: use BatchNorm1d, 2d or 3d, "
-                "whose running statistics hvdtrain averages over ranks, or GroupNorm"
-            )
 
 
 def initialize_lazy_modules(recipe: Recipe, model: nn.Module, make_batch: Callable[[], Any]) -> None:

@@ -56,9 +56,13 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
     activity.enter_activity("loading a batch of the evaluation")
     count = step.examples[name]
     sums = np.zeros(step.layout.num_sums)
-    parts = iterate_evaluation_chunks(count, plan, generation.world.rank)
-    now = generation.run.recipe.now
-    for ids, batch in step.load_batches(name, (Chunk(ids, now, int(ids[0])) for ids in parts), 0):
+    parts, now = list(iterate_evaluation_chunks(count, plan, generation.world.rank)), generation.run.recipe.now
+    batches = step.load_batches(name, (Chunk(ids, now, int(ids[0])) for ids in parts if len(ids)), 0)
+    for part in parts:
+        if not len(part):
+            step.join_evaluation(name)
+            continue
+        ids, batch = next(batches)
         activity.enter_activity("evaluating")
         sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
         activity.enter_activity("loading a batch of the evaluation")
@@ -69,12 +73,17 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
 def iterate_evaluation_chunks(count: int, plan: TrainingPlan, rank: int) -> Iterator[Ids]:
     """Yield the ids of each pass of a rank over `count` evaluation examples; all ranks together have each id once.
 
-    A deterministic run makes the same passes on any number of ranks; otherwise each rank has equally many.
+    All ranks make equally many passes, and the examples of a pass, on all ranks together, are the same on any number of
+    ranks: a `score` that gathers them sees the same ones. If there are fewer than ranks, some have no ids. In a
+    deterministic run each pass is one rank's.
     """
-    passes = -(-count // plan.eval_micro_batch)
-    if not plan.deterministic:
-        passes = -(-passes // plan.ranks) * plan.ranks
-    for number in range(*order.part_bounds(passes, rank, plan.ranks)):
-        first, end = order.part_bounds(count, number, passes)
-        if first < end:
-            yield np.arange(first, end)
+    if plan.deterministic:
+        passes = -(-count // plan.eval_micro_batch)
+        for number in range(*order.part_bounds(passes, rank, plan.ranks)):
+            yield np.arange(*order.part_bounds(count, number, passes))
+        return
+    passes = -(-count // (plan.eval_micro_batch * plan.ranks))
+    for number in range(passes):
+        start, end = order.part_bounds(count, number, passes)
+        first, last = order.part_bounds(end - start, rank, plan.ranks)
+        yield np.arange(start + first, start + last)

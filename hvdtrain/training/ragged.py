@@ -1,4 +1,4 @@
-"""Steps in which some ranks call `score` more often than others: a recipe with collectives in `score` would hang."""
+"""Recipes with collectives in `score`: refuse what would hang, or give another result than on one rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from hvdtrain.recipe import order
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.position import Position
+
+
+def refuse_several_passes(recipe: str, plan: TrainingPlan) -> None:
+    """Raise UserError if a step has several passes, in each of which `score` would see a part of the batch only."""
+    if plan.max_passes > 1:
+        raise UserError(
+            f"{recipe}.score exchanges examples with the other ranks (all_gather, all_reduce or SyncBatchNorm), so a "
+            f"step must be one pass; with --micro-batch {plan.micro_batch} it has up to {plan.max_passes}: leave out "
+            "--micro-batch, or choose a smaller --batch-size"
+        )
 
 
 def count_passes(count: int, plan: TrainingPlan) -> list[int]:

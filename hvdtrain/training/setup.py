@@ -25,7 +25,7 @@ from hvdtrain.training.options import RunOptions
 from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.plan import TrainingPlan, make_training_plan
 from hvdtrain.training.position import Position
-from hvdtrain.training.ragged import refuse_uneven_calls
+from hvdtrain.training.ragged import refuse_several_passes, refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
 from hvdtrain.training.run import Run
 from hvdtrain.training.streams import check_division, check_length
@@ -43,6 +43,8 @@ def plan_generation(run: Run, world: World, position: Position, orders: EpochOrd
     )
     check_division(step.source, plan, position, world_may_change=run.membership.world_may_change)
     plan = replace(plan, order_text=orders.describe())
+    if step.score_needs_whole_batch:
+        refuse_several_passes(type(run.recipe).__name__, plan)
     if step.score_uses_collectives:
         refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples, position)
     return plan

@@ -47,7 +47,7 @@ class NumpyStep:
 
     layout = ScoreLayout((Metric("loss"),))
     source = DataSource.NUMBERED
-    score_uses_collectives = update_in_progress = has_sampler = False
+    score_uses_collectives = score_needs_whole_batch = update_in_progress = has_sampler = False
     agreement_parts = ()
     first_examples: ClassVar[dict[str, str]] = {}
 
@@ -108,6 +108,9 @@ class NumpyStep:
 
     def evaluated_model(self, seed: Sequence[int]) -> Any:
         return self.weights
+
+    def join_evaluation(self, split: Split) -> None:
+        pass
 
     def gather_state(self) -> bytes:
         return self.local_state()

@@ -240,8 +240,8 @@ def test_batch_norm_is_right_with_a_rank_without_examples(worlds: KeptWorlds, tm
 @pytest.mark.parametrize("size", [1, 2])
 def test_torch_sync_batch_norm_is_refused(size: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     assert refused(worlds[size], "SyncNorm", tmp_path) == (
-        "'1.1' is a torch.nn.SyncBatchNorm, which needs torch.distributed: use BatchNorm1d, 2d or 3d, whose running "
-        "statistics hvdtrain averages over ranks, or GroupNorm"
+        "'1.1' is a torch.nn.SyncBatchNorm, which needs torch.distributed: use hvdtrain.torch.SyncBatchNorm, "
+        "or BatchNorm2d with --sync-batchnorm, which makes it one; or GroupNorm"
     )
 
 

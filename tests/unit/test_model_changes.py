@@ -339,11 +339,11 @@ def test_uneven_steps_are_found(
     assert len({b - a for a, b in parts}) == 1  # an evaluation that is even
     if uneven:
         with pytest.raises(UserError, match="calls collectives, so all ranks must call it equally"):
-            refuse_uneven_calls("Mine", made, ranks * 7, at)
+            refuse_uneven_calls("Mine", made, {"eval": ranks * 7}, at)
     else:
-        refuse_uneven_calls("Mine", made, ranks * 7, at)
+        refuse_uneven_calls("Mine", made, {"eval": ranks * 7}, at)
 
 
 def test_uneven_evaluations_are_refused() -> None:
     with pytest.raises(UserError, match="in an evaluation of 5 examples rank 0 calls it 3 times and rank 1 2 times"):
-        refuse_uneven_calls("Mine", plan(8, 8, 2, 1, 2, 1), 5, Position(examples=8, seed=0))
+        refuse_uneven_calls("Mine", plan(8, 8, 2, 1, 2, 1), {"eval": 5}, Position(examples=8, seed=0))
