@@ -28,6 +28,7 @@ from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import AMP_DTYPES
+from hvdtrain.torch.scores import get_numerators
 from hvdtrain.torch.setup import choose_device, load_datasets, make_optimizers
 from hvdtrain.torch.sources import find_source
 from hvdtrain.training.options import RunOptions
@@ -180,7 +181,7 @@ def compute_gradients(work: Workload, model: nn.Module, optimizer: Any) -> None:
     """Compute the gradients of the mean loss of this rank's batch."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(work.device.type, work.amp_dtype, enabled=work.amp_dtype is not None):
-        loss = work.recipe.score(model, work.batch)["loss"]
+        loss = get_numerators(work.recipe.score(model, work.batch)["loss"])
     loss.float().mean().backward()  # type: ignore[no-untyped-call]
 
 

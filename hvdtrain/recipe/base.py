@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from hvdtrain.recipe.metrics import MetricMeans
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.options import option
 from hvdtrain.system.errors import UserError
@@ -45,6 +47,17 @@ class Recipe:
             return vars(self)["now"]  # type: ignore[no-any-return]
         except KeyError:
             raise AttributeError(f"{type(self).__name__}.now is known in a training only") from None
+
+    def metrics(self, means: MetricMeans) -> Mapping[str, Any]:
+        """Return metrics that are functions of exact means, such as F1 or perplexity; they are added to the means.
+
+        It is called on all ranks, for evaluations and for each row of metrics.jsonl. A name of `means` is replaced. A
+        value is a number, or a vector (k,), which is neither printed nor plotted. What is not finite becomes null.
+
+        Args:
+            means: of each score the mean over all examples, a numpy.float64, or float64 (k,) of a score (B, k).
+        """
+        return {}
 
     def evaluated(self, model: Any, metrics: dict[str, Any]) -> bool:
         """Return whether the training ends here, finished and saved: to stop early, or to give up a bad trial.

@@ -18,7 +18,7 @@ from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.given_order import GivenOrder
-from hvdtrain.recipe.metrics import ScoreLayout
+from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import UserError
@@ -81,11 +81,17 @@ class StepResult:
     nonfinite_gradients: tuple[str, ...]  # parameters whose gradient, summed over ranks, is not finite
     nonfinite_loss_here: bool
     waited_here: float  # seconds that this rank waited for communication
+    zero_denominator: bool = False  # the loss's own denominators add up to 0: there is nothing to learn from
+
+    @property
+    def is_nonfinite(self) -> bool:
+        """Whether losses or gradients are not finite."""
+        return self.nonfinite_loss or bool(self.nonfinite_gradients)
 
     @property
     def must_skip(self) -> bool:
-        """Whether the update must be skipped, as losses or gradients are not finite."""
-        return self.nonfinite_loss or bool(self.nonfinite_gradients)
+        """Whether the update must be skipped."""
+        return self.is_nonfinite or self.zero_denominator
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Step(Protocol):
     """
 
     layout: ScoreLayout  # the scores, and how they are summed
+    trial_means: MetricMeans  # of the scores of some examples, before the first step
     examples: dict[Split, int]  # of "train" and of each of the recipe's `evals`; 0: it is not evaluated
     agreement_parts: Sequence[ConsistentPart]  # what has to be the same on all ranks
     first_examples: Mapping[str, str]  # hashes of some training examples, by their names

@@ -7,15 +7,31 @@ The sums of a batch are a vector, which is added over batches and over ranks, (n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdtrain.system.errors import UserError
+
 MetricMeans = dict[str, np.float64 | NDArray[np.float64]]  # by score: a number, or (k,) of a vector
 MetricValue = float | list[float]  # the same as plain data, as it is written and sent to other ranks
+
+
+# Columns of metrics.jsonl that the recipe's metrics cannot have.
+RESERVED_COLUMNS = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
+RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"}
+
+
+def check_column_names(where: str, names: Iterable[object]) -> None:
+    """Raise UserError for a metric's name that is no text, or that a column has already. where: the method."""
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: {name!r} is not a valid name of a metric; expected a text")
+        if name in RESERVED_COLUMNS:
+            raise UserError(f"{where}: {name!r} is a column of metrics.jsonl; rename it")
 
 
 @dataclass(frozen=True)
@@ -84,10 +100,14 @@ class ScoreLayout:
         """Return the sum over examples of a score that has one value per example."""
         return next(float(sums[place][0]) for metric, place, _ in self._locate() if metric.name == name)
 
+    @property
+    def loss_has_denominators(self) -> bool:
+        """Whether the loss is divided by a sum of its own denominators, which are its first in the sums."""
+        return self.metrics[0].num_denominators > 0
+
     def loss_denominator(self, sums: NDArray[np.float64], count: int) -> float:
         """Return what the sum of losses is divided by: the sum of their own denominators, or `count` examples."""
-        has_own = self.metrics[0].num_denominators > 0
-        return float(sums[self.num_numerators]) if has_own else float(count)
+        return float(sums[self.num_numerators]) if self.loss_has_denominators else float(count)
 
     def describe(self) -> str:
         """Return all scores, to be compared with those of other ranks or of an earlier run."""

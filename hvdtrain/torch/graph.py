@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.scores import get_numerators
 
 
 def trace_loss(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> bytes | None:
@@ -30,7 +31,7 @@ def trace_loss(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
             given = type(batch)(*tensors) if hasattr(batch, "_fields") else type(batch)(tensors)
-            return recipe.score(self.model, given)["loss"]
+            return get_numerators(recipe.score(self.model, given)["loss"])
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # tracing warns of every branch in Python

@@ -30,7 +30,7 @@ from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
 from hvdtrain.torch.optimizer_methods import WrappedOptimizer
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.setup import check_momentum
-from hvdtrain.torch.tensors import all_finite
+from hvdtrain.torch.tensors import all_finite, scale_tensors
 
 # A detector's first batches may hold no object, so that their loss is zero without a graph; 5 in a row do not.
 MAX_STEPS_WITHOUT_GRADIENT = 5
@@ -69,6 +69,7 @@ class OptimizedLoss:
         optimizer: the recipe's, wrapped.
         bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
         steps: in which it took part in this process.
+        gradient_factor: of the step's gradients once they are exchanged and unscaled: examples / own denominators.
         base_lrs: each group's learning rate, before the schedule.
         hyperparameters: what each group was given.
     """
@@ -79,7 +80,7 @@ class OptimizedLoss:
         self.column_suffix = f"_{name.removeprefix('loss_')}" if settings.several else ""
         self.bucketed_exchange: BucketedExchange | None = None
         self.shard_exchange: ShardedExchange | None = None
-        self.steps = 0
+        self.steps, self.gradient_factor = 0, 1.0
         self.base_lrs: list[float] = []
         self.hyperparameters: list[ParamGroup] = []
         self._has_joined = False  # a world, now or before
@@ -236,11 +237,15 @@ class OptimizedLoss:
         scaler, clip_norm = self.settings.scaler, self.settings.options.optimization.clip_norm
         if scaler is not None:
             scaler.unscale_(self.optimizer)
+        if self.gradient_factor != 1:  # what compression has not sent stays as it was
+            scale_tensors(self.collect_gradients(), self.gradient_factor)
         if clip_norm is not None:
             params = [p for p in self.get_parameters() if p.grad is not None]
             norm = self._gradient_norm
             if norm is None:
                 norm = nn.utils.get_total_norm(self.collect_gradients())
+            elif self.gradient_factor != 1:
+                norm = norm * self.gradient_factor
             nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
             report[f"gradient_norm{self.column_suffix}"], self._gradient_norm = float(norm), None
         if scaler is None:

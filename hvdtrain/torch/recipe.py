@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from hvdtrain.recipe import base
@@ -79,6 +81,12 @@ class Recipe(base.Recipe):
         raise NotImplementedError
 
     @abstractmethod
-    def score(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        """Return the scores of a batch of B examples: {"loss": (B,), ...}; what is not the loss is a metric."""
+    def score(self, model: torch.nn.Module, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
+        """Return the scores of a batch of B examples: {"loss": (B,), ...}; what is not the loss is a metric.
+
+        A score may be a pair (numerators, denominators), both (B,): its value is sum / sum over all examples and ranks,
+        also of the loss. {"loss": (nll.sum(1), mask.sum(1))} is the mean over tokens. Gradients are of the numerators;
+        a step whose denominators of the loss add up to 0 changes nothing. A metric may also be (B, k), alone or with
+        denominators (B, k) or (B,): k values at once, such as the counts of a histogram. See `metrics`.
+        """
         raise NotImplementedError

@@ -14,10 +14,9 @@ from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import to_device
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.score_session import ScoreSession, enter_session, find_refusal
-from hvdtrain.torch.scores import check_scores
+from hvdtrain.torch.scores import Scores, check_loss_denominators, check_scores, get_numerators, replace_numerators
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Scores = dict[str, torch.Tensor]  # (B,) of each metric
 
 
 class Scorer:
@@ -54,7 +53,8 @@ class Scorer:
         with self.autocast_context():
             scores = self._call_score(model, self.move_batch(batch))
         check_scores(self.recipe, scores, layout, count)
-        return {**scores, "loss": self.session.end_forward(scores["loss"])}
+        tied = self.session.end_forward(get_numerators(scores["loss"]))
+        return {**scores, "loss": replace_numerators(scores["loss"], tied)}
 
     def score_for_evaluation(self, model: Any, batch: Any, layout: ScoreLayout, count: int) -> Scores:
         """Return the scores of `count` examples, without a graph, unless `score` itself needs one."""
@@ -62,6 +62,7 @@ class Scorer:
         with self.autocast_context():
             scores = self._call_score_without_graph(model, batch)
         check_scores(self.recipe, scores, layout, count)
+        check_loss_denominators(self.recipe, scores)
         return scores
 
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:

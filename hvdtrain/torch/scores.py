@@ -1,50 +1,135 @@
-"""What a recipe's `score` returns: checked and summed."""
+"""What a recipe's `score` returns: checked and summed.
+
+A score is (B,) or (B, k), or a pair of such numerators and their denominators, (B,) or of the numerators' shape.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
-from hvdtrain.recipe.metrics import Metric, ScoreLayout
+from hvdtrain.recipe.metrics import Metric, ScoreLayout, check_column_names
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.recipe import Recipe
 
-# Keys of metrics.jsonl that the recipe's metrics cannot have.
-RESERVED_COLUMNS = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
-RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"}
+Scores: TypeAlias = "Mapping[str, Tensor | tuple[Tensor, Tensor]]"  # by name: values, or (numerators, denominators)
 
 
-def find_layout(recipe: Recipe, scores: Any) -> ScoreLayout:
-    """Return how the scores are summed, "loss" first. Raises UserError if there is no loss, or a name is taken."""
+def find_layout(recipe: Recipe, scores: Any, count: int) -> ScoreLayout:
+    """Return how the scores of `count` examples are summed, "loss" first.
+
+    Raises UserError if there is no loss, a name is taken, or a score is not as it should be.
+    """
     if not isinstance(scores, dict) or "loss" not in scores:
         raise UserError(f"{type(recipe).__name__}.score must return a dict with 'loss', got {describe_value(scores)}")
     names = ("loss", *(name for name in scores if name != "loss"))
-    taken = sorted(set(names) & RESERVED_COLUMNS)
-    if taken:
-        raise UserError(f"{type(recipe).__name__}.score: {taken[0]!r} is a column of metrics.jsonl; rename it")
-    return ScoreLayout(tuple(Metric(name) for name in names))
+    check_column_names(f"{type(recipe).__name__}.score", names)
+    layout = ScoreLayout(tuple(_find_metric(recipe, name, scores[name]) for name in names))
+    check_scores(recipe, scores, layout, count)
+    check_loss_denominators(recipe, scores)
+    return layout
 
 
-def check_scores(recipe: Recipe, scores: dict[str, torch.Tensor], layout: ScoreLayout, count: int) -> None:
-    """Raise UserError unless there is each metric and no other, with one value for each of `count` examples."""
-    if scores.keys() != set(layout.names):
+def _find_metric(recipe: Recipe, name: str, score: Any) -> Metric:
+    """Return how a score is summed, by its dimensions only."""
+    numerators, denominators = split_score(recipe, name, score)
+    is_vector = name != "loss" and isinstance(numerators, Tensor) and numerators.dim() == 2
+    width = numerators.shape[1] if is_vector else None
+    if denominators is None:
+        return Metric(name, width)
+    own_width = width if isinstance(denominators, Tensor) and denominators.dim() == 2 else None
+    return Metric(name, width, 1 if own_width is None else own_width)
+
+
+def split_score(recipe: Recipe, name: str, score: Any) -> tuple[Any, Any]:
+    """Return a score's numerators, and its denominators, None if it has none. Raises UserError for no pair of two."""
+    if not isinstance(score, (tuple, list)):
+        return score, None
+    if len(score) != 2:
+        raise UserError(
+            f"{type(recipe).__name__}.score: {name!r} is a {type(score).__name__} of {len(score)}; expected one value "
+            "per example, or a pair (numerators, denominators)"
+        )
+    return score[0], score[1]
+
+
+def get_numerators(score: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return a score's numerators, with their graph."""
+    return score[0] if isinstance(score, (tuple, list)) else score
+
+
+def replace_numerators(score: Tensor | tuple[Tensor, Tensor], numerators: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """Return a score with other numerators."""
+    return (numerators, score[1]) if isinstance(score, (tuple, list)) else numerators
+
+
+def check_scores(recipe: Recipe, scores: Any, layout: ScoreLayout, count: int) -> None:
+    """Raise UserError unless there is each score and no other, for each of `count` examples, as `layout` has it."""
+    if not isinstance(scores, dict) or scores.keys() != set(layout.names):
+        now = ", ".join(scores) if isinstance(scores, dict) else describe_value(scores)
         raise UserError(
             f"{type(recipe).__name__}.score must always return the same scores: first "
-            f"{', '.join(layout.names)}, now {', '.join(scores)}"
+            f"{', '.join(layout.names)}, now {now}"
         )
-    for name, score in scores.items():
-        if not isinstance(score, torch.Tensor) or score.shape != (count,):
+    for metric in layout.metrics:
+        numerators, denominators = split_score(recipe, metric.name, scores[metric.name])
+        if (denominators is not None) != (metric.num_denominators > 0):
+            now = "a pair" if denominators is not None else "no pair"
+            first = "no pair" if denominators is not None else "a pair"
             raise UserError(
-                f"{type(recipe).__name__}.score must return one value per example: {name!r} should have "
-                f"shape ({count},) for {count} examples, got {describe_value(score)}"
+                f"{type(recipe).__name__}.score must always return the same scores: {metric.name!r} was {first} first "
+                f"and is {now} now"
             )
+        shape = (count,) if metric.width is None else (count, metric.width)
+        _check_tensor(recipe, metric, numerators, shape)
+        if denominators is not None:
+            has_vector = metric.num_denominators > 1 or (metric.width == 1 and _is_matrix(denominators))
+            _check_tensor(recipe, metric, denominators, shape if has_vector else (count,), "the denominators of ")
 
 
-def sum_scores(scores: dict[str, torch.Tensor], layout: ScoreLayout) -> torch.Tensor:
-    """Return (layout.num_sums,) float64: each score summed over the batch."""
-    return torch.stack([scores[name].detach().double().sum() for name in layout.names])
+def _check_tensor(recipe: Recipe, metric: Metric, value: Any, shape: tuple[int, ...], what: str = "") -> None:
+    """Raise UserError unless `value` is a tensor of a shape, of real numbers."""
+    where = f"{type(recipe).__name__}.score must return one value per example: {what}{metric.name!r}"
+    if not isinstance(value, Tensor) or value.shape != shape or 0 in shape:
+        vectors = " or (B, k)" if metric.width is None and metric.name != "loss" and not what else ""
+        raise UserError(
+            f"{where} should have shape {shape}{vectors} for {shape[0]} examples, got {describe_value(value)}"
+        )
+    if value.is_complex():
+        raise UserError(f"{where} should be real, got {str(value.dtype).removeprefix('torch.')}: take its abs()")
+
+
+def check_loss_denominators(recipe: Recipe, scores: Scores) -> None:
+    """Raise UserError if a denominator of the loss is negative."""
+    score = scores["loss"]
+    if isinstance(score, (tuple, list)) and bool((score[1] < 0).any()):
+        raise negative_denominators(recipe)
+
+
+def negative_denominators(recipe: Recipe) -> UserError:
+    """Return the error for denominators of the loss that are negative."""
+    return UserError(
+        f"{type(recipe).__name__}.score: a denominator of 'loss' is negative; expected weights of 0 or more, such as "
+        "numbers of tokens"
+    )
+
+
+def sum_scores(scores: Scores, layout: ScoreLayout) -> Tensor:
+    """Return (layout.num_sums,) float64: numerators, then denominators, summed over the batch."""
+    parts = [get_numerators(scores[name]) for name in layout.names]
+    parts += [scores[metric.name][1] for metric in layout.metrics if metric.num_denominators]
+    sums = [part.detach().double().sum(0) for part in parts]
+    if len(sums) == layout.num_sums and all(total.dim() == 0 for total in sums):
+        return torch.stack(sums)
+    return torch.cat([total.reshape(-1) for total in sums])
 
 
 def describe_value(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2

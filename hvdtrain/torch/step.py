@@ -42,7 +42,7 @@ from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.scorer import Scorer
-from hvdtrain.torch.scores import sum_scores
+from hvdtrain.torch.scores import negative_denominators, sum_scores
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
 from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import restore_state, serialize_state
@@ -108,12 +108,12 @@ class TorchStep:
             parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             trial = self._run_trial()
-            self.layout, self.score_uses_collectives = trial.layout, trial.calls_collectives
+            self.layout, self.trial_means = trial.layout, trial.means
+            self.score_uses_collectives = trial.calls_collectives
             self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
             scores_part = metrics_part(self.layout, trial.exchanges.describe_calls())
             self.agreement_parts: Sequence[ConsistentPart] = [*parts, scores_part]
             check_agreement("agreement.metrics", [scores_part])
-
             self.updater.join_world(world)
             broadcast_state(self.model)
             for optimizer in self.updater.optimizers.values():
@@ -121,7 +121,7 @@ class TorchStep:
             self.ema = AveragedModel(self.model, decay) if (decay := options.optimization.ema) is not None else None
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
-            self.sums = StepSums(self.layout.num_sums, self.changes.num_change_flags, self.device)
+            self.sums = StepSums(self.layout, self.changes.num_change_flags, options.exchange.num_shards, self.device)
             self._messages = self.updater.log_lines
             self._messages += modes.get_warnings()
             self._votes, self._batch_share = StepVotes(), 0.0
@@ -181,7 +181,7 @@ class TorchStep:
 
     def start_step(self, passes: Sequence[int], batch_share: float) -> None:
         self.updater.start_step(passes)
-        self.sums.clear()
+        self.sums.start_step(passes, self.updater.first_shard)
         self.scorer.session.start_step()
         self._num_micro_batches, self._micro_batches_done, self._batch_share = sum(passes), 0, batch_share
         self._step_in_progress = True
@@ -194,8 +194,7 @@ class TorchStep:
     def accumulate_gradients(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         seed_all(seed)
         scores = self.scorer.score_for_training(self.forward, batch, self.layout, count)
-        loss = scores["loss"]
-        self.sums.add_scores(sum_scores(scores, self.layout), loss.detach())
+        self.sums.add_scores(scores)
         self._micro_batches_done += 1
         is_last = self._micro_batches_done == self._num_micro_batches
         if is_last:  # the forward passes are over: sums and buffers travel while backward computes
@@ -221,15 +220,10 @@ class TorchStep:
             waited += self.updater.waited + time.perf_counter() - begin
         self._messages += self.changes.buffer_reducer.take_warnings()
         self.updater.check_losses_train(lambda name: self.layout.numerator(totals.scores, name))
-        nonfinite = totals.nonfinite_ranks > 0
-        return StepResult(
-            score_sums=totals.scores,
-            votes=totals.votes,
-            nonfinite_loss=nonfinite,
-            nonfinite_gradients=nonfinite_gradients,
-            nonfinite_loss_here=nonfinite and bool(self.sums.nonfinite_here),
-            waited_here=waited,
-        )
+        if totals.negative_ranks:
+            raise negative_denominators(self.recipe)
+        self.updater.rescale_gradients(totals.gradient_factor)
+        return totals.make_result(nonfinite_gradients, bool(self.sums.nonfinite_here), waited)
 
     def apply_update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
         seed_all(seed)  # what an optimizer draws is the same on all ranks

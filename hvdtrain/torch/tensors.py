@@ -160,3 +160,11 @@ def checksum_model(model: nn.Module, leave_out: Collection[str] = ()) -> dict[st
     # One trip from a GPU for all.
     values = torch.stack([value.to(found[0].device) for value in found]).tolist() if found else []
     return dict(zip(tensors, values, strict=True))
+
+
+def scale_tensors(tensors: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply tensors in place, in few kernels those that are dense."""
+    if dense := [tensor for tensor in tensors if not tensor.is_sparse]:
+        torch._foreach_mul_(dense, factor)
+    for tensor in (tensor for tensor in tensors if tensor.is_sparse):
+        tensor.mul_(factor)

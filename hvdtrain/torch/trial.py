@@ -11,7 +11,7 @@ from torch import nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe.framework import Split
-from hvdtrain.recipe.metrics import ScoreLayout
+from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
@@ -20,7 +20,7 @@ from hvdtrain.torch.pass_record import PassRecord
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import is_lazy_module, open_sandbox
 from hvdtrain.torch.scorer import Scorer
-from hvdtrain.torch.scores import check_scores, find_layout
+from hvdtrain.torch.scores import find_layout, get_numerators, sum_scores
 from hvdtrain.torch.tensors import named_tensors
 
 
@@ -28,7 +28,8 @@ from hvdtrain.torch.tensors import named_tensors
 class TrialResult:
     """What a trial has found."""
 
-    layout: ScoreLayout  # the scores
+    layout: ScoreLayout  # of the scores
+    means: MetricMeans  # of the scores
     changed_buffers: list[str]  # the names of those that training changes
     calls_collectives: bool  # `score` calls collectives of its own, not of hvdtrain
     exchanges: PassRecord  # by the collectives of hvdtrain that `score` calls
@@ -53,11 +54,11 @@ def run_trial(scorer: Scorer, model: nn.Module, shared: Sequence[Any], batch: An
         with collectives.count_calls() as counter:
             with scorer.autocast_context(), in_recipe(recipe, "score()"):
                 scores = trial.recipe.score(trial.model, batch)
-            layout = find_layout(recipe, scores)
-            check_scores(recipe, scores, layout, count)
-            if (loss := session.end_forward(scores["loss"])).requires_grad:
+            layout = find_layout(recipe, scores, count)
+            if (loss := session.end_forward(get_numerators(scores["loss"]))).requires_grad:
                 loss.sum().backward()  # type: ignore[no-untyped-call]
-        return TrialResult(layout, find_changed_buffers(before), counter.calls > 0, exchanges)
+        means = layout.means(sum_scores(scores, layout).cpu().numpy(), count)
+        return TrialResult(layout, means, find_changed_buffers(before), counter.calls > 0, exchanges)
 
 
 def join_evaluation_pass(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
@@ -20,6 +20,7 @@ from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
 from hvdtrain.torch.optimized_loss import OptimizedLoss, UpdateSettings
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.scores import Scores, get_numerators
 from hvdtrain.torch.setup import make_optimizers
 
 
@@ -117,6 +118,12 @@ class Updater:
 
     # A step.
 
+    @property
+    def first_shard(self) -> int:
+        """The number of this rank's first virtual shard in a deterministic run, else 0."""
+        exchange = self.losses[0].shard_exchange
+        return exchange.own_shards.start if exchange is not None else 0
+
     def start_step(self, passes: Sequence[int]) -> None:
         """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
         self._in_step = self.losses
@@ -130,17 +137,17 @@ class Updater:
             if loss not in self._in_step:
                 loss.leave_out()
 
-    def backward(self, scores: Mapping[str, Tensor], weight: float, last: bool) -> None:
+    def backward(self, scores: Scores, weight: float, last: bool) -> None:
         """Add the gradients of `weight` * the sum of each loss in `scores`, and start exchanging what is ready.
 
         Args:
-            scores: (B,) by name.
+            scores: by name; of a pair, the numerators are differentiated.
             weight: of each example.
             last: whether this is the step's last micro-batch on this rank.
         """
         present = [loss for loss in self.losses if loss.name in scores]
         for loss in present:
-            values = scores[loss.name]
+            values = get_numerators(scores[loss.name])
             objective = values.to(torch.promote_types(values.dtype, torch.float32)).sum() * weight
             if self.scaler is not None and objective.requires_grad:
                 objective = self.scaler.scale(objective)
@@ -150,6 +157,14 @@ class Updater:
         """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
         self._steps += 1
         return tuple(name for loss in self._in_step for name in loss.reduce_gradients())
+
+    def rescale_gradients(self, factor: float) -> None:
+        """Let gradients, which are of the sum of losses / examples, be those of the step's loss when it is applied.
+
+        factor: examples / the sum of the loss's own denominators, the same on all ranks.
+        """
+        for loss in self._in_step:
+            loss.gradient_factor = factor
 
     def check_losses_train(self, get_sum: Callable[[str], float]) -> None:
         """Raise UserError if no rank's loss has depended on a parameter so far, and that is not by chance.

@@ -9,7 +9,7 @@ import numpy as np
 from hvdtrain.comm import collectives
 from hvdtrain.recipe import order
 from hvdtrain.recipe.framework import Chunk
-from hvdtrain.recipe.metrics import MetricValue, to_plain_values
+from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.system.recipe_errors import name_call
@@ -67,7 +67,7 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
         sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")
-    return to_plain_values(step.layout.means(collectives.sum_float64(sums, "evaluation"), count))
+    return generation.run.metrics.compute_agreed(collectives.sum_float64(sums, "evaluation"), count)
 
 
 def iterate_evaluation_chunks(count: int, plan: TrainingPlan, rank: int) -> Iterator[Ids]:

@@ -32,6 +32,7 @@ from hvdtrain.training.folder import choose_run_folder
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
 from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
 from hvdtrain.training.loop import Ending
+from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import RunOptions, check_elastic_options, check_recipe_values, split_options
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.run import Run
@@ -140,15 +141,16 @@ def train_recipe(
         absolute = Path(collectives.on_root("run_folder.absolute", lambda: str(folder.absolute())))
         set_now(recipe, Now.before_training(absolute, world.rank, world.size))
         step = framework.make_step(recipe, world, options)
-        report, source = Reporter(options.reports, recipe), source_of_class(type(recipe))
+        metrics, source = RecipeMetrics(recipe, step.layout), source_of_class(type(recipe))
+        report = Reporter(options.reports, metrics)
         lease = Lease(membership.agree_on_launch_name(os.environ.get(RELAUNCH_VARIABLE)))
         stop = exits.enter_context(StopRequest(membership))
         exits.enter_context(contextlib.closing(step))
         exits.enter_context(lease)
         exits.enter_context(report)
         options = leave_out_ledger(options, step.source)
-        run = Run(name, recipe, source, options, membership, step, lease, report, stop)
-        check_recipe_metrics(recipe, step, options)
+        run = Run(name, recipe, source, options, membership, step, metrics, lease, report, stop)
+        collectives.on_all_ranks("metrics.trial", lambda: check_recipe_metrics(run))
         compare_with_run(run, world)
         session = exits.enter_context(Session(run, world, config))
         generation, position, ending = session.run_generations()

@@ -15,16 +15,15 @@ from typing import Any
 
 from hvdtrain.ledger.rows import LedgerRow, sum_id_hashes
 from hvdtrain.recipe.framework import Chunk, DataSource, StepResult, StepVotes
-from hvdtrain.recipe.metrics import to_plain_values
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.training.evaluation import conclude_evaluation, evaluate_model
-from hvdtrain.training.nonfinite import count_nonfinite_step
+from hvdtrain.training.nonfinite import count_skipped_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
 from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import StepReport
-from hvdtrain.training.run import Generation
+from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.saving import save_checkpoint
 from hvdtrain.training.speed import StepTime
 from hvdtrain.training.streams import count_own_examples, number_own_examples
@@ -119,7 +118,7 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     activity.enter_activity("updating the model")
     lr_factor = plan.schedule.lr_factor(plan.schedule_step(position), position.lr_drops)
     if result.must_skip:
-        count_nonfinite_step(generation, result, position)
+        count_skipped_step(generation, result, position)
         run.step.skip_update()
         update_report: dict[str, float] = {}
     else:
@@ -173,12 +172,25 @@ def commit_step(generation: Generation, position: Position, share: StepShare, ou
     epoch = position.epoch + 1
     ledger.append_row(LedgerRow(position.step + 1, epoch, position.offset, votes.examples, votes.id_hashes))
     count = share.step_examples
-    position.advance_past_step(count, None if result.must_skip else float(result.score_sums[0]))
+    loss = count_scores(run, position, result, outcome, count)
     activity.record_finished_steps(position.step)
-    means = run.step.layout.means(result.score_sums, count)
     step_time = StepTime(count, outcome.seconds, result.waited_here)
-    values = to_plain_values(means) | outcome.update_report
-    run.report.record_step(position, StepReport(epoch, outcome.lr, float(means["loss"]), values, step_time))
+    run.report.record_step(position, StepReport(epoch, outcome.lr, loss, outcome.update_report, step_time))
+
+
+def count_scores(run: Run, position: Position, result: StepResult, outcome: StepOutcome, count: int) -> float:
+    """Add a step's scores to the sums of the epoch and of the next row, and return its loss."""
+    layout, sums = run.step.layout, result.score_sums
+    numerator, denominator = float(sums[0]), layout.loss_denominator(sums, count)
+    if result.must_skip:
+        position.advance_past_step(count, None)
+    else:
+        position.advance_past_step(count, (numerator, denominator))
+        position.add_to_row(sums.tolist(), count)
+    is_skipped = result.must_skip or outcome.update_report.get("skipped", 0.0) > 0
+    position.skipped += is_skipped
+    position.row_skipped += is_skipped
+    return numerator / denominator if denominator else 0.0
 
 
 def decide(generation: Generation, position: Position, votes: StepVotes) -> Ending | None:

@@ -1,4 +1,4 @@
-"""Steps whose losses or gradients are not finite: all ranks skip them together, or end the run."""
+"""Steps that all ranks skip together: losses or gradients are not finite, or there is nothing to learn from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from hvdtrain.recipe.framework import StepResult
 from hvdtrain.system.errors import RunError
 from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
+
+
+def count_skipped_step(generation: Generation, result: StepResult, position: Position) -> None:
+    """Count and report a step that is skipped. Raises RunError on all ranks if too many were not finite."""
+    if result.is_nonfinite:
+        count_nonfinite_step(generation, result, position)
+    elif position.skipped == position.skipped_nonfinite:  # the first one
+        line = f"skipped   step {position.step + 1}: the denominators of the loss add up to 0 (also of later steps)"
+        generation.run.report.print_lines([line])
 
 
 def count_nonfinite_step(generation: Generation, result: StepResult, position: Position) -> None:

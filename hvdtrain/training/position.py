@@ -18,7 +18,10 @@ FIELDS_SINCE_FORMAT_1 = (
     *("eval", "evaluated", "saved", "examples", "seed", "rows", "order_version", "first_examples"),
 )
 # Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
-FIELDS_SINCE_FORMAT_2 = ("evals", "order", "division", "best_value", "since_best", "since_drop", "lr_drops", "ended")
+FIELDS_SINCE_FORMAT_2 = (
+    *("evals", "order", "division", "best_value", "since_best", "since_drop", "lr_drops", "ended"),
+    *("skipped", "score_layout", "row_sums", "row_examples", "row_skipped"),
+)
 
 
 @dataclass
@@ -30,9 +33,14 @@ class Position:
     offset: int = 0
     samples: int = 0
     epoch_loss_sum: float = 0.0  # over the epoch's examples so far, without skipped steps
-    epoch_loss_count: int = 0
+    epoch_loss_count: float = 0.0  # what that is divided by: examples, or the loss's own denominators
     train_loss: float = 0.0  # mean over the current, or else the last, epoch's examples so far
     skipped_nonfinite: int = 0
+    skipped: int = 0  # steps that did not update the model, for whatever reason
+    score_layout: str = ""  # hvdtrain.recipe.metrics.ScoreLayout.describe() of the sums
+    row_sums: list[float] = field(default_factory=list)  # of scores since the last row, without skipped steps; []: none
+    row_examples: int = 0  # of these steps
+    row_skipped: int = 0  # steps since the last row that did not update the model
     eval: dict[str, MetricValue] = field(default_factory=dict)  # of the last evaluation; NaN for what was not finite
     evals: dict[str, dict[str, MetricValue]] = field(default_factory=dict)  # of each evaluation set but the first
     evaluated: int = 0  # the step after which that was
@@ -71,17 +79,36 @@ class Position:
             )
         self.examples, self.seed, self.order_version = examples, seed, order.ORDER_VERSION
 
-    def advance_past_step(self, count: int, loss_sum: float | None) -> None:
-        """Move past a step of `count` examples whose losses add up to `loss_sum`; None: the step was skipped."""
+    def set_score_layout(self, layout: str) -> None:
+        """Forget sums of other scores: those of a run that is resumed with a changed recipe."""
+        if self.score_layout and self.score_layout != layout:
+            self.start_row()
+            self.epoch_loss_sum = self.epoch_loss_count = 0.0
+        self.score_layout = layout
+
+    def start_row(self) -> None:
+        """Let the sums of the next row of metrics.jsonl begin."""
+        self.row_sums, self.row_examples, self.row_skipped = [], 0, 0
+
+    def add_to_row(self, sums: list[float], count: int) -> None:
+        """Add a step's sums of scores over `count` examples to those since the last row."""
+        self.row_sums = [total + one for total, one in zip(self.row_sums, sums, strict=True)] if self.row_sums else sums
+        self.row_examples += count
+
+    def advance_past_step(self, count: int, loss: tuple[float, float] | None) -> None:
+        """Move past a step of `count` examples.
+
+        loss: the sum of its losses, and what that is divided by; None: the step is not counted in losses.
+        """
         self.step += 1
         self.samples += count
         self.offset += count
-        if loss_sum is not None:
-            self.epoch_loss_sum += loss_sum
-            self.epoch_loss_count += count
+        if loss is not None:
+            self.epoch_loss_sum += loss[0]
+            self.epoch_loss_count += loss[1]
             self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
         if self.offset == self.examples:
-            self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0
+            self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0.0
             self.order = ""
 
 
@@ -105,6 +132,14 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             values[name] = check_count(value, where)
         elif kind == "float" or (kind == "float | None" and value is not None):
             values[name] = check_finite_number(value, where)
+        elif kind == "str":
+            if not isinstance(value, str):
+                raise ValueError(f"has no text {where!r}")
+            values[name] = value
+        elif kind == "list[float]":
+            if not isinstance(value, list):
+                raise ValueError(f"has no list {where!r}")
+            values[name] = [_parse_number(one, where) for one in value]
         elif kind == "dict[str, str]":
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 raise ValueError(f"has no object of texts {where!r}")

@@ -5,18 +5,19 @@ Other ranks only remember the last rows: one of them may become rank 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdtrain.ledger.writer import Ledger
-from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.metrics import MetricValue, format_values
+from hvdtrain.recipe.metrics import format_values
 from hvdtrain.system import streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, PRIVATE_MODE, BufferedDocument, write_error_text, write_json
 from hvdtrain.system.messages import RankProgress
 from hvdtrain.training.checkpoint import BestCheckpoint
 from hvdtrain.training.logger import ActiveLoggers
+from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.position import Position
 from hvdtrain.training.row_file import RowFile
@@ -32,8 +33,8 @@ class StepReport:
 
     epoch: int  # from 1
     lr: float
-    loss: float  # the mean of this step
-    values: Mapping[str, MetricValue]  # loss, metrics and what the update reports
+    loss: float  # of this step
+    values: Mapping[str, float]  # what the update reports: the gradient's norm, ...
     time: StepTime
 
 
@@ -49,20 +50,20 @@ class Reporter:
         best: the best checkpoint so far, on all ranks.
     """
 
-    def __init__(self, options: ReportOptions, recipe: Recipe | None = None) -> None:
-        """Report nothing until `open_files`. recipe: gets the rows too."""
-        self.options = options
+    def __init__(self, options: ReportOptions, metrics: RecipeMetrics) -> None:
+        """Report nothing until `open_files`. metrics: of the recipe, which gets the rows too."""
+        self.options, self.metrics = options, metrics
         self.terminal = Terminal(quiet=options.quiet)
         self.rows = RowFile(self.terminal)
         self.loggers = ActiveLoggers(options.loggers, self.terminal.print_warning)
-        self.row_hook = RowHook(recipe, self.terminal.print_warning)
+        self.row_hook = RowHook(metrics.recipe, self.terminal.print_warning)
         self.speed = SpeedMeter()
         self.best: BestCheckpoint | None = None
         self.print_lines, self.print_warning = self.terminal.print_lines, self.terminal.print_warning
         self._active = False  # this is rank 0, and the files are open
         self._run_dir, self._total_steps, self._position = Path(), 0, Position()
-        self._row: MetricsRow | None = None  # of the last step
-        self._row_due = False
+        self._step: tuple[int, StepReport] | None = None  # the last step, and what it reported
+        self._row: MetricsRow | None = None  # to be written when the step's values are complete
         self._notes_printed = False
         self._write_error: OSError | None = None  # why rows wait, as was reported
         self._advice_file = BufferedDocument(Path("advisor.json"))
@@ -111,36 +112,49 @@ class Reporter:
         """Report a step, after which the run is `at`."""
         self._position = at
         self.speed.record(step.time)
-        rate = self.speed.row_rate()
-        self._row = MetricsRow(
+        self._step = at.step, step
+        if at.step % self.options.log_every == 0 or at.step == self._total_steps:
+            self._row = self._make_row(at, step)
+        if self._active:
+            progress = RankProgress(at.step, self._total_steps, step.epoch, step.loss, self.speed.row_rate())
+            self.terminal.show_progress(progress)
+
+    def _make_row(self, at: Position, step: StepReport) -> MetricsRow:
+        """Return the row of the steps since the last one, and let the next one begin."""
+        values = (
+            self.metrics.compute(at.row_sums, at.row_examples) if at.row_sums else self.metrics.no_values(step.loss)
+        )
+        values |= step.values
+        if at.row_skipped or "skipped" in values:
+            values["skipped"] = float(at.row_skipped)
+        at.start_row()
+        return MetricsRow(
             step=at.step,
             epoch=step.epoch,
             samples=at.samples,
             lr=step.lr,
-            samples_per_second=rate,
+            samples_per_second=self.speed.row_rate(),
             comm_seconds=self.speed.row_wait(),
-            train=step.values,
+            train=values,
         )
-        self._row_due = at.step % self.options.log_every == 0 or at.step == self._total_steps
-        if self._active:
-            progress = RankProgress(at.step, self._total_steps, step.epoch, step.loss, rate)
-            self.terminal.show_progress(progress)
 
     def record_evaluation(self, at: Position, epoch: int) -> None:
         """Report an evaluation. If the step's row is there already, by the rank that was lost, it is written again."""
         self._position = at
         self._row = self.rows.take_back_last(at) or self._row
-        if self._row is not None and self._row.step == at.step:
-            self._row, self._row_due = replace(self._row, eval=dict(at.eval), evals=dict(at.evals)), True
+        if self._row is None:
+            known = self._step is not None and self._step[0] == at.step  # else this rank has come after the step
+            unknown = StepReport(epoch, math.nan, math.nan, {}, StepTime(0, 0.0, 0.0))
+            self._row = self._make_row(at, self._step[1] if self._step is not None and known else unknown)
+        self._row = replace(self._row, eval=dict(at.eval), evals=dict(at.evals))
         progress = f"epoch {epoch}  step {at.step}/{self._total_steps}"
         self.print_lines([f"{progress}  train loss {at.train_loss:.4f}  eval {format_values(at.all_metrics())}"])
 
     def write_due_row(self) -> None:
         """Write the row of this step, if it is due. Called once a step, when its values are complete."""
-        row = self._row
-        if not self._row_due or row is None:
+        row, self._row = self._row, None
+        if row is None:
             return
-        self._row_due = False
         self.rows.append(row, self._position)
         self.loggers.call(lambda logger: logger.log_row(row))
         if self._active:
@@ -182,7 +196,7 @@ class Reporter:
 
     def close_without_flush(self) -> None:
         """Close the files without writing what is left: they are another run's now."""
-        self._row_due = False
+        self._row = None
         self.loggers.close(flush=False)
         self.close()
 

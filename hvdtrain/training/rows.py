@@ -26,7 +26,7 @@ class MetricsRow:
     lr: float
     samples_per_second: float  # since the last row
     comm_seconds: float  # that a step has waited for communication, mean since the last row
-    train: Mapping[str, MetricValue]  # loss, metrics, and what the update reports, of this step
+    train: Mapping[str, MetricValue]  # loss and metrics since the last row; what this step's update reports
     eval: Mapping[str, MetricValue] = field(default_factory=dict)  # if there was an evaluation after this step
     evals: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)  # of each set but the first
 

@@ -15,6 +15,7 @@ from hvdtrain.recipe.framework import Step
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.training.lease import Lease
+from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.plan import TrainingPlan
@@ -33,6 +34,7 @@ class Run:
     options: RunOptions
     membership: Membership
     step: Step
+    metrics: RecipeMetrics
     lease: Lease
     report: Reporter
     stop: StopRequest

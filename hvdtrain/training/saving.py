@@ -125,6 +125,7 @@ def start_order(run: Run, position: Position) -> None:
     # Of an epoch in a sampler's order the length is that of the order: see hvdtrain.training.orders.
     examples = position.examples if position.order else step.examples["train"]
     position.set_example_order(examples, run.options.data.seed)
+    position.set_score_layout(step.layout.describe())
     if position.offset and position.first_examples:
         collectives.on_all_ranks("resume.examples", lambda: refuse_changed_examples(step, position))
     position.first_examples = dict(step.first_examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -45,12 +46,14 @@ class SpeedMeter:
         self._since_row.clear()
 
     def row_rate(self) -> float:
-        """Return examples per second since the last row."""
-        return sum(step.examples for step in self._since_row) / sum(step.seconds for step in self._since_row)
+        """Return examples per second since the last row; NaN if there was no step."""
+        seconds = sum(step.seconds for step in self._since_row)
+        return sum(step.examples for step in self._since_row) / seconds if seconds else math.nan
 
     def row_wait(self) -> float:
-        """Return the mean seconds that a step has waited for communication since the last row."""
-        return statistics.fmean(step.waited_seconds for step in self._since_row)
+        """Return the mean seconds that a step has waited for communication since the last row; NaN if none was."""
+        waited = [step.waited_seconds for step in self._since_row]
+        return statistics.fmean(waited) if waited else math.nan
 
     def measure_rates(self) -> StepRates:
         """Return how fast this rank's steps were so far."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.framework import Step
+from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 from hvdtrain.system.text import format_count
 from hvdtrain.training.folder import open_run_folder, take_over_folder
@@ -19,22 +19,38 @@ from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.saving import resume_run, start_order
 
 
-def check_recipe_metrics(recipe: Recipe, step: Step, options: RunOptions) -> None:
-    """Raise UserError if two columns would have one name, or `best` names no metric or no direction.
+def check_recipe_metrics(run: Run) -> None:
+    """Compute the metrics of the trial once. Raises RecipeError, UserError for what is wrong with them."""
+    values = run.metrics.extend_means(run.step.trial_means)
+    used = [name for name in run.recipe.evals if run.step.examples[name]]
+    check_metric_names(run.recipe, used, values)
+    if not used:
+        refuse_counting_evaluations(run.recipe, run.options)
 
-    Without an evaluation, `best` may be anything, and nothing can wait for it to improve.
+
+def check_metric_names(recipe: Recipe, used: Sequence[str], values: Mapping[str, MetricValue]) -> None:
+    """Raise UserError if two columns would have one name, or `best` names no metric of one number, or no direction.
+
+    Without an evaluation, `best` may be anything.
+
+    Args:
+        recipe: the recipe.
+        used: those of its `evals` that are evaluated.
+        values: metrics of some examples, by name.
     """
-    cls, used = type(recipe).__name__, [name for name in recipe.evals if step.examples[name]]
+    cls = type(recipe).__name__
     for name in recipe.evals:
         prefix = "eval" if name == recipe.evals[0] else name
-        if taken := next((metric for metric in step.layout.names if f"{prefix}_{metric}" in step.layout.names), None):
+        if taken := next((metric for metric in values if f"{prefix}_{metric}" in values), None):
             raise UserError(f"{cls}.score: '{prefix}_{taken}' is a column of the evaluation: rename it")
     if not used:
-        refuse_counting_evaluations(recipe, options)
         return
     metric, direction = recipe.best
-    names = [m if name == recipe.evals[0] else f"{name}/{m}" for name in used for m in step.layout.names]
-    if metric in step.layout.names and metric not in names:
+    names = [m if name == recipe.evals[0] else f"{name}/{m}" for name in used for m in values]
+    value = values.get(metric.rpartition("/")[2])
+    if metric in names and isinstance(value, list):
+        raise UserError(f"{cls}.best: {metric!r} has {len(value)} values; expected one number")
+    if metric in values and metric not in names:
         raise UserError(
             f"{cls}.best: {metric!r} is of the evaluation set {recipe.evals[0]!r}, whose dataset is None; expected for "
             f"example {names[0]!r}"

@@ -42,6 +42,7 @@ class Summary:
     membership_changes: int
     resumed_from: int | None  # a step
     skipped_nonfinite: int
+    skipped: int  # steps that did not update the model, for whatever reason
     synthetic: bool  # the data is made up
     versions: Mapping[str, str]  # by package
     command: str  # of this rank
@@ -91,6 +92,7 @@ def make_summary(generation: Generation, position: Position, resumed_from: int |
         membership_changes=run.membership.change_count,
         resumed_from=resumed_from,
         skipped_nonfinite=position.skipped_nonfinite,
+        skipped=position.skipped,
         synthetic=bool(getattr(run.recipe, "synthetic", False)),
         versions=collect_versions(),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -56,6 +56,7 @@ class NumpyStep:
         self.x, self.y = recipe.arrays()
         self.examples: dict[Split, int] = {"train": len(self.x), "eval": len(self.x)}
         self.weights = np.zeros(self.x.shape[1])
+        self.trial_means = self.layout.means(self.evaluate_batch((self.x[:2], self.y[:2]), 2, ()), 2)
         self.votes, self.loss_sum, self.gradient = StepVotes(), 0.0, np.zeros_like(self.weights)
 
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:

@@ -79,5 +79,5 @@ def test_a_checkpoint_within_an_epoch_of_another_order_is_refused() -> None:
     between = Position(step=3, epoch=1, samples=10, examples=10, seed=0)
     between.set_example_order(10, 0)
     assert between.order_version == order.ORDER_VERSION
-    between.advance_past_step(4, 1.0)
+    between.advance_past_step(4, (1.0, 4.0))
     between.set_example_order(10, 0)

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from hvdtrain.diagnosis.report import WorldHistory
 from hvdtrain.ledger.rows import LedgerRow
 from hvdtrain.ledger.writer import Ledger, LedgerState
+from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.metrics import Metric, ScoreLayout
 from hvdtrain.system import files
 from hvdtrain.system.files import BufferedAppender, create_atomically, write_atomically
+from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import ReportOptions
 from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
@@ -25,6 +28,7 @@ from hvdtrain.training.reporter import Reporter, StepReport
 from hvdtrain.training.rows import MetricsRow, RowCutResult, cut_rows, find_ledger_gap
 from hvdtrain.training.speed import StepTime
 
+METRICS = RecipeMetrics(Recipe(), ScoreLayout((Metric("loss"),)))
 ERRORS = [errno.EFBIG, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT]
 
 
@@ -202,7 +206,7 @@ def test_rows_that_the_ledger_lacks_before_a_checkpoint_are_announced(
 
 
 def open_report(run_dir: Path, at: Position) -> Reporter:
-    report = Reporter(ReportOptions())
+    report = Reporter(ReportOptions(), METRICS)
     report.open_files(run_dir, 100, at, active=True)
     report.close()
     return report
@@ -231,7 +235,8 @@ def test_what_is_cut_or_missing_is_announced_in_one_line(
 
 def log_step(report: Reporter, at: Position) -> None:
     at.step += 1
-    report.record_step(at, StepReport(1, 0.1, 0.5, {"loss": 0.5}, StepTime(8, 0.01, 0.001)))
+    at.add_to_row([4.0], 8)
+    report.record_step(at, StepReport(1, 0.1, 0.5, {}, StepTime(8, 0.01, 0.001)))
     report.write_due_row()
     report.report_write_errors(Ledger(0, 10, 2))
 
@@ -240,7 +245,7 @@ def log_step(report: Reporter, at: Position) -> None:
 def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    report, at = Reporter(ReportOptions(log_every=1)), Position()
+    report, at = Reporter(ReportOptions(log_every=1), METRICS), Position()
     report.open_files(tmp_path, 100, at, active=True)
     log_step(report, at)
     with monkeypatch.context() as patch:
@@ -266,7 +271,7 @@ def test_errors_of_report_files_are_warned_of_once_and_nothing_is_lost(
 
 
 def test_a_made_up_evaluation_counts_no_row_twice(tmp_path: Path) -> None:
-    report, at = Reporter(ReportOptions(log_every=1, quiet=True)), Position()
+    report, at = Reporter(ReportOptions(log_every=1, quiet=True), METRICS), Position()
     report.open_files(tmp_path, 100, at, active=True)
     for _ in range(2):
         log_step(report, at)
