@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from hvdtrain.comm.world import init
     from hvdtrain.recipe.base import Recipe
     from hvdtrain.recipe.options import option
+    from hvdtrain.recipe.tensorboard import tensorboard
     from hvdtrain.system.errors import RunError, UserError
     from hvdtrain.training.fit import fit
     from hvdtrain.training.loading import load
 
-__all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "load", "option"]
+__all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "load", "option", "tensorboard"]
 
 _MODULES = {
     "Recipe": "hvdtrain.recipe.base",
@@ -25,6 +26,7 @@ _MODULES = {
     "init": "hvdtrain.comm.world",
     "load": "hvdtrain.training.loading",
     "option": "hvdtrain.recipe.options",
+    "tensorboard": "hvdtrain.recipe.tensorboard",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from hvdtrain.cli.config_file import CONFIG_SECTION, make_config_options, read_config_files
-from hvdtrain.recipe.base import Recipe, check_methods
+from hvdtrain.recipe.base import Recipe, check_methods, refuse_two_schedules
 from hvdtrain.recipe.option_types import SeveralValues, join_values, parse_texts
 from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
@@ -173,6 +173,8 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
         if one in given and other in given:
             flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
             raise UserError(f"{' and '.join(flags)} exclude each other: give one")
+    if "schedule" in given:
+        refuse_two_schedules(cls, given["schedule"])
     given = override_options(read_config_files(files, cls), given)
     return TrainArguments(cls, recipe_name(spec), given, print_config)
 

@@ -59,6 +59,26 @@ class Recipe:
         """
         return {}
 
+    def lr_factor(self, now: Now) -> float:
+        """Return what multiplies the learning rate of the step to come; defined instead of `schedule`, not with it.
+
+        It is called on all ranks and must return the same, a finite number from 0 on. now: the same as `self.now`.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Return what the recipe remembers besides the model: JSON values and tensors, by texts.
+
+        It is saved with each checkpoint as rank 0 has it, and given to `load_state`.
+        """
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` has returned: on all ranks after a resume, or when ranks were lost or have joined.
+
+        state: its tensors lie on the CPU.
+        """
+
     def evaluated(self, model: Any, metrics: dict[str, Any]) -> bool:
         """Return whether the training ends here, finished and saved: to stop early, or to give up a bad trial.
 
@@ -84,9 +104,20 @@ def is_overridden(recipe: Recipe, name: str) -> bool:
     return getattr(type(recipe), name) is not getattr(Recipe, name)
 
 
+def refuse_two_schedules(cls: type[Recipe], schedule: str) -> None:
+    """Raise UserError if a recipe that sets its learning rate by `lr_factor` is given a schedule too."""
+    if cls.lr_factor is not Recipe.lr_factor:
+        raise UserError(
+            f"--schedule {schedule!r}, but {cls.__name__}.lr_factor sets the learning rate: leave out one of them"
+        )
+
+
 def check_methods(cls: type[Recipe]) -> None:
     """Raise UserError if a recipe lacks a method that its framework's Recipe declares abstract, or `evals` is wrong."""
     check_evals(cls)
+    if (cls.state is Recipe.state) != (cls.load_state is Recipe.load_state):
+        has, lacks = ("load_state", "state") if cls.state is Recipe.state else ("state", "load_state")
+        raise UserError(f"{cls.__name__} has a method {has} and no {lacks}: a recipe that remembers needs both")
     for name in dir(cls):
         method = inspect.getattr_static(cls, name, None)  # getattr would give a class without fields `__annotations__`
         if getattr(method, "__isabstractmethod__", False):

@@ -56,6 +56,7 @@ class StepVotes:
     examples: int = 0  # example ids fed to the model
     id_hashes: int = 0  # sum of their 32-bit hashes
     ledger_durable: int = 0  # rank 0 only: the last step whose ledger row is on disk for good
+    lr_hashes: int = 0  # sum of 32-bit hashes of what `lr_factor` has returned
     pending_rows: int = 0  # rank 0 only: rows of metrics.jsonl that wait for disk space
 
     def to_vector(self) -> NDArray[np.float64]:

@@ -45,6 +45,8 @@ class Now:
     samples: int
     training: bool
 
+    is_trial = False  # a trial before the first step, of which nothing remains
+
     @staticmethod
     def before_training(folder: Path, rank: int, size: int) -> Now:
         """Return what is known before there is a plan; the other attributes raise AttributeError, by their names."""
@@ -69,6 +71,13 @@ class Now:
         return f"Now({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrialNow(Now):
+    """What a recipe knows in a trial: the same as in the step that the trial is like."""
+
+    is_trial = True
+
+
 def set_now(recipe: object, now: Now) -> None:
     """Let a recipe's `now` be this one from now on."""
     vars(recipe)["now"] = now  # `Recipe.now` is a property without a setter, which comes before it
@@ -86,7 +95,7 @@ def temporary_now(recipe: object, now: Now) -> Iterator[None]:
         vars(recipe).update({} if before is None else {"now": before})
 
 
-def foresee_first_step(recipe: Any, options: DataOptions, examples: int) -> Now:
+def foresee_first_step(recipe: Any, options: DataOptions, examples: int) -> TrialNow:
     """Return what holds in the first step of a new run: for the trial of a recipe before its training.
 
     Args:
@@ -97,7 +106,7 @@ def foresee_first_step(recipe: Any, options: DataOptions, examples: int) -> Now:
     now = vars(recipe).get("now") or Now.before_training(Path.cwd(), rank=0, size=1)
     batch_size = options.batch_per_rank * now.size if options.batch_per_rank else recipe.batch_size
     steps_per_epoch = max(1, -(-examples // batch_size))
-    return Now(
+    return TrialNow(
         folder=now.folder,
         rank=now.rank,
         size=now.size,

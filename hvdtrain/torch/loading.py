@@ -10,6 +10,7 @@ from hvdtrain.torch.consistency import check_same_model
 from hvdtrain.torch.data import seed_all
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.setup import make_model
 from hvdtrain.torch.tensors import load_module_state, read_tensors
@@ -39,7 +40,7 @@ def load_model(recipe: Recipe, data: bytes, seed: int, device: str) -> nn.Module
 
     Raises:
         UserError: the state is of another model, or the device is not there.
-        RecipeError: `model()` fails.
+        RecipeError: `model()` or `load_state()` fails.
     """
     try:
         place = torch.device(device)
@@ -57,4 +58,6 @@ def load_model(recipe: Recipe, data: bytes, seed: int, device: str) -> nn.Module
         load_module_state(model, weights)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from error
+    if "recipe" in state:
+        RecipeState(recipe).load_values(state["recipe"])
     return model.eval()

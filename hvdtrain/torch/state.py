@@ -4,49 +4,67 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import check_same_model
 from hvdtrain.torch.ema import AveragedModel
+from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.tensors import load_module_state, read_tensors
 from hvdtrain.torch.update import Updater
 
 
-def serialize_state(
-    model: nn.Module, updater: Updater, ema: AveragedModel | None, carried: Mapping[str, object] | None
-) -> bytes:
-    """Return the state as bytes. carried: what the exchange carries from step to step; None: nothing."""
-    if ema is not None:
-        ema.copy_constants(model)
-    state: dict[str, object] = {"model": model.state_dict(), **updater.optimizer_state()}
-    if carried is not None:
-        state["exchange"] = carried
-    if ema is not None:
-        state["ema"] = ema.state_dict()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class TrainingState:
+    """All that the trajectory depends on, as bytes and back."""
 
+    recipe_state: RecipeState
+    model: nn.Module
+    updater: Updater
+    ema: AveragedModel | None
+    changes: ChangeTracker
 
-def restore_state(
-    data: bytes, device: torch.device, model: nn.Module, updater: Updater, ema: AveragedModel | None
-) -> None:
-    """Load what `serialize_state` has returned. Raises UserError if it is of another model, optimizer or options."""
-    state = read_tensors(data, device)
-    for part, needed in (("scaler", updater.scaler is not None), ("ema", ema is not None)):
-        if needed != (part in state):
-            raise UserError(
-                f"the checkpoint has {'no' if needed else 'a'} {part} state: keep the run's options to resume"
-            )
-    check_same_model(model, state["model"])
-    try:
-        load_module_state(model, state["model"])
-        updater.load_state(state)
-        if ema is not None:
-            load_module_state(ema, state["ema"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error
+    def serialize(self, carried: Mapping[str, object] | None) -> bytes:
+        """Return the state as bytes. carried: what the exchange carries from step to step; None: nothing."""
+        self.changes.check_state_finite()
+        if self.ema is not None:
+            self.ema.copy_constants(self.model)
+        state: dict[str, object] = {"model": self.model.state_dict(), **self.updater.optimizer_state()}
+        if carried is not None:
+            state["exchange"] = carried
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        if self.recipe_state.exists:
+            state["recipe"] = self.recipe_state.collect_values()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    def restore(self, data: bytes, device: torch.device) -> list[str]:
+        """Load what `serialize` has returned; return lines to print.
+
+        Raises UserError if it is of another model, optimizer or options.
+        """
+        state, model, updater, ema = read_tensors(data, device), self.model, self.updater, self.ema
+        for part, needed in (("scaler", updater.scaler is not None), ("ema", ema is not None)):
+            if needed != (part in state):
+                raise UserError(
+                    f"the checkpoint has {'no' if needed else 'a'} {part} state: keep the run's options to resume"
+                )
+        check_same_model(model, state["model"])
+        try:
+            load_module_state(model, state["model"])
+            updater.load_state(state)
+            if ema is not None:
+                load_module_state(ema, state["ema"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error
+        self.changes.accept_loaded_state(updater.param_groups)
+        self.recipe_state.forget_snapshot()
+        line = self.recipe_state.load_values(state.get("recipe"))
+        return [line] if line is not None else []

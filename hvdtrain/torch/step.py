@@ -40,12 +40,13 @@ from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.sandbox import preserve_random_state
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import negative_denominators, sum_scores
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
 from hvdtrain.torch.splits import SplitLoaders
-from hvdtrain.torch.state import restore_state, serialize_state
+from hvdtrain.torch.state import TrainingState
 from hvdtrain.torch.sums import StepSums
 from hvdtrain.torch.tensors import checksum_model
 from hvdtrain.torch.trial import (
@@ -67,6 +68,7 @@ class TorchStep:
         scorer: calls the recipe's `score`.
         updater: the optimizer, and the exchange of gradients that it does.
         changes: what a step changes besides the optimizer's update: buffers, modes, learning rates.
+        state: all of this that is saved, with what the recipe remembers, `recipe_state`.
         sums: the scores and votes that are summed over ranks.
         ema: the averaged model of --ema, if there is one.
         forward: the model as it is called, compiled with --compile.
@@ -79,7 +81,7 @@ class TorchStep:
             UserError, RecipeError: on all ranks alike, for a recipe that cannot be trained. The process is then as it
                 was before.
         """
-        self.recipe, self.world, self.options = recipe, world, options
+        self.recipe, self.world, self.options, self.recipe_state = recipe, world, options, RecipeState(recipe)
         with contextlib.ExitStack() as undo:
             undo.callback(ProcessSettings().restore_settings)
             configure_torch(options, options.resolve_threads(world.local_size).count)
@@ -121,11 +123,12 @@ class TorchStep:
             self.ema = AveragedModel(self.model, decay) if (decay := options.optimization.ema) is not None else None
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
+            collectives.on_all_ranks("recipe_state", self.recipe_state.collect_values)
+            self.state = TrainingState(self.recipe_state, self.model, self.updater, self.ema, self.changes)
             self.sums = StepSums(self.layout, self.changes.num_change_flags, options.exchange.num_shards, self.device)
             self._messages = self.updater.log_lines
             self._messages += modes.get_warnings()
-            self._votes, self._batch_share = StepVotes(), 0.0
-            self._num_micro_batches = self._micro_batches_done = 0
+            self._votes, self._batch_share, self._num_micro_batches, self._micro_batches_done = StepVotes(), 0.0, 0, 0
             self._step_in_progress = self.update_in_progress = False
             # Here, once for the run: what the recipe's methods have set up is there, and of an elastic run's other
             # ranks no connection yet that these processes would keep open.
@@ -180,6 +183,7 @@ class TorchStep:
         return self.splits.load_batches(split, chunks, epoch)
 
     def start_step(self, passes: Sequence[int], batch_share: float) -> None:
+        self.recipe_state.snapshot()
         self.updater.start_step(passes)
         self.sums.start_step(passes, self.updater.first_shard)
         self.scorer.session.start_step()
@@ -233,11 +237,13 @@ class TorchStep:
         if self.ema is not None and not report.get("skipped"):
             self.ema.update_parameters(self.model)
         self.changes.accept_update()
+        self.recipe_state.forget_snapshot()
         self.update_in_progress = False
         return report
 
     def skip_update(self) -> None:
         self._step_in_progress = False
+        self.recipe_state.forget_snapshot()
         self.changes.skip_step()
 
     # Between steps.
@@ -252,6 +258,7 @@ class TorchStep:
 
     def evaluated_model(self, seed: Sequence[int]) -> torch.nn.Module:
         seed_all(seed)
+        self.recipe_state.snapshot()
         return self._enter_evaluation()  # which a rank without an example of it has not done
 
     def _enter_evaluation(self) -> torch.nn.Module:
@@ -263,23 +270,20 @@ class TorchStep:
         join_evaluation_pass(self.scorer, self.model, self._list_shared(), split, self._load_two_examples)
 
     def gather_state(self) -> bytes:
+        self.recipe_state.forget_snapshot()
         self.changes.end_evaluation()
         carried = self.updater.gather_carried_state()
-        return self._serialize_state(carried) if self.world.rank == 0 else b""
+        return self.state.serialize(carried) if self.world.rank == 0 else b""
 
     def local_state(self) -> bytes:
-        return self._serialize_state(self.updater.local_carried_state())
-
-    def _serialize_state(self, carried: Mapping[str, object] | None) -> bytes:
-        self.changes.check_state_finite()
-        return serialize_state(self.model, self.updater, self.ema, carried)
+        return self.state.serialize(self.updater.local_carried_state())
 
     def load_state(self, data: bytes) -> None:
-        restore_state(data, self.device, self.model, self.updater, self.ema)
-        self.changes.accept_loaded_state(self.updater.param_groups)
+        self._messages += self.state.restore(data, self.device)
         self.update_in_progress = False
 
     def checksum_state(self) -> dict[str, int]:
+        self.recipe_state.forget_snapshot()
         self.changes.end_evaluation()
         return checksum_model(self.model, leave_out=self.changes.buffer_reducer.local_names)
 
@@ -300,6 +304,8 @@ class TorchStep:
     # Another world; the end.
 
     def switch_world(self, world: World) -> None:
+        self.recipe_state.keeps_snapshots = True
+        self.recipe_state.restore_snapshot()
         if self._step_in_progress:
             self.skip_update()
         self.updater.leave_world()

@@ -36,7 +36,8 @@ def conclude_evaluation(generation: Generation, position: Position) -> None:
     ends = ask_to_end(generation, position)
     # From here on without collectives: if a rank is lost before, the evaluation is repeated.
     position.evaluated = position.step
-    patience, plateau = run.options.data.patience, generation.plan.schedule.plateau
+    patience, plan = run.options.data.patience, generation.plan
+    plateau = plan.schedule.plateau if not plan.lr_text else None
     if count_evaluation(position, run.recipe.best, plateau) and plateau is not None:
         waited = f"{format_count(plateau.evaluations, 'evaluation')} without a better {metric}"
         run.report.print_lines([f"lr        {waited}: times {plateau.ratio:g} from step {position.step} on"])

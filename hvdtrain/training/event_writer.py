@@ -60,6 +60,11 @@ class EventWriter:
             self._records.write(event)
         self._add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
+    def add_summary(self, summary: Summary) -> None:
+        """Write a plug-in's summary, which belongs to no step."""
+        if self._file is not None:
+            self._add_event(Event(wall_time=time.time(), summary=summary))
+
     def add_graph(self, graph: bytes) -> None:
         """Write a model's graph, a serialized GraphDef."""
         if self._file is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World, init, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
-from hvdtrain.recipe.base import Recipe, check_methods
+from hvdtrain.recipe.base import Recipe, check_methods, refuse_two_schedules
 from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.kept_source import check_not_importing
 from hvdtrain.recipe.now import Now, set_now
@@ -86,6 +86,8 @@ def apply_run_options(recipe: Recipe, values: OptionValues) -> tuple[Recipe, Run
             f"fit has no option {name!r}{near}; run options: {', '.join(sorted([*shared, *run_names]))}; "
             f"fields of the recipe, for {cls}(...): {', '.join(own) or 'none'}"
         )
+    if "schedule" in values:
+        refuse_two_schedules(type(recipe), values["schedule"])
     recipe = replace(recipe, **{name: convert_value(shared[name], values[name]) for name in shared if name in values})
     check_recipe_values(recipe)
     return recipe, make_from_values(RunOptions, {name: values[name] for name in values if name not in shared})
@@ -154,7 +156,7 @@ def train_recipe(
         compare_with_run(run, world)
         session = exits.enter_context(Session(run, world, config))
         generation, position, ending = session.run_generations()
-        summary = make_summary(generation, position, session.resumed_from, finished=ending == Ending.FINISHED)
+        summary = make_summary(session, generation, position, finished=ending == Ending.FINISHED)
         error = write_summary(generation, summary)
     end_run(generation, summary, error)
     return summary

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import struct
+import zlib
+
 import numpy as np
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe.base import is_overridden
+from hvdtrain.recipe.now import Now
 from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
@@ -44,3 +49,45 @@ def ask_to_end(generation: Generation, position: Position) -> bool:
             "the same on all ranks, for example by nothing but the metrics"
         )
     return ends
+
+
+def find_lr_factor(generation: Generation, position: Position, now: Now) -> tuple[float, int]:
+    """Return what multiplies the learning rate of the step to come, and a 32-bit hash of it.
+
+    It is the schedule's, with hash 0, or what the recipe's `lr_factor` returns.
+
+    Raises:
+        RecipeError: for what `lr_factor` raises.
+        RunError: if it returns something else than a finite number from 0 on.
+    """
+    recipe, plan = generation.run.recipe, generation.plan
+    if not is_overridden(recipe, "lr_factor"):
+        return plan.schedule.lr_factor(plan.schedule_step(position), position.lr_drops), 0
+    with in_recipe(recipe, "lr_factor()"):
+        answer = recipe.lr_factor(now)
+    try:
+        factor = math.nan if answer is None or isinstance(answer, (str, bool)) else float(answer)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not math.isfinite(factor) or factor < 0:
+        call = name_call(recipe, "lr_factor()")
+        raise RunError(f"{call} returned {answer!r} for step {now.step + 1}; expected a finite number from 0 on")
+    return factor, zlib.crc32(struct.pack("<d", factor))
+
+
+def check_lr_factor(generation: Generation, position: Position, factor: float, is_same: bool) -> None:
+    """Raise RunError on all ranks unless `lr_factor` has returned the same on all.
+
+    Args:
+        generation: the ranks.
+        position: before the step.
+        factor: this rank's.
+        is_same: whether the hashes of all ranks add up to that of this one times the ranks: those that differ do not,
+            but for a coincidence of probability 2^-32.
+    """
+    if not is_same:
+        call, rank = name_call(generation.run.recipe, "lr_factor()"), generation.world.rank
+        raise RunError(
+            f"{call} returned {factor!r} on rank {rank} for step {position.step + 1}, and another number on another "
+            "rank: it must return the same on all"
+        )

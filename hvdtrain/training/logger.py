@@ -39,6 +39,12 @@ class Logger:
     def log_row(self, row: MetricsRow) -> None:
         """Take a row of metrics.jsonl. After a resume, rows of steps that were undone come again."""
 
+    def log_options(self, options: Mapping[str, object], metrics: Sequence[str]) -> None:
+        """Take the options of the recipe and of the run, as config.json holds them, when the run starts or resumes.
+
+        metrics: of the rows, what to compare runs by: "train/loss" and the metric of the recipe's `best`.
+        """
+
     def log_graph(self, graph: bytes) -> None:
         """Take the model's graph, a serialized TensorBoard GraphDef."""
 

@@ -19,6 +19,7 @@ from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
 from hvdtrain.training.evaluation import conclude_evaluation, evaluate_model
+from hvdtrain.training.hooks import check_lr_factor, find_lr_factor
 from hvdtrain.training.nonfinite import count_skipped_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
 from hvdtrain.training.position import Position
@@ -109,14 +110,15 @@ def iterate_chunks(shares: Iterable[StepShare], now: Now, place: int | None) -> 
 def train_step(generation: Generation, position: Position, share: StepShare, batches: Batches) -> StepOutcome:
     """Compute gradients, exchange them with the other ranks, and update the model."""
     run, plan, start = generation.run, generation.plan, time.perf_counter()
-    generation.set_now(position, training=True)
-    accumulate_micro_batches(generation, position, share, batches)
+    lr_factor, lr_hash = find_lr_factor(generation, position, generation.set_now(position, training=True))
+    votes = replace(collect_votes(generation), lr_hashes=lr_hash)
+    accumulate_micro_batches(generation, position, share, batches, votes)
     activity.enter_activity("exchanging gradients")
     result = run.step.all_reduce()
     if generation.diagnosis is not None:
         generation.diagnosis.record_exchange(start, result.waited_here)
     activity.enter_activity("updating the model")
-    lr_factor = plan.schedule.lr_factor(plan.schedule_step(position), position.lr_drops)
+    check_lr_factor(generation, position, lr_factor, result.votes.lr_hashes == lr_hash * generation.world.size)
     if result.must_skip:
         count_skipped_step(generation, result, position)
         run.step.skip_update()
@@ -126,13 +128,15 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     return StepOutcome(result, update_report, plan.lr * lr_factor, time.perf_counter() - start)
 
 
-def accumulate_micro_batches(generation: Generation, position: Position, share: StepShare, batches: Batches) -> None:
+def accumulate_micro_batches(
+    generation: Generation, position: Position, share: StepShare, batches: Batches, votes: StepVotes
+) -> None:
     """Add up the gradients of this rank's micro-batches; the last one carries the rank's votes.
 
     Every example weighs 1 / the examples of the step, wherever it is: the sum over ranks and passes is the global mean.
     Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
     """
-    run, votes = generation.run, collect_votes(generation)
+    run = generation.run
     micro_batches = [chunk for shard in share.shards for chunk in shard]
     own_examples, index = sum(map(len, micro_batches)), share.first_index
     run.step.start_step([len(shard) for shard in share.shards], own_examples / share.step_examples)

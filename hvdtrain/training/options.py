@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.base import Recipe, refuse_two_schedules
 from hvdtrain.recipe.options import (
     OptionValues,
     check_number,
@@ -106,7 +106,9 @@ def split_options(cls: type[R], given: OptionValues) -> tuple[R, RunOptions]:
 
 
 def check_recipe_values(recipe: Recipe) -> None:
-    """Raise UserError for a number of epochs or a batch size below 1, and for numbers that are not finite."""
+    """Raise UserError for numbers out of bounds or not finite, and for a schedule where `lr_factor` is one."""
     values = flatten_options(recipe)
     for field in option_fields(type(recipe)):
+        if field.name == "schedule" and recipe.schedule != field.default:
+            refuse_two_schedules(type(recipe), recipe.schedule)
         check_number(field, values[field.name])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hvdtrain.recipe import order
-from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.order import Ids, Order
 from hvdtrain.system.text import format_count
 from hvdtrain.training import schedule
@@ -37,6 +37,7 @@ class TrainingPlan:
     lr: float  # after scaling, before the schedule
     lr_scale: float
     schedule: Schedule
+    lr_text: str = ""  # of the recipe's `lr_factor`, which replaces the schedule; "": it has none
     order_text: str = ""  # where an epoch's order comes from, if it is not shuffled
 
     def schedule_step(self, at: Position) -> int:
@@ -79,6 +80,9 @@ def make_training_plan(
         ends_with_epoch=options.data.steps is None,
         lr=lr * lr_scale,
         lr_scale=lr_scale,
+        lr_text=f"{lr * lr_scale:.4g} times {type(recipe).__name__}.lr_factor(now)"
+        if is_overridden(recipe, "lr_factor")
+        else "",
         schedule=schedule.parse_schedule(recipe.schedule, options.data.steps or whole, steps_per_epoch),
     )
 
@@ -105,7 +109,7 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
         f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
         f"steps     {plan.total_steps} in {format_count(plan.epochs, 'epoch')}",
-        f"lr        {plan.schedule.text}: {', '.join(shown)}{scaled}",
+        f"lr        {plan.lr_text or f'{plan.schedule.text}: ' + ', '.join(shown)}{scaled}",
         f"gradient  {way}, compression {options.compression.spec}, amp {options.optimization.amp}"
         + (f", clipped to norm {options.optimization.clip_norm:g}" if options.optimization.clip_norm else "")
         + (f", EMA {options.optimization.ema:g}" if options.optimization.ema else ""),

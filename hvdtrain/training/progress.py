@@ -21,6 +21,7 @@ class Progress:
     recent_rows: Sequence[MetricsRow]  # of metrics.jsonl, the last of which may not be in the file
     ledger: LedgerState
     earlier_worlds: Sequence[WorldHistory]  # of --diagnose
+    git_commit: str | None  # as the run has begun
 
     def to_json(self) -> list[Any]:
         """Return it as plain data."""
@@ -29,11 +30,12 @@ class Progress:
             rows_to_json(self.recent_rows),
             asdict(self.ledger),
             encode_record(self.earlier_worlds),
+            self.git_commit,
         ]
 
     @staticmethod
     def from_json(data: Sequence[Any]) -> Progress:
         """Return what another rank's `to_json` was called on."""
-        position, recent_rows, ledger, earlier_worlds = data
+        position, recent_rows, ledger, earlier_worlds, git_commit = data
         worlds = parse_record(earlier_worlds, list[WorldHistory])
-        return Progress(Position(**position), rows_from_json(recent_rows), LedgerState(**ledger), worlds)
+        return Progress(Position(**position), rows_from_json(recent_rows), LedgerState(**ledger), worlds, git_commit)

@@ -6,12 +6,13 @@ Other ranks only remember the last rows: one of them may become rank 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe.metrics import format_values
+from hvdtrain.recipe.tensorboard import close_writers
 from hvdtrain.system import streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, PRIVATE_MODE, BufferedDocument, write_error_text, write_json
 from hvdtrain.system.messages import RankProgress
@@ -98,6 +99,10 @@ class Reporter:
             again = "has free space" if self._write_error.errno in DISK_SPACE_ERRORS else "can be written"
             self.print_warning(f"{self._run_dir} {again} again: all pending rows were written")
         self._write_error = found[1] if found else None
+
+    def write_options(self, options: Mapping[str, object], metrics: Sequence[str]) -> None:
+        """Give the options of the run to the loggers. metrics: tags of scalars to show them with."""
+        self.loggers.call(lambda logger: logger.log_options(options, metrics))
 
     def write_graph(self, graph: bytes | None) -> None:
         """Give the model's graph to the loggers, if there is one."""
@@ -206,4 +211,5 @@ class Reporter:
         self.terminal.close()
         self.rows.close()
         self.loggers.close()
+        close_writers()
         self._active = False

@@ -43,6 +43,7 @@ from hvdtrain.recipe.given_order import GivenOrder, decode_orders, encode_orders
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.system.errors import EXIT_FAILED, RunError, UserError
 from hvdtrain.training import hang
+from hvdtrain.training.config import TABLES
 from hvdtrain.training.folder import take_over_folder
 from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.loop import Ending, run_loop
@@ -50,8 +51,8 @@ from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
 from hvdtrain.training.run import Generation, Run
-from hvdtrain.training.setup import open_ledger, plan_generation, write_run_files
-from hvdtrain.training.start import begin_run, find_run_folder, report_generation
+from hvdtrain.training.setup import name_git_commit, open_ledger, plan_generation, write_run_files
+from hvdtrain.training.start import begin_run, find_run_folder, list_compared_tags, report_generation
 
 
 class Session:
@@ -63,6 +64,7 @@ class Session:
         world: the one that this rank is in.
         position: where this rank's state belongs; None: it has no state that can be continued from.
         resumed_from: the step of the checkpoint that this rank began with, if there was one.
+        git_commit: of the repository that the recipe is in, as the run has begun here.
     """
 
     def __init__(self, run: Run, world: World, config: Mapping[str, object]) -> None:
@@ -70,6 +72,7 @@ class Session:
         self.run, self.config, self.world = run, config, world
         self.position: Position | None = None
         self.resumed_from: int | None = None
+        self.git_commit: str | None = None
         self._ledger: Ledger | None = None
         self._diagnosis: Diagnosis | None = None
         self._earlier_worlds: Sequence[WorldHistory] = []
@@ -136,6 +139,8 @@ class Session:
         if self.world.rank == 0:
             run.membership.publish_start(position.step)
         notes = write_run_files(run, folder, self.config) if begins else []
+        if begins:
+            self.git_commit = name_git_commit(run)
         diagnosis = None
         if run.options.reports.diagnose:
             log_every = run.options.reports.log_every
@@ -145,6 +150,9 @@ class Session:
         generation = Generation(run, self.world, plan, orders, folder, ledger, diagnosis, hosts, self._formation_text)
         generation.set_now(position, training=True)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
+        if begins:
+            options = {table: self.config[table] for table in TABLES if table in self.config}
+            run.report.write_options(options, list_compared_tags(run.recipe))
         report_generation(generation, position, notes)
         return generation, position
 
@@ -179,7 +187,7 @@ class Session:
         if entered.world.rank == entered.root:
             assert self.position is not None and self._ledger is not None
             rows, ledger = self.run.report.rows.recent, self._ledger.to_state()
-            progress = Progress(self.position, rows, ledger, self._earlier_worlds).to_json()
+            progress = Progress(self.position, rows, ledger, self._earlier_worlds, self.git_commit).to_json()
         received = collectives.broadcast_json(progress, "regroup.position", entered.root)
         if entered.world.rank == entered.root:
             state = self.run.step.local_state()
@@ -197,4 +205,4 @@ class Session:
         self.run.step.load_state(state)
         self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger, orders)
         self.run.report.rows.recent = list(progress.recent_rows)
-        self._earlier_worlds = progress.earlier_worlds
+        self._earlier_worlds, self.git_commit = progress.earlier_worlds, progress.git_commit

@@ -137,10 +137,19 @@ def collect_versions() -> dict[str, str]:
     found = {"hvdtrain": __version__, "python": platform.python_version()}
     for package in REPORTED_PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+        # torch's own names the build, as in 2.14.1+cu130.
+        own = str(getattr(sys.modules.get(package), "__version__", installed))
+        found[package] = own if own.startswith(installed) else installed
     return found
+
+
+def name_git_commit(run: Run) -> str | None:
+    """Return the commit of the repository that rank 0's recipe is in, on all ranks."""
+    folder = run.source.main_path.parent if run.source is not None else None
+    return collectives.on_root("git_commit", lambda: find_git_commit(folder) if folder is not None else None)
 
 
 def find_git_commit(folder: Path) -> str | None:

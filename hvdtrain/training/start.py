@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.metrics import MetricValue
+from hvdtrain.recipe.now import TrialNow, temporary_now
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
 from hvdtrain.system.text import format_count
 from hvdtrain.training.folder import open_run_folder, take_over_folder
@@ -127,10 +128,19 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
     run.report.print_lines(notes)
 
 
+def list_compared_tags(recipe: Recipe) -> list[str]:
+    """Return the tags in TensorBoard of what runs are compared by: the loss in training, and the recipe's `best`."""
+    name, slash, metric = recipe.best[0].partition("/")
+    is_of_other = slash and name in recipe.evals[1:]
+    return ["train/loss", f"{name}/{metric}" if is_of_other else f"eval/{recipe.best[0]}"]
+
+
 def report_graph(run: Run) -> None:
     """Write the model's graph for TensorBoard. All ranks call it: `score` may exchange something with the others."""
     try:
-        run.report.write_graph(run.step.trace_graph())
+        with temporary_now(run.recipe, TrialNow(**vars(run.recipe.now))):
+            graph = run.step.trace_graph()
+        run.report.write_graph(graph)
     except UserError as error:
         run.report.print_lines([f"graph     not drawn: {error}"])
     except Exception as error:  # of the recipe, traced: it trains all the same

@@ -17,7 +17,8 @@ from hvdtrain.system.text import format_count
 from hvdtrain.training.checkpoint import BestCheckpoint
 from hvdtrain.training.position import Position, join_metrics
 from hvdtrain.training.run import Generation
-from hvdtrain.training.setup import collect_versions, find_git_commit
+from hvdtrain.training.session import Session
+from hvdtrain.training.setup import collect_versions
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Summary:
         ]
 
 
-def make_summary(generation: Generation, position: Position, resumed_from: int | None, finished: bool) -> Summary:
-    """Return the summary of a run that has ended at `position`."""
+def make_summary(session: Session, generation: Generation, position: Position, finished: bool) -> Summary:
+    """Return the summary of a run that has ended at `position`, in the last generation of a session."""
     activity.enter_activity("ending the run", patient=True)
     run, rates = generation.run, generation.run.report.speed.measure_rates()
     return Summary(
@@ -90,13 +91,13 @@ def make_summary(generation: Generation, position: Position, resumed_from: int |
         compression=run.options.compression.spec,
         buckets=run.step.exchange_report().buckets,
         membership_changes=run.membership.change_count,
-        resumed_from=resumed_from,
+        resumed_from=session.resumed_from,
         skipped_nonfinite=position.skipped_nonfinite,
         skipped=position.skipped,
         synthetic=bool(getattr(run.recipe, "synthetic", False)),
         versions=collect_versions(),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        git_commit=find_git_commit(run.source.main_path.parent) if run.source is not None else None,
+        git_commit=session.git_commit,
         hosts=generation.hosts,
         samples_per_second=rates.samples_per_second,
         step_seconds_median=rates.step_seconds_median,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvdtrain.recipe.metrics import select_scalars
@@ -32,6 +33,12 @@ class TensorBoardLogger(Logger):
             scalars |= {f"{prefix}/{name}": value for name, value in select_scalars(metrics).items()}
         scalars |= {"speed/samples_per_second": row.samples_per_second, "speed/comm_seconds": row.comm_seconds}
         self._events.add_scalars(row.step, scalars)
+
+    def log_options(self, options: Mapping[str, object], metrics: Sequence[str]) -> None:
+        if self.unavailable_reason is None:
+            from hvdtrain.training.hparams import build_hparams
+
+            self._events.add_summary(build_hparams(options, metrics))
 
     def log_graph(self, graph: bytes) -> None:
         self._events.add_graph(graph)
