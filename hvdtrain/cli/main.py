@@ -19,6 +19,8 @@ from hvdtrain.system.exits import exit_process
 SUBCOMMANDS = {
     "train": ("hvdtrain.cli.train", "Train a recipe; this process is one rank."),
     "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
+    "evaluate": ("hvdtrain.cli.evaluate", "Evaluate a checkpoint of a run."),
+    "predict": ("hvdtrain.cli.predict", "Write the outputs of a run's model for examples of a file or a split."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
     "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on several ranks."),
     "discover": ("hvdtrain.cli.discover", "Print the current hosts, for elastic training."),

@@ -179,6 +179,15 @@ def gather_array(values: NDArray[Any], name: str, group: Group = None) -> NDArra
     return gathered.reshape((size(group), *values.shape))
 
 
+def gather_rows(values: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return every rank's rows, (n, *shape) of any n, one after the other in the order of ranks, on every rank."""
+    if size() == 1:
+        return values
+    rows = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8).copy()
+    joined = wait(all_gather_async(torch.from_numpy(rows), name)).numpy()
+    return joined.view(values.dtype).reshape(-1, *values.shape[1:])
+
+
 def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:
     """Call `function` on the root only, and return its result, or raise its error, on every rank alike.
 

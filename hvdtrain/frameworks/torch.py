@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.framework import FRAMEWORKS, Framework, Step
+from hvdtrain.recipe.framework import FRAMEWORKS, Framework, Predictor, Step
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,4 +28,14 @@ def load_torch_model(recipe: Recipe, state: bytes, seed: int, device: str) -> nn
     return load_model(recipe, state, seed, device)
 
 
-FRAMEWORKS.register("torch", Framework("torch", "hvdtrain.torch.Recipe", make_torch_step, load_torch_model))
+def make_torch_predictor(recipe: Recipe, state: bytes, world: World, options: StepOptions) -> Predictor:
+    """Return the Predictor of a torch recipe."""
+    from hvdtrain.torch.predictor import TorchPredictor
+
+    return TorchPredictor(recipe, state, world, options)
+
+
+FRAMEWORKS.register(
+    "torch",
+    Framework("torch", "hvdtrain.torch.Recipe", make_torch_step, load_torch_model, make_torch_predictor),
+)

@@ -251,6 +251,25 @@ class Step(Protocol):
         """Undo what was changed in the process, the model and the optimizer; the step is not used any more."""
 
 
+class Predictor(Protocol):
+    """One rank's model of a finished run, for predictions."""
+
+    def open_examples(self, source: Any) -> int:
+        """Load a split of the recipe, by its name, or take a dataset; return the number of its examples.
+
+        All ranks call it. Raises UserError, RecipeError: on all ranks alike.
+        """
+
+    def load_batches(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Ids, Any]]:
+        """Yield the batch of each chunk of the opened examples, in order."""
+
+    def predict_batch(self, batch: Any, count: int, seed: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Return the outputs of a batch of `count` examples, (B, ...) of each. Raises RunError, RecipeError."""
+
+    def close(self) -> None:
+        """End loader processes, and leave this process as it was."""
+
+
 @dataclass(frozen=True)
 class Framework:
     """How the recipes of a framework are trained."""
@@ -260,6 +279,8 @@ class Framework:
     make_step: Callable[[Any, World, Any], Step]  # from a recipe, its world and exchange.step_options.StepOptions
     # From a recipe, a checkpoint's state, the run's seed and a device: the model, as it was evaluated.
     load_model: Callable[[Any, bytes, int, str], Any] | None = None
+    # From a recipe, a checkpoint's state, a world and exchange.step_options.StepOptions.
+    make_predictor: Callable[[Any, bytes, World, Any], Predictor] | None = None
 
 
 FRAMEWORKS: Registry[Framework] = Registry("framework", "hvdtrain.frameworks", "hvdtrain.frameworks")

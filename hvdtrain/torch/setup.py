@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -31,8 +31,8 @@ NONDETERMINISTIC_TEXT = " does not have a deterministic implementation"  # torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
-    """Load the recipe's datasets, those that are not None.
+def load_datasets(recipe: Recipe, world: World, seed: int, splits: Sequence[Split] | None = None) -> dict[Split, Any]:
+    """Load the recipe's datasets, those that are not None. splits: which; None: all.
 
     The first rank of each host goes first, so that what it fetches is there for the others. Processes that are alone,
     as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded with
@@ -41,7 +41,7 @@ def load_datasets(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
     Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
     with lock_data_loading(recipe) if world.size == 1 else contextlib.nullcontext():
-        return _load_local_leader_first(recipe, world, seed)
+        return _load_local_leader_first(recipe, world, seed, splits or ("train", *recipe.evals))
 
 
 def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
@@ -51,11 +51,11 @@ def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
     return hold_host_lock(f"{name}-{source}", f"load the data of {name}")
 
 
-def _load_local_leader_first(recipe: Recipe, world: World, seed: int) -> dict[Split, Any]:
+def _load_local_leader_first(recipe: Recipe, world: World, seed: int, splits: Sequence[Split]) -> dict[Split, Any]:
     loaded: dict[Split, Any] = {}
 
     def load_splits() -> None:
-        for split in ("train", *recipe.evals):
+        for split in splits:
             seed_all([seed])
             with in_recipe(recipe, f"dataset({split!r})"):
                 dataset = recipe.dataset(split)
