@@ -22,6 +22,7 @@ from hvdtrain.compression.spec import AUTO
 from hvdtrain.exchange.advisor import Advisor
 from hvdtrain.exchange.buckets import (
     SPARSE_FLAG,
+    AwaitedSums,
     Bucket,
     ExchangeConfig,
     NamedParameters,
@@ -37,7 +38,8 @@ class BucketedExchange(BucketLayout):
     """Sums or averages gradients over ranks once per step, overlapping with the backward pass.
 
         autograd's hook          a gradient is copied into its bucket;   a full bucket: `start_reduction`
-        finish_exchange          what is left is sent;   all second rounds;   all decoded;   p.grad = view of the bucket
+        wait_for_sums            what is left is sent;   all second rounds;   all decoded
+        finish_exchange          residuals are committed, if the step is made;   p.grad = view of the bucket
 
     A parameter that no rank used keeps the gradient None, so that the optimizer leaves it alone as it would in a single
     process; one that only some ranks used counts as zero on the others.
@@ -54,6 +56,8 @@ class BucketedExchange(BucketLayout):
         backward_end: when `finish_exchange` was last called, by time.perf_counter.
         checks_finite: whether a step looks if all sums are finite even if no codec needs to know.
         sums_are_finite: what it saw in the last step; the same on all ranks.
+        step_is_made: False, set on all ranks before `finish_exchange`: the sums will not be used, and residuals stay
+            as they were.
         advisor: of compression "auto".
     """
 
@@ -83,6 +87,7 @@ class BucketedExchange(BucketLayout):
                 raise ValueError(f"{name} is in another DistributedOptimizer already: call its exchange.close() first")
         self.checks_finite = False
         self.sums_are_finite = True
+        self.step_is_made = True
         self.advisor = Advisor(self) if config.spec.method == AUTO else None
         # Finished gradients of parameters in no bucket that is sent, in the order in which they came.
         self._arrived: dict[torch.nn.Parameter, None] = {}
@@ -92,6 +97,7 @@ class BucketedExchange(BucketLayout):
         self._remaining_passes: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
         self._is_last_pass: bool | None = None  # of the step; None: the caller does not announce passes
         self._paused = False
+        self._awaited: AwaitedSums | None = None  # of the step, once they were waited for
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, p in named:
             self._register_parameter(name, p)
@@ -160,6 +166,7 @@ class BucketedExchange(BucketLayout):
         self._reset_step()
 
     def _reset_step(self) -> None:
+        self._awaited = None
         self._arrived.clear()
         self._has_late_gradients = None
         for bucket in self.buckets:
@@ -236,8 +243,8 @@ class BucketedExchange(BucketLayout):
             self._has_late_gradients = any(map(expects_gradient, self.inactive_params))
         return self._has_late_gradients
 
-    def finish_exchange(self) -> None:
-        """Send what is left, wait for all, and set every gradient. All ranks call it once per step."""
+    def wait_for_sums(self) -> None:
+        """Send what is left and wait for all; `finish_exchange` does it unless it was done. All ranks call it."""
         self.backward_end = time.perf_counter()
         self.waited = 0.0
         buckets = self.active_buckets
@@ -256,9 +263,18 @@ class BucketedExchange(BucketLayout):
         stateful = any(isinstance(b.reducer, CompressedReducer) or b.reducer.carried_over is not None for b in buckets)
         if stateful or self.checks_finite:
             self.sums_are_finite = all(bucket.reducer.sum_is_finite() for bucket in buckets)
-        for bucket in buckets:
-            self._set_gradients(bucket, committed=stateful and self.sums_are_finite)
+        self._awaited = AwaitedSums(buckets, late, stateful)
+
+    def finish_exchange(self) -> None:
+        """Set every gradient to the sum over ranks. All ranks call it once per step."""
+        if self._awaited is None:
+            self.wait_for_sums()
+        assert self._awaited is not None
+        awaited, late = self._awaited, self._awaited.late
+        for bucket in awaited.buckets:
+            self._set_gradients(bucket, awaited.stateful and self.sums_are_finite and self.step_is_made)
         self._reset_step()
+        self.step_is_made = True
         self.steps += 1
         if self.suspend_frozen() or late:
             self.refresh_layout()

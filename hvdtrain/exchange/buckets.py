@@ -131,6 +131,15 @@ class Bucket:
         return self.memory_views[memory]
 
 
+@dataclass(frozen=True)
+class AwaitedSums:
+    """A step's sums over ranks that have arrived."""
+
+    buckets: list[Bucket]
+    late: bool  # some are of parameters that were in no bucket that is sent
+    stateful: bool  # some reducer keeps something for the next step
+
+
 NamedParameters = list[tuple[str, torch.nn.Parameter]]
 
 
