@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import get_numerators
 
 
-def trace_loss(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -> bytes | None:
-    """Trace the loss of a batch into a serialized GraphDef; None for a batch that is not a sequence of tensors.
+def trace_losses(recipe: Recipe, model: torch.nn.Module, batch: Any, losses: Sequence[str], draw: bool) -> bytes | None:
+    """Trace the losses of a batch into a serialized GraphDef; None for a batch that is not a sequence of tensors.
 
-    All ranks call it, for `score` may exchange something with the others. draw: return the graph; otherwise None.
-    Puts the model into evaluation mode. Raises whatever the recipe's code raises when it is traced.
+    All ranks call it, for `score` may exchange something with the others. Puts the model into evaluation mode. Raises
+    whatever the recipe's code raises when it is traced.
+
+    Args:
+        recipe: that scores.
+        model: scored with.
+        batch: to score.
+        losses: the names of the scores that are minimized; their sum is traced.
+        draw: return the graph; otherwise None.
     """
     if not isinstance(batch, (list, tuple)) or not all(isinstance(part, torch.Tensor) for part in batch):
         return None
@@ -31,7 +39,9 @@ def trace_loss(recipe: Recipe, model: torch.nn.Module, batch: Any, draw: bool) -
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
             given = type(batch)(*tensors) if hasattr(batch, "_fields") else type(batch)(tensors)
-            return get_numerators(recipe.score(self.model, given)["loss"])
+            scores = recipe.score(self.model, given)
+            values = [get_numerators(scores[name]) for name in losses]
+            return values[0] if len(values) == 1 else torch.stack([value.sum() for value in values]).sum()
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # tracing warns of every branch in Python

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,17 +13,10 @@ from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse_compression, select_layers
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.sharded import ShardedExchange
-from hvdtrain.exchange.state import (
-    ExchangeState,
-    gather_exchange_state,
-    load_exchange_state,
-    local_exchange_state,
-    restore_local_state,
-    scale_state,
-)
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.seeds import derive_seed
+from hvdtrain.torch.carried_state import CarriedState
 from hvdtrain.torch.groups import get_parameter_names, match_groups, reorder_state
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
@@ -61,13 +54,14 @@ class UpdateSettings:
 class OptimizedLoss:
     """A score that is minimized by an optimizer of its own.
 
-    A step is `start_step`, `backward` for each micro-batch, `reduce_gradients`, and `clip_and_step` unless a sum is not
-    finite; or `start_step` and `leave_out`.
+    A step is `start_step`, `backward` for each micro-batch, `wait_for_sums`, `reduce_gradients`, and `clip_and_step`
+    unless a sum is not finite; or `start_step` and `leave_out`.
 
     Attributes:
         name: of the score.
         optimizer: the recipe's, wrapped.
         bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
+        carried: what the exchange carries from step to step.
         steps: in which it took part in this process.
         gradient_factor: of the step's gradients once they are exchanged and unscaled: examples / own denominators.
         base_lrs: each group's learning rate, before the schedule.
@@ -80,13 +74,14 @@ class OptimizedLoss:
         self.column_suffix = f"_{name.removeprefix('loss_')}" if settings.several else ""
         self.bucketed_exchange: BucketedExchange | None = None
         self.shard_exchange: ShardedExchange | None = None
+        self.carried = CarriedState()
         self.steps, self.gradient_factor = 0, 1.0
         self.base_lrs: list[float] = []
         self.hyperparameters: list[ParamGroup] = []
         self._has_joined = False  # a world, now or before
-        self._carried_state: ExchangeState | None = None  # the exchange's, from one world to the next
         self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
+        self._step_parameters: list[nn.Parameter] = []  # when it began
         self._state_checked = False
 
     # The world.
@@ -125,18 +120,17 @@ class OptimizedLoss:
         self, exchange: BucketedExchange | ShardedExchange | None, log_line: Callable[[str], object]
     ) -> None:
         self.bucketed_exchange = exchange if isinstance(exchange, BucketedExchange) else None
+        self.carried.exchange = self.bucketed_exchange
         self.shard_exchange = exchange if isinstance(exchange, ShardedExchange) else None
         if exchange is not None:
             clips = self.settings.options.optimization.clip_norm is not None
-            exchange.checks_finite = self.settings.scaler is None and not clips
+            exchange.checks_finite = self.settings.scaler is None and (self.settings.several or not clips)
         if self.bucketed_exchange is not None and self.bucketed_exchange.advisor is not None:
             self.bucketed_exchange.advisor.log_line = log_line
 
     def leave_world(self) -> None:
         """Leave the exchange of a world; what it has not sent is kept for the next."""
-        if self.bucketed_exchange is not None and (self._carried_state is None or self.bucketed_exchange.buckets):
-            self._carried_state = local_exchange_state(self.bucketed_exchange)
-            # Else the world broke before the state was loaded into it.
+        self.carried.keep()
         self.close()
 
     def close(self) -> None:
@@ -148,8 +142,8 @@ class OptimizedLoss:
 
     def get_parameters(self) -> list[nn.Parameter]:
         """Return the optimizer's parameters, without waiting for gradients."""
-        groups = vars(self.optimizer).get("param_groups", self.optimizer.param_groups)
-        return [p for group in groups for p in group["params"]]
+        own = vars(self.optimizer)  # the property of the wrapped optimizer waits for gradients
+        return [p for group in own.get("param_groups") or self.optimizer.param_groups for p in group["params"]]
 
     def collect_gradients(self) -> list[Tensor]:
         """Return the gradients of those parameters that have one."""
@@ -159,6 +153,7 @@ class OptimizedLoss:
         """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(sum(passes))
+        self._step_parameters = self.get_parameters()
         if self.shard_exchange is not None:
             self.shard_exchange.start_exchange(passes)
 
@@ -179,14 +174,26 @@ class OptimizedLoss:
         if objective.requires_grad and not self.settings.several:
             objective.backward()  # type: ignore[no-untyped-call]
         elif objective.requires_grad:
-            trained = [p for p in self.get_parameters() if p.requires_grad]
+            trained = [p for p in self._step_parameters if p.requires_grad]
             if trained:
                 torch.autograd.backward(objective, inputs=trained, retain_graph=keep_graph)
         if self.shard_exchange is not None:
             self.shard_exchange.end_backward_pass()
 
-    def reduce_gradients(self) -> tuple[str, ...]:
-        """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
+    def wait_for_sums(self) -> bool:
+        """Wait for the gradients' sums over ranks; return whether they are finite, if their exchange looks."""
+        if self.bucketed_exchange is None:
+            return True
+        self.bucketed_exchange.wait_for_sums()
+        return self.bucketed_exchange.sums_are_finite
+
+    def reduce_gradients(self, is_made: bool) -> tuple[str, ...]:
+        """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite.
+
+        is_made: False if it is known that there will be no update.
+        """
+        if self.bucketed_exchange is not None:
+            self.bucketed_exchange.step_is_made = is_made
         self.optimizer.synchronize()
         self.steps += 1
         if self.settings.scaler is not None:
@@ -271,24 +278,6 @@ class OptimizedLoss:
 
     # The state.
 
-    def scale_carried_state(self, factor: float) -> None:
-        """Multiply what the exchange carries from step to step, when the loss scale changes by a factor."""
-        if self.bucketed_exchange is not None:
-            scale_state(self.bucketed_exchange, factor)
-
-    def gather_carried_state(self) -> dict[str, object] | None:
-        """Return the exchange's part of a checkpoint, the same on all ranks, all of which call this."""
-        if self.bucketed_exchange is None:
-            return None
-        exact = self.settings.options.exchange.saves_rank_residuals
-        return gather_exchange_state(self.bucketed_exchange, exact).to_checkpoint()
-
-    def local_carried_state(self) -> dict[str, object] | None:
-        """Return the exchange's part of this rank's checkpoint after the world has broken, without what is unsent."""
-        if self._carried_state is None:
-            return None
-        return replace(self._carried_state, unsent={}, velocities={}).to_checkpoint()
-
     def get_state(self) -> StateDict:
         """Return the state of the optimizer."""
         names = get_parameter_names(self.optimizer, self.settings.model)
@@ -307,10 +296,4 @@ class OptimizedLoss:
             earlier = [earlier[place] for place in places if place < len(earlier)]
         self.optimizer.load_state_dict(own)
         apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
-        if self.bucketed_exchange is not None and carried is not None:
-            loaded = ExchangeState.from_checkpoint(carried)
-            load_exchange_state(self.bucketed_exchange, loaded)
-            # A checkpoint of the run folder has what all ranks have not sent.
-            if self._carried_state is not None and not (loaded.unsent or loaded.velocities):
-                restore_local_state(self.bucketed_exchange, self._carried_state)
-            self._carried_state = None
+        self.carried.load(carried)

@@ -52,7 +52,9 @@ class Scorer:
         self.session.start_pass(training=True)
         with self.autocast_context():
             scores = self._call_score(model, self.move_batch(batch))
-        check_scores(self.recipe, scores, layout, count)
+        check_scores(self.recipe, scores, layout, count, partial=layout.several)
+        if layout.several:  # which `score` calls no collectives in
+            return scores
         tied = self.session.end_forward(get_numerators(scores["loss"]))
         return {**scores, "loss": replace_numerators(scores["loss"], tied)}
 
@@ -62,7 +64,7 @@ class Scorer:
         with self.autocast_context():
             scores = self._call_score_without_graph(model, batch)
         check_scores(self.recipe, scores, layout, count)
-        check_loss_denominators(self.recipe, scores)
+        check_loss_denominators(self.recipe, scores, layout)
         return scores
 
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:

@@ -6,6 +6,7 @@ A score is (B,) or (B, k), or a pair of such numerators and their denominators, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -18,28 +19,51 @@ from hvdtrain.torch.recipe import Recipe
 Scores: TypeAlias = "Mapping[str, Tensor | tuple[Tensor, Tensor]]"  # by name: values, or (numerators, denominators)
 
 
-def find_layout(recipe: Recipe, scores: Any, count: int) -> ScoreLayout:
-    """Return how the scores of `count` examples are summed, "loss" first.
+@dataclass(frozen=True)
+class LossNames:
+    """Which scores a recipe minimizes.
+
+    Attributes:
+        names: of them.
+        several: whether each has an optimizer of its own; then any score may be left out of a training step.
+        columns: of metrics.jsonl that there are for each of them, which no other score may have.
+    """
+
+    names: tuple[str, ...] = ("loss",)
+    several: bool = False
+    columns: frozenset[str] = frozenset()
+
+
+def find_layout(recipe: Recipe, scores: Any, count: int, losses: LossNames = LossNames()) -> ScoreLayout:
+    """Return how the scores of `count` examples are summed, the losses first.
 
     Raises UserError if there is no loss, a name is taken, or a score is not as it should be.
     """
-    if not isinstance(scores, dict) or "loss" not in scores:
-        raise UserError(f"{type(recipe).__name__}.score must return a dict with 'loss', got {describe_value(scores)}")
-    names = ("loss", *(name for name in scores if name != "loss"))
-    check_column_names(f"{type(recipe).__name__}.score", names)
-    layout = ScoreLayout(tuple(_find_metric(recipe, name, scores[name]) for name in names))
+    method = f"{type(recipe).__name__}.score"
+    missing = [name for name in losses.names if name not in scores] if isinstance(scores, dict) else losses.names
+    if missing and losses.several:
+        raise UserError(
+            f"{method} must return a dict with {', '.join(map(repr, losses.names))}, one for each optimizer, unless "
+            f"self.now.training; in an evaluation it lacks {', '.join(map(repr, missing))}"
+        )
+    if missing:
+        raise UserError(f"{method} must return a dict with 'loss', got {describe_value(scores)}")
+    names = (*losses.names, *(name for name in scores if name not in losses.names))
+    check_column_names(method, names, losses.columns)
+    metrics = (_find_metric(recipe, name, scores[name], losses) for name in names)
+    layout = ScoreLayout(tuple(metrics), losses.names, losses.several)
     check_scores(recipe, scores, layout, count)
-    check_loss_denominators(recipe, scores)
+    check_loss_denominators(recipe, scores, layout)
     return layout
 
 
-def _find_metric(recipe: Recipe, name: str, score: Any) -> Metric:
+def _find_metric(recipe: Recipe, name: str, score: Any, losses: LossNames) -> Metric:
     """Return how a score is summed, by its dimensions only."""
     numerators, denominators = split_score(recipe, name, score)
-    is_vector = name != "loss" and isinstance(numerators, Tensor) and numerators.dim() == 2
+    is_vector = name not in losses.names and isinstance(numerators, Tensor) and numerators.dim() == 2
     width = numerators.shape[1] if is_vector else None
     if denominators is None:
-        return Metric(name, width)
+        return Metric(name, width, int(losses.several), counts_examples=losses.several)
     own_width = width if isinstance(denominators, Tensor) and denominators.dim() == 2 else None
     return Metric(name, width, 1 if own_width is None else own_width)
 
@@ -66,17 +90,21 @@ def replace_numerators(score: Tensor | tuple[Tensor, Tensor], numerators: Tensor
     return (numerators, score[1]) if isinstance(score, (tuple, list)) else numerators
 
 
-def check_scores(recipe: Recipe, scores: Any, layout: ScoreLayout, count: int) -> None:
-    """Raise UserError unless there is each score and no other, for each of `count` examples, as `layout` has it."""
-    if not isinstance(scores, dict) or scores.keys() != set(layout.names):
+def check_scores(recipe: Recipe, scores: Any, layout: ScoreLayout, count: int, partial: bool = False) -> None:
+    """Raise UserError unless there is each score and no other, for each of `count` examples, as `layout` has it.
+
+    partial: some may be left out.
+    """
+    names = set(layout.names)
+    if not isinstance(scores, dict) or not (scores.keys() <= names if partial else scores.keys() == names):
         now = ", ".join(scores) if isinstance(scores, dict) else describe_value(scores)
         raise UserError(
             f"{type(recipe).__name__}.score must always return the same scores: first "
             f"{', '.join(layout.names)}, now {now}"
         )
-    for metric in layout.metrics:
+    for metric in (metric for metric in layout.metrics if metric.name in scores):
         numerators, denominators = split_score(recipe, metric.name, scores[metric.name])
-        if (denominators is not None) != (metric.num_denominators > 0):
+        if (denominators is not None) != metric.is_pair:
             now = "a pair" if denominators is not None else "no pair"
             first = "no pair" if denominators is not None else "a pair"
             raise UserError(
@@ -102,29 +130,47 @@ def _check_tensor(recipe: Recipe, metric: Metric, value: Any, shape: tuple[int, 
         raise UserError(f"{where} should be real, got {str(value.dtype).removeprefix('torch.')}: take its abs()")
 
 
-def check_loss_denominators(recipe: Recipe, scores: Scores) -> None:
-    """Raise UserError if a denominator of the loss is negative."""
-    score = scores["loss"]
-    if isinstance(score, (tuple, list)) and bool((score[1] < 0).any()):
-        raise negative_denominators(recipe)
+def check_loss_denominators(recipe: Recipe, scores: Scores, layout: ScoreLayout) -> None:
+    """Raise UserError if a denominator of a loss is negative."""
+    if any(bool((scores[name][1] < 0).any()) for name in layout.loss_denominators):
+        raise negative_denominators(recipe, layout)
 
 
-def negative_denominators(recipe: Recipe) -> UserError:
-    """Return the error for denominators of the loss that are negative."""
+def negative_denominators(recipe: Recipe, layout: ScoreLayout) -> UserError:
+    """Return the error for denominators of a loss that are negative."""
+    names = " or ".join(map(repr, layout.loss_denominators))
     return UserError(
-        f"{type(recipe).__name__}.score: a denominator of 'loss' is negative; expected weights of 0 or more, such as "
+        f"{type(recipe).__name__}.score: a denominator of {names} is negative; expected weights of 0 or more, such as "
         "numbers of tokens"
     )
 
 
 def sum_scores(scores: Scores, layout: ScoreLayout) -> Tensor:
     """Return (layout.num_sums,) float64: numerators, then denominators, summed over the batch."""
+    if layout.several:
+        return _sum_present_scores(scores, layout)
     parts = [get_numerators(scores[name]) for name in layout.names]
     parts += [scores[metric.name][1] for metric in layout.metrics if metric.num_denominators]
     sums = [part.detach().double().sum(0) for part in parts]
     if len(sums) == layout.num_sums and all(total.dim() == 0 for total in sums):
         return torch.stack(sums)
     return torch.cat([total.reshape(-1) for total in sums])
+
+
+def _sum_present_scores(scores: Scores, layout: ScoreLayout) -> Tensor:
+    """Return (layout.num_sums,) float64, with zeros for scores that were left out."""
+    some = get_numerators(next(iter(scores.values())))
+    numerators, denominators = [], []
+    for metric in layout.metrics:
+        if metric.name in scores:
+            values = get_numerators(scores[metric.name])
+            weights = scores[metric.name][1] if metric.is_pair else some.new_ones(len(values), dtype=torch.float64)
+        else:
+            values = some.new_zeros(metric.num_numerators, dtype=torch.float64)[None]
+            weights = some.new_zeros(metric.num_denominators, dtype=torch.float64)[None]
+        numerators.append(values.detach().double().sum(0).reshape(-1))
+        denominators.append(weights.detach().double().sum(0).reshape(-1))
+    return torch.cat([*numerators, *denominators])
 
 
 def describe_value(value: Any) -> str:

@@ -42,20 +42,15 @@ from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.sandbox import preserve_random_state
+from hvdtrain.torch.score_session import SEVERAL_OPTIMIZERS_REFUSAL
 from hvdtrain.torch.scorer import Scorer
-from hvdtrain.torch.scores import negative_denominators, sum_scores
+from hvdtrain.torch.scores import sum_scores
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
 from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import TrainingState
-from hvdtrain.torch.sums import StepSums
+from hvdtrain.torch.sums import StepSums, StepTotals
 from hvdtrain.torch.tensors import checksum_model
-from hvdtrain.torch.trial import (
-    TrialResult,
-    initialize_lazy_modules,
-    join_evaluation_pass,
-    run_trial,
-    trace_model_graph,
-)
+from hvdtrain.torch.trial import Trial, initialize_lazy_modules
 from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
 
@@ -109,9 +104,13 @@ class TorchStep:
             reject_scheduler(recipe, self.updater.optimizers.values())
             parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
-            trial = self._run_trial()
-            self.layout, self.trial_means = trial.layout, trial.means
-            self.score_uses_collectives = trial.calls_collectives
+            self._trial = self._prepare_trial()
+            trial = self._trial.run()
+            self.layout, self.trial_means, self.score_uses_collectives = (
+                trial.layout,
+                trial.means,
+                trial.calls_collectives,
+            )
             self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
             scores_part = metrics_part(self.layout, trial.exchanges.describe_calls())
             self.agreement_parts: Sequence[ConsistentPart] = [*parts, scores_part]
@@ -125,7 +124,7 @@ class TorchStep:
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
             collectives.on_all_ranks("recipe_state", self.recipe_state.collect_values)
             self.state = TrainingState(self.recipe_state, self.model, self.updater, self.ema, self.changes)
-            self.sums = StepSums(self.layout, self.changes.num_change_flags, options.exchange.num_shards, self.device)
+            self.sums = StepSums(recipe, self.layout, self.changes.num_change_flags, options.exchange, self.device)
             self._messages = self.updater.log_lines
             self._messages += modes.get_warnings()
             self._votes, self._batch_share, self._num_micro_batches, self._micro_batches_done = StepVotes(), 0.0, 0, 0
@@ -137,13 +136,12 @@ class TorchStep:
 
     # What is known before the first step.
 
-    def _run_trial(self) -> TrialResult:
-        """Score two examples with a copy of the recipe, and return what that does."""
-        count = min(2, self.examples["train"])
-        batch, attempt = self._load_two_examples(), explain_nondeterminism(run_trial)
-        return collectives.on_all_ranks(
-            "trial", lambda: attempt(self.scorer, self.model, self._list_shared(), batch, count)
-        )
+    def _prepare_trial(self) -> Trial:
+        """Return the trial of the recipe with two examples."""
+        if self.updater.several:
+            self.scorer.session.refusal = SEVERAL_OPTIMIZERS_REFUSAL
+        shared, count = [*self.datasets.values(), *self.updater.optimizers.values()], min(2, self.examples["train"])
+        return Trial(self.scorer, self.model, shared, self.updater.loss_names, count, self._load_two_examples)
 
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
@@ -167,12 +165,7 @@ class TorchStep:
     def trace_graph(self) -> bytes | None:
         if self.score_needs_whole_batch:  # a part of it on each rank
             return None
-        batch = self._load_two_examples()
-        return trace_model_graph(self.recipe, self.model, self._list_shared(), batch, self.world.rank)
-
-    def _list_shared(self) -> list[Any]:
-        """Return what a trial's copies refer to as it is."""
-        return [*self.datasets.values(), *self.updater.optimizers.values()]
+        return self._trial.trace_graph(draw=self.world.rank == 0)
 
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
         return self.splits.draw_order(seed, epoch)
@@ -187,6 +180,8 @@ class TorchStep:
         self.updater.start_step(passes)
         self.sums.start_step(passes, self.updater.first_shard)
         self.scorer.session.start_step()
+        self._totals: StepTotals | None = None  # of all ranks, once they are known
+        self._waited = 0.0
         self._num_micro_batches, self._micro_batches_done, self._batch_share = sum(passes), 0, batch_share
         self._step_in_progress = True
         self.changes.start_step()
@@ -203,6 +198,8 @@ class TorchStep:
         is_last = self._micro_batches_done == self._num_micro_batches
         if is_last:  # the forward passes are over: sums and buffers travel while backward computes
             self._start_small_all_reduces()
+            if self.layout.several:  # first, whether all ranks exchange gradients of the same losses
+                self._totals = self._await_totals()
         self.updater.backward(scores, weight, last=is_last)
 
     def _start_small_all_reduces(self) -> None:
@@ -215,19 +212,25 @@ class TorchStep:
         if self._num_micro_batches == 0:
             self._start_small_all_reduces()
             self.scorer.session.join_pass(self.device)
-        nonfinite_gradients = self.updater.reduce_gradients()
-        waited = self.sums.wait() + self.scorer.session.waited
-        totals = self.sums.read_totals()
+            self._totals = self._await_totals() if self.layout.several else None
+        self.updater.wait_for_sums()
+        totals = self._totals or self._await_totals()
+        nonfinite_gradients = self.updater.reduce_gradients(totals.nonfinite_ranks == 0, totals.gradient_factors)
+        waited = self._waited + self.scorer.session.waited
         begin = time.perf_counter()
         self.changes.reconcile_changes(totals.change_flags, self._num_micro_batches)
         if self.world.size > 1:
             waited += self.updater.waited + time.perf_counter() - begin
         self._messages += self.changes.buffer_reducer.take_warnings()
         self.updater.check_losses_train(lambda name: self.layout.numerator(totals.scores, name))
-        if totals.negative_ranks:
-            raise negative_denominators(self.recipe)
-        self.updater.rescale_gradients(totals.gradient_factor)
         return totals.make_result(nonfinite_gradients, bool(self.sums.nonfinite_here), waited)
+
+    def _await_totals(self) -> StepTotals:
+        """Wait for the sums and votes of all ranks, which say what takes part in the step."""
+        self._waited += self.sums.wait()
+        totals = self.sums.read_totals()
+        self.updater.select_losses(totals.losses)
+        return totals
 
     def apply_update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
         seed_all(seed)  # what an optimizer draws is the same on all ranks
@@ -267,7 +270,7 @@ class TorchStep:
         return self.model if self.ema is None else self.ema.module.eval()
 
     def join_evaluation(self, split: Split) -> None:
-        join_evaluation_pass(self.scorer, self.model, self._list_shared(), split, self._load_two_examples)
+        self._trial.join_evaluation_pass(split)
 
     def gather_state(self) -> bytes:
         self.recipe_state.forget_snapshot()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,15 +12,18 @@ from torch import nn
 from hvdtrain.comm import collectives
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
+from hvdtrain.recipe.now import temporary_now
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
-from hvdtrain.torch.graph import trace_loss
+from hvdtrain.torch.graph import trace_losses
+from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.pass_record import PassRecord
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.sandbox import is_lazy_module, open_sandbox
+from hvdtrain.torch.sandbox import Sandbox, is_lazy_module, open_sandbox
 from hvdtrain.torch.scorer import Scorer
-from hvdtrain.torch.scores import find_layout, get_numerators, sum_scores
+from hvdtrain.torch.scores import LossNames, check_scores, find_layout, get_numerators, sum_scores
+from hvdtrain.torch.setup import explain_nondeterminism
 from hvdtrain.torch.tensors import named_tensors
 
 
@@ -35,63 +38,88 @@ class TrialResult:
     exchanges: PassRecord  # by the collectives of hvdtrain that `score` calls
 
 
-def run_trial(scorer: Scorer, model: nn.Module, shared: Sequence[Any], batch: Any, count: int) -> TrialResult:
-    """Score a batch in training mode and make a backward pass, on copies.
+@dataclass(frozen=True)
+class Trial:
+    """A recipe, and some examples to try it with; nothing of that remains.
 
-    Args:
+    Attributes:
         scorer: of the recipe, of which a copy scores the batch.
         model: scored with, as a copy.
         shared: what the copies refer to as it is (`open_sandbox`).
-        batch: on the model's device.
-        count: its examples.
-
-    Raises:
-        UserError: for scores that are not as they should be, or buffers that are replaced.
+        losses: the scores that are minimized.
+        count: the examples of the batch.
+        load_batch: returns the batch, of a split, on the model's device.
     """
-    recipe, session = scorer.recipe, scorer.session
-    with session.record_pass() as exchanges, open_sandbox(recipe, model, shared) as trial:
-        before = snapshot_buffers(trial.model)
-        with collectives.count_calls() as counter:
-            with scorer.autocast_context(), in_recipe(recipe, "score()"):
-                scores = trial.recipe.score(trial.model, batch)
-            layout = find_layout(recipe, scores, count)
-            if (loss := session.end_forward(get_numerators(scores["loss"]))).requires_grad:
-                loss.sum().backward()  # type: ignore[no-untyped-call]
-        means = layout.means(sum_scores(scores, layout).cpu().numpy(), count)
-        return TrialResult(layout, means, find_changed_buffers(before), counter.calls > 0, exchanges)
 
+    scorer: Scorer
+    model: nn.Module
+    shared: Sequence[Any]
+    losses: LossNames
+    count: int
+    load_batch: Callable[[Split], Any]
 
-def join_evaluation_pass(
-    scorer: Scorer, model: nn.Module, shared: Sequence[Any], split: Split, load_batch: Callable[[Split], Any]
-) -> None:
-    """Take part in a pass of an evaluation without an example, by what a trial on this rank exchanges.
+    def run(self) -> TrialResult:
+        """Score the batch in training mode and make a backward pass; all ranks call it.
 
-    Args:
-        scorer: of the recipe.
-        model: copied, as the recipe is.
-        shared: what the copies refer to as it is.
-        split: the evaluation set.
-        load_batch: returns some of its examples, on the model's device; called once for each split.
-    """
-    records = scorer.session.evaluation_records
-    if split not in records:
-        batch = load_batch(split)
-        with scorer.session.record_pass() as records[split], open_sandbox(scorer.recipe, model, shared) as trial:
-            trial.model.eval()
-            with torch.no_grad(), scorer.autocast_context(), in_recipe(scorer.recipe, "score()"):
-                trial.recipe.score(trial.model, batch)
-    scorer.session.join_pass(scorer.device, split)
+        If losses are left out of the first step, a second pass, as in an evaluation, shows all scores.
 
+        Raises:
+            UserError: on all ranks, for scores that are not as they should be, or buffers that are replaced.
+        """
+        batch = self.load_batch("train")
+        return collectives.on_all_ranks("trial", lambda: self._run_here(batch))
 
-def trace_model_graph(recipe: Recipe, model: nn.Module, shared: Sequence[Any], batch: Any, rank: int) -> bytes | None:
-    """Return the model's graph on rank 0, if the batch can be traced; all ranks call it.
+    @explain_nondeterminism
+    def _run_here(self, batch: Any) -> TrialResult:
+        recipe, session, losses = self.scorer.recipe, self.scorer.session, self.losses
+        with session.record_pass() as exchanges, open_sandbox(recipe, self.model, self.shared) as sandbox:
+            before = snapshot_buffers(sandbox.model)
+            with collectives.count_calls() as counter:
+                with self.scorer.autocast_context(), in_recipe(recipe, "score()"):
+                    all_scores = scores = sandbox.recipe.score(sandbox.model, batch)
+                if losses.several and not (isinstance(scores, dict) and scores.keys() >= set(losses.names)):
+                    all_scores = self._score_as_evaluation(sandbox, batch)
+                layout = find_layout(recipe, all_scores, self.count, losses)
+                check_scores(recipe, scores, layout, self.count, partial=losses.several)
+                found = [get_numerators(scores[name]) for name in losses.names if name in scores]
+                found[0] = session.end_forward(found[0])
+                if trained := [values.sum() for values in found if values.requires_grad]:
+                    torch.autograd.backward(trained)
+            means = layout.means(sum_scores(all_scores, layout).cpu().numpy(), self.count)
+            return TrialResult(layout, means, find_changed_buffers(before), counter.calls > 0, exchanges)
 
-    Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
-    """
-    with open_sandbox(recipe, model, shared) as trial:
-        if trial.copy_error is not None:
-            raise UserError(f"the recipe or its model cannot be copied ({trial.copy_error})")
-        return trace_loss(trial.recipe, trial.model, batch, draw=rank == 0)
+    def _score_as_evaluation(self, sandbox: Sandbox, batch: Any) -> Any:
+        """Score the batch as an evaluation does, and put the model back into training mode."""
+        modes, now = TrainingModes(sandbox.model), replace(sandbox.recipe.now, training=False)
+        modes.enter_evaluation()
+        with temporary_now(sandbox.recipe, now), self.scorer.autocast_context(), in_recipe(sandbox.recipe, "score()"):
+            scores = sandbox.recipe.score(sandbox.model, batch)
+        modes.leave_evaluation()
+        return scores
+
+    def trace_graph(self, draw: bool) -> bytes | None:
+        """Return the model's graph if it is to be drawn and the batch can be traced; all ranks call it.
+
+        Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
+        """
+        batch = self.load_batch("train")
+        with open_sandbox(self.scorer.recipe, self.model, self.shared) as sandbox:
+            if sandbox.copy_error is not None:
+                raise UserError(f"the recipe or its model cannot be copied ({sandbox.copy_error})")
+            with temporary_now(sandbox.recipe, replace(sandbox.recipe.now, training=False)):
+                return trace_losses(sandbox.recipe, sandbox.model, batch, self.losses.names, draw)
+
+    def join_evaluation_pass(self, split: Split) -> None:
+        """Take part in a pass of an evaluation set without an example, by what a trial on this rank exchanges."""
+        scorer, records = self.scorer, self.scorer.session.evaluation_records
+        if split not in records:
+            batch = self.load_batch(split)
+            sandbox_of_pass = open_sandbox(scorer.recipe, self.model, self.shared)
+            with scorer.session.record_pass() as records[split], sandbox_of_pass as sandbox:
+                sandbox.model.eval()
+                with torch.no_grad(), scorer.autocast_context(), in_recipe(scorer.recipe, "score()"):
+                    sandbox.recipe.score(sandbox.model, batch)
+        scorer.session.join_pass(scorer.device, split)
 
 
 def initialize_lazy_modules(recipe: Recipe, model: nn.Module, make_batch: Callable[[], Any]) -> None:

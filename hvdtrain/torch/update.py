@@ -20,16 +20,16 @@ from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
 from hvdtrain.torch.optimized_loss import OptimizedLoss, UpdateSettings
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.scores import Scores, get_numerators
+from hvdtrain.torch.scores import LossNames, Scores, get_numerators
 from hvdtrain.torch.setup import make_optimizers
 
 
 class Updater:
     """Exchanges gradients and updates the parameters.
 
-    A step is `start_step`, `backward` for each micro-batch, `reduce_gradients`, and `clip_and_step` unless a sum is not
-    finite. With several losses, `select_losses` says before the last `backward`, on a rank without any before
-    `reduce_gradients`, which of them take part: the same on all ranks.
+    A step is `start_step`, `backward` for each micro-batch, `wait_for_sums`, `reduce_gradients`, and `clip_and_step`
+    unless a sum is not finite. With several losses, `select_losses` says before the last `backward`, on a rank without
+    any before `wait_for_sums`, which of them take part: the same on all ranks.
 
     Attributes:
         losses: the scores that are minimized, each by its optimizer, in the order of the recipe's dict.
@@ -39,7 +39,7 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, options: StepOptions) -> None:
-        self.model = model
+        self.model, self._saves_residuals = model, options.exchange.saves_rank_residuals
         self.log_lines: list[str] = []
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         optimizers = collectives.on_all_ranks("optimizer", lambda: self._make_optimizers(recipe, options))
@@ -49,6 +49,7 @@ class Updater:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here even if this rank has no examples
         self._has_joined = False  # a world, now or before
         self._in_step = self.losses  # those that take part in it
+        self._sums_are_finite = True  # of the step's gradients, as far as exchanges look
         self._steps = 0  # that were exchanged in this process
 
     def _make_optimizers(self, recipe: Recipe, options: StepOptions) -> dict[str, torch.optim.Optimizer]:
@@ -59,9 +60,11 @@ class Updater:
         return optimizers
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the losses."""
-        return tuple(loss.name for loss in self.losses)
+    def loss_names(self) -> LossNames:
+        """The names of the losses, and the columns of metrics.jsonl that come with several."""
+        suffixes = [loss.column_suffix for loss in self.losses] if self.several else []
+        columns = frozenset(f"{column}{suffix}" for column in ("lr", "gradient_norm") for suffix in suffixes)
+        return LossNames(tuple(loss.name for loss in self.losses), self.several, columns)
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -134,7 +137,7 @@ class Updater:
         """Let only these losses take part in the step, on all ranks alike."""
         self._in_step = tuple(loss for loss in self.losses if loss.name in names)
         for loss in self.losses:
-            if loss not in self._in_step:
+            if loss.name not in names:
                 loss.leave_out()
 
     def backward(self, scores: Scores, weight: float, last: bool) -> None:
@@ -153,18 +156,32 @@ class Updater:
                 objective = self.scaler.scale(objective)
             loss.backward(objective, last, keep_graph=loss is not present[-1])
 
-    def reduce_gradients(self) -> tuple[str, ...]:
-        """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite."""
-        self._steps += 1
-        return tuple(name for loss in self._in_step for name in loss.reduce_gradients())
+    def wait_for_sums(self) -> None:
+        """Wait for the gradients' sums over ranks."""
+        self._sums_are_finite = True
+        for loss in self._in_step:  # each, whatever the others are
+            self._sums_are_finite &= loss.wait_for_sums()
 
-    def rescale_gradients(self, factor: float) -> None:
-        """Let gradients, which are of the sum of losses / examples, be those of the step's loss when it is applied.
+    def reduce_gradients(self, loss_is_finite: bool, factors: Mapping[str, float]) -> tuple[str, ...]:
+        """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite.
 
-        factor: examples / the sum of the loss's own denominators, the same on all ranks.
+        What compression has not sent is of gradients that are not multiplied, and stays as it was if a loss is not
+        updated.
+
+        Args:
+            loss_is_finite: whether all losses are finite, on all ranks; else there will be no update.
+            factors: what the gradients of losses with denominators of their own are multiplied with, by loss: of the
+                sum of losses / examples they become those of the step's loss; 0: it is not updated.
         """
+        self._steps += 1
+        # A loss scale skips the losses one by one.
+        is_made = loss_is_finite and (self.scaler is not None or self._sums_are_finite)
+        nonfinite: list[str] = []
         for loss in self._in_step:
+            factor = factors.get(loss.name, 1.0)
+            nonfinite += loss.reduce_gradients(is_made and factor > 0)
             loss.gradient_factor = factor
+        return tuple(nonfinite)
 
     def check_losses_train(self, get_sum: Callable[[str], float]) -> None:
         """Raise UserError if no rank's loss has depended on a parameter so far, and that is not by chance.
@@ -180,7 +197,7 @@ class Updater:
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         if self.scaler is not None:
             report["loss_scale"] = scale
-        for loss in self._in_step:
+        for loss in (loss for loss in self._in_step if loss.gradient_factor != 0):
             loss.set_learning_rates(factor)
             report |= loss.clip_and_step()
         if self.several:
@@ -191,18 +208,18 @@ class Updater:
             report["skipped"] = float(new_scale < scale)
             if new_scale != scale:
                 for loss in self.losses:  # also what one that was left out carries is in gradients' units
-                    loss.scale_carried_state(new_scale / scale)
+                    loss.carried.scale(new_scale / scale)
         return report
 
     # The state.
 
     def gather_carried_state(self) -> dict[str, object] | None:
         """Return the exchanges' part of a checkpoint, the same on all ranks, all of which call this."""
-        return self._join_carried({loss.name: loss.gather_carried_state() for loss in self.losses})
+        return self._join_carried({loss.name: loss.carried.gather(self._saves_residuals) for loss in self.losses})
 
     def local_carried_state(self) -> dict[str, object] | None:
         """Return the exchanges' part of this rank's checkpoint after the world has broken, without what is unsent."""
-        return self._join_carried({loss.name: loss.local_carried_state() for loss in self.losses})
+        return self._join_carried({loss.name: loss.carried.get_local() for loss in self.losses})
 
     def _join_carried(self, parts: Mapping[str, dict[str, object] | None]) -> dict[str, object] | None:
         if not self.several:
@@ -222,9 +239,10 @@ class Updater:
             self.losses[0].load_state(state, carried)
         else:
             saved = state.get("optimizers", {"loss": state})
-            if sorted(saved) != sorted(self.names) or not self.several:
+            names = self.loss_names.names
+            if sorted(saved) != sorted(names) or not self.several:
                 raise UserError(
-                    f"the checkpoint's optimizers minimize {', '.join(saved)}, and this run's {', '.join(self.names)}: "
+                    f"the checkpoint's optimizers minimize {', '.join(saved)}, and this run's {', '.join(names)}: "
                     "return the same from optimizer() to resume"
                 )
             for loss in self.losses:

@@ -185,7 +185,7 @@ def commit_step(generation: Generation, position: Position, share: StepShare, ou
 def count_scores(run: Run, position: Position, result: StepResult, outcome: StepOutcome, count: int) -> float:
     """Add a step's scores to the sums of the epoch and of the next row, and return its loss."""
     layout, sums = run.step.layout, result.score_sums
-    numerator, denominator = float(sums[0]), layout.loss_denominator(sums, count)
+    numerator, denominator = layout.loss_sums(sums, count)
     if result.must_skip:
         position.advance_past_step(count, None)
     else:
