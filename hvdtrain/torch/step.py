@@ -42,7 +42,6 @@ from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.sandbox import preserve_random_state
-from hvdtrain.torch.score_session import SEVERAL_OPTIMIZERS_REFUSAL
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import sum_scores
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
@@ -106,11 +105,8 @@ class TorchStep:
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             self._trial = self._prepare_trial()
             trial = self._trial.run()
-            self.layout, self.trial_means, self.score_uses_collectives = (
-                trial.layout,
-                trial.means,
-                trial.calls_collectives,
-            )
+            self.layout, self.trial_means = trial.layout, trial.means
+            self.score_uses_collectives = trial.calls_collectives
             self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
             scores_part = metrics_part(self.layout, trial.exchanges.describe_calls())
             self.agreement_parts: Sequence[ConsistentPart] = [*parts, scores_part]
@@ -138,8 +134,6 @@ class TorchStep:
 
     def _prepare_trial(self) -> Trial:
         """Return the trial of the recipe with two examples."""
-        if self.updater.several:
-            self.scorer.session.refusal = SEVERAL_OPTIMIZERS_REFUSAL
         shared, count = [*self.datasets.values(), *self.updater.optimizers.values()], min(2, self.examples["train"])
         return Trial(self.scorer, self.model, shared, self.updater.loss_names, count, self._load_two_examples)
 

@@ -21,6 +21,7 @@ from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.pass_record import PassRecord
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import Sandbox, is_lazy_module, open_sandbox
+from hvdtrain.torch.score_session import SEVERAL_OPTIMIZERS_REFUSAL
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import LossNames, check_scores, find_layout, get_numerators, sum_scores
 from hvdtrain.torch.setup import explain_nondeterminism
@@ -72,6 +73,8 @@ class Trial:
     @explain_nondeterminism
     def _run_here(self, batch: Any) -> TrialResult:
         recipe, session, losses = self.scorer.recipe, self.scorer.session, self.losses
+        if losses.several:
+            session.refusal = SEVERAL_OPTIMIZERS_REFUSAL
         with session.record_pass() as exchanges, open_sandbox(recipe, self.model, self.shared) as sandbox:
             before = snapshot_buffers(sandbox.model)
             with collectives.count_calls() as counter:
