@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +93,9 @@ class OptimizedLoss:
             check_momentum(parse_compression(options.compression.spec), self.optimizer, world)
         held = set(self.get_parameters())
         named = [(name, p) for name, p in self.settings.model.named_parameters() if p in held]
-        own_options: dict[str, Any] = {"compression": options.compression.spec, "seed": options.data.seed}
+        compression, seed, index = options.compression.spec, options.data.seed, self.settings.losses.index(self.name)
         if self.settings.several:
-            index = self.settings.losses.index(self.name)
-            own_options["name"] = f"{self.name}."
-            own_options["seed"] = derive_seed(options.data.seed, index) if index else options.data.seed
-            own_options["compression"] = select_layers(options.compression.spec, [name for name, _ in named])
+            compression = select_layers(compression, [name for name, _ in named])
         wrapped = DistributedOptimizer(
             self.optimizer,
             named,
@@ -106,7 +103,9 @@ class OptimizedLoss:
             exchange=options.exchange.kind,
             bucket_bytes=options.exchange.bucket_bytes,
             shards=options.exchange.num_shards,
-            **own_options,
+            compression=compression,
+            seed=derive_seed(seed, index) if index else seed,
+            name=f"{self.name}." if self.settings.several else "",
         )
         self.optimizer = cast(WrappedOptimizer, wrapped)
         self._adopt_exchange(self.optimizer.exchange, log_line)

@@ -103,8 +103,7 @@ class TorchStep:
             reject_scheduler(recipe, self.updater.optimizers.values())
             parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
-            self._trial = self._prepare_trial()
-            trial = self._trial.run()
+            trial = self._prepare_trial().run()
             self.layout, self.trial_means = trial.layout, trial.means
             self.score_uses_collectives = trial.calls_collectives
             self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
@@ -135,7 +134,8 @@ class TorchStep:
     def _prepare_trial(self) -> Trial:
         """Return the trial of the recipe with two examples."""
         shared, count = [*self.datasets.values(), *self.updater.optimizers.values()], min(2, self.examples["train"])
-        return Trial(self.scorer, self.model, shared, self.updater.loss_names, count, self._load_two_examples)
+        self._trial = Trial(self.scorer, self.model, shared, self.updater.loss_names, count, self._load_two_examples)
+        return self._trial
 
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
