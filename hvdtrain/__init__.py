@@ -10,15 +10,17 @@ from hvdtrain.system.version import __version__
 if TYPE_CHECKING:
     from hvdtrain.comm.world import init
     from hvdtrain.recipe.base import Recipe
+    from hvdtrain.recipe.now import Now
     from hvdtrain.recipe.options import option
     from hvdtrain.recipe.tensorboard import tensorboard
     from hvdtrain.system.errors import RunError, UserError
     from hvdtrain.training.fit import fit
     from hvdtrain.training.loading import load
 
-__all__ = ["Recipe", "RunError", "UserError", "__version__", "fit", "init", "load", "option", "tensorboard"]
+__all__ = ["Now", "Recipe", "RunError", "UserError", "__version__", "fit", "init", "load", "option", "tensorboard"]
 
 _MODULES = {
+    "Now": "hvdtrain.recipe.now",
     "Recipe": "hvdtrain.recipe.base",
     "RunError": "hvdtrain.system.errors",
     "UserError": "hvdtrain.system.errors",

@@ -41,13 +41,19 @@ def choose_run_folder(options: CheckpointOptions, name: str, membership: Members
             raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
         return made[0]
 
-    try:
-        yield membership.agree_on_run_folder(choose)
-    finally:
-        for folder in made:  # also where another rank's is taken
+    def remove_if_empty() -> None:
+        for folder in made:
             with contextlib.suppress(OSError):  # it holds a run
                 folder.rmdir()
                 folder.parent.rmdir()
+
+    try:
+        chosen = membership.agree_on_run_folder(choose)
+        if made and chosen.absolute() != made[0].absolute():  # another member of an elastic run was faster
+            remove_if_empty()
+        yield chosen
+    finally:
+        remove_if_empty()
 
 
 def open_run_folder(folder: Path, lease: Lease, *, resume: bool) -> Path:

@@ -20,6 +20,8 @@ from hvdtrain.training.run import Generation
 from hvdtrain.training.session import Session
 from hvdtrain.training.setup import collect_versions
 
+MAX_HOSTS_SHOWN = 4  # in the last lines
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -62,10 +64,14 @@ class Summary:
         """Return how the run has ended, in a few lines to print. view_commands: show what the loggers have written."""
         best, ranks = self.best, format_count(self.world_size, "rank")
         shown = format_values(join_metrics(self.eval, self.evals))
+        hosts = ", ".join(self.hosts[:MAX_HOSTS_SHOWN])
+        hosts += f" and {len(self.hosts) - MAX_HOSTS_SHOWN} more" if len(self.hosts) > MAX_HOSTS_SHOWN else ""
+        commit = f" (git {self.git_commit})" if self.git_commit is not None else ""
         return [
+            f"command   {self.command}{commit}",
             *([f"evaluated {shown}"] if self.finished and shown else []),
             *([f"best      {best.metric} {best.value:.4f} at step {best.step}"] if best is not None else []),
-            f"trained   {self.steps} steps, {self.samples_per_second:,.0f} samples/s on {ranks}",
+            f"trained   {self.steps} steps, {self.samples_per_second:,.0f} samples/s on {ranks} of {hosts}",
             f"results   {', '.join([f'{folder}/summary.json', *view_commands])}",
         ]
 
@@ -96,13 +102,19 @@ def make_summary(session: Session, generation: Generation, position: Position, f
         skipped=position.skipped,
         synthetic=bool(getattr(run.recipe, "synthetic", False)),
         versions=collect_versions(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([name_program(sys.argv[0]), *sys.argv[1:]]),
         git_commit=session.git_commit,
         hosts=generation.hosts,
         samples_per_second=rates.samples_per_second,
         step_seconds_median=rates.step_seconds_median,
         comm_seconds_median=rates.comm_seconds_median,
     )
+
+
+def name_program(path: str) -> str:
+    """Return what a user would write for this program: `python -m hvdtrain` is the same as `hvdtrain`."""
+    name = Path(path).name
+    return "hvdtrain" if name == "__main__.py" else name
 
 
 def write_summary(generation: Generation, summary: Summary) -> str | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hvdtrain.system.errors import RecipeError, RunError, UserError
-from tests.ranks.harness import rows
+from tests.ranks.elastic import verify
+from tests.ranks.harness import ROOT, rows
 from tests.support.worlds import KeptWorld, refusal, train, train_here
 
 RECIPES = Path(__file__).parent / "ending_early_recipes.py"
@@ -44,6 +47,10 @@ def test_evaluated_ends_the_training_finished_and_saved(stopped: tuple[Path, dic
     assert summary["best"]["step"] == min((2, 4, 6, 8, 10, 12, 13), key=lambda k: abs(weights[k - 1]))
     assert (folder / "run" / "checkpoints" / "step-13").is_dir()
     assert "ended     at step 13 of 100: Stops.evaluated() returned True" in printed
+    verify(folder / "run")
+    assert summary["versions"]["torch"] == torch.__version__  # with the build, as in +cu130
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (summary["git_commit"] or "").removesuffix("-dirty") == commit.stdout.strip()
     seen = [read_lines(folder / f"evaluated-{rank}") for rank in range(2)]
     assert seen[0] == seen[1]  # metrics, the averaged model, and what it draws
     assert [line["step"] for line in seen[0]] == list(range(1, 14))

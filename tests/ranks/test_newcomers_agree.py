@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.ranks import elastic
 from tests.ranks.elastic import ElasticJob, verify
 
@@ -24,15 +22,12 @@ class Mine(SlowDigits):
 """
 
 
-def test_a_newcomer_takes_the_run_s_copy_and_one_with_other_data_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_newcomer_takes_the_run_s_copy_and_one_with_other_data_is_refused(tmp_path: Path) -> None:
     mine, data = tmp_path / "mine.py", tmp_path / "data.txt"
     mine.write_text(RECIPE)
     (tmp_path / "shift.py").write_text("BY = 0.5\n")
     data.write_text("0.25")
-    monkeypatch.setattr(elastic, "RECIPE", f"{mine}:Mine")
-    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4") as job:
+    with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4", recipe=f"{mine}:Mine") as job:
         job.step(3)
         mine.write_text("def broken(:\n")
         (tmp_path / "shift.py").write_text("BY = 1.5\n")
