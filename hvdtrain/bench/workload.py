@@ -26,6 +26,7 @@ from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all, to_device
 from hvdtrain.torch.optimizer import DistributedOptimizer
+from hvdtrain.torch.outputs import split_returned
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import AMP_DTYPES
 from hvdtrain.torch.scores import get_numerators
@@ -181,7 +182,7 @@ def compute_gradients(work: Workload, model: nn.Module, optimizer: Any) -> None:
     """Compute the gradients of the mean loss of this rank's batch."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(work.device.type, work.amp_dtype, enabled=work.amp_dtype is not None):
-        loss = get_numerators(work.recipe.score(model, work.batch)["loss"])
+        loss = get_numerators(split_returned(work.recipe.score(model, work.batch))[0]["loss"])
     loss.float().mean().backward()  # type: ignore[no-untyped-call]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from numpy.typing import NDArray
+
 from hvdtrain.recipe.metrics import MetricMeans
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.options import option
@@ -56,6 +58,17 @@ class Recipe:
 
         Args:
             means: of each score the mean over all examples, a numpy.float64, or float64 (k,) of a score (B, k).
+        """
+        return {}
+
+    def summarise(self, outputs: dict[str, NDArray[Any]]) -> Mapping[str, Any]:
+        """Return metrics of an evaluation that need all its examples at once, such as an exact area under the curve.
+
+        It is called on rank 0, after each evaluation; what it returns is added to the metrics on all ranks, as that of
+        `metrics` is. `best` may name one.
+
+        Args:
+            outputs: numpy arrays (examples, ...) by name, example i in row i: of the method `outputs`, or of `score`.
         """
         return {}
 

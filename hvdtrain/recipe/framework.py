@@ -219,6 +219,9 @@ class Step(Protocol):
     def join_evaluation(self, split: Split) -> None:
         """Take part in a pass of an evaluation in which this rank has no example, but others have."""
 
+    def compute_outputs(self, batch: Any, count: int) -> Mapping[str, NDArray[Any]]:
+        """Return the outputs (count, ...) of the batch that `evaluate_batch` was last called with, for `summarise`."""
+
     def gather_state(self) -> bytes:
         """Return all that the trajectory depends on. All ranks call it; only rank 0's result is whole."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain.torch.outputs import split_returned
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import get_numerators
 
@@ -39,7 +40,7 @@ def trace_losses(recipe: Recipe, model: torch.nn.Module, batch: Any, losses: Seq
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
             given = type(batch)(*tensors) if hasattr(batch, "_fields") else type(batch)(tensors)
-            scores = recipe.score(self.model, given)
+            scores, _ = split_returned(recipe.score(self.model, given))
             values = [get_numerators(scores[name]) for name in losses]
             return values[0] if len(values) == 1 else torch.stack([value.sum() for value in values]).sum()
 

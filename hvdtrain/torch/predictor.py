@@ -21,6 +21,7 @@ from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all
 from hvdtrain.torch.loader import BatchLoader
 from hvdtrain.torch.loading import load_model
+from hvdtrain.torch.outputs import defines_outputs
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import Scorer
@@ -96,7 +97,7 @@ class TorchPredictor:
         if defines_outputs(recipe):
             method = name_call(recipe, "outputs()")
             with in_recipe(recipe, "outputs()"):
-                outputs = recipe.outputs(self.model, batch)  # type: ignore[attr-defined]
+                outputs = recipe.outputs(self.model, batch)
         else:
             if not isinstance(batch, (Tensor, tuple, list)) or (isinstance(batch, (tuple, list)) and not batch):
                 raise RunError(
@@ -116,12 +117,6 @@ class TorchPredictor:
 
     def close(self) -> None:
         self._exit_stack.close()
-
-
-def defines_outputs(recipe: Recipe) -> bool:
-    """Return whether a recipe has a method `outputs` of its own."""
-    own = getattr(type(recipe), "outputs", None)
-    return own is not None and own is not getattr(Recipe, "outputs", None)
 
 
 def convert_floating(batch: Any, dtype: torch.dtype) -> Any:

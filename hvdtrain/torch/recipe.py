@@ -5,14 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from hvdtrain.recipe import base
 from hvdtrain.recipe.options import option
+
+# Scores by name, each values or (numerators, denominators); or a pair of them and of outputs by name.
+ScoreResult: TypeAlias = (
+    Mapping[str, Tensor | tuple[Tensor, Tensor]]
+    | tuple[Mapping[str, Tensor | tuple[Tensor, Tensor]], Mapping[str, Tensor | NDArray[Any]]]
+)
 
 
 @dataclass(kw_only=True)
@@ -81,12 +88,22 @@ class Recipe(base.Recipe):
         raise NotImplementedError
 
     @abstractmethod
-    def score(self, model: torch.nn.Module, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
+    def score(self, model: torch.nn.Module, batch: Any) -> ScoreResult:
         """Return the scores of a batch of B examples: {"loss": (B,), ...}; what is not the loss is a metric.
 
         A score may be a pair (numerators, denominators), both (B,): its value is sum / sum over all examples and ranks,
         also of the loss. {"loss": (nll.sum(1), mask.sum(1))} is the mean over tokens. Gradients are of the numerators;
         a step whose denominators of the loss add up to 0 changes nothing. A metric may also be (B, k), alone or with
         denominators (B, k) or (B,): k values at once, such as the counts of a histogram. See `metrics`.
+
+        It may return a pair of dicts (scores, outputs), which saves the second pass of `outputs`.
+        """
+        raise NotImplementedError
+
+    def outputs(self, model: torch.nn.Module, batch: Any) -> Mapping[str, Tensor | NDArray[Any]]:
+        """Return outputs of a batch of B examples, tensors or arrays (B, ...) whose other sizes never change.
+
+        With a method `summarise`, it is called in evaluations, without gradients, unless `score` has returned outputs;
+        and by `hvdtrain predict`.
         """
         raise NotImplementedError

@@ -83,6 +83,15 @@ class ScoreSession:
             self.in_backward = False
             self._num_calls, self._tokens = 0, []
 
+    @contextlib.contextmanager
+    def refuse_calls(self) -> Iterator[None]:
+        """Refuse collectives in a block: in `outputs`, in which a rank without examples has no part."""
+        before, self.refusal = self.refusal, self.refusal or "which is refused in outputs: call it in score"
+        try:
+            yield
+        finally:
+            self.refusal = before
+
     def start_step(self) -> None:
         """Start a step: count its bytes and seconds."""
         self.bytes_sent, self.waited = 0, 0.0

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.recipe.base import is_overridden
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import RecipeError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import to_device
+from hvdtrain.torch.outputs import Outputs, defines_outputs, make_arrays, missing_outputs, split_returned
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.score_session import ScoreSession, enter_session, find_refusal
 from hvdtrain.torch.scores import Scores, check_loss_denominators, check_scores, get_numerators, replace_numerators
@@ -24,6 +26,7 @@ class Scorer:
 
     Attributes:
         session: the collectives that `score` calls.
+        keeps_outputs: whether what `score` returns next to its scores is kept until the next batch.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, options: StepOptions) -> None:
@@ -31,6 +34,8 @@ class Scorer:
         self.session = ScoreSession(type(recipe).__name__, find_refusal(options))
         enter_session(self.session)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.keeps_outputs = is_overridden(recipe, "summarise")
+        self._outputs: Any = None  # of the last batch, if `score` has returned any
         self._needs_graph = False  # in evaluations: `score` takes derivatives itself, as of an energy
 
     def close(self) -> None:
@@ -67,6 +72,19 @@ class Scorer:
         check_loss_denominators(self.recipe, scores, layout)
         return scores
 
+    def compute_outputs(self, model: Any, batch: Any, count: int) -> Outputs:
+        """Return the outputs of the batch that was scored last, in an evaluation; by another pass if need be.
+
+        Raises UserError for outputs that are not arrays (count, ...), and if there is nothing that returns any.
+        """
+        if self._outputs is not None:
+            return make_arrays(self.recipe, "score()", self._outputs, count)
+        if not defines_outputs(self.recipe):
+            raise missing_outputs(self.recipe)
+        with self.session.refuse_calls(), torch.no_grad(), self.autocast_context(), in_recipe(self.recipe, "outputs()"):
+            outputs = self.recipe.outputs(model, self.move_batch(batch))
+        return make_arrays(self.recipe, "outputs()", outputs, count)
+
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:
         self.session.start_pass(training=False)
         if not self._needs_graph:
@@ -83,4 +101,7 @@ class Scorer:
 
     def _call_score(self, model: Any, batch: Any) -> Scores:
         with in_recipe(self.recipe, "score()"):
-            return self.recipe.score(model, batch)
+            returned = self.recipe.score(model, batch)
+        scores, outputs = split_returned(returned)
+        self._outputs = outputs if self.keeps_outputs else None
+        return scores  # type: ignore[no-any-return]

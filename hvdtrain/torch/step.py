@@ -253,6 +253,10 @@ class TorchStep:
         scores = self.scorer.score_for_evaluation(model, batch, self.layout, count)
         return sum_scores(scores, self.layout).cpu().numpy()
 
+    def compute_outputs(self, batch: Any, count: int) -> Mapping[str, NDArray[Any]]:
+        model = self.forward if self.ema is None else self._enter_evaluation()
+        return self.scorer.compute_outputs(model, batch, count)
+
     def evaluated_model(self, seed: Sequence[int]) -> torch.nn.Module:
         seed_all(seed)
         self.recipe_state.snapshot()

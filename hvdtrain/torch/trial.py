@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.recipe.base import is_overridden
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
 from hvdtrain.recipe.now import temporary_now
@@ -18,6 +20,7 @@ from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
 from hvdtrain.torch.graph import trace_losses
 from hvdtrain.torch.modes import TrainingModes
+from hvdtrain.torch.outputs import defines_outputs, make_arrays, missing_outputs, split_returned
 from hvdtrain.torch.pass_record import PassRecord
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.sandbox import Sandbox, is_lazy_module, open_sandbox
@@ -79,7 +82,8 @@ class Trial:
             before = snapshot_buffers(sandbox.model)
             with collectives.count_calls() as counter:
                 with self.scorer.autocast_context(), in_recipe(recipe, "score()"):
-                    all_scores = scores = sandbox.recipe.score(sandbox.model, batch)
+                    scores, outputs = split_returned(sandbox.recipe.score(sandbox.model, batch))
+                all_scores = scores
                 if losses.several and not (isinstance(scores, dict) and scores.keys() >= set(losses.names)):
                     all_scores = self._score_as_evaluation(sandbox, batch)
                 layout = find_layout(recipe, all_scores, self.count, losses)
@@ -88,6 +92,8 @@ class Trial:
                 found[0] = session.end_forward(found[0])
                 if trained := [values.sum() for values in found if values.requires_grad]:
                     torch.autograd.backward(trained)
+            if is_overridden(recipe, "summarise"):
+                self._check_outputs(sandbox, batch, outputs)
             means = layout.means(sum_scores(all_scores, layout).cpu().numpy(), self.count)
             return TrialResult(layout, means, find_changed_buffers(before), counter.calls > 0, exchanges)
 
@@ -96,9 +102,29 @@ class Trial:
         modes, now = TrainingModes(sandbox.model), replace(sandbox.recipe.now, training=False)
         modes.enter_evaluation()
         with temporary_now(sandbox.recipe, now), self.scorer.autocast_context(), in_recipe(sandbox.recipe, "score()"):
-            scores = sandbox.recipe.score(sandbox.model, batch)
+            scores, _ = split_returned(sandbox.recipe.score(sandbox.model, batch))
         modes.leave_evaluation()
         return scores
+
+    def _check_outputs(self, sandbox: Sandbox, batch: Any, outputs: Any) -> None:
+        """Raise UserError for outputs of the batch that are not as they should be, or missing.
+
+        outputs: that `score` has returned; None: the recipe computes them.
+        """
+        recipe, method = self.scorer.recipe, "score()"
+        if outputs is None and not defines_outputs(recipe):
+            raise missing_outputs(recipe)
+        if outputs is None:
+            method, now = "outputs()", replace(sandbox.recipe.now, training=False)
+            sandbox.model.eval()
+            with contextlib.ExitStack() as contexts:
+                contexts.enter_context(self.scorer.session.refuse_calls())
+                contexts.enter_context(temporary_now(sandbox.recipe, now))
+                contexts.enter_context(self.scorer.autocast_context())
+                contexts.enter_context(torch.no_grad())
+                contexts.enter_context(in_recipe(recipe, method))
+                outputs = sandbox.recipe.outputs(sandbox.model, batch)
+        make_arrays(recipe, method, outputs, self.count)
 
     def trace_graph(self, draw: bool) -> bytes | None:
         """Return the model's graph if it is to be drawn and the batch can be traced; all ranks call it.

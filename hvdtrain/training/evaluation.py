@@ -8,13 +8,16 @@ import numpy as np
 
 from hvdtrain.comm import collectives
 from hvdtrain.recipe import order
+from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.framework import Chunk
 from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
+from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import name_call
 from hvdtrain.system.text import format_count
 from hvdtrain.training.hooks import ask_to_end
+from hvdtrain.training.outputs import OutputCollector, summarise_outputs
 from hvdtrain.training.patience import count_evaluation
 from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.position import Position
@@ -28,6 +31,16 @@ def evaluate_model(generation: Generation, position: Position) -> None:
     found = {name: evaluate_set(generation, name) for name in run.recipe.evals if run.step.examples[name]}
     position.eval = found.pop(run.recipe.evals[0], {})
     position.evals = found
+    check_best_found(run.recipe, position)
+
+
+def check_best_found(recipe: Recipe, position: Position) -> None:
+    """Raise UserError if `best` names no metric of an evaluation: of what `summarise` returns, it is known now only."""
+    metrics, (metric, _) = position.all_metrics(), recipe.best
+    if metric not in metrics:
+        raise UserError(
+            f"{type(recipe).__name__}.best: there is no metric {metric!r}{suggest_nearest(metric, list(metrics))}"
+        )
 
 
 def conclude_evaluation(generation: Generation, position: Position) -> None:
@@ -56,7 +69,8 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
     step, plan = generation.run.step, generation.plan
     activity.enter_activity("loading a batch of the evaluation")
     count = step.examples[name]
-    sums = np.zeros(step.layout.num_sums)
+    sums, recipe = np.zeros(step.layout.num_sums), generation.run.recipe
+    collector = OutputCollector(recipe) if is_overridden(recipe, "summarise") else None
     parts, now = list(iterate_evaluation_chunks(count, plan, generation.world.rank)), generation.run.recipe.now
     batches = step.load_batches(name, (Chunk(ids, now, int(ids[0])) for ids in parts if len(ids)), 0)
     for part in parts:
@@ -66,9 +80,12 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
         ids, batch = next(batches)
         activity.enter_activity("evaluating")
         sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
+        if collector is not None:
+            collector.add_batch(ids, step.compute_outputs(batch, len(ids)))
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")
-    return generation.run.metrics.compute_agreed(collectives.sum_float64(sums, "evaluation"), count)
+    values = generation.run.metrics.compute_agreed(collectives.sum_float64(sums, "evaluation"), count)
+    return values if collector is None else values | summarise_outputs(collector, count)
 
 
 def iterate_evaluation_chunks(count: int, plan: TrainingPlan, rank: int) -> Iterator[Ids]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.recipe.now import TrialNow, temporary_now
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
@@ -56,7 +56,7 @@ def check_metric_names(recipe: Recipe, used: Sequence[str], values: Mapping[str,
             f"{cls}.best: {metric!r} is of the evaluation set {recipe.evals[0]!r}, whose dataset is None; expected for "
             f"example {names[0]!r}"
         )
-    if metric not in names:
+    if metric not in names and not is_overridden(recipe, "summarise"):
         raise UserError(f"{cls}.best: there is no metric {metric!r}{suggest_nearest(metric, names)}")
     if direction not in ("min", "max"):
         raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")

@@ -204,3 +204,54 @@ def count_ngrams(said, comes):
         matches.append(sum(min(count, other[gram]) for gram, count in own.items()))
         numbers.append(max(0, len(said) - n + 1))
     return [*matches, *numbers, len(said), len(comes)]
+
+
+@dataclass(kw_only=True)
+class Summarised(Judged):
+    """Metrics of all examples at once: an exact area under the curve, a confusion matrix, the order of ids."""
+
+    best = ("exact_auc", "max")
+    from_score: bool = option(False, "let score return the outputs")
+    spoil: str = option("", "what is wrong with the outputs")
+
+    def dataset(self, split):
+        return [(i, *example) for i, example in enumerate(super().dataset(split))]
+
+    def score(self, model, batch):
+        scores = super().score(model, batch[1:])
+        return (scores, self.make_outputs(model, batch)) if self.from_score else scores
+
+    def outputs(self, model, batch):
+        if self.from_score:
+            raise AssertionError("a second pass that is not needed")
+        return self.make_outputs(model, batch)
+
+    def make_outputs(self, model, batch):
+        ids, inputs, targets = batch
+        logits = model(inputs)
+        made = {"logits": logits, "target": targets.numpy(), "id": ids, "half": logits[:, 0].to(torch.bfloat16)}
+        later = not model.training and len(ids) > 2 and bool((ids >= 30).any())
+        if self.spoil == "kind" and later:
+            made["logits"] = logits.float()
+        elif self.spoil == "rows":
+            made["logits"] = logits[:1]
+        elif self.spoil == "list":
+            made["target"] = targets.tolist()
+        return made
+
+    def summarise(self, outputs):
+        from sklearn.metrics import confusion_matrix, roc_auc_score
+
+        shifted = np.exp(outputs["logits"] - outputs["logits"].max(1, keepdims=True))
+        chance, targets = (shifted / shifted.sum(1, keepdims=True))[:, 2], outputs["target"]
+        cells = confusion_matrix(targets, outputs["logits"].argmax(1))
+        in_order = outputs["id"].tolist() == list(range(len(targets))) and outputs["half"].dtype == np.float32
+        return {"exact_auc": roc_auc_score(targets == 2, chance), "matrix": cells.ravel(), "in_order": in_order}
+
+
+@dataclass(kw_only=True)
+class Unsummarised(Judged):
+    """Outputs are summarised that there are not."""
+
+    def summarise(self, outputs):
+        return {}

@@ -17,7 +17,7 @@ from torch import nn
 from hvdtrain.recipe import order
 from tests.ranks import score_recipes
 from tests.ranks.harness import rows
-from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
+from tests.support.worlds import KeptWorld, KeptWorlds, on_ranks, refusal, train
 
 FILE = Path(score_recipes.__file__)
 TOKENS = f"{FILE}:Tokens"
@@ -256,3 +256,60 @@ def step_tokens(epochs: int) -> list[int]:
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("samples_per_second", "comm_seconds")}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(1, []), (2, ["--micro-batch", "7"]), (3, ["--from-score", "--batch-size", "64"])]
+)
+def test_summarise_gets_all_outputs_in_the_order_of_ids(
+    ranks: int, options: list[str], worlds: KeptWorlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = train(worlds[ranks], f"{FILE}:Summarised", tmp_path / "run", *options)
+    recipe = score_recipes.Judged()
+    model = recipe.model()
+    model.load_state_dict(final_weights(tmp_path / "run"))
+    inputs, targets = map(torch.stack, zip(*recipe.dataset("eval"), strict=True))
+    logits, found = model(inputs).detach(), summary["eval"]
+    expected = judge.roc_auc_score(targets == 2, logits.softmax(1)[:, 2])
+    assert found["exact_auc"] == pytest.approx(expected, rel=1e-12)
+    assert found["matrix"] == judge.confusion_matrix(targets, logits.argmax(1)).ravel().tolist()
+    assert found["in_order"] == 1.0
+    assert summary["best"]["metric"] == "exact_auc" and summary["best"]["value"] >= found["exact_auc"]
+    assert rows(tmp_path / "run")[-1]["eval_exact_auc"] == found["exact_auc"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        ("kind", "Summarised: the output 'logits' is (B, 3) float64 and (B, 3) float32 for "),
+        ("rows", "Summarised.outputs(): 'logits' is shape (1, 3) float64 for 2 examples; expected an array (B, ...)"),
+        ("list", "Summarised.outputs(): 'target' is list for 2 examples; expected an array (B, ...) of numbers"),
+    ],
+)
+def test_outputs_are_refused_by_name(spoil: str, text: str, world2: KeptWorld, tmp_path: Path) -> None:
+    assert text in refusal(world2, f"{FILE}:Summarised", tmp_path / "run", "--spoil", spoil, "--micro-batch", "32")
+
+
+def test_summarise_without_outputs_is_refused(world2: KeptWorld, tmp_path: Path) -> None:
+    assert refusal(world2, f"{FILE}:Unsummarised", tmp_path / "run") == (
+        "Unsummarised.summarise has no outputs to summarise: write Unsummarised.outputs(self, model, batch), or return "
+        "a pair of dicts (scores, outputs) from score"
+    )
+
+
+@on_ranks(2, 3)
+def test_large_outputs_are_sent_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvdtrain.comm import collectives
+    from hvdtrain.training import outputs
+
+    monkeypatch.setattr(outputs, "PIECE_BYTES", 100)
+    collector, rank = outputs.OutputCollector(score_recipes.Summarised()), collectives.rank()
+    everything = np.random.default_rng(0).normal(size=(17, 2, 3))
+    if rank < 2:  # a third rank has no example
+        for ids in (np.arange(rank, 9, 2), np.arange(9 + rank, 17, 2)):
+            collector.add_batch(ids, {"x": everything[ids], "empty": np.zeros((len(ids), 0))})
+    found = collector.gather(17)
+    if rank == 0:
+        assert np.array_equal(found["x"], everything) and found["empty"].shape == (17, 0)
+    else:
+        assert len(found["x"]) == 0

@@ -1,0 +1,56 @@
+"""Per-example outputs in evaluations: what `outputs` returns, or `score` next to its scores; checked, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvdtrain.system.errors import UserError
+from hvdtrain.torch.recipe import Recipe
+
+Outputs = dict[str, NDArray[Any]]  # (B, ...) by name
+
+
+def split_returned(returned: Any) -> tuple[Any, Any]:
+    """Return the scores, and the outputs or None, of what `score` has returned: scores, or a pair of both."""
+    is_pair = isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(one, Mapping) for one in returned)
+    return returned if is_pair else (returned, None)
+
+
+def defines_outputs(recipe: Recipe) -> bool:
+    """Return whether a recipe has a method `outputs` of its own."""
+    return type(recipe).outputs is not Recipe.outputs
+
+
+def missing_outputs(recipe: Recipe) -> UserError:
+    """Return the error for a recipe that summarises outputs and has none."""
+    name = type(recipe).__name__
+    return UserError(
+        f"{name}.summarise has no outputs to summarise: write {name}.outputs(self, model, batch), or return a pair of "
+        "dicts (scores, outputs) from score"
+    )
+
+
+def make_arrays(recipe: Recipe, method: str, outputs: Any, count: int) -> Outputs:
+    """Return outputs of `count` examples as arrays; bfloat16, which numpy has not, as float32.
+
+    Raises UserError unless they are tensors or arrays (count, ...) by name. method: that returned them.
+    """
+    where = f"{type(recipe).__name__}.{method}"
+    if not isinstance(outputs, Mapping) or not outputs:
+        raise UserError(f"{where} returned {type(outputs).__name__} as outputs; expected a dict of arrays (B, ...)")
+    found = {}
+    for name, value in outputs.items():
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.float() if value.dtype == torch.bfloat16 else value).resolve_conj().resolve_neg().numpy()
+        if not isinstance(value, np.ndarray) or value.dtype.hasobject or value.shape[:1] != (count,):
+            what = f"shape {value.shape} {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise UserError(f"{where}: {name!r} is {what} for {count} examples; expected an array (B, ...) of numbers")
+        found[str(name)] = value
+    return found
