@@ -93,6 +93,8 @@ class Diagnosis:
         Raises RunError on all ranks if their replicas differ: a checkpoint would hold the state of one rank alone. It
         is called before anything is saved.
         """
+        if not self._step_times and number == self.last_compared_step:  # the evaluation after it has ended the run
+            return self._report_end(number) if ends else []
         checksums = step.checksum_state()
         rows = np.array(self._step_times)
         mine = np.append(rows.view(np.int64).reshape(-1), np.int64(hash_checksums(checksums)))
@@ -118,16 +120,19 @@ class Diagnosis:
         if who != self._last_straggler:
             lines = self._format_table(times, straggler, f"steps {first} to {number}")
             self._last_straggler = who
-        whole = np.concatenate(self._recent_times) if ends else None
-        if whole is not None:
-            lines = self._format_table(whole, find_straggler(whole), f"the last {len(whole)} steps")
-            named = [f"{rank} in {count}" for rank, count in sorted(self._named_counts.items())]
-            if named:
-                lines.append(f"          named in intervals of {self.interval} steps: {', '.join(named)}")
-        lines += self._write_report(number, whole)
+        lines = self._report_end(number) if ends else [*lines, *self._write_report(number, None)]
         self._step_times.clear()
         self._last_end_time = time.perf_counter()
         return lines
+
+    def _report_end(self, number: int) -> list[str]:
+        """Write the report of a run that ends; return lines to print."""
+        whole = np.concatenate(self._recent_times)
+        lines = self._format_table(whole, find_straggler(whole), f"the last {len(whole)} steps")
+        named = [f"{rank} in {count}" for rank, count in sorted(self._named_counts.items())]
+        if named:
+            lines.append(f"          named in intervals of {self.interval} steps: {', '.join(named)}")
+        return lines + self._write_report(number, whole)
 
     def build_history(self) -> list[WorldHistory]:
         """Return what the next world is to know of this one and those before it."""
