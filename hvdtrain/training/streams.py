@@ -17,7 +17,7 @@ from hvdtrain.training.position import Position
 
 SOURCE_TEXTS = {
     DataSource.NUMBERED: "",
-    DataSource.ROLLOUTS: "played by the model",
+    DataSource.ROLLOUTS: "played by the model (what a rank keeps of them is not saved)",
     DataSource.STREAM: "of a stream that every rank reads, no ledger",
     DataSource.DIVIDED_STREAM: "of a stream, each rank its part, no ledger",
 }
