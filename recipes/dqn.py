@@ -5,9 +5,9 @@ ranks of one CPU core each, seeds 0, 1 and 2: 485.9, 500.0 and 486.8 after 1750,
 
     hvdtrain launch -np 2 dqn --episodes 100 --seed 0
 
-Sources: Mnih et al., "Human-level control through deep reinforcement learning" (Nature 518, 2015), with the targets of van
-Hasselt et al. (1509.06461) and n-step returns, as in Hessel et al. (1710.02298). The environment is Gymnasium's (`pip
-install 'hvdtrain[recipes]'`).
+Sources: Mnih et al., "Human-level control through deep reinforcement learning" (Nature 518, 2015), with the targets of
+van Hasselt et al. (1509.06461) and n-step returns, as in Hessel et al. (1710.02298). The environment is Gymnasium's
+(`pip install 'hvdtrain[recipes]'`).
 
 Which transitions a rank draws depends on what it has played: another number of ranks is another training, as good.
 """
