@@ -70,7 +70,7 @@ class Trial:
         Raises:
             UserError: on all ranks, for scores that are not as they should be, or buffers that are replaced.
         """
-        batch = self.load_batch("train")
+        batch = collectives.on_all_ranks("trial.batch", lambda: self.load_batch("train"))  # perhaps played by the model
         return collectives.on_all_ranks("trial", lambda: self._run_here(batch))
 
     @explain_nondeterminism
