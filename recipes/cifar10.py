@@ -24,6 +24,7 @@ class CIFAR10(Recipe):
     Its networks have batch norm, which --deterministic refuses.
     """
 
+    domain = "vision"
     best = ("accuracy", "max")
 
     net: Literal["cnn", "resnet18"] = option("cnn", "network")

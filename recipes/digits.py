@@ -16,6 +16,7 @@ from hvdtrain.torch import Recipe, option
 class Digits(Recipe):
     """Handwritten digits, 8x8 grey, 1,797 examples (UCI optical digits, shipped with scikit-learn)."""
 
+    domain = "vision"
     best = ("accuracy", "max")
 
     width: int = option(32, "channels of the first convolution")

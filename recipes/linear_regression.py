@@ -13,6 +13,8 @@ from hvdtrain.torch import Recipe, option
 class LinearRegression(Recipe):
     """A line through noisy points, with a known answer (made from a fixed seed)."""
 
+    domain = "tabular"
+
     features: int = option(8, "inputs of the linear map")
     noise: float = option(0.1, "standard deviation of the noise on the targets")
     epochs: int = 20

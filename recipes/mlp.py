@@ -14,6 +14,7 @@ from hvdtrain.torch import Recipe, option
 class MLP(Recipe):
     """Benign or malignant: binary classification of 569 tumours (UCI, shipped with scikit-learn)."""
 
+    domain = "tabular"
     best = ("accuracy", "max")
 
     width: int = option(32, "units of each hidden layer")

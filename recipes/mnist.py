@@ -18,6 +18,7 @@ from hvdtrain.torch import Recipe, option
 class MNIST(Recipe):
     """Handwritten digits, 28x28 grey, 60,000 examples (LeCun et al.), from files in --data-dir."""
 
+    domain = "vision"
     best = ("accuracy", "max")
 
     net: Literal["mlp", "cnn"] = option("cnn", "network")

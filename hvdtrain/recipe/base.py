@@ -25,6 +25,8 @@ class Recipe:
     """
 
     framework: ClassVar[str] = ""
+    # The field that it is of, under which `hvdtrain list` shows it, such as "vision" or "text".
+    domain: ClassVar[str] = ""
     # The metric of the evaluation by which the best checkpoint is kept.
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     # The evaluation sets, by the names that `dataset` is called with; () for none.

@@ -12,7 +12,7 @@ import builtins
 import enum
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hvdtrain.recipe.source import (
@@ -54,6 +54,7 @@ class CandidateClass:
     status: RecipeStatus
     framework: str  # of the Recipe that it leads to; "" if that is unknown
     summary: str  # first line of its docstring
+    domain: str  # as it or a base declares it; "" if none does
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ResolvedBase:
 
     status: RecipeStatus
     framework: str = ""
+    domain: str = ""
 
 
 NO_RECIPE_BASE, UNKNOWN_BASE = ResolvedBase(RecipeStatus.NOT_RECIPE), ResolvedBase(RecipeStatus.UNKNOWN)
@@ -93,7 +95,7 @@ def read_classes(source: RecipeSource) -> list[CandidateClass]:
             base = reader.resolve_class(node, module) if isinstance(node, ast.ClassDef) else NO_RECIPE_BASE
             if isinstance(node, ast.ClassDef) and base.status > RecipeStatus.NOT_RECIPE:
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                found[name] = CandidateClass(name, base.status, base.framework, summary)
+                found[name] = CandidateClass(name, base.status, base.framework, summary, base.domain)
     return list(found.values())
 
 
@@ -147,7 +149,8 @@ class _NameResolver:
             module.names.setdefault(target_name, []).append(node)  # which cannot be followed
 
     def resolve_class(self, node: ast.ClassDef, module: ModuleNames) -> ResolvedBase:
-        return strongest_base(self.resolve_expression(base, module) for base in node.bases)
+        base = strongest_base(self.resolve_expression(base, module) for base in node.bases)
+        return replace(base, domain=find_domain(node) or base.domain)
 
     def resolve_expression(self, node: ast.AST, module: ModuleNames) -> ResolvedBase:
         """Return where an expression leads that is used as a base class."""
@@ -237,11 +240,8 @@ class _NameResolver:
             path = SHIPPED_RECIPES / f"{parts[2]}.py"
             if path.is_file():
                 seen = {cls.name: cls for cls in read_classes(read_source(path))}
-                return (
-                    ResolvedBase(seen[parts[3]].status, seen[parts[3]].framework)
-                    if parts[3] in seen
-                    else NO_RECIPE_BASE
-                )
+                cls = seen.get(parts[3])
+                return ResolvedBase(cls.status, cls.framework, cls.domain) if cls is not None else NO_RECIPE_BASE
         return NO_RECIPE_BASE
 
     def _is_namespace_folder(self, name: str) -> bool:
@@ -284,6 +284,16 @@ def iterate_top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from iterate_top_level(getattr(node, name, []))
         for part in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
             yield from iterate_top_level(part.body)
+
+
+def find_domain(node: ast.ClassDef) -> str:
+    """Return the text that a class binds `domain` to; "" if it does not."""
+    for inner in node.body:
+        targets = inner.targets if isinstance(inner, ast.Assign) else [getattr(inner, "target", None)]
+        value = getattr(inner, "value", None)
+        if isinstance(value, ast.Constant) and [getattr(target, "id", "") for target in targets] == ["domain"]:
+            return str(value.value)
+    return ""
 
 
 def names_in_targets(targets: Iterable[ast.expr]) -> list[str]:

@@ -35,7 +35,7 @@ from hvdtrain.system.recipe_errors import describe_error, in_recipe
 CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
 # What a recipe may define besides what its framework's Recipe has; no option can have these names.
 CONTRACT_NAMES = {"evals", "now", "collate", "sampler", "metrics", "outputs", "summarise", "evaluated", "logged"}
-CONTRACT_NAMES |= {"lr_factor", "state", "load_state", "buffers", "model", "dataset", "optimizer", "score"}
+CONTRACT_NAMES |= {"lr_factor", "state", "load_state", "domain", "buffers", "model", "dataset", "optimizer", "score"}
 # By the options' names; what type a value must have is known to the fields that it is given to.
 OptionValues = Mapping[str, Any]
 T = TypeVar("T")

@@ -18,6 +18,7 @@ class FoundRecipe:
     name: str  # what the command line takes: "digits" or "digits:Wide"
     framework: str
     summary: str  # first line of its docstring
+    domain: str  # the field that it is of; "" if it names none
     path: Path
 
 
@@ -49,10 +50,11 @@ def find_recipes_in_file(path: Path) -> list[FoundRecipe]:
         return []
     recipes = [cls for cls in seen if cls.status == RecipeStatus.RECIPE]
     default = choose_default_class(path, [cls.name for cls in recipes])
-    return [
-        FoundRecipe(path.stem if cls.name == default else f"{path.stem}:{cls.name}", cls.framework, cls.summary, path)
-        for cls in recipes
-    ]
+    found = []
+    for cls in recipes:
+        name = path.stem if cls.name == default else f"{path.stem}:{cls.name}"
+        found.append(FoundRecipe(name, cls.framework, cls.summary, cls.domain, path))
+    return found
 
 
 def choose_default_class(path: Path, names: list[str]) -> str | None:

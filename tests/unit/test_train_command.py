@@ -139,6 +139,21 @@ def test_list_shows_a_subclass_of_a_recipe_of_another_file(
     ]
 
 
+def test_list_groups_recipes_by_their_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text(textwrap.dedent(MINE))
+    subclass = "from mine import Mine\nclass Talk(Mine):\n  'Speech.'\n  domain: str = 'audio'\nclass More(Talk): 'x'\n"
+    (tmp_path / "recipes" / "talk.py").write_text(subclass)
+    monkeypatch.chdir(tmp_path)
+    lines = output_of(capsys, "list").splitlines()
+    assert lines[:3] == ["audio:", "  talk               torch  Speech.", "  talk:More          torch  x"]
+    assert lines[-2:] == ["other:", "  mine               torch  "]
+    places = [lines.index(f"{name}:") for name in ("audio", "tabular", "vision", "other")]
+    assert places == sorted(places)
+
+
 def test_options_are_flat_outside_and_grouped_inside() -> None:
     values = {"compression": "topk:0.1", "exchange": "bucketed", "checkpoint_every": 5, "log_every": 2, "seed": 7}
     options = make_from_values(RunOptions, values)
