@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvdtrain.comm.world import World
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hvdtrain.torch.recipe import Recipe
+    from hvdtrain.torch.step import TorchStep
 
 
 def make_torch_step(recipe: Recipe, world: World, options: StepOptions) -> Step:
@@ -19,6 +21,13 @@ def make_torch_step(recipe: Recipe, world: World, options: StepOptions) -> Step:
     from hvdtrain.torch.step import TorchStep
 
     return TorchStep(recipe, world, options)
+
+
+def load_torch_weights(step: TorchStep, path: Path, partial: bool) -> list[str]:
+    """Begin a new run with the weights of a file."""
+    from hvdtrain.torch.initial_weights import load_initial_weights
+
+    return load_initial_weights(step, path, partial)
 
 
 def load_torch_model(recipe: Recipe, state: bytes, seed: int, device: str) -> nn.Module:
@@ -37,5 +46,12 @@ def make_torch_predictor(recipe: Recipe, state: bytes, world: World, options: St
 
 FRAMEWORKS.register(
     "torch",
-    Framework("torch", "hvdtrain.torch.Recipe", make_torch_step, load_torch_model, make_torch_predictor),
+    Framework(
+        name="torch",
+        recipe_class="hvdtrain.torch.Recipe",
+        make_step=make_torch_step,
+        load_weights=load_torch_weights,
+        load_model=load_torch_model,
+        make_predictor=make_torch_predictor,
+    ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -280,6 +281,8 @@ class Framework:
     name: str
     recipe_class: str  # what its recipes derive from, e.g. "hvdtrain.torch.Recipe"
     make_step: Callable[[Any, World, Any], Step]  # from a recipe, its world and exchange.step_options.StepOptions
+    # Of all ranks, from a new run's step, a file of weights, and whether some may be left out: lines to print.
+    load_weights: Callable[[Any, Path, bool], list[str]] | None = None
     # From a recipe, a checkpoint's state, the run's seed and a device: the model, as it was evaluated.
     load_model: Callable[[Any, bytes, int, str], Any] | None = None
     # From a recipe, a checkpoint's state, a world and exchange.step_options.StepOptions.

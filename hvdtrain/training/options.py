@@ -35,11 +35,19 @@ class CheckpointOptions:
     keep: int = option(
         3, "checkpoints to keep, and the best of those at whose step there was an evaluation", at_least=1
     )
+    init_from: Path | None = option(
+        None,
+        "begin with the weights of a file: a checkpoint's folder or state, a torch state dict, or .safetensors; "
+        "not read where there is a checkpoint to resume",
+    )
+    init_partial: bool = option(False, "with --init-from: load the tensors that fit, and leave out the others")
     ledger: bool = option(True, "record which examples each step consumed, for `hvdtrain ledger verify`")
 
     def __post_init__(self) -> None:
         if self.resume and self.run_dir is None:
             raise ValueError("--resume needs --run-dir: the folder of the run to continue")
+        if self.init_partial and self.init_from is None:
+            raise ValueError("--init-partial needs --init-from: the file whose weights to begin with")
 
 
 @dataclass(kw_only=True)

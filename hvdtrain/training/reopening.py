@@ -28,6 +28,7 @@ from hvdtrain.training.position import Position
 
 # No gradients are exchanged: some of these would be refused on another number of ranks.
 UNUSED_VALUES = {"compression": "none", "exchange": "bucketed", "diagnose": False, "init_from": None}
+UNUSED_VALUES |= {"init_partial": False}
 
 
 @dataclass(frozen=True)

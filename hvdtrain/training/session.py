@@ -52,7 +52,13 @@ from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
 from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.setup import name_git_commit, open_ledger, plan_generation, write_run_files
-from hvdtrain.training.start import begin_run, find_run_folder, list_compared_tags, report_generation
+from hvdtrain.training.start import (
+    begin_run,
+    find_run_folder,
+    list_compared_tags,
+    load_first_weights,
+    report_generation,
+)
 
 
 class Session:
@@ -125,9 +131,10 @@ class Session:
     def form_generation(self) -> tuple[Generation, Position]:
         """Be ready for the first step of the next generation; return it, and where it begins."""
         self.enter_next_world()
-        run, begins = self.run, self.position is None
+        run, begins, weights = self.run, self.position is None, list[str]()
         if self.position is None:
             folder, position = begin_run(run)
+            weights = load_first_weights(run, position)
             self.resumed_from, self._ledger = position.step or None, None
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
@@ -138,7 +145,7 @@ class Session:
         ledger = self._files.enter_context(open_ledger(self._ledger, run.options, plan, position, folder))
         if self.world.rank == 0:
             run.membership.publish_start(position.step)
-        notes = write_run_files(run, folder, self.config) if begins else []
+        notes = [*weights, *write_run_files(run, folder, self.config)] if begins else []
         if begins:
             self.git_commit = name_git_commit(run)
         diagnosis = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvdtrain.recipe.base import Recipe, is_overridden
+from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.recipe.now import TrialNow, temporary_now
 from hvdtrain.system.errors import RunError, UserError, suggest_nearest
@@ -93,6 +94,23 @@ def begin_run(run: Run) -> tuple[Path, Position]:
         start_order(run, position)
     membership.publish_run_folder(folder)
     return folder, position
+
+
+def load_first_weights(run: Run, position: Position) -> list[str]:
+    """Load the weights of --init-from on all ranks, if the run is new; return lines to print.
+
+    Raises:
+        UserError: on all ranks, if the file cannot be read or does not fit the model.
+    """
+    options = run.options.checkpoints
+    if options.init_from is None:
+        return []
+    if position.step:
+        return [f"weights   of the checkpoint; --init-from {options.init_from} is not read"]
+    framework = find_framework(type(run.recipe))
+    if framework.load_weights is None:
+        raise UserError(f"--init-from {options.init_from}: the framework {framework.name} cannot load weights")
+    return framework.load_weights(run.step, options.init_from, options.init_partial)
 
 
 def find_run_folder(run: Run) -> Path:
