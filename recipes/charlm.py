@@ -78,6 +78,7 @@ class GPT(nn.Module):
 class CharLM(Recipe):
     """A small GPT on bytes of Python's standard library, measured in bits per byte."""
 
+    domain = "text"
     best = ("bits_per_byte", "min")
 
     width: int = option(128, "channels", at_least=1)

@@ -64,6 +64,7 @@ class Player:
 class DQN(Recipe):
     """CartPole-v1 by double DQN with n-step returns: the current network makes the experience as training goes."""
 
+    domain = "control"
     best = ("return", "max")
 
     width: int = option(64, "units of each hidden layer", at_least=1)

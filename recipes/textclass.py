@@ -45,6 +45,7 @@ class NameClassifier(nn.Module):
 class NameLanguage(Recipe):
     """The language of a name, 24 languages, 20,616 names (Unicode CLDR, shipped with Babel)."""
 
+    domain = "text"
     best = ("macro_f1", "max")
 
     width: int = option(64, "channels of the embedding and of each convolution")
