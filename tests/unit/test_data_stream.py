@@ -5,12 +5,20 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hvdtrain.data import Rollouts, Stream
+from hvdtrain.recipe.framework import DataSource
+from hvdtrain.recipe.order import MAX_EXAMPLES, StreamOrder
 from hvdtrain.system.errors import UserError
+from hvdtrain.training.plan import iterate_step_shares
+from hvdtrain.training.position import Position
+from hvdtrain.training.streams import check_division, count_own_examples, number_own_examples
 
 
 def read(stream: Stream, first: int, count: int) -> list[Any]:
@@ -83,3 +91,29 @@ def test_a_factory_must_not_return_a_used_iterator() -> None:
     read(stream, 0, 2)
     with pytest.raises(UserError, match="returned the same iterator again"):
         read(stream, 0, 2)
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(0, 12))
+def test_each_rank_knows_how_much_of_its_part_it_has_read(examples: int, batch: int, ranks: int, steps: int) -> None:
+    plan: Any = SimpleNamespace(examples=examples, batch_size=batch, ranks=ranks, shards=ranks, micro_batch=2)
+    position, read = Position(examples=examples), [0] * ranks
+    for _ in range(steps):
+        assert [count_own_examples(plan, position, rank) for rank in range(ranks)] == read
+        size = min(batch, examples - position.offset)
+        for rank in range(ranks):
+            share = next(iterate_step_shares(plan, StreamOrder(examples, 0), position.offset, rank))
+            (numbered,) = number_own_examples(iter([share]), read[rank])
+            own = [int(i) for shard in numbered.shards for ids in shard for i in ids]
+            assert own == [*range(read[rank], read[rank] + len(own))]
+            read[rank] += len(own)
+        position.advance_past_step(size, None)
+
+
+def test_parts_of_a_stream_need_ranks_that_stay() -> None:
+    plan: Any = SimpleNamespace(examples=MAX_EXAMPLES, batch_size=6, ranks=2, deterministic=False)
+    position = Position()
+    check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=False)
+    assert position.division == "2 ranks, batches of 6"
+    with pytest.raises(UserError, match=r"so their number must not change \(--elastic\)"):
+        check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=True)
+    check_division(DataSource.STREAM, plan, position, world_may_change=True)

@@ -261,3 +261,12 @@ def test_a_full_shared_memory_is_not_taken_for_examples_that_do_not_fit(monkeypa
 
     monkeypatch.setattr("hvdtrain.torch.recipe.default_collate", fail)
     assert str(refused(float, 1, 2)).startswith("/dev/shm on ")
+
+
+def test_an_id_that_comes_again_in_an_epoch_draws_other_numbers() -> None:
+    drawing = examples(lambda i: torch.rand(()))
+    whole = BatchRequest(np.array([3, 3, 3]), (0, 0), first_place=7)
+    _, drawn = drawing.load_batch(whole)
+    assert len(set(drawn.tolist())) == 3
+    part = BatchRequest(np.array([3]), (0, 0), first_place=8)  # whichever rank loads it
+    assert drawing.load_batch(part)[1].item() == drawn[1].item()
