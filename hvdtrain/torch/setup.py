@@ -24,7 +24,7 @@ from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.system.turns import hold_host_lock
 from hvdtrain.torch.data import check_dataset, seed_all
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.sync_batch_norm import SyncBatchNorm
+from hvdtrain.torch.sync_batch_norm import SyncBatchNorm, exclude_from_compiler
 from hvdtrain.torch.torch_wrappers import skip_compiler_import
 
 NONDETERMINISTIC_TEXT = " does not have a deterministic implementation"  # torch, of the operation that it names before
@@ -92,6 +92,8 @@ def build_model(recipe: Recipe, device: torch.device, options: StepOptions) -> t
     model = collectives.on_all_ranks("model", lambda: make_model(recipe)).to(device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if options.optimization.compile:
+        exclude_from_compiler()
     if options.optimization.sync_batchnorm:
         return SyncBatchNorm.convert(model)
     reject_sync_batch_norm(model)

@@ -88,6 +88,12 @@ class SyncBatchNorm(_BatchNorm):
             running.copy_((1 - factor) * running + factor * value)
 
 
+def exclude_from_compiler() -> None:
+    """Let torch.compile leave SyncBatchNorm as it is, which waits for other ranks; from now on in this process."""
+    if not hasattr(SyncBatchNorm.forward, "_torchdynamo_disable"):
+        SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)  # type: ignore[method-assign]
+
+
 class _Normalize(torch.autograd.Function):
     """(B, C, ...) -> its normalization, mean (C,), variance (C,), number of values in a channel, a token."""
 
