@@ -19,10 +19,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ResNet50(Recipe):
     """ResNet-50 on photographs in folders, such as ImageNet's, with large batches (Goyal et al., 2017).
 
-    --data-dir holds train/CLASS/*.jpg and val/CLASS/*.jpg. As in https://arxiv.org/abs/1706.02677: the learning rate is 0.1 for each 256 examples of a batch, reached in a
-    warm-up of 5 epochs and divided by 10 at epochs 30, 60 and 80; Nesterov momentum 0.9; weight decay 1e-4, not on
-    biases and batch norm; the last batch norm of each residual block starts at zero; batch norm is over each rank's own
-    images (--sync-batchnorm: over those of all ranks). LARS (You et al., 2017) is for batches above 8192.
+    --data-dir holds train/CLASS/*.jpg and val/CLASS/*.jpg. As in https://arxiv.org/abs/1706.02677: the learning rate is
+    0.1 for each 256 examples of a batch, reached in a warm-up of 5 epochs and divided by 10 at epochs 30, 60 and 80;
+    Nesterov momentum 0.9; weight decay 1e-4, not on biases and batch norm; the last batch norm of each residual block
+    starts at zero; batch norm is over each rank's own images (--sync-batchnorm: over those of all ranks). LARS (You et
+    al., 2017) is for batches above 8192.
 
     The paper reports 76.3 % top-1 after 90 epochs (its Table 1: 23.74 % +- 0.09 error with a batch of 8192; 23.60 % +-
     0.12 with 256). hvdtrain's authors have no ImageNet: what was run here is --synthetic. On 8 hosts of 8 GPUs each:
