@@ -91,7 +91,7 @@ class SyncBatchNorm(_BatchNorm):
 def exclude_from_compiler() -> None:
     """Let torch.compile leave SyncBatchNorm as it is, which waits for other ranks; from now on in this process."""
     if not hasattr(SyncBatchNorm.forward, "_torchdynamo_disable"):
-        SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)  # type: ignore[method-assign]
+        SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _Normalize(torch.autograd.Function):
