@@ -84,6 +84,11 @@ class Recipe(base.Recipe):
         """Return the optimizer of the model's parameters, at learning rate `self.lr`.
 
         Declared as `optimizer(self, params, named)`, it is also given a list of (name, parameter).
+
+        For several losses, return a dict of optimizers by the names of their scores, such as {"loss_d": ..., "loss_g":
+        ...}, with no parameter in two of them. Each loss is differentiated with respect to its own optimizer's
+        parameters only, clipped and scheduled alone; the column "loss" is their sum. A training step may leave losses
+        out, on all ranks alike, as by `self.now.step % 2`: their optimizers are not stepped. Evaluations have all.
         """
         raise NotImplementedError
 

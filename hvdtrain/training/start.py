@@ -134,6 +134,7 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
             f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {generation.folder}",
             *describe_training_plan(generation.plan, run.options),
             f"threads   {threads.count} per rank, from {threads.source}",
+            *describe_best(run),
         ]
     )
     if run.options.checkpoints.resume:
@@ -144,6 +145,15 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
     elif not position.step:
         report_graph(run)
     run.report.print_lines(notes)
+
+
+def describe_best(run: Run) -> list[str]:
+    """Return a line if the best checkpoint is chosen by a sum of several losses, which is no measure of a model."""
+    layout, evaluates = run.step.layout, any(run.step.examples[name] for name in run.recipe.evals)
+    if not evaluates or not layout.several or "loss" in layout.names or run.recipe.best[0] != "loss":
+        return []
+    losses = " and ".join(layout.losses)
+    return [f"best      is chosen by 'loss', the sum of {losses}: name a metric, e.g. best = ('accuracy', 'max')"]
 
 
 def list_compared_tags(recipe: Recipe) -> list[str]:

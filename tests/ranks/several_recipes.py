@@ -122,6 +122,12 @@ class Uneven(Duel):
         return super().turn()
 
 
+class Unmeasured(Duel):
+    """`best` is left as it is."""
+
+    best = ("loss", "min")
+
+
 class NoLoss(Duel):
     """No loss at all in step 2."""
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.setup import make_optimizers
 from tests.ranks.changing_recipes import BUILT, Base, fit, train_plainly
 from tests.ranks.test_changing_recipes import check_same
 from tests.support.worlds import on_ranks
@@ -260,3 +261,36 @@ def test_fit_puts_back_what_it_sets(tmp_path):
     with pytest.raises(UserError):
         fit(AllFrozen, tmp_path / "refused", deterministic=True)
     assert settings() == before
+
+
+class GivenNames(Base):
+    """No weight decay for biases, by their names."""
+
+    def optimizer(self, params, named):
+        assert [p for _, p in named] == list(params) and isinstance(params, list)
+        decayed = {True: [p for name, p in named if name.endswith("weight")]}
+        decayed[False] = [p for name, p in named if name.endswith("bias")]
+        return super().optimizer([{"params": decayed[own], "weight_decay": 0.1 * own} for own in (True, False)])
+
+
+class GivenKeyword(Base):
+    """`named` by keyword, after an option of its own with a default."""
+
+    def optimizer(self, params, momentum=0.5, *, named):
+        return super().optimizer([p for name, p in named if name.startswith("2")])
+
+    def make_optimizer(self, params):
+        return torch.optim.SGD(params, lr=self.lr, momentum=0.5)
+
+
+@on_ranks(1, 2)
+def test_an_optimizer_is_given_names_if_it_declares_them(tmp_path):
+    for cls in (GivenNames, GivenKeyword):
+        found, _ = fit(cls, tmp_path / cls.__name__)
+        net, recipe = cls().model(), cls()
+        optimizer = make_optimizers(recipe, net)[0]["loss"]
+        for _ in range(8):
+            optimizer.zero_grad()
+            recipe.score(net, recipe.dataset("train").tensors)["loss"].mean().backward()
+            optimizer.step()
+        check_same(found, {name: p.detach() for name, p in net.named_parameters()})

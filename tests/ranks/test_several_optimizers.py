@@ -136,6 +136,13 @@ def test_columns_and_exchange_of_several_losses(world2: KeptWorld, tmp_path: Pat
     assert summary["best"]["metric"] == "score_d"
 
 
+def test_a_best_checkpoint_by_the_sum_of_losses_is_told(world2: KeptWorld, tmp_path: Path) -> None:
+    summary = train(world2, f"{RECIPE}:Unmeasured", tmp_path / "run", "--steps", "2")
+    line = "best      is chosen by 'loss', the sum of loss_d and loss_g: name a metric, e.g. best = ('accuracy', 'max')"
+    assert line in world2.printed[0].splitlines()
+    assert summary["best"]["value"] == summary["eval"]["loss"]
+
+
 REFUSED = {
     "Uneven": "Uneven.score has returned 'loss_d' in a part of the step's passes only (1 of 1 on rank 0, 0 of 1 on "
     "rank 1): what it leaves out may depend on self.now (not on its rank), and not on the examples",
