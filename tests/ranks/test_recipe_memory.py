@@ -79,7 +79,7 @@ def test_a_recipe_that_can_only_write_is_refused() -> None:
 def test_state_and_now_are_right_in_each_generation(tmp_path: Path) -> None:
     """Every step counts once, also one in which a rank was killed, and those after newcomers."""
     recipe = str(Path(__file__).parent / "remembering_recipe.py") + ":Remembering"
-    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "2", recipe=recipe) as job:
+    with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "8", recipe=recipe) as job:
         job.step(3)
         job.kill(1)
         job.world(1)
