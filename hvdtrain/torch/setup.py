@@ -47,7 +47,11 @@ def load_datasets(recipe: Recipe, world: World, seed: int, splits: Sequence[Spli
 def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
     """Return a context that is this process's turn among those of its host that load the recipe's data."""
     name = type(recipe).__name__
-    source = hashlib.sha256(inspect.getfile(type(recipe)).encode()).hexdigest()[:8]
+    try:
+        file = inspect.getfile(type(recipe))
+    except (OSError, TypeError):  # of a notebook, say
+        file = type(recipe).__module__
+    source = hashlib.sha256(file.encode()).hexdigest()[:8]
     return hold_host_lock(f"{name}-{source}", f"load the data of {name}")
 
 

@@ -137,12 +137,13 @@ def test_a_limit_that_is_not_a_number_is_refused(environ: dict[str, str]) -> Non
 
 
 def test_nothing_in_tmp_has_a_name_that_others_can_guess(tmp_path: Path) -> None:
-    """What a process that loads its data leaves in the folder for temporary files."""
+    """What a process that loads its data leaves in the folder for temporary files; its recipe is in no file."""
     code = (
         "import os, tempfile; from hvdtrain.torch.setup import lock_data_loading\n"
         "from hvdtrain.recipe.registry import load_recipe\n"
     )
-    code += "with lock_data_loading(load_recipe('digits')()): print(os.listdir(tempfile.gettempdir()))"
+    code += "class Own(load_recipe('digits')): pass\n"
+    code += "with lock_data_loading(Own()): print(os.listdir(tempfile.gettempdir()))"
     (tmp_path / "tmp").mkdir()
     environ = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
