@@ -63,7 +63,7 @@ class ExchangeState:
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any]) -> ExchangeState:  # as torch.load returns it
         """Return the state that a checkpoint holds. Raises KeyError if it holds none."""
-        state = cls(saved["steps"], saved.get("joined") or [saved["order"]])
+        state = cls(saved["steps"], saved["joined"] if "joined" in saved else [saved["order"]])
         for key, part in saved["debts"].items():
             name, _, kind = key.rpartition(".")
             (state.velocities if kind == "velocity" else state.unsent)[name] = part

@@ -174,6 +174,14 @@ def test_options_for_one_optimizer_are_refused(tmp_path):
     assert all(not p._post_accumulate_grad_hooks for p in recipes.BUILT[-1].parameters()), "its hooks are left behind"
 
 
+@on_ranks(2)
+def test_resumed_before_a_loss_was_trained_at_all(tmp_path):
+    fields = {"turns": "d d d d g", "schedule": "constant"}
+    fit(recipes.Duel(**fields), tmp_path / "run", steps=3)
+    found, _ = fit(recipes.Duel(**fields), tmp_path / "run", steps=12, resume=True)
+    check_same(found, train_plainly(recipes.Duel(**fields), fields["turns"].split()))
+
+
 def test_a_loss_without_weight_is_not_updated_and_keeps_its_residuals(world2: KeptWorld, tmp_path: Path) -> None:
     options = {"compression": "topk:0.3,min=1,warmup=0", "checkpoint_every": 1, "steps": 3}
     world2.run(fit_named, "Weightless", tmp_path / "run", {"schedule": "constant"}, options)
