@@ -32,8 +32,8 @@ from hvdtrain.torch.pass_record import CallRecord, Exchange, PassRecord
 # What Horovod gathers as it is; other types travel as bytes.
 GATHERED_DTYPES = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
 SEVERAL_OPTIMIZERS_REFUSAL = (
-    "which a recipe with several optimizers cannot: its losses are differentiated one by one; use one optimizer with "
-    "several parameter groups, and batch or group norm in place of SyncBatchNorm"
+    "which a recipe with several optimizers cannot use: its losses are differentiated one by one; use one optimizer "
+    "with several parameter groups, and batch or group norm in place of SyncBatchNorm"
 )
 MISMATCH_TEXT = "Mismatched"  # how Horovod's errors begin if ranks start an exchange with different shapes or types
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import hvdtrain
 from hvdtrain.recipe.order import iterate_batches
-from hvdtrain.torch import Recipe
+from hvdtrain.torch import Recipe, all_gather
 from hvdtrain.training import schedule
 
 EXAMPLES, BATCH = 43, 8  # the last batch of an epoch has 3 examples: fewer than 4 ranks
@@ -141,6 +141,12 @@ class Missing(Duel):
         scores = super().score(model, batch)
         del scores["loss_g"]
         return scores
+
+
+class Gathers(Duel):
+    def score(self, model: Any, batch: Any) -> dict[str, Any]:
+        all_gather(batch[0])
+        return super().score(model, batch)
 
 
 class Shared(Duel):

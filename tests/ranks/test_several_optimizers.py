@@ -150,6 +150,9 @@ REFUSED = {
     "one at least",
     "Missing": "Missing.score must return a dict with 'loss_d', 'loss_g', one for each optimizer, unless "
     "self.now.training; in an evaluation it lacks 'loss_g'",
+    "Gathers": "Gathers.score calls all_gather, which a recipe with several optimizers cannot use: its losses are "
+    "differentiated one by one; use one optimizer with several parameter groups, and batch or group norm in place of "
+    "SyncBatchNorm",
     "Shared": "Shared.optimizer: parameter d.0.weight is in the optimizers of 'loss_d' and 'loss_g': give it to one",
     "Detached": "Detached.score: 'loss_g' depends on no parameter of its own optimizer that is trained, on no rank: "
     "compute it from the model's outputs, without detach(), item() or no_grad(), and with parameters that require a "
