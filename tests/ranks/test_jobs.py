@@ -1,4 +1,15 @@
-"""The 22 jobs that practitioners bring, by the recipes of docs/how-to.md: two ranks train as one does."""
+"""The 22 jobs that practitioners bring, by the recipes of docs/how-to.md: two ranks train as one does.
+
+    data         token mean, padding: letters; images, augmentation: pictures; streams: lines, stream; balanced classes:
+                 balanced; reinforcement learning: bandit
+    model        freezing: unfrozen; weights to start from: options; checkpointing: recomputed; distillation: student;
+                 negatives of all ranks: contrast; batch norm over ranks: normed; tasks with few labels: tasks
+    optimizer    GAN: gan; groups: decay; early stopping, plateau: enough, options; a schedule of one's own: sawtooth
+    results      F1, AUC: scored; pictures: drawn; trackers: tracked; prediction: predictions
+    options      search: study; files: options
+
+torch.compile is run by tests/ranks/test_options.py.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worlds: KeptWorlds) -> Path
     for name, text in read_files(HOW_TO).items():
         write_file(name, text, folder)
     write_pictures(folder / "pictures")
+    write_file("traps.py", TRAPS, folder)
     write_file("wandb.py", FAKE_WANDB, folder)
     write_file("optuna.py", FAKE_OPTUNA, folder)
     train(worlds[2], str(folder / "mine.py"), folder / "runs" / "first", "--steps", "24", cwd=folder)
@@ -72,6 +84,51 @@ def write_pictures(folder: Path) -> None:
                 pixels = values.integers(0, 256, (36, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
 
+
+TRAPS = """
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from mine import Mine
+
+class Scheduled(Mine):
+    def optimizer(self, params):
+        optimizer = super().optimizer(params)
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=24)
+        return optimizer
+
+class LocalNorm(Mine):
+    def model(self):
+        return nn.Sequential(*super().model(), nn.SyncBatchNorm(10))
+
+class Unsized(Mine):
+    def dataset(self, split):
+        return type("Lines", (IterableDataset,), {"__iter__": lambda self: iter([])})()
+
+class Hooked(Mine):
+    calls = 0
+
+    def optimizer(self, params):
+        optimizer = super().optimizer(params)
+        optimizer.register_step_post_hook(self.count)
+        return optimizer
+
+    def count(self, *_):
+        self.calls += 1
+
+    def evaluated(self, model, metrics):
+        assert self.calls == self.now.step
+
+class Taught(Mine):
+    def model(self):
+        student = super().model()
+        student.teacher = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(64, affine=False)).eval()
+        return student
+
+    def score(self, model, batch):
+        assert not model.teacher.training
+        return super().score(nn.Sequential(*list(model)[:3]), batch)
+"""
 
 FAKE_WANDB = """
 import json
@@ -224,6 +281,26 @@ CHECKS = {
 def test_rollouts_refuse_loader_processes(worlds: KeptWorlds, folder: Path, tmp_path: Path) -> None:
     text = refusal(worlds[2], str(folder / "bandit.py"), tmp_path / "run", "--workers", "1", cwd=folder)
     assert "Rollouts" in text and "--workers" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        ("Scheduled", "scheduler"),
+        ("LocalNorm", "is a torch.nn.SyncBatchNorm, which needs torch.distributed"),
+        ("Unsized", "hvdtrain.data.Stream"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(
+    recipe: str, text: str, worlds: KeptWorlds, folder: Path, tmp_path: Path
+) -> None:
+    assert text in refusal(worlds[2], str(folder / f"traps.py:{recipe}"), tmp_path / "run", cwd=folder)
+
+
+@pytest.mark.parametrize("recipe", ["Hooked", "Taught"])
+def test_what_was_silently_wrong_is_right(recipe: str, worlds: KeptWorlds, folder: Path, tmp_path: Path) -> None:
+    """Hooks of the optimizer are called once a step; a frozen part of the model stays in evaluation mode."""
+    train(worlds[2], str(folder / f"traps.py:{recipe}"), tmp_path / "run", "--epochs", "1", cwd=folder)
 
 
 def test_options_that_end_change_and_begin_a_training(worlds: KeptWorlds, folder: Path, tmp_path: Path) -> None:
