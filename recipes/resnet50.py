@@ -40,6 +40,7 @@ class ResNet50(Recipe):
     """
 
     best = ("top1", "max")
+    domain = "vision"
 
     depth: Literal["18", "34", "50", "101", "152"] = option("50", "layers")
     data_dir: Path = option(Path("imagenet"), "folder with train/CLASS/*.jpg and val/CLASS/*.jpg")

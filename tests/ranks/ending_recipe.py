@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -40,7 +41,7 @@ class Line(Dataset[Any]):
 class Ending(Recipe):
     """Does `how` in `where`, on a rank of its own."""
 
-    how: str = option("", "exit3, exit-text, exit-none, os-exit0, os-exit5, segv, sleep, thread, child, fork")
+    how: str = option("", "exit3, exit-text, exit-none, os-exit0, os-exit5, segv, collective, sleep, thread, child ...")
     where: str = option("score", "model, dataset, item or score")
     on: int = option(-1, "the rank that does it; -1: every rank")
     at_step: int = option(3, "in score and item: not before this step")
@@ -91,6 +92,8 @@ class Ending(Recipe):
                 os._exit(5)
             case "segv":
                 os.kill(os.getpid(), signal.SIGSEGV)
+            case "collective":
+                hvd.allreduce(torch.ones(1), name="mean of mine")
             case "sleep":
                 time.sleep(3600)
             case "thread":

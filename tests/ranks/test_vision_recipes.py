@@ -1,4 +1,4 @@
-"""recipes/resnet50.py, trained for a few steps."""
+"""recipes/resnet50.py and recipes/simclr.py, trained for a few steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.ranks.harness import ROOT
+from tests.ranks.harness import ROOT, rows
 from tests.support.worlds import KeptWorld, refusal, train
 
 RESNET50 = str(ROOT / "recipes" / "resnet50.py")
+SIMCLR = str(ROOT / "recipes" / "simclr.py")
 
 
 def test_resnet50_learns_synthetic_images(world2: KeptWorld, tmp_path: Path) -> None:
@@ -69,3 +70,15 @@ def test_lars_is_what_its_paper_says() -> None:
     torch.testing.assert_close(p.detach(), weights, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(bias.detach(), other, rtol=1e-12, atol=1e-12)
     assert pytest.approx(0.5) == optimizer.param_groups[0]["lr"]
+
+
+def test_simclr_is_the_same_on_two_ranks(world1: KeptWorld, world2: KeptWorld, tmp_path: Path) -> None:
+    """Its negatives and its batch norm are over all ranks; digits are told apart better than by chance (0.1)."""
+    options = ["--steps", "12", "--eval-every", "12", "--log-every", "1", "--width", "16", "--threads", "1"]
+    one, two = (train(world, SIMCLR, tmp_path / str(world.size), *options) for world in (world1, world2))
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("1", "2")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][10] < losses[0][0]  # both over 128 examples, whose views are the negatives; the last over 29
+    assert two["eval"]["loss"] == pytest.approx(one["eval"]["loss"], rel=1e-3)
+    assert two["eval"]["probe"] == pytest.approx(one["eval"]["probe"], abs=0.02)
+    assert one["eval"]["probe"] >= 0.6
