@@ -1,0 +1,168 @@
+"""Translate names from English: a Transformer with label smoothing, beam search and BLEU.
+
+Data: names of countries, languages, scripts, currencies and time zones from Unicode's CLDR, which Babel ships. One in
+eight is held out, chosen by its code: all names of a currency are on the same side.
+Method: Vaswani et al., 2017, arXiv:1706.03762, with pre-normalization. Texts are UTF-8 bytes. BLEU is sacrebleu's over
+characters, as most names have fewer than four words.
+Full-size run: hvdtrain launch -np 2 translate --eval-every 430
+Result, into Spanish, on 189 held-out names, after 20 epochs, 4 minutes of CPU time: BLEU 54.8 (over words 33.6), 14 %
+exactly right. The English names, copied word by word: BLEU 41.9 (over words 3.8), 6 %.
+(Babel 2.19, sacrebleu 2.6, torch 2.14.)
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from babel import Locale
+from sacrebleu.metrics import BLEU
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from hvdtrain.torch import Recipe, option
+
+PADDING, BEGIN, END = 0, 1, 2  # bytes that no name has
+LONGEST = 72  # bytes of a name, with BEGIN and END
+
+
+class Translator(nn.Module):
+    """(B, S) source and (B, T) target so far -> (B, T, 256) logits of the bytes that follow"""
+
+    def __init__(self, width: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.bytes, self.positions = nn.Embedding(256, width), nn.Embedding(LONGEST, width)
+        sizes = {"d_model": width, "nhead": 4, "dim_feedforward": 4 * width, "dropout": dropout}
+        layer = nn.TransformerEncoderLayer(**sizes, batch_first=True, norm_first=True)
+        # nn.Transformer's own encoder warns that it cannot use nested tensors with norm_first.
+        encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.transformer = nn.Transformer(
+            **sizes, num_decoder_layers=layers, custom_encoder=encoder, batch_first=True, norm_first=True
+        )
+        self.output = nn.Linear(width, 256)
+        for embedding in (self.bytes, self.positions):
+            nn.init.normal_(embedding.weight, std=width**-0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.bytes(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+
+    def encode(self, source: Tensor) -> Tensor:
+        return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PADDING)
+
+    def decode(self, memory: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device)
+        decoded = self.transformer.decoder(
+            self.embed(target), memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=source == PADDING
+        )
+        return self.output(decoded)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.decode(self.encode(source), source, target)
+
+
+def search_beams(model: Translator, source: Tensor, beams: int) -> Tensor:
+    """Return the most likely translations per byte, (B, LONGEST), of those that a beam search keeps."""
+    rows, first = len(source) * beams, torch.arange(len(source), device=source.device)[:, None] * beams
+    memory, source = model.encode(source).repeat_interleave(beams, 0), source.repeat_interleave(beams, 0)
+    tokens = source.new_full((rows, 1), BEGIN)
+    scores = memory.new_zeros(len(first), beams)
+    scores[:, 1:] = -torch.inf  # at first all beams of an example are the same
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    while not ended.all() and tokens.shape[1] < LONGEST:
+        following = model.decode(memory, source, tokens)[:, -1].float().log_softmax(1)
+        only_padding = torch.full_like(following, -torch.inf)
+        only_padding[:, PADDING] = 0
+        candidates = scores.view(-1, 1) + torch.where(ended, only_padding, following)
+        scores, chosen = candidates.view(len(first), -1).topk(beams)
+        parents = (first + chosen // 256).flatten()
+        tokens = torch.cat([tokens[parents], (chosen % 256).view(-1, 1)], 1)
+        ended = (tokens[:, -1:] == END) | (tokens[:, -1:] == PADDING)
+    best = (scores / (tokens != PADDING).sum(1).view(-1, beams)).argmax(1, keepdim=True)
+    return pad_to_longest(tokens[(first + best).flatten()])
+
+
+@dataclass(kw_only=True)
+class Translate(Recipe):
+    """Names from English into another language (Unicode CLDR, shipped with Babel), measured by BLEU."""
+
+    best = ("bleu", "max")
+
+    to: str = option("es", "language to translate into, as CLDR names it")
+    width: int = option(128, "channels", at_least=4)
+    layers: int = option(2, "layers of the encoder and of the decoder", at_least=1)
+    dropout: float = option(0.1, "share of each layer's output that is dropped in training", at_least=0)
+    smoothing: float = option(0.1, "label smoothing", at_least=0)
+    beams: int = option(4, "translations that the search keeps", at_least=1)
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 1.5e-3
+    schedule: str = "warmup:2ep cosine"
+
+    def model(self) -> nn.Module:
+        return Translator(self.width, self.layers, self.dropout)
+
+    def dataset(self, split: str) -> list[tuple[str, str]]:
+        english, other = collect_names(Locale("en")), collect_names(Locale.parse(self.to))
+        pairs = {english[key]: (key[1], other[key]) for key in sorted(english.keys() & other.keys())}
+        return [
+            (name, translation)
+            for name, (code, translation) in pairs.items()
+            if (zlib.crc32(code.encode()) % 8 == 0) == (split == "eval")
+        ]
+
+    def collate(self, examples: list[tuple[str, str]]) -> list[Tensor]:
+        """Two tensors (B, L), sources and targets, each as long as its longest."""
+        return [pad_sequence([encode(text) for text in side], batch_first=True) for side in zip(*examples, strict=True)]
+
+    def optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def score(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Any]:
+        source, target = batch
+        inputs, following = target[:, :-1], target[:, 1:]
+        logits = model(source, inputs).transpose(1, 2)
+        is_byte = following != PADDING
+        losses = F.cross_entropy(
+            logits, following, ignore_index=PADDING, label_smoothing=self.smoothing, reduction="none"
+        )
+        hits = (logits.argmax(1) == following) & is_byte
+        return {
+            "loss": (losses.sum(1), is_byte.sum(1)),  # a mean over the bytes of the step, on whatever rank they are
+            "byte_accuracy": (hits.sum(1), is_byte.sum(1)),
+        }
+
+    def outputs(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
+        source, target = batch
+        return {"translations": search_beams(model, source, self.beams), "references": pad_to_longest(target)}
+
+    def summarise(self, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+        translations = [decode(tokens) for tokens in outputs["translations"]]
+        references = [decode(tokens) for tokens in outputs["references"]]
+        return {
+            "bleu": BLEU(tokenize="char").corpus_score(translations, [references]).score,
+            "exact": np.mean(np.array(translations) == np.array(references)),
+        }
+
+
+def collect_names(locale: Locale) -> dict[tuple[str, str, str], str]:
+    """Return a locale's names by kind, code and form."""
+    tables = {kind: getattr(locale, kind) for kind in ("territories", "languages", "scripts", "currencies")}
+    names = {(kind, code, ""): name for kind, table in tables.items() for code, name in table.items()}
+    for zone, forms in locale.meta_zones.items():
+        names |= {("zone", zone, form): name for form, name in forms.get("long", {}).items()}
+    return {key: name for key, name in names.items() if len(name.encode()) <= LONGEST - 2}
+
+
+def encode(text: str) -> Tensor:
+    return torch.tensor([BEGIN, *text.encode(), END])
+
+
+def decode(tokens: np.ndarray) -> str:
+    return bytes(int(token) for token in tokens if token > END).decode(errors="replace")
+
+
+def pad_to_longest(tokens: Tensor) -> Tensor:
+    return F.pad(tokens, (0, LONGEST - tokens.shape[1]), value=PADDING)
