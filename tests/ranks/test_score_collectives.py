@@ -13,13 +13,13 @@ import torch
 import hvdtrain
 from hvdtrain.recipe import order
 from hvdtrain.system.errors import KnownError
-from hvdtrain.torch import SyncBatchNorm
+from hvdtrain.torch import SyncBatchNorm, all_gather, all_reduce, own_rows
 from hvdtrain.torch.data import seed_all
 from hvdtrain.torch.tensors import read_tensors
 from tests.ranks import contrastive_recipes
 from tests.ranks.contrastive_recipes import Pairs
 from tests.ranks.harness import rows
-from tests.support.worlds import KeptWorld, KeptWorlds
+from tests.support.worlds import KeptWorld, KeptWorlds, on_ranks
 
 State = dict[str, torch.Tensor]
 
@@ -212,3 +212,23 @@ def test_a_layer_that_cannot_be_converted_is_refused() -> None:
     lazy(torch.randn(4, 3))
     assert type(lazy) is SyncBatchNorm
     assert lazy(torch.randn(4, 3)).shape == (4, 3)
+
+
+@on_ranks(2)
+def test_any_type_is_gathered_and_summed() -> None:
+    """Also outside a training, in a loop of one's own."""
+    rank = hvdtrain.init().rank
+    for dtype in (torch.bfloat16, torch.float16, torch.complex64, torch.bool, torch.int16, torch.int64):
+        x = torch.arange(6).view(3, 2).to(dtype)[: 3 - rank]
+        gathered = all_gather(x)
+        assert gathered.dtype == dtype
+        assert torch.equal(gathered, torch.arange(6).view(3, 2).to(dtype)[[0, 1, 2, 0, 1]])
+        assert torch.equal(gathered[own_rows(gathered)], x)
+        total = all_reduce(torch.ones(2, dtype=dtype))
+        assert total.tolist() == [2, 2]
+        assert total.dtype == (torch.int64 if dtype == torch.bool else dtype)
+    for dtype in (torch.bfloat16, torch.complex64):
+        x = torch.full((2 + rank,), 1.0 + rank, dtype=dtype, requires_grad=True)
+        (all_gather(x).abs().square().sum() * (1 + rank)).backward()
+        assert x.grad is not None and x.grad.dtype == dtype
+        assert x.grad.tolist() == [2 * (1.0 + rank) * 3] * (2 + rank)
