@@ -88,6 +88,7 @@ def search_beams(model: Translator, source: Tensor, beams: int) -> Tensor:
 class Translate(Recipe):
     """Names from English into another language (Unicode CLDR, shipped with Babel), measured by BLEU."""
 
+    domain = "text"
     best = ("bleu", "max")
 
     to: str = option("es", "language to translate into, as CLDR names it")
