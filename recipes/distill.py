@@ -36,6 +36,7 @@ class Distill(Recipe):
         hvdtrain launch -np 2 distill --seed 0 --alone
     """
 
+    domain = "vision"
     best = ("accuracy", "max")
 
     examples: int = option(150, "images that the student learns from; the teacher has seen all 1,437", at_least=1)

@@ -89,6 +89,7 @@ class GAN(Recipe):
         hvdtrain launch -np 2 gan --seed 0
     """
 
+    domain = "vision"
     best = ("accuracy", "max")
 
     noise: int = option(16, "values of noise that a drawing is made of", at_least=1)
