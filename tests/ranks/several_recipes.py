@@ -113,6 +113,14 @@ class Ratio(Duel):
         return scores
 
 
+@dataclass(kw_only=True)
+class SlowRatio(Ratio, SlowDuel):
+    """The same, slowly, with a metric of the means."""
+
+    def metrics(self, means: Any) -> dict[str, Any]:
+        return {"sum_of_squares": means["loss"] ** 2 + means["score_d"] ** 2}
+
+
 class Uneven(Duel):
     """Ranks train different losses in step 3."""
 
