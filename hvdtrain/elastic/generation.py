@@ -43,13 +43,10 @@ from hvdtrain.elastic.slot import Slot
 from hvdtrain.elastic.store import KeyValueStore
 from hvdtrain.elastic.tries import count_tries
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
+from hvdtrain.system.limits import GenerationLimits
 from hvdtrain.system.network import interface_address
 
-PLAN_POLL_INTERVAL = 0.02  # seconds
-FAST_POLL_SECONDS = 10.0  # seconds that it polls so often
-FOLLOW_TIMEOUT = 10.0  # seconds for all of a plan to say that they follow it
-FIRST_PLAN_TIMEOUT = 60.0  # seconds that the first generation waits for slots that do not come
-PROPOSER_TIMEOUT = 1.0  # seconds after which another proposes a plan if the first in line does not
+DEFAULT_LIMITS = GenerationLimits()
 EVICTED_TEXT = "evicted: this worker did not respond in time"
 
 
@@ -73,8 +70,10 @@ class MemberRequests:
 class GenerationFormer:
     """One member's part in forming generations."""
 
-    def __init__(self, store: KeyValueStore, slot: Slot, member: str) -> None:
-        self.store, self.slot, self.member = store, slot, member
+    def __init__(
+        self, store: KeyValueStore, slot: Slot, member: str, limits: GenerationLimits = DEFAULT_LIMITS
+    ) -> None:
+        self.store, self.slot, self.member, self.limits = store, slot, member, limits
         self.generation, self._newest_plan = get_newest_plan(store)
         self.has_joined = False  # a generation: this member has a state that others count on
         self._server: RendezvousServer | None = None  # where the ranks of a generation that it planned meet
@@ -137,10 +136,11 @@ class GenerationFormer:
             if complete and (asked or len(present) >= self.slot.min_members):
                 complete_since = complete_since or time.monotonic()
                 line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
-                if line[0] == self.member or time.monotonic() - complete_since > PROPOSER_TIMEOUT:
+                if line[0] == self.member or time.monotonic() - complete_since > self.limits.proposer:
                     return self._propose_plan(number, line, present)
             # Others may train for long, or be too few, before there is a place for this one.
-            time.sleep(PLAN_POLL_INTERVAL if time.monotonic() - began < FAST_POLL_SECONDS else 10 * PLAN_POLL_INTERVAL)
+            is_fast = time.monotonic() - began < self.limits.fast_polls
+            time.sleep(self.limits.poll if is_fast else 10 * self.limits.poll)
 
     def _is_complete(
         self, previous: Sequence[str], here: Mapping[str, Candidate], gone: Mapping[str, str], waited: float
@@ -150,7 +150,7 @@ class GenerationFormer:
             return all(member in here or member in gone for member in previous)
         # horovodrun's newest list lacks slots that could not be filled.
         sizes = [heartbeat.assigned_size for heartbeat in self.store.get_heartbeats().values()]
-        return len(here) >= min(sizes, default=self.slot.size) or waited > FIRST_PLAN_TIMEOUT
+        return len(here) >= min(sizes, default=self.slot.size) or waited > self.limits.first_plan
 
     def _propose_plan(self, number: int, line: Sequence[str], present: Mapping[str, Candidate]) -> GenerationPlan:
         """Propose a plan with these members, in this order, and return the plan that all follow."""
@@ -178,13 +178,13 @@ class GenerationFormer:
     def _confirm_plan(self, number: int, names: Sequence[str]) -> bool:
         """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""
         self.store.put(FOLLOWS.of(number, self.member), True)
-        deadline = time.monotonic() + FOLLOW_TIMEOUT
+        deadline = time.monotonic() + self.limits.follow
         while time.monotonic() < deadline:
             if len(self.store.get_all(FOLLOWS.of(number))) == len(names):
                 return True
             if set(names) & set(self.store.get_all(GONE)):
                 return False
-            time.sleep(PLAN_POLL_INTERVAL)
+            time.sleep(self.limits.poll)
         return False
 
     def _find_give_up_reason(self) -> str | None:

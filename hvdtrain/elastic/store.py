@@ -19,6 +19,7 @@ from hvdtrain.elastic.records import Fact, Heartbeat, dump_record, load_json
 from hvdtrain.system import signed_http
 from hvdtrain.system.errors import RunError
 from hvdtrain.system.http import request_signed
+from hvdtrain.system.limits import GenerationLimits
 from hvdtrain.system.records import parse_record
 from hvdtrain.system.signed_http import SignedClient
 
@@ -26,7 +27,6 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 FACT_SCOPE, HEARTBEAT_SCOPE, ROUND_SCOPE = "hvdtrain.facts", "hvdtrain.pulses", "hvdtrain.rounds"
-STORE_TIMEOUT = 10.0  # seconds for an answer of the server
 
 
 class StoreUnreachable(OSError):
@@ -125,7 +125,7 @@ class KeyValueStore:
             return None
 
     def _request(
-        self, method: str, path: str, body: bytes | None = None, timeout: float | None = STORE_TIMEOUT
+        self, method: str, path: str, body: bytes | None = None, timeout: float | None = GenerationLimits.store
     ) -> bytes | None:
         """Send a request; return the answer's body, None for 404."""
         try:

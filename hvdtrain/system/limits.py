@@ -192,6 +192,27 @@ class SupervisorLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationLimits:
+    """Limits of workers that form a generation of an elastic run (hvdtrain.elastic.generation).
+
+    Attributes:
+        poll: between two looks for a plan, or for who follows it.
+        fast_polls: until a worker looks only a tenth as often: the others may train for long.
+        first_plan: of the first generation, for slots that do not come.
+        proposer: for the first in line to propose a plan, before another does.
+        follow: for all of a plan to write that they follow it.
+        store: for the key-value server to answer.
+    """
+
+    poll: float = 0.02
+    fast_polls: float = 10.0
+    first_plan: float = 60.0
+    proposer: float = 1.0
+    follow: float = 10.0
+    store: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExitLimits:
     """Limits of the end of a process whose command is done.
 
