@@ -104,7 +104,12 @@ class Stream:
         for example in self._iterator:
             self._next += 1
             return example
-        raise UserError(f"a Stream has ended after {place} examples, and is empty when it is begun again")
+        offset = (
+            f" by its factory with offset={place}: that counts the examples since the run began, so take it modulo "
+            "those that there are"
+        )
+        again = offset if place and self._parameters == 3 else ""
+        raise UserError(f"a Stream has ended after {place} examples, and is empty when it is begun again{again}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the stream without its iterator, which another process makes for itself."""

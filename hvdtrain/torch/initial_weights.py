@@ -44,7 +44,8 @@ def load_initial_weights(step: TorchStep, path: Path, partial: bool) -> list[str
         weights, model = read_weights(path), step.model
         fit = match_weights(model, weights)
         if (fit.problems and not partial) or not fit.chosen:
-            remedy = f"; --init-partial loads the other {len(fit.chosen)}" if fit.chosen else ""
+            others = f"; --init-partial loads the other {len(fit.chosen)}"
+            remedy = others if fit.chosen else explain_prefix(model, weights)
             raise UserError(f"--init-from {path} does not fit the model: {fit.describe_problems()}{remedy}")
         load_module_state(model, {**model.state_dict(), **fit.chosen})
         left_out = f"; left out: {fit.describe_problems()}" if fit.problems else ""
@@ -110,6 +111,16 @@ class WeightsFit:
         """Return how many tensors do not fit, and the first few of them."""
         kinds = (("missing", self.missing), ("extra", self.extra), ("of another shape or type", self.different))
         return ", ".join(f"{len(names)} {kind} ({shorten_list(names)})" for kind, names in kinds if names)
+
+
+def explain_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Return what to do about a prefix that all names of a file have and the model's have not; "" if that is not it."""
+    prefix, own = next(iter(weights)).partition(".")[0] + ".", model.state_dict().keys()
+    if not all(name.startswith(prefix) for name in weights) or not any(name[len(prefix) :] in own for name in weights):
+        return ""
+    wrapper = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}.get(prefix)
+    by = f", by {wrapper}" if wrapper else ""
+    return f"; its names begin with {prefix!r}{by}: save them without it, {{name.removeprefix({prefix!r}): ...}}"
 
 
 def shorten_list(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.initial_weights import match_weights, read_weights
+from hvdtrain.torch.initial_weights import explain_prefix, match_weights, read_weights
 from tests.support.worlds import KeptWorld, refusal, train
 
 RECIPE = """
@@ -156,3 +156,11 @@ def test_a_tensor_that_the_model_has_twice_may_be_in_the_file_once() -> None:
     model["head"].weight = model["embed"].weight
     fit = match_weights(model, {"embed.weight": torch.zeros(5, 3)})
     assert not fit.problems and list(fit.chosen) == ["embed.weight"]
+
+
+def test_a_prefix_of_all_names_is_explained(weights: dict[str, torch.Tensor]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
+    for prefix, by in (("module.", ", by DataParallel"), ("_orig_mod.", ", by torch.compile"), ("net.", "")):
+        text = explain_prefix(model, {f"{prefix}{name}": value for name, value in weights.items()})
+        assert text.startswith(f"; its names begin with '{prefix}'{by}: save them without it")
+    assert not explain_prefix(model, {"other": torch.zeros(3), "another": torch.zeros(3)})

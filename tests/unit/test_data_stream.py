@@ -37,6 +37,9 @@ def test_a_stream_that_ends_is_begun_again() -> None:
     assert read(Stream(lambda: "abc"), 2, 5) == ["c", "a", "b", "c", "a"]
     with pytest.raises(UserError, match="a Stream has ended after 0 examples, and is empty when it is begun again"):
         read(Stream(lambda: ""), 0, 1)
+    part = Stream(lambda rank, size, offset: range(offset, 4))
+    with pytest.raises(UserError, match=r"after 4 examples, .* again by its factory with offset=4: that counts the"):
+        read(part, 0, 5)
 
 
 def test_a_part_begins_at_its_offset() -> None:
