@@ -60,6 +60,4 @@ def load_model(recipe: Recipe, data: bytes, seed: int, device: str) -> nn.Module
         raise UserError(f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from error
     if "recipe" in state:
         RecipeState(recipe).load_values(state["recipe"])
-    if "recipe" in state:
-        RecipeState(recipe).load_values(state["recipe"])
     return model.eval()

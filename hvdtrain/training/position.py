@@ -134,12 +134,12 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             values[name] = check_finite_number(value, where)
         elif kind == "str":
             if not isinstance(value, str):
-                raise ValueError(f"has no text {where!r}")
+                raise ValueError(f"has {reprlib.repr(value)} as {where}; expected a string")
             values[name] = value
         elif kind == "list[float]":
             if not isinstance(value, list):
                 raise ValueError(f"has no list {where!r}")
-            values[name] = [_parse_number(one, where) for one in value]
+            values[name] = [_parse_metric_number(one, where) for one in value]
         elif kind == "dict[str, str]":
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 raise ValueError(f"has no object of texts {where!r}")
@@ -150,12 +150,8 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             if not isinstance(value, dict):
                 raise ValueError(f"has no object {where!r}")
             values[name] = {key: _parse_metrics(one, f"{where}.{key}") for key, one in value.items()}
-        elif kind == "str" and isinstance(value, str):
-            values[name] = value
         elif kind in ("int | None", "float | None"):
             values[name] = None
-        elif kind == "str":
-            raise ValueError(f"has {reprlib.repr(value)} as {where}; expected a text")
         else:
             raise AssertionError(f"{where} of type {kind} cannot be read back")
     if "rows" not in values:
@@ -173,11 +169,11 @@ def _parse_metrics(content: Any, where: str) -> dict[str, MetricValue]:
 def parse_metric_value(value: object, where: str) -> MetricValue:
     """Return a metric from JSON, NaN for each number that was not finite. Raises ValueError for anything else."""
     if isinstance(value, list):
-        return [_parse_number(one, where) for one in value]
-    return _parse_number(value, where)
+        return [_parse_metric_number(one, where) for one in value]
+    return _parse_metric_number(value, where)
 
 
-def _parse_number(value: object, where: str) -> float:
+def _parse_metric_number(value: object, where: str) -> float:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return math.nan
     return check_finite_number(value, where)

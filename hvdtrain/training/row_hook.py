@@ -13,14 +13,14 @@ from hvdtrain.training.rows import MetricsRow
 class RowHook:
     """Gives rows to the recipe's `logged`, until that raises: a run does not end because of it."""
 
-    def __init__(self, recipe: Recipe | None, warn: Callable[[str], None]) -> None:
-        """recipe: whose `logged` is called; None: of no recipe. warn: prints a line when it has raised."""
+    def __init__(self, recipe: Recipe, warn: Callable[[str], None]) -> None:
+        """Call the `logged` of a recipe. warn: prints a line when it has raised."""
         self.recipe, self._warn = recipe, warn
-        self._is_on = recipe is not None and is_overridden(recipe, "logged")
+        self._is_on = is_overridden(recipe, "logged")
 
     def log_row(self, row: MetricsRow) -> None:
         """Call `logged` with the row as it is written."""
-        if not self._is_on or self.recipe is None:
+        if not self._is_on:
             return
         try:
             with in_recipe(self.recipe, "logged()"):
