@@ -36,14 +36,13 @@ def missing_outputs(recipe: Recipe) -> UserError:
     )
 
 
-def make_arrays(recipe: Recipe, method: str, outputs: Any, count: int) -> Outputs:
-    """Return outputs of `count` examples as arrays; bfloat16, which numpy has not, as float32.
+def make_arrays(call: str, outputs: Any, count: int) -> Outputs:
+    """Return outputs of `count` examples as arrays; bfloat16, which numpy lacks, as float32.
 
-    Raises UserError unless they are tensors or arrays (count, ...) by name. method: that returned them.
+    Raises UserError unless they are tensors or arrays (count, ...) by name. call: what returned them, for messages.
     """
-    where = f"{type(recipe).__name__}.{method}"
     if not isinstance(outputs, Mapping) or not outputs:
-        raise UserError(f"{where} returned {type(outputs).__name__} as outputs; expected a dict of arrays (B, ...)")
+        raise UserError(f"{call} returned {type(outputs).__name__} as outputs; expected a dict of arrays (B, ...)")
     found = {}
     for name, value in outputs.items():
         if isinstance(value, Tensor):
@@ -51,6 +50,6 @@ def make_arrays(recipe: Recipe, method: str, outputs: Any, count: int) -> Output
             value = (value.float() if value.dtype == torch.bfloat16 else value).resolve_conj().resolve_neg().numpy()
         if not isinstance(value, np.ndarray) or value.dtype.hasobject or value.shape[:1] != (count,):
             what = f"shape {value.shape} {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise UserError(f"{where}: {name!r} is {what} for {count} examples; expected an array (B, ...) of numbers")
+            raise UserError(f"{call}: {name!r} is {what} for {count} examples; expected an array (B, ...) of numbers")
         found[str(name)] = value
     return found

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.comm import collectives
@@ -21,7 +21,7 @@ from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all
 from hvdtrain.torch.loader import BatchLoader
 from hvdtrain.torch.loading import load_model
-from hvdtrain.torch.outputs import defines_outputs
+from hvdtrain.torch.outputs import Outputs, defines_outputs, make_arrays
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import Scorer
@@ -77,25 +77,19 @@ class TorchPredictor:
         entropy = (self.options.data.seed, 0)
         return self._loader.load_requests(BatchRequest(c.ids, entropy, c.now, c.first_index) for c in chunks)
 
-    def predict_batch(self, batch: Any, count: int, seed: Sequence[int]) -> dict[str, NDArray[Any]]:
+    def predict_batch(self, batch: Any, count: int, seed: Sequence[int]) -> Outputs:
         seed_all(seed)
         batch = self.scorer.move_batch(convert_floating(batch, self._dtype) if self._reads_file else batch)
         with torch.no_grad(), self.scorer.autocast_context():
-            outputs, method = self._call_outputs(batch)
-        found = {}
-        for name, value in outputs.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != count:
-                what = f"(B,) = {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise RunError(f"{method} returned {what} as {name!r} for {count} examples; expected a tensor (B, ...)")
-            value = value.detach().cpu()
-            found[str(name)] = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
-        return found
+            outputs, call = self._call_outputs(batch)
+        arrays = make_arrays(call, outputs, count)
+        return {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in arrays.items()}
 
     def _call_outputs(self, batch: Any) -> tuple[Mapping[str, Any], str]:
-        """Return what `outputs` returns, or else what the model does, and the name of the method for messages."""
+        """Return what `outputs` returns, or else what the model does, and the name of the call for messages."""
         recipe, name = self.recipe, type(self.recipe).__name__
         if defines_outputs(recipe):
-            method = name_call(recipe, "outputs()")
+            call = name_call(recipe, "outputs()")
             with in_recipe(recipe, "outputs()"):
                 outputs = recipe.outputs(self.model, batch)
         else:
@@ -104,16 +98,16 @@ class TorchPredictor:
                     f"a batch of {name} is a {type(batch).__name__}, and it is not known what of it the model takes: "
                     f"write {name}.outputs(self, model, batch), which returns {{name: (B, ...)}}"
                 )
-            method = f"the model of {name}"
+            call = f"the model of {name}"
             with in_recipe(recipe, "model()'s model"):
                 outputs = self.model(batch if isinstance(batch, Tensor) else batch[0])
             outputs = {"output": outputs} if isinstance(outputs, Tensor) else outputs
         if not isinstance(outputs, Mapping) or not outputs:
             raise RunError(
-                f"{method} returned {type(outputs).__name__}; expected {{name: (B, ...)}}: write "
+                f"{call} returned {type(outputs).__name__}; expected {{name: (B, ...)}}: write "
                 f"{name}.outputs(self, model, batch)"
             )
-        return outputs, method
+        return outputs, call
 
     def close(self) -> None:
         self._exit_stack.close()

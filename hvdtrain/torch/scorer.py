@@ -11,7 +11,7 @@ from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.base import is_overridden
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import RecipeError
-from hvdtrain.system.recipe_errors import in_recipe
+from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import to_device
 from hvdtrain.torch.outputs import Outputs, defines_outputs, make_arrays, missing_outputs, split_returned
 from hvdtrain.torch.recipe import Recipe
@@ -78,12 +78,12 @@ class Scorer:
         Raises UserError for outputs that are not arrays (count, ...), and if there is nothing that returns any.
         """
         if self._outputs is not None:
-            return make_arrays(self.recipe, "score()", self._outputs, count)
+            return make_arrays(name_call(self.recipe, "score()"), self._outputs, count)
         if not defines_outputs(self.recipe):
             raise missing_outputs(self.recipe)
         with self.session.refuse_calls(), torch.no_grad(), self.autocast_context(), in_recipe(self.recipe, "outputs()"):
             outputs = self.recipe.outputs(model, self.move_batch(batch))
-        return make_arrays(self.recipe, "outputs()", outputs, count)
+        return make_arrays(name_call(self.recipe, "outputs()"), outputs, count)
 
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:
         self.session.start_pass(training=False)

@@ -16,7 +16,7 @@ from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
 from hvdtrain.recipe.now import temporary_now
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.recipe_errors import in_recipe
+from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
 from hvdtrain.torch.graph import trace_losses
 from hvdtrain.torch.modes import TrainingModes
@@ -124,7 +124,7 @@ class Trial:
                 contexts.enter_context(torch.no_grad())
                 contexts.enter_context(in_recipe(recipe, method))
                 outputs = sandbox.recipe.outputs(sandbox.model, batch)
-        make_arrays(recipe, method, outputs, self.count)
+        make_arrays(name_call(recipe, method), outputs, self.count)
 
     def trace_graph(self, draw: bool) -> bytes | None:
         """Return the model's graph if it is to be drawn and the batch can be traced; all ranks call it.

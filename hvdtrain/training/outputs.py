@@ -1,4 +1,4 @@
-"""Outputs of an evaluation's examples: brought to rank 0 in the order of their ids, where the recipe summarises them.
+"""Outputs of examples, brought to rank 0 in the order of their ids: to be summarised by the recipe, or written.
 
 each rank: (ids, outputs) of its batches      rank 0, by pieces                  all ranks
 ids 0 1 | 6 7   p: (4, 3)   --- bytes -->   p: (8, 3), row i of example i  --> what summarise(outputs) returns
@@ -27,7 +27,7 @@ Kinds = dict[str, tuple[str, list[int]]]  # of each output: type, and shape of o
 
 
 class OutputCollector:
-    """Collects a rank's outputs of the batches of an evaluation."""
+    """Collects a rank's outputs of the batches of an evaluation or a prediction."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -37,7 +37,7 @@ class OutputCollector:
         self._mismatch = ""  # of two batches, human-readable
 
     def add_batch(self, ids: Ids, outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Add the outputs of a batch; if they are not of the kinds of those before, `gather` raises it on all ranks."""
+        """Add the outputs of a batch; `gather` raises on all ranks if types or shapes differ between batches."""
         kinds: Kinds = {name: (str(array.dtype), list(array.shape[1:])) for name, array in outputs.items()}
         if self._batches:
             examples = f"examples {self._ids[0][0]} and {ids[0]}"

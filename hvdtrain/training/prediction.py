@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
@@ -23,12 +20,12 @@ from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.files import write_atomically, write_error_text
 from hvdtrain.system.strict_json import encode_json
+from hvdtrain.training.outputs import OutputCollector, Outputs
 from hvdtrain.training.plan import TrainingPlan, make_training_plan
 from hvdtrain.training.position import Position
 from hvdtrain.training.reopening import ReopenedRun, reopen_run
 
 OUTPUT_SUFFIXES = (".jsonl", ".npz")
-Arrays = Mapping[str, NDArray[Any]]  # (examples, ...) of each output
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class PredictionReport:
 
     step: int  # of the checkpoint
     examples: int
-    outputs: dict[str, tuple[int, ...]]  # the shape of each
+    outputs: dict[str, tuple[int, ...]]  # the shape of each, on rank 0
 
 
 def check_output(path: Path) -> None:
@@ -63,8 +60,9 @@ def predict_run(request: PredictionRequest, world: World) -> PredictionReport:
     """Predict examples on all ranks, each with its part, and write the outputs in their order on rank 0.
 
     Raises:
-        UserError: on all ranks, if there is no such run, checkpoint, split or file.
-        RunError: on all ranks, for outputs that are not arrays (B, ...), and if the output cannot be written.
+        UserError: on all ranks, if there is no such run, checkpoint, split or file, or outputs are not arrays (B, ...)
+            that fit together.
+        RunError: on all ranks, if the output cannot be written.
     """
     collectives.on_root("predict.output", lambda: check_output(request.output))
     reopened = reopen_run(request.run_dir, request.which, request.given, world)
@@ -78,10 +76,9 @@ def predict_run(request: PredictionRequest, world: World) -> PredictionReport:
     with contextlib.closing(predictor):
         count = predictor.open_examples(examples)
         plan = make_training_plan(recipe, reopened.options, count, recipe.lr, world.size, Position())
-        own = predict_own_part(reopened, predictor, plan, world)
-    arrays = gather_outputs(own)
-    write_output(request.output, arrays)
-    return PredictionReport(reopened.position.step, count, {name: array.shape for name, array in arrays.items()})
+        outputs = predict_own_part(reopened, predictor, plan, world).gather(count)
+    write_output(request.output, outputs)
+    return PredictionReport(reopened.position.step, count, {name: array.shape for name, array in outputs.items()})
 
 
 def read_input(path: Path) -> InputFile:
@@ -97,8 +94,8 @@ def read_input(path: Path) -> InputFile:
     return examples
 
 
-def predict_own_part(reopened: ReopenedRun, predictor: Predictor, plan: TrainingPlan, world: World) -> Arrays:
-    """Return the outputs of this rank's part of the examples, which are consecutive; none if it has no part.
+def predict_own_part(reopened: ReopenedRun, predictor: Predictor, plan: TrainingPlan, world: World) -> OutputCollector:
+    """Return the outputs of this rank's part of the examples; none if it has no part.
 
     Raises UserError, RunError, RecipeError: on all ranks alike.
     """
@@ -118,81 +115,39 @@ def predict_own_part(reopened: ReopenedRun, predictor: Predictor, plan: Training
     own = np.arange(*order.part_bounds(plan.examples, world.rank, world.size))
     chunks = (Chunk(ids, now, int(ids[0])) for ids in order.split_micro_batches(own, plan.eval_micro_batch))
 
-    def predict_batches() -> Arrays:
-        batches = []
+    collector = OutputCollector(recipe)
+
+    def predict_batches() -> None:
         for ids, batch in predictor.load_batches(chunks):
             activity.enter_activity("predicting")
-            batches.append(predictor.predict_batch(batch, len(ids), (seed, -1, int(ids[0]))))
-        return join_batches(batches)
+            collector.add_batch(ids, predictor.predict_batch(batch, len(ids), (seed, -1, int(ids[0]))))
 
-    return collectives.on_all_ranks("predict", predict_batches)
-
-
-def join_batches(batches: Sequence[Arrays]) -> Arrays:
-    """Return the arrays of several batches as one of each name. Raises RunError if they do not fit together."""
-    kinds = [describe_arrays(batch) for batch in batches]
-    for kind in kinds[1:]:
-        check_same_outputs(kinds[0], kind)
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
+    collectives.on_all_ranks("predict", predict_batches)
+    return collector
 
 
-def describe_arrays(arrays: Arrays) -> dict[str, str]:
-    """Return the type and the shape of one example of each output: `(B, 3, 8) float32`."""
-    return {name: f"(B{''.join(f', {n}' for n in a.shape[1:])}) {a.dtype}" for name, a in arrays.items()}
-
-
-def check_same_outputs(first: Mapping[str, str], other: Mapping[str, str]) -> None:
-    """Raise RunError if outputs, as `describe_arrays` describes them, are not the same as those of other examples."""
-    for name in [*first, *other]:
-        if first.get(name) != other.get(name):
-            here, there = first.get(name, "missing"), other.get(name, "missing")
-            raise RunError(
-                f"the output {name!r} is {here} for some examples and {there} for others; expected arrays (B, ...) of "
-                "one shape: pad them in `outputs`"
-            )
-
-
-def gather_outputs(own: Arrays) -> Arrays:
-    """Return the outputs of all ranks, in the order of ranks, which is that of the examples.
-
-    Raises RunError on all ranks if they do not fit together.
-    """
-    kinds = [kind for kind in collectives.gather_json(describe_arrays(own), "predict.kinds") if kind]
-    for kind in kinds[1:]:
-        check_same_outputs(kinds[0], kind)
-    if collectives.size() == 1:
-        return own
-    gathered = {}
-    for name, kind in kinds[0].items():
-        shape, _, dtype = kind.rpartition(" ")
-        trailing = tuple(map(int, shape.strip("()").split(", ")[1:]))
-        rows = own[name] if name in own else np.empty((0, *trailing), dtype)
-        gathered[name] = collectives.gather_rows(rows, f"predict.{name}")
-    return gathered
-
-
-def write_output(path: Path, arrays: Arrays) -> None:
+def write_output(path: Path, outputs: Outputs) -> None:
     """Write outputs on rank 0, whole or not at all. Raises RunError on all ranks if they cannot be written."""
 
     def write_on_root() -> None:
         try:
-            write_atomically(path, encode_npz(arrays) if path.suffix == ".npz" else encode_lines(arrays))
+            write_atomically(path, encode_npz(outputs) if path.suffix == ".npz" else encode_lines(outputs))
         except OSError as error:
             raise RunError(write_error_text(path.name, path.parent, error)) from error
 
     collectives.on_root("predict.write", write_on_root)
 
 
-def encode_npz(arrays: Arrays) -> bytes:
-    """Return a .npz of arrays by their names."""
+def encode_npz(outputs: Outputs) -> bytes:
+    """Return a .npz of outputs by their names."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    np.savez(buffer, **outputs)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-def encode_lines(arrays: Arrays) -> bytes:
+def encode_lines(outputs: Outputs) -> bytes:
     """Return a line of JSON for each example: its id and its outputs; numbers that are not finite are null."""
-    columns = {name: array.tolist() for name, array in arrays.items()}
+    columns = {name: array.tolist() for name, array in outputs.items()}
     count = len(next(iter(columns.values())))
     rows = ({"id": i, **{name: column[i] for name, column in columns.items()}} for i in range(count))
     return "".join(f"{encode_json(row)}\n" for row in rows).encode()
