@@ -18,6 +18,7 @@ from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, flatten_options, option_fields
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.system.records import parse_record
 from hvdtrain.system.strict_json import JsonObject, parse_strict_json
 from hvdtrain.training.options import RunOptions
 
@@ -67,8 +68,8 @@ class RunConfig:
 
     name: str  # of the recipe, in the run folder
     class_name: str | None  # None: an earlier hvdtrain, which did not write it
-    source: Mapping[str, str] | None  # the recipe's file, relative to its root, and the root
-    content: Mapping[str, object]
+    source: dict[str, str] | None  # the recipe's file, relative to its root, and the root
+    content: JsonObject
 
 
 def read_config(run_dir: Path) -> RunConfig | None:
@@ -78,15 +79,25 @@ def read_config(run_dir: Path) -> RunConfig | None:
         return None
     try:
         saved = parse_strict_json(path.read_bytes())
+        if not isinstance(saved, dict):
+            raise TypeError(f"it holds {type(saved).__name__}; expected an object")
         if not isinstance(saved.get("recipe"), dict):
-            return RunConfig(saved["recipe"], None, None, {"recipe": saved["recipe"], "options": saved["options"]})
+            content = {"recipe": saved["recipe"], "options": saved["options"]}
+            return _parse_config(saved["recipe"], None, None, content)
         for key in TABLES:
             if not isinstance(saved[key], dict):
                 raise TypeError(f"{key!r} is not an object")
-        return RunConfig(saved["name"], saved["class"], saved["source"], saved)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return _parse_config(saved["name"], saved["class"], saved["source"], saved)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} cannot be read: {what}") from error
+
+
+def _parse_config(name: Any, class_name: Any, source: Any, content: Any) -> RunConfig:
+    """Return what config.json holds. Raises ValueError for a value of another type."""
+    values = {"name": name, "class_name": class_name, "source": source, "content": content}
+    config: RunConfig = parse_record(values, RunConfig)
+    return config
 
 
 @dataclass(frozen=True)

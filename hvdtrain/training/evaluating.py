@@ -28,7 +28,7 @@ from hvdtrain.training.stop import StopRequest
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What an evaluation has come to; the fields are the keys of `hvdtrain evaluate --json`."""
+    """The result of an evaluation; its fields are the keys of `hvdtrain evaluate --json`."""
 
     run: str  # the run folder
     recipe: str
@@ -102,4 +102,14 @@ def form_idle_generation(reopened: ReopenedRun, step: Step, world: World, positi
     orders = EpochOrders(step, type(opened.recipe).__name__, options.data.seed, opened.folder, position, None)
     plan = plan_generation(run, world, position, orders)
     ledger = Ledger(options.data.seed, plan.examples, plan.batch_size, position.step)
-    return Generation(run, world, plan, orders, opened.folder, ledger, None, [world.host], "")
+    return Generation(
+        run=run,
+        world=world,
+        plan=plan,
+        orders=orders,
+        folder=opened.folder,
+        ledger=ledger,
+        diagnosis=None,
+        hosts=[world.host],
+        formation_text="",
+    )

@@ -143,15 +143,25 @@ def train_recipe(
         absolute = Path(collectives.on_root("run_folder.absolute", lambda: str(folder.absolute())))
         set_now(recipe, Now.before_training(absolute, world.rank, world.size))
         step = framework.make_step(recipe, world, options)
-        metrics, source = RecipeMetrics(recipe, step.layout), source_of_class(type(recipe))
+        metrics = RecipeMetrics(recipe, step.layout)
         report = Reporter(options.reports, metrics)
         lease = Lease(membership.agree_on_launch_name(os.environ.get(RELAUNCH_VARIABLE)))
         stop = exits.enter_context(StopRequest(membership))
         exits.enter_context(contextlib.closing(step))
         exits.enter_context(lease)
         exits.enter_context(report)
-        options = leave_out_ledger(options, step.source)
-        run = Run(name, recipe, source, options, membership, step, metrics, lease, report, stop)
+        run = Run(
+            name=name,
+            recipe=recipe,
+            source=source_of_class(type(recipe)),
+            options=leave_out_ledger(options, step.source),
+            membership=membership,
+            step=step,
+            metrics=metrics,
+            lease=lease,
+            report=report,
+            stop=stop,
+        )
         collectives.on_all_ranks("metrics.trial", lambda: check_recipe_metrics(run))
         compare_with_run(run, world)
         session = exits.enter_context(Session(run, world, config))

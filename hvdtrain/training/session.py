@@ -154,7 +154,17 @@ class Session:
             diagnosis = Diagnosis(self.world, folder, log_every, position.step, self._earlier_worlds)
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
         hosts = list(dict.fromkeys(collectives.gather_json(self.world.host, "hosts")))
-        generation = Generation(run, self.world, plan, orders, folder, ledger, diagnosis, hosts, self._formation_text)
+        generation = Generation(
+            run=run,
+            world=self.world,
+            plan=plan,
+            orders=orders,
+            folder=folder,
+            ledger=ledger,
+            diagnosis=diagnosis,
+            hosts=hosts,
+            formation_text=self._formation_text,
+        )
         generation.set_now(position, training=True)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
         if begins:
