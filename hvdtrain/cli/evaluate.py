@@ -13,20 +13,20 @@ from hvdtrain.comm.world import World
 
 @click.command("evaluate")
 @click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
-@click.option("--split", metavar="NAME", help="What to evaluate, also train. Default: the recipe's evaluation sets.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, with all digits.")
+@click.option("--split", metavar="NAME", help="An evaluation set, or train. Default: all evaluation sets.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON, with all digits.")
 @add_run_options
 def evaluate_command(run_dir: Path, split: str | None, as_json: bool, checkpoint: str, **given: Any) -> int:
-    """Evaluate a checkpoint of a run, as its training has evaluated it.
+    """Evaluate a checkpoint of a run, as its training evaluated it.
 
     The recipe comes from the source that RUN_DIR keeps, with the run's options. THIS EXECUTES THAT SOURCE. On as many
     ranks as in training the metrics are those of the training to the last digit; on another number they differ by
     rounding, unless the run was --deterministic.
 
     \b
-    hvdtrain evaluate runs/x                              on one rank
+    hvdtrain evaluate runs/x                            on one rank
     hvdtrain evaluate runs/x --split test --checkpoint 2400 --json
-    horovodrun -np 2 hvdtrain evaluate runs/x             on two; likewise mpirun and srun
+    horovodrun -np 2 hvdtrain evaluate runs/x           on two; likewise mpirun and srun
 
     Exit codes: 0 evaluated, 1 failed, 2 a mistake in the options, or there is no such run, checkpoint or split.
     """

@@ -25,7 +25,7 @@ CLICK_NAMES = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: "BOOLEAN"}
 
 
 def make_click_option(field: OptionField) -> click.Option:
-    """Return a field as a click option; a bool becomes --name/--no-name, several values texts to be split at commas."""
+    """Return a field as a click option; a bool becomes --name/--no-name, several values a list with commas."""
     kind = click.Choice(field.choices) if field.choices else CLICK_TYPES.get(field.type, click.Path(path_type=Path))
     if field.multiple:
         option = click.Option(["value", field.flag], type=click.STRING, multiple=True, metavar=_name_values(field))
@@ -38,7 +38,7 @@ def make_click_option(field: OptionField) -> click.Option:
 
 
 def _name_values(field: OptionField) -> str:
-    """Return what stands for several values in the help: `INTEGER,...`."""
+    """Return the placeholder of several values in the help: `INTEGER,...`."""
     assert isinstance(field.kind, SeveralValues)
     names = [
         f"[{'|'.join(kind.choices)}]" if kind.choices else CLICK_NAMES.get(kind.type, "PATH")

@@ -1,4 +1,4 @@
-"""Data that is no list: lines of a large file, streams without a length, experience made as training goes."""
+"""Data other than lists of examples: lines of a large file, streams, experience that the model makes as it trains."""
 
 from hvdtrain.data.lines import Lines
 from hvdtrain.data.rollouts import Rollouts

@@ -29,7 +29,7 @@ class Lines:
             return Lines(self.folder / f"{split}.jsonl")
 
     The first process that opens a file writes an index of where its lines begin, 8 bytes a line, to `.NAME.lines` next
-    to it, or, where that cannot be written, to `$XDG_CACHE_HOME/hvdtrain/lines/`. The index is made again when the
+    to it, or, if that cannot be written, to `$XDG_CACHE_HOME/hvdtrain/lines/`. The index is made again when the
     file's size or time of change differs. Text and index are mapped into memory, not read: processes share them, and an
     object can be pickled. A last line may lack its end of line; empty lines count.
     """
@@ -125,15 +125,15 @@ def _map_index(place: Path, size: int, mtime: int) -> NDArray[np.int64] | None:
 
 
 def _write_index(path: Path, place: Path, size: int, mtime: int) -> None:
-    """Write the index of a text, and put it in its place as a whole.
+    """Write the index of a text to a temporary file, and move that into its place.
 
     Raises:
         OSError: it cannot be written.
         UserError: the text changes meanwhile.
     """
-    beside = place.with_name(f"{place.name}.{os.getpid()}.new")
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.new")
     try:
-        with path.open("rb") as text, beside.open("wb") as index:
+        with path.open("rb") as text, temporary.open("wb") as index:
             index.write(HEADER.pack(MAGIC, size, mtime, 0))
             count = _write_offsets(text, index)
             if _read_status(path) != (size, mtime):
@@ -142,14 +142,14 @@ def _write_index(path: Path, place: Path, size: int, mtime: int) -> None:
             index.write(HEADER.pack(MAGIC, size, mtime, count))
             index.flush()
             os.fsync(index.fileno())
-        beside.replace(place)
+        temporary.replace(place)
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _write_offsets(text: BinaryIO, index: BinaryIO) -> int:
-    """Write where each line of a text begins, and where the text ends; return the number of lines."""
+    """Write the offset of each line of a text and of its end; return the number of lines."""
     count, end, last = 0, 0, b"\n"
     while block := text.read(BLOCK_BYTES):
         if last == b"\n":

@@ -65,7 +65,7 @@ class Stream:
         return self.examples_per_epoch or MAX_EXAMPLES
 
     def assign_part(self, rank: int, size: int) -> None:
-        """Let a divided stream be read by this rank of so many."""
+        """Set which part of a divided stream this process reads: that of `rank` of `size` ranks."""
         self._rank, self._size, self._iterator = rank, size, None
 
     def read_examples(self, first: int, count: int, prepare: Callable[[int], object]) -> list[Any]:

@@ -82,7 +82,7 @@ class Recipe:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Return what the recipe remembers besides the model: JSON values and tensors, by texts.
+        """Return what the recipe remembers besides the model: JSON values and tensors, by name.
 
         It is saved with each checkpoint as rank 0 has it, and given to `load_state`.
         """
@@ -109,8 +109,8 @@ class Recipe:
     def logged(self, row: dict[str, Any]) -> None:
         """Take a row of metrics.jsonl, on rank 0, as it was written: for a tracker of experiments.
 
-        What it raises is warned of once, and it is not called any more. After a resume, rows of steps that were undone
-        come again.
+        If it raises, the error is printed as a warning and it is not called again. After a resume, rows of steps that
+        were undone come again.
         """
 
 
@@ -141,7 +141,7 @@ def check_methods(cls: type[Recipe]) -> None:
 
 
 def check_evals(cls: type[Recipe]) -> None:
-    """Raise UserError unless `evals` is a tuple of names, each once, that are no other split's nor prefix of a column.
+    """Raise UserError unless `evals` is a tuple of names, each once, none of them a prefix of other columns.
 
     The metrics of the first set are columns `eval_loss`, whatever its name; those of a set "test" are `test_loss`.
     """

@@ -156,7 +156,7 @@ class Step(Protocol):
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
         """Return what the recipe's `sampler` gives for an epoch (from 0) of training; None for a shuffled one.
 
-        Rank 0 calls it. Raises UserError for what is no order, RecipeError for what the recipe raises.
+        Rank 0 calls it. Raises UserError for an invalid order, RecipeError for what the recipe raises.
         """
 
     # A training step.

@@ -29,7 +29,7 @@ _importing: list[str] = []  # kept files that are being imported
 
 
 def check_not_importing(call: str) -> None:
-    """Raise UserError if a kept source is being imported: what starts a training there would train again."""
+    """Raise UserError if a kept source is being imported: a call that starts a training would train again."""
     if _importing:
         raise UserError(
             f"{_importing[-1]} calls {call} when it is imported: put what it runs under `if __name__ == '__main__':`"
@@ -100,7 +100,7 @@ def import_kept_source(source: RecipeSource) -> ModuleType:
         return sys.modules[name]
     finder = KeptSourceFinder(source, package)
     parent = ModuleType(package)
-    parent.__path__ = []  # nothing is looked for in folders
+    parent.__path__ = []  # no folder is searched
     sys.modules[package] = parent
     sys.meta_path.insert(0, finder)
     _importing.append(str(source.display_path))

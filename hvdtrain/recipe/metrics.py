@@ -26,7 +26,7 @@ RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"}
 
 
 def check_column_names(where: str, names: Iterable[object], more: Collection[str] = ()) -> None:
-    """Raise UserError for a metric's name that is no text, or that a column has already.
+    """Raise UserError for a metric's name that is not a string, or that a column has already.
 
     Args:
         where: the method that returned them.
@@ -35,7 +35,7 @@ def check_column_names(where: str, names: Iterable[object], more: Collection[str
     """
     for name in names:
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: {name!r} is not a valid name of a metric; expected a text")
+            raise UserError(f"{where}: {name!r} is not a valid name of a metric; expected a string")
         if name in RESERVED_COLUMNS or name in more:
             raise UserError(f"{where}: {name!r} is a column of metrics.jsonl; rename it")
 

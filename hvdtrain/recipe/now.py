@@ -55,7 +55,7 @@ class Now:
         return now
 
     def before_plan(self, step: int, epoch: int, samples: int) -> Now:
-        """Return what is known where a run begins, before its sampler has told how long it is: no `steps`, `epochs`."""
+        """Return what is known when a run begins, before its sampler has given an order: no `steps`, `epochs`."""
         now = Now.before_training(self.folder, self.rank, self.size)
         vars(now).update(step=step, epoch=epoch, samples=samples, training=True)
         return now
@@ -79,13 +79,13 @@ class TrialNow(Now):
 
 
 def set_now(recipe: object, now: Now) -> None:
-    """Let a recipe's `now` be this one from now on."""
+    """Set a recipe's `now`."""
     vars(recipe)["now"] = now  # `Recipe.now` is a property without a setter, which comes before it
 
 
 @contextlib.contextmanager
 def temporary_now(recipe: object, now: Now) -> Iterator[None]:
-    """Let a recipe's `now` be another one for a while."""
+    """Set a recipe's `now` within a block."""
     before = vars(recipe).get("now")
     set_now(recipe, now)
     try:

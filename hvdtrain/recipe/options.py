@@ -33,9 +33,8 @@ from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import describe_error, in_recipe
 
 CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
-# What a recipe may define besides what its framework's Recipe has; no option can have these names.
-CONTRACT_NAMES = {"evals", "now", "collate", "sampler", "metrics", "outputs", "summarise", "evaluated", "logged"}
-CONTRACT_NAMES |= {"lr_factor", "state", "load_state", "domain", "buffers", "model", "dataset", "optimizer", "score"}
+# What the Recipe of every framework has besides `hvdtrain.recipe.base.Recipe`; no option can have these names.
+CONTRACT_NAMES = {"model", "dataset", "sampler", "collate", "optimizer", "score", "outputs", "buffers"}
 # By the options' names; what type a value must have is known to the fields that it is given to.
 OptionValues = Mapping[str, Any]
 T = TypeVar("T")

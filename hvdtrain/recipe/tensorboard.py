@@ -16,7 +16,7 @@ class RecipeWriter:
     """Has the methods of `torch.utils.tensorboard.SummaryWriter`: `add_image`, `add_text`, `add_figure`, ...
 
     They write to RUN_DIR/tensorboard on rank 0, next to the run's own scalars, and do nothing on other ranks, in the
-    trial of a recipe before its training, and without TensorBoard. Where there is no `global_step`, it is `now.step`.
+    trial of a recipe before its training, and without TensorBoard. Without a `global_step` the step is `now.step`.
     A `with` block flushes at its end; the run closes what is open.
     """
 
@@ -55,14 +55,14 @@ def tensorboard(recipe: Recipe) -> RecipeWriter:
 
 
 def find_writer(recipe: Recipe) -> Any:
-    """Return the SummaryWriter of a recipe's run, opened by the first call; None where nothing is to be written."""
+    """Return the SummaryWriter of a recipe's run, opened by the first call; None if nothing is to be written."""
     now = recipe.now
     if now.rank != 0 or now.is_trial:
         return None
     if now.folder not in _open_writers:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # the run's own logger says so
+        except ImportError:  # the run's own logger reports it
             return None
         folder = str(now.folder / "tensorboard")
         _open_writers[now.folder] = SummaryWriter(folder, filename_suffix=".recipe")

@@ -54,7 +54,7 @@ def check_optimizer(
         recipe: whose it is.
         optimizer: as it was returned.
         names: of the model's parameters.
-        which: before what is said of it, if there are others.
+        which: prefix of messages about it; "" if there is no other optimizer.
     """
     method = f"{type(recipe).__name__}.optimizer: {which}"
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")

@@ -45,7 +45,7 @@ class RecipeState:
             raise UserError(f"{call} returned {type(values).__name__}; expected a dict of JSON values and tensors")
         for path, value in iterate_leaves(values, ""):
             if path.endswith(".keys()") and not isinstance(value, str):
-                raise UserError(f"{call} has the key {value!r}, {type(value).__name__}; expected texts as keys")
+                raise UserError(f"{call} has the key {value!r}, {type(value).__name__}; expected strings as keys")
             if value is not None and not isinstance(value, (bool, int, float, str, Tensor)):
                 kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
                 raise UserError(f"{call}{path} is a {kind}; expected JSON values and tensors")
@@ -75,7 +75,7 @@ class RecipeState:
         self._snapshot = self.collect_values() if self.keeps_snapshots and self.exists else None
 
     def forget_snapshot(self) -> None:
-        """Take what has changed since the snapshot for good."""
+        """Keep what has changed since the snapshot."""
         self._snapshot = None
 
     def restore_snapshot(self) -> None:

@@ -23,7 +23,8 @@ def draw_order(recipe: Recipe, count: int, seed: int, epoch: int) -> GivenOrder 
     """Return what the recipe gives for an epoch of training of `count` examples; None for a shuffled one.
 
     Raises:
-        UserError: it is no order. RecipeError: for what the recipe raises.
+        UserError: it is not a valid order.
+        RecipeError: for what the recipe raises.
     """
     call = f"sampler('train', {epoch})"
     seed_all([seed, epoch, SAMPLER_SEED])

@@ -37,7 +37,7 @@ def all_gather(x: Tensor) -> Tensor:
         (N, ...), N being the sum of B over ranks. `own_rows` finds the rows of this rank in it. On one rank it is x.
 
     Raises:
-        UserError: x is no tensor or a scalar, or the call is not one that can be repeated on all ranks.
+        UserError: x is a scalar or not a tensor, or the call differs from those of the trial.
 
     Example:
         The contrastive loss of CLIP (Radford et al., 2021), over the pairs of all ranks:
@@ -84,7 +84,7 @@ def all_reduce(x: Tensor) -> Tensor:
         x: of one type and one shape on all ranks, which does not depend on the number of examples: a sum over them.
 
     Raises:
-        UserError: x is no tensor, or the call is not one that can be repeated on all ranks.
+        UserError: x is not a tensor, or the call differs from those of the trial.
     """
     if not isinstance(x, Tensor):
         raise UserError(f"all_reduce needs a tensor, got {describe_argument(x)}")

@@ -120,7 +120,7 @@ class ScoreSession:
         return TieLoss.apply(loss, *tokens) if tokens else loss
 
     def start_call(self, function: str, x: Tensor, shape: Sequence[int]) -> Call:
-        """Note a call of a collective in `score`.
+        """Check a call of a collective in `score` against the trial, or record it in a trial.
 
         Args:
             function: its name.

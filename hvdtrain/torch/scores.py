@@ -69,7 +69,7 @@ def _find_metric(recipe: Recipe, name: str, score: Any, losses: LossNames) -> Me
 
 
 def split_score(recipe: Recipe, name: str, score: Any) -> tuple[Any, Any]:
-    """Return a score's numerators, and its denominators, None if it has none. Raises UserError for no pair of two."""
+    """Return a score's numerators, and its denominators, None if it has none. Raises UserError for another tuple."""
     if not isinstance(score, (tuple, list)):
         return score, None
     if len(score) != 2:

@@ -49,7 +49,7 @@ def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
     name = type(recipe).__name__
     try:
         file = inspect.getfile(type(recipe))
-    except (OSError, TypeError):  # of a notebook, say
+    except (OSError, TypeError):  # such as a class of a notebook
         file = type(recipe).__module__
     source = hashlib.sha256(file.encode()).hexdigest()[:8]
     return hold_host_lock(f"{name}-{source}", f"load the data of {name}")
@@ -90,7 +90,7 @@ def make_model(recipe: Recipe) -> torch.nn.Module:
 def build_model(recipe: Recipe, device: torch.device, options: StepOptions) -> torch.nn.Module:
     """Make the recipe's model on all ranks, from the same seed, and move it to the device.
 
-    Raises UserError for a batch norm that cannot be what it is to be.
+    Raises UserError for a batch norm that is not synchronized as it should be, or cannot be.
     """
     seed_all([options.data.seed])
     model = collectives.on_all_ranks("model", lambda: make_model(recipe)).to(device)

@@ -1,4 +1,4 @@
-"""Batches of data that is no list: examples that are played, or read from a stream."""
+"""Batches of examples that have no numbers: played by the model, or read from a stream."""
 
 from __future__ import annotations
 

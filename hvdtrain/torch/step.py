@@ -220,7 +220,7 @@ class TorchStep:
         return totals.make_result(nonfinite_gradients, bool(self.sums.nonfinite_here), waited)
 
     def _await_totals(self) -> StepTotals:
-        """Wait for the sums and votes of all ranks, which say what takes part in the step."""
+        """Wait for the sums and votes of all ranks, and select the losses that the step has."""
         self._waited += self.sums.wait()
         totals = self.sums.read_totals()
         self.updater.select_losses(totals.losses)

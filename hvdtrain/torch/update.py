@@ -28,7 +28,7 @@ class Updater:
     """Exchanges gradients and updates the parameters.
 
     A step is `start_step`, `backward` for each micro-batch, `wait_for_sums`, `reduce_gradients`, and `clip_and_step`
-    unless a sum is not finite. With several losses, `select_losses` says before the last `backward`, on a rank without
+    unless a sum is not finite. With several losses, `select_losses` sets before the last `backward`, on a rank without
     any before `wait_for_sums`, which of them take part: the same on all ranks.
 
     Attributes:

@@ -25,7 +25,7 @@ LEFTOVER_PATTERNS = (".*.new", "*/.*.new", "checkpoints/.*.new/.*.new", "ledger/
 
 @contextlib.contextmanager
 def choose_run_folder(options: CheckpointOptions, name: str, membership: Membership) -> Iterator[Path]:
-    """Yield the run folder, the same on all ranks, before it is opened: recipes are told it before they make a model.
+    """Yield the run folder, the same on all ranks, before it is opened: a recipe knows it when it makes a model.
 
     One that no option names is made, so that no other run can have it, and removed if it is empty at the end.
     """

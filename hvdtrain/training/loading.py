@@ -31,7 +31,7 @@ from hvdtrain.training.options import RunOptions, split_options
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder says of a run; JSON can hold it."""
+    """The configuration and the kept source of a run, as JSON can hold them."""
 
     folder: str
     config: JsonObject  # a RunConfig's fields
@@ -94,7 +94,7 @@ def load(
 
 
 def read_run_files(run_dir: Path) -> RunFiles:
-    """Read what a run folder says of its run. Raises UserError if it is not a run folder, or cannot be read."""
+    """Read a run folder's config.json and kept source. Raises UserError if that fails."""
     config = read_config(run_dir)
     if config is None:
         raise UserError(f"{run_dir} is not a run folder: it has no config.json")

@@ -38,7 +38,7 @@ class CheckpointOptions:
     init_from: Path | None = option(
         None,
         "begin with the weights of a file: a checkpoint's folder or state, a torch state dict, or .safetensors; "
-        "not read where there is a checkpoint to resume",
+        "not read if there is a checkpoint to resume",
     )
     init_partial: bool = option(False, "with --init-from: load the tensors that fit, and leave out the others")
     ledger: bool = option(True, "record which examples each step consumed, for `hvdtrain ledger verify`")
@@ -114,7 +114,7 @@ def split_options(cls: type[R], given: OptionValues) -> tuple[R, RunOptions]:
 
 
 def check_recipe_values(recipe: Recipe) -> None:
-    """Raise UserError for numbers out of bounds or not finite, and for a schedule where `lr_factor` is one."""
+    """Raise UserError for numbers out of bounds or not finite, and for a schedule next to `lr_factor`."""
     values = flatten_options(recipe)
     for field in option_fields(type(recipe)):
         if field.name == "schedule" and recipe.schedule != field.default:

@@ -33,7 +33,7 @@ class EpochOrders:
     def __init__(
         self, step: Step, recipe: str, seed: int, folder: Path, position: Position, known: Ledger | None
     ) -> None:
-        """Settle the order of the epoch in which `position` is.
+        """Find or draw the order of the epoch in which `position` is.
 
         Args:
             step: calls the recipe's sampler.
@@ -133,11 +133,9 @@ class EpochOrders:
         if self.given is None:
             return SOURCE_TEXTS[self._step.source]
         count = self._step.examples["train"]
-        return (
-            f"drawn by the sampler's weights from {count}"
-            if self.given.kind == "weights"
-            else (f"in the sampler's order, from {count}")
-        )
+        if self.given.kind == "weights":
+            return f"drawn by the sampler's weights from {count}"
+        return f"in the sampler's order, from {count}"
 
 
 def share_order(given: GivenOrder | None) -> GivenOrder:

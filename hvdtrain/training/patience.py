@@ -19,7 +19,7 @@ class Plateau:
 def count_evaluation(position: Position, best: tuple[str, str], plateau: Plateau | None) -> bool:
     """Count the last evaluation; return whether the learning rate falls after it.
 
-    An improvement is any better value than the best so far; one that is missing or not finite is none.
+    An improvement is any better value than the best so far; a value that is missing or not finite never is one.
 
     Args:
         position: whose counts are updated.

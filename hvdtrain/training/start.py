@@ -60,7 +60,7 @@ def check_metric_names(recipe: Recipe, used: Sequence[str], values: Mapping[str,
     if metric not in names and not is_overridden(recipe, "summarise"):
         raise UserError(f"{cls}.best: there is no metric {metric!r}{suggest_nearest(metric, names)}")
     if direction not in ("min", "max"):
-        raise UserError(f"{type(recipe).__name__}.best: {direction!r} is no direction; expected 'min' or 'max'")
+        raise UserError(f"{type(recipe).__name__}.best: {direction!r} is not a direction; expected 'min' or 'max'")
 
 
 def refuse_counting_evaluations(recipe: Recipe, options: RunOptions) -> None:
@@ -148,7 +148,7 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
 
 
 def describe_best(run: Run) -> list[str]:
-    """Return a line if the best checkpoint is chosen by a sum of several losses, which is no measure of a model."""
+    """Return a line if the best checkpoint is chosen by a sum of several losses, which does not measure a model."""
     layout, evaluates = run.step.layout, any(run.step.examples[name] for name in run.recipe.evals)
     if not evaluates or not layout.several or "loss" in layout.names or run.recipe.best[0] != "loss":
         return []

@@ -70,13 +70,14 @@ def check_division(source: DataSource, plan: TrainingPlan, position: Position, *
 def count_own_examples(plan: TrainingPlan, position: Position, rank: int) -> int:
     """Return how many examples of its part of a divided stream a rank has read before `position`."""
 
-    def own(examples: int) -> int:
+    def count_share(examples: int) -> int:
         begin, end = part_bounds(examples, rank, plan.ranks)
         return end - begin
 
     steps, rest = divmod(plan.examples, plan.batch_size)
-    an_epoch = steps * own(plan.batch_size) + own(rest)
-    return position.epoch * an_epoch + position.offset // plan.batch_size * own(plan.batch_size)
+    per_step = count_share(plan.batch_size)
+    per_epoch = steps * per_step + count_share(rest)
+    return position.epoch * per_epoch + position.offset // plan.batch_size * per_step
 
 
 def number_own_examples(shares: Iterator[StepShare], first: int) -> Iterator[StepShare]:

@@ -39,7 +39,7 @@ def test_rank_0s_state_is_what_all_ranks_continue_with(world2: KeptWorld, tmp_pa
     [
         ("list", "Memory.state() returned list; expected a dict of JSON values and tensors"),
         ("array", "Memory.state()['odd']['list'][1] is a numpy.ndarray; expected JSON values and tensors"),
-        ("key", "Memory.state() has the key 1, int; expected texts as keys"),
+        ("key", "Memory.state() has the key 1, int; expected strings as keys"),
         ("numpy number", "Memory.state()['odd'] is a numpy.float32; expected JSON values and tensors"),
     ],
 )
