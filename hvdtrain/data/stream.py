@@ -111,7 +111,7 @@ class Stream:
         again = offset if place and self._parameters == 3 else ""
         raise UserError(f"a Stream has ended after {place} examples, and is empty when it is begun again{again}")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return the stream without its iterator, which another process makes for itself."""
         return vars(self) | {"_iterator": None}
 

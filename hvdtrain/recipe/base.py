@@ -6,14 +6,17 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
 from hvdtrain.recipe.metrics import MetricMeans
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.options import option
-from hvdtrain.system.errors import UserError
+from hvdtrain.system.errors import UserError, suggest_nearest
+
+ReturnedMetrics: TypeAlias = Mapping[str, Any]  # by name: a number, or a vector (k,) of numbers
+StateValues: TypeAlias = dict[str, Any]  # by name: JSON values and tensors, nested
 
 
 @dataclass(kw_only=True)
@@ -52,7 +55,7 @@ class Recipe:
         except KeyError:
             raise AttributeError(f"{type(self).__name__}.now is known in a training only") from None
 
-    def metrics(self, means: MetricMeans) -> Mapping[str, Any]:
+    def metrics(self, means: MetricMeans) -> ReturnedMetrics:
         """Return metrics that are functions of exact means, such as F1 or perplexity; they are added to the means.
 
         It is called on all ranks, for evaluations and for each row of metrics.jsonl. A name of `means` is replaced. A
@@ -63,7 +66,7 @@ class Recipe:
         """
         return {}
 
-    def summarise(self, outputs: dict[str, NDArray[Any]]) -> Mapping[str, Any]:
+    def summarise(self, outputs: dict[str, NDArray[Any]]) -> ReturnedMetrics:
         """Return metrics of an evaluation that need all its examples at once, such as an exact area under the curve.
 
         It is called on rank 0, after each evaluation; what it returns is added to the metrics on all ranks, as that of
@@ -81,14 +84,14 @@ class Recipe:
         """
         raise NotImplementedError
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StateValues:
         """Return what the recipe remembers besides the model: JSON values and tensors, by name.
 
         It is saved with each checkpoint as rank 0 has it, and given to `load_state`.
         """
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: StateValues) -> None:
         """Take over what `state` has returned: on all ranks after a resume, or when ranks were lost or have joined.
 
         state: its tensors lie on the CPU.
@@ -138,6 +141,13 @@ def check_methods(cls: type[Recipe]) -> None:
         if getattr(method, "__isabstractmethod__", False):
             arguments = ", ".join(inspect.signature(method).parameters)
             raise UserError(f"{cls.__name__} has no method {name}({arguments}), which a recipe needs: define it")
+
+
+def check_split(recipe: Recipe, split: str) -> None:
+    """Raise UserError, with the nearest name, unless a split is "train" or one of the recipe's `evals`."""
+    splits = ("train", *recipe.evals)
+    if split not in splits:
+        raise UserError(f"{type(recipe).__name__} has no split {split!r}{suggest_nearest(split, splits)}")
 
 
 def check_evals(cls: type[Recipe]) -> None:

@@ -14,9 +14,10 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.data.input_file import InputFile
 from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.recipe.base import check_split
 from hvdtrain.recipe.framework import Chunk, Split
 from hvdtrain.recipe.order import Ids
-from hvdtrain.system.errors import RunError, UserError, suggest_nearest
+from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all
 from hvdtrain.torch.loader import BatchLoader
@@ -59,14 +60,12 @@ class TorchPredictor:
         return len(examples)
 
     def _load_split(self, split: Split) -> Any:
-        splits = ("train", *self.recipe.evals)
-        if split not in splits:
-            raise UserError(f"{type(self.recipe).__name__} has no split {split!r}{suggest_nearest(split, splits)}")
+        check_split(self.recipe, split)
+        call = name_call(self.recipe, f"dataset({split!r})")
         dataset = load_datasets(self.recipe, self.world, self.options.data.seed, (split,)).get(split)
         if dataset is None:
-            raise UserError(f"{name_call(self.recipe, f'dataset({split!r})')} returned None: it has no examples")
+            raise UserError(f"{call} returned None: it has no examples")
         if not hasattr(dataset, "__getitem__"):
-            call = name_call(self.recipe, f"dataset({split!r})")
             raise UserError(
                 f"{call} is a {type(dataset).__name__}, whose examples have no numbers; give a file: --input"
             )
@@ -85,7 +84,7 @@ class TorchPredictor:
         arrays = make_arrays(call, outputs, count)
         return {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in arrays.items()}
 
-    def _call_outputs(self, batch: Any) -> tuple[Mapping[str, Any], str]:
+    def _call_outputs(self, batch: Any) -> tuple[Any, str]:
         """Return what `outputs` returns, or else what the model does, and the name of the call for messages."""
         recipe, name = self.recipe, type(self.recipe).__name__
         if defines_outputs(recipe):

@@ -14,13 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hvdtrain.recipe.base import is_overridden
+from hvdtrain.recipe.base import StateValues, is_overridden
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.readable import iterate_leaves
 from hvdtrain.torch.recipe import Recipe
-
-StateValues = dict[str, Any]  # JSON values and tensors, nested
 
 
 class RecipeState:

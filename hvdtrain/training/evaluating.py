@@ -9,11 +9,12 @@ from pathlib import Path
 from hvdtrain.comm.world import World
 from hvdtrain.elastic.membership import FixedMembership
 from hvdtrain.ledger.writer import Ledger
+from hvdtrain.recipe.base import check_split
 from hvdtrain.recipe.framework import Step, find_framework
 from hvdtrain.recipe.metrics import MetricValue
 from hvdtrain.recipe.options import OptionValues
 from hvdtrain.system import activity
-from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.system.errors import UserError
 from hvdtrain.training.evaluation import evaluate_model
 from hvdtrain.training.lease import Lease
 from hvdtrain.training.metrics import RecipeMetrics
@@ -54,9 +55,7 @@ def evaluate_run(run_dir: Path, which: str, split: str | None, given: OptionValu
     reopened = reopen_run(run_dir, which, given, world)
     recipe = reopened.opened.recipe
     if split is not None:
-        splits = ("train", *recipe.evals)
-        if split not in splits:
-            raise UserError(f"{type(recipe).__name__} has no split {split!r}{suggest_nearest(split, splits)}")
+        check_split(recipe, split)
         vars(recipe)["evals"] = (split,)  # of this object alone
     if not recipe.evals:
         raise UserError(f"{type(recipe).__name__}.evals is empty: there is nothing to evaluate; expected --split train")
