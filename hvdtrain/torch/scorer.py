@@ -81,9 +81,13 @@ class Scorer:
             return make_arrays(name_call(self.recipe, "score()"), self._outputs, count)
         if not defines_outputs(self.recipe):
             raise missing_outputs(self.recipe)
-        with self.session.refuse_calls(), torch.no_grad(), self.autocast_context(), in_recipe(self.recipe, "outputs()"):
-            outputs = self.recipe.outputs(model, self.move_batch(batch))
+        outputs = self.call_outputs(self.recipe, model, self.move_batch(batch))
         return make_arrays(name_call(self.recipe, "outputs()"), outputs, count)
+
+    def call_outputs(self, recipe: Recipe, model: Any, batch: Any) -> Any:
+        """Return what `outputs` returns, without gradients or collectives. recipe: this one's, or a copy of it."""
+        with self.session.refuse_calls(), torch.no_grad(), self.autocast_context(), in_recipe(recipe, "outputs()"):
+            return recipe.outputs(model, batch)
 
     def _call_score_without_graph(self, model: Any, batch: Any) -> Scores:
         self.session.start_pass(training=False)

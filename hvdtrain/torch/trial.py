@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,13 +116,8 @@ class Trial:
         if outputs is None:
             method, now = "outputs()", replace(sandbox.recipe.now, training=False)
             sandbox.model.eval()
-            with contextlib.ExitStack() as contexts:
-                contexts.enter_context(self.scorer.session.refuse_calls())
-                contexts.enter_context(temporary_now(sandbox.recipe, now))
-                contexts.enter_context(self.scorer.autocast_context())
-                contexts.enter_context(torch.no_grad())
-                contexts.enter_context(in_recipe(recipe, method))
-                outputs = sandbox.recipe.outputs(sandbox.model, batch)
+            with temporary_now(sandbox.recipe, now):
+                outputs = self.scorer.call_outputs(sandbox.recipe, sandbox.model, batch)
         make_arrays(name_call(recipe, method), outputs, self.count)
 
     def trace_graph(self, draw: bool) -> bytes | None:
