@@ -53,8 +53,9 @@ def load_kept_class(source: RecipeSource, name: str, class_name: str | None) -> 
             "top of a file"
         )
     module = find_running_script(source) or import_kept_source(source)
+    class_name = class_name or guess_class_name(module, source, name)
     found: Any = module
-    for part in (class_name or guess_class_name(module, source, name)).split("."):
+    for part in class_name.split("."):
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Recipe)):
         raise UserError(

@@ -16,7 +16,7 @@ from hvdtrain.system import activity
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import name_call
 from hvdtrain.system.text import format_count
-from hvdtrain.training.hooks import ask_to_end
+from hvdtrain.training.hooks import should_end
 from hvdtrain.training.outputs import OutputCollector, summarise_outputs
 from hvdtrain.training.patience import count_evaluation
 from hvdtrain.training.plan import TrainingPlan
@@ -46,7 +46,7 @@ def check_best_found(recipe: Recipe, position: Position) -> None:
 def conclude_evaluation(generation: Generation, position: Position) -> None:
     """Count the evaluation, and let `position.ended` be why the training ends with it, if it does."""
     run, (metric, _) = generation.run, generation.run.recipe.best
-    ends = ask_to_end(generation, position)
+    ends = should_end(generation, position)
     # From here on without collectives: if a rank is lost before, the evaluation is repeated.
     position.evaluated = position.step
     patience, plan = run.options.data.patience, generation.plan

@@ -18,7 +18,7 @@ from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
 
 
-def ask_to_end(generation: Generation, position: Position) -> bool:
+def should_end(generation: Generation, position: Position) -> bool:
     """Call the recipe's `evaluated` on all ranks, and return whether it ends the training.
 
     Raises:

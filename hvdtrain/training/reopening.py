@@ -27,8 +27,13 @@ from hvdtrain.training.options import RunOptions, split_options
 from hvdtrain.training.position import Position
 
 # No gradients are exchanged: some of these would be refused on another number of ranks.
-UNUSED_VALUES = {"compression": "none", "exchange": "bucketed", "diagnose": False, "init_from": None}
-UNUSED_VALUES |= {"init_partial": False}
+UNUSED_VALUES = {
+    "compression": "none",
+    "exchange": "bucketed",
+    "diagnose": False,
+    "init_from": None,
+    "init_partial": False,
+}
 
 
 @dataclass(frozen=True)

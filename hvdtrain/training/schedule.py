@@ -60,6 +60,7 @@ class ScheduleParser:
     steps_per_epoch: int
 
     def parse(self) -> Schedule:
+        """Return the schedule. Raises UserError."""
         words, warmup = self.text.split(), 0
         if words and words[0].partition(":")[0] == "warmup":
             warmup = self._parse_steps(self._parse_argument(words.pop(0), needed=True))
@@ -129,7 +130,7 @@ class ScheduleParser:
         ratio = self._parse_times(words[2], example) if len(words) == 3 else 1.0
         first = self._parse_steps(length)
         if first < 1 or ratio < 1:
-            raise self._refuse(f"cosines that become shorter, or have no step; expected {example}")
+            raise self._refuse(f"{' '.join(words[1:])!r}: cosines become shorter, or have no step; expected {example}")
         starts = [warmup]
         for cycle in itertools.count():
             starts.append(starts[-1] + max(1, round(first * ratio**cycle)))
