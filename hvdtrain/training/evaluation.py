@@ -31,7 +31,6 @@ def evaluate_model(generation: Generation, position: Position) -> None:
     found = {name: evaluate_set(generation, name) for name in run.recipe.evals if run.step.examples[name]}
     position.eval = found.pop(run.recipe.evals[0], {})
     position.evals = found
-    check_best_found(run.recipe, position)
 
 
 def check_best_found(recipe: Recipe, position: Position) -> None:

@@ -18,7 +18,7 @@ from hvdtrain.recipe.framework import Chunk, DataSource, StepResult, StepVotes
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
-from hvdtrain.training.evaluation import conclude_evaluation, evaluate_model
+from hvdtrain.training.evaluation import check_best_found, conclude_evaluation, evaluate_model
 from hvdtrain.training.hooks import check_lr_factor, find_lr_factor
 from hvdtrain.training.nonfinite import count_skipped_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
@@ -225,6 +225,7 @@ def evaluate_and_save(generation: Generation, position: Position, ending: Ending
     has_evaluation = any(run.step.examples[name] for name in run.recipe.evals)
     if evaluates and has_evaluation and position.evaluated != position.step:
         evaluate_model(generation, position)
+        check_best_found(run.recipe, position)
         run.lease.check_ownership()
         run.report.record_evaluation(position, position.epoch + (not epoch_ends))
         conclude_evaluation(generation, position)

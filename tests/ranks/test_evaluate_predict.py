@@ -48,6 +48,8 @@ class Mine(Recipe):
         return {"loss": loss, "accuracy": (logits.argmax(1) == y).float()}
 
 class Named(Mine):
+    best = ("test/accuracy", "max")
+
     def outputs(self, model, batch):
         x = batch["x"] if isinstance(batch, dict) else batch[0]
         return {"probabilities": model(x).softmax(1), "choice": model(x).argmax(1).numpy()}
@@ -121,8 +123,8 @@ def test_deterministic_runs_have_the_same_metrics_on_any_number_of_ranks(worlds:
 
 def test_one_split_and_the_best_checkpoint_are_evaluated(named_run: Path, world2: KeptWorld) -> None:
     summary = json.loads((named_run / "summary.json").read_text())
-    best = world2.run(evaluate_here, named_run, "best", "eval")[0]
-    assert (best["step"], best["metrics"]["eval"]["accuracy"]) == (summary["best"]["step"], summary["best"]["value"])
+    best = world2.run(evaluate_here, named_run, "best", "test")[0]
+    assert (best["step"], best["metrics"]["test"]["accuracy"]) == (summary["best"]["step"], summary["best"]["value"])
     last = world2.run(evaluate_here, named_run, "last", "test")[0]
     assert last["metrics"] == summary["evals"]
     recipe, model = hvdtrain.load(named_run, "last")
