@@ -181,6 +181,9 @@ class Updater:
             factor = factors.get(loss.name, 1.0)
             nonfinite += loss.reduce_gradients(is_made and factor > 0)
             loss.gradient_factor = factor
+        for loss in self.losses:  # the gradients are whole: a backward() in `evaluated` is none of a step
+            if loss.bucketed_exchange is not None:
+                loss.bucketed_exchange.announce_pass(last=False)
         return tuple(nonfinite)
 
     def check_losses_train(self, get_sum: Callable[[str], float]) -> None:

@@ -59,6 +59,13 @@ def test_evaluated_ends_the_training_finished_and_saved(stopped: tuple[Path, dic
     assert not any(line["training"] for line in seen[0])
 
 
+@pytest.mark.parametrize("option", ["--quiet", "--deterministic"])
+def test_evaluated_may_call_backward(option: str, world2: KeptWorld, tmp_path: Path) -> None:
+    """The weight falls by 0.1 a step: no gradient of another pass is in a step."""
+    summary = train(world2, f"{RECIPES}:Saliency", tmp_path / "run", "--eval-every", "1", "--steps", "8", option)
+    assert summary["eval"]["loss"] == pytest.approx(0.2)
+
+
 def test_logged_gets_each_row_on_rank_0_as_it_was_written(stopped: tuple[Path, dict[str, Any], str]) -> None:
     folder, _, _ = stopped
     assert read_lines(folder / "logged-0") == rows(folder / "run")
