@@ -9,6 +9,7 @@ any of these or None
 from __future__ import annotations
 
 import csv
+import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -134,3 +135,14 @@ def parse_texts(kind: SeveralValues, flag: str, texts: Sequence[str]) -> list[An
 def join_values(values: Sequence[Any]) -> str:
     """Return values as the command line takes them: `32,64`."""
     return ",".join(f'"{value}"' if "," in str(value) else str(value) for value in values)
+
+
+def check_annotated(cls: type, name: str) -> None:
+    """Raise UserError if the last class to set a field does so without a type, which dataclasses ignore."""
+    last = next(base for base in cls.__mro__ if name in vars(base) or name in inspect.get_annotations(base))
+    if name not in inspect.get_annotations(last):
+        value = vars(last)[name]
+        raise UserError(
+            f"{last.__name__}.{name} is set without a type, and would be ignored: write "
+            f"`{name}: {type(value).__name__} = {value!r}` under @dataclass(kw_only=True)"
+        )

@@ -26,6 +26,7 @@ from hvdtrain.recipe.option_types import (
     OptionType,
     SeveralValues,
     ValueType,
+    check_annotated,
     convert_several,
     parse_hint,
 )
@@ -114,8 +115,8 @@ def option_fields(cls: type) -> list[OptionField]:
     """Return the options of a dataclass and of the groups in it, in the order of declaration.
 
     Raises:
-        UserError: the class is not a dataclass of its own, a field has the name of something else in the recipe
-            contract (a method, `buffers`), or its type cannot be an option.
+        UserError: the class is not a dataclass of its own, a field is set without a type or has the name of something
+            else in the recipe contract (a method, `buffers`), or its type cannot be an option.
     """
     if "__annotations__" in cls.__dict__ and "__dataclass_fields__" not in cls.__dict__:
         raise UserError(f"recipe class {cls.__name__} has fields but is not a dataclass: add @dataclass(kw_only=True)")
@@ -124,6 +125,7 @@ def option_fields(cls: type) -> list[OptionField]:
     reserved = {name for base in contract for name in vars(base)} - shared
     reserved |= CONTRACT_NAMES if contract else set()
     for field in dataclasses.fields(cls):
+        check_annotated(cls, field.name)
         if field.name in reserved:
             raise UserError(f"{cls.__name__}.{field.name} is a name of the recipe contract: rename the option")
     return _collect_fields(cls, _Nesting())

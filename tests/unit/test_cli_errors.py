@@ -30,6 +30,11 @@ FILES = {
         class Bare(Recipe):
             width: int = 3
         """,
+    "untyped.py": """
+        from hvdtrain.torch import Recipe
+        class Untyped(Recipe):
+            lr = 0.5
+        """,
     "odd_type.py": """
         from dataclasses import dataclass
         from hvdtrain.torch import Recipe, option
@@ -64,6 +69,11 @@ CASES = [
     ),
     (["train", "broken.py"], re.compile(r"broken\.py cannot be imported: SyntaxError: .*")),
     (["train", "bare.py"], "recipe class Bare has fields but is not a dataclass: add @dataclass(kw_only=True)"),
+    (
+        ["train", "untyped.py"],
+        "Untyped.lr is set without a type, and would be ignored: write `lr: float = 0.5` under "
+        "@dataclass(kw_only=True)",
+    ),
     (
         ["train", "odd_type.py"],
         "Odd.layers has type <class 'list'>; options are int, float, str, bool, Path, Literal or Optional, lists and "
