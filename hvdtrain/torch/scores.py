@@ -47,7 +47,8 @@ def find_layout(recipe: Recipe, scores: Any, count: int, losses: LossNames = Los
             f"self.now.training; in an evaluation it lacks {', '.join(map(repr, missing))}"
         )
     if missing:
-        raise UserError(f"{method} must return a dict with 'loss', got {describe_value(scores)}")
+        found = f"a dict of {', '.join(map(repr, scores)) or 'nothing'}" if isinstance(scores, dict) else None
+        raise UserError(f"{method} must return a dict with 'loss', got {found or describe_value(scores)}")
     names = (*losses.names, *(name for name in scores if name not in losses.names))
     check_column_names(method, names, losses.columns)
     metrics = (_find_metric(recipe, name, scores[name], losses) for name in names)

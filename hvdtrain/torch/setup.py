@@ -122,6 +122,11 @@ def make_optimizers(recipe: Recipe, model: torch.nn.Module) -> tuple[dict[str, t
     method = name_call(recipe, "optimizer()")
     with in_recipe(recipe, "optimizer()"):
         returned = _call_optimizer(recipe, model)
+    for optimizer in returned.values() if isinstance(returned, dict) else [returned]:
+        if hasattr(optimizer, "_requires_update"):
+            raise UserError(
+                f"{method} returned a DistributedOptimizer; expected the optimizer in it: hvdtrain wraps it"
+            )
     if isinstance(returned, torch.optim.Optimizer):
         return {"loss": returned}, False
     if not isinstance(returned, dict) or not returned:

@@ -47,6 +47,8 @@ def check_metric_names(recipe: Recipe, used: Sequence[str], values: Mapping[str,
             raise UserError(f"{cls}.score: '{prefix}_{taken}' is a column of the evaluation: rename it")
     if not used:
         return
+    if not isinstance(recipe.best, (tuple, list)) or len(recipe.best) != 2:
+        raise UserError(f"{cls}.best is {recipe.best!r}; expected a metric and 'min' or 'max', as ('loss', 'min')")
     metric, direction = recipe.best
     names = [m if name == recipe.evals[0] else f"{name}/{m}" for name in used for m in values]
     value = values.get(metric.rpartition("/")[2])

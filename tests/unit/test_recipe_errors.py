@@ -18,7 +18,9 @@ from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.data import OTHER_DATA
+from hvdtrain.torch.scores import find_layout
 from hvdtrain.torch.setup import check_dataset, explain_nondeterminism, make_model, make_optimizers
+from hvdtrain.training.start import check_metric_names
 
 
 class Inner(nn.Module):
@@ -203,6 +205,31 @@ def test_a_wrong_return_value_is_one_line(function: Any, message: str) -> None:
     with pytest.raises(KnownError) as raised:
         function()
     assert str(raised.value) == message
+
+
+def test_best_without_a_direction_is_one_line() -> None:
+    recipe = Mine()
+    recipe.best = "accuracy"  # type: ignore[assignment]
+    with pytest.raises(UserError) as raised:
+        check_metric_names(recipe, ("eval",), {"loss": 1.0, "accuracy": 0.5})
+    assert str(raised.value) == "Mine.best is 'accuracy'; expected a metric and 'min' or 'max', as ('loss', 'min')"
+
+
+def test_scores_without_a_loss_are_named() -> None:
+    with pytest.raises(UserError) as raised:
+        find_layout(Mine(), {"accuracy": torch.ones(2)}, 2)
+    assert str(raised.value) == "Mine.score must return a dict with 'loss', got a dict of 'accuracy'"
+
+
+def test_a_wrapped_optimizer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer._requires_update = set()  # type: ignore[attr-defined]
+    monkeypatch.setattr(Mine, "optimizer", lambda self, params: optimizer)
+    with pytest.raises(UserError) as raised:
+        make_optimizers(Mine(), nn.Linear(1, 1))
+    assert str(raised.value) == (
+        "Mine.optimizer() returned a DistributedOptimizer; expected the optimizer in it: hvdtrain wraps it"
+    )
 
 
 def test_shipped_recipes_are_shown(tmp_path: Path) -> None:
