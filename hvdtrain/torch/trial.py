@@ -29,6 +29,8 @@ from hvdtrain.torch.scores import LossNames, check_scores, find_layout, get_nume
 from hvdtrain.torch.setup import explain_nondeterminism
 from hvdtrain.torch.tensors import named_tensors
 
+SUMMED_GRADIENTS = ("HorovodAllreduce", "HorovodGroupedAllreduce", "HorovodAlltoall")  # names of backward functions
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -88,6 +90,7 @@ class Trial:
                 layout = find_layout(recipe, all_scores, self.count, losses)
                 check_scores(recipe, scores, layout, self.count, partial=losses.several)
                 found = [get_numerators(scores[name]) for name in losses.names if name in scores]
+                reject_averaged_gradients(recipe, found)
                 found[0] = session.end_forward(found[0])
                 if trained := [values.sum() for values in found if values.requires_grad]:
                     torch.autograd.backward(trained)
@@ -143,6 +146,28 @@ class Trial:
                 with torch.no_grad(), scorer.autocast_context(), in_recipe(scorer.recipe, "score()"):
                     sandbox.recipe.score(sandbox.model, batch)
         scorer.session.join_pass(scorer.device, split)
+
+
+def reject_averaged_gradients(recipe: Recipe, losses: Sequence[torch.Tensor]) -> None:
+    """Raise UserError for losses that are differentiated through a collective of Horovod that averages gradients.
+
+    hvdtrain follows the gradient of the sum of all ranks' losses. The backward functions of Horovod's allreduce and
+    alltoall do too; those of allgather, broadcast and reducescatter are for losses that are averaged over ranks.
+    """
+    left, seen = [loss.grad_fn for loss in losses], set[Any]()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [source for source, _ in node.next_functions]
+        name = node.name()
+        if name.startswith("Horovod") and not name.startswith(SUMMED_GRADIENTS):
+            function = name.removeprefix("Horovod").removesuffix("Backward").lower()
+            raise UserError(
+                f"{type(recipe).__name__}.score differentiates through Horovod's {function}, whose gradient is "
+                "averaged over ranks and would depend on their number; use hvdtrain.torch.all_gather"
+            )
 
 
 def initialize_lazy_modules(recipe: Recipe, model: nn.Module, make_batch: Callable[[], Any]) -> None:

@@ -164,6 +164,10 @@ def test_what_cannot_be_exact_is_refused_before_the_first_step(worlds: KeptWorld
     assert refused("Norms", {"own": True}, deterministic) == f"Norms.score calls SyncBatchNorm, {CALL}"
     assert refused("Wrong", {"how": "number"}, {}) == "all_gather needs a tensor of shape (B, ...), got float"
     assert refused("Wrong", {"how": "scalar"}, {}) == "all_gather needs a tensor of shape (B, ...), got a scalar tensor"
+    assert refused("Wrong", {"how": "horovod"}, {}) == (
+        "Wrong.score differentiates through Horovod's allgather, whose gradient is averaged over ranks and would "
+        "depend on their number; use hvdtrain.torch.all_gather"
+    )
     assert refused("Wrong", {"how": "rows"}, {}) == "own_rows needs the tensor that all_gather has returned, itself"
 
 
