@@ -84,6 +84,11 @@ def make_model(recipe: Recipe) -> torch.nn.Module:
             f"{name_call(recipe, 'model()')} returned {type(model).__name__}; expected a torch.nn.Module"
             + (": does it lack a return?" if model is None else "")
         )
+    if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        raise UserError(
+            f"{name_call(recipe, 'model()')} returned a {type(model).__name__}; expected the module in it: hvdtrain "
+            "trains it on all ranks"
+        )
     return model
 
 

@@ -39,7 +39,8 @@ class Mine(Recipe):
             raise AttributeError("no such thing")
 
     def model(self) -> Any:
-        return {"good": nn.Linear(1, 1), "none": None, "text": "model"}[self.kind]
+        made = {"good": nn.Linear(1, 1), "none": None, "text": "model", "parallel": nn.DataParallel(nn.Linear(1, 1))}
+        return made[self.kind]
 
     def dataset(self, split: str) -> Any:
         return [1, 2, 3]
@@ -177,6 +178,10 @@ class BadLength:
             "Mine.model() returned NoneType; expected a torch.nn.Module: does it lack a return?",
         ),
         (lambda: make_model(Mine(kind="text")), "Mine.model() returned str; expected a torch.nn.Module"),
+        (
+            lambda: make_model(Mine(kind="parallel")),
+            "Mine.model() returned a DataParallel; expected the module in it: hvdtrain trains it on all ranks",
+        ),
         (
             lambda: make_optimizers(Mine(kind="none"), nn.Linear(1, 1)),
             "Mine.optimizer() returned NoneType; expected a torch.optim.Optimizer: does it lack a return?",
