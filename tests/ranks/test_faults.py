@@ -191,6 +191,7 @@ def test_a_stop_while_too_few_are_left(tmp_path: Path, reference: Any, by: str) 
     check(job, reference)
 
 
+@pytest.mark.timeout(240)
 def test_notices_to_both_slots_of_the_only_host(tmp_path: Path, reference: Any) -> None:
     """The slot that is done waits for the other's step, of 6 s: when it ends, horovodrun ends its host within 5 s."""
     with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "1000", launch=[]) as job:

@@ -205,8 +205,8 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_lost_rank_leaves_turns_and_rows_as_they_are(tmp_path: Path, world1: KeptWorld) -> None:
     """A row is of 3 steps, and the rank is lost between two rows: those that go on have the sums of its steps."""
-    recipe, options = f"{RECIPE}:SlowRatio", ("--epochs", "4", "--ema", "0.9", "--log-every", "3")
-    train(world1, recipe, tmp_path / "reference", "--threads", "1", *options)
+    recipe, options = f"{RECIPE}:SlowRatio", ("--epochs", "12", "--ema", "0.9", "--log-every", "3")
+    train(world1, recipe, tmp_path / "reference", "--threads", "1", "--pause", "0", *options)
     with ElasticJob(tmp_path, "localhost:2", "--pause", "0.4", *options, recipe=recipe) as job:
         job.step(1)
         time.sleep(0.6)  # in the middle of step 5
@@ -216,7 +216,7 @@ def test_a_lost_rank_leaves_turns_and_rows_as_they_are(tmp_path: Path, world1: K
         job.more(1)
         job.end()
     expected, found = rows(tmp_path / "reference"), rows(job.run_dir)
-    assert [row["step"] for row in found] == list(range(3, 25, 3))
+    assert [row["step"] for row in found] == list(range(3, 73, 3))
     for one, other in zip(found, expected, strict=True):
         assert without_times(one) == pytest.approx(without_times(other), rel=1e-9)
     verify(job.run_dir)
