@@ -29,14 +29,14 @@ def test_launch_names_the_rank_that_hangs_and_ends(tmp_path: Path) -> None:
 def test_a_collective_that_one_rank_does_not_call_is_named(tmp_path: Path) -> None:
     """In `score`, with Horovod's own function; after 45 s if nothing else is set."""
     command = [*HVDTRAIN, "launch", "-np", "2", RECIPE, "--run-dir", str(tmp_path / "run"), "--how", "collective"]
-    with Job([*command, "--on", "0", "--quiet", "--log-every", "1", "--hang-limit", "2"], NOTICE) as job:
+    with Job([*command, "--on", "0", "--quiet", "--log-every", "1", "--hang-limit", "5"], NOTICE) as job:
         done = job.finish()
     assert done.returncode == 1
-    (line,) = re.findall(r"^hvdtrain: (rank .*): they wait for each other$", done.stderr, re.M)
+    lines = re.findall(r"^hvdtrain: (rank .*): they wait for each other$", done.stderr, re.M)  # more than one, if slow
     mine = r"rank 0 on \S+ has waited for \d+ s while computing gradients \(step 3, collective 'mean of mine', "
-    assert re.search(mine + r"ending_recipe.py:\d+ in do\)", line), line
+    mine += r"ending_recipe.py:\d+ in do\)"
     others = r"rank 1 on \S+ has waited for \d+ s while exchanging gradients \(step 3, collective '[\w.]+'\)"
-    assert re.search(others, line), line
+    assert any(re.search(mine, line) and re.search(others, line) for line in lines), done.stderr
 
 
 def test_without_launch_the_ranks_speak_for_themselves(tmp_path: Path) -> None:
