@@ -19,14 +19,14 @@ from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.kept_source import load_kept_class
 from hvdtrain.recipe.now import Now, set_now
-from hvdtrain.recipe.options import OptionValues, option_fields
+from hvdtrain.recipe.options import OptionValues
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import SOURCE_FOLDER, read_files
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.strict_json import JsonObject
 from hvdtrain.training import checkpoint
 from hvdtrain.training.config import ConfigReader, RunConfig, read_config
-from hvdtrain.training.options import RunOptions, split_options
+from hvdtrain.training.options import RunOptions, make_recipe, make_run_options
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OpenedRun:
     @property
     def options(self) -> RunOptions:
         """Return the run options."""
-        return split_options(type(self.recipe), self.values)[1]
+        return make_run_options(self.values)
 
 
 def load(
@@ -133,9 +133,7 @@ def open_run(files: RunFiles, cls: type[Recipe]) -> OpenedRun:
     """Return a run with a recipe of class `cls`. Raises UserError if the run's options are not the class's."""
     config, folder = RunConfig(**files.config), Path(files.folder)
     values = ConfigReader(folder / "config.json", cls).read_options(config.content)
-    known = {field.name for field in option_fields(RunOptions)}
-    recipe, _ = split_options(cls, {name: value for name, value in values.items() if name not in known})
-    return OpenedRun(folder, config.name, recipe, values)
+    return OpenedRun(folder, config.name, make_recipe(cls, values), values)
 
 
 def guess_main_file(name: str, files: Mapping[str, bytes]) -> str:

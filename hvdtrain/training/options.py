@@ -107,10 +107,21 @@ def check_elastic_options(given: OptionValues) -> None:
 
 def split_options(cls: type[R], given: OptionValues) -> tuple[R, RunOptions]:
     """Make a recipe and run options from one dict of values. Raises UserError if they reject a value."""
+    return make_recipe(cls, given), make_run_options(given)
+
+
+def make_recipe(cls: type[R], given: OptionValues) -> R:
+    """Make a recipe from those of the values that are not run options. Raises UserError if it rejects one."""
     run_names = {field.name for field in option_fields(RunOptions)}
     recipe = make_from_values(cls, {name: value for name, value in given.items() if name not in run_names})
     check_recipe_values(recipe)
-    return recipe, make_from_values(RunOptions, {name: given[name] for name in given if name in run_names})
+    return recipe
+
+
+def make_run_options(given: OptionValues) -> RunOptions:
+    """Make run options from those of the values that are. Raises UserError if they reject one."""
+    run_names = {field.name for field in option_fields(RunOptions)}
+    return make_from_values(RunOptions, {name: given[name] for name in given if name in run_names})
 
 
 def check_recipe_values(recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from hvdtrain.training.loading import (
     open_run,
     read_run_files,
 )
-from hvdtrain.training.options import RunOptions, split_options
+from hvdtrain.training.options import RunOptions, make_run_options
 from hvdtrain.training.position import Position
 
 # No gradients are exchanged: some of these would be refused on another number of ranks.
@@ -62,7 +62,7 @@ def reopen_run(run_dir: Path, which: str, given: OptionValues, world: World) -> 
     cls = collectives.on_all_ranks("run.recipe", lambda: import_run_class(files))
     opened = open_run(files, cls)
     values = {**opened.values, **{name: value for name, value in UNUSED_VALUES.items() if name in opened.values}}
-    _, options = split_options(cls, {**values, **given})
+    options = make_run_options({**values, **given})
     agree_on_options(opened.recipe, opened.name, options)
     configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
     set_now(opened.recipe, Now.before_training(opened.folder.absolute(), world.rank, world.size))
