@@ -79,8 +79,7 @@ class TorchPredictor:
     def predict_batch(self, batch: Any, count: int, seed: Sequence[int]) -> Outputs:
         seed_all(seed)
         batch = self.scorer.move_batch(convert_floating(batch, self._dtype) if self._reads_file else batch)
-        with torch.no_grad(), self.scorer.autocast_context():
-            outputs, call = self._call_outputs(batch)
+        outputs, call = self._call_outputs(batch)
         arrays = make_arrays(call, outputs, count)
         return {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in arrays.items()}
 
@@ -88,9 +87,7 @@ class TorchPredictor:
         """Return what `outputs` returns, or else what the model does, and the name of the call for messages."""
         recipe, name = self.recipe, type(self.recipe).__name__
         if defines_outputs(recipe):
-            call = name_call(recipe, "outputs()")
-            with in_recipe(recipe, "outputs()"):
-                outputs = recipe.outputs(self.model, batch)
+            call, outputs = name_call(recipe, "outputs()"), self.scorer.call_outputs(recipe, self.model, batch)
         else:
             if not isinstance(batch, (Tensor, tuple, list)) or (isinstance(batch, (tuple, list)) and not batch):
                 raise RunError(
@@ -98,7 +95,7 @@ class TorchPredictor:
                     f"write {name}.outputs(self, model, batch), which returns {{name: (B, ...)}}"
                 )
             call = f"the model of {name}"
-            with in_recipe(recipe, "model()'s model"):
+            with torch.no_grad(), self.scorer.autocast_context(), in_recipe(recipe, "model()'s model"):
                 outputs = self.model(batch if isinstance(batch, Tensor) else batch[0])
             outputs = {"output": outputs} if isinstance(outputs, Tensor) else outputs
         if not isinstance(outputs, Mapping) or not outputs:
