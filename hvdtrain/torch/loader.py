@@ -98,7 +98,7 @@ class BatchLoader:
         A later call ends an earlier one, also if that has batches left.
 
         Raises:
-            RunError, RecipeError: see Examples.load; and for a loader process that has ended.
+            RunError, RecipeError: see BatchDataset.load_batch; and for a loader process that has ended.
         """
         self.start_workers()
         self._requests.requests = iter(requests)

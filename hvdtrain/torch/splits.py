@@ -34,7 +34,7 @@ class SplitLoaders:
             self.loaders[split] = BatchLoader(batches, options.workers)
 
     def check_splits(self) -> None:
-        """Load some examples of each split. Raises UserError, RecipeError: see Examples.look_at."""
+        """Load some examples of each split. Raises UserError, RecipeError: see BatchDataset.check_examples."""
         for loader in self.loaders.values():
             loader.examples.check_examples([self.seed, 0], self.max_batch, passed_on=loader.num_workers > 0)
 
