@@ -1,5 +1,5 @@
-# `make demo` trains digits on 2 ranks. Each target sets up .venv first: hvdtrain with all its extras and Horovod; the
-# targets below also the tools of development.
+# `make demo` trains digits on 2 ranks. Each target sets up .venv first: hvdtrain with its extras `all` and Horovod; the
+# targets below also JAX, Keras, TensorFlow and the tools of development.
 # make check      lint, types, and the tests that start no rank: about a minute
 # make test       all tests but the slow ones: what CI runs
 # make test-slow  the slow ones: full matrices of what `make test` tests in part
@@ -46,6 +46,7 @@ $(VENV)/.installed: pyproject.toml
 	@command -v c++ g++ clang++ >/dev/null || { echo "no C++ compiler found: apt-get install g++, or dnf install gcc-c++" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing torch and hvdtrain into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade setuptools
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
 	@touch $@

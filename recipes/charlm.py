@@ -120,6 +120,9 @@ class CharLM(Recipe):
         # A mean over all bytes of the step, wherever they are: sums of the examples, and what they are sums of.
         return {"loss": (losses.sum(1), (targets != PADDING).sum(1))}
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.blocks)
+
     def metrics(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {"bits_per_byte": means["loss"] / np.log(2)}
 

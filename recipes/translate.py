@@ -135,6 +135,9 @@ class Translate(Recipe):
             "byte_accuracy": (hits.sum(1), is_byte.sum(1)),
         }
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
+
     def outputs(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
         source, target = batch
         return {"translations": search_beams(model, source, self.beams), "references": pad_to_longest(target)}

@@ -17,12 +17,17 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support.worlds import KeptWorld, KeptWorlds
 
 ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
 PARTS = {"ranks/test_faults.py": 3, "ranks/test_launch.py": 2}  # files that are too long for one process
+
+# Its limit of 200 ms for an example fails on a busy machine.
+hypothesis.settings.register_profile("without time limits", deadline=None)
+hypothesis.settings.load_profile("without time limits")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
+from hvdtrain.cli.bench_workload import WayArguments, WorkloadArguments, add_workload_options
 from hvdtrain.cli.groups import CommandGroup
 from hvdtrain.cli.launch_options import LAUNCH_OPTION_NAMES, add_launch_options
 from hvdtrain.cli.rank import exit_on_failure, set_rank_threads, start_rank
@@ -20,89 +20,14 @@ from hvdtrain.comm.world import World, rank_from_environment
 from hvdtrain.launch.options import LaunchOptions
 from hvdtrain.launch.start import launch_ranks
 from hvdtrain.native.installed import start_mpi
-from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.options import option_fields
-from hvdtrain.recipe.step_options import DataOptions
 from hvdtrain.system import messages
 from hvdtrain.system.errors import UserError
-from hvdtrain.training.options import RunOptions, split_options
 
 if TYPE_CHECKING:
-    from hvdtrain.bench.workload import BenchmarkPlan
+    pass
 
 COMMAND_SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
 BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-# The run options that a benchmark uses, besides the recipe's own.
-USED_OPTIONS = {"batch_size", "batch_per_rank", "lr", "seed", "amp", "device", "threads"}
-UNUSED_OPTIONS = ({field.name for field in option_fields(RunOptions)} | {"epochs", "schedule"}) - USED_OPTIONS
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class WorkloadArguments:
-    """The arguments of a benchmark that trains.
-
-    Attributes:
-        specs: methods of compression to measure; empty: the benchmark's own.
-        steps: to measure of each method.
-        json_path: where to write the rows; None: nowhere.
-        recipe: to train; None: a ResNet-18.
-        args: options of the recipe and of the run.
-    """
-
-    specs: tuple[str, ...]
-    steps: int
-    json_path: Path | None
-    recipe: str | None
-    args: tuple[str, ...]
-
-    def check_arguments(self) -> None:
-        """Check what is to be compressed and trained. Raises UserError."""
-        from hvdtrain.compression.spec import parse_compression
-
-        for text in self.specs:
-            if parse_compression(text).method == "auto":
-                raise UserError(f"compression {text!r} measures methods itself during training; expected one method")
-        load_workload(self.recipe, self.args)
-
-    def make_plan(self, default_specs: Sequence[str]) -> BenchmarkPlan:
-        """Return what the benchmark does. Imports torch."""
-        from hvdtrain.bench.workload import BenchmarkPlan
-
-        recipe, options = load_workload(self.recipe, self.args)
-        return BenchmarkPlan(recipe, options, self.specs or default_specs, self.steps, self.json_path)
-
-
-def add_workload_options(compression_help: str) -> Callable[[F], F]:
-    """Return a decorator that adds the options of WorkloadArguments to a command, which gets them as `workload`."""
-    options = (
-        click.option("--compression", "specs", multiple=True, metavar="SPEC", help=compression_help),
-        click.option(
-            "--steps", type=click.IntRange(min=2), default=20, show_default=True, metavar="N", help="Steps to measure."
-        ),
-        click.option(
-            "--json",
-            "json_path",
-            type=click.Path(dir_okay=False, path_type=Path),
-            metavar="FILE",
-            help="Also write the rows as JSON.",
-        ),
-        click.argument("recipe", required=False),
-        click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE OPTIONS] [RUN OPTIONS]"),
-    )
-
-    def decorate(function: F) -> F:
-        @functools.wraps(function)
-        def command(*args: Any, **kwargs: Any) -> Any:
-            given = {field.name: kwargs.pop(field.name) for field in fields(WorkloadArguments)}
-            return function(*args, workload=WorkloadArguments(**given), **kwargs)
-
-        for option in reversed(options):
-            command = option(command)
-        return command  # type: ignore[return-value]
-
-    return decorate
 
 
 @click.group("bench", cls=CommandGroup, invoke_without_command=True)
@@ -169,12 +94,35 @@ def allreduce_command(
 @bench_command.command("step", context_settings=COMMAND_SETTINGS)
 @add_launch_options
 @add_workload_options("A method to measure. Can be repeated. Default: none.")
-def step_command(workload: WorkloadArguments, launch_options: LaunchOptions) -> int:
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    metavar="OPTIONS",
+    help="Options of `hvdtrain train RECIPE` to compare with those of the first --way. Repeat it; '' is for none.",
+)
+@click.option(
+    "--turns", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Measure each --way N times."
+)
+def step_command(workload: WorkloadArguments, ways: tuple[str, ...], turns: int, launch_options: LaunchOptions) -> int:
     """Time training steps: without an exchange, with Horovod's own, and with hvdtrain's buckets.
 
     Trains RECIPE on one batch again and again; without RECIPE, a ResNet-18 on 16 random images of 64x64 per rank.
     Prints medians of the slowest rank; "waited" is the part of a step that its thread waits for the network.
+
+    With --way, compares the first steps of real runs, each with all that its options do, in turns: mean step of the
+    slowest rank, bytes that rank 0 sends in a step, peak memory that the run takes, and the step over the first
+    way's. `hvdtrain bench step digits --way "" --way "--compression int8"`
     """
+    if ways:
+        arguments = WayArguments(ways, turns, workload)
+
+        def compare_on_rank(world: World) -> None:
+            from hvdtrain.bench.ways import compare_ways
+
+            compare_ways(world, arguments.make_plan())
+
+        return run_or_launch(launch_options, arguments.check_arguments, compare_on_rank)
 
     def run_on_rank(world: World) -> None:
         from hvdtrain.bench.step import benchmark_step
@@ -243,30 +191,6 @@ def size_range(first: str, last: str) -> list[int]:
     return sizes
 
 
-def load_workload(recipe: str | None, args: tuple[str, ...]) -> tuple[Recipe, RunOptions]:
-    """Return what is to be trained.
-
-    Raises:
-        UserError: an option is unknown, or a benchmark does not use it.
-    """
-    from hvdtrain.cli import options
-    from hvdtrain.cli.train import load_arguments
-
-    if recipe is None:
-        from hvdtrain.bench.workload import ResNet18
-
-        return ResNet18(), RunOptions(data=DataOptions(batch_per_rank=16))
-    arguments = load_arguments([recipe, *args])
-    for name in arguments.given_options:
-        if name in UNUSED_OPTIONS:
-            flags = ", ".join(f"--{used.replace('_', '-')}" for used in sorted(USED_OPTIONS))
-            raise UserError(
-                f"--{name.replace('_', '-')} is not used by benchmarks; expected the recipe's own options, or {flags}"
-            )
-    options.check_parsed_arguments(arguments)
-    return split_options(arguments.recipe_class, arguments.given_options)
-
-
 def run_or_launch(options: LaunchOptions, check: Callable[[], object], work: Callable[[World], object]) -> int:
     """Do the work if this process is a rank; else start the same command on ranks. Returns the exit code.
 
@@ -302,12 +226,16 @@ def run_or_launch(options: LaunchOptions, check: Callable[[], object], work: Cal
 def collect_own_arguments(context: click.Context) -> list[str]:
     """Return the arguments that were given to a command, without the launch options."""
     given: list[str] = []
-    for parameter in context.command.params:
+    for parameter in sorted(context.command.params, key=lambda one: isinstance(one, click.Argument)):
         name = str(parameter.name)
         if name in LAUNCH_OPTION_NAMES or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = context.params[name]
         values = value if isinstance(value, tuple) else (value,)
         for one in values:
-            given += [str(one)] if isinstance(parameter, click.Argument) else [parameter.opts[0], str(one)]
+            if isinstance(parameter, click.Argument):
+                given.append(str(one))
+            else:  # a value that looks like an option, or is empty, needs the equals sign
+                text, flag = str(one), parameter.opts[0]
+                given += [flag, text] if text and not text.startswith("-") else [f"{flag}={text}"]
     return given

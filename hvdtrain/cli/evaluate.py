@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hvdtrain.cli.run_commands import add_run_options, run_on_rank, select_overrides
+from hvdtrain.cli.run_commands import add_run_options, check_run_dir, run_on_rank, select_overrides
 from hvdtrain.comm.world import World
 
 
@@ -30,6 +30,7 @@ def evaluate_command(run_dir: Path, split: str | None, as_json: bool, checkpoint
 
     Exit codes: 0 evaluated, 1 failed, 2 a mistake in the options, or there is no such run, checkpoint or split.
     """
+    check_run_dir(run_dir)
 
     def work(world: World) -> None:
         from dataclasses import asdict

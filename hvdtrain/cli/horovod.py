@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,9 +48,17 @@ def horovod_command(context: click.Context) -> None:
     help="Keep wheels in DIR/KEY (default: $XDG_CACHE_HOME or ~/.cache, /hvdtrain/wheels).",
 )
 @click.option("--force", is_flag=True, help="Build and install even if it is already there.")
-def build_command(
-    dry_run: bool, mpi: str | None, without: tuple[str, ...], jobs: int | None, wheel_dir: Path | None, force: bool
-) -> None:
+@click.option(
+    "--torch",
+    metavar="VERSION",
+    help="Build for this torch, not for the one installed here; 2.10 stands for its newest 2.10 release.",
+)
+@click.option(
+    "--python",
+    metavar="VERSION|FILE",
+    help="Build for this Python, found by its version on PATH, of pyenv or of uv, or by its path.",
+)
+def build_command(torch: str | None, python: str | None, **given: Any) -> None:
     """Build Horovod 0.28.1 for the installed torch and install it into this environment.
 
     The released source is downloaded through pip, patched for today's torch (hvdtrain/native/patches), and built with
@@ -57,19 +66,22 @@ def build_command(
     is found (CUDA_HOME, /usr/local/cuda*, nvcc on PATH, or pip's nvidia-cuda-nvcc). It takes one to three minutes and
     needs a C++ compiler. The wheel, 0.28.1+hvdtrain.N with N the revision of the patches, is kept: the same torch,
     Python, MPI, CUDA and CPU get it again at once.
+
+    With --torch or --python the wheel is built for others: in an environment of its own, which is removed afterwards,
+    checked there by an all-reduce on two ranks, and kept in --wheel-dir. This environment does not change.
+
+    \b
+    hvdtrain horovod build --wheel-dir /shared/wheels                           for this environment
+    hvdtrain horovod build --wheel-dir /shared/wheels --torch 2.10 --python 3.12
     """
     from hvdtrain.native.make import BuildOptions, provide_horovod
+    from hvdtrain.native.other_environment import BuildTarget, build_for_target
 
-    provide_horovod(
-        BuildOptions(
-            without=without,
-            mpi=mpi,
-            jobs=jobs or len(os.sched_getaffinity(0)),
-            wheel_dir=wheel_dir,
-            force=force,
-            dry_run=dry_run,
-        )
-    )
+    options = BuildOptions(**given | {"jobs": given["jobs"] or len(os.sched_getaffinity(0))})
+    if torch or python:
+        build_for_target(BuildTarget(torch, python), options)
+    else:
+        provide_horovod(options)
 
 
 @horovod_command.command("check")

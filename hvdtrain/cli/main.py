@@ -18,7 +18,7 @@ from hvdtrain.system.exits import exit_process
 # name: (module, help). The help is here so that `hvdtrain --help` imports no command.
 SUBCOMMANDS = {
     "train": ("hvdtrain.cli.train", "Train a recipe; this process is one rank."),
-    "launch": ("hvdtrain.cli.launch", "Start `hvdtrain train` on many ranks and hosts."),
+    "launch": ("hvdtrain.cli.launch", "Start a recipe, or any program, on many ranks and hosts."),
     "evaluate": ("hvdtrain.cli.evaluate", "Evaluate a checkpoint of a run."),
     "predict": ("hvdtrain.cli.predict", "Write the outputs of a run's model for examples of a file or a split."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
@@ -41,6 +41,8 @@ class LazyGroup(click.Group):
         return list(SUBCOMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name.endswith(".py"):
+            raise UserError(f"no command {cmd_name!r}; to start a recipe or program: hvdtrain launch -np N {cmd_name}")
         if cmd_name not in SUBCOMMANDS:
             raise UserError(f"no command {cmd_name!r}{suggest_nearest(cmd_name, SUBCOMMANDS)}")
         command: click.Command = getattr(importlib.import_module(SUBCOMMANDS[cmd_name][0]), f"{cmd_name}_command")

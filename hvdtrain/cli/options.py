@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from hvdtrain.cli.config_file import CONFIG_SECTION, make_config_options, read_config_files
+from hvdtrain.recipe import schedule
 from hvdtrain.recipe.base import Recipe, check_methods, refuse_two_schedules
 from hvdtrain.recipe.option_types import SeveralValues, join_values, parse_texts
-from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, option_fields
+from hvdtrain.recipe.options import OptionField, OptionValues, convert_value, flag_of, option_fields
 from hvdtrain.recipe.registry import split_recipe_spec
 from hvdtrain.system.errors import UserError, suggest_nearest
-from hvdtrain.training import schedule
 from hvdtrain.training.config import override_options
 from hvdtrain.training.logger import LOGGERS
 from hvdtrain.training.options import RunOptions, split_options
@@ -171,7 +171,7 @@ def parse_arguments(cls: type[Recipe], spec: str, args: list[str]) -> TrainArgum
         raise UserError(error.message) from error
     for one, other in (("epochs", "steps"), ("batch_size", "batch_per_rank")):
         if one in given and other in given:
-            flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+            flags = [flag_of(name) for name in (one, other)]
             raise UserError(f"{' and '.join(flags)} exclude each other: give one")
     if "schedule" in given:
         refuse_two_schedules(cls, given["schedule"])

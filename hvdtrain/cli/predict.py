@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hvdtrain.cli.run_commands import add_run_options, run_on_rank, select_overrides
+from hvdtrain.cli.run_commands import add_run_options, check_run_dir, run_on_rank, select_overrides
 from hvdtrain.comm.world import World
 from hvdtrain.system.errors import UserError
 
@@ -46,6 +46,7 @@ def predict_command(
     Exit codes: 0 written, 1 failed, 2 a mistake in the options or in what outputs() returns, or there is no such run,
     checkpoint, split or file.
     """
+    check_run_dir(run_dir)
     if (input_path is None) == (split is None):
         raise UserError("give either --input FILE or --split NAME")
 

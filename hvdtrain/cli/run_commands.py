@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -44,6 +46,15 @@ def add_run_options(command: F) -> F:
 def select_overrides(values: OptionValues) -> OptionValues:
     """Return the run options that were given."""
     return {name: values[name] for name in OVERRIDES if values[name] is not None}
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raise UserError if a script was given for the folder of a run."""
+    if run_dir.suffix == ".py" and run_dir.is_file():
+        raise UserError(
+            f"{run_dir} is a file; expected RUN_DIR, the folder of a run; to start a script on each rank: "
+            f"hvdtrain launch {shlex.quote(str(run_dir))}"
+        )
 
 
 def run_on_rank(work: Callable[[World], None]) -> int:

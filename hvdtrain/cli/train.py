@@ -94,13 +94,23 @@ def load_arguments(args: list[str], source: RecipeSource | None = None) -> optio
         raise UserError("RECIPE is missing; `hvdtrain list` shows those found")
     set_rank_threads()  # before the recipe imports torch, and so for every library it brings
     try:
-        cls = load_recipe(spec, source)
+        cls = load_recipe(spec, source, find_backend_value(rest))
     except RequeueExit:
         raise
     except SystemExit as leaving:
         text = f"{spec} called sys.exit({leaving.code!r}) when it was imported"
         raise UserError(f"{text}: put what it runs under `if __name__ == '__main__':`") from None
     return options.parse_arguments(cls, spec, rest)
+
+
+def find_backend_value(args: list[str]) -> str | None:
+    """Return what --backend says, which is needed before the recipe is imported and its options are known."""
+    found = None
+    for place, word in enumerate(args):
+        flag, equals, value = word.partition("=")
+        if flag == "--backend":
+            found = value if equals else next(iter(args[place + 1 :]), None)
+    return found
 
 
 def print_config(arguments: options.TrainArguments) -> int:

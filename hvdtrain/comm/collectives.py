@@ -1,4 +1,9 @@
-"""Named collectives on torch tensors and on small objects: the name matches the tensors of all ranks."""
+"""Named collectives on torch tensors and on small objects, over Horovod or a process group of torch.distributed.
+
+The group says which of the two: over Horovod the name matches the tensors of all ranks, over a `TorchGroup` the order
+in which a rank starts its collectives. Horovod is imported when it is first used, so that those who have none can use
+the latter.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +12,49 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import horovod.torch as hvd
 import numpy as np
 import torch
-from horovod.common.exceptions import HorovodInternalError
-from horovod.torch import mpi_ops
 from numpy.typing import NDArray
 
+from hvdtrain.comm.lazy_horovod import LazyHorovod, load_peers_lost
+from hvdtrain.comm.torch_group import TorchCollective, TorchGroup
 from hvdtrain.system import activity
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 
+if TYPE_CHECKING:
+    import horovod.torch as hvd
+
+    PeersLost: type[Exception]  # raised by Horovod's collectives when another rank has died or left
+else:
+    hvd = LazyHorovod()
+
+    def __getattr__(name: str) -> Any:
+        if name == "PeersLost":
+            return load_peers_lost()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 T = TypeVar("T")
-Handle = int
-Group: TypeAlias = "hvd.ProcessSet | None"  # the ranks that take part; None: all
-_collective_names: dict[Handle, str] = {}  # of collectives that were started and not yet waited for
-PeersLost = HorovodInternalError  # raised by collectives when another rank has died or left
+Handle: TypeAlias = "int | TorchCollective"
+Group: TypeAlias = "hvd.ProcessSet | TorchGroup | None"  # the ranks that take part; None: all of Horovod's
+_collective_names: dict[Handle, str] = {}  # of Horovod's collectives that were started and not yet waited for
 
 
 def rank(group: Group = None) -> int:
     """Return this process's rank in a group that it belongs to."""
-    return hvd.rank() if group is None else group.rank()  # type: ignore[no-any-return]
+    return hvd.rank() if group is None else group.rank()
 
 
 def size(group: Group = None) -> int:
     """Return the number of ranks in a group."""
-    return hvd.size() if group is None else group.size()  # type: ignore[no-any-return]
+    return hvd.size() if group is None else group.size()
+
+
+def second_round_group(group: Group) -> Group:
+    """Return the group of collectives whose order among the others' may differ between ranks."""
+    return group.second if isinstance(group, TorchGroup) else group
 
 
 def is_initialized() -> bool:
@@ -43,6 +64,8 @@ def is_initialized() -> bool:
 
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
+    if isinstance(group, TorchGroup):
+        return group.start_all_reduce(tensor, average)
     op = hvd.Average if average else hvd.Sum
     return remember_name(
         hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set), name
@@ -51,14 +74,19 @@ def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, gr
 
 def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start sending part i of a 1-D tensor, cut into equal parts, to rank i; `wait` returns the parts in rank order."""
+    if isinstance(group, TorchGroup):
+        return group.start_all_to_all(tensor)
     return remember_name(hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start gathering every rank's tensor on all ranks, joined along the first dimension in rank order.
 
-    The first dimension may differ between ranks, and be 0 on some; the others may not.
+    The first dimension may differ between ranks, and be 0 on some, unless the group is a TorchGroup; the others may
+    not.
     """
+    if isinstance(group, TorchGroup):
+        return group.start_all_gather(tensor)
     return remember_name(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
 
 
@@ -91,6 +119,7 @@ class CallCounter(dict[Handle, Any]):
 @contextlib.contextmanager
 def count_calls() -> Iterator[CallCounter]:
     """Count the collectives that any code in this process starts; yields the counter."""
+    mpi_ops = hvd.mpi_ops
     table = mpi_ops._handle_map
     counter = mpi_ops._handle_map = CallCounter(table)
     try:
@@ -103,7 +132,9 @@ def count_calls() -> Iterator[CallCounter]:
 
 def is_complete(handle: Handle) -> bool:
     """Return whether `wait` would return at once."""
-    return bool(mpi_ops.poll(handle))
+    if isinstance(handle, TorchCollective):
+        return handle.is_complete()
+    return bool(hvd.poll(handle))
 
 
 def wait(handle: Handle) -> torch.Tensor:
@@ -114,6 +145,8 @@ def wait(handle: Handle) -> torch.Tensor:
     threads spin and yield, and each yield to this thread delays them (Linux 6.18). With intervals of 0.2 ms, three
     ranks on two cores made no progress for a minute.
     """
+    if isinstance(handle, TorchCollective):
+        return handle.wait()
     name = _collective_names.pop(handle, "")
     if not is_complete(handle):
         with activity.waiting_in_collective(name):
@@ -163,6 +196,8 @@ def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
     """Return every rank's value, encoded as JSON, in the order of ranks, on every rank."""
     if size(group) == 1:
         return [value]
+    if isinstance(group, TorchGroup):
+        return [json.loads(text) for text in group.gather_texts(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = wait(all_gather_async(torch.tensor([len(data)]), f"{name}.lengths", group)).tolist()
     joined = wait(all_gather_async(data, f"{name}.bytes", group)).numpy().tobytes()
@@ -234,9 +269,9 @@ def _call_and_catch(function: Callable[[], T]) -> tuple[T | None, Exception | No
     """Return either the result or the error of a function; a lost peer is raised at once."""
     try:
         return function(), None
-    except PeersLost:
-        raise
     except Exception as error:
+        if isinstance(error, load_peers_lost()):
+            raise
         return None, error
 
 

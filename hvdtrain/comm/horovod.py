@@ -15,6 +15,7 @@ from horovod.torch import optimizer as horovod_optimizer
 from hvdtrain.comm.world import World, init
 
 Average, Compression, Sum = hvd.Average, hvd.Compression, hvd.Sum
+local_rank, local_size = hvd.local_rank, hvd.local_size
 # Attributes and methods of the class that Horovod mixes into an optimizer's own.
 DISTRIBUTED_OPTIMIZER_BODY: dict[str, Any] = dict(horovod_optimizer._DistributedOptimizer.__dict__)  # a namespace
 

@@ -68,5 +68,7 @@ class RendezvousHandler(SignedHandler):
             with server.values_changed:
                 server.values[path] = body
                 server.values_changed.notify_all()
-        # Horovod sends DELETE when it has found its peers; they may still be reading.
+        if method == "DELETE":  # by a rank, of its own key, after a barrier: all have read it, and may meet again
+            with server.values_changed:
+                server.values.pop(path, None)
         return 200, b""

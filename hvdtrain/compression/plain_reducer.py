@@ -58,20 +58,32 @@ class Reducer:
 
 
 class PlainReducer(Reducer):
-    """Sums or averages `flat` by one all-reduce, without compression."""
+    """Sums or averages `flat` by one all-reduce, without compression.
+
+    Attributes:
+        kept: (m,) int64: the values of flat that travel, the same on all ranks; others are zero in the sum; None: all.
+    """
 
     def __init__(self, name: str, flat: Tensor, average: bool, group: collectives.Group = None) -> None:
         super().__init__(name, flat, average, group)
+        self.kept: Tensor | None = None
+        self._sent = flat
+
+    def send_only(self, kept: Tensor | None) -> None:
+        """Let only these values of flat travel, (m,) int64, the same on all ranks; None: all. Between two steps."""
+        self.kept, self._sent = kept, self.flat if kept is None else self.flat.new_empty(len(kept))
 
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank sends in a step."""
-        return collectives.ring_all_reduce_bytes(self.flat.numel() * self.flat.element_size(), self.size)
+        return collectives.ring_all_reduce_bytes(self._sent.numel() * self._sent.element_size(), self.size)
 
     def start_reduction(self, step: int) -> None:
         """Start the all-reduce."""
         self._add_carried_over(self.flat)
-        self._handle = collectives.all_reduce_async_(self.flat, self.name, self.average, self.group)
+        if self.kept is not None:
+            torch.index_select(self.flat, 0, self.kept, out=self._sent)
+        self._handle = collectives.all_reduce_async_(self._sent, self.name, self.average, self.group)
 
     def start_second_round(self, wait: bool = True) -> None:
         """Do nothing: there is no second collective."""
@@ -79,6 +91,8 @@ class PlainReducer(Reducer):
     def finish_reduction(self) -> None:
         """Wait for the sum."""
         self._wait_for_collective()
+        if self.kept is not None:
+            self.flat.zero_().index_copy_(0, self.kept, self._sent)
 
     def sum_is_finite(self) -> bool:
         """Return whether the sum is finite; the same on all ranks."""

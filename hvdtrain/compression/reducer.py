@@ -188,7 +188,8 @@ class CompressedReducer(Reducer):
         if self.shard_residual is not None:
             self._pending_shard_residual = total - self.codec.decode(payload, self.part_size, self._key)[0]
         self.wire_bytes += payload.numel() * (self.size - 1)
-        self._handle = collectives.all_gather_async(payload.flatten(), f"{self.name}.sums", self.group)
+        group = collectives.second_round_group(self.group)
+        self._handle = collectives.all_gather_async(payload.flatten(), f"{self.name}.sums", group)
 
     def finish_reduction(self) -> None:
         """Wait and decode the sum, or mean, into flat."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvdtrain.diagnosis.straggler import TIME_PARTS, StepTimes, find_straggler
+from hvdtrain.diagnosis.straggler import STOLEN, TIME_PARTS, StepTimes, Straggler
+from hvdtrain.system.gpu import GpuReading
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,19 @@ class StragglerRow:
     rank: int
     cost: float  # that the others waited longer than it did
     share: float  # of the step
-    cause: str  # of TIME_PARTS
+    cause: str  # of TIME_PARTS, or CORE, LINK or GPU
     longer: float  # by which its cause took longer than theirs
+    detail: str  # of a LINK or a GPU, in words
 
 
 @dataclass(frozen=True)
 class TimesSummary:
     """The median times of steps."""
 
-    seconds: Sequence[Mapping[str, float]]  # by rank: the median of each of TIME_PARTS
+    # By rank: the median of each of TIME_PARTS, and of STOLEN if it was measured.
+    seconds: Sequence[Mapping[str, float]]
     straggler: StragglerRow | None
+    gpus: Sequence[GpuReading | None]  # by rank, as they are at the end; empty if no rank has a GPU
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class DiagnosisReport:
     last_step: int
     hosts: Sequence[str]  # by rank
     end: FinalSummary | None
+    shares: Sequence[int]  # of the batch, by rank, in 1,024ths, at the end; []: even, or not known
     named: Mapping[str, int]
     intervals: Sequence[IntervalSummary]
     drift: DriftSummary | None
@@ -89,15 +94,14 @@ class DiagnosisReport:
 
 
 def summarize_medians(times: StepTimes) -> list[Mapping[str, float]]:
-    """Return each rank's median times; times: (steps, ranks, TIME_PARTS) seconds."""
+    """Return each rank's median times; times: (steps, ranks, TIME_PARTS, or one more: STOLEN) seconds."""
     medians = np.median(times, axis=0).round(6).tolist()
-    return [dict(zip(TIME_PARTS, row, strict=True)) for row in medians]
+    return [dict(zip((*TIME_PARTS, STOLEN)[: len(row)], row, strict=True)) for row in medians]
 
 
-def summarize_straggler(times: StepTimes, hosts: Sequence[str]) -> StragglerRow | None:
-    """Return the straggler of some steps, if they clearly show one."""
-    found = find_straggler(times)
+def build_straggler_row(found: Straggler | None, hosts: Sequence[str]) -> StragglerRow | None:
+    """Return the straggler as diagnose.json has it."""
     if found is None:
         return None
     cost, share, longer = (round(value, 6) for value in (found.cost, found.share, found.longer))
-    return StragglerRow(hosts[found.rank], found.rank, cost, share, found.cause, longer)
+    return StragglerRow(hosts[found.rank], found.rank, cost, share, found.cause, longer, found.detail)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hvdtrain.doctor import report
 from hvdtrain.doctor.findings import DoctorFinding, diagnose_hosts, sort_by_severity
+from hvdtrain.doctor.host_facts import FactsRequest
 from hvdtrain.doctor.network_test.coordinator import start_workers
 from hvdtrain.doctor.network_test.diagnose import diagnose_network, format_megabits
 from hvdtrain.doctor.network_test.measure import NetworkMeasurements, run_network_test
@@ -48,7 +49,7 @@ def examine_hosts(hosts: Sequence[str], *, nic: str | None, ssh: Sequence[str], 
     Raises:
         UserError: this host has no interface `nic`.
     """
-    result = Examination(query_hosts_and_connect_back(hosts, nic, full=True, root_folders=["runs"], ssh=ssh))
+    result = Examination(query_hosts_and_connect_back(hosts, nic, FactsRequest(["runs"]), ssh))
     found = diagnose_hosts(result.replies, nic)
     if len(hosts) > 1 and not any(finding.bad for finding in found):
         # This host's address on the way to the others.

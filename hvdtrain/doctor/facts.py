@@ -50,6 +50,7 @@ def gather_facts(request: FactsRequest) -> HostFacts:
         time=time.time(),
         machine=machine,
         network=network,
+        file_errors=find_file_errors(request),
         asked_back=request.back is not None,
         back_error=back_error,
     )
@@ -96,6 +97,21 @@ def list_disk_folders(more: Sequence[str]) -> list[str]:
     """Return the folders whose disks matter, each once: these, and that of temporary files."""
     # Not tempfile's: it looks for another folder if this one is full.
     return list(dict.fromkeys([*(str(Path(folder).absolute()) for folder in more), os.environ.get("TMPDIR", "/tmp")]))
+
+
+def find_file_errors(request: FactsRequest) -> dict[str, str]:
+    """Return what is wrong with the files that a request names, by file."""
+    errors = {}
+    for names, mode, problem in (
+        (request.programs, os.X_OK, "is not executable"),
+        (request.files, os.R_OK, "cannot be read"),
+    ):
+        for name in names:
+            if not Path(name).exists():
+                errors[name] = "does not exist"
+            elif not os.access(name, mode):
+                errors[name] = problem
+    return errors
 
 
 def connect_back_error(address: str, port: int) -> str | None:

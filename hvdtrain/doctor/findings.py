@@ -61,6 +61,8 @@ def diagnose_host(facts: HostFacts, where: str = "") -> list[DoctorFinding]:
             found.append(DoctorFinding(where, f"the disk is full: {format_bytes(disk.free)} is free in {folder}"))
     if facts.back_error:
         found.append(DoctorFinding(where, f"cannot connect to this host: {facts.back_error}; is there a firewall?"))
+    for file, problem in facts.file_errors.items():
+        found.append(DoctorFinding(where, f"{file} {problem} there: ranks need it at the same path on every host"))
     if machine is not None:
         if software.horovod and software.built_with is None:
             text = "Horovod was not built by hvdtrain: over several hosts it may fail; run `hvdtrain horovod build`"

@@ -24,11 +24,15 @@ class FactsRequest:
         folders: how full the disks of these are, besides that of temporary files.
         back: an address and a port to which the host tries to connect.
         full: whether to look at what takes up to a second, too: MPI, GPUs, compiler, network.
+        programs: files that must be executable there.
+        files: files that must be readable there.
     """
 
     folders: list[str] = field(default_factory=list)
     back: tuple[str, int] | None = None
     full: bool = True
+    programs: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class HostFacts:
         interfaces: names of the network interfaces.
         time: the host's clock, seconds since the epoch, when the facts were complete.
         machine, network: None unless the request was `full`.
+        file_errors: by file that was asked for, what is wrong with it.
         asked_back: whether the host was asked to connect back. back_error: why it could not; None if it could.
     """
 
@@ -150,6 +155,7 @@ class HostFacts:
     time: float = 0.0
     machine: MachineFacts | None = None
     network: NetworkFacts | None = None
+    file_errors: dict[str, str] = field(default_factory=dict)
     asked_back: bool = False
     back_error: str | None = None
 
@@ -163,6 +169,7 @@ class HostFacts:
             **(encode_record(self.machine) if self.machine is not None else {}),
             "interfaces": self.interfaces,
             **(encode_record(self.network) if self.network is not None else {}),
+            **({"file errors": self.file_errors} if self.file_errors else {}),
             **back,
             "time": self.time,
         }
@@ -176,6 +183,7 @@ class _PlainFacts:
     hostname: str = ""
     disks: dict[str, DiskFacts] = field(default_factory=dict)
     interfaces: list[str] = field(default_factory=list)
+    file_errors: dict[str, str] = field(default_factory=dict, metadata=named("file errors"))
     back_error: str | None = field(default=None, metadata=named("way back"))
 
 
@@ -203,6 +211,7 @@ def find_facts_line(output: str) -> HostFacts | None:
         time=plain.time,
         machine=parse_record(value, MachineFacts) if "gpus" in value else None,
         network=parse_record(value, NetworkFacts) if "nics" in value else None,
+        file_errors=plain.file_errors,
         asked_back="way back" in value,
         back_error=plain.back_error,
     )

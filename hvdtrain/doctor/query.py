@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hvdtrain.doctor.facts import gather_facts
 from hvdtrain.doctor.host_facts import FactsRequest, HostFacts, dump_request, find_facts_line
@@ -153,15 +153,14 @@ def local_address_or_none(name: str) -> str | None:
 
 
 def query_hosts_and_connect_back(
-    hosts: Sequence[str], nic: str | None, *, full: bool, root_folders: Sequence[str], ssh: Sequence[str]
+    hosts: Sequence[str], nic: str | None, request: FactsRequest, ssh: Sequence[str]
 ) -> list[HostReply]:
     """Ask all hosts for facts, and to connect back to this one.
 
     Args:
         hosts: their names.
         nic: this host's interface to connect to; None: the one toward each host.
-        full: whether to ask for what takes up to a second, too.
-        root_folders: folders of the first host, where rank 0 writes.
+        request: what to ask for; its folders are those of the first host, where rank 0 writes.
         ssh: more options for ssh.
 
     Raises:
@@ -173,6 +172,6 @@ def query_hosts_and_connect_back(
         port = listener.getsockname()[1]
         requests = {}
         for host in hosts:
-            folders, address = list(root_folders) if host == hosts[0] else [], own or local_address_or_none(host)
-            requests[host] = FactsRequest(folders, (address, port) if address else None, full)
+            folders, address = request.folders if host == hosts[0] else [], own or local_address_or_none(host)
+            requests[host] = replace(request, folders=folders, back=(address, port) if address else None)
         return query_hosts(requests, ssh)

@@ -5,7 +5,9 @@ Knows parameters and their gradients, and no optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +16,9 @@ from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import FusedCodec, RandomKey
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
+from hvdtrain.compression.scatter_reducer import ScatterReducer
 from hvdtrain.compression.spec import AUTO, NONE, Spec, layer_contains, make_codec
+from hvdtrain.exchange.partition import NamedParameters, Partition
 from hvdtrain.system.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
@@ -24,11 +28,12 @@ FIRST_BUCKET_BYTES = 1 << 20
 CPU_BUCKET_BYTES = 8 << 20
 # NCCL cuts each tensor into as many parts as there are ranks: larger ones are faster. Codecs give it less.
 GPU_BUCKET_BYTES = 25 << 20
-# Horovod reduces no other floating type; bfloat16 travels as float32.
+# Types whose gradients are summed as they are; bfloat16 travels as float32, so that its sums are rounded once.
 WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
 # What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
 # times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
 SPARSE_FLAG = 1 / 1024
+HEAD_SIZE = 2  # numbers that travel once a step, or with each bucket that is not compressed: `Bucket`
 SUPPORTED_DTYPES = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
 
 
@@ -42,40 +47,32 @@ class ExchangeConfig:
     name: str = ""  # before those of its collectives, if another exchange may be under way at the same time
     group: collectives.Group = None  # the ranks; None: all
     bucket_bytes: int | None = None  # about as much is sent at once; None: as suits the device and, on a GPU, the codec
-
-
-@dataclass(frozen=True)
-class BucketReport:
-    """A bucket as it is sent, for the run folder."""
-
-    parameters: int
-    values: int
-    compression: str  # "none", "powersgd:4"
-    bytes_sent: int  # by this rank in a step
-    bytes_received: int
+    partition: Partition | None = None  # each rank has the sums of its part only, of which it updates the parameters
 
 
 @dataclass(eq=False)
 class Bucket:
     """Some parameters' gradients in one flat tensor, and a flag for each: was it used in this step?
 
-    An uncompressed bucket travels as [gradients | flags | late]: `late` counts the ranks that have a gradient of a
-    parameter that is in no bucket that is sent. The flags of a compressible bucket travel separately
-    (`BucketLayout.flags`).
+    An uncompressed bucket travels as [gradients | flags | head]. The head is two numbers: `late` counts the ranks that
+    have a gradient of a parameter that is in no bucket that is sent, `odd` those whose steps so far are an odd number,
+    to find ranks that are not in the same step. The flags of a compressible bucket travel separately, and one head with
+    all of them (`BucketLayout.flags`); so do those of a bucket of which each rank has its part of the sums only.
     """
 
     params: list[torch.nn.Parameter]
     names: list[str]
     views: list[torch.Tensor]  # of the reducer's flat, each in its parameter's shape and memory format
     flags: torch.Tensor  # (len(params),), summed over ranks
-    late_flag: torch.Tensor  # (1,), or (0,) if compressible
+    head: torch.Tensor  # (HEAD_SIZE,), or (0,) if compressible
     reducer: CompressedReducer | PlainReducer
-    compressible: bool  # a codec may carry it; whether one does, the reducer knows
+    compressible: bool  # a codec may carry it, or it is scattered: its flags travel separately
     collective_name: str  # of its collectives, which a codec adds its own to
     method: str = NONE  # "powersgd:4"
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
     suspended: bool = False  # not sent: on no rank does a parameter of it require a gradient
+    used: Sequence[float] = ()  # the flags of the last step, summed over ranks
     idle_steps: int = 0  # steps in a row in which no rank used it
     memory_views: dict[torch.Tensor, list[torch.Tensor]] = field(default_factory=dict)
     ready_time: float = 0.0  # when it was full in the last step, by time.perf_counter
@@ -103,6 +100,34 @@ class Bucket:
         else:
             torch.add(residual, gradient, out=total)
 
+    def leave_out(self, pruned: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Let gradients of pruned weights not travel: they are zero in the sum.
+
+        pruned: by parameter, bool and shaped like it, the same on all ranks: True for what is pruned, now and later.
+        """
+        if not isinstance(self.reducer, PlainReducer):
+            return  # refused with --prune
+        is_kept = None
+        if any(p in pruned and pruned[p].any() for p in self.params):
+            is_kept = torch.ones(len(self.reducer.flat), dtype=torch.bool, device=self.reducer.flat.device)
+            for p, view in zip(self.params, make_views(is_kept, self.params), strict=True):
+                if p in pruned:
+                    torch.logical_not(pruned[p], out=view)
+        self.reducer.send_only(None if is_kept is None else is_kept.nonzero().squeeze(1))
+
+    def start_reduction(self, step: int) -> None:
+        """Start the sum of the gradients that were put."""
+        if isinstance(self.reducer, CompressedReducer):
+            self.reducer.start_reduction(step, fused=self.reducer.fuses_residual(step))
+        else:
+            self.reducer.start_reduction(step)
+
+    def commit_step(self, used: Sequence[float]) -> None:
+        """Take over the reducer's state of a step; used: as for `set_gradients`."""
+        ends = itertools.accumulate(map(real_numel, self.params))
+        parts = zip(ends, self.params, used, strict=True)
+        self.reducer.commit_step([(end - real_numel(p), end) for end, p, ranks in parts if ranks == 0])
+
     def set_gradients(self, used: Sequence[float]) -> None:
         """Set every `p.grad` to its view of the reduced bucket.
 
@@ -110,8 +135,9 @@ class Bucket:
             used: each parameter's flag, summed over ranks: 0 if no rank used it, below 0.9 if all that did have sparse
                 gradients.
         """
+        self.used = used
         for p, view, ranks in zip(self.params, self.views, used, strict=True):
-            if ranks == 0:
+            if ranks == 0 or isinstance(self.reducer, ScatterReducer):  # whose parts have the sums
                 p.grad = None
             elif ranks < 0.9:  # optimizers for sparse gradients accept no others
                 p.grad = view.to(p.dtype).to_sparse(1)
@@ -129,18 +155,6 @@ class Bucket:
                 self.memory_views.clear()
             self.memory_views[memory] = make_views(memory, self.params)
         return self.memory_views[memory]
-
-
-@dataclass(frozen=True)
-class AwaitedSums:
-    """A step's sums over ranks that have arrived."""
-
-    buckets: list[Bucket]
-    late: bool  # some are of parameters that were in no bucket that is sent
-    stateful: bool  # some reducer keeps something for the next step
-
-
-NamedParameters = list[tuple[str, torch.nn.Parameter]]
 
 
 def check_parameters(named: NamedParameters, spec: Spec) -> None:
@@ -173,8 +187,16 @@ def real_numel(p: torch.Tensor) -> int:
 
 
 def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
-    """Return a parameter's shape as a matrix: its first axis, and all others joined; (1, n) for one axis or none."""
-    return (p.shape[0], p.numel() // p.shape[0]) if p.dim() > 1 else (1, p.numel())
+    """Return a parameter's shape as a matrix (n, m): (1, n) for one axis or none.
+
+    Its axes are divided into the first few and the others so that min(n, m) is largest; by the first division if
+    several are equal. A convolution's kernel of torch, (O, I, H, W), becomes (O, IHW), one of JAX or Keras,
+    (H, W, I, O), becomes (HWI, O).
+    """
+    if p.dim() < 2:
+        return 1, p.numel()
+    rows = itertools.accumulate(p.shape[:-1], operator.mul)
+    return max(((n, p.numel() // max(n, 1)) for n in rows), key=min)
 
 
 def make_buckets(named: NamedParameters, config: ExchangeConfig, first: int = 0) -> list[Bucket]:
@@ -185,13 +207,29 @@ def make_buckets(named: NamedParameters, config: ExchangeConfig, first: int = 0)
         config: how they are summed.
         first: the number of the first bucket; those before it exist already.
     """
-    groups: dict[tuple[torch.dtype, torch.device, str | None, bool], NamedParameters] = {}
+    buckets: list[Bucket] = []
+    for members, dtype, argument in iterate_bucket_members(named, config):
+        number = first + len(buckets)
+        separate_flags = argument is not None or config.partition is not None
+        buckets.append(make_bucket(members, dtype, number, config, compressible=separate_flags))
+        if argument is not None and config.spec.method != AUTO:
+            key = RandomKey(config.seed, 0, number, collectives.rank(config.group))
+            set_compression(buckets[-1], config.spec, argument, key)
+    return buckets
+
+
+def iterate_bucket_members(
+    named: NamedParameters, config: ExchangeConfig
+) -> Iterator[tuple[NamedParameters, torch.dtype, str | None]]:
+    """Yield the parameters of each bucket, the type in which they travel, and the argument of their codec or None."""
+    groups: dict[tuple[torch.dtype, torch.device, str | None, bool | torch.dtype], NamedParameters] = {}
     for name, p in named:
         argument = None if p.is_complex() else config.spec.argument_for(name, p.numel(), p.dim())
         # Codecs take float32.
         dtype = WIRE_DTYPES.get(p.dtype.to_real(), torch.float32) if argument is None else torch.float32
-        groups.setdefault((dtype, p.device, argument, p.is_complex()), []).append((name, p))
-    buckets: list[Bucket] = []
+        # Parameters that are gathered lie in one tensor.
+        kind = p.is_complex() if config.partition is None else p.dtype
+        groups.setdefault((dtype, p.device, argument, kind), []).append((name, p))
     for (dtype, device, argument, _), members in groups.items():
         plain_on_gpu = device.type == "cuda" and argument is None
         most = config.bucket_bytes or (GPU_BUCKET_BYTES if plain_on_gpu else CPU_BUCKET_BYTES)
@@ -201,14 +239,9 @@ def make_buckets(named: NamedParameters, config: ExchangeConfig, first: int = 0)
             while count < len(members) and taken < limit:
                 taken += real_numel(members[count][1]) * dtype.itemsize
                 count += 1
-            number = first + len(buckets)
-            buckets.append(make_bucket(members[:count], dtype, number, config, compressible=argument is not None))
-            if argument is not None and config.spec.method != AUTO:
-                key = RandomKey(config.seed, 0, number, collectives.rank(config.group))
-                set_compression(buckets[-1], config.spec, argument, key)
+            yield members[:count], dtype, argument
             members = members[count:]
             limit = most
-    return buckets
 
 
 def make_bucket(
@@ -219,14 +252,20 @@ def make_bucket(
     Its flags follow the gradients and travel with them; if a codec may carry it, they travel separately, uncompressed,
     and are summed.
     """
+    bounds: list[int] = []
+    if config.partition is not None:
+        members, bounds = config.partition.cut_bucket(members, [real_numel(p) for _, p in members])
     params = [p for _, p in members]
     count = sum(map(real_numel, params))
-    flat = torch.zeros(count + (0 if compressible else len(params) + 1), dtype=dtype, device=params[0].device)
-    flags = torch.zeros(len(params), device=flat.device) if compressible else flat[count:-1]
-    late = flat[:0] if compressible else flat[-1:]
+    extra = 0 if compressible else len(params) + HEAD_SIZE
+    flat = torch.zeros(count + extra, dtype=dtype, device=params[0].device)
+    flags = torch.zeros(len(params), device=flat.device) if compressible else flat[count:-HEAD_SIZE]
+    head = flat[:0] if compressible else flat[-HEAD_SIZE:]
     reducer = PlainReducer(f"{config.name}gradients.{number}", flat, config.average, config.group)
+    if bounds:
+        reducer = ScatterReducer(reducer, bounds, params[0])
     names, views = [name for name, _ in members], make_views(flat, params)
-    return Bucket(params, names, views, flags, late, reducer, compressible, reducer.name)
+    return Bucket(params, names, views, flags, head, reducer, compressible, reducer.name)
 
 
 def set_compression(bucket: Bucket, spec: Spec, argument: str, key: RandomKey) -> None:
@@ -266,9 +305,16 @@ def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[tor
         piece = flat[offset : offset + real_numel(p)]
         offset += real_numel(p)
         if p.is_complex():
-            piece = torch.view_as_complex(
-                piece.view(-1, 2)
-            )  # pairs begin at even offsets: they have buckets of their own
-        dense = torch.empty_like(p).stride() == p.stride()  # no gaps and no overlaps in its memory
-        views.append(piece.as_strided(p.shape, p.stride(), piece.storage_offset()) if dense else piece.view(p.shape))
+            piece = torch.view_as_complex(piece.view(-1, 2))  # at an even offset: they have buckets of their own
+        views.append(view_like(piece, p))
     return views
+
+
+def view_like(flat: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Return (values,) in the order of a parameter's memory in its shape, without a copy."""
+    return flat.as_strided(p.shape, p.stride()) if is_dense(p) else flat.view(p.shape)
+
+
+def is_dense(p: torch.Tensor) -> bool:
+    """Return whether a tensor's memory has no gaps and no overlaps."""
+    return torch.empty_like(p).stride() == p.stride()

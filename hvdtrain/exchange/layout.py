@@ -6,6 +6,7 @@ Knows parameters, and no optimizer.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -13,13 +14,25 @@ import torch
 from hvdtrain.comm import collectives
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
-from hvdtrain.exchange.buckets import Bucket, BucketReport, ExchangeConfig, make_buckets
+from hvdtrain.exchange.buckets import HEAD_SIZE, Bucket, ExchangeConfig, make_buckets
 from hvdtrain.exchange.checksums import checksum_tensor
+from hvdtrain.exchange.partition import Partition
 from hvdtrain.system.errors import RunError
 
 # After 10 steps in a row without a gradient, and after twice as many each time, the ranks agree whether a bucket is
 # frozen. Not sooner: layers that are frozen and trained in turns should stay.
 IDLE_CHECK_STEPS = {10 * 2**doubling for doubling in range(40)}
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """A bucket as it is sent, for the run folder."""
+
+    parameters: int
+    values: int
+    compression: str  # "none", "powersgd:4"
+    bytes_sent: int  # by this rank in a step
+    bytes_received: int
 
 
 class BucketLayout:
@@ -34,14 +47,17 @@ class BucketLayout:
 
     def __init__(self, config: ExchangeConfig) -> None:
         self.config, self.average, self.group = config, config.average, config.group
+        self.size = collectives.size(config.group)
+        self.steps = 0  # exchanged
         self.names: dict[torch.nn.Parameter, str] = {}
         self.new_params: set[torch.nn.Parameter] = set()  # later than the first, and in no bucket yet
         self.buckets: list[Bucket] = []
+        self.pruned: Mapping[torch.nn.Parameter, torch.Tensor] = {}  # as `Bucket.leave_out` takes it
         # The names in the order in which buckets were made of them, for each time that buckets were made.
         self.build_orders: list[list[str]] = []
         self.locations: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}  # only in buckets that are sent
         self.inactive_params: list[torch.nn.Parameter] = []  # all others
-        # `late`, and after it the flags of the compressible buckets.
+        # The head of a step, and after it the flags of the compressible buckets.
         self.flags = self.join_flags([])
 
     @property
@@ -69,9 +85,32 @@ class BucketLayout:
         there = {name for bucket in self.buckets for name in bucket.names}
         named = [(name, by_name[name]) for name in order if name in by_name and name not in there]
         made = make_buckets(named, self.config, first=len(self.buckets))
+        for bucket in made:
+            bucket.leave_out(self.pruned)
         self.buckets += made
         self.build_orders.append([name for name, _ in named])
         return made
+
+    def leave_out(self, pruned: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Let gradients of pruned weights not travel from now on, on all ranks between steps (`Bucket.leave_out`)."""
+        self.pruned = pruned
+        for bucket in self.buckets:
+            bucket.leave_out(pruned)
+
+    def scatter_sums(self, partition: Partition) -> None:
+        """From now on, bring each rank the sums of its part only; on all ranks, before the first step.
+
+        Buckets are made at once, since whoever has the parts needs them before a gradient has come: of what is trained,
+        in the order in which backward finishes it as a rule, and of what is frozen. They are sent from the end of the
+        first step on in which they are used: by then it is known whose gradients come in several parts.
+        """
+        self.config = replace(self.config, partition=partition)
+        floating = [(name, p) for p, name in reversed(self.names.items()) if p.is_floating_point() or p.is_complex()]
+        partition.assign_owners(p for _, p in floating)
+        for trained in (True, False):
+            for bucket in self.build_buckets([name for name, p in floating if p.requires_grad == trained]):
+                bucket.suspended = True
+        self.refresh_layout()
 
     def refresh_layout(self) -> None:
         """Set what depends on which buckets there are and which of them are sent."""
@@ -80,11 +119,11 @@ class BucketLayout:
         self.flags = self.join_flags(self.active_buckets)
 
     def join_flags(self, buckets: list[Bucket]) -> PlainReducer:
-        """Join `late` and compressible buckets' flags in one tensor; an empty one if `late` travels in buckets."""
+        """Join a head and compressible buckets' flags in one tensor; an empty one if heads travel in buckets."""
         compressible = [bucket for bucket in buckets if bucket.compressible]
-        count = sum(len(bucket.params) for bucket in compressible) + bool(compressible or not buckets)
+        count = sum(len(bucket.params) for bucket in compressible) + HEAD_SIZE * bool(compressible or not buckets)
         flat = torch.zeros(count, device=compressible[0].flags.device if compressible else None)
-        pieces = torch.split(flat[1:], [len(bucket.params) for bucket in compressible])
+        pieces = torch.split(flat[HEAD_SIZE:], [len(bucket.params) for bucket in compressible])
         for bucket, piece in zip(compressible, pieces, strict=True):
             bucket.flags = piece
         return PlainReducer(f"{self.config.name}gradients.flags", flat, average=False, group=self.group)

@@ -20,6 +20,9 @@ class ExchangeOptions:
         "MiB of gradients that are sent together; default: 8, between GPUs 25; the first bucket has 1 at most",
         above=0,
     )
+    shard: Literal["none", "optimizer"] = option(
+        "none", "optimizer: each rank holds 1 / ranks of the optimizer's state, and updates that part of the parameters"
+    )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
     )
@@ -33,6 +36,16 @@ class ExchangeOptions:
     def __post_init__(self) -> None:
         if self.deterministic and self.kind != "bucketed":
             raise ValueError(f"--deterministic with --exchange {self.kind}: its sums depend on the ranks")
+        if self.shards_optimizer and self.kind != "bucketed":
+            raise ValueError(
+                f"--shard optimizer with --exchange {self.kind}: it brings whole gradients to every rank; leave "
+                "--exchange out"
+            )
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether each rank holds a part of the optimizer's state only."""
+        return self.shard == "optimizer"
 
     @property
     def bucket_bytes(self) -> int | None:

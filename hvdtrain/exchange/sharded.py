@@ -26,8 +26,9 @@ from torch import Tensor
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.spec import NONE, parse_compression
-from hvdtrain.exchange.buckets import BucketReport, NamedParameters, check_dtype, check_parameters, real_numel
-from hvdtrain.exchange.layout import agree_on_newcomers, describe_parameter
+from hvdtrain.exchange.buckets import check_dtype, check_parameters, real_numel
+from hvdtrain.exchange.layout import BucketReport, agree_on_newcomers, describe_parameter
+from hvdtrain.exchange.partition import NamedParameters
 from hvdtrain.exchange.summation_tree import (
     PartialSum,
     add_pieces,
@@ -37,6 +38,7 @@ from hvdtrain.exchange.summation_tree import (
     tree_nodes,
 )
 from hvdtrain.recipe import order
+from hvdtrain.recipe.shares import Shares, even_shares
 
 # Gloo's all-to-all and all-gather are half as fast beyond some 4 MiB that a rank sends at once.
 BLOCK_BYTES = 4 << 20
@@ -115,11 +117,8 @@ class ShardedExchange:
         self.wire_bytes = 0
         self.checks_finite = False
         self.sums_are_finite = True
-        self.nodes = tree_nodes(0, shards)
-        self.nodes_by_rank = [
-            covering_nodes(*order.part_bounds(shards, rank, self.size), self.nodes) for rank in range(self.size)
-        ]
-        self.own_shards = range(*order.part_bounds(shards, collectives.rank(group), self.size))
+        self.num_shards, self.nodes = shards, tree_nodes(0, shards)
+        self.deal_shards(even_shares(self.size))
         self._passes_left: list[int] = []  # backward passes until the end of each of this rank's shards that is not in
         self.flats: dict[tuple[torch.dtype, torch.device], FlatGradient] = {}
         self.names: dict[torch.nn.Parameter, str] = {}
@@ -136,6 +135,12 @@ class ShardedExchange:
         check_dtype(name, p)
         self.names[p], self._use_counts[p] = name, [0, 0]
         self._get_flat(p)
+
+    def deal_shards(self, shares: Shares) -> None:
+        """Deal the shards to the ranks by these shares, between two steps, on all ranks; at first they are even."""
+        bounds = [order.share_bounds(self.num_shards, rank, shares) for rank in range(self.size)]
+        self.nodes_by_rank = [covering_nodes(*of_rank, self.nodes) for of_rank in bounds]
+        self.own_shards = range(*bounds[collectives.rank(self.group)])
 
     def discard_gradients(self) -> None:
         """Drop the gradients that have come since the last `finish_exchange`."""

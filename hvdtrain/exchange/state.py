@@ -28,8 +28,8 @@ from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import StatefulCodec
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
-from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import Bucket
+from hvdtrain.exchange.layout import BucketLayout
 
 # Tensors of a reducer that outlive a step, and what checkpoints call them.
 SAVED_NAMES = {"residual": "residual", "velocity": "velocity", "shard_residual": "owned", "carried_over": "owed"}
@@ -72,7 +72,7 @@ class ExchangeState:
         return state
 
 
-def gather_exchange_state(exchange: BucketedExchange, exact: bool) -> ExchangeState:
+def gather_exchange_state(exchange: BucketLayout, exact: bool) -> ExchangeState:
     """Return the state of the exchange, the same on all ranks, all of which call this.
 
     Args:
@@ -96,12 +96,12 @@ def gather_exchange_state(exchange: BucketedExchange, exact: bool) -> ExchangeSt
     return state
 
 
-def local_exchange_state(exchange: BucketedExchange) -> ExchangeState:
+def local_exchange_state(exchange: BucketLayout) -> ExchangeState:
     """Return this rank's part of the state, without asking the others, some of which may be gone."""
     return _build_state(exchange, lambda own, name: own)
 
 
-def _build_state(exchange: BucketedExchange, reduce: Callable[[Tensor, str], Tensor]) -> ExchangeState:
+def _build_state(exchange: BucketLayout, reduce: Callable[[Tensor, str], Tensor]) -> ExchangeState:
     """Build the state without `rank_tensors`. reduce: maps a tensor of this rank and its name to what is saved."""
     state = ExchangeState(exchange.steps, exchange.build_orders)
     for number, bucket in enumerate(exchange.buckets):
@@ -118,7 +118,7 @@ def _build_state(exchange: BucketedExchange, reduce: Callable[[Tensor, str], Ten
     return state
 
 
-def _gather_rank_tensors(exchange: BucketedExchange) -> list[RankTensors]:
+def _gather_rank_tensors(exchange: BucketLayout) -> list[RankTensors]:
     """Return each rank's tensors, bucket by bucket."""
     ranks: list[RankTensors] = [{} for _ in range(exchange.size)]
     for number, bucket in enumerate(exchange.buckets):
@@ -132,7 +132,7 @@ def _gather_rank_tensors(exchange: BucketedExchange) -> list[RankTensors]:
     return ranks
 
 
-def load_exchange_state(exchange: BucketedExchange, state: ExchangeState) -> None:
+def load_exchange_state(exchange: BucketLayout, state: ExchangeState) -> None:
     """Take over a state: to the bit if it holds as many ranks' tensors as there are ranks, else divided among them.
 
     What a bucket without a residual has unsent is carried over: sent once, in the next step.
@@ -153,15 +153,20 @@ def load_exchange_state(exchange: BucketedExchange, state: ExchangeState) -> Non
                 if tensor is not None:
                     setattr(reducer, attribute, tensor.to(reducer.flat.device, copy=True))
         else:
-            _load_local_share(bucket, state, exchange.size)
-        if isinstance(reducer, CompressedReducer) and isinstance(reducer.codec, StatefulCodec):
-            reducer.codec.load_parameter_states([state.codec_states.get(name) for name in bucket.names])
+            load_local_share(bucket, state, exchange.size)
+        load_codec_state(bucket, state)
 
 
-def restore_local_state(exchange: BucketedExchange, state: ExchangeState) -> None:
+def load_codec_state(bucket: Bucket, state: ExchangeState) -> None:
+    """Give the bucket's codec its state, if it has one."""
+    if isinstance(bucket.reducer, CompressedReducer) and isinstance(bucket.reducer.codec, StatefulCodec):
+        bucket.reducer.codec.load_parameter_states([state.codec_states.get(name) for name in bucket.names])
+
+
+def restore_local_state(exchange: BucketLayout, state: ExchangeState) -> None:
     """Take back what this rank had not sent in another world, as `local_exchange_state` returned it there."""
     for bucket in exchange.buckets:
-        _load_local_share(bucket, state, 1)
+        load_local_share(bucket, state, 1)
 
 
 def has_same_layout(reducer: CompressedReducer | PlainReducer, exact: Mapping[str, Tensor | None]) -> bool:
@@ -177,7 +182,7 @@ def has_same_layout(reducer: CompressedReducer | PlainReducer, exact: Mapping[st
     )
 
 
-def _load_local_share(bucket: Bucket, state: ExchangeState, num_ranks: int) -> None:
+def load_local_share(bucket: Bucket, state: ExchangeState, num_ranks: int) -> None:
     """Give the bucket a rank's share of the state; what it has no residual for is carried over."""
     reducer = bucket.reducer
     unsent = local_share(bucket, state.unsent, num_ranks)
@@ -203,7 +208,7 @@ def split_by_parameter(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
     return {name: part.clone() for name, part in zip(bucket.names, bucket.split_flat(flat), strict=True)}
 
 
-def scale_state(exchange: BucketedExchange, factor: float) -> None:
+def scale_state(exchange: BucketLayout, factor: float) -> None:
     """Multiply all residuals and velocities, which are in the gradients' units, when a loss scale changes."""
     for bucket in exchange.buckets:
         for attribute in SAVED_NAMES:

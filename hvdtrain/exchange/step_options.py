@@ -6,10 +6,21 @@ from dataclasses import dataclass
 
 from hvdtrain.compression.options import CompressionOptions
 from hvdtrain.exchange.options import ExchangeOptions
+from hvdtrain.exchange.round_options import RoundOptions
+from hvdtrain.recipe import order
 from hvdtrain.recipe.options import option_group
+from hvdtrain.recipe.shares import Shares
 from hvdtrain.recipe.step_options import DataOptions, DeviceOptions, OptimizationOptions
 from hvdtrain.system import cpus
 from hvdtrain.system.cpus import ThreadCount
+
+
+@dataclass(frozen=True)
+class PassSizes:
+    """Most examples that a rank scores in one pass."""
+
+    training: int
+    evaluation: int
 
 
 @dataclass(kw_only=True)
@@ -20,6 +31,7 @@ class StepOptions:
     optimization: OptimizationOptions = option_group(OptimizationOptions, "Optimization")
     compression: CompressionOptions = option_group(CompressionOptions, "Gradient exchange")
     exchange: ExchangeOptions = option_group(ExchangeOptions, "Gradient exchange")
+    rounds: RoundOptions = option_group(RoundOptions, "Local steps")
     device: DeviceOptions = option_group(DeviceOptions, "Device")
 
     def __post_init__(self) -> None:
@@ -28,8 +40,31 @@ class StepOptions:
                 f"--scale-lr {self.optimization.scale_lr} needs --batch-per-rank; with a fixed --batch-size there is "
                 "nothing to scale"
             )
+        if self.optimization.prune is not None:
+            self._check_pruning(f"--prune {self.optimization.prune}")
         if self.exchange.deterministic:
             self._check_deterministic()
+        if self.exchange.shards_optimizer and self.compression.spec != "none":
+            raise ValueError(
+                f"--shard optimizer with --compression {self.compression.spec}: the updated parameters travel "
+                "uncompressed, which takes what it saves; leave out one of them"
+            )
+        if self.rounds.local_steps is not None:
+            self._check_local_steps()
+
+    def _check_pruning(self, prune: str) -> None:
+        if self.compression.spec != "none":
+            raise ValueError(
+                f"{prune} with --compression {self.compression.spec}: pruned values do not travel, and codecs take "
+                "whole layers; leave out one of them"
+            )
+        if self.exchange.kind != "bucketed":
+            raise ValueError(f"{prune} with --exchange {self.exchange.kind}, which sends pruned values: leave it out")
+        if self.exchange.shards_optimizer:
+            raise ValueError(
+                f"{prune} with --shard optimizer: parts of buckets would be uneven where weights are pruned; leave out "
+                "one of them"
+            )
 
     def _check_deterministic(self) -> None:
         if self.compression.spec != "none":
@@ -42,6 +77,50 @@ class StepOptions:
             raise ValueError("--deterministic with --sync-batchnorm: its sums depend on the ranks; use GroupNorm")
         if self.optimization.compile:
             raise ValueError("--deterministic with --compile: what is compiled depends on what a rank sees first")
+
+    def _check_local_steps(self) -> None:
+        if self.exchange.deterministic:
+            raise ValueError("--local-steps with --deterministic: the number of ranks is part of the maths of rounds")
+        if self.exchange.kind != "bucketed":
+            raise ValueError(f"--local-steps with --exchange {self.exchange.kind}: leave --exchange out")
+        if self.compression.spec.partition(",")[0] == "auto":
+            raise ValueError(
+                "--local-steps with --compression auto, which measures steps that exchange gradients: name a method, "
+                "for example int8"
+            )
+        if self.exchange.shards_optimizer:
+            raise ValueError("--local-steps with --shard optimizer, which needs the sum of gradients: leave one out")
+        if self.optimization.amp == "fp16":
+            raise ValueError("--local-steps with --amp fp16: each rank would scale its loss differently; use bf16")
+        if self.optimization.prune is not None:
+            raise ValueError(
+                f"--local-steps with --prune {self.optimization.prune}: each rank would choose other weights; "
+                "leave one out"
+            )
+        if self.optimization.sync_batchnorm:
+            raise ValueError("--local-steps with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm")
+
+    def find_pass_sizes(self, batch_size: int, shares: Shares, rank: int | None = None) -> PassSizes:
+        """Return the most examples of a pass.
+
+        Args:
+            batch_size: the recipe's, used unless --batch-per-rank is given.
+            shares: of the ranks.
+            rank: whose passes; None: of all ranks.
+        """
+        ranks = len(shares)
+        whole = self.data.batch_per_rank * ranks if self.data.batch_per_rank else batch_size
+        most_of_rank = -(-whole // ranks)
+        if self.exchange.deterministic:
+            most_of_shard = -(-whole // self.exchange.virtual_shards)
+            training = min(self.data.micro_batch or most_of_shard, most_of_shard)
+            return PassSizes(training, training)
+        most_dealt = most_of_rank
+        if not order.is_even(shares):
+            part = max(shares) if rank is None else shares[rank]
+            most_dealt = max(1, -(-whole * part // order.WHOLE_SHARE))
+        training, evaluation = (min(self.data.micro_batch or most, most) for most in (most_dealt, most_of_rank))
+        return PassSizes(training, evaluation)
 
     def resolve_threads(self, local_size: int) -> ThreadCount:
         """Return how many threads each of `local_size` ranks on this host uses, and what decided that."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdtrain.comm.world import World
-from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import FRAMEWORKS, Framework, Predictor, Step
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from hvdtrain.comm.world import World
+    from hvdtrain.exchange.step_options import StepOptions
     from hvdtrain.torch.recipe import Recipe
     from hvdtrain.torch.step import TorchStep
 
@@ -32,9 +32,9 @@ def load_torch_weights(step: TorchStep, path: Path, partial: bool) -> list[str]:
 
 def load_torch_model(recipe: Recipe, state: bytes, seed: int, device: str) -> nn.Module:
     """Return the model of a torch recipe with a checkpoint's weights."""
-    from hvdtrain.torch.loading import load_model
+    from hvdtrain.torch.loading import restore_model
 
-    return load_model(recipe, state, seed, device)
+    return restore_model(recipe, state, seed, device)
 
 
 def make_torch_predictor(recipe: Recipe, state: bytes, world: World, options: StepOptions) -> Predictor:

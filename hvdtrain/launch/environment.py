@@ -16,9 +16,9 @@ from hvdtrain.system.errors import UserError
 # For ranks, on whichever host.
 FORWARDED_PREFIXES = (
     *("HVDTRAIN_", "HOROVOD_", "NCCL_", "GLOO_", "UCX_"),
-    *("OMP_", "MKL_", "MALLOC_", "PYTHON", "PYTORCH_", "TORCH_"),
+    *("OMP_", "MKL_", "MALLOC_", "PYTHON", "PYTORCH_", "TORCH_", "KERAS_", "JAX_", "XLA_", "TF_"),
 )
-FORWARDED_NAMES = {"PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "GLIBC_TUNABLES", "CUBLAS_WORKSPACE_CONFIG"}
+FORWARDED_NAMES = {"PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "GLIBC_TUNABLES", "CUBLAS_WORKSPACE_CONFIG", "NPROC"}
 # For the launcher on this host, and the programs that it starts. horovodrun passes these on as well.
 BASE_PREFIXES = ("LC_",)
 BASE_NAMES = {"HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "TMPDIR", "LANG", "LANGUAGE"}

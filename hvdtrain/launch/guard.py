@@ -8,7 +8,6 @@ it also inherits what lost its parent: horovodrun puts each rank in a session of
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -19,18 +18,16 @@ import time
 import psutil
 
 from hvdtrain.system.limits import LaunchLimits
+from hvdtrain.system.process_control import become_subreaper
 from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signals import SignalInbox
-
-PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(args: list[str]) -> int:
     """Run the command until it ends or the pipe closes; return its exit code, as a shell would."""
     pipe, command = int(args[0]), args[1:]
     os.set_inheritable(pipe, False)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    become_subreaper()
     # Signals to the guard itself mean what the closed pipe means. Under nohup, SIGHUP stays ignored.
     with SignalInbox((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), wake_on_child_exit=True) as inbox:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -46,11 +43,11 @@ def main(args: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def terminate_guarded_processes() -> None:
-    """Send SIGTERM to every descendant, SIGKILL some seconds later, and return when none is left."""
+def terminate_guarded_processes(patience: float = LaunchLimits.terminate) -> None:
+    """Send SIGTERM to every descendant, SIGKILL `patience` seconds later, and return when none is left."""
     me = psutil.Process()
     asked: set[int] = set()
-    patience, limit = Deadline(LaunchLimits.terminate), Deadline(LaunchLimits.terminate + LaunchLimits.kill)
+    asking, limit = Deadline(patience), Deadline(patience + LaunchLimits.kill)
     while True:
         # Only zombies that are children of the guard itself can be, and need to be, waited for.
         with contextlib.suppress(ChildProcessError):
@@ -61,7 +58,7 @@ def terminate_guarded_processes() -> None:
             return
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if patience.expired:
+                if asking.expired:
                     process.kill()
                 elif process.pid not in asked:
                     asked.add(process.pid)

@@ -36,7 +36,9 @@ class JobSpec:
         environ: what the launcher runs in.
         hosts: in the order in which ranks fill them; empty if that is not known: in an elastic run, and if a batch
             system chooses.
+        is_program: ranks run a program that is not a recipe (hvdtrain.launch.program).
         ssh: how other hosts are reached.
+        announce_stop: makes the name of a signal known to a program's ranks, whose launcher relays another one.
         grace: seconds that ranks may take to save once they were asked to stop.
         list_hosts: the names of the hosts that horovodrun last got from discovery, for an elastic run; else None.
     """
@@ -45,7 +47,9 @@ class JobSpec:
     command_line: Sequence[str]
     environ: Mapping[str, str]
     hosts: Sequence[Host] = ()
+    is_program: bool = False
     ssh: Ssh = DEFAULT_SSH
+    announce_stop: Callable[[str], None] | None = None
     grace: float = 30.0
     list_hosts: HostLister | None = None
 
@@ -72,6 +76,8 @@ class Job:
     terminated: bool = False  # by us, before its time
     signalled: set[ProcessKey] = field(default_factory=set)  # processes that were asked to stop
     known_hosts: set[str] = field(default_factory=set)  # all that discovery has named, also those that have left
+    worker_numbers: dict[ProcessKey, int] = field(default_factory=dict)  # of an elastic program
+    failed_at: dict[int, float] = field(default_factory=dict)  # its workers that failed, with the monotonic time
     ssh_calls: list[tuple[str, Child]] = field(default_factory=list)  # with the host of each
 
 
@@ -108,7 +114,7 @@ def kill_remote_ranks(job: Job) -> None:
     """
     if job.spec.launcher.batch_system is not None:
         return
-    ended = set(job.report.finished) | {failure.rank for failure in job.report.failures}
+    ended = job.report.ended_ranks()
     here = socket.gethostname()
     # Of an elastic run's earlier ranks the processes are gone, and their numbers may be others'.
     known = job.report.running if job.spec.is_elastic else set(job.report.started)
@@ -128,10 +134,12 @@ def signal_ranks(job: Job, name: str, ranks: Sequence[int]) -> None:
 
     Args:
         job: whose ranks.
-        name: USR1, which stops an elastic run, TERM or KILL.
+        name: USR1, which stops an elastic run, TERM or KILL; for a program any.
         ranks: their numbers.
     """
     if job.spec.launcher.batch_system is not None:
+        if job.spec.announce_stop is not None:
+            job.spec.announce_stop(name)
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(job.guard.pid).children():
                 child.send_signal(job.spec.launcher.relayed_stop_signal)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hvdtrain.launch.output import RankExit
 from hvdtrain.launch.report import JobReport, is_consequence
 from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR
 from hvdtrain.system.messages import RankFailed
+from hvdtrain.system.signals import describe_deadly_signal
 from hvdtrain.system.text import format_count
 
 SSH_FAILURE_CODE = 255  # ssh's own code, also if a signal ended its command; which one is not known
@@ -101,6 +102,52 @@ def _ended_by_launcher(report: JobReport, launcher: str, code: int, stop_signal:
     return Outcome(EXIT_FAILED, f"error: {launcher} ended with code {code}; no rank reported why")
 
 
+def determine_program_outcome(report: JobReport, launcher: str, code: int, stop_signal: int | None = None) -> Outcome:
+    """Return the outcome of a program that is not a recipe: its own exit codes count.
+
+    The arguments are those of `determine_outcome`.
+    """
+    codes = set(report.finished.values())
+    causes = [failure for failure in report.failures if not is_consequence(failure)]
+    if causes:
+        return rank_failure_outcome(report, causes[0])
+    if EXIT_REQUEUE in codes:
+        return Outcome(EXIT_REQUEUE, "")
+    all_finished = bool(report.hosts) and len(report.finished) == len(report.hosts)
+    if stop_signal:
+        return Outcome(0 if all_finished and codes == {0} else 128 + stop_signal, "")
+    ended = report.ended_ranks()
+    exits = [end for end in report.rank_exits() if end.rank not in ended and end.code != 128 + signal.SIGTERM]
+    if report.failures and not exits:  # of the others, the launcher ended those that did not report it
+        return rank_failure_outcome(report, report.failures[0])
+    if lost := _lost_without_a_message(report, exits, code):
+        return Outcome(exits[0].code if exits and exits[0].code > 128 else lost.code, lost.text)
+    return _ended_by_launcher(report, launcher, code, stop_signal)
+
+
+def determine_elastic_program_outcome(
+    report: JobReport, launcher: str, code: int, stop_signal: int | None = None
+) -> Outcome:
+    """Return the outcome of an elastic program: workers may have been lost on the way; how the last ones ended counts.
+
+    The arguments are those of `determine_outcome`; the ranks of the report are numbers of workers.
+    """
+    codes = set(report.finished.values())
+    if EXIT_REQUEUE in codes:
+        return Outcome(EXIT_REQUEUE, "")
+    if stop_signal:
+        return Outcome(0 if codes == {0} and not report.running else 128 + stop_signal, "")
+    if report.failures:
+        first = next((one for one in report.failures if not is_consequence(one)), report.failures[0])
+        text = f"error: a worker on {first.host} failed: {first.error}\n{first.traceback}".rstrip()
+        if len(report.failures) > 1:
+            text += f"\n{describe_other_failures(len(report.failures) - 1)}"
+        return Outcome(first.code, text)
+    if 0 in codes:
+        return Outcome(0, "")
+    return Outcome(EXIT_FAILED, f"error: {launcher} ended with code {code}, and all workers with it")
+
+
 def determine_elastic_outcome(report: JobReport, launcher: str, code: int, stop_signal: int | None = None) -> Outcome:
     """Return the outcome of an elastic run: ranks may have been lost on the way; how the last ones ended counts.
 
@@ -150,14 +197,21 @@ def silent_exit_outcome(report: JobReport, end: RankExit, others: str) -> Outcom
         hint = ": over ssh, that is a rank killed by a signal, or a lost connection" if over_ssh else ""
         hint = " before it had finished" if end.code == 0 else hint
         return Outcome(code, f"error: {where} ended with code {end.code} and no message{hint}{others}")
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        name = "unknown"
-    hint = "; probably by the out-of-memory killer" if number == signal.SIGKILL else ""
-    return Outcome(EXIT_FAILED, f"error: {where} was killed by signal {number} ({name}){hint}{others}")
+    return Outcome(EXIT_FAILED, f"error: {where} was killed by {describe_deadly_signal(number)}{others}")
+
+
+def describe_outlived_failure(failure: RankFailed) -> str:
+    """Return that a worker of an elastic run has failed and the others continue, with its error and traceback."""
+    return f"a worker on {failure.host} failed, the others continue: {failure.error}\n{failure.traceback}".rstrip()
 
 
 def describe_other_failures(count: int) -> str:
     """Return the one line about the ranks that failed because one did."""
-    return f"({format_count(count, 'other rank')} failed with it)"
+    return f"({format_count(count, 'other rank')} ended with it)"
+
+
+def choose_outcome_rules(*, is_elastic: bool, is_program: bool) -> Callable[[JobReport, str, int, int | None], Outcome]:
+    """Return the function that determines the outcome of a kind of job."""
+    if is_program:
+        return determine_elastic_program_outcome if is_elastic else determine_program_outcome
+    return determine_elastic_outcome if is_elastic else determine_outcome

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from hvdtrain.launch.rank_output import BYTE_MARKS
 from hvdtrain.system.messages import RankMessage, RankProgress, parse_message
 
 # horovodrun: "[0]<stdout>:text". Open MPI 5: "[1,0]<stdout>: text", where 1 is the job.
@@ -20,7 +21,7 @@ PLAIN_LABELS = {
     stream: re.compile(PLAIN_LABEL_TEMPLATE % stream.encode(), re.MULTILINE) for stream in ("stdout", "stderr")
 }
 SHELL_END_TEXT = "Terminated"  # printed by the shell around a rank that its launcher ends with SIGTERM
-SPECIAL_MARKS = (b"##hvdtrain ", b"Peer host:", f"{SHELL_END_TEXT}\n".encode())
+SPECIAL_MARKS = (b"##hvdtrain ", b"Peer host:", f"{SHELL_END_TEXT}\n".encode(), *BYTE_MARKS)
 
 
 @dataclass(frozen=True)

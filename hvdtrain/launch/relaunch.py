@@ -1,4 +1,4 @@
-"""Elastic jobs: their command line, and starting a job again that is lost as a whole.
+"""Elastic jobs: their command line; and starting a job again that is lost as a whole, or a program's that failed.
 
 run_job --> final (a rank reported why it failed, or the user stopped it), or exit code other than 1 and 75 --> end
    ^   `--> lost (1 or 75, and nobody reported why) --> pause 2, 4, 8 ... 60 s --.     signal --> end
@@ -12,8 +12,9 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from hvdtrain.launch.hosts import Host, format_hosts
 from hvdtrain.launch.job import JobSpec
 from hvdtrain.launch.launcher import LaunchPlan, hvdtrain_command
 from hvdtrain.launch.options import ElasticOptions, LaunchOptions
+from hvdtrain.launch.program import Program
 from hvdtrain.launch.run import JobResult, run_job
 from hvdtrain.launch.signals import catch_stop_signals
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from hvdtrain.system.limits import LaunchLimits
 from hvdtrain.system.signals import SignalInbox
 from hvdtrain.training.lease import RELAUNCH_VARIABLE
+
+DEFAULT_LIMITS = LaunchLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class ElasticLaunch:
         hosts: the fixed list of hosts; empty if there is a discovery program.
         train_args: what follows `hvdtrain train`.
         environ: what the launcher runs in.
+        program: what ranks run instead of `hvdtrain train`.
         limits: how long to wait before a relaunch.
     """
 
@@ -48,6 +53,7 @@ class ElasticLaunch:
     hosts: Sequence[Host]
     train_args: Sequence[str]
     environ: Mapping[str, str]
+    program: Program | None = None
     limits: LaunchLimits = field(default_factory=LaunchLimits)
 
     def command_line(self, state: Path, *, resume: bool = False) -> list[str]:
@@ -58,9 +64,12 @@ class ElasticLaunch:
             resume: ranks resume from a checkpoint, whether the user asked for it or not.
         """
         args = ["train", *self.train_args, *(["--resume"] if resume and "--resume" not in self.train_args else [])]
+        command = hvdtrain_command(args)
+        if self.program is not None:
+            command = self.program.rank_command(self.options.forward_env, elastic=True)
         plan = LaunchPlan(
             hosts=self.hosts,
-            command=hvdtrain_command(args),
+            command=command,
             environ=self.environ,
             nic=self.options.nic,
             ssh=self.options.ssh,
@@ -80,10 +89,17 @@ class ElasticLaunch:
             launcher=self.options.launcher,
             command_line=self.command_line(state, resume=resume),
             environ=environ,
+            is_program=self.program is not None,
             ssh=self.options.ssh,
             grace=self.options.grace,
             list_hosts=partial(self.reported_hosts, state),
         )
+
+    @contextmanager
+    def prepare_job(self) -> Iterator[JobSpec]:
+        """Yield a job of a program, with a folder for what discovery answers while it runs."""
+        with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
+            yield self.job(Path(folder) / "hosts.json", self.environ, resume=False)
 
     def reported_hosts(self, state: Path) -> list[str]:
         """Return the names of the hosts that the launcher last got from the discovery command."""
@@ -117,15 +133,65 @@ def run_with_relaunches(launch: ElasticLaunch, run: Callable[[JobSpec, SignalInb
     environ = {**launch.environ, "HVDTRAIN_MIN_NP": str(launch.elastic.min_np)}
     if relaunches:  # the run folder then belongs to all of these jobs, and they choose a checkpoint without being asked
         environ[RELAUNCH_VARIABLE] = secrets.token_hex(8)
+
+    def run_attempt(attempt: int, inbox: SignalInbox) -> JobResult:
+        with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
+            return run(launch.job(Path(folder) / "hosts.json", environ, resume=attempt > 0), inbox)
+
+    def is_lost(result: JobResult) -> bool:
+        return not result.is_final and result.exit_code in (EXIT_FAILED, EXIT_REQUEUE)
+
+    return run_repeatedly(run_attempt, is_lost, relaunches, launch.limits)
+
+
+def run_program_jobs(
+    prepare_job: Callable[[], AbstractContextManager[JobSpec]], relaunches: int, limits: LaunchLimits = DEFAULT_LIMITS
+) -> int:
+    """Run a program's job, and again if it fails, up to `relaunches` times; return the exit code.
+
+    Neither a stop by the user, nor exit code 75 (to be requeued), nor 2 (a mistake in the command line) is a failure.
+
+    Args:
+        prepare_job: gives the job, and what it needs while it runs.
+        relaunches: how often it may be started again.
+        limits: how long to wait before a relaunch.
+    """
+
+    def run_attempt(attempt: int, inbox: SignalInbox) -> JobResult:
+        with prepare_job() as spec:
+            count = {RELAUNCH_VARIABLE: str(attempt)} if relaunches else {}
+            return run_job(replace(spec, environ={**spec.environ, **count}), inbox)
+
+    def has_failed(result: JobResult) -> bool:
+        return not result.is_final and result.exit_code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE)
+
+    return run_repeatedly(run_attempt, has_failed, relaunches, limits)
+
+
+def run_repeatedly(
+    run_attempt: Callable[[int, SignalInbox], JobResult],
+    must_repeat: Callable[[JobResult], bool],
+    relaunches: int,
+    limits: LaunchLimits,
+) -> int:
+    """Run a job, and again up to `relaunches` times, with pauses that grow; return the exit code.
+
+    Args:
+        run_attempt: runs it, given the number of the attempt, from 0; it leaves signals that come at its end in the
+            inbox.
+        must_repeat: whether a job with a result is to be run again.
+        relaunches: how often it may be.
+        limits: how long to wait before a relaunch.
+    """
     attempt = 0
     with catch_stop_signals() as inbox:
         while True:
-            with tempfile.TemporaryDirectory(prefix="hvdtrain-") as folder:
-                result = run(launch.job(Path(folder) / "hosts.json", environ, resume=attempt > 0), inbox)
-            if result.is_final or result.exit_code not in (EXIT_FAILED, EXIT_REQUEUE) or attempt == relaunches:
+            result = run_attempt(attempt, inbox)
+            if attempt == relaunches or not must_repeat(result):
                 return result.exit_code
-            pause = min(launch.limits.relaunch_first * 2**attempt, launch.limits.relaunch_longest)
+            pause = min(limits.relaunch_first * 2**attempt, limits.relaunch_longest)
             attempt += 1
-            print(f"hvdtrain: the job was lost: relaunch {attempt} of {relaunches} in {pause:g} s", file=sys.stderr)
+            ended = f"the job ended with code {result.exit_code}"
+            print(f"hvdtrain: {ended}: relaunch {attempt} of {relaunches} in {pause:g} s", file=sys.stderr)
             if number := inbox.wait_for_signal(pause):
                 return EXIT_REQUEUE if number == signal.SIGUSR1 else 128 + number

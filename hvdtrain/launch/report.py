@@ -27,7 +27,7 @@ LOST_PEER_ERROR = "HorovodInternalError"
 ProcessKey = tuple[str | None, int | None]  # host and process id
 
 
-def message_sender(message: RankStarted | RankFailed | RankStandstill) -> ProcessKey:
+def message_sender(message: RankStarted | RankFailed | RankFinished | RankStandstill) -> ProcessKey:
     """Return which process a message is from."""
     return message.host, message.pid
 
@@ -102,9 +102,13 @@ class JobReport:
         """Return the monotonic time at which the launcher should have ended; None until all ranks have finished."""
         return None if self.all_finished_at is None else self.all_finished_at + LaunchLimits.launcher_exit
 
+    def ended_ranks(self) -> set[int]:
+        """Return the ranks that have reported their end."""
+        return {*self.finished, *(failure.rank for failure in self.failures)}
+
     def silent_ranks(self) -> dict[int, str]:
         """Return the ranks that have neither ended nor reported what they are in, and why that may be, or ""."""
-        ended = {*self.finished, *(failure.rank for failure in self.failures)}
+        ended = self.ended_ranks()
         silent = {
             rank: message_sender(start)
             for rank, start in self.started.items()

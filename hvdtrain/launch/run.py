@@ -35,6 +35,7 @@ import signal
 import time
 from typing import NamedTuple
 
+from hvdtrain.launch.elastic_program import note_outlived_failures, note_worker_end, number_worker, outlived_at
 from hvdtrain.launch.job import (
     Job,
     JobSpec,
@@ -44,11 +45,11 @@ from hvdtrain.launch.job import (
     start_job,
     terminate_job,
 )
-from hvdtrain.launch.outcome import determine_elastic_outcome, determine_outcome
+from hvdtrain.launch.outcome import choose_outcome_rules, describe_outlived_failure
 from hvdtrain.launch.output import SHELL_END_TEXT, OutputLine, OutputParser, extract_message
 from hvdtrain.launch.signals import catch_stop_signals
 from hvdtrain.system.errors import EXIT_REQUEUE
-from hvdtrain.system.messages import RankFailed, RankMessage, RankProgress, RankReport, RankStarted
+from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankProgress, RankReport, RankStarted
 from hvdtrain.system.signals import SAME_STOP_SECONDS, SignalInbox
 
 READ_BYTES = 1 << 20  # of the launcher's output at a time
@@ -58,7 +59,8 @@ class JobResult(NamedTuple):
     """How a job ended."""
 
     exit_code: int
-    is_final: bool  # the reason is known, a failed rank or the user's stop: the job must not be started again
+    is_final: bool  # the user's stop, or a recipe's failed rank: the job must not be started again
+    reason: str = ""  # what was printed about its end, if anything
 
 
 def run_job(spec: JobSpec, inbox: SignalInbox | None = None) -> JobResult:
@@ -89,13 +91,14 @@ def run_job(spec: JobSpec, inbox: SignalInbox | None = None) -> JobResult:
 def conclude_job(job: Job) -> JobResult:
     """Print why the job ended, if that is worth a line, and return its result."""
     report, failed = job.report, bool(job.report.failures)
-    determine = determine_elastic_outcome if job.spec.is_elastic else determine_outcome
+    determine = choose_outcome_rules(is_elastic=job.spec.is_elastic, is_program=job.spec.is_program)
     code, text = determine(report, job.spec.launcher.name, job.guard.returncode, job.stop_signal)
     has_finished = report.all_finished_at is not None
     if job.terminated and has_finished and not failed:
         text = ""  # whatever the launcher was waiting for does not matter
     # What rank 0 has saved is saved, even if the others had to be ended.
     has_saved = has_finished if job.spec.is_elastic else report.finished.get(0) == EXIT_REQUEUE
+    has_saved |= job.spec.is_program and code == EXIT_REQUEUE
     if job.stop_signal == signal.SIGUSR1 and job.stopped_before_start:
         code, text = EXIT_REQUEUE, "no rank had started: there was nothing to save"
     elif job.terminated and job.stop_signal and not has_saved:
@@ -105,7 +108,8 @@ def conclude_job(job: Job) -> JobResult:
             job.screen.print_line(line)
     if text:
         job.screen.print_note(text)
-    return JobResult(code, bool(job.stop_signal or failed))
+    # A program that failed may well end otherwise when it is started again; a recipe is started again if it was lost.
+    return JobResult(code, bool(job.stop_signal or (failed and not job.spec.is_program)), text)
 
 
 def watch_job(job: Job, inbox: SignalInbox) -> None:
@@ -147,6 +151,7 @@ def handle_due_events(job: Job) -> None:
         job.screen.print_note(f"{host} cannot be reached by ssh: its ranks do not receive the stop")
     for line in job.report.pop_due_lines():
         job.screen.print_line(line)
+    note_outlived_failures(job)
     due = job.report.standstill_due
     if due is not None and now >= due and (text := job.report.summarize_standstill()):
         job.screen.print_note(text)
@@ -176,7 +181,10 @@ def handle_line(job: Job, line: OutputLine) -> None:
             job.screen.write_line(message.text, "stdout")
         # What ranks report of their end once we end them is not news.
         elif not job.terminated:
-            handle_message(job, message)
+            if job.spec.is_program:
+                handle_program_message(job, message)
+            else:
+                handle_message(job, message)
         return
     if line.rank is None:
         job.report.hold_line(line)
@@ -214,10 +222,22 @@ def handle_message(job: Job, message: RankMessage) -> None:
         job.report.add_message(message)
         outlived = [failure for failure in before if failure not in job.report.failures]
     for failure in outlived:
-        text = f"{failure.error}\n{failure.traceback}"
-        job.screen.print_note(f"a worker on {failure.host} failed, the others continue: {text}")
+        job.screen.print_note(describe_outlived_failure(failure))
     if elastic and job.stop_signal and isinstance(message, RankStarted):
         signal_ranks(job, "USR1", [message.rank])
+
+
+def handle_program_message(job: Job, message: RankMessage) -> None:
+    """Add a message of a program's rank to the report, and pass a stop on to a rank that started after it."""
+    elastic = job.spec.is_elastic
+    message = number_worker(job, message) if elastic else message
+    job.report.add_message(message)
+    if elastic:
+        note_worker_end(job, message)
+    if job.stop_signal and isinstance(message, RankStarted):
+        signal_ranks(job, stop_signal_name(job), [message.rank])
+    if isinstance(message, RankFinished) and message.code == EXIT_REQUEUE and job.stop_deadline is None:
+        job.stop_deadline = time.monotonic() + job.spec.grace  # for the other ranks to be done as well
 
 
 def handle_job_signal(job: Job, number: int) -> None:
@@ -232,23 +252,49 @@ def handle_job_signal(job: Job, number: int) -> None:
         terminate_job(job)
         return
     elastic = job.spec.is_elastic
-    # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
-    ranks = sorted(job.report.running) if elastic else [0] if 0 in job.report.started else []
+    ranks = find_ranks_to_ask(job)
     if job.stop_signal is None and ranks and (elastic or not job.report.failures):
         job.stop_signal, job.stop_requested_at = number, now
         job.stop_deadline = now + job.spec.grace
-        job.screen.print_note("stopping: ranks finish the step and save; press Ctrl-C again to end at once")
-        if elastic or 0 not in job.report.finished:
-            # In an elastic run SIGTERM is for one rank alone.
-            signal_ranks(job, "USR1" if elastic else "TERM", ranks)
+        job.screen.print_note(describe_stop(job))
+        if job.spec.is_program or elastic or 0 not in job.report.finished:
+            signal_ranks(job, stop_signal_name(job), ranks)
         return
     job.stopped_before_start = job.stop_signal is None and not ranks and not job.report.failures
     job.stop_signal = number
     terminate_job(job)
 
 
+def find_ranks_to_ask(job: Job) -> list[int]:
+    """Return the ranks that a stop is for."""
+    if job.spec.is_program:
+        return sorted(set(job.report.started) - job.report.ended_ranks())
+    # In an elastic run rank 0 may have left or died, and a rank that has failed is replaced.
+    return sorted(job.report.running) if job.spec.is_elastic else [0] if 0 in job.report.started else []
+
+
+def stop_signal_name(job: Job) -> str:
+    """Return the signal by which ranks are asked to stop: a program gets the user's own."""
+    if job.spec.is_program and job.stop_signal is not None:
+        return signal.Signals(job.stop_signal).name.removeprefix("SIG")
+    return "USR1" if job.spec.is_elastic else "TERM"  # in an elastic run SIGTERM is for one rank alone
+
+
+def describe_stop(job: Job) -> str:
+    """Return the line about a stop by the user."""
+    if job.spec.is_program:
+        name, launcher = f"SIG{stop_signal_name(job)}", job.spec.launcher
+        if launcher.batch_system is not None and job.spec.announce_stop is None:  # its ranks know no other
+            name = signal.Signals(launcher.relayed_stop_signal).name
+        what = f"{name} goes to the program of each rank, which has {job.spec.grace:g} s to end"
+    else:
+        what = "ranks finish the step and save"
+    return f"stopping: {what}; press Ctrl-C again to end at once"
+
+
 def seconds_until_due(job: Job) -> float | None:
     """Return how long to wait for output or a signal before something else is due; None if nothing is."""
     ends = [] if job.terminated else [job.stop_deadline, job.report.launcher_deadline()]
-    times = [at for at in (*ends, job.report.next_due_at(), job.report.standstill_due) if at is not None]
+    others = [job.report.next_due_at(), job.report.standstill_due, outlived_at(job)]
+    times = [at for at in (*ends, *others) if at is not None]
     return max(0.0, min(times) - time.monotonic()) if times else None

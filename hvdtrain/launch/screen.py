@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hvdtrain.launch.output import OutputLine
+from hvdtrain.launch.rank_output import BYTE_CHARACTERS, restore_bytes
 from hvdtrain.system.messages import RankProgress
 from hvdtrain.system.progress import ProgressBar
 
@@ -46,7 +47,11 @@ class Screen:
             self.bar.print_line(text)
             return
         encoding = out.encoding or "utf-8"
-        out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        if BYTE_CHARACTERS.search(text) and hasattr(out, "buffer"):
+            out.flush()
+            out.buffer.write(restore_bytes(text, encoding) + b"\n")
+        else:
+            out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         out.flush()
 
     def update_progress(self, message: RankProgress) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.ledger.rows import HEADER_PATTERN, LEDGER_FORMAT, ORDER_PATTERN, ROW_PATTERN, LedgerRow, order_path
+from hvdtrain.ledger.rows import (
+    HEADER_PATTERN,
+    LEDGER_FORMAT,
+    ORDER_PATTERN,
+    ROW_PATTERN,
+    SHARES_PATTERN,
+    LedgerRow,
+    order_path,
+)
 from hvdtrain.recipe.given_order import GivenOrder, decode_file
 from hvdtrain.system.errors import UserError
 
@@ -23,6 +31,11 @@ class Segment:
     rows: list[LedgerRow]
     invalid_lines: list[int]  # numbers of lines that are not rows
     orders: dict[int, str]  # by epoch (from 1), the key of what a sampler gave for it
+    shares: dict[int, str]  # by the first step of each, how the batch was dealt; "": evenly
+
+    def find_shares(self, step: int) -> str:
+        """Return how the batch of a step was dealt; "": evenly."""
+        return next((self.shares[first] for first in sorted(self.shares, reverse=True) if first <= step), "")
 
 
 def find_segments(folder: Path) -> dict[int, Path]:
@@ -46,16 +59,19 @@ def read_segment(path: Path) -> Segment:
         raise UserError(
             f"{path} is not a ledger segment of this version of hvdtrain: expected a header of format {LEDGER_FORMAT!r}"
         )
-    version, seed, examples, batch, first_step = map(int, header.groups())
+    version, seed, examples, batch, first_step = map(int, header.groups()[:-1])
     rows, invalid_lines, orders = [], [], {}
+    shares = {first_step: header[6] or ""}
     for number, line in enumerate(lines[2:-1], start=3):  # what follows the last newline is torn, or empty
         if found := ROW_PATTERN.fullmatch(line):
             rows.append(LedgerRow(*map(int, found.groups())))
         elif found := ORDER_PATTERN.fullmatch(line):
             orders[int(found[1])] = found[2]
+        elif found := SHARES_PATTERN.fullmatch(line):
+            shares[int(found[1])] = "" if found[2] == "even" else found[2]
         else:
             invalid_lines.append(number)
-    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines, orders)
+    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines, orders, shares)
 
 
 def load_given_order(folder: Path, key: str) -> GivenOrder:

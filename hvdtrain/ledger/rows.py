@@ -12,6 +12,10 @@ that begins after step k supersedes what earlier ones say of later steps: those 
     # order 1 weights-41a8...
     1,1,0,128,277893418803
 
+A header may end in " shares=683:341": each rank's part of the batch in 1,024ths, from `first_step` on. A line "# shares
+21 683:341", or "# shares 21 even", says that they are others from a step on. They change no row: the ids of a step are
+the same however they are dealt.
+
 A line "# order" names the file next to the segments, weights-41a8....npz, that holds what the recipe's `sampler` gave
 for an epoch; an epoch without such a line was shuffled.
 """
@@ -29,9 +33,12 @@ from hvdtrain.recipe import order
 from hvdtrain.recipe.order import Ids
 
 LEDGER_FORMAT = f"hvdtrain ledger {order.ORDER_VERSION}"  # its number is the version of the order of the ids
-HEADER_PATTERN = re.compile(r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)")
+HEADER_PATTERN = re.compile(
+    r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)(?: shares=([\d:]+))?"
+)
 ROW_PATTERN = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")  # numbers fit into 64 bits
 ORDER_PATTERN = re.compile(r"# order ([1-9]\d{0,17}) ((?:weights|ids)-[0-9a-f]{32})")
+SHARES_PATTERN = re.compile(r"# shares ([1-9]\d{0,17}) (even|\d+(?::\d+)+)")
 MAX_STEP_EXAMPLES = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
 
@@ -48,6 +55,11 @@ class LedgerRow(NamedTuple):
 def format_order_line(epoch: int, key: str) -> str:
     """Return the line that names what a sampler gave for an epoch (from 1), by its key."""
     return f"# order {epoch} {key}"
+
+
+def format_shares_line(step: int, shares: str) -> str:
+    """Return the line that says how the batch is dealt from a step on; shares: "" if evenly."""
+    return f"# shares {step} {shares or 'even'}"
 
 
 def order_path(folder: Path, key: str) -> Path:

@@ -52,6 +52,7 @@ class LedgerVerification:
     segments: int
     rest: int  # examples of the last epoch so far; 0: it is complete
     given_orders: int = 0  # epochs whose order the recipe's sampler gave
+    shares: list[tuple[int, str]] = field(default_factory=list)  # uneven ones: from which step on, 1,024ths; "": even
 
     @property
     def is_as_ordered(self) -> bool:
@@ -70,11 +71,14 @@ class LedgerVerification:
             count += f" and {self.rest} examples of epoch {self.epochs + 1}, which is not complete"
         count += f", {format_count(self.steps, 'step')} ({format_count(self.segments, 'segment')})"
         verdict = "as ordered" if self.given_orders else "exactly once"
+        dealt = [f"{shares or 'even'} from step {step} on" for step, shares in self.shares]
+        more = [f"and {len(dealt) - MAX_SHOWN} more"] if len(dealt) > MAX_SHOWN else []
+        lines = [f"shares of the batch: {', '.join([*dealt[:MAX_SHOWN], *more])}"] if dealt else []
         if self.is_as_ordered:
-            return [f"{verdict}: {count}"]
+            return [f"{verdict}: {count}", *lines]
         shown = [finding.text for finding in self.findings[:MAX_SHOWN]]
-        more = len(self.findings) - len(shown)
-        return [f"not {verdict}: {count}", *shown, *([f"and {more} more findings"] if more else [])]
+        rest = len(self.findings) - len(shown)
+        return [f"not {verdict}: {count}", *lines, *shown, *([f"and {rest} more findings"] if rest else [])]
 
     def as_json(self) -> dict[str, object]:
         """Return what `hvdtrain ledger verify --json` prints."""
@@ -133,7 +137,20 @@ def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerV
         defects += check_epoch(epoch, of_epoch, is_complete)
     complete = 0 if last is None else last.row.epoch - bool(rest)
     ordered = len({step.row.epoch for step in steps if step.order.key})
-    return LedgerVerification(defects, complete, segments[-1].examples, len(steps), len(segments), rest, ordered)
+    shares = list_shares(rows)
+    return LedgerVerification(
+        defects, complete, segments[-1].examples, len(steps), len(segments), rest, ordered, shares
+    )
+
+
+def list_shares(rows: list[tuple[LedgerRow, Segment]]) -> list[tuple[int, str]]:
+    """Return from which step on the batch was dealt by which shares; [] if always evenly."""
+    found: list[tuple[int, str]] = []
+    for row, segment in rows:
+        shares = segment.find_shares(row.step)
+        if shares != (found[-1][1] if found else ""):
+            found.append((row.step, shares))
+    return found
 
 
 def _load_orders(paths: dict[int, Path], segments: list[Segment]) -> tuple[dict[str, GivenOrder], list[LedgerDefect]]:

@@ -7,11 +7,11 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdtrain.ledger.reader import find_segments
-from hvdtrain.ledger.rows import LEDGER_FORMAT, LedgerRow, format_order_line, order_path
+from hvdtrain.ledger.rows import LEDGER_FORMAT, LedgerRow, format_order_line, format_shares_line, order_path
 from hvdtrain.recipe.given_order import GivenOrder, encode_file
 from hvdtrain.system.files import create_atomically, is_same_file
 
@@ -27,6 +27,7 @@ class LedgerState:
     batch: int
     from_step: int
     rows: list[list[int]]
+    shares: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Ledger:
@@ -37,6 +38,7 @@ class Ledger:
 
     Attributes:
         durable_step: up to here this rank knows the rows to be on disk for good.
+        shares: by the first step of each, how the batch is dealt to the ranks; "": evenly.
         orders: by epoch (from 1), what the recipe's sampler has given for those that rows are of, and for the present.
         error: why the last rows are in memory only; None if they are written.
     """
@@ -56,6 +58,7 @@ class Ledger:
         self.seed, self.examples, self.batch = seed, examples, batch
         self.from_step, self.rows = from_step, list(rows)
         self.durable_step = from_step
+        self.shares: dict[int, str] = {}
         self.orders: dict[int, GivenOrder] = {}
         self.error: OSError | None = None
         self._failed_at = 0.0  # when writing last failed, by the monotonic clock
@@ -68,13 +71,13 @@ class Ledger:
         """Return a ledger that knows what another rank's knew; `orders` are that rank's."""
         rows = [LedgerRow(*row) for row in state.rows]
         ledger = cls(state.seed, state.examples, state.batch, state.from_step, rows)
-        ledger.orders = dict(orders)
+        ledger.orders, ledger.shares = dict(orders), dict(state.shares)
         return ledger
 
     def to_state(self) -> LedgerState:
         """Return all that it knows, but for the orders."""
         rows = [list(row) for row in self.rows]
-        return LedgerState(self.seed, self.examples, self.batch, self.from_step, rows)
+        return LedgerState(self.seed, self.examples, self.batch, self.from_step, rows, list(self.shares.items()))
 
     def open_for_writing(self, folder: Path, *, at_first_row: bool = False) -> None:
         """Write from here on, to a new segment that begins with the rows in memory; `error` says if that fails.
@@ -91,7 +94,10 @@ class Ledger:
     def _begin_segment(self, folder: Path) -> None:
         first = self.from_step + 1
         header = f"# {LEDGER_FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
+        before = [shares for step, shares in self.shares.items() if step <= first]
+        header += f" shares={before[-1]}" if before and before[-1] else ""
         lines = [header, ",".join(LedgerRow._fields)]
+        lines += [format_shares_line(step, shares) for step, shares in self.shares.items() if step > first]
         lines += [format_order_line(epoch, given.key) for epoch, given in self.orders.items()]
         lines += [",".join(map(str, row)) for row in self.rows]
         try:
@@ -139,6 +145,19 @@ class Ledger:
         try:
             self._keep_order(self._folder, given)
             self._write_line(format_order_line(epoch, given.key))
+        except OSError as error:
+            self._abandon_segment(error)
+
+    def set_shares(self, step: int, shares: str) -> None:
+        """Record how the batch is dealt from a step on, after all earlier ones; "": evenly.
+
+        If it cannot be written now, `error` says why, and it is written with a later row.
+        """
+        if shares == next(reversed(self.shares.values()), ""):
+            return
+        self.shares[step] = shares
+        try:
+            self._write_line(format_shares_line(step, shares))
         except OSError as error:
             self._abandon_segment(error)
 
@@ -192,11 +211,15 @@ class Ledger:
         if step > self.from_step:
             self.rows = [row for row in self.rows if row.step > step]
             self.from_step, self.durable_step = step, max(self.durable_step, step)
+            past = [first for first in self.shares if first <= step + 1]
+            for first in past[:-1]:  # the last one is that of the rows to come
+                del self.shares[first]
 
     def roll_back(self, step: int) -> None:
         """Undo the rows after a step, after which all ranks continue."""
         undone = step < self.from_step or any(row.step > step for row in self.rows)
         self.rows = [row for row in self.rows if row.step <= step]
+        self.shares = {first: shares for first, shares in self.shares.items() if first <= step}
         self.from_step, self.durable_step = min(self.from_step, step), min(self.durable_step, step)
         if undone and self._folder is not None:
             self.open_for_writing(self._folder)

@@ -98,7 +98,7 @@ def build_environment(plan: Plan, work: Path, compiler: str, jobs: int) -> dict[
         "MAKEFLAGS": f"-j{jobs}",  # else setup.py asks for 8
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # the bundled Gloo requires older policies than CMake 4 has
         "HOROVOD_CMAKE": str(tools / "bin" / "cmake"),
-        "HOROVOD_BUILD_ARCH_FLAGS": plan.cpu_flags,
+        "HOROVOD_BUILD_ARCH_FLAGS": plan.cpu_flags or " ",  # if empty, CMake asks gcc instead
         "HOROVOD_WITH_GLOO": "1",
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",

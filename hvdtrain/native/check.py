@@ -19,7 +19,7 @@ from hvdtrain.native.installed import (
     find_horovods_mpi,
 )
 from hvdtrain.native.mpi import Mpi, find_mpi
-from hvdtrain.native.torchinfo import Torch, find_torch
+from hvdtrain.native.torchinfo import Torch, explain_untested_torch, find_torch
 from hvdtrain.system.limits import NativeLimits
 from hvdtrain.system.processes import ProcessTimeout, run_process
 
@@ -59,6 +59,9 @@ def check_installation(time_limit: float = NativeLimits.probe) -> bool:
         return False
     mpi = find_horovods_mpi() or find_mpi()
     print(describe_installation(horovod, torch, mpi))
+    untested = explain_untested_torch(torch)
+    if untested:
+        print(untested)
     wrong = explain_horovod_mismatch(horovod, torch)
     if wrong:
         print(wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from hvdtrain.native import build, cache, installed
 from hvdtrain.native.plan import make_plan
+from hvdtrain.native.torchinfo import explain_untested_torch
 from hvdtrain.system.progress import show_stages
 
 
@@ -32,6 +34,12 @@ class BuildOptions:
     force: bool = False
     dry_run: bool = False
 
+    def command_arguments(self, wheel_dir: Path) -> list[str]:
+        """Return these options as arguments of `hvdtrain horovod build`, with `wheel_dir` for the wheels."""
+        arguments = [f"--jobs={self.jobs}", f"--wheel-dir={wheel_dir}", *(f"--without={part}" for part in self.without)]
+        arguments += [f"--mpi={self.mpi}"] if self.mpi is not None else []
+        return arguments + ["--force"] * self.force + ["--dry-run"] * self.dry_run
+
 
 def provide_horovod(options: BuildOptions) -> None:
     """Install the Horovod that fits this machine, and print what was done.
@@ -41,6 +49,9 @@ def provide_horovod(options: BuildOptions) -> None:
         RunError: The build or the installation failed.
     """
     plan = make_plan(options.without, options.mpi)
+    untested = explain_untested_torch(plan.torch)
+    if untested:
+        print(untested, file=sys.stderr)
     key = plan.make_record().cache_key()
     folder = (options.wheel_dir or cache.wheel_folder()).absolute() / key
     wheel, damage = cache.find_whole_wheel(folder)

@@ -21,7 +21,7 @@ from hvdtrain.system.errors import RunError, UserError
 
 VERSION = "0.28.1"  # the last release
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-CPU_FEATURES = ("f16c", "avx", "fma")  # what Horovod's fp16 arithmetic can use
+CPU_FEATURES = ("f16c", "avx", "fma")  # of x86: what Horovod's fp16 arithmetic can use
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,14 @@ class Plan:
         """Return the plan, part by part, as human-readable text."""
         gpu = f", for GPUs sm_{', sm_'.join(self.archs)}" if self.archs else ""
         python = sysconfig.get_config_var("SOABI")
+        flags = self.cpu_flags
+        cpu = f"{flags}: hosts that use this wheel must have them" if flags else "no special instructions"
         lines = [
             f"Horovod {wheel_version()} for torch {self.torch.version} (C++{self.torch.standard}), {python}",
             "  Gloo  yes  bundled with Horovod",
             f"  MPI   {'yes' if self.mpi else 'no '}  {self.mpi_why}",
             f"  NCCL  {'yes' if self.nccl else 'no '}  {self.nccl_why}{gpu}",
-            f"  CPU        {self.cpu_flags or 'no special instructions'}: hosts that use this wheel must have them",
+            f"  CPU        {cpu}",
             f"  key        {self.make_record().cache_key()}",
         ]
         return "\n".join(lines)
@@ -178,7 +180,7 @@ def relocatable_path(folder: Path) -> str:
 
 
 def select_cpu_flags(cpuinfo: str) -> str:
-    """Return the compiler flags for those of CPU_FEATURES that the CPU has."""
+    """Return the compiler flags for those of CPU_FEATURES that the CPU has: "" on other than x86, without `flags`."""
     found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     present = set(found[1].split()) if found else set()
     return " ".join(f"-m{feature}" for feature in CPU_FEATURES if feature in present)

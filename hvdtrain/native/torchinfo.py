@@ -13,6 +13,9 @@ from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.limits import NativeLimits
 from hvdtrain.system.processes import run_process
 
+# Minor versions of torch for which Horovod was built and run, in ascending order.
+TESTED_TORCH = ("2.6", "2.11", "2.13", "2.14", "2.15")
+
 # Facts that only torch itself has. A torch without CUDA has no architecture flags.
 ASK = """
 import json, torch
@@ -57,6 +60,19 @@ def find_torch() -> Torch | None:
     if spec is None or spec.origin is None:
         return None
     return read_torch(Path(spec.origin).parent)
+
+
+def explain_untested_torch(torch: Torch) -> str | None:
+    """Return one line if a torch is newer than those that Horovod was built for so far, else None."""
+    if minor_version(torch.version) <= minor_version(TESTED_TORCH[-1]):
+        return None
+    tested = ", ".join(TESTED_TORCH)
+    return f"torch {torch.version} is newer than those tested with Horovod ({tested}): it may not build or not work"
+
+
+def minor_version(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version such as "2.14.1+cu130"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def require_torch() -> Torch:

@@ -6,14 +6,20 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from numpy.typing import NDArray
-
-from hvdtrain.recipe.metrics import MetricMeans
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.options import option
 from hvdtrain.system.errors import UserError, suggest_nearest
+
+if TYPE_CHECKING:
+    # launch looks into files before it starts anything: it needs no numpy for that.
+    from numpy.typing import NDArray
+
+    from hvdtrain.recipe.metrics import MetricMeans
+
+FRAMEWORK_NAMES = ("torch", "jax", "keras")  # those of hvdtrain's own; FRAMEWORKS has other packages' too, loaded
+FRAMEWORK_RECIPES = tuple(f"hvdtrain.{name}.Recipe" for name in FRAMEWORK_NAMES)
 
 ReturnedMetrics: TypeAlias = Mapping[str, Any]  # by name: a number, or a vector (k,) of numbers
 StateValues: TypeAlias = dict[str, Any]  # by name: JSON values and tensors, nested
@@ -23,8 +29,8 @@ StateValues: TypeAlias = dict[str, Any]  # by name: JSON values and tensors, nes
 class Recipe:
     """A model, its data, its optimizer and its score.
 
-    A framework's Recipe (`hvdtrain.torch.Recipe`) adds the methods. Subclass that, with `@dataclass(kw_only=True)`;
-    a field that is overridden keeps its help text.
+    A framework's Recipe (FRAMEWORK_RECIPES) adds the methods. Subclass that, with `@dataclass(kw_only=True)`; a field
+    that is overridden keeps its help text.
     """
 
     framework: ClassVar[str] = ""
@@ -119,7 +125,8 @@ class Recipe:
 
 def is_overridden(recipe: Recipe, name: str) -> bool:
     """Return whether a recipe defines a method that every recipe has, so that calling it makes a difference."""
-    return getattr(type(recipe), name) is not getattr(Recipe, name)
+    first = next(cls for cls in reversed(type(recipe).__mro__) if issubclass(cls, Recipe) and name in vars(cls))
+    return getattr(type(recipe), name) is not getattr(first, name)
 
 
 def refuse_two_schedules(cls: type[Recipe], schedule: str) -> None:

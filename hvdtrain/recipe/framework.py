@@ -10,20 +10,27 @@ import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdtrain.comm.agreement import ConsistentPart
-from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
+from hvdtrain.recipe.shares import Shares
+from hvdtrain.recipe.votes import NUM_VOTES as NUM_VOTES  # a part of the interface
+from hvdtrain.recipe.votes import StepVotes as StepVotes
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
+from hvdtrain.system.text import join_alternatives
+
+if TYPE_CHECKING:
+    # A signal that arrives while torch is imported can end the process, and launch imports this module first.
+    from hvdtrain.comm.agreement import ConsistentPart
+    from hvdtrain.comm.world import World
 
 Split = str  # "train", or one of the recipe's `evals`
 
@@ -45,32 +52,6 @@ class Chunk:
     now: Now  # what the recipe's `now` is while they are loaded and scored
     first_index: int  # of the first one, in the step's global batch or in the evaluation set
     first_place: int | None = None  # of the first one, in an order that may have an id several times
-
-
-@dataclass(frozen=True)
-class StepVotes:
-    """What every rank contributes to a step besides gradients; summed over ranks together with the scores."""
-
-    stop: int = 0  # ranks asked to stop the run
-    leave: int = 0  # ranks asked to leave it, as they will be preempted
-    regroup: int = 0  # ranks whose supervisor has newcomers ready
-    examples: int = 0  # example ids fed to the model
-    id_hashes: int = 0  # sum of their 32-bit hashes
-    ledger_durable: int = 0  # rank 0 only: the last step whose ledger row is on disk for good
-    lr_hashes: int = 0  # sum of 32-bit hashes of what `lr_factor` has returned
-    pending_rows: int = 0  # rank 0 only: rows of metrics.jsonl that wait for disk space
-
-    def to_vector(self) -> NDArray[np.float64]:
-        """Return (NUM_VOTES,) float64, to be summed over ranks: exact up to 2^53."""
-        return np.fromiter(vars(self).values(), np.float64)
-
-    @staticmethod
-    def from_vector(vector: NDArray[np.float64]) -> StepVotes:
-        """Return the votes that (NUM_VOTES,) float64, a sum over ranks, stands for."""
-        return StepVotes(*map(int, vector))
-
-
-NUM_VOTES = len(StepVotes().to_vector())
 
 
 @dataclass(frozen=True)
@@ -97,11 +78,21 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class RoundResult:
+    """What the end of a round of local steps has come to; the same on all ranks but for the seconds."""
+
+    steps: int  # that were not skipped
+    waited_here: float  # seconds that this rank waited for communication
+    nonfinite: tuple[str, ...]  # of each update that a rank left out, which gradient was not finite, and where
+
+
+@dataclass(frozen=True)
 class ExchangeReport:
-    """How gradients travel, for summary.json and advisor.json."""
+    """How gradients travel, for summary.json and advisor.json; and how many do not."""
 
     buckets: Sequence[Mapping[str, object]]  # of each: values, compression, bytes_sent, ...
     advice: Mapping[str, object] | None  # what `--compression auto` measured and chose
+    sparsity: float | None = None  # with --prune: the share of the weights that are pruned
 
 
 class Step(Protocol):
@@ -111,20 +102,19 @@ class Step(Protocol):
 
         made with (recipe, world, options): the same model and data on all ranks, or UserError on all
          |
+         +-> deal_batch(shares) if they are, or become, other than even ones
          +-> load_batches("train", ...), once an epoch or a part of it; then for each training step
-         |     start_step(passes, batch_share)
+         |     start_step(passes, batch_share, is_local)
          |     accumulate_gradients(batch, ...)       for each micro-batch of this rank but its last one
          |     cast_votes(votes)                      once
          |     accumulate_gradients(batch, ...)       for the last one, if there is any; then the exchange may begin
          |     all_reduce() -> StepResult             all ranks know the same from here on
          |     apply_update(...)                      or skip_update(), if StepResult.must_skip
+         |     end_round() -> RoundResult             after the last one of a round of local steps
          |
          +-> between steps: evaluate_batch for each of load_batches(SET, ...), or join_evaluation for a pass without
-         |     examples on this rank; gather_state for a checkpoint;
-         |     checksum_state, exchange_report, take_messages, wire_bytes
-         |
+         |     examples on this rank; gather_state; checksum_state, exchange_report, take_messages, wire_bytes
          +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state
-         |
          +-> close()
     """
 
@@ -137,7 +127,9 @@ class Step(Protocol):
     has_sampler: bool  # the recipe has a method `sampler`
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
     score_needs_whole_batch: bool  # `score` exchanges examples by collectives of hvdtrain: a step is one pass
+    round_steps: int  # local steps since the last `end_round`
     update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
+    gpu_uuid: str | None  # of the NVIDIA GPU that this rank computes on, "GPU-..."; None: there is none
 
     # What is known before the first step.
 
@@ -161,18 +153,22 @@ class Step(Protocol):
 
     # A training step.
 
+    def deal_batch(self, shares: Shares) -> None:
+        """From the next step on, until the next world, the ranks' parts of the batch are by these shares."""
+
     def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
         """Yield the batch of each chunk, in order, with the ids that were really loaded.
 
         `chunks` is read as batches are needed. Only the iterator of the last call for a split may be used.
         """
 
-    def start_step(self, passes: Sequence[int], batch_share: float) -> None:
+    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool) -> None:
         """Forget the last step's gradients and sums.
 
         Args:
             passes: the number of micro-batches of each of this rank's shards.
             batch_share: this rank's share of the global batch, from 0 to 1.
+            is_local: whether this rank's gradients update its own weights, until `end_round`.
         """
 
     def cast_votes(self, votes: StepVotes) -> None:
@@ -181,13 +177,12 @@ class Step(Protocol):
     def accumulate_gradients(self, batch: Any, count: int, weight: float, seed: Sequence[int]) -> None:
         """Add the gradient of `weight` * the sum of the `count` losses of a micro-batch.
 
-        The last one of the step, as counted by `start_step`, may start to exchange what is ready: votes, sums,
-        gradients.
+        The last one of the step, as counted by `start_step`, may start to exchange votes, sums and gradients.
 
         Args:
             batch: as `load_batches` has yielded it.
             count: the number of its examples.
-            weight: of each example, 1 / the examples of the global batch.
+            weight: of each example, 1 / the examples of the global batch, in a local step of this rank's part.
             seed: what randomness in the model is drawn from.
         """
 
@@ -200,8 +195,14 @@ class Step(Protocol):
         seed: what randomness in the optimizer is drawn from, the same on all ranks.
         """
 
+    def end_round(self) -> RoundResult:
+        """Make all ranks' weights the same again. Raises UserError, RunError: on all ranks."""
+
     def skip_update(self) -> None:
         """Leave the model as it was before the step, buffers included."""
+
+    def prune(self, sparsity: float) -> float:
+        """With --prune, after each step: let this share of the weights be zero for good; return the share that is."""
 
     # Between steps.
 
@@ -232,6 +233,9 @@ class Step(Protocol):
     def checksum_state(self) -> dict[str, int]:
         """Return a 64-bit checksum of each tensor of the model's state, by name."""
 
+    def count_compilations(self) -> int | None:
+        """Return how often a function was compiled in this process; None: nobody counts."""
+
     def wire_bytes(self) -> int:
         """Return the bytes that this rank sends in an exchange."""
 
@@ -248,8 +252,6 @@ class Step(Protocol):
 
     def switch_world(self, world: World) -> None:
         """Continue in another world, as before the step that was not finished, if there is one."""
-
-    # The end.
 
     def close(self) -> None:
         """Undo what was changed in the process, the model and the optimizer; the step is not used any more."""
@@ -281,6 +283,8 @@ class Framework:
     name: str
     recipe_class: str  # what its recipes derive from, e.g. "hvdtrain.torch.Recipe"
     make_step: Callable[[Any, World, Any], Step]  # from a recipe, its world and exchange.step_options.StepOptions
+    # Before a recipe's file is imported: what --backend names, or None.
+    prepare_import: Callable[[str | None], None] | None = None
     # Of all ranks, from a new run's step, a file of weights, and whether some may be left out: lines to print.
     load_weights: Callable[[Any, Path, bool], list[str]] | None = None
     # From a recipe, a checkpoint's state, the run's seed and a device: the model, as it was evaluated.
@@ -300,7 +304,7 @@ def find_framework(recipe: type[Recipe]) -> Framework:
         names = FRAMEWORKS.names()
         if recipe.framework in names:
             raise
-    classes = " or ".join(framework.recipe_class for framework in FRAMEWORKS.load_all().values())
+    classes = join_alternatives([framework.recipe_class for framework in FRAMEWORKS.load_all().values()])
     raise UserError(
         f"{recipe.__name__}.framework is {recipe.framework!r}; expected {', '.join(map(repr, names))}: derive the "
         f"recipe from {classes}"

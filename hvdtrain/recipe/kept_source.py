@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import importlib.machinery
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,8 @@ from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.registry import choose_default_class
 from hvdtrain.recipe.source import RecipeSource, SourceFinder, SourceLoader, imported_sources, read_source
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.recipe_errors import describe_error
+from hvdtrain.system.other_frameworks import guard_tensorflow_import
+from hvdtrain.system.recipe_errors import describe_import_error
 
 _importing: list[str] = []  # kept files that are being imported
 
@@ -104,6 +104,7 @@ def import_kept_source(source: RecipeSource) -> ModuleType:
     parent.__path__ = []  # no folder is searched
     sys.modules[package] = parent
     sys.meta_path.insert(0, finder)
+    guard_tensorflow_import()
     _importing.append(str(source.display_path))
     try:
         module = importlib.import_module(name)
@@ -113,10 +114,7 @@ def import_kept_source(source: RecipeSource) -> ModuleType:
             del sys.modules[key]
         if isinstance(error, UserError):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(source.main_path)]
-        where = f"{source.display_path}:{lines[-1]}" if lines else f"{source.display_path}"
-        raise UserError(f"{where} cannot be imported: {describe_error(error)}") from error
+        raise UserError(describe_import_error(error, source.main_path, source.display_path)) from error
     finally:
         _importing.pop()
     imported_sources[name] = source

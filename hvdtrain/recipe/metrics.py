@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.system.gpu import GPU_COLUMNS
 
 MetricMeans = dict[str, np.float64 | NDArray[np.float64]]  # by score: a number, or (k,) of a vector
 MetricValue = float | list[float]  # the same as plain data, as it is written and sent to other ranks
@@ -22,7 +23,7 @@ MetricValue = float | list[float]  # the same as plain data, as it is written an
 
 # Columns of metrics.jsonl that the recipe's metrics cannot have.
 RESERVED_COLUMNS = {"step", "epoch", "samples", "lr", "samples_per_second", "comm_seconds"}
-RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"}
+RESERVED_COLUMNS |= {"gradient_norm", "loss_scale", "skipped"} | GPU_COLUMNS
 
 
 def check_column_names(where: str, names: Iterable[object], more: Collection[str] = ()) -> None:

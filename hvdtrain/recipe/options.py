@@ -33,7 +33,12 @@ from hvdtrain.recipe.option_types import (
 from hvdtrain.system.errors import UserError, suggest_nearest
 from hvdtrain.system.recipe_errors import describe_error, in_recipe
 
-CONTRACT_MODULES = ("hvdtrain.recipe.base", "hvdtrain.torch.recipe")  # modules with the Recipe that others subclass
+# Modules with the classes that recipes derive from.
+CONTRACT_MODULES = (
+    "hvdtrain.recipe.base",
+    "hvdtrain.recipe.dataset_recipe",
+    *(f"hvdtrain.{framework}.recipe" for framework in ("torch", "jax", "keras")),
+)
 # What the Recipe of every framework has besides `hvdtrain.recipe.base.Recipe`; no option can have these names.
 CONTRACT_NAMES = {"model", "dataset", "sampler", "collate", "optimizer", "score", "outputs", "buffers"}
 # By the options' names; what type a value must have is known to the fields that it is given to.

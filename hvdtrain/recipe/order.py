@@ -22,8 +22,11 @@ numbers of fixed points and of ascents: all within what chance gives numpy's.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +37,7 @@ Words = NDArray[np.uint64]
 
 ORDER_VERSION = 2  # of the order; 1 sorted Philox's output, see hvdtrain.ledger.epoch_order
 MAX_EXAMPLES = 1 << 62  # a and b stay below 2^32; of a stream: the length of its only epoch is not known
+WHOLE_SHARE = 1024  # of the batch: what the ranks' shares add up to
 BLOCK_POSITIONS = 8192  # positions computed at a time: fewer cost more each, as numpy's calls do
 GOLDEN_GAMMA, MIX_MULTIPLIER, HALF_BITS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(32)
 
@@ -140,6 +144,45 @@ def part_bounds(count: int, rank: int, size: int) -> tuple[int, int]:
     Parts are contiguous and differ by one example at most; rank 0 is never empty where any rank is not.
     """
     return -(-count * rank // size), -(-count * (rank + 1) // size)
+
+
+def share_bounds(count: int, rank: int, shares: tuple[int, ...]) -> tuple[int, int]:
+    """Return where a rank's part of `count` examples, or of shards, begins and ends.
+
+    Parts are contiguous, in proportion to the shares by largest remainder; even ones are those of `part_bounds`.
+
+    Args:
+        count: of what is dealt.
+        rank: whose part it is.
+        shares: of all ranks, in 1,024ths.
+    """
+    if is_even(shares):
+        return part_bounds(count, rank, len(shares))
+    starts = _find_starts(count, shares)
+    return starts[rank], starts[rank + 1]
+
+
+@lru_cache(maxsize=64)
+def _find_starts(count: int, shares: tuple[int, ...]) -> list[int]:
+    """Return where each rank's part begins, and where the last one ends."""
+    return [0, *itertools.accumulate(apportion(count, shares))]
+
+
+def is_even(shares: Sequence[int]) -> bool:
+    """Whether shares are equal, as far as 1,024ths can be."""
+    return max(shares) - min(shares) <= 1
+
+
+def apportion(count: int, weights: Sequence[float]) -> list[int]:
+    """Divide `count` in proportion to weights by largest remainder; of equal remainders the first ones count more."""
+    exact = [Fraction(weight) for weight in weights]
+    whole = sum(exact)
+    quotas = [count * weight / whole for weight in exact]
+    sizes = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(sizes)), key=lambda place: sizes[place] - quotas[place])
+    for place in by_remainder[: count - sum(sizes)]:
+        sizes[place] += 1
+    return sizes
 
 
 def split_micro_batches(ids: Ids, most: int) -> list[Ids]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.classes import RecipeStatus, read_classes
+from hvdtrain.recipe.base import FRAMEWORK_RECIPES, Recipe
+from hvdtrain.recipe.base_classes import RecipeStatus
+from hvdtrain.recipe.classes import read_classes
 from hvdtrain.recipe.source import SHIPPED_RECIPES, RecipeSource, import_source, read_source
 from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.system.text import join_alternatives
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class FoundRecipe:
     summary: str  # first line of its docstring
     domain: str  # the field that it is of; "" if it names none
     path: Path
+    class_name: str
 
 
 def recipe_folders() -> list[Path]:
@@ -41,19 +45,42 @@ def find_all_recipes() -> list[FoundRecipe]:
     return sorted(found.values(), key=lambda recipe: recipe.name)
 
 
-def find_recipes_in_file(path: Path) -> list[FoundRecipe]:
-    """Return the recipe classes in a file, without running it; none if it cannot be read or does not parse."""
+def find_recipes_in_file(path: Path, name: str = "") -> list[FoundRecipe]:
+    """Return the recipe classes in a file, without running it; none if it cannot be read or does not parse.
+
+    Args:
+        path: of the file.
+        name: what the command line takes for it; "" for the file's name without .py.
+    """
     try:
         source = read_source(path)
         seen = read_classes(source)
     except UserError:
         return []
     recipes = [cls for cls in seen if cls.status == RecipeStatus.RECIPE]
-    default = choose_default_class(path, [cls.name for cls in recipes])
+    default, stem = choose_default_class(path, [cls.name for cls in recipes]), name or path.stem
     found = []
     for cls in recipes:
-        name = path.stem if cls.name == default else f"{path.stem}:{cls.name}"
-        found.append(FoundRecipe(name, cls.framework, cls.summary, cls.domain, path))
+        full = stem if cls.name == default else f"{stem}:{cls.name}"
+        found.append(FoundRecipe(full, cls.framework, cls.summary, cls.domain, path, cls.name))
+    return found
+
+
+def describe_program(path: Path) -> str:
+    """Return the message that a file has no recipe."""
+    return (
+        f"{path} defines no recipe, and was not run: subclass {join_alternatives(FRAMEWORK_RECIPES)}, or start it as a "
+        f"program: hvdtrain launch {shlex.quote(str(path))}"
+    )
+
+
+def find_named_recipes(spec: str) -> list[FoundRecipe]:
+    """Return the recipes of RECIPE: a name, a path, or one of these with a class. Raises UserError if it has none."""
+    where, class_name = split_recipe_spec(spec)
+    path = find_recipe_source(spec).display_path
+    found = [recipe for recipe in find_recipes_in_file(path, where) if class_name in ("", recipe.class_name)]
+    if not found:
+        raise UserError(f"{path} has no recipe class {class_name!r}" if class_name else describe_program(path))
     return found
 
 
@@ -90,7 +117,7 @@ def find_recipe_source(spec: str) -> RecipeSource:
     return read_source(path)
 
 
-def load_recipe(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
+def load_recipe(spec: str, source: RecipeSource | None = None, backend: str | None = None) -> type[Recipe]:
     """Import the recipe class for `digits`, `digits:Wide`, `my/recipe.py` or `my/recipe.py:ClassName`.
 
     A file without a class that could be a recipe is not run.
@@ -98,21 +125,23 @@ def load_recipe(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
     Args:
         spec: RECIPE.
         source: what to import; None: the file that `spec` names.
+        backend: as the option --backend, which frameworks must know before they are imported.
 
     Raises:
         UserError: there is no such file or class, with the nearest one; or the import fails.
     """
+    from hvdtrain.recipe.before_import import prepare_imports  # with which torch comes
+
     source = source or find_recipe_source(spec)
     where, class_name = split_recipe_spec(spec)
     path = source.display_path
-    possible = [cls.name for cls in read_classes(source)]
+    seen = read_classes(source)
+    possible = [cls.name for cls in seen]
     if not possible:
-        raise UserError(
-            f"{path} defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, or name another file "
-            "(`hvdtrain list` shows the recipes that are found by name)"
-        )
+        raise UserError(describe_program(path))
     if class_name and class_name not in possible:
         raise UserError(f"{path} has no recipe class {class_name!r}{suggest_nearest(class_name, possible)}")
+    prepare_imports((cls.framework for cls in seen if class_name in ("", cls.name)), backend)
     module = import_source(source)
     classes = {
         name: value
@@ -126,7 +155,7 @@ def load_recipe(spec: str, source: RecipeSource | None = None) -> type[Recipe]:
     default = choose_default_class(path, list(classes))
     if default is None:
         if not classes:
-            raise UserError(f"{path} defines no recipe: subclass hvdtrain.torch.Recipe")
+            raise UserError(f"{path} defines no recipe: subclass {join_alternatives(FRAMEWORK_RECIPES)}")
         raise UserError(f"{path} defines several recipes: name one, {' or '.join(f'{where}:{n}' for n in classes)}")
     return classes[default]
 

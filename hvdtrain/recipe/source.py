@@ -17,15 +17,16 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import traceback
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 from hvdtrain.system.errors import UserError
-from hvdtrain.system.recipe_errors import describe_error
+from hvdtrain.system.other_frameworks import guard_tensorflow_import
+from hvdtrain.system.recipe_errors import describe_error, describe_import_error
 
 OWN_PACKAGE = "hvdtrain"
 SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
@@ -76,7 +77,9 @@ imported_sources: dict[str, RecipeSource] = {}  # by the name of the recipe's mo
 def parse_file(path: Path, data: bytes) -> ast.Module:
     """Return a file's syntax tree. Raises UserError with the line if it does not parse."""
     try:
-        return ast.parse(data, filename=str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an invalid "\d": Python shows them where the file runs
+            return ast.parse(data, filename=str(path))
     except SyntaxError as error:
         line = f" (line {error.lineno})" if error.lineno else ""
         raise UserError(f"{path} cannot be imported: SyntaxError: {error.msg}{line}") from error
@@ -90,23 +93,11 @@ def read_source(path: Path) -> RecipeSource:
     Of a package in the folder every module is read: which of them are imported may be decided at run time.
     Raises UserError if the file cannot be read or does not parse.
     """
-    shown, path = path, path.absolute()
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{shown} cannot be read: {error.strerror}") from error
-    tree = parse_file(shown, data)
-    root, module = path.parent, f"hvdtrain_recipe_{path.stem}"
-    relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
-    if relative:
-        while (root / "__init__.py").is_file():
-            root = root.parent
-        if root != path.parent:
-            module = ".".join(path.relative_to(root).with_suffix("").parts)
-    files = {path.relative_to(root).as_posix(): data}
+    main, tree = _read_and_parse(path)
+    root = main.root
+    files = dict(main.files)
     # Packages of a folder without __init__.py: relative imports mean the folder itself.
-    package = module.rpartition(".")[0]
-    waiting = [(tree, package)]
+    waiting = [(tree, main.module.rpartition(".")[0])]
     while waiting:
         tree, package = waiting.pop()
         for name in imported_modules(tree, package):
@@ -121,7 +112,30 @@ def read_source(path: Path) -> RecipeSource:
                     continue  # if it is needed, its import reports it
                 parts = found.relative_to(root).with_suffix("").parts
                 waiting.append((inner, ".".join(parts[:-1])))
-    return RecipeSource(root, path.relative_to(root).as_posix(), module, relative, files, shown)
+    return replace(main, files=files)
+
+
+def read_main_file(path: Path) -> RecipeSource:
+    """Read a file without what it imports. Raises UserError if it cannot be read or does not parse."""
+    return _read_and_parse(path)[0]
+
+
+def _read_and_parse(path: Path) -> tuple[RecipeSource, ast.Module]:
+    shown, path = path, path.absolute()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read: {error.strerror}") from error
+    tree = parse_file(shown, data)
+    root, module = path.parent, f"hvdtrain_recipe_{path.stem}"
+    relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    if relative:
+        while (root / "__init__.py").is_file():
+            root = root.parent
+        if root != path.parent:
+            module = ".".join(path.relative_to(root).with_suffix("").parts)
+    name = path.relative_to(root).as_posix()
+    return RecipeSource(root, name, module, relative, {name: data}, shown), tree
 
 
 def imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
@@ -253,6 +267,7 @@ def import_source(source: RecipeSource) -> ModuleType:
     finder = SourceFinder(source)
     unload_stale_modules(source)
     sys.meta_path.insert(0, finder)
+    guard_tensorflow_import()
     # What is not found by reading the imports, such as what importlib.import_module is given.
     if str(source.root) not in sys.path:
         sys.path.append(str(source.root))
@@ -275,9 +290,7 @@ def import_source(source: RecipeSource) -> ModuleType:
         loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(source.module, None)
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f"{source.display_path}:{lines[-1]}" if lines else f"{source.display_path}"
-        raise UserError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(describe_import_error(error, path, source.display_path)) from error
     imported_sources[source.module] = source
     return module
 

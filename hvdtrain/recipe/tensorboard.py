@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.system.other_frameworks import tensorboard_without_tensorflow
 
 _open_writers: dict[Path, Any] = {}  # torch's SummaryWriter by run folder
 
@@ -60,12 +61,13 @@ def find_writer(recipe: Recipe) -> Any:
     if now.rank != 0 or now.is_trial:
         return None
     if now.folder not in _open_writers:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # the run's own logger reports it
-            return None
         folder = str(now.folder / "tensorboard")
-        _open_writers[now.folder] = SummaryWriter(folder, filename_suffix=".recipe")
+        with tensorboard_without_tensorflow():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:  # the run's own logger reports it
+                return None
+            _open_writers[now.folder] = SummaryWriter(folder, filename_suffix=".recipe")
     return _open_writers[now.folder]
 
 

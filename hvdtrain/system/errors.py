@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
 
 EXIT_FAILED = 1  # a rank failed
 EXIT_USER_ERROR = 2  # the user's mistake, found before any rank starts
+EXIT_NOT_EXECUTABLE = 126  # of a command that cannot be executed, as of a shell
+EXIT_NOT_FOUND = 127  # of a command that does not exist, as of a shell
 EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of sysexits.h)
 
 
@@ -21,7 +22,7 @@ class KnownError(Exception):
         trace: a traceback to print before the text; "" for none.
     """
 
-    exit_code: ClassVar[int] = EXIT_FAILED
+    exit_code: int = EXIT_FAILED
     origin: int | None = None
     trace: str = ""
 
@@ -34,6 +35,14 @@ class UserError(KnownError):
     """A user's mistake: shown as one line on standard error, exit 2, no traceback."""
 
     exit_code = EXIT_USER_ERROR
+
+
+class CommandError(KnownError):
+    """A command that cannot be started: shown as one line, with the exit code that a shell would give it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class RunError(KnownError):

@@ -38,6 +38,7 @@ class NativeLimits:
         ask_torch: for torch to be imported, in a process of its own.
         ask_mpi: for mpirun to print its version.
         ask_nvcc: for nvcc to print its version.
+        ask_python: for a Python to print its version.
         probe: for the all-reduce over one transport, start included.
         probe_exit: for horovodrun and mpirun to stop their ranks, before they are killed.
     """
@@ -49,6 +50,7 @@ class NativeLimits:
     ask_torch: float = 300.0
     ask_mpi: float = 30.0
     ask_nvcc: float = 60.0
+    ask_python: float = 30.0
     probe: float = 60.0
     probe_exit: float = 10.0
 
@@ -106,6 +108,55 @@ class LaunchLimits:
     def from_environment(environ: Mapping[str, str] = os.environ) -> LaunchLimits:
         """Return the limits with what the environment overrides. Raises UserError."""
         return LaunchLimits(discovery=read_time_limit(environ, "HVDTRAIN_DISCOVERY_SECONDS", LaunchLimits.discovery))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramLimits:
+    """Limits of a program that each rank runs (hvdtrain.launch.program_rank).
+
+    Attributes:
+        start: for all ranks to have started, before any starts its program; HOROVOD_START_TIMEOUT overrides it.
+        store: for the store to answer a request.
+        poll: between two requests for a value that is not there yet.
+        hold_traceback: from a traceback on standard error until it is shown: a program that ends meanwhile has failed
+            by it; the exit handlers of Horovod and torch may take long.
+        hold_followed: the same once the program has printed more, some time after the traceback.
+        head_start: that a rank which has lost another one leaves that one to report why, before its own end makes the
+            launcher end all.
+        watch: between two looks whether `hvdtrain launch` still serves, over several hosts.
+        launch_silent: without an answer of `hvdtrain launch`, until a program is ended.
+        outlived: after the failure of an elastic worker, until the others have outlived it.
+    """
+
+    start: float = 120.0
+    store: float = 5.0
+    poll: float = 0.1
+    hold_traceback: float = 15.0
+    hold_followed: float = 2.0
+    head_start: float = 1.0
+    watch: float = 5.0
+    launch_silent: float = 60.0
+    outlived: float = 5.0
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> ProgramLimits:
+        """Return the limits with what the environment overrides. Raises UserError."""
+        return ProgramLimits(start=read_time_limit(environ, "HOROVOD_START_TIMEOUT", ProgramLimits.start))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisLimits:
+    """Limits of `hvdtrain.diagnose` in a program.
+
+    Attributes:
+        send: for rank 0 to answer a message of another rank.
+        last_messages: at the end, for rank 0 to wait for the others' last messages, and for them to send those.
+        report: for rank 0 to write its report after an exception.
+    """
+
+    send: float = 5.0
+    last_messages: float = 5.0
+    report: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

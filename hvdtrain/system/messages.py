@@ -92,7 +92,7 @@ class RankFailed:
         error: why, in a line.
         traceback: Python's, or "".
         origin: the rank that caused it, if all ranks end with this error; else None.
-        waits: whether it hung while it waited for other ranks.
+        waits: whether it hung while it waited for other ranks; of a program, whether it has lost one.
         ends: whether a supervisor ends the whole run by it, or only its slot; None if a rank sends this.
     """
 
@@ -110,11 +110,16 @@ class RankFailed:
 
 @dataclass(frozen=True)
 class RankFinished:
-    """The rank is done: sent once, at the end; the exit code is 0, or 75 if the run is to be resumed."""
+    """The rank is done: sent once, at the end; the exit code is 0, or 75 if the run is to be resumed.
+
+    A program's rank sends it also if it was stopped, with any exit code, and with host and pid as in RankStarted.
+    """
 
     kind: ClassVar = "finished"
     rank: int
     code: int
+    host: str | None = None
+    pid: int | None = None
 
 
 @dataclass(frozen=True)

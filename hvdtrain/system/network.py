@@ -79,7 +79,12 @@ def local_address_toward(name: str) -> str:
 def _outgoing_interface(name: str) -> str:
     """Return the interface by which packets to a host leave."""
     own = local_address_toward(name)
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(one.address == own for one in addresses):
-            return interface
-    raise UserError(f"no interface has the address {own} from which host {name!r} is reached")
+    if (interface := find_interface(own)) is None:
+        raise UserError(f"no interface has the address {own} from which host {name!r} is reached")
+    return interface
+
+
+def find_interface(address: str) -> str | None:
+    """Return this host's interface that has an address; None if there is none."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if any(one.address == address for one in addresses)), None)

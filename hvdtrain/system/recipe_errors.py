@@ -10,11 +10,13 @@ from pathlib import Path
 
 from hvdtrain.system.errors import KnownError, RecipeError, UserError
 from hvdtrain.system.extras import explain_missing_extra
+from hvdtrain.system.other_frameworks import UsedInLoaderError
 from hvdtrain.system.shared_memory import explain_full_shared_memory
 
 PACKAGE = Path(__file__).parents[1]
-HIDDEN_PACKAGES = ("torch", "horovod")
+HIDDEN_PACKAGES = ("torch", "horovod", "jax", "optax", "flax", "equinox", "keras", "tensorflow")
 HIDDEN_FILES = ("<frozen ", "<string>")  # of Python's own machinery, and the __init__ of a dataclass
+JAX_NOTE = "JAX has removed its internal frames"  # of a note that it adds to errors
 PEERS_LOST = "HorovodInternalError"  # by name: processes without Horovod use this module too
 
 
@@ -45,6 +47,8 @@ def in_recipe(recipe: object, call: str) -> Iterator[None]:
         yield
     except KnownError:
         raise
+    except UsedInLoaderError as error:
+        raise RecipeError(f"{name_call(recipe, call)} {error}") from error
     except SystemExit as error:
         text = f"called sys.exit({'' if error.code is None else repr(error.code)}): a recipe must not end the process"
         raise RecipeError(f"{name_call(recipe, call)} {text}", recipe_traceback(error)) from error
@@ -72,8 +76,23 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def describe_import_error(error: BaseException, file: Path, shown: Path) -> str:
+    """Return the message that a recipe's file cannot be imported, with the line in it that failed.
+
+    Args:
+        error: that was raised.
+        file: as frames name it.
+        shown: its path for users.
+    """
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    where = f"{shown}:{lines[-1]}" if lines else f"{shown}"
+    if missing := explain_missing_extra(error):
+        return f"{where}: {missing}"
+    return f"{where} cannot be imported: {describe_error(error)}"
+
+
 def recipe_traceback(error: BaseException) -> str:
-    """Return the traceback of an error, and of those that led to it, without the frames of hvdtrain and torch.
+    """Return the traceback of an error, and of those that led to it, without the frames of hvdtrain and the frameworks.
 
     It is what Python prints; "" if no other frame is in it.
     """
@@ -82,12 +101,14 @@ def recipe_traceback(error: BaseException) -> str:
     while part is not None:
         kept = [frame for frame in part.stack if not is_hidden(frame.filename)]
         part.stack = traceback.StackSummary.from_list(kept)
+        notes = getattr(part, "__notes__", None) or []
+        vars(part)["__notes__"] = [note for note in notes if JAX_NOTE not in str(note)]
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
     return "".join(described.format()) if described.stack else ""
 
 
 def is_hidden(filename: str) -> bool:
-    """Return whether a file belongs to hvdtrain (its own recipes excepted), torch, Horovod or Python."""
+    """Return whether a file belongs to hvdtrain (its own recipes excepted), a framework or Python."""
     if filename.startswith(HIDDEN_FILES) or filename == contextlib.__file__:
         return True
     path = Path(filename)

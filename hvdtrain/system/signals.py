@@ -104,3 +104,13 @@ class SignalInbox:
             if select.select([self], [], [], deadline.left())[0]:
                 self.clear_wakeups()
         return self.received[0] if self.received else None
+
+
+def describe_deadly_signal(number: int) -> str:
+    """Return `signal 9 (SIGKILL)`, and what the cause of a process's end by it probably was, if that is known."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        name = "unknown"
+    hint = "; probably by the out-of-memory killer" if number == signal.SIGKILL else ""
+    return f"signal {number} ({name}){hint}"

@@ -83,13 +83,15 @@ def make_dropping_stream(stream: TextIO | None, descriptor: int) -> TextIO:
     """Return a text stream like `stream` that drops what it cannot write; None stands for a closed descriptor."""
     file = io.BufferedWriter(DroppingFile(descriptor))
     errors = stream.errors if stream is not None else None
+    # A stream that PYTHONUNBUFFERED makes write-through, as images of containers often do, is not line-buffered.
+    by_line = stream is None or any(getattr(stream, name, False) for name in ("line_buffering", "write_through"))
     return io.TextIOWrapper(
         file,
         encoding=stream.encoding if stream is not None else "utf-8",
         # A character that the encoding does not have must not raise either.
         errors=errors if errors not in (None, "strict") else "backslashreplace",
         newline="\n",
-        line_buffering=stream is None or bool(getattr(stream, "line_buffering", False)),
+        line_buffering=by_line,
         write_through=bool(getattr(stream, "write_through", False)),
     )
 

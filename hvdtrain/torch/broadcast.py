@@ -33,7 +33,7 @@ def broadcast_state(
     tensors = [t for t in everything if is_writable_in_place(t)]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         part = [t.detach() for t in tensors if t.dtype == dtype]
-        # As bytes: Horovod knows neither bfloat16 nor bool everywhere.
+        # As bytes: Horovod does not know every dtype.
         flat = torch.cat([t.reshape(-1) for t in part]).view(torch.uint8)
         collectives.broadcast_(flat, f"state.{dtype}", root, process_set)
         for t, piece in zip(part, torch.split(flat.view(dtype), [t.numel() for t in part]), strict=True):

@@ -20,7 +20,13 @@ from hvdtrain.comm import collectives
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import tensors
 from hvdtrain.torch.buffers import Buffer, BufferMode, describe_rebinding, find_builtin_mode, get_previous_value
-from hvdtrain.torch.tensors import find_differing, fingerprint_tensors, is_writable_in_place, read_version
+from hvdtrain.torch.tensors import (
+    find_differing,
+    fingerprint_tensors,
+    is_writable_in_place,
+    read_version,
+    view_as_real,
+)
 
 OTHER_MODES_HINT = '  # or "mean", "sum", "local"'
 
@@ -299,8 +305,7 @@ def _group_by_reduction(buffers: list[Buffer]) -> PendingReduction:
 
 
 def _flatten_float64(tensor: Tensor) -> Tensor:
-    plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return plain.detach().reshape(-1).to(torch.float64)
+    return view_as_real(tensor).detach().reshape(-1).to(torch.float64)
 
 
 def _view_as_bytes(tensor: Tensor) -> Tensor:

@@ -67,25 +67,27 @@ class ChangeTracker:
             *self.buffer_reducer.detect_changes(),
         ]
 
-    def reconcile_changes(self, votes: Sequence[float], passes: int) -> None:
+    def reconcile_changes(self, votes: Sequence[float], passes: int, local_steps: int | None) -> None:
         """Combine what has changed.
 
         Args:
             votes: the change flags, summed over ranks.
             passes: how often this rank has called score.
+            local_steps: of a round, between whose ends ranks have different parameters; None: there are no rounds.
 
         Raises:
             UserError: on all ranks, for what cannot be kept the same on them.
         """
         if votes[0]:
-            self.parameter_watch.reconcile_parameters(int(votes[0]), passes)
+            self.parameter_watch.reconcile_parameters(int(votes[0]), passes, local_steps)
         if votes[1]:
             raise self.learning_rate_watch.build_error()
         self.buffer_reducer.finish_combining(votes[2:])
 
-    def accept_update(self) -> None:
-        """Take the parameters as they are now, after an update, for unchanged."""
+    def accept_update(self, groups: Sequence[ParamGroup]) -> None:
+        """Take parameters and learning rates as they are now, after an update, for unchanged."""
         self.parameter_watch.set_baseline()
+        self.learning_rate_watch.set_baseline(groups)
 
     def skip_step(self) -> None:
         """Undo what the step did to buffers."""

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from hvdtrain.data.rollouts import Rollouts
 from hvdtrain.data.stream import Stream
+from hvdtrain.recipe.base import is_overridden
+from hvdtrain.recipe.dataset_recipe import DatasetRecipe
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.order import Ids
@@ -22,7 +24,6 @@ from hvdtrain.system.errors import KnownError, RunError, UserError
 from hvdtrain.system.recipe_errors import describe_error, in_recipe, name_call
 from hvdtrain.system.seeds import derive_seed
 from hvdtrain.system.shared_memory import explain_full_shared_memory
-from hvdtrain.torch.recipe import Recipe
 
 NUM_CHECKED_EXAMPLES = 8  # examples that are looked at before training, with the middle and the last one
 OTHER_DATA = (
@@ -76,7 +77,7 @@ class BatchDataset(Dataset[Any]):
     loads it, or of what was loaded before.
     """
 
-    def __init__(self, recipe: Recipe, split: Split, dataset: Any) -> None:
+    def __init__(self, recipe: DatasetRecipe, split: Split, dataset: Any) -> None:
         self.recipe, self.split, self.dataset = recipe, split, dataset
 
     def __len__(self) -> int:
@@ -127,7 +128,7 @@ class BatchDataset(Dataset[Any]):
 
     def _collate_examples(self, ids: Sequence[int], examples: list[Any]) -> Any:
         recipe = self.recipe
-        if type(recipe).collate is Recipe.collate:
+        if not is_overridden(recipe, "collate"):
             try:
                 return recipe.collate(examples)
             except Exception as error:
@@ -143,7 +144,7 @@ class BatchDataset(Dataset[Any]):
         return batch
 
     def _explain_collate_error(self, ids: Sequence[int], examples: list[Any], error: Exception) -> str:
-        """Return why torch's default collation refuses a batch: which example, or which two."""
+        """Return why the default collation refuses a batch: which example, or which two."""
         name = type(self.recipe).__name__
         own = getattr(self.dataset, "collate_fn", None)
         how = f"write {name}.collate(self, examples)"
@@ -152,9 +153,9 @@ class BatchDataset(Dataset[Any]):
             try:
                 self.recipe.collate([example])
             except Exception as alone:
-                what = f"is {_with_article(type(example).__name__)}, which torch's default collation cannot batch"
+                what = f"is {_with_article(type(example).__name__)}, which the default collation cannot batch"
                 text = f"{self._name_example(i)} {what} ({describe_error(alone)})"
-                return f"{text}; return tensors, numbers, tuples or dicts, or {how}"
+                return f"{text}; return arrays, tensors, numbers, tuples or dicts, or {how}"
         for i, example in zip(ids[1:], examples[1:], strict=True):
             try:
                 self.recipe.collate([examples[0], example])
@@ -207,7 +208,7 @@ class BatchDataset(Dataset[Any]):
             raise UserError(str(error)) from error
 
 
-def check_dataset(recipe: Recipe, split: Split, dataset: Any) -> None:
+def check_dataset(recipe: DatasetRecipe, split: Split, dataset: Any) -> None:
     """Raise UserError unless a recipe's dataset is a map-style one that is not empty, or None for no evaluation."""
     call, kind = name_call(recipe, f"dataset({split!r})"), type(dataset).__name__
     expected = "expected a map-style dataset, with len() and [i]"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain.system.other_frameworks import tensorboard_without_tensorflow
 from hvdtrain.torch.outputs import split_returned
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scores import get_numerators
@@ -51,7 +52,8 @@ def trace_losses(recipe: Recipe, model: torch.nn.Module, batch: Any, losses: Seq
         if not draw:
             return None
         try:
-            from torch.utils.tensorboard._pytorch_graph import graph
+            with tensorboard_without_tensorflow():
+                from torch.utils.tensorboard._pytorch_graph import graph
         except ModuleNotFoundError:
             return None  # no TensorBoard, as rank 0's report has said
 

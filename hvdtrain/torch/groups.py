@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from hvdtrain.exchange.buckets import check_dtype
+from hvdtrain.compression.spec import AUTO, parse_compression
+from hvdtrain.exchange.buckets import check_dtype, check_layers
+from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.hyperparameters import StateDict
+from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
 from hvdtrain.torch.recipe import Recipe
 
 
@@ -43,6 +45,21 @@ def check_optimizers(recipe: Recipe, optimizers: Mapping[str, torch.optim.Optimi
         group = "no group of the optimizer" if len(optimizers) == 1 else "no optimizer"
         warnings.insert(0, f"warning   in {group}, so not trained: {', '.join(left_out[:3])}{more}")
     return warnings
+
+
+def check_several(options: StepOptions, optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> None:
+    """Raise UserError for options that cannot be used with an optimizer for each of several losses."""
+    names = ", ".join(optimizers)
+    spec = parse_compression(options.compression.spec)
+    if spec.method == AUTO:
+        raise UserError(
+            f"--compression auto measures the steps of one optimizer, and there is one for each of {names}: name a "
+            "method, e.g. powersgd:4 (hvdtrain bench compression compares them)"
+        )
+    if options.exchange.kind == "horovod":
+        raise UserError(f"--exchange horovod takes one optimizer, and there is one for each of {names}: leave it out")
+    held = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
+    check_layers(spec, [name for name, p in model.named_parameters() if p in held])
 
 
 def check_optimizer(
@@ -134,6 +151,23 @@ def reorder_state(state: StateDict, saved: Sequence[Sequence[str]], now: Sequenc
     }
     order = zip(match_groups(saved, now), now, strict=True)
     return {**state, "param_groups": [{**groups[i], "params": [numbers[name] for name in names]} for i, names in order]}
+
+
+def align_state(
+    state: StateDict, now: Sequence[Sequence[str]], hyperparameters: Sequence[ParamGroup]
+) -> tuple[StateDict, Sequence[ParamGroup]]:
+    """Return an optimizer's state dict in the order of its groups now, and the hyperparameters that they began with.
+
+    Args:
+        state: of a checkpoint.
+        now: the names of each group's parameters.
+        hyperparameters: of each group now, for a checkpoint that has none.
+    """
+    own, earlier = state["optimizer"], state.get("settings", hyperparameters)
+    if "parameters" not in state:  # an earlier hvdtrain matched by order
+        return own, earlier
+    places = match_groups(state["parameters"], now)
+    return reorder_state(own, state["parameters"], now), [earlier[place] for place in places if place < len(earlier)]
 
 
 def check_same_groups(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:

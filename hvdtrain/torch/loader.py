@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.util
 import os
@@ -20,13 +19,14 @@ from torch.utils.data import DataLoader
 
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import KnownError, RecipeError, RunError
+from hvdtrain.system.other_frameworks import no_jax_fork_warning, refuse_in_loader
+from hvdtrain.system.process_control import die_with_parent
 from hvdtrain.system.processes import Deadline
 from hvdtrain.system.recipe_errors import name_call
 from hvdtrain.system.shared_memory import explain_full_shared_memory
 from hvdtrain.torch.data import BatchDataset, BatchRequest
 
 LOADER_EXIT_TIMEOUT = 2.0  # seconds for loader processes to end by themselves
-PR_SET_PDEATHSIG = 1  # prctl(2)
 MAX_TMPDIR_BYTES = 60  # bytes of TMPDIR that leave room for a socket's name in the 108 of unix(7)
 # What a launcher, a batch system or a terminal sends to all processes of a job: the rank decides what comes of it.
 RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -75,7 +75,8 @@ class BatchLoader:
         # They leave these signals to the rank from their first moment on: see _begin_worker.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
         try:
-            iter(self._loader)
+            with no_jax_fork_warning():
+                iter(self._loader)
         except OSError as error:
             if full := explain_full_shared_memory(error, starting=True):
                 raise full from error
@@ -168,13 +169,12 @@ def _ignore_signal(*_: object) -> None:
 
 
 def _init_worker(_: int) -> None:
-    """In a loader process: end with the rank, leave signals to it, and have room for a socket."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is None or os.getppid() != parent.pid:  # it has ended in the meantime
-            os._exit(1)
+    """In a loader process: end with the rank, leave JAX and signals to it, and have room for a socket."""
+    die_with_parent()
+    refuse_in_loader()
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it has ended in the meantime
+        os._exit(1)
     for number in RANK_SIGNALS:
         signal.signal(number, _ignore_signal)  # ignoring it would pass on to programs that the dataset starts
     signal.pthread_sigmask(signal.SIG_UNBLOCK, RANK_SIGNALS)

@@ -29,7 +29,7 @@ def select_evaluated_weights(state: StateDict) -> StateDict:
     return {name.removeprefix(AVERAGED_PREFIX): value for name, value in averaged if name.startswith(AVERAGED_PREFIX)}
 
 
-def load_model(recipe: Recipe, data: bytes, seed: int, device: str) -> nn.Module:
+def restore_model(recipe: Recipe, data: bytes, seed: int, device: str) -> nn.Module:
     """Return a recipe's model in evaluation mode, with the weights of a checkpoint that its evaluation used.
 
     Args:

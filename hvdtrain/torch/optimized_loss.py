@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,56 +12,38 @@ from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse_compression, select_layers
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.sharded import ShardedExchange
-from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.seeds import derive_seed
+from hvdtrain.torch.broadcast import broadcast_optimizer
 from hvdtrain.torch.carried_state import CarriedState
-from hvdtrain.torch.groups import get_parameter_names, match_groups, reorder_state
+from hvdtrain.torch.gradient_watch import GradientWatch
+from hvdtrain.torch.groups import align_state, get_parameter_names
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
 from hvdtrain.torch.optimizer_methods import WrappedOptimizer
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.setup import check_momentum
+from hvdtrain.torch.shard_state import make_state_dict, restore_state_dict
+from hvdtrain.torch.shard_trial import DivisionTrial, find_shard_unit
+from hvdtrain.torch.shards import OptimizerShards, step_pieces, use_pieces
 from hvdtrain.torch.tensors import all_finite, scale_tensors
-
-# A detector's first batches may hold no object, so that their loss is zero without a graph; 5 in a row do not.
-MAX_STEPS_WITHOUT_GRADIENT = 5
-
-
-@dataclass(frozen=True)
-class UpdateSettings:
-    """What the losses of a recipe have in common.
-
-    Attributes:
-        recipe_name: the class.
-        model: whose parameters the optimizers have.
-        options: of the run.
-        scaler: of --amp fp16.
-        losses: the names of the scores that are minimized, in order.
-        several: whether each loss is differentiated by its own optimizer's parameters only, and may be left out of a
-            step.
-    """
-
-    recipe_name: str
-    model: nn.Module
-    options: StepOptions
-    scaler: torch.amp.GradScaler | None
-    losses: tuple[str, ...]
-    several: bool
+from hvdtrain.torch.update_settings import UpdateSettings
 
 
 class OptimizedLoss:
     """A score that is minimized by an optimizer of its own.
 
     A step is `start_step`, `backward` for each micro-batch, `wait_for_sums`, `reduce_gradients`, and `clip_and_step`
-    unless a sum is not finite; or `start_step` and `leave_out`.
+    unless a sum is not finite; or `start_step` and `leave_out`. In a local step gradients stay on this rank.
 
     Attributes:
         name: of the score.
         optimizer: the recipe's, wrapped.
         bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
+        shards: this rank's part of the optimizer; None if every rank has all of it.
         carried: what the exchange carries from step to step.
-        steps: in which it took part in this process.
+        gradient_watch: refuses a loss that trains nothing.
+        steps: how often it has exchanged something in this process.
         gradient_factor: of the step's gradients once they are exchanged and unscaled: examples / own denominators.
         base_lrs: each group's learning rate, before the schedule.
         hyperparameters: what each group was given.
@@ -74,12 +55,16 @@ class OptimizedLoss:
         self.column_suffix = f"_{name.removeprefix('loss_')}" if settings.several else ""
         self.bucketed_exchange: BucketedExchange | None = None
         self.shard_exchange: ShardedExchange | None = None
+        self.shards: OptimizerShards | None = None
+        self._shard_trial: DivisionTrial | None = None  # of the optimizer, if it is to be divided
         self.carried = CarriedState()
         self.steps, self.gradient_factor = 0, 1.0
+        self._is_local = False  # the step
         self.base_lrs: list[float] = []
         self.hyperparameters: list[ParamGroup] = []
         self._has_joined = False  # a world, now or before
-        self._steps_without_gradient: int | None = 0  # steps made without any gradient; None: there has been one
+        own = " of its own optimizer" if settings.several else ""
+        self.gradient_watch = GradientWatch(settings.recipe_name, name, own)
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
         self._step_parameters: list[nn.Parameter] = []  # when it began
         self._state_checked = False
@@ -90,7 +75,9 @@ class OptimizedLoss:
         """Exchange gradients with the ranks of a world; after another one, once `leave_world` was called."""
         options, first = self.settings.options, not self._has_joined
         if first:
-            check_momentum(parse_compression(options.compression.spec), self.optimizer, world)
+            check_momentum(parse_compression(options.compression.spec), self.optimizer, world, options)
+        if options.exchange.shards_optimizer and world.size > 1:
+            self._shard_trial = find_shard_unit(self.optimizer, self.settings.recipe_name, self.settings.model)
         held = set(self.get_parameters())
         named = [(name, p) for name, p in self.settings.model.named_parameters() if p in held]
         compression, seed, index = options.compression.spec, options.data.seed, self.settings.losses.index(self.name)
@@ -126,6 +113,29 @@ class OptimizedLoss:
             exchange.checks_finite = self.settings.scaler is None and (self.settings.several or not clips)
         if self.bucketed_exchange is not None and self.bucketed_exchange.advisor is not None:
             self.bucketed_exchange.advisor.log_line = log_line
+        self.leave_out_pruned()
+
+    def leave_out_pruned(self) -> None:
+        """Let gradients of the weights that are pruned now not travel any more."""
+        if self.bucketed_exchange is not None and self.settings.pruner is not None:
+            self.bucketed_exchange.leave_out(self.settings.pruner.masks)
+
+    def distribute_state(self) -> list[str]:
+        """Have rank 0's state, or this rank's part of it if it is to be sharded; return lines to print.
+
+        All ranks call this, once they have the same parameters.
+        """
+        broadcast_optimizer(self.optimizer)
+        if self._shard_trial is None:
+            return []
+        name = f"{self.name}." if self.settings.several else ""
+        self.shards = OptimizerShards(self.optimizer, self._shard_trial.unit, self.bucketed_exchange, name)
+        return [self.shards.describe(self._shard_trial.state_bytes)]
+
+    @property
+    def _scattered(self) -> OptimizerShards | None:
+        """The shards, if each rank has its part of the gradients only."""
+        return self.shards if self.bucketed_exchange is not None else None
 
     def leave_world(self) -> None:
         """Leave the exchange of a world; what it has not sent is kept for the next."""
@@ -134,6 +144,8 @@ class OptimizedLoss:
 
     def close(self) -> None:
         """Give the recipe's optimizer and its parameters back as they were before `join_world`."""
+        if self.shards is not None:
+            self.shards.forget_state()
         if hasattr(type(self.optimizer), "inner_class"):
             unwrap_optimizer(self.optimizer)
 
@@ -148,8 +160,14 @@ class OptimizedLoss:
         """Return the gradients of those parameters that have one."""
         return [p.grad for p in self.get_parameters() if p.grad is not None]
 
-    def start_step(self, passes: Sequence[int]) -> None:
-        """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
+    def start_step(self, passes: Sequence[int], is_local: bool) -> None:
+        """Drop the last step's gradients.
+
+        Args:
+            passes: the backward passes of each of this rank's shards.
+            is_local: whether gradients stay on this rank.
+        """
+        self._is_local, self.optimizer.waited = is_local, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(sum(passes))
         self._step_parameters = self.get_parameters()
@@ -169,7 +187,7 @@ class OptimizedLoss:
             keep_graph: whether other losses of the micro-batch follow, which may share its graph.
         """
         if self.bucketed_exchange is not None:
-            self.bucketed_exchange.announce_pass(last)
+            self.bucketed_exchange.announce_pass(last and not self._is_local)
         if objective.requires_grad and not self.settings.several:
             objective.backward()  # type: ignore[no-untyped-call]
         elif objective.requires_grad:
@@ -181,7 +199,7 @@ class OptimizedLoss:
 
     def wait_for_sums(self) -> bool:
         """Wait for the gradients' sums over ranks; return whether they are finite, if their exchange looks."""
-        if self.bucketed_exchange is None:
+        if self.bucketed_exchange is None or self._is_local:
             return True
         self.bucketed_exchange.wait_for_sums()
         return self.bucketed_exchange.sums_are_finite
@@ -191,44 +209,38 @@ class OptimizedLoss:
 
         is_made: False if it is known that there will be no update.
         """
+        if self._is_local:
+            return ()  # the round looks itself
         if self.bucketed_exchange is not None:
             self.bucketed_exchange.step_is_made = is_made
         self.optimizer.synchronize()
         self.steps += 1
+        if self.settings.pruner is not None and self.bucketed_exchange is None:  # whose sums are zero there
+            self.settings.pruner.zero_gradients(self.get_parameters())
+        if self._scattered is not None:
+            self._scattered.take_gradients()
         if self.settings.scaler is not None:
             return ()  # which skips such steps itself
         exchange = self.optimizer.exchange
-        if self.settings.options.optimization.clip_norm is not None:
+        if self._scattered is not None:
+            self._gradient_norm = self._scattered.total_norm()
+        elif self.settings.options.optimization.clip_norm is not None:
             self._gradient_norm = nn.utils.get_total_norm(self.collect_gradients())
+        if self._gradient_norm is not None:
             finite = bool(torch.isfinite(self._gradient_norm))
         else:
             finite = exchange.sums_are_finite if exchange is not None else all_finite(self.collect_gradients())
         if finite:
             return ()
         names = {p: name for name, p in self.settings.model.named_parameters()}
-        return tuple(names[p] for p in self.get_parameters() if p.grad is not None and not all_finite([p.grad])) or (
-            "the sum",
-        )
+        own = (p for p in self.get_parameters() if p.grad is not None and not all_finite([p.grad]))
+        nonfinite = set(own) if self._scattered is None else self._scattered.find_nonfinite()
+        return tuple(names[p] for p in self.get_parameters() if p in nonfinite) or ("the sum",)
 
     def check_loss_trains(self, loss: float) -> None:
-        """Raise UserError if no rank's loss has depended on a parameter so far, and that is not by chance.
-
-        Args:
-            loss: the sum of the step's losses over all ranks.
-        """
-        if self._steps_without_gradient is None:
-            return
-        if self.collect_gradients():
-            self._steps_without_gradient = None
-            return
-        self._steps_without_gradient += 1
-        if loss or self._steps_without_gradient == MAX_STEPS_WITHOUT_GRADIENT:
-            own = " of its own optimizer" if self.settings.several else ""
-            raise UserError(
-                f"{self.settings.recipe_name}.score: {self.name!r} depends on no parameter{own} that is trained, on no "
-                "rank: compute it from the model's outputs, without detach(), item() or no_grad(), and with parameters "
-                "that require a gradient"
-            )
+        """Raise UserError if the sum of the step's losses over all ranks has depended on no parameter so far."""
+        has_gradient = bool(self.collect_gradients()) or (self._scattered is not None and self._scattered.has_gradients)
+        self.gradient_watch.check_gradient(loss, has_gradient)
 
     def set_learning_rates(self, factor: float) -> None:
         """Set each group's learning rate to `factor` times what it was before the schedule."""
@@ -239,10 +251,23 @@ class OptimizedLoss:
 
     def clip_and_step(self) -> dict[str, float]:
         """Unscale, clip, and step; return what is to be reported."""
+        with use_pieces(self._scattered):
+            report = self._scale_and_clip()
+        with step_pieces(self.shards):
+            if self.settings.scaler is None:
+                self._step_optimizer()
+            else:
+                # The gradients are the same on all ranks, and so is the decision to skip.
+                self.settings.scaler.step(self.optimizer)
+        return report
+
+    def _scale_and_clip(self) -> dict[str, float]:
         report: dict[str, float] = {}
         scaler, clip_norm = self.settings.scaler, self.settings.options.optimization.clip_norm
         if scaler is not None:
             scaler.unscale_(self.optimizer)
+            if self._scattered is not None:
+                self._gradient_norm = self._scattered.agree_on_overflow(scaler)
         if self.gradient_factor != 1:  # what compression has not sent stays as it was
             scale_tensors(self.collect_gradients(), self.gradient_factor)
         if clip_norm is not None:
@@ -254,14 +279,11 @@ class OptimizedLoss:
                 norm = norm * self.gradient_factor
             nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
             report[f"gradient_norm{self.column_suffix}"], self._gradient_norm = float(norm), None
-        if scaler is None:
-            self._step_optimizer()
-        else:
-            # The gradients are the same on all ranks, and so is the decision to skip.
-            scaler.step(self.optimizer)
         return report
 
     def _step_optimizer(self) -> None:
+        if self._is_local:
+            self.optimizer._synchronized = True  # as far as it will be
         try:
             self.optimizer.step()
         except (AssertionError, TypeError) as error:
@@ -280,19 +302,19 @@ class OptimizedLoss:
     def get_state(self) -> StateDict:
         """Return the state of the optimizer."""
         names = get_parameter_names(self.optimizer, self.settings.model)
-        return {"optimizer": self.optimizer.state_dict(), "parameters": names, "settings": self.hyperparameters}
+        return {
+            "optimizer": make_state_dict(self.optimizer, self.shards),
+            "parameters": names,
+            "settings": self.hyperparameters,
+        }
 
     def load_state(self, state: StateDict, carried: StateDict | None) -> None:
         """Load a state. Raises UserError or torch's own errors for one of other parameters.
 
         carried: the exchange's part; None if there is none.
         """
-        own, earlier = state["optimizer"], state.get("settings", self.hyperparameters)
-        if "parameters" in state:  # an earlier hvdtrain matched by order
-            now = get_parameter_names(self.optimizer, self.settings.model)
-            places = match_groups(state["parameters"], now)
-            own = reorder_state(own, state["parameters"], now)
-            earlier = [earlier[place] for place in places if place < len(earlier)]
-        self.optimizer.load_state_dict(own)
+        now = get_parameter_names(self.optimizer, self.settings.model)
+        own, earlier = align_state(state, now, self.hyperparameters)
+        restore_state_dict(self.optimizer, self.shards, own)
         apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
         self.carried.load(carried)

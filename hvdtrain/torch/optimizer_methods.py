@@ -33,6 +33,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     exchange: BucketedExchange | ShardedExchange | None
     waited: float
     wire_bytes: int
+    _synchronized: bool  # the gradients are reduced, and no step was made with them yet
 
     def synchronize(self) -> None:
         """See `synchronize`."""
@@ -60,7 +61,7 @@ def set_backward_passes(self: Any, passes: int) -> None:
 
 def synchronize(self: Any) -> None:
     """Wait until the gradients are reduced; once per step, on all ranks. Nothing to do if it was done."""
-    if self._synchronized:
+    if self._synchronized and not (self.exchange is not None and self.exchange.has_pending_gradients):
         return
     if self.exchange is not None:
         self.exchange.finish_exchange()
@@ -86,10 +87,19 @@ reduce_and_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so 
 
 
 def zero_grad(self: Any, set_to_none: bool = True) -> None:
-    """Zero gradients as torch does. Raises RuntimeError while they are being reduced, which the next step would get."""
+    """Zero gradients as torch does; the next step gets nothing of them, also of those that are being reduced.
+
+    All ranks call it alike: if gradients can have been sent, it waits for the other ranks.
+
+    Raises:
+        RuntimeError: they are being reduced by Horovod's own exchange.
+        RunError: other ranks use, in `step`, gradients that this one drops.
+    """
     if self._handles:
         raise RuntimeError("zero_grad() between backward() and step(): the gradients are being reduced")
-    if self.exchange is not None:
+    if isinstance(self.exchange, BucketedExchange):
+        self.exchange.discard_gradients(unused_sums=self._synchronized)
+    elif self.exchange is not None:
         self.exchange.discard_gradients()
     self._synchronized = False
     super(self.__class__, self).zero_grad(set_to_none)
@@ -126,6 +136,11 @@ def load_state_dict(self: Any, state_dict: StateDict) -> None:
 def get_param_groups(self: Any) -> list[ParamGroup]:
     if self.exchange is not None and self.exchange.has_pending_gradients:
         self.synchronize()
+    return read_param_groups(self)
+
+
+def read_param_groups(self: Any) -> list[ParamGroup]:
+    """Return the groups of a wrapped optimizer, without waiting for gradients."""
     declared = inspect.getattr_static(self.inner_class, "param_groups", None)
     if declared is not None:  # a property, of an optimizer around another
         return declared.__get__(self)  # type: ignore[no-any-return]

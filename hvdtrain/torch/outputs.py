@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdtrain.recipe.dataset_recipe import DatasetRecipe
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.recipe import Recipe
 
 Outputs = dict[str, NDArray[Any]]  # (B, ...) by name
 
@@ -22,12 +22,7 @@ def split_returned(returned: Any) -> tuple[Any, Any]:
     return returned if is_pair else (returned, None)
 
 
-def defines_outputs(recipe: Recipe) -> bool:
-    """Return whether a recipe has a method `outputs` of its own."""
-    return type(recipe).outputs is not Recipe.outputs
-
-
-def missing_outputs(recipe: Recipe) -> UserError:
+def missing_outputs(recipe: DatasetRecipe) -> UserError:
     """Return the error for a recipe that summarises outputs and has none."""
     name = type(recipe).__name__
     return UserError(

@@ -14,15 +14,15 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
 from hvdtrain.data.input_file import InputFile
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.base import check_split
+from hvdtrain.recipe.base import check_split, is_overridden
 from hvdtrain.recipe.framework import Chunk, Split
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import BatchDataset, BatchRequest, seed_all
 from hvdtrain.torch.loader import BatchLoader
-from hvdtrain.torch.loading import load_model
-from hvdtrain.torch.outputs import Outputs, defines_outputs, make_arrays
+from hvdtrain.torch.loading import restore_model
+from hvdtrain.torch.outputs import Outputs, make_arrays
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.scorer import Scorer
@@ -44,7 +44,7 @@ class TorchPredictor:
             self.scorer = Scorer(recipe, device, options)
             undo.callback(self.scorer.close)
             self.model = collectives.on_all_ranks(
-                "model", lambda: load_model(recipe, state, options.data.seed, str(device))
+                "model", lambda: restore_model(recipe, state, options.data.seed, str(device))
             )
             self._exit_stack = undo.pop_all()
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
@@ -86,7 +86,7 @@ class TorchPredictor:
     def _call_outputs(self, batch: Any) -> tuple[Any, str]:
         """Return what `outputs` returns, or else what the model does, and the name of the call for messages."""
         recipe, name = self.recipe, type(self.recipe).__name__
-        if defines_outputs(recipe):
+        if is_overridden(recipe, "outputs"):
             call, outputs = name_call(recipe, "outputs()"), self.scorer.call_outputs(recipe, self.model, batch)
         else:
             if not isinstance(batch, (Tensor, tuple, list)) or (isinstance(batch, (tuple, list)) and not batch):

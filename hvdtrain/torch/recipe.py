@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from hvdtrain.recipe import base
+from hvdtrain.recipe.dataset_recipe import DatasetRecipe
 from hvdtrain.recipe.options import option
 
 # Scores by name, each values or (numerators, denominators); or a pair of them and of outputs by name.
@@ -23,7 +23,7 @@ ScoreResult: TypeAlias = (
 
 
 @dataclass(kw_only=True)
-class Recipe(base.Recipe):
+class Recipe(DatasetRecipe):
     """A torch recipe: subclass it with `@dataclass(kw_only=True)` and write four methods.
 
     `score` must return one value per example, never a mean: that is what makes weighting, accumulation and metrics
@@ -34,10 +34,7 @@ class Recipe(base.Recipe):
     """
 
     framework: ClassVar[str] = "torch"
-    # How buffers that training changes are combined over ranks after each step, by name or pattern ("*.queue"):
-    # "mean" (by the ranks' shares of the batch), "sum" (of the ranks' changes: counters), "rank0" or "local". What
-    # torch's batch norm keeps needs no entry.
-    buffers: ClassVar[dict[str, str]] = {}
+    stack_examples: ClassVar[Callable[[list[Any]], Any]] = staticmethod(default_collate)
 
     channels_last: bool = option(False, "keep images and convolutions in channels-last memory format")
 
@@ -45,39 +42,6 @@ class Recipe(base.Recipe):
     def model(self) -> torch.nn.Module:
         """Return the model, with its initial weights."""
         raise NotImplementedError
-
-    @abstractmethod
-    def dataset(self, split: str) -> Any:
-        """Return the examples of a split: an object with len() and [i]; None for one that is not to be evaluated.
-
-        It is called for "train", then for each name in `evals`, by default "eval", each time with torch's, numpy's and
-        Python's global generators newly seeded from --seed: a random split (`random_split`, `train_test_split`) is the
-        same each time.
-        """
-        raise NotImplementedError
-
-    def sampler(self, split: str, epoch: int) -> Any:
-        """Return the order of an epoch (from 0) of training; None, the default, for a shuffled one.
-
-        A float tensor or array of len(dataset): weights, by which len(dataset) examples are drawn, with replacement.
-        Integers, as a tensor, a list, or a torch Sampler: the ids of the epoch's examples in their order, as many as
-        they are; an id may come several times, or not at all. All epochs of a run must have equally many.
-
-        It is called with the split "train" only, on rank 0, whose order all ranks take, at the beginning of each epoch
-        and where a run resumes, with torch's, numpy's and Python's global generators seeded by (seed, epoch). Before a
-        run's first step `now.steps` and `now.epochs` are not known. An evaluation scores each of its examples once: let
-        `dataset` return the examples to evaluate.
-        """
-        return None
-
-    def collate(self, examples: list[Any]) -> Any:
-        """Return the batch of some examples, for `score`; by default torch's `default_collate` stacks their tensors.
-
-        Override it to pad examples of different sizes, or to join objects of your own. It runs wherever examples are
-        loaded, with --workers in other processes. Tensors of the batch are moved to the device, in dicts, lists, tuples
-        and dataclasses, or by the batch's own method `to(device)`.
-        """
-        return default_collate(examples)
 
     @abstractmethod
     def optimizer(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer | dict[str, torch.optim.Optimizer]:
@@ -105,10 +69,9 @@ class Recipe(base.Recipe):
         """
         raise NotImplementedError
 
-    def outputs(self, model: torch.nn.Module, batch: Any) -> Mapping[str, Tensor | NDArray[Any]]:
-        """Return outputs of a batch of B examples, tensors or arrays (B, ...) whose other sizes never change.
+    def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        """Return the blocks of the model that --recompute runs again in the backward pass, such as its layers.
 
-        With a method `summarise`, it is called in evaluations, without gradients, unless `score` has returned outputs;
-        and by `hvdtrain predict`.
+        They are modules of the model, none of them in another, that change no input and no buffer.
         """
         raise NotImplementedError

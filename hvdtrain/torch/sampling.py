@@ -6,20 +6,15 @@ from typing import Any
 
 import torch
 
+from hvdtrain.recipe.dataset_recipe import DatasetRecipe
 from hvdtrain.recipe.given_order import GivenOrder, read_given_order
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import seed_all
-from hvdtrain.torch.recipe import Recipe
 
 SAMPLER_SEED = -2  # in the place of a step's example, so that a sampler draws other numbers than an example does
 
 
-def has_sampler(recipe: Recipe) -> bool:
-    """Return whether a recipe has a method `sampler` of its own."""
-    return type(recipe).sampler is not Recipe.sampler
-
-
-def draw_order(recipe: Recipe, count: int, seed: int, epoch: int) -> GivenOrder | None:
+def draw_order(recipe: DatasetRecipe, count: int, seed: int, epoch: int) -> GivenOrder | None:
     """Return what the recipe gives for an epoch of training of `count` examples; None for a shuffled one.
 
     Raises:

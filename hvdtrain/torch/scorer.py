@@ -13,7 +13,7 @@ from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import RecipeError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import to_device
-from hvdtrain.torch.outputs import Outputs, defines_outputs, make_arrays, missing_outputs, split_returned
+from hvdtrain.torch.outputs import Outputs, make_arrays, missing_outputs, split_returned
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.score_session import ScoreSession, enter_session, find_refusal
 from hvdtrain.torch.scores import Scores, check_loss_denominators, check_scores, get_numerators, replace_numerators
@@ -79,7 +79,7 @@ class Scorer:
         """
         if self._outputs is not None:
             return make_arrays(name_call(self.recipe, "score()"), self._outputs, count)
-        if not defines_outputs(self.recipe):
+        if not is_overridden(self.recipe, "outputs"):
             raise missing_outputs(self.recipe)
         outputs = self.call_outputs(self.recipe, model, self.move_batch(batch))
         return make_arrays(name_call(self.recipe, "outputs()"), outputs, count)

@@ -203,8 +203,13 @@ def explain_nondeterminism(function: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
-def check_momentum(spec: Spec, optimizer: torch.optim.Optimizer, world: World) -> None:
+def check_momentum(spec: Spec, optimizer: torch.optim.Optimizer, world: World, options: StepOptions) -> None:
     """Raise UserError if compression's momentum would be a second one, or have no effect."""
+    if spec.momentum and options.rounds.local_steps is not None:
+        raise UserError(
+            f"--local-steps with --compression {spec.text}: its momentum is for gradients, and rounds exchange "
+            "changes; use --outer nesterov:0.7,0.9"
+        )
     if spec.momentum and any(group.get("momentum") for group in optimizer.param_groups):
         raise UserError(f"compression {spec.text!r}: its momentum replaces the optimizer's: set that to 0")
     if spec.momentum and world.size == 1:

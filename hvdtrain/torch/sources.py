@@ -8,12 +8,12 @@ from typing import Any
 from hvdtrain.comm.world import World
 from hvdtrain.data.rollouts import Rollouts
 from hvdtrain.data.stream import Stream
+from hvdtrain.recipe.base import is_overridden
+from hvdtrain.recipe.dataset_recipe import DatasetRecipe
 from hvdtrain.recipe.framework import DataSource, Split
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.data import NUM_CHECKED_EXAMPLES, BatchDataset, BatchRequest, seed_all, seed_cpu_generators
-from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.sampling import has_sampler
 
 ROLLOUT_SEED = -3  # so that playing draws other numbers than the model does for the same example of the step
 
@@ -87,7 +87,7 @@ class StreamBatches(BatchDataset):
         return f"dataset({self.split!r}).factory()"
 
 
-def make_batches(recipe: Recipe, split: Split, dataset: Any) -> BatchDataset:
+def make_batches(recipe: DatasetRecipe, split: Split, dataset: Any) -> BatchDataset:
     """Return the batches of a split's dataset."""
     if isinstance(dataset, Rollouts):
         return RolloutBatches(recipe, split, dataset)
@@ -96,12 +96,12 @@ def make_batches(recipe: Recipe, split: Split, dataset: Any) -> BatchDataset:
     return BatchDataset(recipe, split, dataset)
 
 
-def find_source(recipe: Recipe, dataset: Any, world: World) -> DataSource:
+def find_source(recipe: DatasetRecipe, dataset: Any, world: World) -> DataSource:
     """Return where the examples of a training dataset come from; of a divided stream, this rank's part is set.
 
     Raises UserError for a sampler of what has no numbers.
     """
-    if has_sampler(recipe) and isinstance(dataset, (Stream, Rollouts)):
+    if is_overridden(recipe, "sampler") and isinstance(dataset, (Stream, Rollouts)):
         raise UserError(
             f"{type(recipe).__name__} has a sampler and a {type(dataset).__name__}, whose examples have no numbers to "
             "give an order of: leave out one of them"

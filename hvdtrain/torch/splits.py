@@ -8,22 +8,26 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.comm.world import World
+from hvdtrain.recipe.base import is_overridden
+from hvdtrain.recipe.dataset_recipe import DatasetRecipe
 from hvdtrain.recipe.framework import Chunk, Split
 from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import Ids
 from hvdtrain.recipe.step_options import DataOptions
 from hvdtrain.torch.data import BatchRequest
 from hvdtrain.torch.loader import BatchLoader
-from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.sampling import draw_order, has_sampler
+from hvdtrain.torch.sampling import draw_order
 from hvdtrain.torch.sources import find_source, make_batches
 
 
 class SplitLoaders:
     """Loads batches of a recipe's datasets, by `options.workers` processes each from `start` to `close`."""
 
-    def __init__(self, recipe: Recipe, datasets: Mapping[Split, Any], options: DataOptions, world: World) -> None:
-        self.recipe, self.has_sampler = recipe, has_sampler(recipe)
+    def __init__(
+        self, recipe: DatasetRecipe, datasets: Mapping[Split, Any], options: DataOptions, world: World
+    ) -> None:
+        self.datasets = datasets
+        self.recipe, self.has_sampler = recipe, is_overridden(recipe, "sampler")
         self.source = find_source(recipe, datasets["train"], world)
         self.seed, self.max_batch = options.seed, options.micro_batch or recipe.batch_size
         self.num_examples: dict[Split, int] = dict.fromkeys(("train", *recipe.evals), 0)

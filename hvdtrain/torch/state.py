@@ -14,6 +14,7 @@ from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import check_same_model
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.recipe_state import RecipeState
+from hvdtrain.torch.shard_state import gather_whole_state
 from hvdtrain.torch.tensors import load_module_state, read_tensors
 from hvdtrain.torch.update import Updater
 
@@ -27,6 +28,13 @@ class TrainingState:
     updater: Updater
     ema: AveragedModel | None
     changes: ChangeTracker
+
+    def gather_shards(self) -> None:
+        """Let rank 0 have, until it serializes the state, what each rank has a part of; all ranks call this."""
+        for shards in self.updater.shards:
+            shards.whole_state = gather_whole_state(shards)
+        if self.ema is not None:
+            self.ema.gather_host_state()
 
     def serialize(self, carried: Mapping[str, object] | None) -> bytes:
         """Return the state as bytes. carried: what the exchange carries from step to step; None: nothing."""
@@ -49,7 +57,9 @@ class TrainingState:
 
         Raises UserError if it is of another model, optimizer or options.
         """
-        state, model, updater, ema = read_tensors(data, device), self.model, self.updater, self.ema
+        model, updater, ema = self.model, self.updater, self.ema
+        # A device never holds the whole state of which it has a part.
+        state = read_tensors(data, torch.device("cpu") if updater.shards else device)
         for part, needed in (("scaler", updater.scaler is not None), ("ema", ema is not None)):
             if needed != (part in state):
                 raise UserError(
@@ -60,7 +70,7 @@ class TrainingState:
             load_module_state(model, state["model"])
             updater.load_state(state)
             if ema is not None:
-                load_module_state(ema, state["ema"])
+                ema.load_average(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error

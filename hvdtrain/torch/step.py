@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.framework import Chunk, ExchangeReport, Split, StepResult, StepVotes
+from hvdtrain.recipe.framework import Chunk, ExchangeReport, RoundResult, Split, StepResult, StepVotes
 from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.order import Ids
-from hvdtrain.torch.broadcast import broadcast_optimizer, broadcast_state
+from hvdtrain.recipe.shares import Shares
+from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import (
@@ -36,20 +38,21 @@ from hvdtrain.torch.consistency import (
     select_split_hashes,
 )
 from hvdtrain.torch.data import seed_all
-from hvdtrain.torch.ema import AveragedModel
+from hvdtrain.torch.evaluator import Evaluator
+from hvdtrain.torch.gpu import find_gpu_uuid
 from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recipe_state import RecipeState
-from hvdtrain.torch.sandbox import preserve_random_state
+from hvdtrain.torch.recompute import recompute_blocks
 from hvdtrain.torch.scorer import Scorer
-from hvdtrain.torch.scores import sum_scores
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
+from hvdtrain.torch.sharded_ema import make_average
 from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import TrainingState
 from hvdtrain.torch.sums import StepSums, StepTotals
 from hvdtrain.torch.tensors import checksum_model
-from hvdtrain.torch.trial import Trial, initialize_lazy_modules
+from hvdtrain.torch.trial import initialize_lazy_modules, load_two_examples, prepare_trial
 from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
 
@@ -66,36 +69,35 @@ class TorchStep:
         sums: the scores and votes that are summed over ranks.
         ema: the averaged model of --ema, if there is one.
         forward: the model as it is called, compiled with --compile.
+        evaluator: the model in evaluations.
     """
 
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
         """Prepare training with all other ranks: data, model, what has to be the same, a trial, the exchange.
 
-        Raises:
-            UserError, RecipeError: on all ranks alike, for a recipe that cannot be trained. The process is then as it
-                was before.
+        Raises UserError, RecipeError: on all ranks alike, for a recipe that cannot be trained; the process is then as
+        it was before.
         """
         self.recipe, self.world, self.options, self.recipe_state = recipe, world, options, RecipeState(recipe)
         with contextlib.ExitStack() as undo:
             undo.callback(ProcessSettings().restore_settings)
             configure_torch(options, options.resolve_threads(world.local_size).count)
             self.device = choose_device(options.device.device, world.local_rank)
+            self.gpu_uuid = find_gpu_uuid(self.device)
             self.scorer = Scorer(recipe, self.device, options)
             undo.callback(self.scorer.close)
-
-            self.datasets = load_datasets(recipe, world, options.data.seed)
-            self.splits = SplitLoaders(recipe, self.datasets, options.data, world)
+            self.splits = SplitLoaders(recipe, load_datasets(recipe, world, options.data.seed), options.data, world)
             undo.callback(self.splits.close)
             self.examples, self.source = self.splits.num_examples, self.splits.source
             self.has_sampler = self.splits.has_sampler
             first_step = foresee_first_step(recipe, options.data, self.examples["train"])
             with temporary_now(recipe, first_step):
                 collectives.on_all_ranks("examples", self.splits.check_splits)
-
             self.model = build_model(recipe, self.device, options)
             modes = TrainingModes(self.model)
             with temporary_now(recipe, first_step), self.scorer.session.record_pass():
-                initialize_lazy_modules(recipe, self.model, self._load_two_examples)
+                initialize_lazy_modules(recipe, self.model, partial(load_two_examples, self.scorer, self.splits))
+            recompute_lines = undo.enter_context(recompute_blocks(recipe, self.model, options))
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
             self.updater = Updater(recipe, self.model, self.device, options)
             undo.callback(self.updater.close)
@@ -103,7 +105,8 @@ class TorchStep:
             reject_scheduler(recipe, self.updater.optimizers.values())
             parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
-            trial = self._prepare_trial().run()
+            self._trial = prepare_trial(self.scorer, self.model, self.splits, self.updater)
+            trial = self._trial.run()
             self.layout, self.trial_means = trial.layout, trial.means
             self.score_uses_collectives = trial.calls_collectives
             self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
@@ -112,30 +115,23 @@ class TorchStep:
             check_agreement("agreement.metrics", [scores_part])
             self.updater.join_world(world)
             broadcast_state(self.model)
-            for optimizer in self.updater.optimizers.values():
-                broadcast_optimizer(optimizer)
-            self.ema = AveragedModel(self.model, decay) if (decay := options.optimization.ema) is not None else None
+            self.updater.log_lines += [line for loss in self.updater.losses for line in loss.distribute_state()]
+            self.ema = make_average(self.model, options.optimization.ema, self.updater.shards)
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
+            self.evaluator = Evaluator(self.scorer, self.model, self.forward, self.ema, self.changes, self.layout)
             collectives.on_all_ranks("recipe_state", self.recipe_state.collect_values)
             self.state = TrainingState(self.recipe_state, self.model, self.updater, self.ema, self.changes)
             self.sums = StepSums(recipe, self.layout, self.changes.num_change_flags, options.exchange, self.device)
             self._messages = self.updater.log_lines
-            self._messages += modes.get_warnings()
+            self._messages += [*modes.get_warnings(), *recompute_lines]
             self._votes, self._batch_share, self._num_micro_batches, self._micro_batches_done = StepVotes(), 0.0, 0, 0
-            self._step_in_progress = self.update_in_progress = False
-            # Here, once for the run: what the recipe's methods have set up is there, and of an elastic run's other
-            # ranks no connection yet that these processes would keep open.
+            self._step_in_progress, self.update_in_progress, self.round_steps = False, False, 0
+            # Once for the run: after what the recipe sets up, before connections that the processes would keep open.
             self.splits.start_workers()
             self._exit_stack = undo.pop_all()
 
     # What is known before the first step.
-
-    def _prepare_trial(self) -> Trial:
-        """Return the trial of the recipe with two examples."""
-        shared, count = [*self.datasets.values(), *self.updater.optimizers.values()], min(2, self.examples["train"])
-        self._trial = Trial(self.scorer, self.model, shared, self.updater.loss_names, count, self._load_two_examples)
-        return self._trial
 
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
@@ -146,10 +142,6 @@ class TorchStep:
         changes.learning_rate_watch.set_baseline(self.updater.param_groups)
         return changes
 
-    def _load_two_examples(self, split: Split = "train") -> Any:
-        with preserve_random_state():
-            return self.scorer.move_batch(self.splits.load_first_batch(2, split))
-
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
         return find_changed_hash(select_examples(self.agreement_parts), earlier)
 
@@ -157,27 +149,31 @@ class TorchStep:
         return self.updater.losses[0].base_lrs[0]
 
     def trace_graph(self) -> bytes | None:
-        if self.score_needs_whole_batch:  # a part of it on each rank
-            return None
-        return self._trial.trace_graph(draw=self.world.rank == 0)
+        # Of a batch that is needed whole, each rank has a part only.
+        return None if self.score_needs_whole_batch else self._trial.trace_graph(draw=self.world.rank == 0)
 
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
         return self.splits.draw_order(seed, epoch)
 
     # A training step.
 
+    def deal_batch(self, shares: Shares) -> None:
+        self.updater.deal_shards(shares)
+
     def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
+        self.evaluator.prepare_split(split)
         return self.splits.load_batches(split, chunks, epoch)
 
-    def start_step(self, passes: Sequence[int], batch_share: float) -> None:
+    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool = False) -> None:
         self.recipe_state.snapshot()
-        self.updater.start_step(passes)
-        self.sums.start_step(passes, self.updater.first_shard)
+        self.evaluator.free_average()
+        self.updater.start_step(passes, is_local)
+        self.sums.start_step(passes, self.updater.first_shard, is_local)
         self.scorer.session.start_step()
         self._totals: StepTotals | None = None  # of all ranks, once they are known
-        self._waited = 0.0
-        self._num_micro_batches, self._micro_batches_done, self._batch_share = sum(passes), 0, batch_share
-        self._step_in_progress = True
+        self._waited, self._num_micro_batches, self._micro_batches_done = 0.0, sum(passes), 0
+        self._batch_share = batch_share
+        self._step_in_progress, self.round_steps = True, self.round_steps + is_local
         self.changes.start_step()
 
     def cast_votes(self, votes: StepVotes) -> None:
@@ -209,10 +205,10 @@ class TorchStep:
             self._totals = self._await_totals() if self.layout.several else None
         self.updater.wait_for_sums()
         totals = self._totals or self._await_totals()
-        nonfinite_gradients = self.updater.reduce_gradients(totals.nonfinite_ranks == 0, totals.gradient_factors)
+        nonfinite_gradients = self.updater.reduce_gradients(totals)
         waited = self._waited + self.scorer.session.waited
         begin = time.perf_counter()
-        self.changes.reconcile_changes(totals.change_flags, self._num_micro_batches)
+        self.changes.reconcile_changes(totals.change_flags, self._num_micro_batches, self.options.rounds.local_steps)
         if self.world.size > 1:
             waited += self.updater.waited + time.perf_counter() - begin
         self._messages += self.changes.buffer_reducer.take_warnings()
@@ -230,42 +226,44 @@ class TorchStep:
         seed_all(seed)  # what an optimizer draws is the same on all ranks
         self._step_in_progress, self.update_in_progress = False, True
         report = self.updater.clip_and_step(factor)
-        self.changes.learning_rate_watch.set_baseline(self.updater.param_groups)
-        if self.ema is not None and not report.get("skipped"):
+        if self.ema is not None and not report.get("skipped") and not self.round_steps:
             self.ema.update_parameters(self.model)
-        self.changes.accept_update()
+        self.changes.accept_update(self.updater.param_groups)
         self.recipe_state.forget_snapshot()
         self.update_in_progress = False
         return report
+
+    def end_round(self) -> RoundResult:
+        result, self.round_steps = self.updater.rounds.end_round(), 0
+        if self.ema is not None:
+            self.ema.update_parameters(self.model, result.steps)
+        self.changes.accept_update(self.updater.param_groups)
+        return result
 
     def skip_update(self) -> None:
         self._step_in_progress = False
         self.recipe_state.forget_snapshot()
         self.changes.skip_step()
 
+    def prune(self, sparsity: float) -> float:
+        pruned = self.updater.prune(sparsity, None if self.ema is None else self.ema.module)
+        self.changes.accept_update(self.updater.param_groups)
+        return pruned
+
     # Between steps.
 
     @explain_nondeterminism
     def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
         seed_all(seed)
-        evaluated = self._enter_evaluation()
-        model = self.forward if self.ema is None else evaluated
-        scores = self.scorer.score_for_evaluation(model, batch, self.layout, count)
-        return sum_scores(scores, self.layout).cpu().numpy()
+        return self.evaluator.evaluate_batch(batch, count)
 
     def compute_outputs(self, batch: Any, count: int) -> Mapping[str, NDArray[Any]]:
-        model = self.forward if self.ema is None else self._enter_evaluation()
-        return self.scorer.compute_outputs(model, batch, count)
+        return self.evaluator.compute_outputs(batch, count)
 
     def evaluated_model(self, seed: Sequence[int]) -> torch.nn.Module:
         seed_all(seed)
         self.recipe_state.snapshot()
-        return self._enter_evaluation()  # which a rank without an example of it has not done
-
-    def _enter_evaluation(self) -> torch.nn.Module:
-        if self.changes.start_evaluation() and self.ema is not None:
-            self.ema.copy_constants(self.model)
-        return self.model if self.ema is None else self.ema.module.eval()
+        return self.evaluator.enter_evaluation()  # which a rank without an example of it has not done
 
     def join_evaluation(self, split: Split) -> None:
         self._trial.join_evaluation_pass(split)
@@ -274,6 +272,7 @@ class TorchStep:
         self.recipe_state.forget_snapshot()
         self.changes.end_evaluation()
         carried = self.updater.gather_carried_state()
+        self.state.gather_shards()
         return self.state.serialize(carried) if self.world.rank == 0 else b""
 
     def local_state(self) -> bytes:
@@ -288,9 +287,10 @@ class TorchStep:
         self.changes.end_evaluation()
         return checksum_model(self.model, leave_out=self.changes.buffer_reducer.local_names)
 
+    def count_compilations(self) -> int | None:
+        return None
+
     def wire_bytes(self) -> int:
-        if self.world.size == 1:
-            return 0
         small = self.changes.buffer_reducer.payload_bytes + self.sums.num_bytes
         own = self.updater.wire_bytes + self.scorer.session.bytes_sent
         return own + collectives.ring_all_reduce_bytes(small, self.world.size)

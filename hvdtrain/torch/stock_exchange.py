@@ -11,7 +11,7 @@ from typing import Any
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm import horovod as hvd
-from hvdtrain.exchange.buckets import NamedParameters
+from hvdtrain.exchange.partition import NamedParameters
 from hvdtrain.system.errors import UserError
 
 STOCK_COMPRESSION = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}

@@ -31,6 +31,8 @@ class StepTotals:
     # Of losses with denominators of their own: what makes gradients of the sum of losses / examples those of the loss;
     # 0 if these denominators add up to 0.
     gradient_factors: Mapping[str, float]
+    own_factors: Mapping[str, float]  # the same, in a local step of this rank's gradients
+    own_examples: int  # that this rank fed to the model
     nonfinite_ranks: int  # ranks on which a loss, or a denominator of it, was not finite
 
     def make_result(self, nonfinite_gradients: tuple[str, ...], nonfinite_here: bool, waited: float) -> StepResult:
@@ -81,18 +83,28 @@ class StepSums:
             self._first_flag - layout.num_sums, dtype=torch.float64, pin_memory=device.type == "cuda"
         )
         self._handle: collectives.Handle | None = None
+        self._is_local = False  # the step
+        self._own_scores: torch.Tensor | None = None  # (layout.num_sums,) of a local step, before the sum over ranks
+        self._own_examples = 0
         self._shard_of_pass: Iterator[int] = iter(())
 
     @property
     def num_bytes(self) -> int:
         return self.vector.numel() * self.vector.element_size()
 
-    def start_step(self, passes: Sequence[int], first_shard: int) -> None:
-        """Start with sums of zero. passes: the micro-batches of each of this rank's shards, from `first_shard` on."""
+    def start_step(self, passes: Sequence[int], first_shard: int, is_local: bool) -> None:
+        """Start with sums of zero.
+
+        Args:
+            passes: the micro-batches of each of this rank's shards, from `first_shard` on.
+            first_shard: the number of the first one.
+            is_local: whether gradients stay on their rank.
+        """
         self.vector.zero_()
         self.nonfinite_here.zero_()
         self._negative_here.zero_()
         self.selection.start_step()
+        self._is_local, self._own_scores = is_local, None
         if self.num_shards:
             self._shard_of_pass = iter([first_shard + i for i, count in enumerate(passes) for _ in range(count)])
 
@@ -114,6 +126,9 @@ class StepSums:
 
     def start_all_reduce(self, votes: StepVotes, change_flags: Sequence[float], num_ranks: int) -> None:
         """Add this rank's votes and flags, and start the sum over ranks."""
+        self._own_examples = votes.examples
+        if self._is_local and self.layout.loss_denominators:
+            self._own_scores = self.vector[: self.layout.num_sums].clone()
         self._own_numbers.copy_(
             torch.tensor([*votes.to_vector(), *change_flags, *self.selection.counts], dtype=torch.float64)
         )
@@ -150,7 +165,12 @@ class StepSums:
             raise negative_denominators(self.recipe, self.layout)
         losses, votes = self.selection.agree(counts.tolist()), StepVotes.from_vector(own_votes)
         factors = {name: f for name, f in self.layout.loss_factors(scores, votes.examples).items() if name in losses}
-        return StepTotals(scores, votes, flags.tolist(), losses, factors, int(marks[0]))
+        own_factors = factors
+        if self._own_scores is not None:
+            own_factors = self.layout.loss_factors(self._own_scores.cpu().numpy(), self._own_examples)
+        return StepTotals(
+            scores, votes, flags.tolist(), losses, factors, own_factors, self._own_examples, int(marks[0])
+        )
 
     def forget_all_reduce(self) -> None:
         """Do not wait for a sum over ranks that was started in a world that was left."""

@@ -36,6 +36,11 @@ def is_writable_in_place(tensor: Tensor) -> bool:
     return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def view_as_real(tensor: Tensor) -> Tensor:
+    """Return a tensor as real numbers: (..., 2) of a complex one."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all values of a tensor of any layout are finite."""
     return all(bool(torch.isfinite(part).all()) for part in dense_parts(tensor))
@@ -46,7 +51,7 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     sums = []
     for gradient in gradients:
         dense = gradient._values() if gradient.is_sparse else gradient
-        values = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+        values = view_as_real(dense)
         sums.append(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).double())
     # One trip from a GPU for all.
     return not sums or bool(torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all())
@@ -78,7 +83,7 @@ def fingerprint_tensors(named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor
     In one pass through memory, without waiting for a GPU.
     """
     plain = [(name, t.detach()) for name, t in named if is_writable_in_place(t) and t.numel()]
-    floating = {name: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for name, t in plain}
+    floating = {name: view_as_real(t) for name, t in plain}
     floating = {name: t for name, t in floating.items() if t.is_floating_point() and t.element_size() > 1}
     norms = torch._foreach_norm(list(floating.values())) if floating else ()
     found = {name: norm.nan_to_num() for name, norm in zip(floating, norms, strict=True)}

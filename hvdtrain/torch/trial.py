@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,18 @@ from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
 from hvdtrain.torch.graph import trace_losses
 from hvdtrain.torch.modes import TrainingModes
-from hvdtrain.torch.outputs import defines_outputs, make_arrays, missing_outputs, split_returned
+from hvdtrain.torch.outputs import make_arrays, missing_outputs, split_returned
 from hvdtrain.torch.pass_record import PassRecord
 from hvdtrain.torch.recipe import Recipe
-from hvdtrain.torch.sandbox import Sandbox, is_lazy_module, open_sandbox
+from hvdtrain.torch.recompute import explain_recompute_errors
+from hvdtrain.torch.sandbox import Sandbox, is_lazy_module, open_sandbox, preserve_random_state
 from hvdtrain.torch.score_session import SEVERAL_OPTIMIZERS_REFUSAL
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import LossNames, check_scores, find_layout, get_numerators, sum_scores
 from hvdtrain.torch.setup import explain_nondeterminism
+from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.tensors import named_tensors
+from hvdtrain.torch.update import Updater
 
 SUMMED_GRADIENTS = ("HorovodAllreduce", "HorovodGroupedAllreduce", "HorovodAlltoall")  # names of backward functions
 
@@ -75,6 +79,7 @@ class Trial:
         return collectives.on_all_ranks("trial", lambda: self._run_here(batch))
 
     @explain_nondeterminism
+    @explain_recompute_errors
     def _run_here(self, batch: Any) -> TrialResult:
         recipe, session, losses = self.scorer.recipe, self.scorer.session, self.losses
         if losses.several:
@@ -114,7 +119,7 @@ class Trial:
         outputs: that `score` has returned; None: the recipe computes them.
         """
         recipe, method = self.scorer.recipe, "score()"
-        if outputs is None and not defines_outputs(recipe):
+        if outputs is None and not is_overridden(recipe, "outputs"):
             raise missing_outputs(recipe)
         if outputs is None:
             method, now = "outputs()", replace(sandbox.recipe.now, training=False)
@@ -146,6 +151,18 @@ class Trial:
                 with torch.no_grad(), scorer.autocast_context(), in_recipe(scorer.recipe, "score()"):
                     sandbox.recipe.score(sandbox.model, batch)
         scorer.session.join_pass(scorer.device, split)
+
+
+def load_two_examples(scorer: Scorer, splits: SplitLoaders, split: Split = "train") -> Any:
+    """Return the first two examples of a split as a batch on the device; random generators stay as they are."""
+    with preserve_random_state():
+        return scorer.move_batch(splits.load_first_batch(2, split))
+
+
+def prepare_trial(scorer: Scorer, model: nn.Module, splits: SplitLoaders, updater: Updater) -> Trial:
+    """Return the trial of a recipe with two examples."""
+    shared, count = [*splits.datasets.values(), *updater.optimizers.values()], min(2, splits.num_examples["train"])
+    return Trial(scorer, model, shared, updater.loss_names, count, partial(load_two_examples, scorer, splits))
 
 
 def reject_averaged_gradients(recipe: Recipe, losses: Sequence[torch.Tensor]) -> None:

@@ -10,18 +10,23 @@ from torch import nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
-from hvdtrain.compression.spec import AUTO, parse_compression
-from hvdtrain.exchange.buckets import check_layers
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport
+from hvdtrain.recipe.shares import Shares
 from hvdtrain.system.errors import UserError
-from hvdtrain.torch.groups import check_optimizers
+from hvdtrain.torch.groups import check_optimizers, check_several
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
-from hvdtrain.torch.optimized_loss import OptimizedLoss, UpdateSettings
+from hvdtrain.torch.optimized_loss import OptimizedLoss
+from hvdtrain.torch.pruning import Pruner
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
+from hvdtrain.torch.recompute import explain_recompute_errors
+from hvdtrain.torch.rounds import Rounds
 from hvdtrain.torch.scores import LossNames, Scores, get_numerators
 from hvdtrain.torch.setup import make_optimizers
+from hvdtrain.torch.shards import OptimizerShards
+from hvdtrain.torch.sums import StepTotals
+from hvdtrain.torch.update_settings import UpdateSettings
 
 
 class Updater:
@@ -35,6 +40,7 @@ class Updater:
         losses: the scores that are minimized, each by its optimizer, in the order of the recipe's dict.
         several: whether the recipe returned a dict of optimizers.
         scaler: of --amp fp16.
+        rounds: of local steps.
         log_lines: to be reported.
     """
 
@@ -43,10 +49,15 @@ class Updater:
         self.log_lines: list[str] = []
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         optimizers = collectives.on_all_ranks("optimizer", lambda: self._make_optimizers(recipe, options))
-        settings = UpdateSettings(type(recipe).__name__, model, options, self.scaler, tuple(optimizers), self.several)
+        self.pruner = self._make_pruner(type(recipe).__name__, options, optimizers)
+        settings = UpdateSettings(
+            type(recipe).__name__, model, options, self.scaler, tuple(optimizers), self.several, self.pruner
+        )
         self.losses = tuple(OptimizedLoss(name, optimizer, settings) for name, optimizer in optimizers.items())
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here even if this rank has no examples
+        self.rounds = Rounds(self.losses, model, options.rounds.outer_step)
+        self._is_local = False  # the step
         self._has_joined = False  # a world, now or before
         self._in_step = self.losses  # those that take part in it
         self._sums_are_finite = True  # of the step's gradients, as far as exchanges look
@@ -58,6 +69,14 @@ class Updater:
         if self.several:
             check_several(options, optimizers, self.model)
         return optimizers
+
+    def _make_pruner(
+        self, recipe: str, options: StepOptions, optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> Pruner | None:
+        if options.optimization.prune is None:
+            return None
+        held = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
+        return Pruner(recipe, self.model, held)
 
     @property
     def loss_names(self) -> LossNames:
@@ -83,9 +102,7 @@ class Updater:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes of gradients that this rank sends in a step: on average, if losses are left out of some."""
-        if not self.several:
-            return int(self.losses[0].optimizer.wire_bytes)
+        """Bytes of gradients that this rank sends in a step: on average, if nothing, or not all, is sent in some."""
         total = sum(loss.optimizer.wire_bytes * loss.steps for loss in self.losses)
         return int(total / max(1, self._steps))
 
@@ -97,7 +114,8 @@ class Updater:
             exchange, of_loss = loss.optimizer.exchange, {"loss": loss.name} if self.several else {}
             buckets += [asdict(bucket) | of_loss for bucket in exchange.describe_buckets()] if exchange else []
             advisor = advisor or (loss.bucketed_exchange and loss.bucketed_exchange.advisor)
-        return ExchangeReport(buckets, advisor.advice.to_json() if advisor and advisor.advice else None)
+        sparsity = self.pruner.sparsity if self.pruner is not None else None
+        return ExchangeReport(buckets, advisor.advice.to_json() if advisor and advisor.advice else None, sparsity)
 
     # The world.
 
@@ -127,11 +145,18 @@ class Updater:
         exchange = self.losses[0].shard_exchange
         return exchange.own_shards.start if exchange is not None else 0
 
-    def start_step(self, passes: Sequence[int]) -> None:
-        """Drop the last step's gradients. passes: the backward passes of each of this rank's shards."""
-        self._in_step = self.losses
+    def deal_shards(self, shares: Shares) -> None:
+        """In a deterministic run, deal the virtual shards to the ranks by these shares from the next step on."""
         for loss in self.losses:
-            loss.start_step(passes)
+            if loss.shard_exchange is not None:
+                loss.shard_exchange.deal_shards(shares)
+
+    def start_step(self, passes: Sequence[int], is_local: bool) -> None:
+        """Drop the last step's gradients; arguments as for `OptimizedLoss.start_step`."""
+        self._in_step, self._is_local = self.losses, is_local
+        self.rounds.start_step(is_local)
+        for loss in self.losses:
+            loss.start_step(passes, is_local)
 
     def select_losses(self, names: Collection[str]) -> None:
         """Let only these losses take part in the step, on all ranks alike."""
@@ -140,6 +165,7 @@ class Updater:
             if loss.name not in names:
                 loss.leave_out()
 
+    @explain_recompute_errors
     def backward(self, scores: Scores, weight: float, last: bool) -> None:
         """Add the gradients of `weight` * the sum of each loss in `scores`, and start exchanging what is ready.
 
@@ -162,23 +188,22 @@ class Updater:
         for loss in self._in_step:  # each, whatever the others are
             self._sums_are_finite &= loss.wait_for_sums()
 
-    def reduce_gradients(self, loss_is_finite: bool, factors: Mapping[str, float]) -> tuple[str, ...]:
+    def reduce_gradients(self, totals: StepTotals) -> tuple[str, ...]:
         """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite.
 
         What compression has not sent is of gradients that are not multiplied, and stays as it was if a loss is not
         updated.
 
-        Args:
-            loss_is_finite: whether all losses are finite, on all ranks; else there will be no update.
-            factors: what the gradients of losses with denominators of their own are multiplied with, by loss: of the
-                sum of losses / examples they become those of the step's loss; 0: it is not updated.
+        totals: of the step; by its factors gradients of the sum of losses / examples become those of the loss, 0: it is
+            not updated.
         """
         self._steps += 1
+        self.rounds.step_examples = totals.own_examples, totals.votes.examples
         # A loss scale skips the losses one by one.
-        is_made = loss_is_finite and (self.scaler is not None or self._sums_are_finite)
+        is_made = totals.nonfinite_ranks == 0 and (self.scaler is not None or self._sums_are_finite)
         nonfinite: list[str] = []
         for loss in self._in_step:
-            factor = factors.get(loss.name, 1.0)
+            factor = totals.own_factors.get(loss.name, 1.0)
             nonfinite += loss.reduce_gradients(is_made and factor > 0)
             loss.gradient_factor = factor
         for loss in self.losses:  # the gradients are whole: a backward() in `evaluated` is none of a step
@@ -192,7 +217,10 @@ class Updater:
         get_sum: returns the sum of a score over the step's examples, by its name.
         """
         for loss in self._in_step:
-            loss.check_loss_trains(get_sum(loss.name))
+            if self._is_local:
+                self.rounds.record_loss(loss, get_sum(loss.name))
+            else:
+                loss.check_loss_trains(get_sum(loss.name))
 
     def clip_and_step(self, factor: float) -> dict[str, float]:
         """Clip, and step at `factor` times the learning rates; return what is to be reported."""
@@ -200,9 +228,10 @@ class Updater:
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         if self.scaler is not None:
             report["loss_scale"] = scale
+        makes_update = not self._is_local or self.rounds.prepare_update()
         for loss in (loss for loss in self._in_step if loss.gradient_factor != 0):
             loss.set_learning_rates(factor)
-            report |= loss.clip_and_step()
+            report |= loss.clip_and_step() if makes_update else {}
         if self.several:
             report |= {f"lr{loss.column_suffix}": loss.base_lrs[0] * factor for loss in self.losses}
         if self.scaler is not None:
@@ -212,12 +241,33 @@ class Updater:
             if new_scale != scale:
                 for loss in self.losses:  # also what one that was left out carries is in gradients' units
                     loss.carried.scale(new_scale / scale)
+        if self.pruner is not None:
+            self.pruner.zero_weights()
         return report
+
+    def prune(self, sparsity: float, average: nn.Module | None) -> float:
+        """Prune up to a share of the weights, of a copy of the model too; return the share that is pruned now."""
+        assert self.pruner is not None
+        if self.pruner.prune_to(sparsity):
+            if average is not None:
+                self.pruner.zero_copies(self.model, average)
+            for loss in self.losses:
+                loss.leave_out_pruned()
+        return self.pruner.sparsity
 
     # The state.
 
+    @property
+    def shards(self) -> list[OptimizerShards]:
+        """This rank's part of each optimizer, if they are sharded."""
+        return [loss.shards for loss in self.losses if loss.shards is not None]
+
     def gather_carried_state(self) -> dict[str, object] | None:
-        """Return the exchanges' part of a checkpoint, the same on all ranks, all of which call this."""
+        """Return the exchanges' part of a checkpoint, the same on all ranks, all of which call this.
+
+        After rounds, their optimizers' states are the same then as well.
+        """
+        self.rounds.average_states()
         return self._join_carried({loss.name: loss.carried.gather(self._saves_residuals) for loss in self.losses})
 
     def local_carried_state(self) -> dict[str, object] | None:
@@ -233,11 +283,19 @@ class Updater:
         """Return all of the state but the exchanges' part."""
         states = {loss.name: loss.get_state() for loss in self.losses}
         state = {"optimizers": states} if self.several else states[self.losses[0].name]
-        return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
+        if (rounds := self.rounds.to_state()) is not None:
+            state = {**state, "rounds": rounds}
+        if self.scaler is not None:
+            state = {**state, "scaler": self.scaler.state_dict()}
+        return state if self.pruner is None else {**state, "pruned": self.pruner.get_state()}
 
     def load_state(self, state: StateDict) -> None:
         """Load a state. Raises UserError or torch's own errors for one of other parameters."""
         carried = state.get("exchange")
+        if self.pruner is not None:
+            self.pruner.load_state(state.get("pruned"))
+        elif "pruned" in state:
+            raise UserError("the checkpoint's weights are pruned, and would grow again: give its --prune to resume")
         if not self.several and "optimizers" not in state:
             self.losses[0].load_state(state, carried)
         else:
@@ -250,20 +308,8 @@ class Updater:
                 )
             for loss in self.losses:
                 loss.load_state(saved[loss.name], None if carried is None else carried.get(loss.name))
+        self.rounds.load_state(state.get("rounds"))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def check_several(options: StepOptions, optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> None:
-    """Raise UserError for options that cannot be used with an optimizer for each of several losses."""
-    names = ", ".join(optimizers)
-    spec = parse_compression(options.compression.spec)
-    if spec.method == AUTO:
-        raise UserError(
-            f"--compression auto measures the steps of one optimizer, and there is one for each of {names}: name a "
-            "method, e.g. powersgd:4 (hvdtrain bench compression compares them)"
-        )
-    if options.exchange.kind == "horovod":
-        raise UserError(f"--exchange horovod takes one optimizer, and there is one for each of {names}: leave it out")
-    held = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
-    check_layers(spec, [name for name, p in model.named_parameters() if p in held])
+        for loss in self.losses:
+            loss.leave_out_pruned()

@@ -103,12 +103,13 @@ class ParameterWatch:
         self._changed_names = marked
         return bool(marked)
 
-    def reconcile_parameters(self, ranks: int, passes: int) -> None:
+    def reconcile_parameters(self, ranks: int, passes: int, local_steps: int | None = None) -> None:
         """Check that all ranks have changed their parameters in the same way.
 
         Args:
             ranks: how many have changed any.
             passes: how often this rank has called score.
+            local_steps: of --local-steps, which refuse that.
 
         Raises:
             UserError: on all ranks, if they differ.
@@ -121,6 +122,13 @@ class ParameterWatch:
             )
         if self.world_size == 1:
             return
+        if local_steps is not None:
+            name = next((n for r in self._gather_reports(passes) for n in r.checksums), "?")
+            raise UserError(
+                f"--local-steps {local_steps}: {self.recipe_name}.score changes the parameter {name!r}, which "
+                "would then differ between the ranks; leave out --local-steps, or make it a buffer and declare in "
+                "buffers how it is combined"
+            )
         self._num_comparisons += 1
         if ranks == self.world_size and not is_content_check_due(self._num_comparisons - 1):
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe
-from hvdtrain.recipe.options import OptionValues, flatten_options
+from hvdtrain.recipe.options import OptionValues, flag_of, flatten_options
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system.version import __version__
 from hvdtrain.training.options import RunOptions
@@ -36,7 +36,7 @@ def make_options_part(values: OptionValues) -> ConsistentPart:
     values: by the options' names. With --deterministic, the number of threads is part of the maths and may not differ.
     """
     left_out = [name for name in PER_RANK_OPTIONS if name != "threads" or not values.get("deterministic")]
-    flags = {f"--{name.replace('_', '-')}": str(value) for name, value in values.items() if name not in left_out}
+    flags = {flag_of(name): str(value) for name, value in values.items() if name not in left_out}
     return ConsistentPart("options", flags, "{key} is {here} on {who}, {there} on {base}", absent_text="not given")
 
 

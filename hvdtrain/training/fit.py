@@ -1,7 +1,8 @@
 """Train a recipe: `hvdtrain.fit`, and what `hvdtrain train` calls.
 
 fit or fit_from_command_line    make the recipe and the run options from what was given
-  train_recipe                  make what stays for the run: the framework's step, the report, the lease of the folder
+  train_recipe                  of the whole run
+    open_session                make what stays for the run: the framework's step, the report, the lease of the folder
     Session (session.py)        train in one generation of ranks after the other
       run_loop (loop.py)        train step by step
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.kept_source import check_not_importing
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.options import OptionValues, convert_value, make_from_values, option_fields
+from hvdtrain.recipe.shares import choose_shares
 from hvdtrain.recipe.source import source_of_class
 from hvdtrain.system import activity, streams
-from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.system.errors import KnownError, RunError, UserError, suggest_nearest
 from hvdtrain.training.agreement import agree_on_given_options, agree_on_options, compare_with_run
 from hvdtrain.training.config import build_config, override_options, read_saved_options
 from hvdtrain.training.folder import choose_run_folder
 from hvdtrain.training.hang import configure_hang_reporter, watch_for_hangs
-from hvdtrain.training.lease import RELAUNCH_VARIABLE, Lease
+from hvdtrain.training.lease import Lease, read_launch_name
 from hvdtrain.training.loop import Ending
 from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import RunOptions, check_elastic_options, check_recipe_values, split_options
@@ -41,6 +43,8 @@ from hvdtrain.training.start import check_recipe_metrics
 from hvdtrain.training.stop import StopRequest
 from hvdtrain.training.streams import leave_out_ledger
 from hvdtrain.training.summary import Summary, end_run, make_summary, write_summary
+
+lone_failures: list[str] = []  # errors by which this rank, of several, has left a training that others are still in
 
 
 def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
@@ -57,6 +61,11 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
         RunError: for a run that cannot continue, e.g. a loss that is not finite.
     """
     check_not_importing("hvdtrain.fit")
+    if lone_failures:
+        raise RunError(
+            f"an earlier hvdtrain.fit has failed on this rank alone ({lone_failures[0]}), and the others wait for it "
+            "there: end this process, do not train again in it"
+        )
     check_methods(type(recipe))
     recipe, options = apply_run_options(recipe, run_options)
     world = init(comm)
@@ -65,6 +74,11 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
         with streams.dropping_streams(), watch_for_hangs():
             config = build_config(name, recipe, options)
             return train_recipe(recipe, name, options, config, world, FixedMembership()).to_json()
+    except Exception as error:
+        is_agreed = isinstance(error, (UserError, RunError)) or getattr(error, "origin", None) is not None
+        if world.size > 1 and comm is None and not is_agreed:
+            lone_failures.append(f"{error}" if isinstance(error, KnownError) else f"{type(error).__name__}: {error}")
+        raise
     finally:
         if comm is not None:
             shut_down_horovod()  # so that the next training can have another communicator; MPI itself stays
@@ -134,7 +148,22 @@ def train_recipe(
         RunError: for a run that cannot continue, e.g. a loss that is not finite.
         MembershipEnded: the run continues without this rank.
     """
+    with open_session(recipe, name, options, config, world, membership) as session:
+        generation, position, ending = session.run_generations()
+        summary = make_summary(session, generation, position, finished=ending == Ending.FINISHED)
+        error = write_summary(generation, summary)
+    end_run(generation, summary, error)
+    return summary
+
+
+@contextlib.contextmanager
+def open_session(
+    recipe: Recipe, name: str, options: RunOptions, config: Mapping[str, object], world: World, membership: Membership
+) -> Iterator[Session]:
+    """Prepare all that stays for a run, as `train_recipe` describes it, and yield this rank's part in the run."""
     framework = find_framework(type(recipe))
+    if not membership.world_may_change:
+        choose_shares(options.data.shares, world.size)  # refused before anything is prepared
     configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
     activity.enter_activity("preparing the model and the datasets", patient=True)
     with contextlib.ExitStack() as exits:
@@ -144,8 +173,8 @@ def train_recipe(
         set_now(recipe, Now.before_training(absolute, world.rank, world.size))
         step = framework.make_step(recipe, world, options)
         metrics = RecipeMetrics(recipe, step.layout)
-        report = Reporter(options.reports, metrics)
-        lease = Lease(membership.agree_on_launch_name(os.environ.get(RELAUNCH_VARIABLE)))
+        report = Reporter(options.reports, metrics, step.gpu_uuid)
+        lease = Lease(membership.agree_on_launch_name(read_launch_name(os.environ)))
         stop = exits.enter_context(StopRequest(membership))
         exits.enter_context(contextlib.closing(step))
         exits.enter_context(lease)
@@ -164,9 +193,4 @@ def train_recipe(
         )
         collectives.on_all_ranks("metrics.trial", lambda: check_recipe_metrics(run))
         compare_with_run(run, world)
-        session = exits.enter_context(Session(run, world, config))
-        generation, position, ending = session.run_generations()
-        summary = make_summary(session, generation, position, finished=ending == Ending.FINISHED)
-        error = write_summary(generation, summary)
-    end_run(generation, summary, error)
-    return summary
+        yield exits.enter_context(Session(run, world, config))

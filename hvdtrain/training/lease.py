@@ -26,10 +26,11 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.system import activity
+from hvdtrain.system import activity, signed_http
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.files import SHARED_MODE
 from hvdtrain.system.limits import read_time_limit
@@ -38,12 +39,21 @@ from hvdtrain.training.owner import Owner
 OWNER_FILE = "owner.json"
 FOLDER_LEASE_SECONDS = 60.0  # without a renewal after which a lease may be taken over
 FOLDER_LEASE_VARIABLE = "HVDTRAIN_FOLDER_LEASE"  # in the environment, another number of seconds
-# In the environment: the name of a launch that starts its jobs again, unattended
+# In the environment: the name of a launch that starts its jobs again, unattended; for a program that is not a recipe,
+# how often it has been started again.
 RELAUNCH_VARIABLE = "HVDTRAIN_RELAUNCH"
 RENEWALS_PER_LEASE = 6  # in that time
 CHECK_INTERVAL = 1.0  # seconds between two checks of the lease by its holder
 RENEWER_JOIN_TIMEOUT = 0.2  # seconds that the renewing thread may take to end
 CLAIM_WAIT = 0.02  # seconds for another process to remove a lease
+
+
+def read_launch_name(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the launch that starts this run again if it is lost; None if none does."""
+    name = environ.get(RELAUNCH_VARIABLE)
+    if name is not None and name.isdecimal() and environ.get(signed_http.SECRET):
+        return signed_http.authenticate(signed_http.read_key(environ), "launch")[:16]
+    return name
 
 
 class FolderLost(RunError):

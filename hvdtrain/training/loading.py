@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.recipe.base import Recipe
+from hvdtrain.recipe.before_import import prepare_imports
 from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.kept_source import load_kept_class
 from hvdtrain.recipe.now import Now, set_now
@@ -126,6 +127,9 @@ def import_run_class(files: RunFiles) -> type[Recipe]:
         files={main: kept.pop(main), **kept},
         display_path=folder / SOURCE_FOLDER / main,
     )
+    options = config.content.get("recipe")
+    backend = options.get("backend") if isinstance(options, dict) else None
+    prepare_imports([str(config.content.get("framework"))], backend if isinstance(backend, str) else None)
     return load_kept_class(source, config.name, config.class_name)
 
 

@@ -18,9 +18,10 @@ from hvdtrain.recipe.framework import Chunk, DataSource, StepResult, StepVotes
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.system import activity
+from hvdtrain.training.dealing import find_new_shares
 from hvdtrain.training.evaluation import check_best_found, conclude_evaluation, evaluate_model
 from hvdtrain.training.hooks import check_lr_factor, find_lr_factor
-from hvdtrain.training.nonfinite import count_skipped_step
+from hvdtrain.training.nonfinite import count_left_out_updates, count_skipped_step
 from hvdtrain.training.plan import StepShare, iterate_step_shares
 from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import StepReport
@@ -39,6 +40,7 @@ class Ending(enum.Enum):
     STOPPED = "all ranks were asked to stop, or too few would be left"
     MEMBERS_LEAVE = "some ranks leave; the others form a generation without them"
     MEMBERS_JOIN = "newcomers are ready; all form a generation with them"
+    SHARES_CHANGE = "the batch is dealt by other shares to the same ranks"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ def run_loop(generation: Generation, position: Position) -> Ending:
         for share, batches in plan_epoch(generation, position):
             outcome = train_step(generation, position, share, batches)
             commit_step(generation, position, share, outcome)
-            ending = decide(generation, position, outcome.result.votes)
+            votes = outcome.result.votes
+            ending = decide(generation, position, votes)
+            if ending is None and votes.compares_speeds and find_new_shares(generation, position):
+                ending = Ending.SHARES_CHANGE
             compare_replicas(generation, position, ending)
             evaluate_and_save(generation, position, ending)
             generation.run.report.report_write_errors(generation.ledger)
@@ -115,6 +120,7 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     accumulate_micro_batches(generation, position, share, batches, votes)
     activity.enter_activity("exchanging gradients")
     result = run.step.all_reduce()
+    computed = time.perf_counter() - start - result.waited_here
     if generation.diagnosis is not None:
         generation.diagnosis.record_exchange(start, result.waited_here)
     activity.enter_activity("updating the model")
@@ -125,7 +131,40 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
         update_report: dict[str, float] = {}
     else:
         update_report = run.step.apply_update(plan.lr_scale * lr_factor, (run.options.data.seed, position.step, -1))
-    return StepOutcome(result, update_report, plan.lr * lr_factor, time.perf_counter() - start)
+    if plan.pruning is not None:
+        update_report["sparsity"] = run.step.prune(plan.pruning.sparsity_after(plan.schedule_step(position) + 1))
+    if plan.is_local(position) and is_round_over(generation, position, share, result.votes):
+        result = replace(result, waited_here=result.waited_here + end_round(generation, position))
+    seconds = time.perf_counter() - start
+    if generation.speeds is not None:
+        generation.speeds.record_step(share.own_examples, computed, seconds)
+    return StepOutcome(result, update_report, plan.lr * lr_factor, seconds)
+
+
+def is_round_over(generation: Generation, position: Position, share: StepShare, votes: StepVotes) -> bool:
+    """Return whether a round of local steps ends with the step at `position`; the same on all ranks.
+
+    It ends after --local-steps steps, and before all that needs the same weights on all ranks.
+    """
+    run, plan, diagnosis = generation.run, generation.plan, generation.diagnosis
+    after, epoch_ends = position.step + 1, position.offset + share.step_examples == position.examples
+    due = [
+        is_due(after, every, epoch_ends) for every in (run.options.reports.eval_every, run.options.checkpoints.every)
+    ]
+    return (
+        (plan.rounds is not None and run.step.round_steps >= plan.rounds.steps)
+        or (epoch_ends or after == plan.total_steps or any(due))
+        or (votes.stop + votes.leave + votes.regroup > 0)
+        or (diagnosis is not None and diagnosis.is_comparison_due(after))
+    )
+
+
+def end_round(generation: Generation, position: Position) -> float:
+    """Make all ranks' weights the same again; return the seconds that this rank waited for communication."""
+    activity.enter_activity("exchanging what local steps have changed")
+    result = generation.run.step.end_round()
+    count_left_out_updates(generation, result, position)
+    return result.waited_here
 
 
 def accumulate_micro_batches(
@@ -133,13 +172,16 @@ def accumulate_micro_batches(
 ) -> None:
     """Add up the gradients of this rank's micro-batches; the last one carries the rank's votes.
 
-    Every example weighs 1 / the examples of the step, wherever it is: the sum over ranks and passes is the global mean.
+    Every example weighs 1 / the examples of the step, wherever it is: the sum over ranks and passes is the global mean;
+    in a local step 1 / this rank's examples.
     Randomness is drawn by the place in the global batch, so that it does not depend on the ranks either.
     """
     run = generation.run
     micro_batches = [chunk for shard in share.shards for chunk in shard]
-    own_examples, index = sum(map(len, micro_batches)), share.first_index
-    run.step.start_step([len(shard) for shard in share.shards], own_examples / share.step_examples)
+    index, is_local = share.first_index, generation.plan.is_local(position)
+    weight = 1 / max(1, share.own_examples) if is_local else 1 / share.step_examples
+    passes = [len(shard) for shard in share.shards]
+    run.step.start_step(passes, share.own_examples / share.step_examples, is_local)
     if not micro_batches:
         run.step.cast_votes(votes)
     for left, chunk in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
@@ -150,7 +192,7 @@ def accumulate_micro_batches(
         if left == 0:
             run.step.cast_votes(votes)
         seed = (run.options.data.seed, position.step, index)
-        run.step.accumulate_gradients(batch, len(chunk), 1 / share.step_examples, seed)
+        run.step.accumulate_gradients(batch, len(chunk), weight, seed)
         index += len(chunk)
 
 
@@ -160,7 +202,8 @@ def collect_votes(generation: Generation) -> StepVotes:
     if generation.world.rank != 0:
         return votes
     written, pending = generation.ledger.durable_step, generation.run.report.rows.pending
-    return replace(votes, ledger_durable=written, pending_rows=pending)
+    compares = generation.speeds is not None and generation.speeds.is_due()
+    return replace(votes, ledger_durable=written, pending_rows=pending, compares_speeds=int(compares))
 
 
 def commit_step(generation: Generation, position: Position, share: StepShare, outcome: StepOutcome) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvdtrain.comm import collectives
-from hvdtrain.recipe.framework import StepResult
+from hvdtrain.recipe.framework import RoundResult, StepResult
 from hvdtrain.system.errors import RunError
 from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
@@ -38,3 +38,17 @@ def count_nonfinite_step(generation: Generation, result: StepResult, position: P
             f"{advice}, or skip such steps with --skip-nonfinite N"
         )
     run.report.print_lines([f"skipped   step {position.step + 1}: {skipped}"])
+
+
+def count_left_out_updates(generation: Generation, result: RoundResult, position: Position) -> None:
+    """Count and report updates that single ranks left out in a round. Raises RunError on all ranks if too many."""
+    run, round_end = generation.run, f"in the round that ended at step {position.step + 1}"
+    position.skipped += len(result.nonfinite)
+    position.row_skipped += len(result.nonfinite)
+    position.skipped_nonfinite += len(result.nonfinite)
+    if result.nonfinite and position.skipped_nonfinite > run.options.faults.skip_nonfinite:
+        raise RunError(
+            f"{result.nonfinite[0]}, though the loss is, {round_end}; look in score for a root, norm or division at 0, "
+            "or leave out such updates with --skip-nonfinite N"
+        )
+    run.report.print_lines([f"left out  an update {round_end}: {text}" for text in result.nonfinite])

@@ -17,6 +17,7 @@ from hvdtrain.recipe.options import (
     option_fields,
     option_group,
 )
+from hvdtrain.recipe.shares import EVEN, parse_weights
 from hvdtrain.system.errors import UserError
 
 DEFAULT_HANG_LIMIT = 600.0  # seconds
@@ -98,6 +99,19 @@ def check_elastic_options(given: OptionValues) -> None:
     """Raise UserError for options that would not mean the same in each world of an elastic run."""
     if given.get("batch_per_rank"):
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
+    shares = given.get("shares", EVEN)
+    if parse_weights(shares) is not None:
+        raise UserError(f"--shares {shares} is for the ranks of one world; an elastic run takes --shares measured")
+    if given.get("shard", "none") != "none":
+        raise UserError(
+            f"--shard {given['shard']}: a rank that is lost would take its part of the optimizer's state along; leave "
+            "--shard out of an elastic run"
+        )
+    if given.get("local_steps"):
+        raise UserError(
+            f"--local-steps {given['local_steps']} needs ranks that stay the same, and those of an elastic run may "
+            "change: launch without --elastic, or leave out --local-steps"
+        )
     from hvdtrain.compression.spec import parse_compression  # with which torch comes
 
     compression = given.get("compression", "none")

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from hvdtrain.recipe.schedule import Plateau
 from hvdtrain.training.position import Position
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """How the learning rate falls: multiplied by `ratio` after each `evaluations` of them without improvement."""
-
-    evaluations: int
-    ratio: float
 
 
 def count_evaluation(position: Position, best: tuple[str, str], plateau: Plateau | None) -> bool:

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hvdtrain.recipe import order
+from hvdtrain.recipe import order, schedule
 from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.order import Ids, Order
+from hvdtrain.recipe.pruning import PruningSchedule, parse_pruning
+from hvdtrain.recipe.schedule import Schedule
+from hvdtrain.recipe.shares import EVEN, Shares, describe_shares
+from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
-from hvdtrain.training import schedule
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.position import Position
-from hvdtrain.training.schedule import Schedule
 
 MAX_CORNERS_SHOWN = 8  # of a schedule, in the line that describes it
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Rounds of --local-steps."""
+
+    steps: int  # of a round, at most
+    first_step: int  # of the schedule's; gradients are exchanged in each step before it
+
+    def describe(self, options: RunOptions) -> str:
+        """Return a line to print."""
+        clips = ", gradients clipped on each rank alone" if options.optimization.clip_norm else ""
+        since = f" from step {self.first_step} on" if self.first_step else ""
+        return (
+            f"local     {format_count(self.steps, 'step')} a round{since}, outer {options.rounds.outer}{clips}: the "
+            "number of ranks is part of the mathematics"
+        )
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class TrainingPlan:
     """The sizes of a run; the same on every rank."""
 
     ranks: int
+    shares: Shares  # of the batch, by rank
     examples: int
     batch_size: int  # global
     shards: int  # parts of the global batch whose gradients are computed alone: one per rank, unless deterministic
@@ -37,43 +57,76 @@ class TrainingPlan:
     lr: float  # after scaling, before the schedule
     lr_scale: float
     schedule: Schedule
+    pruning: PruningSchedule | None = None
     lr_text: str = ""  # of the recipe's `lr_factor`, which replaces the schedule; "": it has none
+    rounds: RoundPlan | None = None
     order_text: str = ""  # where an epoch's order comes from, if it is not shuffled
+
+    def find_shard_bounds(self, count: int, rank: int) -> list[tuple[int, int]]:
+        """Return where each of a rank's shards begins and ends in a step of `count` examples."""
+        if not self.deterministic:
+            return [order.share_bounds(count, rank, self.shares)]
+        own = range(*order.share_bounds(self.shards, rank, self.shares))
+        return [order.part_bounds(count, shard, self.shards) for shard in own]
+
+    def count_passes(self, count: int) -> list[int]:
+        """Return by rank how many micro-batches a step of `count` examples has."""
+        bounds = [self.find_shard_bounds(count, rank) for rank in range(self.ranks)]
+        return [sum(-(-(end - first) // self.micro_batch) for first, end in of_rank) for of_rank in bounds]
+
+    def count_dealt(self) -> list[int]:
+        """Return by rank how many examples of a whole batch it has."""
+        bounds = [self.find_shard_bounds(self.batch_size, rank) for rank in range(self.ranks)]
+        return [sum(end - first for first, end in of_rank) for of_rank in bounds]
+
+    def deal_by(self, shares: Shares, options: RunOptions) -> TrainingPlan:
+        """Return the plan with other shares."""
+        sizes = options.find_pass_sizes(self.batch_size, shares)
+        dealt = replace(self, shares=shares, micro_batch=sizes.training)
+        return replace(dealt, max_passes=max(max(dealt.count_passes(count)) for count in dealt.step_sizes))
+
+    @property
+    def step_sizes(self) -> list[int]:
+        """How many examples a step may have: the batch, or what is left of an epoch."""
+        ragged = self.examples % self.batch_size
+        return [self.batch_size, ragged] if ragged else [self.batch_size]
 
     def schedule_step(self, at: Position) -> int:
         """Return the step of the schedule: by the examples consumed, unless the run ends after a number of steps."""
         return at.epoch * self.steps_per_epoch + at.offset // self.batch_size if self.ends_with_epoch else at.step
 
+    def is_local(self, at: Position) -> bool:
+        """Return whether gradients stay on their rank in the step at a position."""
+        return self.rounds is not None and self.schedule_step(at) >= self.rounds.first_step
+
 
 def make_training_plan(
-    recipe: Recipe, options: RunOptions, examples: int, lr: float, ranks: int, at: Position
+    recipe: Recipe, options: RunOptions, examples: int, lr: float, shares: Shares, at: Position
 ) -> TrainingPlan:
-    """Return the plan for `examples` training examples at learning rate `lr` on `ranks` ranks, from `at` on.
+    """Return the plan for `examples` training examples at learning rate `lr` on ranks with these shares, from `at` on.
 
     A run that is resumed with another batch size still ends with its last epoch.
     Raises UserError for a schedule that does not parse.
     """
+    ranks = len(shares)
     batch_size = options.data.batch_per_rank * ranks if options.data.batch_per_rank else recipe.batch_size
-    per_rank = -(-batch_size // ranks)
     shards = options.exchange.virtual_shards if options.exchange.deterministic else ranks
-    per_shard = -(-batch_size // shards)
-    micro_batch = min(options.data.micro_batch or per_shard, per_shard)
+    sizes = options.find_pass_sizes(recipe.batch_size, shares)
     steps_per_epoch = -(-examples // batch_size)
     whole = recipe.epochs * steps_per_epoch
     rest = 0 if at.epoch >= recipe.epochs else -(-(examples - at.offset) // batch_size)
     rest += max(0, recipe.epochs - at.epoch - 1) * steps_per_epoch
     lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.optimization.scale_lr]
-    return TrainingPlan(
+    plan = TrainingPlan(
         ranks=ranks,
+        shares=shares,
         examples=examples,
         batch_size=batch_size,
         shards=shards,
-        micro_batch=micro_batch,
-        eval_micro_batch=micro_batch
-        if options.exchange.deterministic
-        else min(options.data.micro_batch or per_rank, per_rank),
+        micro_batch=sizes.training,
+        eval_micro_batch=sizes.evaluation,
         deterministic=options.exchange.deterministic,
-        max_passes=-(-shards // ranks) * -(-per_shard // micro_batch),
+        max_passes=1,
         steps_per_epoch=steps_per_epoch,
         total_steps=options.data.steps or at.step + rest,
         epochs=-(-options.data.steps // steps_per_epoch) if options.data.steps else recipe.epochs,
@@ -84,7 +137,21 @@ def make_training_plan(
         if is_overridden(recipe, "lr_factor")
         else "",
         schedule=schedule.parse_schedule(recipe.schedule, options.data.steps or whole, steps_per_epoch),
+        pruning=parse_pruning(prune, steps_per_epoch) if (prune := options.optimization.prune) is not None else None,
+        rounds=plan_rounds(options, options.data.steps or whole, steps_per_epoch),
     )
+    return plan.deal_by(shares, options)
+
+
+def plan_rounds(options: RunOptions, total_steps: int, steps_per_epoch: int) -> RoundPlan | None:
+    """Return the rounds of a run; None without --local-steps. Raises UserError if it would end before the first."""
+    if options.rounds.local_steps is None:
+        return None
+    after = options.rounds.local_after
+    first_step = schedule.parse_run_position("--local-after", after, total_steps, steps_per_epoch)
+    if first_step >= total_steps:
+        raise UserError(f"--local-after {after} is step {first_step}, and the run has {total_steps}: begin earlier")
+    return RoundPlan(options.rounds.local_steps, first_step)
 
 
 def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]:
@@ -108,11 +175,25 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
         f"data      {length}" + (f", the last of {ragged} examples" if ragged else ""),
         f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
+        *describe_dealing(plan, options),
         f"steps     {plan.total_steps} in {format_count(plan.epochs, 'epoch')}",
         f"lr        {plan.lr_text or f'{plan.schedule.text}: ' + ', '.join(shown)}{scaled}",
         f"gradient  {way}, compression {options.compression.spec}, amp {options.optimization.amp}"
         + (f", clipped to norm {options.optimization.clip_norm:g}" if options.optimization.clip_norm else "")
         + (f", EMA {options.optimization.ema:g}" if options.optimization.ema else ""),
+        *([plan.pruning.describe(plan.total_steps)] if plan.pruning is not None else []),
+        *([plan.rounds.describe(options)] if plan.rounds is not None else []),
+    ]
+
+
+def describe_dealing(plan: TrainingPlan, options: RunOptions) -> list[str]:
+    """Return a line on how the batch is dealt, unless it is dealt evenly as always."""
+    if options.data.shares == EVEN:
+        return []
+    dealt = plan.count_dealt()
+    return [
+        f"shares    {describe_shares(plan.shares)} (--shares {options.data.shares}), "
+        f"{min(dealt)} to {max(dealt)} of {plan.batch_size} examples"
     ]
 
 
@@ -124,11 +205,15 @@ class StepShare:
     first_index: int  # index in the global batch of this rank's first example
     shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
 
+    @property
+    def own_examples(self) -> int:
+        """How many examples this rank has."""
+        return sum(len(ids) for shard in self.shards for ids in shard)
+
 
 def iterate_step_shares(plan: TrainingPlan, epoch_order: Order, offset: int, rank: int) -> Iterator[StepShare]:
     """Yield a rank's share of each step of an epoch, from example `offset` of its order on."""
-    own = range(*order.part_bounds(plan.shards, rank, plan.ranks))
     for ids in order.cut_batches(epoch_order, plan.batch_size, offset):
-        bounds = [order.part_bounds(len(ids), shard, plan.shards) for shard in own]
+        bounds = plan.find_shard_bounds(len(ids), rank)
         shards = [order.split_micro_batches(ids[first:end], plan.micro_batch) for first, end in bounds]
         yield StepShare(len(ids), bounds[0][0] if bounds else 0, shards)

@@ -20,7 +20,7 @@ FIELDS_SINCE_FORMAT_1 = (
 # Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
 FIELDS_SINCE_FORMAT_2 = (
     *("evals", "order", "division", "best_value", "since_best", "since_drop", "lr_drops", "ended"),
-    *("skipped", "score_layout", "row_sums", "row_examples", "row_skipped"),
+    *("skipped", "score_layout", "row_sums", "row_examples", "row_skipped", "shares"),
 )
 
 
@@ -56,6 +56,7 @@ class Position:
     order_version: int = 1  # of hvdtrain.recipe.order, that drew it; 1 also if it was not written
     first_examples: dict[str, str] = field(default_factory=dict)  # hashes of some of its examples; {}: not known
     division: str = ""  # what the ranks' parts of a divided stream depend on
+    shares: str = ""  # of the batch by rank, of the step to come: "683:341" of 1,024; "": even
     order: str = ""  # the key of what the recipe's sampler gave for the epoch; "": the epoch is shuffled
 
     def all_metrics(self) -> dict[str, MetricValue]:

@@ -16,6 +16,7 @@ from hvdtrain.recipe import order
 from hvdtrain.recipe.framework import Chunk, Predictor, find_framework
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.options import OptionValues
+from hvdtrain.recipe.shares import even_shares
 from hvdtrain.system import activity
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.files import write_atomically, write_error_text
@@ -75,7 +76,7 @@ def predict_run(request: PredictionRequest, world: World) -> PredictionReport:
     predictor = framework.make_predictor(recipe, reopened.state, world, reopened.options)
     with contextlib.closing(predictor):
         count = predictor.open_examples(examples)
-        plan = make_training_plan(recipe, reopened.options, count, recipe.lr, world.size, Position())
+        plan = make_training_plan(recipe, reopened.options, count, recipe.lr, even_shares(world.size), Position())
         outputs = predict_own_part(reopened, predictor, plan, world).gather(count)
     write_output(request.output, outputs)
     return PredictionReport(reopened.position.step, count, {name: array.shape for name, array in outputs.items()})

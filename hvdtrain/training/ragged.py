@@ -20,19 +20,6 @@ def refuse_several_passes(recipe: str, plan: TrainingPlan) -> None:
         )
 
 
-def count_passes(count: int, plan: TrainingPlan) -> list[int]:
-    """Return by rank how many micro-batches a step of `count` examples has."""
-    passes = []
-    for rank in range(plan.ranks):
-        bounds = [order.part_bounds(count, shard, plan.shards) for shard in _own_shards(plan, rank)]
-        passes.append(sum(-(-(end - first) // plan.micro_batch) for first, end in bounds))
-    return passes
-
-
-def _own_shards(plan: TrainingPlan, rank: int) -> range:
-    return range(*order.part_bounds(plan.shards, rank, plan.ranks))
-
-
 def refuse_uneven_calls(recipe: str, plan: TrainingPlan, examples: Mapping[str, int], position: Position) -> None:
     """Raise UserError if a rank would wait in a collective of `score` for one that does not call it.
 
@@ -47,7 +34,7 @@ def refuse_uneven_calls(recipe: str, plan: TrainingPlan, examples: Mapping[str, 
         full, rest = divmod(epoch_examples, plan.batch_size)
         sizes = [plan.batch_size] * (full > 0 and remaining_steps > 0) + [rest] * (rest > 0 and remaining_steps > full)
         for count in sizes:
-            passes = count_passes(count, plan)
+            passes = plan.count_passes(count)
             _refuse_uneven_passes(recipe, f"a step of {count} examples", passes, "batch-size", plan.batch_size)
         remaining_steps -= full + (rest > 0)
     for count in (count for split, count in examples.items() if split != "train"):

@@ -31,6 +31,7 @@ UNUSED_VALUES = {
     "compression": "none",
     "exchange": "bucketed",
     "diagnose": False,
+    "shares": "even",
     "init_from": None,
     "init_partial": False,
 }

@@ -15,6 +15,7 @@ from hvdtrain.recipe.metrics import format_values
 from hvdtrain.recipe.tensorboard import close_writers
 from hvdtrain.system import streams
 from hvdtrain.system.files import DISK_SPACE_ERRORS, PRIVATE_MODE, BufferedDocument, write_error_text, write_json
+from hvdtrain.system.gpu import GpuMonitor
 from hvdtrain.system.messages import RankProgress
 from hvdtrain.training.checkpoint import BestCheckpoint
 from hvdtrain.training.logger import ActiveLoggers
@@ -49,11 +50,18 @@ class Reporter:
         row_hook: the recipe's `logged`.
         speed: times this rank's steps.
         best: the best checkpoint so far, on all ranks.
+        gpu: reads this rank's GPU.
     """
 
-    def __init__(self, options: ReportOptions, metrics: RecipeMetrics) -> None:
-        """Report nothing until `open_files`. metrics: of the recipe, which gets the rows too."""
-        self.options, self.metrics = options, metrics
+    def __init__(self, options: ReportOptions, metrics: RecipeMetrics, gpu_uuid: str | None = None) -> None:
+        """Report nothing until `open_files`.
+
+        Args:
+            options: of the report.
+            metrics: of the recipe, which gets the rows too.
+            gpu_uuid: of the GPU that this rank computes on, if there is one.
+        """
+        self.options, self.metrics, self.gpu = options, metrics, GpuMonitor(gpu_uuid)
         self.terminal = Terminal(quiet=options.quiet)
         self.rows = RowFile(self.terminal)
         self.loggers = ActiveLoggers(options.loggers, self.terminal.print_warning)
@@ -141,7 +149,16 @@ class Reporter:
             samples_per_second=self.speed.row_rate(),
             comm_seconds=self.speed.row_wait(),
             train=values,
+            gpu=self._read_gpu(),
         )
+
+    def _read_gpu(self) -> Mapping[str, float | str]:
+        """Return what is known of this rank's GPU now; report what cannot be known on rank 0, an alarm on any rank."""
+        reading = self.gpu.read()
+        if (alarm := self.gpu.take_alarm()) is not None:
+            self.print_warning(alarm)
+        self.print_lines(self.gpu.take_notes())
+        return reading.columns() if reading is not None else {}
 
     def record_evaluation(self, at: Position, epoch: int) -> None:
         """Report an evaluation. If the step's row is there already, by the rank that was lost, it is written again."""
@@ -198,6 +215,7 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self.gpu.close()
 
     def close_without_flush(self) -> None:
         """Close the files without writing what is left: they are another run's now."""

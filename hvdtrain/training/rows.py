@@ -29,6 +29,7 @@ class MetricsRow:
     train: Mapping[str, MetricValue]  # loss and metrics since the last row; what this step's update reports
     eval: Mapping[str, MetricValue] = field(default_factory=dict)  # if there was an evaluation after this step
     evals: Mapping[str, Mapping[str, MetricValue]] = field(default_factory=dict)  # of each set but the first
+    gpu: Mapping[str, float | str] = field(default_factory=dict)  # of rank 0's GPU, as it is: GpuReading.columns
 
     def encode(self) -> bytes:
         """Return the line; numbers that are not finite are null in it."""
@@ -36,6 +37,7 @@ class MetricsRow:
         values |= {"samples_per_second": self.samples_per_second, "comm_seconds": self.comm_seconds, **self.train}
         for prefix, metrics in {"eval": self.eval, **self.evals}.items():
             values |= {f"{prefix}_{name}": value for name, value in metrics.items()}
+        values |= {f"gpu_{name}": value for name, value in self.gpu.items()}
         return f"{encode_json(values)}\n".encode()
 
 

@@ -14,6 +14,7 @@ from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import Step
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.source import RecipeSource
+from hvdtrain.training.balance import SpeedComparison
 from hvdtrain.training.lease import Lease
 from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import RunOptions
@@ -42,7 +43,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Generation:
-    """What is the same object while the same ranks train together. A run of fixed membership has one generation."""
+    """What is the same object while the same ranks train together, with the same shares of the batch.
+
+    A run of fixed membership has one generation.
+    """
 
     run: Run
     world: World
@@ -53,6 +57,7 @@ class Generation:
     diagnosis: Diagnosis | None  # of --diagnose
     hosts: Sequence[str]  # of the ranks, each once
     formation_text: str  # how long it took to form, human-readable; "" for the first one
+    speeds: SpeedComparison | None = None  # of --shares measured
 
     def set_now(self, position: Position, *, training: bool) -> Now:
         """Let the recipe know that the training is at `position`; return what it knows."""

@@ -7,6 +7,7 @@
         |       |
         |       | a rank is lost (PeersLost), or the recipe has failed and is tried again,
         |       | or all agree after a step: Ending.MEMBERS_LEAVE, MEMBERS_JOIN
+        |       | (SHARES_CHANGE: run_loop again, with another plan in the same world)
         +-------+----------------------------------------> MembershipEnded: this rank leaves, or was evicted
 
 With fixed membership there is one generation, and each error ends the run. In an elastic run, this is the way from the
@@ -41,9 +42,12 @@ from hvdtrain.elastic.membership import EnteredWorld
 from hvdtrain.ledger.writer import Ledger
 from hvdtrain.recipe.given_order import GivenOrder, decode_orders, encode_orders
 from hvdtrain.recipe.now import Now, set_now
+from hvdtrain.recipe.order import is_even
 from hvdtrain.system.errors import EXIT_FAILED, RunError, UserError
 from hvdtrain.training import hang
+from hvdtrain.training.balance import make_speed_comparison
 from hvdtrain.training.config import TABLES
+from hvdtrain.training.dealing import deal_again
 from hvdtrain.training.folder import take_over_folder
 from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.loop import Ending, run_loop
@@ -101,7 +105,8 @@ class Session:
         while True:
             try:
                 generation, position = self.form_generation()
-                ending = run_loop(generation, position)
+                while (ending := run_loop(generation, position)) is Ending.SHARES_CHANGE:
+                    generation = deal_again(generation, position)
                 if ending in (Ending.FINISHED, Ending.STOPPED):
                     return generation, position, ending
                 self.run.membership.leave_if_requested()
@@ -138,6 +143,7 @@ class Session:
             self.resumed_from, self._ledger = position.step or None, None
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
+            position.shares = ""  # those were of other ranks
         before = Now.before_training(run.recipe.now.folder, self.world.rank, self.world.size)
         set_now(run.recipe, before.before_plan(position.step, position.epoch, position.samples))
         orders = EpochOrders(run.step, type(run.recipe).__name__, run.options.data.seed, folder, position, self._ledger)
@@ -151,7 +157,7 @@ class Session:
         diagnosis = None
         if run.options.reports.diagnose:
             log_every = run.options.reports.log_every
-            diagnosis = Diagnosis(self.world, folder, log_every, position.step, self._earlier_worlds)
+            diagnosis = Diagnosis(self.world, folder, log_every, run.report.gpu, position.step, self._earlier_worlds)
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
         hosts = list(dict.fromkeys(collectives.gather_json(self.world.host, "hosts")))
         generation = Generation(
@@ -164,7 +170,10 @@ class Session:
             diagnosis=diagnosis,
             hosts=hosts,
             formation_text=self._formation_text,
+            speeds=make_speed_comparison(run.options, self.world.size),
         )
+        if not is_even(plan.shares):
+            generation = deal_again(generation, position)
         generation.set_now(position, training=True)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
         if begins:

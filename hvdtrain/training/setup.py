@@ -15,6 +15,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.ledger.reader import find_segments
 from hvdtrain.ledger.rows import MAX_STEP_EXAMPLES
 from hvdtrain.ledger.writer import Ledger
+from hvdtrain.recipe.shares import MEASURED, choose_shares, format_shares
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.recipe.source_copy import describe_copy, write_copy
 from hvdtrain.system.errors import UserError
@@ -32,22 +33,43 @@ from hvdtrain.training.streams import check_division, check_length
 
 GIT_SECONDS = 5.0  # for git to name the commit
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
+REPORTED_IF_IMPORTED = ("jax", "jaxlib", "optax", "flax", "equinox", "keras", "tensorflow")
 
 
 def plan_generation(run: Run, world: World, position: Position, orders: EpochOrders) -> TrainingPlan:
     """Return the plan of a generation that begins at `position`. Raises UserError if it cannot be carried out."""
     step = run.step
     check_length(run.options, orders.order.examples, run.recipe.schedule)
+    option = run.options.data.shares
+    shares = choose_shares(option, world.size, position.shares)
     plan = make_training_plan(
-        run.recipe, run.options, orders.order.examples, step.base_learning_rate(), world.size, position
+        run.recipe, run.options, orders.order.examples, step.base_learning_rate(), shares, position
     )
-    check_division(step.source, plan, position, world_may_change=run.membership.world_may_change)
+    check_division(
+        step.source,
+        plan,
+        position,
+        world_may_change=run.membership.world_may_change,
+        shares_may_change=option == MEASURED and world.size > 1,
+    )
     plan = replace(plan, order_text=orders.describe())
+    check_passes(run, plan, position)
+    position.shares = format_shares(shares)
+    return plan
+
+
+def check_passes(run: Run, plan: TrainingPlan, position: Position) -> None:
+    """Raise UserError for passes that a `score` with collectives cannot have."""
+    step = run.step
     if step.score_needs_whole_batch:
         refuse_several_passes(type(run.recipe).__name__, plan)
+    if plan.rounds is not None and step.score_uses_collectives:
+        raise UserError(
+            f"{type(run.recipe).__name__}.score calls collectives, and in --local-steps {plan.rounds.steps} ranks have "
+            "different weights: leave out --local-steps"
+        )
     if step.score_uses_collectives:
         refuse_uneven_calls(type(run.recipe).__name__, plan, step.examples, position)
-    return plan
 
 
 def write_run_files(run: Run, folder: Path, config: Mapping[str, object]) -> list[str]:
@@ -114,6 +136,7 @@ def open_ledger(
         )
     ledger = known or Ledger(options.data.seed, plan.examples, plan.batch_size, position.step)
     ledger.roll_back(position.step)
+    ledger.set_shares(position.step + 1, position.shares)
 
     def begin_segment() -> None:
         if not options.checkpoints.ledger and (known is not None or not find_segments(folder / "ledger")):
@@ -143,7 +166,8 @@ def collect_versions() -> dict[str, str]:
         # torch's own names the build, as in 2.14.1+cu130.
         own = str(getattr(sys.modules.get(package), "__version__", installed))
         found[package] = own if own.startswith(installed) else installed
-    return found
+    modules = {name: sys.modules[name] for name in REPORTED_IF_IMPORTED if name in sys.modules}
+    return found | {name: module.__version__ for name, module in modules.items() if hasattr(module, "__version__")}
 
 
 def name_git_commit(run: Run) -> str | None:

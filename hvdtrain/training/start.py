@@ -137,6 +137,7 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
             *describe_training_plan(generation.plan, run.options),
             f"threads   {threads.count} per rank, from {threads.source}",
             *describe_best(run),
+            *run.step.take_messages(),
         ]
     )
     if run.options.checkpoints.resume:

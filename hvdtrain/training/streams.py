@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from hvdtrain.recipe.framework import DataSource
-from hvdtrain.recipe.order import MAX_EXAMPLES, Ids, part_bounds
+from hvdtrain.recipe.order import MAX_EXAMPLES, Ids, share_bounds
+from hvdtrain.recipe.shares import format_shares
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.plan import StepShare, TrainingPlan
@@ -46,7 +47,9 @@ def check_length(options: RunOptions, examples: int, schedule: str) -> None:
         )
 
 
-def check_division(source: DataSource, plan: TrainingPlan, position: Position, *, world_may_change: bool) -> None:
+def check_division(
+    source: DataSource, plan: TrainingPlan, position: Position, *, world_may_change: bool, shares_may_change: bool
+) -> None:
     """Raise UserError if a divided stream would not be continued where its ranks have left it.
 
     Sets in `position` what the parts depend on.
@@ -57,10 +60,16 @@ def check_division(source: DataSource, plan: TrainingPlan, position: Position, *
     whole = "let its factory take no arguments, so that every rank reads all of it"
     if world_may_change:
         raise UserError(f"each rank reads its part of the Stream, so their number must not change (--elastic): {whole}")
+    if shares_may_change:
+        raise UserError(
+            "each rank reads its part of the Stream, so their shares must not change (--shares measured): give "
+            f"numbers, as 3:1:1, or {whole}"
+        )
     if plan.deterministic:
         raise UserError(f"each rank reads its part of the Stream, so training depends on their number; {whole}")
     epoch = "" if plan.examples == MAX_EXAMPLES else f", epochs of {plan.examples} examples"
-    division = f"{plan.ranks} ranks, batches of {plan.batch_size}{epoch}"
+    dealt = f", shares {shares}" if (shares := format_shares(plan.shares)) else ""
+    division = f"{plan.ranks} ranks, batches of {plan.batch_size}{epoch}{dealt}"
     if position.step and position.division != division:
         before = position.division or "another kind of data"
         raise UserError(f"cannot resume with {division}: the parts of the Stream were read with {before}; {whole}")
@@ -71,7 +80,7 @@ def count_own_examples(plan: TrainingPlan, position: Position, rank: int) -> int
     """Return how many examples of its part of a divided stream a rank has read before `position`."""
 
     def count_share(examples: int) -> int:
-        begin, end = part_bounds(examples, rank, plan.ranks)
+        begin, end = share_bounds(examples, rank, plan.shares)
         return end - begin
 
     steps, rest = divmod(plan.examples, plan.batch_size)

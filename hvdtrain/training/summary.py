@@ -33,6 +33,7 @@ class Summary:
     steps: int
     epochs: int
     finished: bool  # False: the run was stopped, and can be resumed
+    shares: Sequence[int]  # of the batch, by rank, in 1,024ths, at the end
     ended: str  # why it has ended before its last step; "": it has not
     samples_seen: int
     train_loss: float
@@ -41,7 +42,9 @@ class Summary:
     best: BestCheckpoint | None  # of those that were evaluated
     wire_bytes_per_step: int
     compression: str
+    compilations: int | None  # of rank 0's functions; None: of a framework that compiles none
     buckets: Sequence[Mapping[str, object]]
+    sparsity: float | None  # the share of the weights that are pruned; None: without --prune
     membership_changes: int
     resumed_from: int | None  # a step
     skipped_nonfinite: int
@@ -80,6 +83,7 @@ def make_summary(session: Session, generation: Generation, position: Position, f
     """Return the summary of a run that has ended at `position`, in the last generation of a session."""
     activity.enter_activity("ending the run", patient=True)
     run, rates = generation.run, generation.run.report.speed.measure_rates()
+    report = run.step.exchange_report()
     return Summary(
         recipe=run.name,
         framework=run.recipe.framework,
@@ -87,6 +91,7 @@ def make_summary(session: Session, generation: Generation, position: Position, f
         steps=position.step,
         epochs=generation.plan.epochs,
         finished=finished,
+        shares=list(generation.plan.shares),
         ended=position.ended,
         samples_seen=position.samples,
         train_loss=position.train_loss,
@@ -95,7 +100,9 @@ def make_summary(session: Session, generation: Generation, position: Position, f
         best=run.report.best,
         wire_bytes_per_step=run.step.wire_bytes(),
         compression=run.options.compression.spec,
-        buckets=run.step.exchange_report().buckets,
+        compilations=run.step.count_compilations(),
+        buckets=report.buckets,
+        sparsity=report.sparsity,
         membership_changes=run.membership.change_count,
         resumed_from=session.resumed_from,
         skipped_nonfinite=position.skipped_nonfinite,

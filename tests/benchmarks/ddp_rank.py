@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from hvdtrain.recipe import order
 from hvdtrain.recipe.registry import load_recipe
+from hvdtrain.recipe.schedule import parse_schedule
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.data import BatchDataset, seed_all
 from hvdtrain.torch.loader import BatchLoader
-from hvdtrain.training.schedule import parse_schedule
 from tests.benchmarks.step_rank import in_ddp
 
 

@@ -14,11 +14,16 @@ import collections
 import contextlib
 import itertools
 import json
+import os
 import re
 import signal
 import sys
+import sysconfig
+import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from tests.benchmarks.elastic_runs import NAMES, folder, list_hosts, listed
 from tests.benchmarks.elastic_stock_faults_rank import EPOCHS, EXAMPLES
 from tests.benchmarks.tables import Table, publish
 from tests.ranks.disk import small_disk
-from tests.ranks.harness import BIN, Job
+from tests.ranks.harness import BIN, ROOT, Job
 
 ENDING = 5.0  # seconds for what is left when horovodrun has ended
 Found = dict[str, Any]
@@ -46,10 +51,10 @@ class Stock:
         return [json.loads(line) for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def steps(self, number: int) -> None:
-        """Wait for so many more steps of a rank 0, or for the end."""
+        """Wait for that many more steps, or for the end."""
         before = None
         while self.alive():
-            done = sum(row["rank"] == 0 for row in self.rows())
+            done = max((row["step"] for row in self.rows()), default=0)
             before = done if before is None else before
             if done >= before + number:
                 return
@@ -57,6 +62,12 @@ class Stock:
 
     def alive(self) -> bool:
         return self.job.process.poll() is None and time.monotonic() < self.deadline
+
+    def sizes(self) -> list[int]:
+        """The sizes of the worlds, one after the other; equal ones in turn are one."""
+        path = self.path / "ranks.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [size for size, _ in itertools.groupby(row["size"] for row in rows)]
 
     def worker(self, rank: int) -> psutil.Process:
         rows = [json.loads(line) for line in (self.path / "ranks.jsonl").read_text().splitlines()]
@@ -106,75 +117,131 @@ def driver(job: Stock) -> None:
     job.job.process.kill()
 
 
-# What happens; and --min-np.
-FAULTS: dict[str, tuple[Callable[[Stock], object], int]] = {
-    "none": (lambda job: None, 1),
-    "kill": (lambda job: job.kill(1), 1),
-    "kill-rank-0": (lambda job: job.kill(0), 1),
-    "kill-two": (lambda job: job.kill(1, 2), 1),
-    "kill-all": (lambda job: job.kill(0, 1, 2), 1),
-    "stop": (lambda job: job.kill(1, number=signal.SIGSTOP), 1),
-    "driver": (driver, 1),
-    "added": (lambda job: job.hosts(listed(4)), 1),
-    "removed": (lambda job: job.hosts(listed(2)), 1),
-    "added-and-removed": (added_and_removed, 1),
-    "unreachable": (lambda job: job.hosts(f"{listed(3)} 203.0.113.9:1"), 1),
-    "newcomer-crashes": (newcomer("init-crash"), 1),
-    "newcomer-hangs": (newcomer("init-hang"), 1),
-    "discovery-fails": (lambda job: job.discovery("exit 1"), 1),
-    "discovery-hangs": (lambda job: (job.discovery("sleep 600"), time.sleep(3), job.kill(1)), 1),
-    "discovery-junk": (lambda job: job.discovery("echo '?!'"), 1),
-    "discovery-nothing": (lambda job: job.discovery("true"), 1),
-    "discovery-flaps": (flapping, 1),
-    "too-few-then-back": (come_and_go, 3),
-    "notice": (lambda job: job.kill(1, number=signal.SIGTERM), 1),
-    "bug": (lambda job: job.fault("score-always"), 1),
-    "disk-full": (lambda job: None, 1),
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a job, on which hosts it begins, and with how many workers at least it runs."""
+
+    plant: Callable[[Stock], object]
+    least: int = 1
+    hosts: str = listed(3)
+
+
+ONE_HOST = f"{NAMES[0]}:3"
+FAULTS = {
+    "none": Fault(lambda job: None),
+    "kill": Fault(lambda job: job.kill(1)),
+    "kill-rank-0": Fault(lambda job: job.kill(0)),
+    "kill-two": Fault(lambda job: job.kill(1, 2)),
+    "kill-all": Fault(lambda job: job.kill(0, 1, 2)),
+    "kill-one-host": Fault(lambda job: job.kill(1), hosts=ONE_HOST),
+    "kill-rank-0-one-host": Fault(lambda job: job.kill(0), hosts=ONE_HOST),
+    "stop": Fault(lambda job: job.kill(1, number=signal.SIGSTOP)),
+    "stop-rank-0": Fault(lambda job: job.kill(0, number=signal.SIGSTOP)),
+    "driver": Fault(driver),
+    "added": Fault(lambda job: job.hosts(listed(4))),
+    "removed": Fault(lambda job: job.hosts(listed(2))),
+    "added-and-removed": Fault(added_and_removed),
+    "unreachable": Fault(lambda job: job.hosts(f"{listed(3)} 203.0.113.9:1")),
+    "newcomer-crashes": Fault(newcomer("init-crash")),
+    "newcomer-hangs": Fault(newcomer("init-hang")),
+    "newcomer-crashes-late": Fault(newcomer("late-crash")),
+    "newcomer-hangs-late": Fault(newcomer("late-hang")),
+    "discovery-fails": Fault(lambda job: job.discovery("exit 1")),
+    "discovery-hangs": Fault(lambda job: (job.discovery("sleep 600"), time.sleep(3), job.kill(1))),
+    "discovery-junk": Fault(lambda job: job.discovery("echo '?!'")),
+    "discovery-nothing": Fault(lambda job: job.discovery("true")),
+    "discovery-flaps": Fault(flapping),
+    "too-few-then-back": Fault(come_and_go, 3),
+    "notice": Fault(lambda job: job.kill(1, number=signal.SIGTERM)),
+    "bug": Fault(lambda job: job.fault("score-always")),
+    "disk-full": Fault(lambda job: None),
 }
 TELLING = re.compile(r"error|abort|terminat|exception|what\(\)", re.IGNORECASE)
 
 
-def observe(name: str, limit: float) -> Found:
+@contextlib.contextmanager
+def start(path: Path, fault: Fault, limit: float, wheel: Path | None) -> Iterator[Stock]:
+    """A job that has made some steps, and of which nothing is left afterwards."""
+    (path / "discover.sh").write_text(f'#!/bin/sh\ncat "{path}/hosts"\n')
+    (path / "discover.sh").chmod(0o755)
+    list_hosts(path, fault.hosts)
+    line = [str(BIN / "horovodrun"), "--gloo", "-np", "3", "--min-np", str(fault.least), "--max-np", "4"]
+    line += ["--host-discovery-script", str(path / "discover.sh"), "--network-interfaces", "lo", sys.executable]
+    line += ["-m", "tests.benchmarks.elastic_stock_faults_rank", str(path)]
+    env = {}
+    if wheel:  # which looks for the libraries of MPI and NCCL relative to itself
+        libraries = (Path(sys.prefix) / "lib", Path(sysconfig.get_path("purelib")) / "nvidia" / "nccl" / "lib")
+        env["PYTHONPATH"] = f"{wheel}{os.pathsep}{ROOT}"
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, [*libraries, os.environ.get("LD_LIBRARY_PATH", "")]))
+    with Job(line, env, path, path / "output") as horovodrun:
+        job = Stock(path, horovodrun, 3 * limit)
+        job.steps(5)
+        yield job
+        horovodrun.process.kill()
+        for process in horovodrun.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def observe(name: str, limit: float, wheel: Path | None) -> Found:
     """Plant a fault after some steps, and say what comes of it."""
-    plant, least = FAULTS[name]
+    fault = FAULTS[name]
     with folder() as path, contextlib.ExitStack() as closing:
-        (path / "discover.sh").write_text(f'#!/bin/sh\ncat "{path}/hosts"\n')
-        (path / "discover.sh").chmod(0o755)
-        list_hosts(path, listed(3))
         if name == "disk-full":
             closing.enter_context(small_disk(path / "disk", 1)).fill()
-        line = [str(BIN / "horovodrun"), "--gloo", "-np", "3", "--min-np", str(least), "--max-np", "4"]
-        line += ["--host-discovery-script", str(path / "discover.sh"), "--network-interfaces", "lo", sys.executable]
-        line += ["-m", "tests.benchmarks.elastic_stock_faults_rank", str(path)]
-        with Job(line, None, path, path / "output") as horovodrun:
-            job = Stock(path, horovodrun, 3 * limit)
-            job.steps(5)
-            plant(job)
+        with start(path, fault, limit, wheel) as job:
+            began = time.time()
+            fault.plant(job)
             job.deadline = time.monotonic() + limit
             while job.alive():
                 time.sleep(0.1)
-            code = horovodrun.process.poll()
+            code = job.job.process.poll()
             deadline = time.monotonic() + ENDING
-            while code is not None and horovodrun.processes() and time.monotonic() < deadline:
+            while code is not None and job.job.processes() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            left = len(horovodrun.processes()) if code is not None else 0
-            horovodrun.process.kill()
-            for process in horovodrun.processes():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            left = len(job.job.processes()) if code is not None else 0
         said = [text for text in (path / "output").read_text(errors="replace").splitlines() if TELLING.search(text)]
         finished = (path / "finished").exists()
-        visits = collections.Counter((row["epoch"], i) for row in job.rows() for i in row["ids"])
-        worlds = [json.loads(line)["size"] for line in (path / "ranks.jsonl").read_text().splitlines()]
         return {
             "outcome": "no end" if code is None else "finished" if finished and code == 0 else f"exit {code}",
             "trained to the end": finished,
-            "worlds": [size for size, _ in itertools.groupby(worlds)],
-            "lost": EPOCHS * EXAMPLES - len(visits) if finished else None,
-            "repeated": sum(count > 1 for count in visits.values()),
+            "worlds": job.sizes(),
+            **count_visits(job.rows(), began, finished),
+            "same weights": have_same_weights(path) if finished else None,
             "left": left,
             "said": said[-1].strip()[:160] if said and code != 0 else "",
         }
+
+
+def count_visits(rows: Sequence[Found], began: float, finished: bool) -> Found:
+    """Count what the weights have consumed: what the last try of each step did, over all ranks.
+
+    An id that is repeated in the last step of an epoch fills up the batches of the last ranks: it is padding.
+    """
+    last_try: dict[int, float] = {}
+    last_step: dict[int, int] = {}
+    for row in rows:
+        last_try[row["step"]] = max(row["world"], last_try.get(row["step"], 0))
+        last_step[row["epoch"]] = max(row["step"], last_step.get(row["epoch"], 0))
+    visits: collections.Counter[tuple[int, int]] = collections.Counter()
+    padded = 0
+    for row in sorted(rows, key=lambda row: row["step"]):
+        if row["world"] == last_try[row["step"]]:
+            for i in row["ids"]:
+                padded += visits[row["epoch"], i] > 0 and row["step"] == last_step[row["epoch"]]
+                visits[row["epoch"], i] += 1
+    times = sorted(row["at"] for row in rows)
+    return {
+        "still": max((after - before for before, after in itertools.pairwise(times) if after > began), default=None),
+        "lost": EPOCHS * EXAMPLES - len(visits) if finished else None,
+        "repeated": sum(visits.values()) - len(visits) - padded,
+        "padded": padded,
+    }
+
+
+def have_same_weights(path: Path) -> bool:
+    """Return whether all ranks ended with the same weights."""
+    return len({json.loads(line)["sum"] for line in (path / "weights.jsonl").read_text().splitlines()}) == 1
 
 
 def main() -> None:
@@ -183,23 +250,30 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=90.0, help="seconds after which a run has no end")
     parser.add_argument("--results", type=Path, help="file for what was found; what is in it of other faults is kept")
     parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
+    parser.add_argument("--wheel", type=Path, help="another wheel of Horovod than the one that is installed")
     options = parser.parse_args()
     if strange := set(options.faults) - set(FAULTS):
         parser.error(f"--faults: {', '.join(strange)} is none of {', '.join(FAULTS)}")
     found = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
-    for name in options.faults:
-        found[name] = observe(name, options.limit)
-        print(name, found[name], file=sys.stderr, flush=True)
-        if options.results:
-            options.results.write_text(json.dumps(found, indent=1) + "\n")
+    with contextlib.ExitStack() as closing:
+        wheel = None
+        if options.wheel:
+            wheel = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="horovod-")))
+            zipfile.ZipFile(options.wheel).extractall(wheel)
+        for name in options.faults:
+            found[name] = observe(name, options.limit, wheel)
+            print(name, found[name], file=sys.stderr, flush=True)
+            if options.results:
+                options.results.write_text(json.dumps(found, indent=1) + "\n")
     rows = []
     for name, one in found.items():
         outcome = one["outcome"] + " after training" * (one["trained to the end"] and one["outcome"] != "finished")
-        cells = [outcome, one["worlds"], one["lost"], one["repeated"], one["left"], one["said"].replace("|", "/")]
-        rows.append([name, *map(str, cells)])
-    columns = ["fault", "outcome", "worlds", "ids lost", "repeated", "processes left", "printed last"]
+        still = "" if one["still"] is None else f"{one['still']:.1f}"
+        cells = [outcome, one["worlds"], still, one["lost"], one["repeated"], one["padded"], one["same weights"]]
+        rows.append([name, *map(str, [*cells, one["left"], one["said"].replace("|", "/")])])
+    columns = ["fault", "outcome", "worlds", "longest pause, s", "ids lost", "repeated", "padded", "same weights"]
     caption = f"Of {EPOCHS} x {EXAMPLES} examples; no end: within {options.limit:g} s of the fault"
-    publish(options.json, [Table(columns, rows, caption)])
+    publish(options.json, [Table([*columns, "processes left", "printed last"], rows, caption)])
 
 
 if __name__ == "__main__":

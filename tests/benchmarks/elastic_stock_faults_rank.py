@@ -2,8 +2,9 @@
 
     horovodrun --gloo ... python -m tests.benchmarks.elastic_stock_faults_rank FOLDER
 
-As Horovod's documentation has it: TorchState, ElasticSampler, a commit every step. Which ids a step consumed is written
-down between the two things that `commit` does, so that it stands exactly where the state is saved.
+As Horovod's documentation has it: TorchState, ElasticSampler, a commit every step. Which ids a step consumes is written
+down before its gradients are sent, with the number of the step, which is part of the state, and the world in which it
+is tried: what the weights have consumed is what the last try of each step did.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ def main() -> None:
     def said(what: str) -> bool:
         return fault.exists() and fault.read_text() == what
 
-    if said("init-crash"):
-        os._exit(9)
-    if said("init-hang"):
-        time.sleep(3600)
+    def fail(moment: str) -> None:
+        if said(f"{moment}-crash"):
+            os._exit(9)
+        if said(f"{moment}-hang"):
+            time.sleep(3600)
+
+    fail("init")
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     hvd.init()
+    fail("late")
     recipe = load_recipe("digits")()
     data = Numbered(recipe.dataset("train"))
     model = recipe.model()
@@ -59,30 +63,34 @@ def main() -> None:
 
     @hvd.elastic.run
     def train(state: Any) -> None:
+        world = hvd.broadcast_object(time.time(), name="world")
         append(folder / "ranks.jsonl", {"rank": hvd.rank(), "size": hvd.size(), "pid": os.getpid()})
         while state.epoch < EPOCHS:
             for state.batch, (ids, batch) in enumerate(loader):
                 time.sleep(PAUSE)
                 if said("score-always"):
                     raise ValueError("a fault on purpose, always")
+                row = {"step": state.step, "world": world, "at": time.time(), "epoch": state.epoch}
+                row |= {"rank": hvd.rank(), "size": hvd.size(), "ids": ids.tolist()}
+                append(folder / f"ids-{os.getpid()}.jsonl", row)
                 optimizer.zero_grad()
                 recipe.score(model, batch)["loss"].mean().backward()
                 optimizer.step()
                 sampler.record_batch(state.batch, BATCH)
-                state.save()
-                row = {"epoch": state.epoch, "rank": hvd.rank(), "size": hvd.size(), "ids": ids.tolist()}
-                append(folder / f"ids-{os.getpid()}.jsonl", row)
-                state.check_host_updates()
+                state.step += 1
+                state.commit()
             state.epoch += 1
             sampler.set_epoch(state.epoch)
             state.batch = 0
             if hvd.rank() == 0 and (folder / "disk").exists():
                 torch.save(model.state_dict(), folder / "disk" / f"epoch-{state.epoch}")
             state.commit()
+        values = torch.cat([value.detach().double().reshape(-1) for value in model.state_dict().values()])
+        append(folder / "weights.jsonl", {"rank": hvd.rank(), "sum": values.sum().item()})
         if hvd.rank() == 0:
             (folder / "finished").touch()
 
-    train(hvd.elastic.TorchState(model=model, optimizer=optimizer, sampler=sampler, epoch=0, batch=0))
+    train(hvd.elastic.TorchState(model=model, optimizer=optimizer, sampler=sampler, epoch=0, batch=0, step=0))
 
 
 if __name__ == "__main__":

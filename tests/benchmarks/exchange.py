@@ -7,9 +7,10 @@ ResNet-18, 16 images of 64x64 per rank (or --images), two ranks (or --ranks) wit
 --rate each on a host of its own, joined by links of that rate (needs root). Ways take turns, and each round begins with
 another.
 
-A way is one of none (no exchange), horovod (stock), ddp, ddp-fp16, bucketed (hvdtrain's), bucketed:SPEC with a
-compression; behind it +channels-last, +malloc (glibc keeps freed memory), +bound or +unbound (each
-rank to its share of the host's cores, as hvdtrain does itself, or not) or +NAME=VALUE, an environment variable.
+A way is one of none (no exchange), horovod (stock), ddp, ddp-fp16, ddp-hook:SPEC (hvdtrain's hook in DDP), bucketed
+(hvdtrain's), bucketed:SPEC with a compression; behind it +channels-last, +malloc (glibc keeps freed memory), +bound or
++unbound (each rank to its share of the host's cores, as hvdtrain does itself, or not) or +NAME=VALUE, an environment
+variable.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.step_rank WAY [--steps N] [--images 16] [--channels-last] [--cores own|any]
 
-WAY: none (no communication), horovod (stock DistributedOptimizer), ddp, ddp-fp16, bucketed (hvdtrain's), or
-bucketed:SPEC with a compression. Started by horovodrun, also for DDP, which takes its rank from Horovod's variables.
-Rank 0 prints RESULT and, as JSON, the seconds of each step and the bytes that it sent in the last one, where known.
+WAY: none (no communication), horovod (stock DistributedOptimizer), ddp, ddp-fp16, ddp-hook:SPEC (hvdtrain's hook in
+DDP), bucketed (hvdtrain's), or bucketed:SPEC with a compression. Started by horovodrun, also for DDP, which takes its
+rank from Horovod's variables. Rank 0 prints RESULT and, as JSON, the seconds of each step and the bytes that it sent in
+the last one, where known.
 """
 
 from __future__ import annotations
@@ -22,30 +23,36 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torchvision.models import resnet18
 
 from hvdtrain.system import cpus
+from hvdtrain.torch import ddp_hook
 
 SIDE = 64
 
 
-def wrapped(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """The model and the optimizer as a way of exchange wants them."""
+def wrapped(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any, Any]:
+    """The model and the optimizer as a way of exchange wants them, and what knows the bytes sent, if anything does."""
     if way == "none":
-        return model, optimizer
+        return model, optimizer, None
+    compression = f"{way.partition(':')[2] or 'none'},warmup=0"
+    if way.startswith("ddp-hook"):
+        parallel, hook = in_ddp(model, fp16=False), ddp_hook(compression)
+        hook.register(parallel)
+        return parallel, optimizer, hook
     if way.startswith("ddp"):
-        return in_ddp(model, fp16=way == "ddp-fp16"), optimizer
+        return in_ddp(model, fp16=way == "ddp-fp16"), optimizer, None
     if way == "horovod":
         import horovod.torch as hvd
 
         hvd.init()
-        return model, hvd.DistributedOptimizer(optimizer, model.named_parameters())
+        return model, hvd.DistributedOptimizer(optimizer, model.named_parameters()), None
     import hvdtrain
     from hvdtrain.torch import DistributedOptimizer
 
     hvdtrain.init()
-    compression = way.partition(":")[2] or "none"
-    return model, DistributedOptimizer(optimizer, model.named_parameters(), compression=f"{compression},warmup=0")
+    optimizer = DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+    return model, optimizer, optimizer
 
 
-def in_ddp(model: nn.Module, fp16: bool) -> nn.Module:
+def in_ddp(model: nn.Module, fp16: bool) -> nn.parallel.DistributedDataParallel:
     """The model in torch's DistributedDataParallel over Gloo, by the interface that horovodrun was told of."""
     rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
     if interface := os.environ.get("HOROVOD_GLOO_IFACE"):
@@ -73,7 +80,8 @@ def main() -> None:
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
         model = model.to(memory_format=torch.channels_last)
-    model, optimizer = wrapped(options.way, model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model, optimizer, sender = wrapped(options.way, model, sgd)
     if options.cores == "own":
         cpus.bind_to_cores(*(int(os.environ[f"HOROVOD_LOCAL_{what}"]) for what in ("RANK", "SIZE")))
     elif options.cores == "any":
@@ -86,7 +94,7 @@ def main() -> None:
         optimizer.step()
         seconds.append(time.perf_counter() - begin)
     if os.environ.get("HOROVOD_RANK", "0") == "0":
-        result = {"seconds": seconds, "wire_bytes": getattr(optimizer, "wire_bytes", None)}
+        result = {"seconds": seconds, "wire_bytes": getattr(sender, "wire_bytes", None)}
         print("RESULT", json.dumps(result), flush=True)
     os._exit(0)
 

@@ -10,6 +10,8 @@ import os
 import pytest
 import torch
 
+from hvdtrain.system.gpu import GpuMonitor
+from hvdtrain.torch.gpu import find_gpu_uuid
 from tests.gpu import codecs
 from tests.gpu.__main__ import Refused, check_build, check_channels, check_codec, check_sums, check_training
 
@@ -61,3 +63,17 @@ def test_ranks_share_a_gpu(ranks: int, gpu: str) -> None:
         pytest.skip(f"NCCL does not let ranks share a GPU here: {refusal}")
     check_channels(gpu, ranks)
     check_training(gpu, ranks)
+
+
+def test_the_gpu_of_the_device_is_read(gpu: str) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    monitor = GpuMonitor(find_gpu_uuid(device))
+    held = torch.zeros(1 << 28, dtype=torch.uint8, device=device)
+    reading = monitor.read()
+    assert reading is not None, monitor.take_notes()
+    total = torch.cuda.get_device_properties(device).total_memory
+    assert reading.memory_total is not None and abs(reading.memory_total - total) < 0.1 * total
+    assert reading.memory_used is not None and reading.memory_used >= held.numel()
+    for value, most in ((reading.utilization, 100), (reading.temperature, 120), (reading.sm_clock, 5000)):
+        assert value is None or 0 <= value <= most, reading
+    print(reading, monitor.take_notes())

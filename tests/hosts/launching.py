@@ -14,17 +14,19 @@ import psutil
 from tests.hosts.cluster import Host
 from tests.ranks.elastic import losses
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT, train
+from tests.support.processes import kill_all
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
+DIGITS_JAX = str(ROOT / "recipes" / "digits_jax.py")
 HOROVODRUN = ["--launcher", "horovodrun"]
 HOROVODRUN_MPI = ["--launcher", "horovodrun", "--controller", "mpi"]
 MPIRUN = ["--launcher", "mpirun"]
 SSHD = "sshd"
 
 
-def losses_alone(folder: Path, *options: str) -> list[float]:
-    """The losses of all steps of digits in a single process."""
-    train("alone", 1, DIGITS, folder, *options, "--threads", "1")
+def losses_alone(folder: Path, *options: str, recipe: str = DIGITS) -> list[float]:
+    """The losses of all steps of a recipe in a single process."""
+    train("alone", 1, recipe, folder, *options, "--threads", "1")
     return losses(folder)
 
 
@@ -59,9 +61,7 @@ def launched(
         print("running:", *at_work(hosts), sep="\n")
         process.kill()
         print(*process.communicate(), sep="\n--- stderr\n")
-        for left_over in at_work(hosts):
-            with suppress(psutil.NoSuchProcess):
-                left_over.kill()
+        kill_all(at_work(hosts))
 
 
 def at_work(hosts: Sequence[Host]) -> list[psutil.Process]:

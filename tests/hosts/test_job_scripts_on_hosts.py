@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -63,3 +65,55 @@ def test_pbs_then_lsf_then_mpirun_train_one_run(tmp_path: Path) -> None:
         end(start(first, "mpi/train.sh", RECIPE, *options, HOSTFILE=str(hostfile), RUN_DIR=str(run_dir)), 0)
     assert done < len(losses(run_dir)) == 24
     verify(run_dir)
+
+
+# Saves what it is given, and asks to be queued again the first time.
+PROGRAM = """
+import json, os, pathlib, sys
+saved = pathlib.Path(os.environ["RUN_DIR"]) / f"rank-{os.environ['RANK']}.json"
+code = 0 if saved.exists() else 75
+names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+saved.write_text(json.dumps([*(os.environ[name] for name in names), *sys.argv[1:]]))
+sys.exit(code)
+"""
+WORDS = [
+    "--name",
+    "a b",
+    "$HOME",
+    "~",
+    "it's",
+    '"',
+    "*",
+    "; exit 1",
+    "--resume",
+    "-np",
+    "",
+    "\u00e4",
+    "a\nb",
+    "<&|",
+    "\\",
+]
+
+
+def test_pbs_then_mpirun_start_a_program_with_the_words_that_it_was_given(tmp_path: Path) -> None:
+    """Over ssh too, no shell takes them apart; exit code 75 submits the job again."""
+    nodes, hostfile, run_dir, script = (tmp_path / name for name in ("nodes", "hostfile", "run", "my program.py"))
+    nodes.write_text("h0\nh1\n")
+    hostfile.write_text("h0 slots=1\nh1 slots=1\n")
+    script.write_text(PROGRAM)
+    asked = tmp_path / "bin" / "qsub"
+    asked.parent.mkdir()
+    asked.write_text(f'#!/bin/sh\nprintf %s "$PROGRAM" >"{tmp_path}/submitted"\n')
+    asked.chmod(0o755)
+    path = f"{asked.parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"RUN_DIR": str(run_dir), "PATH": path}
+    with cluster(2) as (first, _):
+        words = [str(script), *WORDS]
+        pbs = start(first, "pbs/train.pbs", PBS_JOBID="7", PBS_NODEFILE=str(nodes), PROGRAM=shlex.join(words), **own)
+        end(pbs, 75)
+        assert shlex.split((tmp_path / "submitted").read_text()) == words
+        saved = [json.loads((run_dir / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+        assert saved == [["2", "0", saved[0][2], *WORDS]] * 2
+        end(start(first, "mpi/train.sh", "--", "python", *words, HOSTFILE=str(hostfile), **own), 0)
+        again = [json.loads((run_dir / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+        assert again == [["2", "0", again[0][2], *WORDS]] * 2

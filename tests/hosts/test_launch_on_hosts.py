@@ -56,8 +56,14 @@ def five() -> Iterator[list[Host]]:
 
 # Four hosts, and a head that is none of them; two hosts with two ranks each.
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("where", ["h1:1,h2:1,h3:1,h4:1", "h0:2,h1:2"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "where"),
+    [
+        *((way, "h0:2,h1:2") for way in WAYS),
+        ("gloo", "h1:1,h2:1,h3:1,h4:1"),
+        *(pytest.param(way, "h1:1,h2:1,h3:1,h4:1", marks=pytest.mark.slow) for way in ("horovodrun-mpi", "mpirun")),
+    ],
+)
 def test_digits_is_trained_as_in_one_process(
     way: str, where: str, five: list[Host], alone: list[float], tmp_path: Path
 ) -> None:

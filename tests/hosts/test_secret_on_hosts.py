@@ -17,6 +17,7 @@ from tests.hosts.cluster import Host, cluster
 from tests.hosts.launching import DIGITS, SSHD, at_work, ranks
 from tests.ranks.elastic import RECIPE, losses
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
+from tests.support.processes import kill_all
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 TRAIN = [DIGITS, "--epochs", "1", "--threads", "1", "--log-every", "1"]
@@ -61,8 +62,7 @@ def test_the_secret_is_on_no_command_line(line: list[str], two: list[Host], tmp_
             time.sleep(0.02)
     finally:
         process.kill()
-        for left in at_work(two):
-            left.kill()
+        kill_all(at_work(two))
     text = output.read_text()
     assert process.returncode == 0, text
     assert len(losses(tmp_path / "run")) == 12

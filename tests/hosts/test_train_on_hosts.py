@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.cluster import Host, cluster
-from tests.hosts.launching import DIGITS, HOROVODRUN, MPIRUN, end, launched, losses_alone, ranks
+from tests.hosts.launching import (
+    DIGITS,
+    DIGITS_JAX,
+    HOROVODRUN,
+    HOROVODRUN_MPI,
+    MPIRUN,
+    end,
+    launched,
+    losses_alone,
+    ranks,
+)
 from tests.ranks.harness import rows, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
@@ -49,6 +59,24 @@ def test_digits_over_two_debian_hosts_by_gloo_is_as_in_one_process(
     assert spread == [1, 1]
     assert len(alone) == 24
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "way",
+    [HOROVODRUN, *(pytest.param(way, marks=pytest.mark.slow) for way in (HOROVODRUN_MPI, MPIRUN))],
+    ids=" ".join,
+)
+def test_digits_in_jax_over_two_hosts_is_as_in_one_process(way: list[str], two: list[Host], tmp_path: Path) -> None:
+    expected = losses_alone(tmp_path / "alone", *TWO_EPOCHS, recipe=DIGITS_JAX)
+    with launched(two, "h0:1,h1:1", tmp_path / "run", *way, DIGITS_JAX, *TWO_EPOCHS) as process:
+        while process.poll() is None and not all(ranks(host) for host in two):
+            time.sleep(0.1)
+        spread = [len(ranks(host)) for host in two]
+        code, out, err = end(process, 150)
+    assert code == 0, f"{out}\n{err}"
+    assert spread == [1, 1]
+    assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("way", [HOROVODRUN, MPIRUN], ids=" ".join)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import hvdtrain
+from hvdtrain.recipe import schedule
 from hvdtrain.torch import Recipe
-from hvdtrain.training import schedule
 
 STEPS = 8
 BUILT: list[nn.Module] = []  # the models that recipes have made in this process

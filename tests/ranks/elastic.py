@@ -70,7 +70,7 @@ class ElasticJob(Job):
         return len(rows(self.run_dir))
 
     def more(self, steps: int) -> None:
-        """Wait for so many more steps."""
+        """Wait for that many more steps."""
         self.step(self.done() + steps)
 
     def stands_still(self, seconds: float) -> bool:
@@ -105,20 +105,28 @@ class ElasticJob(Job):
         self.those(lambda process: "HVDTRAIN_MEMBER" in process.environ())[0].kill()
 
     def world(self, size: int, timeout: float = 40) -> None:
-        """Wait until as many ranks as this train together."""
-        self.until(lambda: self.world_size() == size, f"a world of {size}", timeout)
+        """Wait until as many ranks as this train together; the run does not come to its end before newcomers join."""
+        grows = size > self.world_size() > 0
+        self.until(lambda: self.world_size() == size, f"a world of {size}", timeout, hold=grows)
 
     def world_size(self) -> int:
         """Of the newest generation that rank 0 told of."""
         sizes = re.findall(r"(?:world     (\d+) rank|global = (\d+) rank)", self.said())
         return int(sizes[-1][0] or sizes[-1][1]) if sizes else 0
 
-    def until(self, true: Callable[[], bool], what: str, timeout: float = 40) -> None:
+    def until(self, true: Callable[[], bool], what: str, timeout: float = 40, hold: bool = False) -> None:
+        """Wait for it; with `hold` a pass of the slow recipes takes 2 s meanwhile, since the run has few steps."""
         deadline = time.monotonic() + timeout
-        while not true():
-            assert time.monotonic() < deadline, f"no {what} within {timeout} s\n{self.said()}"
-            assert self.process.poll() is None, f"ended before {what}\n{self.said()}"
-            time.sleep(0.05)
+        held = Path(f"{self.fault}.hold")
+        if hold:
+            held.touch()
+        try:
+            while not true():
+                assert time.monotonic() < deadline, f"no {what} within {timeout} s\n{self.said()}"
+                assert self.process.poll() is None, f"ended before {what}\n{self.said()}"
+                time.sleep(0.05)
+        finally:
+            held.unlink(missing_ok=True)
 
     def end(self, code: int = 0, timeout: float = 100, hurry: bool = True) -> None:
         """Wait for the end of the run, with this exit code, and for the end of all it started.

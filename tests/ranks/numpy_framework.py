@@ -29,6 +29,8 @@ from hvdtrain.recipe.framework import (
     StepVotes,
 )
 from hvdtrain.recipe.metrics import Metric, ScoreLayout
+from hvdtrain.recipe.shares import Shares
+from hvdtrain.system.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -49,9 +51,12 @@ class NumpyStep:
     source = DataSource.NUMBERED
     score_uses_collectives = score_needs_whole_batch = update_in_progress = has_sampler = False
     agreement_parts = ()
+    gpu_uuid = None
     first_examples: ClassVar[dict[str, str]] = {}
 
     def __init__(self, recipe: Recipe, world: World, options: StepOptions) -> None:
+        if options.rounds.local_steps is not None:
+            raise UserError("--local-steps: recipes of numpy exchange gradients in each step: leave it out")
         self.world, self.lr = world, recipe.lr
         self.x, self.y = recipe.arrays()
         self.examples: dict[Split, int] = {"train": len(self.x), "eval": len(self.x)}
@@ -71,11 +76,14 @@ class NumpyStep:
     def draw_order(self, seed: int, epoch: int) -> None:
         return None
 
+    def deal_batch(self, shares: Shares) -> None:
+        pass
+
     def load_batches(self, split: Split, chunks: Iterable[Chunk], epoch: int) -> Iterator[tuple[Ids, Any]]:
         for chunk in chunks:
             yield chunk.ids, (self.x[chunk.ids], self.y[chunk.ids])
 
-    def start_step(self, passes: Sequence[int], batch_share: float) -> None:
+    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool) -> None:
         self.loss_sum, self.gradient = 0.0, np.zeros_like(self.weights)
 
     def cast_votes(self, votes: StepVotes) -> None:
@@ -103,6 +111,9 @@ class NumpyStep:
     def skip_update(self) -> None:
         pass
 
+    def prune(self, sparsity: float) -> float:
+        raise UserError("--prune: the framework numpy cannot")
+
     def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
         x, y = batch
         return np.array([np.square(x @ self.weights - y).sum()])
@@ -129,6 +140,9 @@ class NumpyStep:
 
     def checksum_state(self) -> dict[str, int]:
         return {"weights": hash(self.weights.tobytes())}
+
+    def count_compilations(self) -> int | None:
+        return None
 
     def wire_bytes(self) -> int:
         return collectives.ring_all_reduce_bytes(8 * (1 + NUM_VOTES + len(self.weights)), self.world.size)

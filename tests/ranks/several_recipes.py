@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hvdtrain
+from hvdtrain.recipe import schedule
 from hvdtrain.recipe.order import iterate_batches
 from hvdtrain.torch import Recipe, all_gather
-from hvdtrain.training import schedule
 
 EXAMPLES, BATCH = 43, 8  # the last batch of an epoch has 3 examples: fewer than 4 ranks
 BUILT: list[nn.Module] = []  # the models that recipes have made in this process

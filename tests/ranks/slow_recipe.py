@@ -46,13 +46,20 @@ class SlowDigits(Digits):  # type: ignore[misc]
 
     def score(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         if model.training:
-            time.sleep(0 if self.said("hurry") else 6 if self.said("slow") else self.pause)
+            self.take(0 if self.said("hurry") else 6 if self.said("slow") else self.pause)
             if self.said("score-once"):
                 Path(self.fault).unlink(missing_ok=True)
                 raise ValueError("a fault on purpose, once")
             if self.said("score-always"):
                 raise ValueError("a fault on purpose, always")
         return super().score(model, batch)  # type: ignore[no-any-return]
+
+    def take(self, seconds: float) -> None:
+        """Sleep; up to 2 s more while the job holds the run until newcomers have joined."""
+        time.sleep(seconds)
+        deadline = time.monotonic() + 2
+        while self.fault and Path(f"{self.fault}.hold").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def said(self, fault: str) -> bool:
         return bool(self.fault) and Path(self.fault).exists() and Path(self.fault).read_text() == fault

@@ -151,7 +151,7 @@ state = hvd.elastic.TorchState(model=model, optimizer=optimizer, batch=0, sizes=
 
 @hvd.elastic.run
 def train(state):
-    while hvd.size() < 2 or state.batch < 40:
+    while 2 not in state.sizes:
         total = hvd.allreduce(torch.ones(1), op=hvd.Sum, name="sum")
         assert int(total) == hvd.size()
         state.batch += 1

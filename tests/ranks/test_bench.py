@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import hvdtrain
+from hvdtrain.bench.ways import compare_ways
+from hvdtrain.cli.bench_workload import WayArguments, WorkloadArguments
 from hvdtrain.comm.collectives import ring_all_reduce_bytes
+from hvdtrain.exchange.buckets import HEAD_SIZE
 from tests.ranks.harness import HVDTRAIN, ROOT, run
+from tests.support.worlds import KeptWorld
 
 MLP = str(ROOT / "recipes" / "mlp.py")
 PARAMETERS = {"weights": [(200, 30), (200, 200), (1, 200)], "vectors": [200, 200, 1]}  # of MLP at width 200
@@ -46,10 +51,45 @@ def test_bench_step_compares_horovod_with_each_compression(launcher: str, tmp_pa
     rows = {row["way"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
     assert rows["horovod"]["gain"] == 1 and rows["no exchange"]["wire_bytes"] == 0
     assert rows["horovod"]["wire_bytes"] == ring_all_reduce_bytes(4 * VALUES, 2)
-    assert rows["none"]["wire_bytes"] == ring_all_reduce_bytes(4 * (VALUES + 6 + 1), 2)  # a flag with each parameter
+    assert rows["none"]["wire_bytes"] == ring_all_reduce_bytes(
+        4 * (VALUES + 6 + HEAD_SIZE), 2
+    )  # a flag with each parameter
     assert 0 < rows["int8"]["wire_bytes"] < 0.4 * rows["none"]["wire_bytes"]
     for row in rows.values():
         assert 0 <= row["waited_seconds"] <= row["step_seconds"]
+
+
+def measure_ways(folder: Path, steps: int) -> None:
+    """What `hvdtrain bench step --way ...` does on a rank."""
+    ways = ("", "--compression int8", "--batch-size 16 --micro-batch 4")
+    workload = WorkloadArguments((), steps, folder / "ways.json", MLP, ("--width", "200"))
+    compare_ways(hvdtrain.init(), WayArguments(ways, 2, workload).make_plan())
+
+
+def test_bench_step_compares_ways_to_train_in_turns(world2: KeptWorld, tmp_path: Path) -> None:
+    world2.run(measure_ways, tmp_path, 3, cwd=tmp_path)
+    table = lines(world2.printed[0])
+    assert [row[0] for row in table] == ["way", "as", "--compression", "--batch-size"] and not world2.printed[1]
+    found = json.loads((tmp_path / "ways.json").read_text())
+    first, int8, small = found["rows"]
+    assert found["ranks"] == 2 and found["title"].endswith("; 2 turns of 3 steps")
+    assert [row["way"] for row in found["rows"]] == [
+        "as it is",
+        "--compression int8",
+        "--batch-size 16 --micro-batch 4",
+    ]
+    assert first["ratio"] == 1 and int8["ratio"] > 0 < small["ratio"]
+    assert 0 < int8["wire_bytes"] < 0.4 * first["wire_bytes"] == 0.4 * small["wire_bytes"]
+    for row in found["rows"]:
+        assert 0 <= row["waited_seconds"] <= row["step_seconds"] and row["memory_bytes"] >= 0
+    assert [path.name for path in tmp_path.iterdir()] == ["ways.json"]
+
+
+def test_bench_step_names_the_way_that_is_too_short(world2: KeptWorld, tmp_path: Path) -> None:
+    (text,) = {str(error) for error in world2.errors(measure_ways, tmp_path, 10**6, cwd=tmp_path)}
+    assert (
+        text.startswith("--way '': the run has ") and " steps; expected 1000004, of which 1000000 are measured" in text
+    )
 
 
 def test_bench_compression_writes_a_table_a_plot_and_json(tmp_path: Path) -> None:
@@ -72,10 +112,10 @@ def test_bench_compression_writes_a_table_a_plot_and_json(tmp_path: Path) -> Non
     assert all(row["encode_seconds"] > 0 for spec, row in rows.items() if spec != "none")
     assert all(row["predicted_step_seconds"] > 0 < row["measured_step_seconds"] for row in rows.values())
 
-    # Only the matrix of 200 x 200 is large enough to be compressed; six flags travel, and whether others are to come.
+    # Only the matrix of 200 x 200 is large enough to be compressed; six flags travel, and the heads.
     large, small = 200 * 200, VALUES - 200 * 200
-    dense = ring_all_reduce_bytes(4 * (small + 5 + 1), 2) + ring_all_reduce_bytes(4 * (1 + 1), 2)
-    assert rows["none"]["wire_bytes"] == ring_all_reduce_bytes(4 * (VALUES + 6 + 1), 2)
+    dense = ring_all_reduce_bytes(4 * (small + 5 + HEAD_SIZE), 2) + ring_all_reduce_bytes(4 * (1 + HEAD_SIZE), 2)
+    assert rows["none"]["wire_bytes"] == ring_all_reduce_bytes(4 * (VALUES + 6 + HEAD_SIZE), 2)
     assert rows["fp16"]["wire_bytes"] == ring_all_reduce_bytes(2 * large, 2) + dense
     assert rows["powersgd:2"]["wire_bytes"] == ring_all_reduce_bytes(4 * 2 * 200, 2) + dense
     assert dense < rows["topk:0.01"]["wire_bytes"] <= 8 * (large // 100 + 1) + dense

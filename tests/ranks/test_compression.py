@@ -497,7 +497,7 @@ def test_residuals_of_only_some_ranks_are_saved_and_sent():
     own.finish_exchange()
     assert len(own.buckets) == 1
     if collectives.rank() == 0:
-        own.buckets[0].reducer.carried_over = torch.cat([torch.ones(17), torch.zeros(3)])
+        own.buckets[0].reducer.carried_over = torch.cat([torch.ones(17), torch.zeros(4)])
     saved = exchange_state.gather_exchange_state(own, exact=True)
     assert torch.equal(saved.unsent["used"], torch.ones(12))
     # A step that is not made; one that does not use all; one that does; one with nothing owed.

@@ -16,6 +16,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.diagnosis.diagnosis import Diagnosis
 from hvdtrain.exchange.checksums import CHECKSUM_BLOCK_VALUES, INTEGER_DTYPES
 from hvdtrain.system.errors import RunError
+from hvdtrain.system.gpu import GpuMonitor
 from hvdtrain.torch.tensors import checksum_model
 from tests.support.worlds import on_ranks
 
@@ -64,7 +65,7 @@ def test_one_bit_is_named_20_times_of_20(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)
     model = Odd()
     step: Any = OnlyChecksums(model)
-    diagnosis = Diagnosis(world, tmp_path, 10, 0, [])
+    diagnosis = Diagnosis(world, tmp_path, 10, GpuMonitor(None), 0, [])
     tensors = {name: value for name, value in model.state_dict().items() if value.numel()}
     for trial in range(20):
         diagnosis.record_exchange(0.0, 0.0)
@@ -87,7 +88,7 @@ def test_drift_names_the_first_tensor_and_no_rank_without_a_majority(tmp_path: P
     """The order of values counts, the second of two tensors is not named, and nobody is if no two ranks agree."""
     world, model = hvdtrain.init(), Odd()
     step: Any = OnlyChecksums(model)
-    diagnosis = Diagnosis(world, tmp_path, 10, 0, [])
+    diagnosis = Diagnosis(world, tmp_path, 10, GpuMonitor(None), 0, [])
     if world.rank == 1:
         with torch.no_grad():
             model.long.bias.copy_(model.long.bias.flip(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ import torch
 from tests.ranks.disk import small_disk
 from tests.ranks.elastic import LEASE, RECIPE, ElasticJob, losses, verify
 from tests.ranks.harness import train
+from tests.support.processes import kill_all
 
 EPOCHS, STEPS = 6, 12  # an epoch's
 OTHER_FAILURES = ["sleep 60", "echo '?!'", "true"]  # of a discovery script
@@ -176,8 +176,7 @@ def test_a_stop_while_too_few_are_left(tmp_path: Path, reference: Any, by: str) 
         job.step(8)
         stays, dies = job.those(is_supervisor)
         worker = dies.children()[0]
-        dies.kill()
-        worker.kill()
+        kill_all([dies, worker])  # a worker may end by itself with its supervisor
         job.until(lambda: job.stands_still(2), "wait for others")
         done = job.done()
         if by == "notice":
@@ -313,8 +312,7 @@ def test_a_notice_while_the_others_regroup(tmp_path: Path, reference: Any) -> No
         job.kill(0)
         last.send_signal(signal.SIGTERM)
         job.more(5)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have left by now
-            last.kill()
+        kill_all([last])  # it may have left by now
         job.more(3)
         job.end()
     check(job, reference)

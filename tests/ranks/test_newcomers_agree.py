@@ -35,7 +35,8 @@ def test_a_newcomer_takes_the_run_s_copy_and_one_with_other_data_is_refused(tmp_
         job.world(2)
         data.write_text("0.125")
         job.hosts("localhost:2 127.0.0.1:1")
-        job.until(lambda: "dataset('train')[0] differs from the run's" in job.said(), "refusal of the newcomer")
+        refused = "dataset('train')[0] differs from the run's"
+        job.until(lambda: refused in job.said(), "refusal of the newcomer", hold=True)
         job.more(3)
         assert job.world_size() == 2
         job.end()

@@ -75,10 +75,11 @@ def test_the_run_folder_holds_what_it_promises(world2: KeptWorld, tmp_path: Path
     assert all(row["comm_seconds"] > 0 for row in logged)
     assert logged[-1]["eval_accuracy"] == summary["eval"]["accuracy"]
 
-    # 8 kB of gradients and flags, sums and no buffers, whether 3 things have changed in the model, a loss is not finite
-    # and a denominator is negative; a rank of two sends half of each twice.
+    # 8 kB of gradients and flags, a number by which ranks in different steps are seen, sums and no buffers, whether 3
+    # things have changed in the model, a loss is not finite and a denominator is negative; a rank of two sends half of
+    # each twice.
     sizes = [8 * 1 * 9, 8, 16 * 8 * 9, 16, 10 * 64, 10]
-    assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes) + 1) + 8 * (2 + NUM_VOTES + 3 + 2)
+    assert summary["wire_bytes_per_step"] == 4 * (sum(sizes) + len(sizes) + 2) + 8 * (2 + NUM_VOTES + 3 + 2)
     assert summary["compression"] == "none"
     assert summary["resumed_from"] is None
     assert summary["versions"]["horovod"].startswith("0.28.1+hvdtrain.")

@@ -65,5 +65,6 @@ def test_without_the_package_the_error_is_one_line(package: Path) -> None:
     done = run("alone", 1, [*HVDTRAIN, "train", str(package / "own.py")])
     assert done.returncode == 2
     assert done.stderr == (
-        "hvdtrain: error: Own.framework is 'numpy'; expected 'torch': derive the recipe from hvdtrain.torch.Recipe\n"
+        "hvdtrain: error: Own.framework is 'numpy'; expected 'jax', 'keras', 'torch': derive the recipe from "
+        "hvdtrain.jax.Recipe, hvdtrain.keras.Recipe or hvdtrain.torch.Recipe\n"
     )

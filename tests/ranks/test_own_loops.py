@@ -1,5 +1,6 @@
 """Loops of one's own: several optimizers, freezing, groups added later, schedulers and optimizers of any kind."""
 
+import contextlib
 import copy
 import warnings
 
@@ -93,26 +94,181 @@ def test_a_gan_with_two_optimizers(way):
     same(d_net, d_reference)
 
 
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize(
+    "way", ["zero_grad", "the module's zero_grad", "five steps of the critic", "compressed", "named"]
+)
+def test_a_gan_as_it_is_written_for_one_process(way):
+    """What the generator's loss adds to the discriminator's gradients is dropped, also if it is being reduced."""
+
+    def make():
+        torch.manual_seed(0)
+        nets = [nn.Sequential(nn.Linear(a, 64), nn.Tanh(), nn.Linear(64, b)).double() for a, b in ((2, 4), (4, 1))]
+        return nets, [torch.optim.Adam(net.parameters(), lr=0.01) for net in nets]
+
+    def train(nets, g, d, rank):
+        g_net, d_net = nets
+        for step in range(6):
+            for turn in range(5 if way == "five steps of the critic" else 1):
+                on_real, on_fake, _ = gan_losses(g_net, d_net, 10 * step + turn, rank)
+                (d_net if "module" in way else d).zero_grad()
+                if way == "named":
+                    (on_real() + on_fake()).backward()
+                else:
+                    on_real().backward()
+                    on_fake().backward()
+                d.step()
+            fooled = gan_losses(g_net, d_net, 10 * step + 9, rank)[2]
+            (g_net if "module" in way else g).zero_grad()
+            fooled().backward()
+            g.step()
+
+    nets, (g_plain, d_plain) = make()
+    spec = "topk:0.5,warmup=0,min=1" if way == "compressed" else "none"
+    names = ("g.", "d.") if way == "named" else ("", "")  # their buckets are sent during backward passes
+    passes = 2 if way in ("five steps of the critic", "compressed") else 1
+    g = wrap(nets[0], g_plain, compression=spec, name=names[0])
+    d = wrap(nets[1], d_plain, compression=spec, name=names[1], backward_passes_per_step=passes)
+    train(nets, g, d, collectives.rank())
+    if collectives.size() > 1:
+        g.exchange.close()
+        d.exchange.close()
+    if way != "compressed":
+        reference, (g, d) = make()
+        train(reference, g, d, None)
+        same(nets[0], reference[0])
+        same(nets[1], reference[1])
+    else:
+        for net in nets:  # the same on all ranks
+            for p in net.parameters():
+                every = collectives.wait(collectives.all_gather_async(p.detach().reshape(1, -1), "test.p"))
+                assert (every == every[0]).all()
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("names", [("", ""), ("a.", "b.")], ids=["step", "overlapped"])
+def test_two_optimizers_of_one_model_from_one_backward_pass(names):
+    """As matrices have one and all else another; with names of their own they are exchanged during the pass."""
+
+    def make(model):
+        biases = [p for p in model.parameters() if p.ndim == 1]
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        return torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.Adam(biases, lr=0.01)
+
+    model, reference = two_layers(), two_layers()
+    wrapped = [wrap(model, inner, name=name) for inner, name in zip(make(model), names, strict=True)]
+    plain = make(reference)
+    for step in range(5):
+        for net, optimizers, rank in ((model, wrapped, collectives.rank()), (reference, plain, None)):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            net(batch(step, 4, rank)).pow(2).mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    same(model, reference)
+    for optimizer in wrapped if collectives.size() > 1 else ():
+        optimizer.exchange.close()
+
+
+class Interrupted(torch.autograd.Function):
+    """Raises in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ArithmeticError
+
+
+@on_ranks(1, 2, 3)
+@pytest.mark.parametrize("spec", ["none", "int8"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_dropped_leave_nothing_behind(spec, set_to_none):
+    """Steps are skipped by agreement, passes fail half-way, `step` comes without `backward`; buckets are sent early."""
+
+    def train(model, optimizer, rank, disturbed):
+        for step in range(12):
+            inputs = batch(step, 4, rank)
+            if disturbed and step % 3 == 1:  # skipped
+                model(7 * inputs).sum().backward()
+                optimizer.zero_grad(set_to_none)
+            if disturbed and step % 3 == 2:  # on each rank somewhere else, or twice
+                cut = Interrupted.apply if rank != 1 else lambda x: x
+                for _ in range(2):
+                    with contextlib.suppress(ArithmeticError):
+                        model[2](cut(torch.tanh(model[0](inputs)))).sum().backward()
+                    optimizer.zero_grad(set_to_none)
+            if disturbed and step == 7:
+                model(inputs).sum().backward()
+                optimizer.synchronize()  # and no step
+            optimizer.zero_grad(set_to_none)
+            if step != 5:
+                model(inputs).pow(2).mean().backward()
+            optimizer.step()
+
+    models = [two_layers() for _ in range(2)]
+    for model, disturbed in zip(models, (True, False), strict=True):
+        own = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), bucket_bytes=1, compression=f"{spec},warmup=0")
+        train(model, own, collectives.rank(), disturbed)
+        if collectives.size() > 1:
+            own.exchange.close()
+    same(*models, tolerance=0)
+    if spec == "none":
+        reference = two_layers()
+        train(reference, torch.optim.SGD(reference.parameters(), lr=0.1), None, disturbed=False)
+        same(models[0], reference)
+
+
+@on_ranks(2, 3)
+@pytest.mark.parametrize("sent", ["some", "all"])
+def test_gradients_dropped_on_one_rank_only_are_an_error(sent):
+    """At once if the rank had not sent all; else in the next step, which would add up gradients of different steps."""
+    model = two_layers()
+    own = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), bucket_bytes=1)
+    rank = collectives.rank()
+
+    def backward():
+        model(batch(0, 4, rank)).pow(2).mean().backward()
+
+    backward()
+    own.step()
+    own.zero_grad()
+    error = pytest.raises(RunError, match=r"zero_grad\(\) has dropped gradients on some ranks that others use")
+    if rank == 1:
+        out = model[0](batch(0, 4, rank))
+        with contextlib.suppress(ArithmeticError):
+            model[2](torch.tanh(Interrupted.apply(out) if sent == "some" else out)).sum().backward()
+        own.zero_grad()
+    else:
+        backward()
+        with error if sent == "some" else contextlib.nullcontext():
+            own.step()
+    if sent == "all":
+        backward()
+        with error:
+            own.step()
+    own.exchange.close()
+
+
 @on_ranks(2)
-def test_a_gan_without_pausing_gets_an_error_that_names_the_remedy():
-    (generator, discriminator) = nn.Linear(2, 4).double(), nn.Linear(4, 1).double()
-    d = wrap(discriminator, torch.optim.Adam(discriminator.parameters()))
-    for step in range(2):
-        on_real, on_fake, fooled = gan_losses(generator, discriminator, step, collectives.rank())
-        if step == 1:
-            with pytest.raises(RuntimeError, match=r"run it within `with optimizer.paused\(\):` of this one"):
-                d.zero_grad()
-            d.synchronize()
-        d.zero_grad()
-        (on_real() + on_fake()).backward()
-        d.step()
-        fooled().backward()
-    d.synchronize()
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        for loss in gan_losses(generator, discriminator, step, collectives.rank())[:2]:
-            loss().backward()
-    d.synchronize()
-    d.exchange.close()
+def test_a_scaler_that_skips_a_step_and_a_module_that_zeroes_its_gradients():
+    """A new backward pass is exchanged, though the step that the last exchange was for never came."""
+    model = two_layers()
+    own = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    reference = two_layers()
+    plain = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for step in range(4):
+        for net, optimizer, rank in ((model, own, collectives.rank()), (reference, plain, None)):
+            net.zero_grad()
+            net(batch(step, 4, rank)).pow(2).mean().backward()
+            if optimizer is own:
+                own.synchronize()
+            if step % 2:
+                optimizer.step()
+    same(model, reference)
+    own.exchange.close()
 
 
 @on_ranks(1, 2, 3)

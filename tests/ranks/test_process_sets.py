@@ -64,3 +64,16 @@ def applied(compression: str, own: hvd.ProcessSet, members: list[int]) -> torch.
         optimizer.step()
     collectives.barrier("end")
     return before - layer.weight.detach()
+
+
+def test_operations_without_names_are_paired_by_their_order_in_each_set(world: KeptWorld) -> None:
+    world.run(reduce_without_names)
+
+
+def reduce_without_names() -> None:
+    own, members = next(found for found in zip(sets(), SETS, strict=True) if hvd.rank() in found[1])
+    one = torch.ones(3)
+    for _ in range(len(members)):  # more often in one set than in the other
+        assert hvd.allreduce(one, op=hvd.Sum, process_set=own).tolist() == [len(members)] * 3
+    assert hvd.allreduce(one, op=hvd.Sum).tolist() == [3.0] * 3
+    assert hvd.allgather(one[:1]).tolist() == [1.0] * 3

@@ -41,7 +41,7 @@ PAYLOADS = {
     "randomk:0.01": 4 * VALUES / 100,
     "powersgd:4": 4 * 4 * (500 + 500 + 500 + 70) / 2,  # the mean of both sides
 }
-FLAGS = (2 + 1) * 4  # bytes a step that say which parameters were used, and whether others are to come
+FLAGS = (2 + 2) * 4  # bytes a step: which parameters were used, whether others are to come, whether its number is odd
 
 
 def assert_same_on_all(text: str, seen: hashlib._Hash) -> None:

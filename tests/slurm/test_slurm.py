@@ -126,6 +126,26 @@ def test_a_job_that_is_cancelled_and_one_that_is_queued_again(
     verify(second.run_dir)
 
 
+# Leaves a trace, and asks to be queued again the first time.
+PROGRAM = """
+import json, os, pathlib, sys
+saved = pathlib.Path(os.environ["RUN_DIR"]) / f"rank-{os.environ['RANK']}.json"
+code = 0 if saved.exists() else 75
+saved.write_text(json.dumps([os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], *sys.argv[1:]]))
+sys.exit(code)
+"""
+
+
+def test_a_program_is_queued_again_with_the_words_that_it_was_given(nodes: list[Host], tmp_path: Path) -> None:
+    script, words = tmp_path / "my program.py", ["--name", "a b", "$HOME", "it's", "--resume", "*", ""]
+    script.write_text(PROGRAM)
+    job = Submitted(nodes[0], tmp_path, TRAIN, "--", "python", str(script), *words)
+    job.end()
+    assert job.know("Restarts") == "1", job.said()
+    saved = [json.loads((job.run_dir / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert saved == [["2", "0", *words]] * 2
+
+
 def test_nodes_that_are_preempted_and_lost(tmp_path: Path) -> None:
     """Of three nodes one is preempted, and comes back, and one loses its power; then the driver is queued again."""
     slowly = tmp_path / "slowly"
@@ -153,6 +173,17 @@ def test_nodes_that_are_preempted_and_lost(tmp_path: Path) -> None:
     assert re.findall(r"resumed   at step [1-9]", job.said())
     assert len(losses(job.run_dir)) == 240
     verify(job.run_dir)
+
+
+@pytest.mark.slow
+def test_an_elastic_program_runs_on_the_nodes_of_its_pool(tmp_path: Path) -> None:
+    program = str(ROOT / "tests" / "programs" / "horovod_elastic.py")
+    environ = {"POOL": "--partition=spot", "NODES": "2", "SLOTS": "1", "MIN_NP": "2", "GRACE": str(GRACE)}
+    with cluster(3) as hosts, slurm(hosts):
+        job = Submitted(hosts[0], tmp_path, "--partition=safe", ELASTIC, "--", "python", program, **environ)
+        job.end()
+        wait_for(lambda: not hosts[0].run(["squeue", "--noheader"]).stdout, 40, "end of the pool")
+    assert "done: 2 ranks" in job.said(), job.said()
 
 
 def worlds(job: Submitted) -> list[int]:

@@ -76,10 +76,12 @@ class KeptWorld:
         printed: by rank, what the last call wrote to stdout and stderr.
     """
 
-    def __init__(self, size: int, env: Mapping[str, str] | None = None) -> None:
-        """size: the number of ranks. env: added to the environment that they are started in."""
+    def __init__(self, size: int, env: Mapping[str, str] | None = None, kind: str = "horovodrun") -> None:
+        """size: the number of ranks. env: added to the environment that they are started in. kind: of `launcher`."""
         self.size = size
-        self._env = dict(env or {})
+        self._kind = "alone" if size == 1 else kind
+        # A machine that is busy for half a minute is not a rank that was lost.
+        self._env = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120", **(env or {})}
         self.printed: list[str] = []
         self._stack: contextlib.ExitStack | None = None
         self._job: Job | None = None
@@ -96,7 +98,7 @@ class KeptWorld:
         self,
         function: Callable[..., T],
         *args: Any,
-        timeout: float = 60,
+        timeout: float = 90,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> list[T]:
@@ -123,7 +125,7 @@ class KeptWorld:
         self,
         function: Callable[..., Any],
         *args: Any,
-        timeout: float = 60,
+        timeout: float = 90,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> list[KnownError]:
@@ -180,9 +182,8 @@ class KeptWorld:
             server.listen(self.size)
             server.settimeout(0.2)
             self._log = folder / "output"
-            kind = "alone" if self.size == 1 else "horovodrun"
             rank = [sys.executable, "-m", "tests.support.world_rank", str(folder / "socket")]
-            self._job = stack.enter_context(Job([*launcher(kind, self.size), *rank], self._env, output=self._log))
+            self._job = stack.enter_context(Job([*launcher(self._kind, self.size), *rank], self._env, output=self._log))
             connections: dict[int, socket.socket] = {}
             deadline = time.monotonic() + START_SECONDS
             while len(connections) < self.size:
@@ -215,11 +216,13 @@ class KeptWorld:
 class KeptWorlds:
     """Kept worlds by their number of ranks: `worlds[2]`."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        """env: added to the environment that ranks are started in."""
+        self._env = env
         self._worlds: dict[int, KeptWorld] = {}
 
     def __getitem__(self, size: int) -> KeptWorld:
-        return self._worlds.setdefault(size, KeptWorld(size))
+        return self._worlds.setdefault(size, KeptWorld(size, self._env))
 
     def close(self) -> None:
         for world in self._worlds.values():

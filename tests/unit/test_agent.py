@@ -23,6 +23,7 @@ from hvdtrain.preemption.membership_folder import (
     write_host_record,
 )
 from hvdtrain.preemption.source import NoticeSource
+from tests.support.cpu import children_cpu_seconds
 from tests.unit.http_server import serving
 from tests.unit.test_notices import ACTION, AwsServer, iso
 
@@ -56,7 +57,7 @@ def start(folder: Path) -> Iterator[Start]:
             process.stderr.close()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -340,9 +341,6 @@ def test_starts_at_once_and_without_torch() -> None:
         "import sys, hvdtrain.cli.agent, hvdtrain.preemption.agent, hvdtrain.launch.hosts\n"
         "heavy = {'torch', 'numpy', 'horovod'} & set(sys.modules); assert not heavy, heavy"
     )
-    tries = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-        tries.append(time.perf_counter() - begin)
-    assert min(tries) < 1.0  # 0.15 s where nothing else runs
+    begin = children_cpu_seconds()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert children_cpu_seconds() - begin < 1.0  # 0.15 s if nothing else runs

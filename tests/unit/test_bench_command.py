@@ -20,6 +20,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+TWO_WAYS = "--way: expected two different ways or more; --way '' is RECIPE with the options after it"
+
+
 def bench(arguments: str) -> int:
     with pytest.raises(SystemExit) as left:
         main(["bench", *shlex.split(arguments)])
@@ -39,6 +42,11 @@ def bench(arguments: str) -> int:
             f"step --compression none --compression topk:0.1 {RECIPE} --features 4",
         ),
         (
+            f"step --turns 2 --way '' --way '--compression int8' {RECIPE} --features 4",
+            "-np 2 -H localhost:2 --gloo --disable-cache",
+            f"step --way= '--way=--compression int8' --turns 2 {RECIPE} --features 4",
+        ),
+        (
             "compression --plot x.png --steps 3",
             "-np 2 -H localhost:2 --gloo --disable-cache",
             "compression --plot x.png --steps 3",
@@ -55,7 +63,24 @@ def test_dry_run_prints_the_launch_command(
     assert after == f"{where} {sys.executable} -m hvdtrain bench {own}"
 
 
+SET_BY_THE_BENCHMARK = "is not used by benchmarks: leave it out"
 CASES = [
+    (f"step --way '' {RECIPE}", TWO_WAYS),
+    (f"step --way '' --way '' {RECIPE}", TWO_WAYS),
+    (
+        f"step --compression int8 --way '' --way '--clip-norm 1' {RECIPE}",
+        "--compression and --way exclude each other: give --way '--compression SPEC'",
+    ),
+    (
+        f"step --way '' --way '--clipnorm 1' {RECIPE}",
+        "--way '--clipnorm 1': no option --clipnorm; did you mean '--clip-norm'?",
+    ),
+    (
+        f"step --way '' --way '--compression int9' {RECIPE}",
+        "--way '--compression int9': compression 'int9': 'int9' is not a method; did you mean 'int8'?",
+    ),
+    (f"step --way '' --way '--run-dir x' {RECIPE}", f"--way '--run-dir x': --run-dir {SET_BY_THE_BENCHMARK}"),
+    (f"step --way '' --way --ema=0.9 {RECIPE} --quiet", f"--way '': --quiet {SET_BY_THE_BENCHMARK}"),
     ("", "`hvdtrain bench` needs a command: allreduce, step or compression"),
     ("allreduce --sizes 4X", "'4X' is not a size in bytes; expected for example 4096, 64K or 16M"),
     ("allreduce --sizes 4K,,1M", "'' is not a size in bytes; expected for example 4096, 64K or 16M"),

@@ -53,6 +53,7 @@ FILES = {
 
 CASES = [
     (["trian"], "no command 'trian'; did you mean 'train'?"),
+    (["none.py"], "no command 'none.py'; to start a recipe or program: hvdtrain launch -np N none.py"),
     (["train"], "RECIPE is missing; `hvdtrain list` shows those found"),
     (["train", "digit"], "no recipe 'digit'; did you mean 'digits'?"),
     (["train", "no/such.py"], "no recipe file 'no/such.py'"),
@@ -60,8 +61,8 @@ CASES = [
     (["train", "two.py"], "two.py defines several recipes: name one, two.py:First or two.py:Second"),
     (
         ["train", "none.py"],
-        "none.py defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, or name another file "
-        "(`hvdtrain list` shows the recipes that are found by name)",
+        "none.py defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, hvdtrain.jax.Recipe or "
+        "hvdtrain.keras.Recipe, or start it as a program: hvdtrain launch none.py",
     ),
     (
         ["train", "missing_import.py"],
@@ -142,6 +143,49 @@ CASES = [
     (
         ["train", DIGITS, "--deterministic", "--compile"],
         "--deterministic with --compile: what is compiled depends on what a rank sees first",
+    ),
+    (["train", DIGITS, "--local-steps", "0"], "--local-steps is 0; it must be at least 1"),
+    (
+        ["train", DIGITS, "--local-after", "25%"],
+        "--local-after 25% needs --local-steps, the steps of a round, for example 16",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--local-after", "25"],
+        "--local-after is '25'; expected a part of the run ('25%'), epochs ('2ep') or steps ('100st')",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--outer", "nesterov:0.7,1"],
+        "--outer is 'nesterov:0.7,1'; expected average, or nesterov:LR,MOMENTUM with a rate above 0 and a momentum "
+        "from 0 to below 1, for example nesterov:0.7,0.9",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--deterministic"],
+        "--local-steps with --deterministic: the number of ranks is part of the maths of rounds",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--exchange", "horovod"],
+        "--local-steps with --exchange horovod: leave --exchange out",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--shard", "optimizer"],
+        "--local-steps with --shard optimizer, which needs the sum of gradients: leave one out",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--amp", "fp16"],
+        "--local-steps with --amp fp16: each rank would scale its loss differently; use bf16",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--sync-batchnorm"],
+        "--local-steps with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--prune", "0.5,from:0ep,to:1ep"],
+        "--local-steps with --prune 0.5,from:0ep,to:1ep: each rank would choose other weights; leave one out",
+    ),
+    (
+        ["train", DIGITS, "--local-steps", "4", "--compression", "auto"],
+        "--local-steps with --compression auto, which measures steps that exchange gradients: name a method, for "
+        "example int8",
     ),
     (
         ["launch", "-np", "2", DIGITS, "--deterministic", "--virtual-shards", "0"],

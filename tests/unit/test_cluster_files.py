@@ -76,6 +76,39 @@ def test_job_scripts_launch_on_the_hosts_of_the_job(tmp_path: Path) -> None:
         assert line[1:5] == ["-np", "4", "-H", "node1:2,node2:2"] and line[-len(train) :] == train, line
 
 
+def test_job_scripts_launch_any_program(tmp_path: Path) -> None:
+    """A command, a script, with words that a shell would take apart; its arguments are its own."""
+    nodes, hostfile, script = tmp_path / "nodes", tmp_path / "hostfile", tmp_path / "train.py"
+    nodes.write_text("node1\nnode2\n")
+    hostfile.write_text("node1\nnode2\n")
+    script.write_text("1 / 0\n")
+    words = ["--name", "a b", "$HOME", "it's", "--resume", "*", ""]
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    pbs, lsf = {"PBS_JOBID": "7", "PBS_NODEFILE": str(nodes)}, {"LSB_JOBID": "7", "LSB_DJOB_HOSTFILE": str(nodes)}
+    command, program = ["--", "python", "x.py", *words], [str(script), *words]
+    started = {
+        "slurm": (
+            dry_run("slurm/train.sbatch", *command, SLURM_JOB_ID="7", RUN_DIR=f"{tmp_path}/slurm", **slurm),
+            command,
+        ),
+        "script": (
+            dry_run("slurm/train.sbatch", *program, SLURM_JOB_ID="7", RUN_DIR=f"{tmp_path}/script", **slurm),
+            program,
+        ),
+        "pbs": (dry_run("pbs/train.pbs", PROGRAM=shlex.join(command), RUN_DIR=f"{tmp_path}/pbs", **pbs), command),
+        "recipe": (dry_run("pbs/train.pbs", RECIPE=str(script), RUN_DIR=f"{tmp_path}/recipe", **pbs), [str(script)]),
+        "lsf": (dry_run("lsf/train.lsf", PROGRAM=shlex.join(program), RUN_DIR=f"{tmp_path}/lsf", **lsf), program),
+        "arguments": (dry_run("lsf/train.lsf", *command, RUN_DIR=f"{tmp_path}/arguments", **lsf), command),
+        "mpi": (dry_run("mpi/train.sh", *command, HOSTFILE=str(hostfile), RUN_DIR=f"{tmp_path}/mpi"), command),
+    }
+    for run, (process, given) in started.items():
+        line = shlex.split(process.communicate(timeout=100)[0])
+        assert line[-len(given) :] == given, (run, line)
+        assert given[0] == "--" or Path(line[-len(given) - 1]).name.startswith("python"), line
+        assert (tmp_path / run).is_dir(), run
+        assert "RUN_DIR" in line or Path(line[0]).name != "mpirun", line
+
+
 def test_mpi_hostfile_is_understood() -> None:
     assert read_hostfile(CLUSTER / "mpi" / "hostfile.example") == [
         Host("node1", 8),
@@ -197,12 +230,12 @@ def test_what_pods_mount_and_launch_is_there(name: str, tmp_path: Path) -> None:
         "#!/bin/sh\necho train-worker-0.train.default.svc:1\n" if name == "elastic.yaml" else "10.0.0.1 slots=1\n"
     )
     hosts.chmod(0o755)
-    line = [str(hosts) if word.startswith("/etc/") else word for word in launcher["command"] + launcher["args"]]
-    assert line[:2] == ["hvdtrain", "launch"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hvdtrain", "launch", "--dry-run", *line[2:]], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    for args in (launcher["args"], ["--grace", "50", "--", "true", "/runs/train"]):  # the recipe's, a program's
+        line = [str(hosts) if word.startswith("/etc/") else word for word in launcher["command"] + args]
+        assert line[:2] == ["hvdtrain", "launch"]
+        dry = [sys.executable, "-m", "hvdtrain", "launch", "--dry-run", *line[2:]]
+        done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip().endswith(args[-1]), done.stderr
 
 
 def test_elastic_pods_may_see_each_other_and_no_more() -> None:
@@ -281,7 +314,7 @@ def test_a_pods_sshd_lets_in_the_launcher_alone_and_is_known_to_it(keys: str, tm
 
     def login(*options: str) -> subprocess.CompletedProcess[str]:
         line = ["ssh", "-F", str(config), *options, "127.0.0.1", "echo", "in"]
-        return subprocess.run(line, capture_output=True, text=True, timeout=30)
+        return subprocess.run(line, capture_output=True, text=True, timeout=90)
 
     serve = [str(CLUSTER / "docker" / "serve")]
     with (

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hvdtrain.data import Rollouts, Stream
 from hvdtrain.recipe.framework import DataSource
-from hvdtrain.recipe.order import MAX_EXAMPLES, StreamOrder
+from hvdtrain.recipe.order import MAX_EXAMPLES, StreamOrder, share_bounds
+from hvdtrain.recipe.shares import make_shares
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.plan import iterate_step_shares
 from hvdtrain.training.position import Position
@@ -96,9 +97,13 @@ def test_a_factory_must_not_return_a_used_iterator() -> None:
         read(stream, 0, 2)
 
 
-@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(0, 12))
-def test_each_rank_knows_how_much_of_its_part_it_has_read(examples: int, batch: int, ranks: int, steps: int) -> None:
-    plan: Any = SimpleNamespace(examples=examples, batch_size=batch, ranks=ranks, shards=ranks, micro_batch=2)
+@given(st.integers(1, 30), st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 12))
+def test_each_rank_knows_how_much_of_its_part_it_has_read(
+    examples: int, batch: int, weights: list[int], steps: int
+) -> None:
+    ranks, shares = len(weights), make_shares(weights)
+    plan: Any = SimpleNamespace(examples=examples, batch_size=batch, ranks=ranks, shares=shares, micro_batch=2)
+    plan.find_shard_bounds = lambda count, rank: [share_bounds(count, rank, shares)]
     position, read = Position(examples=examples), [0] * ranks
     for _ in range(steps):
         assert [count_own_examples(plan, position, rank) for rank in range(ranks)] == read
@@ -113,10 +118,24 @@ def test_each_rank_knows_how_much_of_its_part_it_has_read(examples: int, batch: 
 
 
 def test_parts_of_a_stream_need_ranks_that_stay() -> None:
-    plan: Any = SimpleNamespace(examples=MAX_EXAMPLES, batch_size=6, ranks=2, deterministic=False)
+    plan: Any = SimpleNamespace(examples=MAX_EXAMPLES, batch_size=6, ranks=2, deterministic=False, shares=(512, 512))
     position = Position()
-    check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=False)
+    check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=False, shares_may_change=False)
     assert position.division == "2 ranks, batches of 6"
     with pytest.raises(UserError, match=r"so their number must not change \(--elastic\)"):
-        check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=True)
-    check_division(DataSource.STREAM, plan, position, world_may_change=True)
+        check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=True, shares_may_change=False)
+    with pytest.raises(
+        UserError, match=r"so their shares must not change \(--shares measured\): give numbers, as 3:1:1"
+    ):
+        check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=False, shares_may_change=True)
+    check_division(DataSource.STREAM, plan, position, world_may_change=True, shares_may_change=True)
+
+
+def test_parts_of_a_stream_are_read_on_with_the_same_shares() -> None:
+    plan: Any = SimpleNamespace(examples=MAX_EXAMPLES, batch_size=6, ranks=2, deterministic=False, shares=(683, 341))
+    position = Position()
+    check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=False, shares_may_change=False)
+    assert position.division == "2 ranks, batches of 6, shares 683:341"
+    position.step, plan.shares = 5, (512, 512)
+    with pytest.raises(UserError, match="cannot resume with 2 ranks, batches of 6: the parts of the Stream were read"):
+        check_division(DataSource.DIVIDED_STREAM, plan, position, world_may_change=False, shares_may_change=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -279,7 +280,9 @@ def test_sizes_routes_disks_and_connections_are_described(tmp_path: Path) -> Non
     lines = ["Iface ...", "eth0 00000000 010200C0 3 0 0 0 00000000 0", "eth0 000200C0 00000000 1 0 0 0 00FFFFFF 0"]
     if sys.byteorder == "little":
         assert parse_routes("\n".join(lines)) == ["default via 192.0.2.1 dev eth0", "192.0.2.0/24 dev eth0"]
-    assert read_disk(tmp_path / "not" / "there") == read_disk(tmp_path)
+    disk = read_disk(tmp_path / "not" / "there")
+    assert (disk.total, disk.error) == (shutil.disk_usage(tmp_path).total, None)
+    assert 0 <= (disk.free or -1) <= (disk.total or 0)  # others write on this disk meanwhile
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert connect_back_error(*server.getsockname()) is None
         port = server.getsockname()[1]

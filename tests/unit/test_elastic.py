@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain.cli.launch import launch_command
+from hvdtrain.cli.main import root_command
 from hvdtrain.elastic.peers import HeartbeatMonitor
 from hvdtrain.elastic.ranks import assign_ranks
 from hvdtrain.elastic.records import Heartbeat
@@ -158,7 +158,7 @@ def test_a_lease_counts_changes_and_no_clock(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_mistakes_are_found_before_anything_starts(options: list[str], expected: str) -> None:
-    result = CliRunner().invoke(launch_command, options if "digits" in options else [*options, "digits"])
+    result = CliRunner().invoke(root_command, ["launch", *options, *(["digits"] if "digits" not in options else [])])
     assert isinstance(result.exception, UserError)
     assert expected in str(result.exception)
 
@@ -166,7 +166,7 @@ def test_mistakes_are_found_before_anything_starts(options: list[str], expected:
 def test_elastic_dry_run_prints_horovodruns_options(tmp_path: Path) -> None:
     script = executable(tmp_path / "hosts.sh", "echo localhost:2")
     options = ["--elastic", "--min-np", "1", "--max-np", "4", "--discovery", str(script), "--dry-run", "digits"]
-    said = CliRunner().invoke(launch_command, options, catch_exceptions=False).output
+    said = CliRunner().invoke(root_command, ["launch", *options], catch_exceptions=False).output
     assert "--min-np 1 --max-np 4 --blacklist-cooldown-range 10 300 --host-discovery-script" in said
     assert "--network-interfaces lo" in said
     assert said.rstrip().endswith("hvdtrain train digits")

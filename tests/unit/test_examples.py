@@ -92,10 +92,8 @@ def test_examples_of_different_sizes_are_named_with_the_way_out() -> None:
 
 def test_examples_that_torch_cannot_batch_are_named_with_the_way_out() -> None:
     text = str(refused(lambda i: Pair(torch.ones(4), i), 5, 6))
-    assert text.startswith(
-        "Mine.dataset('train')[5] is a Pair, which torch's default collation cannot batch (TypeError"
-    )
-    assert text.endswith("; return tensors, numbers, tuples or dicts, or write Mine.collate(self, examples)")
+    assert text.startswith("Mine.dataset('train')[5] is a Pair, which the default collation cannot batch (TypeError")
+    assert text.endswith("; return arrays, tensors, numbers, tuples or dicts, or write Mine.collate(self, examples)")
     assert "[6] is a tuple, which" in str(refused(lambda i: (torch.ones(2), None if i == 6 else 1), 5, 6))
 
 
@@ -259,7 +257,7 @@ def test_a_full_shared_memory_is_not_taken_for_examples_that_do_not_fit(monkeypa
     def fail(examples: list[Any]) -> Any:
         raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
-    monkeypatch.setattr("hvdtrain.torch.recipe.default_collate", fail)
+    monkeypatch.setattr(Mine, "stack_examples", staticmethod(fail))
     assert str(refused(float, 1, 2)).startswith("/dev/shm on ")
 
 

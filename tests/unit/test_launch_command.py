@@ -202,7 +202,7 @@ def test_mpirun_as_root(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         (
             "-np 2 --width 3 digits",
             "--width before RECIPE is neither a launch option nor a run option; a recipe's own options come after it: "
-            "hvdtrain launch [LAUNCH OPTIONS] RECIPE --width ...",
+            "hvdtrain launch [LAUNCH OPTIONS] RECIPE --width ..., and so do a program's",
         ),
         ("-np 2 --dry-run digits --epoks 3", "no option '--epoks'; did you mean '--epochs'?"),
     ],

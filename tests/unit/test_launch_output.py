@@ -148,7 +148,7 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             "",
             1,
             None,
-            (1, "error: rank 1 on b failed: a\n(1 other rank failed with it)"),
+            (1, "error: rank 1 on b failed: a\n(1 other rank ended with it)"),
         ),
         ([failed(1, "a", 2)], "", 1, None, (2, "error: rank 1 on b failed: a")),
         ([failed(0, "a", traceback="T\n  x\n")], "", 1, None, (1, "error: rank 0 on a failed: a\nT\n  x")),
@@ -161,7 +161,7 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             (
                 1,
                 "error: rank 1 on b was killed by signal 9 (SIGKILL); probably by the out-of-memory killer"
-                "\n(1 other rank failed with it)",
+                "\n(1 other rank ended with it)",
             ),
         ),
         # ... or before the other rank says why.
@@ -170,7 +170,7 @@ BROKEN = failed(0, "HorovodInternalError: Horovod has been shut down.")
             HOROVODRUN,
             1,
             None,
-            (1, "error: rank 1 on b failed: a\n(1 other rank failed with it)"),
+            (1, "error: rank 1 on b failed: a\n(1 other rank ended with it)"),
         ),
         ([BROKEN], "", 1, None, (1, f"error: rank 0 on a failed: {BROKEN.error}")),
         ([], MPI_CODE, 3, None, (1, "error: rank 2 ended with code 3 and no message")),

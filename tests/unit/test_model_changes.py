@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hvdtrain.exchange.checksums import checksum_tensor
-from hvdtrain.recipe import order
+from hvdtrain.recipe import order, schedule
+from hvdtrain.recipe.shares import Shares, even_shares, make_shares
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import Recipe
 from hvdtrain.torch.modes import TrainingModes
@@ -29,10 +30,9 @@ from hvdtrain.torch.tensors import (
     overwrite_tensor,
 )
 from hvdtrain.torch.watch import LearningRateWatch, ParameterReport, find_divergent_parameter
-from hvdtrain.training import schedule
 from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.position import Position
-from hvdtrain.training.ragged import count_passes, refuse_uneven_calls
+from hvdtrain.training.ragged import refuse_uneven_calls
 
 SEEN: list[int] = []
 
@@ -284,15 +284,18 @@ def test_learning_rates_of_somebody_else_are_noticed() -> None:
     assert rates.has_changed(groups)
 
 
-def plan(examples: int, batch: int, ranks: int, micro: int, shards: int, steps: int) -> TrainingPlan:
+def plan(
+    examples: int, batch: int, ranks: int, micro: int, shards: int, steps: int, shares: Shares = ()
+) -> TrainingPlan:
     return TrainingPlan(
         ranks=ranks,
+        shares=shares or even_shares(ranks),
         examples=examples,
         batch_size=batch,
         shards=shards,
         micro_batch=micro,
         eval_micro_batch=micro,
-        deterministic=False,
+        deterministic=shards != ranks,
         max_passes=0,
         steps_per_epoch=-(-examples // batch),
         total_steps=steps,
@@ -313,12 +316,14 @@ def plan(examples: int, batch: int, ranks: int, micro: int, shards: int, steps: 
     st.integers(1, 3),
     st.integers(1, 60),
     st.integers(0, 39),
+    st.lists(st.integers(1, 9), min_size=4, max_size=4),
 )
 def test_uneven_steps_are_found(
-    examples: int, batch: int, ranks: int, micro: int, factor: int, steps: int, offset: int
+    examples: int, batch: int, ranks: int, micro: int, factor: int, steps: int, offset: int, weights: list[int]
 ) -> None:
     """Against the steps as the loop makes them."""
-    made = plan(examples, batch, ranks, micro, ranks * factor, steps)
+    shares = make_shares(weights[:ranks])
+    made = plan(examples, batch, ranks, micro, ranks * factor, steps, shares)
     at = Position(examples=examples, seed=0, offset=offset % examples)
     uneven, left, start = False, steps, at.offset
     while left and not uneven:
@@ -329,10 +334,12 @@ def test_uneven_steps_are_found(
             count = min(batch, examples - first)
             passes = []
             for rank in range(ranks):
-                own = range(*order.part_bounds(made.shards, rank, ranks))
+                own = range(*order.share_bounds(made.shards, rank, shares))
                 bounds = [order.part_bounds(count, shard, made.shards) for shard in own]
+                if factor == 1:
+                    bounds = [order.share_bounds(count, rank, shares)]
                 passes.append(sum(len(order.split_micro_batches(np.arange(a, b), micro)) for a, b in bounds))
-            assert count_passes(count, made) == passes
+            assert made.count_passes(count) == passes
             uneven |= len(set(passes)) > 1
         start = 0
     parts = [order.part_bounds(ranks * 7, rank, ranks) for rank in range(ranks)]

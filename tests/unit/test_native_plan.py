@@ -15,6 +15,7 @@ from hvdtrain.cli.main import main
 from hvdtrain.launch.environment import rank_environment
 from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.native import cuda, installed, mpi, plan, torchinfo
+from hvdtrain.native.build import build_environment
 from hvdtrain.native.cuda import Nccl, Toolkit
 from hvdtrain.native.mpi import Mpi
 from hvdtrain.native.plan import Plan, make_plan
@@ -265,6 +266,37 @@ def test_compiler_flags_follow_the_cpus_features() -> None:
     assert plan.select_cpu_flags("flags\t\t: fpu avx avx2 fma f16c\nflags : x") == "-mf16c -mavx -mfma"
     assert plan.select_cpu_flags("flags : fpu sse avx2") == ""
     assert plan.select_cpu_flags("Features : fp asimd") == ""
+
+
+# Of an AWS Graviton2; the kernel has no line `flags` on aarch64.
+AARCH64_CPUINFO = """\
+processor\t: 0
+BogoMIPS\t: 243.75
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+"""
+
+
+def test_aarch64_is_built_without_flags_of_x86(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "read_cpuinfo", lambda: AARCH64_CPUINFO)
+    made = make_plan()
+    assert made.cpu_flags == "" and "CPU        no special instructions\n" in made.describe_parts()
+    env = build_environment(made, machine, "c++", 1)
+    assert env["HOROVOD_BUILD_ARCH_FLAGS"] == " ", "CMake takes an empty one for none, and asks gcc -march=native"
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"), [("2.6.0", False), ("2.15.0+cu132", False), ("2.16.0a0+git12", True), ("3.0", True)]
+)
+def test_a_torch_beyond_the_tested_ones_is_reported_in_one_line(version: str, warns: bool) -> None:
+    text = torchinfo.explain_untested_torch(dataclasses.replace(CUDA_TORCH, version=version))
+    assert bool(text) == warns
+    if text:
+        assert version in text and all(tested in text for tested in torchinfo.TESTED_TORCH) and "\n" not in text
 
 
 def test_run_path_is_relative_inside_the_environment() -> None:

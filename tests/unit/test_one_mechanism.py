@@ -14,6 +14,7 @@ MECHANISMS = {
         "system/processes.py",
         "launch/job.py",  # the guard, which lives as long as the pipe to it
         "launch/guard.py",  # the launcher, whose descendants the guard ends by its own rules
+        "launch/program_process.py",  # a program, whose descendants its keeper ends by its own rules
         "elastic/worker.py",  # the worker, which its supervisor watches without a time limit
     },
     r"\b(urllib\.request|HTTPConnection)\b": {"system/http.py", "system/signed_http.py"},

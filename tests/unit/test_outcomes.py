@@ -45,15 +45,15 @@ VANISHED = "error: rank 1 on h1 ended with code 0 and no message before it had f
         (
             report_of(*ALL, lost(0), launcher="Process 2 exit with status code 143."),
             1,
-            f"{VANISHED}\n(1 other rank failed with it)",
+            f"{VANISHED}\n(1 other rank ended with it)",
         ),
-        (report_of(*ALL, lost(0), lost(2)), 1, f"{VANISHED}\n(2 other ranks failed with it)"),
+        (report_of(*ALL, lost(0), lost(2)), 1, f"{VANISHED}\n(2 other ranks ended with it)"),
         (report_of(*ALL, finished(0), finished(2)), 0, VANISHED),
         # One with a code of its own comes first.
         (
             report_of(*ALL, lost(0), launcher="Process 2 exit with status code 5."),
             1,
-            "error: rank 2 on h2 ended with code 5 and no message\n(1 other rank failed with it)",
+            "error: rank 2 on h2 ended with code 5 and no message\n(1 other rank ended with it)",
         ),
         (
             report_of(

@@ -27,7 +27,7 @@ def test_every_block_is_run_or_says_why_not(capsys: pytest.CaptureFixture[str]) 
             elif block.is_recipe:
                 continue  # tests/ranks/test_jobs.py trains each
             elif block.file:
-                texts = [other.text for other in blocks[number + 1 :] if is_run(other) or other.file]
+                texts = [other.text for other in blocks[number + 1 :] if is_run(other) or other.file or other.not_run]
                 if not any(re.search(rf"\b{re.escape(Path(block.file).stem)}\b", text) for text in texts):
                     wrong.append(f"{where}: no block below uses {block.file}")
             elif block.language == "":

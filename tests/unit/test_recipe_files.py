@@ -11,11 +11,13 @@ import pytest
 from hvdtrain.cli.main import main
 from hvdtrain.cli.options import recipe_name
 from hvdtrain.recipe import registry
+from hvdtrain.recipe.base import FRAMEWORK_NAMES, FRAMEWORK_RECIPES
+from hvdtrain.recipe.framework import FRAMEWORKS as FRAMEWORK_REGISTRY
 from hvdtrain.recipe.options import option_fields
 from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.system.errors import UserError
+from tests.support.marked_files import write_marked_files
 
-MARK = "import pathlib\npathlib.Path({mark!r}).touch()\n"
 # The marker is written by every file of a case; (files, is it run and a recipe).
 RECIPE = "from hvdtrain.torch import Recipe\nclass Mine(Recipe): pass\n"
 BASE = "from hvdtrain.torch import Recipe\nclass Base(Recipe): pass\n"
@@ -60,6 +62,12 @@ NOT_RECIPES = {
     },
     "hvdtrain's other names": {
         "mine.py": "import hvdtrain.torch\nclass Mine(hvdtrain.torch.DistributedOptimizer): pass\n"
+    },
+    "a loop of one's own": {
+        "mine.py": "from hvdtrain.data import Arrays\nfrom hvdtrain.jax import allreduce_gradients\n"
+        "import hvdtrain.keras as hvd\nimport keras\nfrom flax import linen as nn\nimport equinox as eqx\n"
+        "class A(nn.Module): pass\nclass B(eqx.Module): pass\nclass C(keras.Model): pass\nclass D(Arrays): pass\n"
+        "class E(hvd.callbacks.MetricAverageCallback): pass\noptimizer = hvd.DistributedOptimizer(None)\n"
     },
     "a star of torch": {"mine.py": "from torch.nn import *\nclass Mine(Module): pass\n"},
 }
@@ -111,6 +119,19 @@ RECIPES = {
     "an installed package": {"mine.py": "from acme.training import Base\nclass Mine(Base): pass\n"},
 }
 
+FRAMEWORKS = {
+    "import hvdtrain.jax\nclass Mine(hvdtrain.jax.Recipe): pass\n": "jax",
+    "import hvdtrain.jax as hj\nclass Mine(hj.Recipe): pass\n": "jax",
+    "from hvdtrain import jax\nclass Mine(jax.Recipe): pass\n": "jax",
+    "from hvdtrain.jax import Recipe, option\nfrom hvdtrain.data import Arrays\nclass Mine(Recipe): pass\n": "jax",
+    "from hvdtrain.torch import DistributedOptimizer\nfrom base import Base\nclass Mine(Base): pass\n": "jax",
+    "import hvdtrain.keras as hk\nclass Mine(hk.Recipe): pass\n": "keras",
+    "from hvdtrain.keras import Recipe as R\nfrom hvdtrain.jax import broadcast\nclass Mine(R): pass\n": "keras",
+    "from hvdtrain.keras.recipe import Recipe\nclass Mine(Recipe): pass\n": "keras",
+    "from hvdtrain.recipes.digits import Digits\nclass Mine(Digits): pass\n": "torch",
+    "from hvdtrain.recipe import Recipe\nclass Mine(Recipe): framework = 'acme'\n": "",
+}
+
 
 @pytest.fixture(autouse=True)
 def clean_imports(tmp_path: Path) -> Iterator[None]:
@@ -122,18 +143,9 @@ def clean_imports(tmp_path: Path) -> Iterator[None]:
     sys.path[:], sys.meta_path[:] = path, finders
 
 
-def write(folder: Path, files: dict[str, str]) -> Path:
-    """Write a case's files, each of which makes the marker when it is run."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(MARK.format(mark=str(folder / "ran")) + text)
-    return folder / "mine.py"
-
-
 @pytest.mark.parametrize("case", NOT_RECIPES)
 def test_what_is_not_a_recipe_is_refused_and_not_run(tmp_path: Path, case: str) -> None:
-    path = write(tmp_path, NOT_RECIPES[case])
+    path = write_marked_files(tmp_path, NOT_RECIPES[case])
     with pytest.raises(UserError) as refused:
         load_recipe(str(path))
     assert str(refused.value).startswith(f"{path} defines no recipe, and was not run: subclass")
@@ -142,25 +154,25 @@ def test_what_is_not_a_recipe_is_refused_and_not_run(tmp_path: Path, case: str) 
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_what_is_a_recipe_is_loaded(tmp_path: Path, case: str) -> None:
-    path = write(tmp_path, RECIPES[case])
+    path = write_marked_files(tmp_path, RECIPES[case])
     if case == "an installed package":
         site = tmp_path / "site"
-        write(site, {"acme/__init__.py": "", "acme/training.py": BASE})
+        write_marked_files(site, {"acme/__init__.py": "", "acme/training.py": BASE})
         sys.path.append(str(site))
     assert load_recipe(f"{path}:Mine").__name__ == "Mine"
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("command", [["train"], ["launch", "-np", "2"], ["launch", "-np", "2", "--dry-run"]])
+@pytest.mark.parametrize("command", [["train"], ["list"], ["train", "--epochs", "1"]])
 def test_commands_refuse_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
-    path = write(tmp_path, {"mine.py": "print('side effect')\n"})
+    path = write_marked_files(tmp_path, {"mine.py": "print('side effect')\n"})
     with pytest.raises(SystemExit) as left:
-        main([*command, str(path), "--epochs", "1"])
+        main([*command, str(path)])
     assert left.value.code == 2
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (
-        f"hvdtrain: error: {path} defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, or name another "
-        "file (`hvdtrain list` shows the recipes that are found by name)"
+        f"hvdtrain: error: {path} defines no recipe, and was not run: subclass hvdtrain.torch.Recipe, "
+        f"hvdtrain.jax.Recipe or hvdtrain.keras.Recipe, or start it as a program: hvdtrain launch {path}"
     )
     assert "side effect" not in out and not (tmp_path / "ran").exists()
 
@@ -168,10 +180,10 @@ def test_commands_refuse_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_list_never_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(
+    write_marked_files(
         tmp_path / "recipes", {"mine.py": RECIPE, "other.py": "from base import Base\nclass Other(Base):\n    'Doc.'\n"}
     )
-    write(tmp_path / "recipes", {"base.py": BASE, "script.py": "1 / 0\n", "broken.py": "def\n"})
+    write_marked_files(tmp_path / "recipes", {"base.py": BASE, "script.py": "1 / 0\n", "broken.py": "def\n"})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["list"])
@@ -180,6 +192,41 @@ def test_list_never_imports(
     assert [found.summary for found in registry.find_all_recipes() if found.name == "other"] == ["Doc."]
     assert [found.framework for found in registry.find_all_recipes() if found.name == "other"] == ["torch"]
     assert not (tmp_path / "recipes" / "ran").exists()
+
+
+@pytest.mark.parametrize("text", FRAMEWORKS)
+def test_the_framework_is_that_of_the_base_by_syntax_alone(tmp_path: Path, text: str) -> None:
+    base = "import hvdtrain.jax\nclass Base(hvdtrain.jax.Recipe): pass\n"
+    path = write_marked_files(tmp_path, {"mine.py": text, "base.py": base})
+    assert [(found.class_name, found.framework) for found in registry.find_recipes_in_file(path)] == [
+        ("Mine", FRAMEWORKS[text])
+    ]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_list_shows_the_recipes_of_one_framework(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "import hvdtrain.NAME as h\nclass Mine(h.Recipe): ...\n"
+    paths = [
+        str(write_marked_files(tmp_path / name, {"mine.py": text.replace("NAME", name)}))
+        for name in ("torch", "jax", "keras")
+    ]
+    for name, path in zip(("torch", "jax", "keras"), paths, strict=True):
+        with pytest.raises(SystemExit) as left:
+            main(["list", "--framework", name, *paths])
+        assert left.value.code == 0
+        assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["other:"], [path, name]]
+    with pytest.raises(SystemExit) as left:
+        main(["list", "--framework", "jaxx"])
+    assert left.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "hvdtrain: error: --framework 'jaxx' is not a framework; did you mean 'jax'?"
+    assert not list(tmp_path.glob("*/ran"))
+
+
+def test_the_names_of_frameworks_are_those_that_there_are() -> None:
+    frameworks = FRAMEWORK_REGISTRY.load_all()
+    assert {framework.recipe_class for framework in frameworks.values()} <= set(FRAMEWORK_RECIPES)
+    assert set(frameworks) <= set(FRAMEWORK_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +238,7 @@ def test_list_never_imports(
     ],
 )
 def test_a_file_that_does_not_parse_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    path = write(tmp_path, {"mine.py": text})
+    path = write_marked_files(tmp_path, {"mine.py": text})
     with pytest.raises(UserError) as refused:
         load_recipe(str(path))
     assert str(refused.value) == f"{tmp_path}/{message}"
@@ -204,14 +251,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "mine.txt"))
     with pytest.raises(UserError, match=r"^no recipe file '/no/such:file.py'$"):
         load_recipe("/no/such:file.py")
-    path = write(tmp_path, {"mine.py": RECIPE})
+    path = write_marked_files(tmp_path, {"mine.py": RECIPE})
     with pytest.raises(UserError, match=r"has no recipe class 'Min'; did you mean 'Mine'\?$"):
         load_recipe(f"{path}:Min")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_path_may_have_colons(tmp_path: Path) -> None:
-    path = write(tmp_path / "run:1", {"mine.py": BASE + "class Mine(Base): pass\n"})
+    path = write_marked_files(tmp_path / "run:1", {"mine.py": BASE + "class Mine(Base): pass\n"})
     assert load_recipe(str(path)).__name__ == "Mine"
     assert load_recipe(f"{path}:Base").__name__ == "Base"
     assert recipe_name(str(path)) == "mine" and recipe_name(f"{path}:Base") == "mine:Base"
@@ -223,16 +270,18 @@ def test_a_path_may_have_colons(tmp_path: Path) -> None:
 
 def test_relative_imports_in_a_package_reach_its_other_modules(tmp_path: Path) -> None:
     package = tmp_path / "outer" / "inner"
-    write(package, {"mine.py": "from .sizes import N\nfrom ..common import M\nfrom . import K\n" + RECIPE})
-    write(package, {"sizes.py": "from .. import common\nN = 4 + common.M\n", "__init__.py": "K = 2\n"})
-    write(package.parent, {"__init__.py": "", "common.py": "M = 3\n"})
+    write_marked_files(package, {"mine.py": "from .sizes import N\nfrom ..common import M\nfrom . import K\n" + RECIPE})
+    write_marked_files(package, {"sizes.py": "from .. import common\nN = 4 + common.M\n", "__init__.py": "K = 2\n"})
+    write_marked_files(package.parent, {"__init__.py": "", "common.py": "M = 3\n"})
     module = sys.modules[load_recipe(str(package / "mine.py")).__module__]
     assert (module.N, module.M, module.K) == (7, 3, 2)
 
 
 def test_neighbours_of_one_recipe_are_not_those_of_another(tmp_path: Path) -> None:
     for folder, size in (("a", 1), ("b", 2)):
-        write(tmp_path / folder, {"mine.py": f"import sizes\n{RECIPE}    N = sizes.N\n", "sizes.py": f"N = {size}\n"})
+        write_marked_files(
+            tmp_path / folder, {"mine.py": f"import sizes\n{RECIPE}    N = sizes.N\n", "sizes.py": f"N = {size}\n"}
+        )
         text = (
             (tmp_path / folder / "mine.py").read_text().replace("class Mine(Recipe): pass\n", "class Mine(Recipe):\n")
         )
@@ -241,9 +290,9 @@ def test_neighbours_of_one_recipe_are_not_those_of_another(tmp_path: Path) -> No
 
 
 def test_an_edit_between_two_loads_is_seen(tmp_path: Path) -> None:
-    path = write(tmp_path, {"mine.py": "from sizes import N\n" + RECIPE, "sizes.py": "N = 1\n"})
+    path = write_marked_files(tmp_path, {"mine.py": "from sizes import N\n" + RECIPE, "sizes.py": "N = 1\n"})
     assert sys.modules[load_recipe(str(path)).__module__].N == 1
-    write(tmp_path, {"sizes.py": "N = 2\n"})
+    write_marked_files(tmp_path, {"sizes.py": "N = 2\n"})
     assert sys.modules[load_recipe(str(path)).__module__].N == 2
 
 
@@ -287,12 +336,15 @@ def _typed(folder: Path, kind: str) -> str:
 
 def test_an_unknown_framework_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "from dataclasses import dataclass\nimport hvdtrain.recipe\n@dataclass(kw_only=True)\n"
-    path = write(tmp_path, {"mine.py": f"{text}class Mine(hvdtrain.recipe.Recipe):\n    framework = 'jax'\n"})
+    path = write_marked_files(
+        tmp_path, {"mine.py": f"{text}class Mine(hvdtrain.recipe.Recipe):\n    framework = 'mxnet'\n"}
+    )
     with pytest.raises(SystemExit) as left:
         main(["train", str(path)])
     assert left.value.code == 2
     assert capsys.readouterr().err == (
-        "hvdtrain: error: Mine.framework is 'jax'; expected 'torch': derive the recipe from hvdtrain.torch.Recipe\n"
+        "hvdtrain: error: Mine.framework is 'mxnet'; expected 'jax', 'keras', 'torch': derive the recipe from "
+        "hvdtrain.jax.Recipe, hvdtrain.keras.Recipe or hvdtrain.torch.Recipe\n"
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from hvdtrain.recipe.schedule import parse_schedule
 from hvdtrain.system.errors import UserError
 from hvdtrain.training.patience import count_evaluation
 from hvdtrain.training.position import Position
-from hvdtrain.training.schedule import parse_schedule
 
 
 def factors(text: str, total: int = 100, per_epoch: int = 10) -> list[float]:

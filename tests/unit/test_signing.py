@@ -59,7 +59,8 @@ def test_values_are_kept_and_waited_for(server: RendezvousServer) -> None:
         ask(server, client, "PUT", "/global/2", b"late")
         assert asked.result(10) == (200, b"late")
     assert ask(server, client, "DELETE", "/global/0") == (200, b"")
-    assert ask(server, client, "GET", "/global/0") == (200, b"where")
+    assert ask(server, client, "GET", "/global/0") == (404, b"")
+    assert ask(server, client, "GET", "/global/2") == (200, b"late")
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])

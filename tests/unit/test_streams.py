@@ -73,6 +73,18 @@ def test_a_non_blocking_pipe_loses_nothing() -> None:
     assert (len(received), file.dropped.total_bytes) == (1 << 20, 0)
 
 
+def test_an_unbuffered_stream_passes_each_line_on_at_once() -> None:
+    reading, writing = os.pipe()
+    code = "from hvdtrain.system import streams; streams.install_dropping_streams(); print('a line'); input()"
+    command = [sys.executable, "-u", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writing) as process:
+        os.close(writing)
+        assert os.read(reading, 100) == b"a line\n"  # the process still runs
+        process.communicate(b"\n")
+    os.close(reading)
+    assert process.returncode == 0
+
+
 def test_a_character_that_the_encoding_lacks_is_escaped() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w", encoding="ascii") as ascii_stream:

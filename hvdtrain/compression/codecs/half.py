@@ -38,7 +38,8 @@ class Fp16(Codec):
 class Cast(Codec):
     """Send float16 or bfloat16 values as bytes, which the rank that owns a part sums in float32.
 
-    For bfloat16, which Horovod cannot add, and for float16 on CPUs, whose all-reduce adds it several times slower.
+    For bfloat16, whose all-reduce rounds each partial sum, and for float16 on CPUs, whose all-reduce is several times
+    slower.
     """
 
     dtype: torch.dtype

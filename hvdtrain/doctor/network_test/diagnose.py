@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from hvdtrain.diagnosis.links import OUTLIER_FACTOR
 from hvdtrain.doctor.findings import DoctorFinding, sort_by_severity
 from hvdtrain.doctor.network_test.measure import (
-    OUTLIER_FACTOR,
     LinkMeasurement,
     NetworkMeasurements,
     busy_ranks,

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hvdtrain.diagnosis.links import OUTLIER_FACTOR, find_slow_rates, upper_quartile
 from hvdtrain.doctor.network_test.coordinator import Coordinator
 from hvdtrain.doctor.network_test.messages import (
     AllReduceReply,
@@ -28,9 +29,6 @@ MAX_HOSTS_ALL_PAIRS = 6  # of more hosts, only the pairs of a ring and those of 
 EXTRA_TRIES = 2  # of outliers, with nothing else going on; the best try counts
 SEND_SECONDS, RETRY_SEND_SECONDS = 0.25, 1.0  # in each direction of a link
 BUSY_FACTOR = 1.5
-# A link or host is an outlier if it is this many times worse than the others: a cable that fell back to a lower speed
-# is ten times slower.
-OUTLIER_FACTOR = 5.0
 MIN_EXTRA_ROUND_TRIP = 1e-3  # seconds that an outlier's round trip is longer, too
 
 
@@ -214,9 +212,7 @@ def outlier_links(links: Mapping[Pair, LinkMeasurement]) -> list[Pair]:
 
 def slow_links(links: Mapping[Pair, LinkMeasurement]) -> list[Pair]:
     """Return the directions with a far lower rate than others."""
-    rates = {pair: link.rate for pair, link in links.items() if link.rate is not None}
-    usual = upper_quartile(rates.values())
-    return [pair for pair, rate in rates.items() if rate * OUTLIER_FACTOR < usual]
+    return find_slow_rates({pair: link.rate for pair, link in links.items() if link.rate is not None})
 
 
 def high_latency_links(links: Mapping[Pair, LinkMeasurement]) -> list[Pair]:
@@ -224,9 +220,3 @@ def high_latency_links(links: Mapping[Pair, LinkMeasurement]) -> list[Pair]:
     trips = {pair: link.round_trip for pair, link in links.items() if link.round_trip is not None}
     usual = -upper_quartile([-trip for trip in trips.values()])
     return [pair for pair, trip in trips.items() if trip > max(OUTLIER_FACTOR * usual, usual + MIN_EXTRA_ROUND_TRIP)]
-
-
-def upper_quartile(values: Iterable[float]) -> float:
-    """Return the upper quartile, 0 without values: of three hosts, one bad host may have half of the links."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) * 3 // 4, len(ordered) - 1)] if ordered else 0.0

@@ -32,6 +32,9 @@ class TensorBoardLogger(Logger):
         for prefix, metrics in {"eval": row.eval, **row.evals}.items():
             scalars |= {f"{prefix}/{name}": value for name, value in select_scalars(metrics).items()}
         scalars |= {"speed/samples_per_second": row.samples_per_second, "speed/comm_seconds": row.comm_seconds}
+        scalars |= {f"gpu/{name}": float(value) for name, value in row.gpu.items() if not isinstance(value, str)}
+        if "throttle" in row.gpu:
+            scalars["gpu/throttled"] = float(row.gpu["throttle"] != "")
         self._events.add_scalars(row.step, scalars)
 
     def log_options(self, options: Mapping[str, object], metrics: Sequence[str]) -> None:

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvdtrain.system.errors import UserError, suggest_nearest
-from hvdtrain.training.patience import Plateau
 
 SHAPES = ("constant", "cosine", "linear", "step", "plateau", "onecycle", "invsqrt", "warmup")
 WHOLE_SHAPES = ("onecycle", "invsqrt")  # these have a warm-up of their own
@@ -33,6 +32,16 @@ SCHEDULE_EXAMPLE = "for example 'warmup:5ep cosine' or 'step:30ep,60ep x0.1'"
 # torch's OneCycleLR: the part of the steps that go up, the first factor, and the last one's fraction of the first
 ONECYCLE_RISE, ONECYCLE_START, ONECYCLE_END = 0.3, 1 / 25, 1e-4
 Factor = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """How the learning rate falls: multiplied by `ratio` after each `evaluations` of them without improvement."""
+
+    evaluations: int
+    ratio: float
+
+
 Shape = tuple[Factor, list[int], Plateau | None]  # the factor by steps, where its shape changes, and the plateau
 CONSTANT: Shape = (lambda step: 1.0, [], None)
 
@@ -154,11 +163,7 @@ class ScheduleParser:
         return argument
 
     def _parse_steps(self, word: str) -> int:
-        """Return `5ep` or `500` as a number of steps."""
-        match = re.fullmatch(r"(\d*\.?\d+)(ep)?", word)
-        if not match or (not match[2] and "." in match[1]):
-            raise self._refuse(f"{word!r} is not a position; give epochs ('5ep') or steps ('500')")
-        return round(float(match[1]) * self.steps_per_epoch) if match[2] else int(match[1])
+        return parse_position(word, self.steps_per_epoch, self._refuse)
 
     def _parse_fraction(self, word: str) -> float:
         try:
@@ -184,6 +189,14 @@ def parse_schedule(text: str, total_steps: int, steps_per_epoch: int) -> Schedul
     return ScheduleParser(text, total_steps, steps_per_epoch).parse()
 
 
+def parse_position(word: str, steps_per_epoch: int, refuse: Callable[[str], UserError]) -> int:
+    """Return `5ep` or `500` as a number of steps. refuse: makes the error of why it is neither."""
+    match = re.fullmatch(r"(\d*\.?\d+)(ep)?", word)
+    if not match or (not match[2] and "." in match[1]):
+        raise refuse(f"{word!r} is not a position; give epochs ('5ep') or steps ('500')")
+    return round(float(match[1]) * steps_per_epoch) if match[2] else int(match[1])
+
+
 def half_cosine(done: float) -> float:
     """Return half a cosine from 1 at 0 down to 0 at 1."""
     return 0.5 * (1 + math.cos(math.pi * done))
@@ -201,3 +214,14 @@ def one_cycle_factor(total_steps: int) -> Factor:
         return lowest + (1 - lowest) * half_cosine(fallen)
 
     return factor
+
+
+def parse_run_position(flag: str, text: str, total_steps: int, steps_per_epoch: int) -> int:
+    """Return a place in a run, `25%` of it, `2ep` or `100st`, as a number of steps.
+
+    Raises ValueError naming the option `flag`.
+    """
+    match = re.fullmatch(r"(\d*\.?\d+)(%|ep|st)", text)
+    if match is None or (match[2] == "st" and "." in match[1]) or (match[2] == "%" and float(match[1]) > 100):
+        raise ValueError(f"{flag} is {text!r}; expected a part of the run ('25%'), epochs ('2ep') or steps ('100st')")
+    return round(float(match[1]) * {"%": total_steps / 100, "ep": steps_per_epoch, "st": 1}[match[2]])

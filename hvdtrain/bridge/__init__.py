@@ -1,0 +1,1 @@
+"""Recipes of other frameworks on the torch trainer: arrays as torch parameters, functions as a torch model."""

@@ -1,0 +1,102 @@
+"""How a flat tensor is summed over ranks if each rank needs the sum of its own part only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hvdtrain.comm import collectives
+from hvdtrain.comm.uneven import all_to_all_parts_async, reduce_scatter_async
+from hvdtrain.compression.plain_reducer import PlainReducer
+
+MEASURED_BYTES, MEASURED_ROUNDS = 2 << 20, 3  # to choose how tensors are reduced
+
+
+class ScatterReducer(PlainReducer):
+    """Brings each rank the sum of its own part of `flat`: half of an all-reduce.
+
+    By an all-to-all, whose parts each rank adds in the order of ranks, or by Horovod's reduce-scatter. On two ranks
+    both add the same two numbers, as an all-reduce does.
+
+    Attributes:
+        bounds: (ranks + 1,) where each rank's part of flat begins, and where the last one ends.
+        unit: numbers of flat that stay together: 2 for complex values.
+        part: (own values,) the sum or mean of this rank's part, after `finish_reduction`.
+        parameter_bytes: of each updated value, which all ranks gather.
+        uses_reduce_scatter: whether it is Horovod's, for which the parts must be cut as Horovod cuts them.
+    """
+
+    def __init__(self, plain: PlainReducer, bounds: Sequence[int], like: Tensor) -> None:
+        """Take the place of a reducer that sums all of `flat`; like: a parameter whose type all in it have."""
+        super().__init__(plain.name, plain.flat, plain.average, plain.group)
+        rank = collectives.rank(self.group)
+        self.bounds, self.unit, self.uses_reduce_scatter = tuple(bounds), 2 if like.is_complex() else 1, False
+        self.lengths = [end - begin for begin, end in pairwise(bounds)]
+        self.own_range = slice(bounds[rank], bounds[rank + 1])
+        self.part, self.parameter_bytes = self.flat[:0], like.dtype.to_real().itemsize
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that this rank sends in a step: the others' parts of the gradients, and its own of the parameters."""
+        own, others = self.own_range.stop - self.own_range.start, self.size - 1
+        return (len(self.flat) - own) * self.flat.element_size() + own * others * self.parameter_bytes
+
+    def start_reduction(self, step: int) -> None:
+        """Start the collective."""
+        self._add_carried_over(self.flat)
+        if self.uses_reduce_scatter:
+            self._handle = reduce_scatter_async(self.flat.view(-1, self.unit), self.name, self.group)
+        else:
+            self._handle = all_to_all_parts_async(self.flat, self.lengths, self.name, self.group)
+
+    def finish_reduction(self) -> None:
+        """Wait for this rank's part, and add it up."""
+        received = self._wait_for_collective()
+        if self.uses_reduce_scatter:
+            self.part = received.view(-1)
+        else:
+            rows = received.view(self.size, self.own_range.stop - self.own_range.start)
+            self.part = rows[0]
+            for row in rows[1:]:
+                self.part += row
+        if self.average:
+            self.part /= self.size
+
+    def drop_part(self) -> None:
+        """Free the memory of the part."""
+        self.part = self.flat[:0]
+
+    def sum_is_finite(self) -> bool:
+        """Return True: no rank has the whole sum. Whoever has the parts looks, with all ranks."""
+        return True
+
+
+def prefers_reduce_scatter(largest: Tensor, name: str, group: collectives.Group) -> bool:
+    """Return whether Horovod's reduce-scatter is faster than the all-to-all here; the same on all ranks.
+
+    All ranks call this. Both are timed in turns, and rank 0 decides.
+
+    Args:
+        largest: like the largest tensor to be reduced; no more than 2 MiB of it are sent.
+        name: of the collectives.
+        group: the ranks; None: all.
+    """
+    size = collectives.size(group)
+    flat = torch.zeros_like(largest[: MEASURED_BYTES // largest.element_size() // size * size])
+    bounds = [rank * len(flat) // size for rank in range(size + 1)]
+    plain = [PlainReducer(f"{name}.{way}", flat, average=False, group=group) for way in ("to_all", "scatter")]
+    reducers = [ScatterReducer(reducer, bounds, flat) for reducer in plain]
+    reducers[1].uses_reduce_scatter = True
+    seconds: list[list[float]] = [[], []]
+    for step in range(1 + MEASURED_ROUNDS):
+        for reducer, found in zip(reducers, seconds, strict=True):
+            begin = time.perf_counter()
+            reducer.start_reduction(step)
+            reducer.finish_reduction()
+            found.append(time.perf_counter() - begin)
+    to_all, scatter = (min(found[1:]) for found in seconds)
+    return bool(collectives.broadcast_json(scatter < to_all, f"{name}.choice"))

@@ -1,0 +1,147 @@
+"""Parameters that are gathered together, and the piece of each that a rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.comm import collectives
+from hvdtrain.compression.scatter_reducer import ScatterReducer
+from hvdtrain.exchange.buckets import Bucket, is_dense, make_views, real_numel, view_like
+from hvdtrain.exchange.partition import Partition
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank has of a parameter.
+
+    Attributes:
+        param: the parameter.
+        start, end: which of its values, in the order of its memory.
+        whole: whether it has the parameter's shape; else it is flat.
+    """
+
+    param: nn.Parameter
+    start: int
+    end: int
+    whole: bool
+
+    @property
+    def num_reals(self) -> int:
+        """How many real numbers it holds: two for each complex one."""
+        return (self.end - self.start) * (2 if self.param.is_complex() else 1)
+
+    def view_parameter(self) -> Tensor:
+        """Return the piece of the parameter itself, without a copy."""
+        p = self.param.detach()
+        return p if self.whole else p.as_strided((p.numel(),), (1,))[self.start : self.end]
+
+    def view_in(self, flat: Tensor) -> Tensor:
+        """Return the piece's values of real numbers that begin with it, as it is shaped, without a copy."""
+        if self.whole:
+            return make_views(flat, [self.param])[0]
+        values = flat[: self.num_reals]
+        return torch.view_as_complex(values.view(-1, 2)) if self.param.is_complex() else values
+
+
+class ShardedBucket:
+    """Parameters of one type that are gathered together, and which part of them is whose.
+
+    Attributes:
+        params: in the order in which they follow each other.
+        bounds: (ranks + 1,) of the ranks' parts, in real numbers.
+        dtype: of these.
+        source: the bucket of their gradients; None if they are whole on every rank.
+        is_used: whether any rank has used one of the parameters in the last step.
+        own: this rank's pieces, each with the parameter that the optimizer has of it, in the order of its part.
+    """
+
+    def __init__(self, params: list[nn.Parameter], bounds: Sequence[int], partition: Partition, rank: int) -> None:
+        self.params, self.bounds, self.partition, self.rank = params, tuple(bounds), partition, rank
+        self.dtype, self.device = params[0].dtype.to_real(), params[0].device
+        self.source: Bucket | None = None
+        self.is_used = False
+        for p in params:
+            if not is_dense(p):
+                p.data = p.detach().clone(memory_format=torch.contiguous_format)
+        self.own = [(piece, nn.Parameter(piece.view_parameter())) for piece in self.list_pieces(rank)]
+
+    def count_own_bytes(self) -> int:
+        """Return the bytes of this rank's part."""
+        return (self.bounds[self.rank + 1] - self.bounds[self.rank]) * self.dtype.itemsize
+
+    def start_gathering(self, name: str, values: Sequence[Tensor]) -> collectives.Handle:
+        """Start bringing every rank what the others have; values: of this rank's pieces, in order."""
+        own = [view_real(value.detach()) for value in values]
+        part = torch.cat(own) if own else torch.empty(0, dtype=self.dtype, device=self.device)
+        return collectives.all_gather_async(part.view(torch.uint8), name)
+
+    def cut_gathered(self, handle: collectives.Handle) -> list[tuple[nn.Parameter, Tensor]]:
+        """Wait for all parts; return each parameter with what was gathered of it, in its shape."""
+        gathered = collectives.wait(handle).view(self.dtype)
+        return list(zip(self.params, make_views(gathered, self.params), strict=True))
+
+    def list_pieces(self, rank: int) -> list[Piece]:
+        """Return a rank's pieces, in the order in which they lie."""
+        begin, end, at, pieces = self.bounds[rank], self.bounds[rank + 1], 0, []
+        for p in self.params:
+            first, last = max(begin, at), min(end, at + real_numel(p))
+            if first < last:
+                width = 2 if p.is_complex() else 1
+                whole = self.partition.unit == "parameters"
+                pieces.append(Piece(p, (first - at) // width, (last - at) // width, whole))
+            at += real_numel(p)
+        return pieces
+
+    def cut_part(self, part: Tensor) -> list[Tensor]:
+        """Return this rank's pieces of a tensor that is laid out as its part."""
+        found, at = [], 0
+        for piece in self.list_pieces(self.rank):
+            found.append(piece.view_in(part[at:]))
+            at += piece.num_reals
+        return found
+
+    def take_gradients(self) -> bool:
+        """Give this rank's pieces their gradients; return whether any rank has used a parameter."""
+        if self.source is not None:
+            reducer = self.source.reducer
+            assert isinstance(reducer, ScatterReducer)
+            used = dict(zip(self.source.params, self.source.used or [0.0] * len(self.params), strict=True))
+            for (piece, own), part in zip(self.own, self.cut_part(reducer.part), strict=True):
+                own.grad = part.to(own.dtype) if used[piece.param] else None
+            return any(used.values())
+        for piece, own in self.own:
+            gradient = piece.param.grad
+            own.grad = None
+            if gradient is not None:
+                own.grad = cut_piece(piece, gradient.to_dense() if gradient.is_sparse else gradient)
+        return any(p.grad is not None for p in self.params)
+
+
+def flatten_like(value: Tensor, p: Tensor) -> Tensor:
+    """Return (values,) of a tensor that has a parameter's shape, in the order of the parameter's memory."""
+    flat = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
+    view_like(flat, p).copy_(value)
+    return flat
+
+
+def view_real(value: Tensor) -> Tensor:
+    """Return (values,) real numbers of a dense tensor, in the order of its memory, without a copy."""
+    flat = value.as_strided((value.numel(),), (1,))
+    return torch.view_as_real(flat).view(-1) if value.is_complex() else flat
+
+
+def cut_piece(piece: Piece, value: Tensor) -> Tensor:
+    """Return a piece of a tensor that has the parameter's shape, a copy unless it is whole."""
+    return value if piece.whole else flatten_like(value, piece.param)[piece.start : piece.end]
+
+
+def cut_state(piece: Piece, value: Any) -> Any:
+    """Return what a piece's state has of what a parameter's has: its part of a tensor of that shape, else all."""
+    if not isinstance(value, Tensor) or value.shape != piece.param.shape or piece.whole:
+        return value.clone() if isinstance(value, Tensor) else value
+    return cut_piece(piece, value).clone()

@@ -1,0 +1,262 @@
+"""An optimizer whose state is sharded: each rank updates its part of every bucket, and all gather what was updated.
+
+    gradients      [ bucket 0 ........ | bucket 1 .... ]       a part of each is summed on each rank (`ScatterReducer`)
+    pieces, rank 0 [ w w w w ]         [ v v v ]               parameters of the optimizer, while it steps
+            rank 1           [ w w b b ]       [ v v c ]
+    parameters     [ w w w w | w w b b | v v v | v v c ]       are gathered, a bucket at a time
+
+A piece is what a rank has of one parameter, a view of its memory. During a step the optimizer's groups hold pieces in
+place of parameters, so that it makes a state for them alone, and its hyperparameters stay where they are. A parameter
+that no rank has used leaves its pieces without a gradient, as it would be without shards.
+
+With --deterministic gradients are summed as without shards, whole on every rank, so that nothing depends on the number
+of ranks; then the optimizer alone sees pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.comm import collectives
+from hvdtrain.compression.scatter_reducer import ScatterReducer, prefers_reduce_scatter
+from hvdtrain.compression.spec import NONE, parse_compression
+from hvdtrain.exchange.bucketed import BucketedExchange
+from hvdtrain.exchange.buckets import ExchangeConfig, iterate_bucket_members, real_numel
+from hvdtrain.exchange.partition import NamedParameters, Partition, ShardUnit
+from hvdtrain.torch.hyperparameters import StateDict
+from hvdtrain.torch.optimizer_methods import WrappedOptimizer, read_param_groups
+from hvdtrain.torch.pieces import ShardedBucket, cut_state
+from hvdtrain.torch.tensors import all_finite, view_as_real
+
+
+class OptimizerShards:
+    """This rank's part of an optimizer.
+
+    Attributes:
+        buckets: in the order in which they are sent.
+        has_gradients: whether any rank has used a parameter in the last step.
+        uses_reduce_scatter: whether gradients come by Horovod's reduce-scatter, as it is faster than the all-to-all.
+        whole_state: of each parameter, on rank 0, once it was gathered and until it is saved.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, unit: ShardUnit, exchange: BucketedExchange | None, name: str
+    ) -> None:
+        """Divide an optimizer on all ranks, whose parameters and state are the same, before the first step.
+
+        Args:
+            optimizer: a wrapped one, whose state is divided.
+            unit: what stays together.
+            exchange: of its gradients, of which each rank is to have its part only; None: it brings them whole.
+            name: of its collectives.
+        """
+        self.optimizer, self.exchange, self.name = cast(WrappedOptimizer, optimizer), exchange, name
+        self.partition = Partition(collectives.size(), unit)
+        self.rank, self.has_gradients = collectives.rank(), False
+        self.names: dict[nn.Parameter, str] = {}
+        self.uses_reduce_scatter = False
+        self.whole_state: dict[nn.Parameter, StateDict] = {}
+        self.replaced: list[list[nn.Parameter]] | None = None  # the groups' parameters, while they hold pieces
+        self.buckets: list[ShardedBucket] = []
+        self.pieces: dict[nn.Parameter, list[nn.Parameter]] = {}  # of each parameter; empty if it is another rank's
+        if exchange is not None:
+            exchange.scatter_sums(self.partition)
+            if unit == "elements":
+                flats = [bucket.reducer.flat for bucket in exchange.buckets]
+                self.uses_reduce_scatter = prefers_reduce_scatter(max(flats, key=len), f"{name}trial", exchange.group)
+        self.adopt_parameters(list_named(optimizer))
+
+    def adopt_parameters(self, named: NamedParameters) -> None:
+        """Divide the parameters that are not yet, on all ranks alike."""
+        made: list[ShardedBucket] = []
+        self.names |= {p: name for name, p in named}
+        if self.exchange is not None:
+            for bucket in self.exchange.buckets[len(self.buckets) :]:
+                assert isinstance(bucket.reducer, ScatterReducer)
+                bucket.reducer.uses_reduce_scatter = self.uses_reduce_scatter
+                made.append(ShardedBucket(bucket.params, bucket.reducer.bounds, self.partition, self.rank))
+                made[-1].source = bucket
+        else:
+            made = self._make_buckets([(name, p) for name, p in named if p not in self.pieces])
+        for sharded in made:
+            self.pieces |= {p: [] for p in sharded.params}
+            for piece, own in sharded.own:
+                self.pieces[piece.param].append(own)
+            self._divide_state(sharded)
+        self.buckets += made
+
+    def _make_buckets(self, named: NamedParameters) -> list[ShardedBucket]:
+        """Return buckets of parameters whose gradients come whole."""
+        config = ExchangeConfig(average=False, spec=parse_compression(NONE), partition=self.partition)
+        floating = [(name, p) for name, p in reversed(named) if p.is_floating_point() or p.is_complex()]
+        self.partition.assign_owners(p for _, p in floating)
+        made = []
+        for members, _, _ in iterate_bucket_members(floating, config):
+            sorted_members, bounds = self.partition.cut_bucket(members, [real_numel(p) for _, p in members])
+            made.append(ShardedBucket([p for _, p in sorted_members], bounds, self.partition, self.rank))
+        return made
+
+    def _divide_state(self, bucket: ShardedBucket) -> None:
+        """Let this rank's pieces have their part of a state that the optimizer has before its first step."""
+        state = self.optimizer.state
+        whole = {p: state.pop(p) for p in bucket.params if p in state}
+        for piece, own in bucket.own:
+            if piece.param in whole:
+                state[own] = {key: cut_state(piece, value) for key, value in whole[piece.param].items()}
+
+    @property
+    def own_values(self) -> set[nn.Parameter]:
+        """This rank's pieces."""
+        return {values for bucket in self.buckets for _, values in bucket.own}
+
+    @property
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of each of the optimizer's groups."""
+        return self.replaced or [group["params"] for group in read_param_groups(self.optimizer)]
+
+    def describe(self, state_bytes: float) -> str:
+        """Return the line of the plan. state_bytes: of each value; 0: not known before the first step."""
+        values = [sum(map(real_numel, bucket.params)) for bucket in self.buckets]
+        most = [max(end - begin for begin, end in itertools.pairwise(bucket.bounds)) for bucket in self.buckets]
+        if self.partition.unit == "elements":
+            whole, own = sum(values) * state_bytes / 2**20, sum(most) * state_bytes / 2**20
+            way = "reduce-scatter" if self.uses_reduce_scatter else "all-to-all"
+            how = "whole gradients" if self.exchange is None else f"gradients by {way}"
+            return f"shard     optimizer: {own:.1f} of {whole:.1f} MiB of state on each rank, element-wise; {how}"
+        loads = self.partition.loads
+        return (
+            f"shard     optimizer: the state of {max(loads):,} of {sum(loads):,} values on each rank at most, by whole "
+            "parameters"
+        )
+
+    def forget_state(self) -> None:
+        """Leave the optimizer without the pieces' state, which would be of no use to it alone."""
+        for values in self.own_values:
+            self.optimizer.state.pop(values, None)
+
+    # A step.
+
+    def take_gradients(self) -> None:
+        """Give the pieces their gradients, which are reduced, and divide parameters that have been added."""
+        self.adopt_parameters(list_named(self.optimizer))
+        for bucket in self.buckets:
+            bucket.is_used = bucket.take_gradients()
+        self.has_gradients = any(bucket.is_used for bucket in self.buckets)
+
+    def drop_gradients(self) -> None:
+        """Free the memory of the gradients' sums."""
+        for bucket in self.buckets:
+            for _, own in bucket.own:
+                own.grad = None
+            if bucket.source is not None and isinstance(bucket.source.reducer, ScatterReducer):
+                bucket.source.reducer.drop_part()
+
+    def total_norm(self) -> Tensor:
+        """Return the norm of all ranks' gradients together, (): not finite if any of them is; all ranks call this."""
+        gradients = [own.grad for bucket in self.buckets for _, own in bucket.own if own.grad is not None]
+        real = [view_as_real(gradient) for gradient in gradients]
+        total = sum_squares(real, torch.float32)
+        if not math.isfinite(total):  # squares of large float32 values are not
+            total = sum_squares(real, torch.float64)
+        found = collectives.sum_float64(np.array([total]), f"{self.name}norm")
+        exact = any(bucket.dtype == torch.float64 for bucket in self.buckets)
+        dtype = torch.float64 if exact else torch.float32
+        return torch.tensor(found[0], dtype=torch.float64).sqrt().to(dtype)
+
+    def agree_on_overflow(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """Let a loss scale skip the step if a gradient is not finite on any rank; return the norm of all together.
+
+        All ranks call this once the gradients are unscaled.
+        """
+        norm = self.total_norm()
+        device = self.buckets[0].device
+        # A rank without a piece of what is used has looked at nothing.
+        found: Any = scaler._found_inf_per_device(self.optimizer)
+        found[device] = torch.full((), float(not torch.isfinite(norm)), device=device)
+        return norm
+
+    def find_nonfinite(self) -> set[nn.Parameter]:
+        """Return the parameters whose gradients are not finite on some rank; all ranks call this."""
+        own = [
+            self.names[piece.param]
+            for bucket in self.buckets
+            for piece, values in bucket.own
+            if values.grad is not None and not all_finite([values.grad])
+        ]
+        found = {name for names in collectives.gather_json(own, f"{self.name}nonfinite") for name in names}
+        return {p for p, name in self.names.items() if name in found}
+
+    def gather_parameters(self) -> None:
+        """Bring every rank what the others have updated; all ranks call this."""
+        handles = []
+        for number, bucket in enumerate(self.buckets):
+            if bucket.is_used:
+                if self.exchange is None:  # else its reducers count them
+                    self.optimizer.wire_bytes += bucket.count_own_bytes() * (self.partition.size - 1)
+                name = f"{self.name}parameters.{number}"
+                handles.append((bucket, bucket.start_gathering(name, [own for _, own in bucket.own])))
+        for bucket, handle in handles:
+            params, values = zip(*bucket.cut_gathered(handle), strict=True)
+            torch._foreach_copy_([p.detach() for p in params], list(values))
+        self.drop_gradients()
+
+
+@contextlib.contextmanager
+def use_pieces(shards: OptimizerShards | None) -> Iterator[None]:
+    """Let a sharded optimizer's groups hold pieces in place of parameters. None: leave them as they are."""
+    if shards is None:
+        yield
+        return
+    groups, replaced = read_param_groups(shards.optimizer), shards.groups
+    for group in groups:
+        group["params"] = [own for p in group["params"] for own in shards.pieces.get(p, [p])]
+    shards.replaced = replaced
+    try:
+        yield
+    finally:
+        shards.replaced = None
+        for group, params in zip(groups, replaced, strict=True):
+            group["params"] = params
+
+
+@contextlib.contextmanager
+def step_pieces(shards: OptimizerShards | None) -> Iterator[None]:
+    """Let a sharded optimizer step; then gather what it has updated, and call its hooks. None: it is not sharded."""
+    if shards is None:
+        yield
+        return
+    if shards.exchange is None:
+        shards.take_gradients()
+    hooks: Any = vars(shards.optimizer)["_optimizer_step_post_hooks"]
+    kept, steps = dict(hooks), list[object]()
+    hooks.clear()
+    hooks[0] = lambda *args: steps.append(args)  # a loss scale may skip the step
+    try:
+        with use_pieces(shards):
+            yield
+    finally:
+        hooks.clear()
+        hooks.update(kept)
+    shards.gather_parameters()
+    for hook in kept.values() if steps else ():
+        hook(shards.optimizer, (), {})
+
+
+def sum_squares(values: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Return the sum of the squares of all values, of each tensor in a type no smaller than `dtype`."""
+    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)).double() for x in values]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
+
+
+def list_named(optimizer: torch.optim.Optimizer) -> NamedParameters:
+    """Return a wrapped optimizer's parameters, in the order of its groups, and their names."""
+    names: dict[nn.Parameter, str] = vars(optimizer)["_parameter_names"]
+    return [(names[p], p) for group in read_param_groups(optimizer) for p in group["params"]]
