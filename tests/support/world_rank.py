@@ -28,6 +28,8 @@ from hvdtrain.exchange.bucketed import BucketedExchange
 from tests.support.worlds import Reply, Request, receive, send
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = Path(torch.__file__).parents[1]  # which need not be in this environment
+KEPT_FOLDERS = (ROOT, PACKAGES, sys.prefix, sys.base_prefix)  # modules in these stay
 
 
 def serve(address: str) -> None:
@@ -153,7 +155,7 @@ def restored() -> Iterator[None]:
 def temporary(module: Any) -> bool:
     """Whether a module is a test's own file, which another test may have under the same name."""
     file = getattr(module, "__file__", None)
-    return bool(file) and not any(Path(file).is_relative_to(folder) for folder in (ROOT, sys.prefix, sys.base_prefix))
+    return bool(file) and not any(Path(file).is_relative_to(folder) for folder in KEPT_FOLDERS)
 
 
 if __name__ == "__main__":
