@@ -40,6 +40,17 @@ def reduce_scatter_async(tensor: torch.Tensor, name: str, group: Group = None) -
     return remember_name(hvd.reducescatter_async(tensor, name=name, op=hvd.Sum, process_set=process_set), name)
 
 
+def exchange_bytes(parts: Sequence[bytes], name: str) -> list[bytes]:
+    """Send each rank its bytes, in the order of ranks, and return those received from each; all ranks call this."""
+    size, lengths = collectives.size(), [len(part) for part in parts]
+    gathered = wait(collectives.all_gather_async(torch.tensor(lengths), f"{name}.lengths")).view(size, size)
+    joined = bytearray(b"".join(parts))
+    own = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+    received = wait(all_to_all_parts_async(own, lengths, f"{name}.bytes"))
+    theirs = torch.split(received, gathered[:, collectives.rank()].tolist())
+    return [part.numpy().tobytes() for part in theirs]
+
+
 def gather_on_root(data: bytes, name: str) -> list[bytes]:
     """Return every rank's bytes, in the order of ranks, on rank 0; an empty list on the others."""
     size = collectives.size()

@@ -20,30 +20,44 @@ class ScatterReducer(PlainReducer):
     """Brings each rank the sum of its own part of `flat`: half of an all-reduce.
 
     By an all-to-all, whose parts each rank adds in the order of ranks, or by Horovod's reduce-scatter. On two ranks
-    both add the same two numbers, as an all-reduce does.
+    both add the same two numbers, as an all-reduce does. If parts are mirrored, each rank then sends its part's sum on
+    to the rank that mirrors it: in a second round, so that both have the same bits.
 
     Attributes:
         bounds: (ranks + 1,) where each rank's part of flat begins, and where the last one ends.
         unit: numbers of flat that stay together: 2 for complex values.
         part: (own values,) the sum or mean of this rank's part, after `finish_reduction`.
+        mirrored_part: the same of the part that this rank mirrors; empty if it mirrors none.
         parameter_bytes: of each updated value, which all ranks gather.
         uses_reduce_scatter: whether it is Horovod's, for which the parts must be cut as Horovod cuts them.
     """
 
-    def __init__(self, plain: PlainReducer, bounds: Sequence[int], like: Tensor) -> None:
-        """Take the place of a reducer that sums all of `flat`; like: a parameter whose type all in it have."""
+    def __init__(self, plain: PlainReducer, bounds: Sequence[int], like: Tensor, mirrors: Sequence[int] = ()) -> None:
+        """Take the place of a reducer that sums all of `flat`.
+
+        Args:
+            plain: that reducer.
+            bounds: of the parts.
+            like: a parameter whose type all in it have.
+            mirrors: of each rank, whose part it mirrors; empty: none does.
+        """
         super().__init__(plain.name, plain.flat, plain.average, plain.group)
         rank = collectives.rank(self.group)
         self.bounds, self.unit, self.uses_reduce_scatter = tuple(bounds), 2 if like.is_complex() else 1, False
         self.lengths = [end - begin for begin, end in pairwise(bounds)]
         self.own_range = slice(bounds[rank], bounds[rank + 1])
-        self.part, self.parameter_bytes = self.flat[:0], like.dtype.to_real().itemsize
+        self.part = self.mirrored_part = self.flat[:0]
+        self.parameter_bytes = like.dtype.to_real().itemsize
+        own = self.lengths[rank]
+        self._mirror_lengths = [own * (mirrored == rank) for mirrored in mirrors]  # to each rank, in the second round
+        self._second_handle: collectives.Handle | None = None
 
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank sends in a step: the others' parts of the gradients, and its own of the parameters."""
         own, others = self.own_range.stop - self.own_range.start, self.size - 1
-        return (len(self.flat) - own) * self.flat.element_size() + own * others * self.parameter_bytes
+        gradients = len(self.flat) - own + sum(self._mirror_lengths)
+        return gradients * self.flat.element_size() + own * others * self.parameter_bytes
 
     def start_reduction(self, step: int) -> None:
         """Start the collective."""
@@ -53,8 +67,23 @@ class ScatterReducer(PlainReducer):
         else:
             self._handle = all_to_all_parts_async(self.flat, self.lengths, self.name, self.group)
 
+    def start_second_round(self, wait: bool = True) -> None:
+        """Send the sum of this rank's part on, if it is mirrored; without `wait` only if it has arrived."""
+        if self._mirror_lengths and self._handle is not None and (wait or collectives.is_complete(self._handle)):
+            self._add_up_part()
+            name = f"{self.name}.mirror"
+            self._second_handle = all_to_all_parts_async(self.part, self._mirror_lengths, name, self.group)
+
     def finish_reduction(self) -> None:
-        """Wait for this rank's part, and add it up."""
+        """Wait for this rank's part, and for the one that it mirrors."""
+        self.start_second_round()
+        if self._second_handle is None:
+            self._add_up_part()
+            return
+        self._handle, self._second_handle = self._second_handle, None
+        self.mirrored_part = self._wait_for_collective()
+
+    def _add_up_part(self) -> None:
         received = self._wait_for_collective()
         if self.uses_reduce_scatter:
             self.part = received.view(-1)
@@ -67,8 +96,8 @@ class ScatterReducer(PlainReducer):
             self.part /= self.size
 
     def drop_part(self) -> None:
-        """Free the memory of the part."""
-        self.part = self.flat[:0]
+        """Free the memory of the parts."""
+        self.part = self.mirrored_part = self.flat[:0]
 
     def sum_is_finite(self) -> bool:
         """Return True: no rank has the whole sum. Whoever has the parts looks, with all ranks."""

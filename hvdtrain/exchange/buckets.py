@@ -252,9 +252,9 @@ def make_bucket(
     Its flags follow the gradients and travel with them; if a codec may carry it, they travel separately, uncompressed,
     and are summed.
     """
-    bounds: list[int] = []
-    if config.partition is not None:
-        members, bounds = config.partition.cut_bucket(members, [real_numel(p) for _, p in members])
+    partition, bounds = config.partition, list[int]()
+    if partition is not None:
+        members, bounds = partition.cut_bucket(members, [real_numel(p) for _, p in members])
     params = [p for _, p in members]
     count = sum(map(real_numel, params))
     extra = 0 if compressible else len(params) + HEAD_SIZE
@@ -262,8 +262,8 @@ def make_bucket(
     flags = torch.zeros(len(params), device=flat.device) if compressible else flat[count:-HEAD_SIZE]
     head = flat[:0] if compressible else flat[-HEAD_SIZE:]
     reducer = PlainReducer(f"{config.name}gradients.{number}", flat, config.average, config.group)
-    if bounds:
-        reducer = ScatterReducer(reducer, bounds, params[0])
+    if partition is not None:
+        reducer = ScatterReducer(reducer, bounds, params[0], partition.mirrors)
     names, views = [name for name, _ in members], make_views(flat, params)
     return Bucket(params, names, views, flags, head, reducer, compressible, reducer.name)
 

@@ -97,8 +97,10 @@ class BucketLayout:
         for bucket in self.buckets:
             bucket.leave_out(pruned)
 
-    def scatter_sums(self, partition: Partition) -> None:
+    def scatter_sums(self, partition: Partition, trained: Collection[str]) -> None:
         """From now on, bring each rank the sums of its part only; on all ranks, before the first step.
+
+        trained: names of parameters that are, as far as is known.
 
         Buckets are made at once, since whoever has the parts needs them before a gradient has come: of what is trained,
         in the order in which backward finishes it as a rule, and of what is frozen. They are sent from the end of the
@@ -107,8 +109,8 @@ class BucketLayout:
         self.config = replace(self.config, partition=partition)
         floating = [(name, p) for p, name in reversed(self.names.items()) if p.is_floating_point() or p.is_complex()]
         partition.assign_owners(p for _, p in floating)
-        for trained in (True, False):
-            for bucket in self.build_buckets([name for name, p in floating if p.requires_grad == trained]):
+        for is_trained in (True, False):
+            for bucket in self.build_buckets([name for name, _ in floating if (name in trained) == is_trained]):
                 bucket.suspended = True
         self.refresh_layout()
 

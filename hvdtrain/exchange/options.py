@@ -23,6 +23,11 @@ class ExchangeOptions:
     shard: Literal["none", "optimizer"] = option(
         "none", "optimizer: each rank holds 1 / ranks of the optimizer's state, and updates that part of the parameters"
     )
+    mirror: Literal["0", "1"] | None = option(
+        None,
+        "with --shard optimizer, 1: another rank, on another host if there is one, has a part as well, so that a lost "
+        "rank costs no step; default: 1 in elastic runs, else 0",
+    )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
     )
@@ -41,11 +46,18 @@ class ExchangeOptions:
                 f"--shard optimizer with --exchange {self.kind}: it brings whole gradients to every rank; leave "
                 "--exchange out"
             )
+        if self.is_mirrored and not self.shards_optimizer:
+            raise ValueError("--mirror 1 without --shard optimizer: each rank has all of the optimizer's state anyway")
 
     @property
     def shards_optimizer(self) -> bool:
         """Whether each rank holds a part of the optimizer's state only."""
         return self.shard == "optimizer"
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether each part of the optimizer's state is on two ranks."""
+        return self.mirror == "1"
 
     @property
     def bucket_bytes(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,6 +12,21 @@ import torch
 
 ShardUnit = Literal["elements", "parameters"]
 NamedParameters = list[tuple[str, torch.nn.Parameter]]
+
+
+def assign_mirrors(hosts: Sequence[str]) -> list[int]:
+    """Return whose part each rank mirrors: another rank's, each once; on as many ranks as possible on another host.
+
+    Ranks are sorted by host, those of the largest first, and each mirrors the one that is as far behind it as the
+    largest host has ranks; on one host, the next one.
+
+    hosts: of the ranks, two at least.
+    """
+    counts = Counter(hosts)
+    in_line = sorted(range(len(hosts)), key=lambda rank: (-counts[hosts[rank]], hosts.index(hosts[rank]), rank))
+    distance = max(counts.values()) if len(counts) > 1 else 1
+    mirrored = dict(zip(in_line, in_line[distance:] + in_line[:distance], strict=True))
+    return [mirrored[rank] for rank in range(len(hosts))]
 
 
 @dataclass(eq=False)
@@ -25,12 +41,14 @@ class Partition:
     Attributes:
         size: the number of ranks.
         unit: what is not cut.
+        mirrors: of each rank, whose part it has as well (`assign_mirrors`); empty: each has its own only.
         owners: with whole parameters: each one's rank.
         loads: with whole parameters: how many values each rank has.
     """
 
     size: int
     unit: ShardUnit
+    mirrors: Sequence[int] = ()
     owners: dict[torch.nn.Parameter, int] = field(default_factory=dict)
     loads: list[int] = field(default_factory=list)
 

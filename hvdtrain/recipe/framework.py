@@ -20,8 +20,11 @@ from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
 from hvdtrain.recipe.now import Now
 from hvdtrain.recipe.order import Ids
+from hvdtrain.recipe.results import ExchangeReport as ExchangeReport  # a part of the interface, as those below
+from hvdtrain.recipe.results import RoundResult as RoundResult
+from hvdtrain.recipe.results import StepResult as StepResult
 from hvdtrain.recipe.shares import Shares
-from hvdtrain.recipe.votes import NUM_VOTES as NUM_VOTES  # a part of the interface
+from hvdtrain.recipe.votes import NUM_VOTES as NUM_VOTES
 from hvdtrain.recipe.votes import StepVotes as StepVotes
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
@@ -54,47 +57,6 @@ class Chunk:
     first_place: int | None = None  # of the first one, in an order that may have an id several times
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a rank knows after an exchange. It is the same on all ranks but for what says "here"."""
-
-    score_sums: NDArray[np.float64]  # (layout.num_sums,) over the global batch
-    votes: StepVotes  # of all ranks, summed
-    nonfinite_loss: bool  # a loss of some rank was not finite
-    nonfinite_gradients: tuple[str, ...]  # parameters whose gradient, summed over ranks, is not finite
-    nonfinite_loss_here: bool
-    waited_here: float  # seconds that this rank waited for communication
-    zero_denominator: bool = False  # the loss's own denominators add up to 0: there is nothing to learn from
-
-    @property
-    def is_nonfinite(self) -> bool:
-        """Whether losses or gradients are not finite."""
-        return self.nonfinite_loss or bool(self.nonfinite_gradients)
-
-    @property
-    def must_skip(self) -> bool:
-        """Whether the update must be skipped."""
-        return self.is_nonfinite or self.zero_denominator
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """What the end of a round of local steps has come to; the same on all ranks but for the seconds."""
-
-    steps: int  # that were not skipped
-    waited_here: float  # seconds that this rank waited for communication
-    nonfinite: tuple[str, ...]  # of each update that a rank left out, which gradient was not finite, and where
-
-
-@dataclass(frozen=True)
-class ExchangeReport:
-    """How gradients travel, for summary.json and advisor.json; and how many do not."""
-
-    buckets: Sequence[Mapping[str, object]]  # of each: values, compression, bytes_sent, ...
-    advice: Mapping[str, object] | None  # what `--compression auto` measured and chose
-    sparsity: float | None = None  # with --prune: the share of the weights that are pruned
-
-
 class Step(Protocol):
     """One rank's model, optimizer and data.
 
@@ -114,7 +76,8 @@ class Step(Protocol):
          |
          +-> between steps: evaluate_batch for each of load_batches(SET, ...), or join_evaluation for a pass without
          |     examples on this rank; gather_state; checksum_state, exchange_report, take_messages, wire_bytes
-         +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state
+         +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state,
+         |     and exchange_parts
          +-> close()
     """
 
@@ -252,6 +215,17 @@ class Step(Protocol):
 
     def switch_world(self, world: World) -> None:
         """Continue in another world, as before the step that was not finished, if there is one."""
+
+    def exchange_parts(self, reached: int, step: int) -> str | None:
+        """Bring each rank its part of what ranks have parts of only; in another world, after `load_state`.
+
+        Args:
+            reached: the step that this rank's state had reached before; -1: it had none.
+            step: that the state belongs to which was loaded; -1: no rank had any.
+
+        Returns:
+            None; or a clause about what no rank has any more, the same on all ranks: only a checkpoint has it.
+        """
 
     def close(self) -> None:
         """Undo what was changed in the process, the model and the optimizer; the step is not used any more."""

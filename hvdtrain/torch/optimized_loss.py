@@ -24,8 +24,9 @@ from hvdtrain.torch.optimizer_methods import WrappedOptimizer
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.setup import check_momentum
 from hvdtrain.torch.shard_state import make_state_dict, restore_state_dict
-from hvdtrain.torch.shard_trial import DivisionTrial, find_shard_unit
-from hvdtrain.torch.shards import OptimizerShards, step_pieces, use_pieces
+from hvdtrain.torch.shard_update import step_pieces
+from hvdtrain.torch.sharding import OptimizerSharding
+from hvdtrain.torch.shards import OptimizerShards, use_pieces
 from hvdtrain.torch.tensors import all_finite, scale_tensors
 from hvdtrain.torch.update_settings import UpdateSettings
 
@@ -40,7 +41,7 @@ class OptimizedLoss:
         name: of the score.
         optimizer: the recipe's, wrapped.
         bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
-        shards: this rank's part of the optimizer; None if every rank has all of it.
+        sharding: how the optimizer is divided, if it is.
         carried: what the exchange carries from step to step.
         gradient_watch: refuses a loss that trains nothing.
         steps: how often it has exchanged something in this process.
@@ -55,8 +56,7 @@ class OptimizedLoss:
         self.column_suffix = f"_{name.removeprefix('loss_')}" if settings.several else ""
         self.bucketed_exchange: BucketedExchange | None = None
         self.shard_exchange: ShardedExchange | None = None
-        self.shards: OptimizerShards | None = None
-        self._shard_trial: DivisionTrial | None = None  # of the optimizer, if it is to be divided
+        self.sharding = OptimizerSharding(settings, f"{name}." if settings.several else "")
         self.carried = CarriedState()
         self.steps, self.gradient_factor = 0, 1.0
         self._is_local = False  # the step
@@ -76,8 +76,7 @@ class OptimizedLoss:
         options, first = self.settings.options, not self._has_joined
         if first:
             check_momentum(parse_compression(options.compression.spec), self.optimizer, world, options)
-        if options.exchange.shards_optimizer and world.size > 1:
-            self._shard_trial = find_shard_unit(self.optimizer, self.settings.recipe_name, self.settings.model)
+            self.sharding.try_optimizer(self.optimizer, world)
         held = set(self.get_parameters())
         named = [(name, p) for name, p in self.settings.model.named_parameters() if p in held]
         compression, seed, index = options.compression.spec, options.data.seed, self.settings.losses.index(self.name)
@@ -120,17 +119,16 @@ class OptimizedLoss:
         if self.bucketed_exchange is not None and self.settings.pruner is not None:
             self.bucketed_exchange.leave_out(self.settings.pruner.masks)
 
-    def distribute_state(self) -> list[str]:
-        """Have rank 0's state, or this rank's part of it if it is to be sharded; return lines to print.
+    def distribute_state(self, world: World, *, is_first: bool) -> list[str]:
+        """Have rank 0's state, in the first world, or this rank's part of it; return lines to print; on all ranks."""
+        if is_first:
+            broadcast_optimizer(self.optimizer)
+        return self.sharding.divide(self.optimizer, self.bucketed_exchange, world)
 
-        All ranks call this, once they have the same parameters.
-        """
-        broadcast_optimizer(self.optimizer)
-        if self._shard_trial is None:
-            return []
-        name = f"{self.name}." if self.settings.several else ""
-        self.shards = OptimizerShards(self.optimizer, self._shard_trial.unit, self.bucketed_exchange, name)
-        return [self.shards.describe(self._shard_trial.state_bytes)]
+    @property
+    def shards(self) -> OptimizerShards | None:
+        """This rank's part of the optimizer; None if every rank has all of it."""
+        return self.sharding.shards
 
     @property
     def _scattered(self) -> OptimizerShards | None:

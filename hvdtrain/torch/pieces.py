@@ -48,6 +48,9 @@ class Piece:
         return torch.view_as_complex(values.view(-1, 2)) if self.param.is_complex() else values
 
 
+HeldPiece = tuple[Piece, nn.Parameter]  # with what the optimizer has of it
+
+
 class ShardedBucket:
     """Parameters of one type that are gathered together, and which part of them is whose.
 
@@ -58,6 +61,7 @@ class ShardedBucket:
         source: the bucket of their gradients; None if they are whole on every rank.
         is_used: whether any rank has used one of the parameters in the last step.
         own: this rank's pieces, each with the parameter that the optimizer has of it, in the order of its part.
+        mirrored: the same of the part that this rank mirrors; empty if it mirrors none.
     """
 
     def __init__(self, params: list[nn.Parameter], bounds: Sequence[int], partition: Partition, rank: int) -> None:
@@ -68,7 +72,13 @@ class ShardedBucket:
         for p in params:
             if not is_dense(p):
                 p.data = p.detach().clone(memory_format=torch.contiguous_format)
-        self.own = [(piece, nn.Parameter(piece.view_parameter())) for piece in self.list_pieces(rank)]
+        held = [[(piece, nn.Parameter(piece.view_parameter())) for piece in pieces] for pieces in self.list_held(rank)]
+        self.own, self.mirrored = held[0], [pair for pairs in held[1:] for pair in pairs]
+
+    @property
+    def held(self) -> list[HeldPiece]:
+        """This rank's pieces, and those that it mirrors."""
+        return [*self.own, *self.mirrored]
 
     def count_own_bytes(self) -> int:
         """Return the bytes of this rank's part."""
@@ -85,6 +95,11 @@ class ShardedBucket:
         gathered = collectives.wait(handle).view(self.dtype)
         return list(zip(self.params, make_views(gathered, self.params), strict=True))
 
+    def list_held(self, rank: int) -> list[list[Piece]]:
+        """Return the pieces of a rank's own part and, if parts are mirrored, of the one that it mirrors."""
+        parts = [rank, *self.partition.mirrors[rank : rank + 1]]
+        return [self.list_pieces(part) for part in parts]
+
     def list_pieces(self, rank: int) -> list[Piece]:
         """Return a rank's pieces, in the order in which they lie."""
         begin, end, at, pieces = self.bounds[rank], self.bounds[rank + 1], 0, []
@@ -97,29 +112,31 @@ class ShardedBucket:
             at += real_numel(p)
         return pieces
 
-    def cut_part(self, part: Tensor) -> list[Tensor]:
-        """Return this rank's pieces of a tensor that is laid out as its part."""
-        found, at = [], 0
-        for piece in self.list_pieces(self.rank):
-            found.append(piece.view_in(part[at:]))
-            at += piece.num_reals
-        return found
-
     def take_gradients(self) -> bool:
         """Give this rank's pieces their gradients; return whether any rank has used a parameter."""
         if self.source is not None:
             reducer = self.source.reducer
             assert isinstance(reducer, ScatterReducer)
             used = dict(zip(self.source.params, self.source.used or [0.0] * len(self.params), strict=True))
-            for (piece, own), part in zip(self.own, self.cut_part(reducer.part), strict=True):
-                own.grad = part.to(own.dtype) if used[piece.param] else None
+            for held, part in ((self.own, reducer.part), (self.mirrored, reducer.mirrored_part)):
+                for (piece, own), gradient in zip(held, cut_part(held, part), strict=True):
+                    own.grad = gradient.to(own.dtype) if used[piece.param] else None
             return any(used.values())
-        for piece, own in self.own:
-            gradient = piece.param.grad
+        for piece, own in self.held:
+            whole = piece.param.grad
             own.grad = None
-            if gradient is not None:
-                own.grad = cut_piece(piece, gradient.to_dense() if gradient.is_sparse else gradient)
+            if whole is not None:
+                own.grad = cut_piece(piece, whole.to_dense() if whole.is_sparse else whole)
         return any(p.grad is not None for p in self.params)
+
+
+def cut_part(held: Sequence[HeldPiece], part: Tensor) -> list[Tensor]:
+    """Return the pieces of a tensor that is laid out as the part that they are of."""
+    found, at = [], 0
+    for piece, _ in held:
+        found.append(piece.view_in(part[at:]))
+        at += piece.num_reals
+    return found
 
 
 def flatten_like(value: Tensor, p: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.recipe import Recipe
 
 
 class Pruner:
@@ -136,6 +137,12 @@ class Pruner:
             bits = np.unpackbits(state[self._names[p]].cpu().numpy(), count=p.numel())
             mask.copy_(torch.from_numpy(bits.astype(bool)).view(mask.shape))
         self.num_pruned = sum(int(mask.sum()) for mask in self.masks.values())
+
+
+def make_pruner(recipe: Recipe, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Pruner:
+    """Return what prunes the weights of a recipe's model that its optimizers have. Raises UserError: see `Pruner`."""
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return Pruner(type(recipe).__name__, model, held)
 
 
 def find_computed_weight(model: nn.Module) -> str | None:

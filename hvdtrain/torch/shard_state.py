@@ -61,7 +61,7 @@ def make_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | 
     state: Any = optimizer.state
     kept = dict(state)
     try:
-        for values in shards.own_values & kept.keys():
+        for values in shards.held_values & kept.keys():
             del state[values]
         state.update(shards.whole_state)
         return optimizer.state_dict()
@@ -87,7 +87,7 @@ def cut_state_dict(shards: OptimizerShards, whole: StateDict) -> StateDict:
     numbers = [number for group in whole["param_groups"] for number in group["params"]]
     params = [p for group in shards.groups for p in group]
     saved = {p: whole["state"].get(number, {}) for number, p in zip(numbers, params, strict=True)}
-    places = {values: piece for bucket in shards.buckets for piece, values in bucket.own}
+    places = {values: piece for bucket in shards.buckets for piece, values in bucket.held}
     state: dict[Any, Any] = {key: value for key, value in whole["state"].items() if key not in set(numbers)}
     groups, count = [], 0
     for group, own in zip(whole["param_groups"], shards.groups, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class ShardedAverage(AveragedModel):
         """Keep this rank's part only of the average of what has been divided since."""
         for shards, count in zip(self._shards, list(self._num_buckets), strict=True):
             for bucket in shards.buckets[count:]:
-                for piece, values in bucket.own:
+                for piece, values in bucket.held:
                     self._pieces[values] = cut_piece(piece, self._own[piece.param].detach()).clone()
         self._num_buckets = [len(shards.buckets) for shards in self._shards]
 
@@ -94,6 +94,33 @@ class ShardedAverage(AveragedModel):
                 self._own[p].data = p.new_empty(0)
         self.is_whole = False
 
+    # Another world.
+
+    def release_pieces(self) -> Mapping[nn.Parameter, Tensor]:
+        """Return this rank's part of the average, by what the optimizer has of the parameter; keep nothing."""
+        self.free_average()
+        self._host_state = {}
+        pieces, self._pieces = self._pieces, {}
+        return pieces
+
+    def divide_again(self, shards: Sequence[OptimizerShards]) -> None:
+        """Make room for this rank's part, which `fill_pieces` or `load_average` brings, in other optimizers' shards."""
+        self._shards, self._num_buckets = shards, [len(own.buckets) for own in shards]
+        for _, bucket in self._buckets():
+            self._pieces |= {values: torch.empty_like(values.detach()) for _, values in bucket.held}
+
+    @torch.no_grad()
+    def fill_pieces(self, averages: Mapping[nn.Parameter, Tensor]) -> None:
+        """Take this rank's part of the average."""
+        for values, average in averages.items():
+            self._pieces[values].copy_(average)
+
+    @torch.no_grad()
+    def repeat_move(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Move parts of the average towards the parameters', as it has done that was loaded from another rank."""
+        self.n_averaged -= 1
+        self._move_averages([average for average, _ in pairs], [current for _, current in pairs], 1)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> StateDict:  # type: ignore[override]
         whole, self._host_state = {**super().state_dict(*args, **kwargs), **self._host_state}, {}
         return whole
@@ -104,8 +131,9 @@ class ShardedAverage(AveragedModel):
         names = {f"module.{name}" for name, p in self._names.items() if p in divided}
         by_param = {p: state[f"module.{name}"] for name, p in self._names.items()}
         for _, bucket in self._buckets():
-            for piece, values in bucket.own:
-                self._pieces[values].copy_(cut_piece(piece, by_param[piece.param]))
+            for piece, values in bucket.held:
+                if by_param[piece.param].shape == piece.param.shape:  # else from a rank that has its part only
+                    self._pieces[values].copy_(cut_piece(piece, by_param[piece.param]))
         self.free_average()
         rest = {name: value for name, value in state.items() if name not in names}
         placeholders = {name: value for name, value in super().state_dict().items() if name in names}

@@ -11,6 +11,9 @@ that no rank has used leaves its pieces without a gradient, as it would be witho
 
 With --deterministic gradients are summed as without shards, whole on every rank, so that nothing depends on the number
 of ranks; then the optimizer alone sees pieces.
+
+With --mirror 1 a rank has the pieces of another one as well, and updates them alike. It can undo an update until it has
+what all ranks have updated. What becomes of pieces in another world is in `hvdtrain.torch.part_exchange`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -30,11 +33,12 @@ from hvdtrain.compression.scatter_reducer import ScatterReducer, prefers_reduce_
 from hvdtrain.compression.spec import NONE, parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import ExchangeConfig, iterate_bucket_members, real_numel
-from hvdtrain.exchange.partition import NamedParameters, Partition, ShardUnit
+from hvdtrain.exchange.partition import NamedParameters, Partition
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.optimizer_methods import WrappedOptimizer, read_param_groups
 from hvdtrain.torch.pieces import ShardedBucket, cut_state
 from hvdtrain.torch.tensors import all_finite, view_as_real
+from hvdtrain.torch.update_undo import UpdateUndo
 
 
 class OptimizerShards:
@@ -44,22 +48,29 @@ class OptimizerShards:
         buckets: in the order in which they are sent.
         has_gradients: whether any rank has used a parameter in the last step.
         uses_reduce_scatter: whether gradients come by Horovod's reduce-scatter, as it is faster than the all-to-all.
+        undo: what takes back the update that was begun, if that is possible; else None.
         whole_state: of each parameter, on rank 0, once it was gathered and until it is saved.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, unit: ShardUnit, exchange: BucketedExchange | None, name: str
+        self,
+        optimizer: torch.optim.Optimizer,
+        partition: Partition,
+        exchange: BucketedExchange | None,
+        name: str,
+        trained: Collection[str],
     ) -> None:
         """Divide an optimizer on all ranks, whose parameters and state are the same, before the first step.
 
         Args:
             optimizer: a wrapped one, whose state is divided.
-            unit: what stays together.
+            partition: how its parameters are cut.
             exchange: of its gradients, of which each rank is to have its part only; None: it brings them whole.
             name: of its collectives.
+            trained: names of the parameters that are, the same on all ranks.
         """
         self.optimizer, self.exchange, self.name = cast(WrappedOptimizer, optimizer), exchange, name
-        self.partition = Partition(collectives.size(), unit)
+        self.partition = partition
         self.rank, self.has_gradients = collectives.rank(), False
         self.names: dict[nn.Parameter, str] = {}
         self.uses_reduce_scatter = False
@@ -67,9 +78,12 @@ class OptimizerShards:
         self.replaced: list[list[nn.Parameter]] | None = None  # the groups' parameters, while they hold pieces
         self.buckets: list[ShardedBucket] = []
         self.pieces: dict[nn.Parameter, list[nn.Parameter]] = {}  # of each parameter; empty if it is another rank's
+        self.undo: UpdateUndo | None = None
+        self._gathering: list[tuple[ShardedBucket, collectives.Handle]] = []
+        self._hooks: list[Callable[..., object]] = []  # of the step, to be called once all is gathered
         if exchange is not None:
-            exchange.scatter_sums(self.partition)
-            if unit == "elements":
+            exchange.scatter_sums(partition, trained)
+            if partition.unit == "elements":
                 flats = [bucket.reducer.flat for bucket in exchange.buckets]
                 self.uses_reduce_scatter = prefers_reduce_scatter(max(flats, key=len), f"{name}trial", exchange.group)
         self.adopt_parameters(list_named(optimizer))
@@ -88,7 +102,7 @@ class OptimizerShards:
             made = self._make_buckets([(name, p) for name, p in named if p not in self.pieces])
         for sharded in made:
             self.pieces |= {p: [] for p in sharded.params}
-            for piece, own in sharded.own:
+            for piece, own in sharded.held:
                 self.pieces[piece.param].append(own)
             self._divide_state(sharded)
         self.buckets += made
@@ -108,14 +122,19 @@ class OptimizerShards:
         """Let this rank's pieces have their part of a state that the optimizer has before its first step."""
         state = self.optimizer.state
         whole = {p: state.pop(p) for p in bucket.params if p in state}
-        for piece, own in bucket.own:
+        for piece, own in bucket.held:
             if piece.param in whole:
                 state[own] = {key: cut_state(piece, value) for key, value in whole[piece.param].items()}
 
     @property
-    def own_values(self) -> set[nn.Parameter]:
-        """This rank's pieces."""
-        return {values for bucket in self.buckets for _, values in bucket.own}
+    def held_values(self) -> set[nn.Parameter]:
+        """This rank's pieces, and those that it mirrors."""
+        return {values for bucket in self.buckets for _, values in bucket.held}
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether an update can be taken back until all ranks have made it."""
+        return bool(self.partition.mirrors)
 
     @property
     def groups(self) -> list[list[nn.Parameter]]:
@@ -127,19 +146,21 @@ class OptimizerShards:
         values = [sum(map(real_numel, bucket.params)) for bucket in self.buckets]
         most = [max(end - begin for begin, end in itertools.pairwise(bucket.bounds)) for bucket in self.buckets]
         if self.partition.unit == "elements":
-            whole, own = sum(values) * state_bytes / 2**20, sum(most) * state_bytes / 2**20
+            copies = 2 if self.partition.mirrors else 1
+            whole, own = sum(values) * state_bytes / 2**20, copies * sum(most) * state_bytes / 2**20
             way = "reduce-scatter" if self.uses_reduce_scatter else "all-to-all"
             how = "whole gradients" if self.exchange is None else f"gradients by {way}"
+            how += ", mirrored" * bool(self.partition.mirrors)
             return f"shard     optimizer: {own:.1f} of {whole:.1f} MiB of state on each rank, element-wise; {how}"
         loads = self.partition.loads
         return (
             f"shard     optimizer: the state of {max(loads):,} of {sum(loads):,} values on each rank at most, by whole "
-            "parameters"
+            f"parameters{', mirrored' * bool(self.partition.mirrors)}"
         )
 
     def forget_state(self) -> None:
         """Leave the optimizer without the pieces' state, which would be of no use to it alone."""
-        for values in self.own_values:
+        for values in self.held_values:
             self.optimizer.state.pop(values, None)
 
     # A step.
@@ -154,7 +175,7 @@ class OptimizerShards:
     def drop_gradients(self) -> None:
         """Free the memory of the gradients' sums."""
         for bucket in self.buckets:
-            for _, own in bucket.own:
+            for _, own in bucket.held:
                 own.grad = None
             if bucket.source is not None and isinstance(bucket.source.reducer, ScatterReducer):
                 bucket.source.reducer.drop_part()
@@ -194,19 +215,33 @@ class OptimizerShards:
         found = {name for names in collectives.gather_json(own, f"{self.name}nonfinite") for name in names}
         return {p for p, name in self.names.items() if name in found}
 
-    def gather_parameters(self) -> None:
-        """Bring every rank what the others have updated; all ranks call this."""
-        handles = []
+    def start_gathering(self, hooks: Iterable[Callable[..., object]]) -> None:
+        """Start bringing every rank what the others have updated; all ranks call this.
+
+        hooks: of the optimizer's step, to be called afterwards.
+        """
+        self._hooks = list(hooks)
         for number, bucket in enumerate(self.buckets):
-            if bucket.is_used:
+            if bucket.is_used and self.partition.size > 1:
                 if self.exchange is None:  # else its reducers count them
                     self.optimizer.wire_bytes += bucket.count_own_bytes() * (self.partition.size - 1)
                 name = f"{self.name}parameters.{number}"
-                handles.append((bucket, bucket.start_gathering(name, [own for _, own in bucket.own])))
-        for bucket, handle in handles:
-            params, values = zip(*bucket.cut_gathered(handle), strict=True)
-            torch._foreach_copy_([p.detach() for p in params], list(values))
+                handle = bucket.start_gathering(name, [own for _, own in bucket.own])
+                self._gathering.append((bucket, handle))
+
+    def iterate_gathered(self) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+        """Wait for what the others have updated; yield the parameters of each bucket with their new values."""
+        gathering, self._gathering = self._gathering, []
+        for bucket, handle in gathering:
+            yield bucket.cut_gathered(handle)
+
+    def conclude_update(self) -> None:
+        """Take note that the parameters are updated."""
+        self.undo = None
         self.drop_gradients()
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            hook(self.optimizer, (), {})
 
 
 @contextlib.contextmanager
@@ -225,29 +260,6 @@ def use_pieces(shards: OptimizerShards | None) -> Iterator[None]:
         shards.replaced = None
         for group, params in zip(groups, replaced, strict=True):
             group["params"] = params
-
-
-@contextlib.contextmanager
-def step_pieces(shards: OptimizerShards | None) -> Iterator[None]:
-    """Let a sharded optimizer step; then gather what it has updated, and call its hooks. None: it is not sharded."""
-    if shards is None:
-        yield
-        return
-    if shards.exchange is None:
-        shards.take_gradients()
-    hooks: Any = vars(shards.optimizer)["_optimizer_step_post_hooks"]
-    kept, steps = dict(hooks), list[object]()
-    hooks.clear()
-    hooks[0] = lambda *args: steps.append(args)  # a loss scale may skip the step
-    try:
-        with use_pieces(shards):
-            yield
-    finally:
-        hooks.clear()
-        hooks.update(kept)
-    shards.gather_parameters()
-    for hook in kept.values() if steps else ():
-        hook(shards.optimizer, (), {})
 
 
 def sum_squares(values: Sequence[Tensor], dtype: torch.dtype) -> float:

@@ -23,7 +23,6 @@ from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import Chunk, ExchangeReport, RoundResult, Split, StepResult, StepVotes
-from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.recipe.shares import Shares
@@ -32,7 +31,6 @@ from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import (
     agree_on_parts,
-    find_changed_hash,
     metrics_part,
     select_examples,
     select_split_hashes,
@@ -41,6 +39,7 @@ from hvdtrain.torch.data import seed_all
 from hvdtrain.torch.evaluator import Evaluator
 from hvdtrain.torch.gpu import find_gpu_uuid
 from hvdtrain.torch.modes import TrainingModes
+from hvdtrain.torch.part_exchange import PartExchange
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recipe_state import RecipeState
@@ -50,6 +49,7 @@ from hvdtrain.torch.setup import build_model, choose_device, configure_torch, ex
 from hvdtrain.torch.sharded_ema import make_average
 from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import TrainingState
+from hvdtrain.torch.step_facts import StepFacts
 from hvdtrain.torch.sums import StepSums, StepTotals
 from hvdtrain.torch.tensors import checksum_model
 from hvdtrain.torch.trial import initialize_lazy_modules, load_two_examples, prepare_trial
@@ -57,7 +57,7 @@ from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
 
 
-class TorchStep:
+class TorchStep(StepFacts):
     """`hvdtrain.recipe.framework.Step` for a torch recipe.
 
     Attributes:
@@ -115,8 +115,9 @@ class TorchStep:
             check_agreement("agreement.metrics", [scores_part])
             self.updater.join_world(world)
             broadcast_state(self.model)
-            self.updater.log_lines += [line for loss in self.updater.losses for line in loss.distribute_state()]
+            self.updater.distribute_state(world, is_first=True)
             self.ema = make_average(self.model, options.optimization.ema, self.updater.shards)
+            self.parts = PartExchange([loss.sharding for loss in self.updater.losses], self.ema)
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
             self.evaluator = Evaluator(self.scorer, self.model, self.forward, self.ema, self.changes, self.layout)
@@ -131,8 +132,6 @@ class TorchStep:
             self.splits.start_workers()
             self._exit_stack = undo.pop_all()
 
-    # What is known before the first step.
-
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
     ) -> ChangeTracker:
@@ -141,19 +140,6 @@ class TorchStep:
         changes.buffer_reducer.expect_changes(changed_buffers)
         changes.learning_rate_watch.set_baseline(self.updater.param_groups)
         return changes
-
-    def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
-        return find_changed_hash(select_examples(self.agreement_parts), earlier)
-
-    def base_learning_rate(self) -> float:
-        return self.updater.losses[0].base_lrs[0]
-
-    def trace_graph(self) -> bytes | None:
-        # Of a batch that is needed whole, each rank has a part only.
-        return None if self.score_needs_whole_batch else self._trial.trace_graph(draw=self.world.rank == 0)
-
-    def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
-        return self.splits.draw_order(seed, epoch)
 
     # A training step.
 
@@ -225,7 +211,11 @@ class TorchStep:
     def apply_update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
         seed_all(seed)  # what an optimizer draws is the same on all ranks
         self._step_in_progress, self.update_in_progress = False, True
-        report = self.updater.clip_and_step(factor)
+        try:
+            report = self.updater.clip_and_step(factor)
+        except Exception:
+            self._step_in_progress, self.update_in_progress = self.updater.can_undo, not self.updater.can_undo
+            raise
         if self.ema is not None and not report.get("skipped") and not self.round_steps:
             self.ema.update_parameters(self.model)
         self.changes.accept_update(self.updater.param_groups)
@@ -287,9 +277,6 @@ class TorchStep:
         self.changes.end_evaluation()
         return checksum_model(self.model, leave_out=self.changes.buffer_reducer.local_names)
 
-    def count_compilations(self) -> int | None:
-        return None
-
     def wire_bytes(self) -> int:
         small = self.changes.buffer_reducer.payload_bytes + self.sums.num_bytes
         own = self.updater.wire_bytes + self.scorer.session.bytes_sent
@@ -307,6 +294,7 @@ class TorchStep:
     def switch_world(self, world: World) -> None:
         self.recipe_state.keeps_snapshots = True
         self.recipe_state.restore_snapshot()
+        self.parts.leave_world(is_lost=self.update_in_progress)
         if self._step_in_progress:
             self.skip_update()
         self.updater.leave_world()
@@ -314,6 +302,11 @@ class TorchStep:
         self.world = world
         self.changes.set_world_size(world.size)
         self.updater.join_world(world)
+        self.updater.distribute_state(world, is_first=False)
+        self.parts.join_world()
+
+    def exchange_parts(self, reached: int, step: int) -> str | None:
+        return self.parts.exchange_parts(reached, step)
 
     def close(self) -> None:
         """Leave the recipe's model and optimizer, and this process, as they would be without hvdtrain's hooks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -14,16 +13,18 @@ from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport
 from hvdtrain.recipe.shares import Shares
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.exchange_report import describe_exchanges
 from hvdtrain.torch.groups import check_optimizers, check_several
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
 from hvdtrain.torch.optimized_loss import OptimizedLoss
-from hvdtrain.torch.pruning import Pruner
+from hvdtrain.torch.pruning import make_pruner
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recompute import explain_recompute_errors
 from hvdtrain.torch.rounds import Rounds
 from hvdtrain.torch.scores import LossNames, Scores, get_numerators
 from hvdtrain.torch.setup import make_optimizers
+from hvdtrain.torch.shard_update import await_updates, conclude_updates
 from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.sums import StepTotals
 from hvdtrain.torch.update_settings import UpdateSettings
@@ -41,6 +42,7 @@ class Updater:
         several: whether the recipe returned a dict of optimizers.
         scaler: of --amp fp16.
         rounds: of local steps.
+        can_undo: whether the update that was begun can be undone, as not all ranks are known to have made it.
         log_lines: to be reported.
     """
 
@@ -49,7 +51,9 @@ class Updater:
         self.log_lines: list[str] = []
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
         optimizers = collectives.on_all_ranks("optimizer", lambda: self._make_optimizers(recipe, options))
-        self.pruner = self._make_pruner(type(recipe).__name__, options, optimizers)
+        self.pruner = (
+            make_pruner(recipe, model, optimizers.values()) if options.optimization.prune is not None else None
+        )
         settings = UpdateSettings(
             type(recipe).__name__, model, options, self.scaler, tuple(optimizers), self.several, self.pruner
         )
@@ -57,7 +61,7 @@ class Updater:
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # it starts here even if this rank has no examples
         self.rounds = Rounds(self.losses, model, options.rounds.outer_step)
-        self._is_local = False  # the step
+        self._is_local = self.can_undo = False  # the step
         self._has_joined = False  # a world, now or before
         self._in_step = self.losses  # those that take part in it
         self._sums_are_finite = True  # of the step's gradients, as far as exchanges look
@@ -69,14 +73,6 @@ class Updater:
         if self.several:
             check_several(options, optimizers, self.model)
         return optimizers
-
-    def _make_pruner(
-        self, recipe: str, options: StepOptions, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> Pruner | None:
-        if options.optimization.prune is None:
-            return None
-        held = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
-        return Pruner(recipe, self.model, held)
 
     @property
     def loss_names(self) -> LossNames:
@@ -108,14 +104,7 @@ class Updater:
 
     def describe_exchange(self) -> ExchangeReport:
         """Return how gradients travel; with several losses, each bucket with the name of its loss."""
-        buckets: list[Mapping[str, object]] = []
-        advisor = None
-        for loss in self.losses:
-            exchange, of_loss = loss.optimizer.exchange, {"loss": loss.name} if self.several else {}
-            buckets += [asdict(bucket) | of_loss for bucket in exchange.describe_buckets()] if exchange else []
-            advisor = advisor or (loss.bucketed_exchange and loss.bucketed_exchange.advisor)
-        sparsity = self.pruner.sparsity if self.pruner is not None else None
-        return ExchangeReport(buckets, advisor.advice.to_json() if advisor and advisor.advice else None, sparsity)
+        return describe_exchanges(self.losses, self.pruner.sparsity if self.pruner is not None else None)
 
     # The world.
 
@@ -127,10 +116,17 @@ class Updater:
             check_readable(self.model.state_dict(), "the model's state")
         self._has_joined = True
 
+    def distribute_state(self, world: World, *, is_first: bool) -> None:
+        """Have the optimizers' state, or this rank's part of it; arguments as for `OptimizedLoss.distribute_state`."""
+        for loss in self.losses:
+            self.log_lines += loss.distribute_state(world, is_first=is_first)
+
     def leave_world(self) -> None:
         """Leave the exchanges of a world; what they have not sent is kept for the next."""
         for loss in self.losses:
             loss.leave_world()
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()  # of an update that was not finished
 
     def close(self) -> None:
         """Give the recipe's optimizers and their parameters back as they were before `join_world`."""
@@ -224,6 +220,7 @@ class Updater:
 
     def clip_and_step(self, factor: float) -> dict[str, float]:
         """Clip, and step at `factor` times the learning rates; return what is to be reported."""
+        self.can_undo = bool(self.shards) and all(shards.can_undo for shards in self.shards)
         report: dict[str, float] = {}
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         if self.scaler is not None:
@@ -232,6 +229,9 @@ class Updater:
         for loss in (loss for loss in self._in_step if loss.gradient_factor != 0):
             loss.set_learning_rates(factor)
             report |= loss.clip_and_step() if makes_update else {}
+        updated = await_updates(self.shards)
+        self.can_undo = False
+        conclude_updates(self.shards, updated)
         if self.several:
             report |= {f"lr{loss.column_suffix}": loss.base_lrs[0] * factor for loss in self.losses}
         if self.scaler is not None:

@@ -169,6 +169,8 @@ def open_session(
     with contextlib.ExitStack() as exits:
         folder = exits.enter_context(choose_run_folder(options.checkpoints, name, membership))
         options = replace(options, checkpoints=replace(options.checkpoints, run_dir=folder))
+        if membership.world_may_change and options.exchange.shards_optimizer:
+            options = replace(options, exchange=replace(options.exchange, mirror="1"))
         absolute = Path(collectives.on_root("run_folder.absolute", lambda: str(folder.absolute())))
         set_now(recipe, Now.before_training(absolute, world.rank, world.size))
         step = framework.make_step(recipe, world, options)

@@ -102,10 +102,10 @@ def check_elastic_options(given: OptionValues) -> None:
     shares = given.get("shares", EVEN)
     if parse_weights(shares) is not None:
         raise UserError(f"--shares {shares} is for the ranks of one world; an elastic run takes --shares measured")
-    if given.get("shard", "none") != "none":
+    if given.get("shard", "none") != "none" and given.get("mirror") == "0":
         raise UserError(
-            f"--shard {given['shard']}: a rank that is lost would take its part of the optimizer's state along; leave "
-            "--shard out of an elastic run"
+            f"--mirror 0 with --shard {given['shard']}: a rank that is lost would take its part of the optimizer's "
+            "state along; leave --mirror out of an elastic run"
         )
     if given.get("local_steps"):
         raise UserError(

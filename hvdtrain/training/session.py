@@ -87,6 +87,7 @@ class Session:
         self._diagnosis: Diagnosis | None = None
         self._earlier_worlds: Sequence[WorldHistory] = []
         self._formation_text = ""
+        self._lost_state: str | None = None  # that no rank has any more, until a checkpoint is loaded
         self._files = contextlib.ExitStack()  # that are open during a generation
 
     def __enter__(self) -> Session:
@@ -139,6 +140,10 @@ class Session:
         run, begins, weights = self.run, self.position is None, list[str]()
         if self.position is None:
             folder, position = begin_run(run)
+            if self._lost_state is not None and not position.step:
+                raise RunError(
+                    f"{self._lost_state}, and there is no checkpoint yet: save more often by --checkpoint-every"
+                )
             weights = load_first_weights(run, position)
             self.resumed_from, self._ledger = position.step or None, None
         else:
@@ -176,6 +181,10 @@ class Session:
             generation = deal_again(generation, position)
         generation.set_now(position, training=True)
         run.report.open_files(folder, plan.total_steps, position, active=self.world.rank == 0)
+        if self._lost_state is not None:
+            where = f"continuing from step {position.step}'s checkpoint"
+            run.report.print_lines([f"state     {self._lost_state}: {where}"])
+            self._lost_state = None
         if begins:
             options = {table: self.config[table] for table in TABLES if table in self.config}
             run.report.write_options(options, list_compared_tags(run.recipe))
@@ -187,23 +196,28 @@ class Session:
         if self._diagnosis is not None:
             self._earlier_worlds, self._diagnosis = self._diagnosis.build_history(), None
         self._files.close()
-        membership, reached = self.run.membership, self.position.step if self.position is not None else -1
+        membership = self.run.membership
         while True:
-            began = time.perf_counter()
+            reached, began = self.position.step if self.position is not None else -1, time.perf_counter()
             try:
                 entered = membership.enter_next_world(self.world, reached)
                 if entered.is_new:
                     self.run.step.switch_world(entered.world)
                 met = time.perf_counter()
-                received = self.exchange_state(entered) if entered.root_step >= 0 else None
+                if entered.root_step >= 0:
+                    self.take_over(*self.exchange_state(entered))
+                    self._lost_state = None
+                if entered.is_new:
+                    self._lost_state = self.run.step.exchange_parts(reached, entered.root_step) or self._lost_state
                 break
             except collectives.PeersLost:
                 continue
         self.world = entered.world
-        if received is not None:
-            self.take_over(*received)
+        if entered.root_step >= 0:
             seconds = time.perf_counter() - met
             self._formation_text = f"ranks met in {met - began:.3f} s, state in {seconds:.3f} s"
+        if self._lost_state is not None:
+            self.position = None
         hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
         membership.announce_rank(self.world)
 

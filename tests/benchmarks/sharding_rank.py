@@ -23,8 +23,10 @@ from torchvision.models import resnet18
 
 import hvdtrain
 from hvdtrain.comm import collectives
+from hvdtrain.exchange.partition import Partition
 from hvdtrain.torch import DistributedOptimizer
-from hvdtrain.torch.shards import OptimizerShards, step_pieces
+from hvdtrain.torch.shard_update import await_updates, conclude_updates, step_pieces
+from hvdtrain.torch.shards import OptimizerShards, list_named
 
 SIDE, WARM_UP = 64, 3
 
@@ -50,7 +52,9 @@ class Way:
             self.optimizer, self.step = optimizer, optimizer.step
             self.close = optimizer.exchange.close
             if name == "shard":
-                shards = OptimizerShards(optimizer, "elements", optimizer.exchange, "")
+                names = [name for name, _ in list_named(optimizer)]
+                partition = Partition(collectives.size(), "elements")
+                shards = OptimizerShards(optimizer, partition, optimizer.exchange, "", names)
                 self.step = lambda: step_sharded(optimizer, shards)
         elif name.startswith("ddp"):
             self.net = nn.parallel.DistributedDataParallel(self.net, gradient_as_bucket_view=True)
@@ -84,6 +88,7 @@ def step_sharded(optimizer: Any, shards: OptimizerShards) -> None:
     shards.total_norm()
     with step_pieces(shards):
         optimizer.step()
+    conclude_updates([shards], await_updates([shards]))
 
 
 def main() -> None:

@@ -153,6 +153,9 @@ class NumpyStep:
     def take_messages(self) -> list[str]:
         return []
 
+    def exchange_parts(self, reached: int, step: int) -> None:
+        pass
+
     def switch_world(self, world: World) -> None:
         self.world = world
 

@@ -247,9 +247,9 @@ def test_weak_scaling_is_the_larger_batch_at_the_scaled_rate(
     assert column(tmp_path / "weak", "lr") == pytest.approx(column(tmp_path / "strong", "lr"))
 
 
-@pytest.mark.parametrize("option", ["--compile", "--sync-batchnorm"])
+@pytest.mark.parametrize("option", ["--compile", "--sync-batchnorm", "--shard optimizer"])
 def test_what_is_for_torch_only_is_refused_by_name(option: str, world1: KeptWorld, tmp_path: Path) -> None:
-    text = refusal(world1, DIGITS, tmp_path / "run", option)
+    text = refusal(world1, DIGITS, tmp_path / "run", *option.split())
     assert text.startswith(f"{option} is for torch, and ") and "\n" not in text
     assert not (tmp_path / "run").exists()
 

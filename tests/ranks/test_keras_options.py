@@ -98,8 +98,8 @@ def test_digits_reaches_97_percent(ranks: int, own_worlds: KeptWorlds, tmp_path:
 
 
 def test_what_is_for_torch_only_is_refused_by_name(own_worlds: KeptWorlds, tmp_path: Path) -> None:
-    for option in ("--compile", "--sync-batchnorm"):
-        text = refusal(own_worlds[1], DIGITS, tmp_path / "run", option)
+    for option in ("--compile", "--sync-batchnorm", "--shard optimizer"):
+        text = refusal(own_worlds[1], DIGITS, tmp_path / "run", *option.split())
         assert text.startswith(f"{option} is for torch, and ") and "\n" not in text
 
 

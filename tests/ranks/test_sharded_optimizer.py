@@ -178,14 +178,6 @@ def test_an_optimizer_that_holds_more_than_its_state_is_refused(world2: KeptWorl
     assert found.startswith("Around.optimizer: Lookahead cannot be divided among ranks: ") and "\n" not in found
 
 
-def test_an_elastic_run_is_refused() -> None:
-    from hvdtrain.system.errors import UserError
-    from hvdtrain.training.options import check_elastic_options
-
-    with pytest.raises(UserError, match="--shard optimizer: a rank that is lost would take its part"):
-        check_elastic_options({"shard": "optimizer"})
-
-
 def test_gradients_that_are_not_finite_are_named_on_all_ranks(world2: KeptWorld, tmp_path: Path) -> None:
     found = refusal(world2, f"{RECIPES}:Spoiled", tmp_path / "run", *SHARD)
     plain = refusal(world2, f"{RECIPES}:Spoiled", tmp_path / "plain")
