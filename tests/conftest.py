@@ -20,6 +20,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.support.limits import stretch
 from tests.support.worlds import KeptWorld, KeptWorlds
 
 ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
@@ -67,15 +68,19 @@ def world3(worlds: KeptWorlds) -> KeptWorld:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, keep together what shares fixtures, and put what takes long first.
+    """Mark each test by its folder, and stretch its time limit.
 
-    A process of pytest-xdist takes one group after the other, in the order of their first tests.
+    Keep together what shares fixtures, and put what takes long first: a process of
+    pytest-xdist takes one group after the other, in the order of their first tests.
     """
     groups = {}
     for item in items:
         file = item.path.relative_to(Path(__file__).parent)
         if file.parts[0] in ORDER:
             item.add_marker(file.parts[0])
+        own = item.get_closest_marker("timeout")
+        limit = own.args[0] if own is not None else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(stretch(limit)), append=False)
         groups[item.nodeid] = group(item, file)
     if "PYTEST_XDIST_WORKER" in os.environ:
         own = Path(os.environ[SHARED]) / f"groups-{os.environ['PYTEST_XDIST_WORKER']}"

@@ -19,6 +19,7 @@ import psutil
 from hvdtrain.system.cpus import USABLE_CPUS, select_cores
 from tests.hosts import furnish
 from tests.hosts.namespaces import NETWORK, members, start_first, start_in
+from tests.support.limits import stretch
 
 PREFIX = "10.213.7."  # seen within the cluster only: two clusters, and the machine, may have the same
 LOOPBACK_NAME = "127.0.1.1"
@@ -89,7 +90,7 @@ class Host:
 
     def freeze(self) -> None:
         """Stop all processes, as a machine that hangs: connections stay, nothing answers."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + stretch(10)
         # A process that is not stopped yet may start another.
         while moving := [process for process in self.processes() if moves(process)]:
             for process in moving:
@@ -112,12 +113,12 @@ class Host:
         self.first.kill()
         # The first process ends when all others have, and those that are children of ours have been waited for.
         for process in self.started:
-            process.wait(30)
+            process.wait(stretch(30))
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()
-        self.first.wait(30)
+        self.first.wait(stretch(30))
         close_input(self.first)
         # Otherwise it goes with the host's network namespace, some time soon.
         with contextlib.suppress(RuntimeError, OSError):
@@ -205,7 +206,7 @@ def wait_for_ssh(host: Host) -> None:
 
     Raises RuntimeError if it has ended, or does not within some seconds.
     """
-    until = time.monotonic() + 10
+    until = time.monotonic() + stretch(10)
     while host.address not in furnish.do(host.first.pid, ["ss", "-Htln", "sport", "=", ":22"], NETWORK):
         if host.started[-1].poll() is not None or time.monotonic() > until:
             raise RuntimeError(f"sshd on {host.name}: {furnish.do(host.first.pid, ['sshd', '-t']) or 'no answer'}")
@@ -215,7 +216,7 @@ def wait_for_ssh(host: Host) -> None:
 def end_switch(switch: subprocess.Popen[bytes]) -> None:
     """Take the switch away."""
     switch.kill()
-    switch.wait(30)
+    switch.wait(stretch(30))
     close_input(switch)
 
 

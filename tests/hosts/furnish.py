@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.hosts.namespaces import HOST, start_in
+from tests.support.limits import stretch
 
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 # Folders of its own: process ids repeat over hosts and clusters, so that the names of temporary files would meet;
@@ -62,7 +63,7 @@ def do(first: int, command: Sequence[str], kinds: int = HOST) -> str:
         raise RuntimeError(f"there is no {command[0]}")
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with start_in(first, [path, *command[1:]], kinds, cwd="/", **options) as process:
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=stretch(30))
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: {said.strip()}")
     return str(said)

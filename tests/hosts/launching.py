@@ -14,6 +14,7 @@ import psutil
 from tests.hosts.cluster import Host
 from tests.ranks.elastic import losses
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT, train
+from tests.support.limits import stretch
 from tests.support.processes import kill_all
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
@@ -52,7 +53,7 @@ def launched(
     try:
         yield process
         assert process.poll() is not None
-        until = time.monotonic() + 15  # the guard gives 5 s between SIGTERM and SIGKILL
+        until = time.monotonic() + stretch(15)  # the guard gives 5 s between SIGTERM and SIGKILL
         while (left := at_work(hosts)) and time.monotonic() < until:
             time.sleep(0.05)
         assert not left, left
@@ -86,5 +87,5 @@ def ranks(host: Host) -> list[psutil.Process]:
 
 def end(process: subprocess.Popen[str], seconds: float = 50) -> tuple[int, str, str]:
     """The exit code and output of a launch, when it has ended."""
-    out, err = process.communicate(timeout=seconds)
+    out, err = process.communicate(timeout=stretch(seconds))
     return process.returncode, out, err

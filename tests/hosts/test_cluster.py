@@ -18,6 +18,7 @@ from hvdtrain.system.cpus import USABLE_CPUS
 from tests.hosts.cluster import Host, cluster, missing
 from tests.hosts.namespaces import living_in
 from tests.ranks.harness import ROOT, skip_or_fail
+from tests.support.limits import stretch
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -56,7 +57,7 @@ def megabits(source: Host, to: Host, size: int) -> float:
         assert receiver.stdout is not None and receiver.stdout.readline() == "ready\n"
         sent = source.run([sys.executable, "-c", SEND, to.address, str(size)])
         assert sent.returncode == 0, sent.stderr
-        return float(receiver.communicate(timeout=30)[0])
+        return float(receiver.communicate(timeout=stretch(30))[0])
 
 
 def test_hosts_have_names_and_find_each_other(two: list[Host]) -> None:
@@ -73,7 +74,7 @@ def test_hosts_see_their_own_processes_only(two: list[Host]) -> None:
     assert "sleep 1000" not in two[1].run(["ps", "ax"]).stdout
     assert sleep.pid in [process.pid for process in two[0].processes()]
     sleep.send_signal(signal.SIGINT)
-    assert sleep.wait(10) == -signal.SIGINT
+    assert sleep.wait(stretch(10)) == -signal.SIGINT
 
 
 def test_a_command_has_its_environment_folder_and_time_limit(two: list[Host], tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_freeze_and_thaw(two: list[Host]) -> None:
 
 
 def wait_for_output(process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + stretch(10)
     assert process.stdout is not None
     while not process.stdout.read():
         assert time.monotonic() < until, "no output"
@@ -222,7 +223,7 @@ def test_nothing_is_left_when_the_owner_is_killed() -> None:
         inside = {int(word) for word in owner.stdout.readline().split()}
         assert len(living_in(inside)) > 4
         owner.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + stretch(10)
     while living_in(inside):
         assert time.monotonic() < until, living_in(inside)
         time.sleep(0.05)
@@ -232,7 +233,7 @@ def test_nothing_is_left_when_the_owner_is_killed() -> None:
 def test_cluster_is_controlled_from_the_command_line() -> None:
     def by_hand(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tests.hosts", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=stretch(40))
 
     if by_hand("run", "h0", "--", "true").returncode == 0:
         pytest.skip("somebody has a cluster up by hand: python -m tests.hosts down")

@@ -12,6 +12,7 @@ import pytest
 from tests.hosts.cluster import Host, cluster
 from tests.ranks.elastic import LEASE, RECIPE, losses, verify
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT, wait_for_step
+from tests.support.limits import stretch
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -59,7 +60,7 @@ class Launched:
 
     def end(self) -> None:
         """Wait for the end, at which every step was made once."""
-        assert self.process.wait(timeout=120) == 0, self.output.read_text()
+        assert self.process.wait(timeout=stretch(120)) == 0, self.output.read_text()
         assert len(losses(self.run_dir)) == 72
         verify(self.run_dir)
 

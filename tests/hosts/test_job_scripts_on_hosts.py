@@ -14,6 +14,7 @@ import pytest
 from tests.hosts.cluster import Host, cluster
 from tests.ranks.elastic import losses, verify
 from tests.ranks.harness import BIN, ROOT, wait_for_step
+from tests.support.limits import stretch
 
 pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.timeout(400)]
 
@@ -29,7 +30,7 @@ def start(host: Host, script: str, *args: str, **environ: str) -> subprocess.Pop
 
 
 def end(process: subprocess.Popen[str], code: int) -> None:
-    said, _ = process.communicate(timeout=150)
+    said, _ = process.communicate(timeout=stretch(150))
     assert process.returncode == code, said
 
 

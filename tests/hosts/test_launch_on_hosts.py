@@ -27,6 +27,7 @@ from tests.hosts.launching import (
     ranks,
 )
 from tests.ranks.harness import rows, wait_for_step
+from tests.support.limits import stretch
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -138,5 +139,5 @@ def other_door(client: Host, server: Host) -> Iterator[None]:
         for path in (key, furnish.root(server.first.pid) / furnish.KEYS.lstrip("/")):
             path.unlink()
         door.terminate()
-        door.wait(10)
+        door.wait(stretch(10))
         server.started.remove(door)

@@ -17,6 +17,7 @@ from tests.hosts.cluster import Host, cluster
 from tests.hosts.launching import DIGITS, SSHD, at_work, ranks
 from tests.ranks.elastic import RECIPE, losses
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
+from tests.support.limits import stretch
 from tests.support.processes import kill_all
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
@@ -45,7 +46,7 @@ def test_the_secret_is_on_no_command_line(line: list[str], two: list[Host], tmp_
         command = [*line, "--run-dir", str(tmp_path / "run")]
         process = two[0].popen(command, environ, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
     try:
-        until = time.monotonic() + 100
+        until = time.monotonic() + stretch(100)
         while process.poll() is None:
             assert time.monotonic() < until, output.read_text()
             for host in two:

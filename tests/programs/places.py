@@ -21,6 +21,7 @@ import psutil
 from tests.hosts.cluster import Host, cluster
 from tests.ranks.harness import BIN, HVDTRAIN
 from tests.slurm.cluster import slurm
+from tests.support.limits import stretch
 
 MARK = "HVDTRAIN_TEST_MARK"
 
@@ -46,7 +47,7 @@ class Started:
 
     def wait_for(self, text: str, seconds: float) -> bool:
         """Whether the launch has printed a text within some seconds, before its end."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + stretch(seconds)
         while text not in self.output():
             if time.monotonic() > until or self.process.poll() is not None:
                 return False
@@ -56,7 +57,7 @@ class Started:
     def wait(self, seconds: float) -> int | None:
         """The exit code; None if it does not end."""
         try:
-            return int(self.process.wait(seconds))
+            return int(self.process.wait(stretch(seconds)))
         except subprocess.TimeoutExpired:
             return None
 
@@ -138,7 +139,7 @@ class Place:
                 for process in started.running():
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
-                started.process.wait(30)
+                started.process.wait(stretch(30))
                 if self.hosts and started.process in self.hosts[0].started:
                     self.hosts[0].started.remove(started.process)
 

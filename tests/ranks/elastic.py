@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT, Job, rows, wait_for_step
+from tests.support.limits import stretch
 
 RECIPE = str(ROOT / "tests" / "ranks" / "slow_recipe.py")
 LEASE = 3.0  # seconds
@@ -116,17 +118,22 @@ class ElasticJob(Job):
 
     def until(self, true: Callable[[], bool], what: str, timeout: float = 40, hold: bool = False) -> None:
         """Wait for it; with `hold` a pass of the slow recipes takes 2 s meanwhile, since the run has few steps."""
-        deadline = time.monotonic() + timeout
-        held = Path(f"{self.fault}.hold")
-        if hold:
-            held.touch()
-        try:
+        deadline = time.monotonic() + stretch(timeout)
+        with self.held() if hold else contextlib.nullcontext():
             while not true():
-                assert time.monotonic() < deadline, f"no {what} within {timeout} s\n{self.said()}"
+                assert time.monotonic() < deadline, f"no {what} within {stretch(timeout)} s\n{self.said()}"
                 assert self.process.poll() is None, f"ended before {what}\n{self.said()}"
                 time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the run come no nearer to its end than a pass of the slow recipes in 2 s."""
+        mark = Path(f"{self.fault}.hold")
+        mark.touch()
+        try:
+            yield
         finally:
-            held.unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
 
     def end(self, code: int = 0, timeout: float = 100, hurry: bool = True) -> None:
         """Wait for the end of the run, with this exit code, and for the end of all it started.

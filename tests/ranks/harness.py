@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.limits import stretch
+
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 HVDTRAIN = [sys.executable, "-m", "hvdtrain"]
@@ -77,14 +79,14 @@ class Job:
     def finish(self, timeout: float = 100) -> subprocess.CompletedProcess[str]:
         """Wait for the end; fails if it takes longer or leaves a process."""
         try:
-            out, err = self.process.communicate(timeout=timeout)
+            out, err = self.process.communicate(timeout=stretch(timeout))
         except subprocess.TimeoutExpired:
             stacks = self.stacks()
             self.kill_processes(self.processes())
             out, err = self.process.communicate()
-            text = f"no end within {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}\n--- stacks\n{stacks}"
+            text = f"no end within {stretch(timeout)} s\n--- stdout\n{out}\n--- stderr\n{err}\n--- stacks\n{stacks}"
             raise AssertionError(text) from None
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + stretch(5)
         while (left_over := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill_processes(left_over)
@@ -109,7 +111,9 @@ class Job:
             with contextlib.suppress(psutil.NoSuchProcess):
                 told.append(f"{process.pid}, child of {process.ppid()}: {' '.join(process.cmdline())[:200]}")
                 dump = [str(BIN / "py-spy"), "dump", "--nonblocking", "--pid", str(process.pid)]
-                told.append(subprocess.run(dump, capture_output=True, text=True, timeout=30).stdout)  # none of a shell
+                told.append(
+                    subprocess.run(dump, capture_output=True, text=True, timeout=stretch(30)).stdout
+                )  # none of a shell
         return "\n".join(told)
 
     def ranks(self) -> list[psutil.Process]:
@@ -167,10 +171,10 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
     """Return when a run has logged `step` steps."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + stretch(timeout)
     while time.monotonic() < deadline:
         path = run_dir / "metrics.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(f"{run_dir} did not reach step {step} within {timeout} s")
+    raise AssertionError(f"{run_dir} did not reach step {step} within {stretch(timeout)} s")

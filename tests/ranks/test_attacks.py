@@ -21,6 +21,7 @@ from hvdtrain.system.signed_http import SECRET
 from tests.ranks.elastic import RECIPE, ElasticJob, losses
 from tests.ranks.harness import BIN, HVDTRAIN, Job, skip_or_fail, train, wait_for_step
 from tests.support.attacker import Recorder, SilentConnections, attack, listeners, send
+from tests.support.limits import stretch
 
 # Each attack takes its time, more of it on a machine that is busy.
 pytestmark = pytest.mark.timeout(300)
@@ -121,7 +122,7 @@ def test_elastic_run_keeps_its_secret_and_survives_attacks(
         assert len(secrets) == 1 and not any(secret in text for secret in secrets)
         check_addresses(job)
         ports = {port for _, port in listeners(job.processes())}
-        with SilentConnections(listeners(job.processes()), 30):
+        with job.held(), SilentConnections(listeners(job.processes()), 30):
             assert attack(job.processes(), touched) == []
             seen = {port: requests for port, requests in recorder.close().items() if port in ports}
             replayed = [(port, data) for port, requests in seen.items() for data in requests if data[:3] == b"PUT"]
@@ -177,7 +178,7 @@ def test_stock_horovod_script_grows_while_attacks_are_refused(tmp_path: Path) ->
     line = [str(BIN / "horovodrun"), "--gloo", "-np", "1", "--min-np", "1", "--max-np", "2", "--network-interfaces"]
     line += ["lo", "--host-discovery-script", str(script), sys.executable, str(tmp_path / "stock.py")]
     with Job(line, output=output) as job:
-        until = time.monotonic() + 60
+        until = time.monotonic() + stretch(60)
         while "batch 3 of 1" not in output.read_text():
             assert time.monotonic() < until and job.process.poll() is None, output.read_text()
             time.sleep(0.1)
@@ -218,7 +219,7 @@ def test_srun_tasks_share_a_secret_by_file_and_refuse_an_impostor(tmp_path: Path
         time.sleep(1)
         with Job(train_line, env=slurm_environment(0, number, tmp_path)) as first:
             folder = tmp_path / ".hvdtrain"
-            until = time.monotonic() + 60
+            until = time.monotonic() + stretch(60)
             while not (left := list(folder.glob("secret-*"))):
                 assert time.monotonic() < until
                 time.sleep(0.01)
@@ -288,7 +289,9 @@ except RuntimeError as error:
     assert "without this run's signature" in str(error), error
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=stretch(100), cwd=tmp_path
+    )
     assert done.stdout == "fine\n", done.stderr
     assert not (tmp_path / "touched").exists()
 

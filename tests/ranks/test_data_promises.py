@@ -13,6 +13,7 @@ import pytest
 
 from hvdtrain.system.errors import UserError
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
+from tests.support.limits import stretch
 from tests.support.worlds import KeptWorld, train, train_here
 
 DRAWING = str(Path(__file__).parent / "drawing_recipe.py")
@@ -231,7 +232,7 @@ print("KiB", used)
 
 def peak_mib(examples: int, run_dir: Path, workers: int) -> float:
     command = [sys.executable, "-c", LAZY, str(examples), str(run_dir), str(workers)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=stretch(100), check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("KiB")[1]) / 1024
 

@@ -20,6 +20,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import ddp_hook
 from hvdtrain.torch.communication_hook import DdpHook
+from tests.support.limits import stretch
 from tests.support.worlds import on_ranks
 
 SPECS = ["none", "fp16", "bf16", "int8", "qsgd:4bit", "onebit", "topk:0.1", "randomk:0.5", "powersgd:2"]
@@ -295,5 +296,5 @@ dist.destroy_process_group()
 
 def test_it_needs_no_horovod(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_HOROVOD, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=stretch(120))
     assert done.returncode == 0, done.stderr

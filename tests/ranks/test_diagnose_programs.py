@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hvdtrain
 from hvdtrain.comm.collectives import broadcast_json
 from tests.ranks.harness import ROOT
+from tests.support.limits import stretch
 from tests.support.worlds import on_ranks
 
 STEPS, PLANTED, WIDTH = 14, 0.25, 32
@@ -180,7 +181,7 @@ def test_ranks_of_uneven_lengths_that_raise_or_die_keep_nobody_waiting(tmp_path:
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=90) for rank in ranks]
+    outputs = [rank.communicate(timeout=stretch(90)) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 3], outputs
     assert "raised" in outputs[1][0] and outputs[0][0].endswith("end\n")
     uneven = json.loads((tmp_path / "uneven.json").read_text())

@@ -88,8 +88,8 @@ def test_hosts_come_and_go(tmp_path: Path, reference: Any) -> None:
         job.more(round(1.5 * LEASE / 0.4))
         assert job.said().count("world     ") == 1
         job.hosts("127.0.0.1:2")  # the first host goes, and in the same second the second grows
-        job.more(2)
-        job.world(2)
+        job.until(lambda: job.said().count("world     ") > 1 and job.world_size() == 2, "other world of 2", hold=True)
+        job.more(1)
         job.end()
     check(job, reference)
 

@@ -20,6 +20,7 @@ from hvdtrain.exchange.hooks import GradientHooks
 from hvdtrain.system.errors import KnownError, RecipeError
 from hvdtrain.training.fit import fit, lone_failures
 from tests.ranks.exact_recipe import Exact
+from tests.support.limits import stretch
 from tests.support.worlds import on_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -52,7 +53,7 @@ def describe_process() -> tuple[object, ...]:
     from horovod.torch.mpi_ops import _basics
 
     gc.collect()
-    until = time.monotonic() + 10
+    until = time.monotonic() + stretch(10)
     while any(thread.name.startswith("hvdtrain") for thread in threading.enumerate()) and time.monotonic() < until:
         time.sleep(0.05)
     names = sorted(thread.name for thread in threading.enumerate())

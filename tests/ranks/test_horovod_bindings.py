@@ -6,6 +6,8 @@ import importlib.util
 import subprocess
 import sys
 
+from tests.support.limits import stretch
+
 MISSING = {
     "tensorflow": "this build of Horovod has no TensorFlow binding; for torch: horovod.torch",
     "tensorflow.keras": "this build of Horovod has no TensorFlow binding; for torch: horovod.torch",
@@ -30,7 +32,7 @@ assert not {"keras", "tensorflow", "torch"} & set(sys.modules), "imported first 
 def test_missing_bindings_are_named_in_one_line() -> None:
     names = [name for name in MISSING if name not in ("spark", "ray") or not is_installed(name)]
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT, *names], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", IMPORT, *names], capture_output=True, text=True, timeout=stretch(60), check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [MISSING[name] for name in names]

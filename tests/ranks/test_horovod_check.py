@@ -12,12 +12,13 @@ import pytest
 
 from hvdtrain.native import check, installed
 from hvdtrain.native.mpi import find_mpi
+from tests.support.limits import stretch
 
 
 @pytest.mark.timeout(180)
 def test_check_of_the_installed_horovod() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hvdtrain", "horovod", "check"], capture_output=True, text=True, timeout=150
+        [sys.executable, "-m", "hvdtrain", "horovod", "check"], capture_output=True, text=True, timeout=stretch(150)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "built with Gloo" in done.stdout

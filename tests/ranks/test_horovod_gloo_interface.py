@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.system.signed_http import SECRET
+from tests.support.limits import stretch
 
 LIMIT = 60  # seconds
 
@@ -49,7 +50,7 @@ RANK = textwrap.dedent("""
 
 def ip(*arguments: str) -> None:
     """Run `ip`; fails with its output."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=stretch(20))
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
 
 
@@ -85,7 +86,7 @@ def hosts() -> Iterator[dict[str, str]]:
         yield names
     finally:
         for name, folder in zip(names, folders, strict=True):
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=stretch(20))
             shutil.rmtree(folder, ignore_errors=True)
         if not had_netns:
             Path("/etc/netns").rmdir()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, Job
+from tests.support.limits import stretch
 from tests.support.processes import kill_all
 
 HERE = Path(__file__).parent
@@ -45,13 +46,13 @@ class Launched:
                 setattr(self, name, getattr(self, name) + line)
 
     def wait_for(self, text: str, seconds: float = 40) -> None:
-        until = time.monotonic() + seconds
+        until = time.monotonic() + stretch(seconds)
         while text not in self.out + self.err:
             assert time.monotonic() < until and self.process.poll() is None, f"no {text!r} in\n{self.out}{self.err}"
             time.sleep(0.05)
 
     def wait(self, seconds: float = 50) -> int:
-        code = self.process.wait(seconds)
+        code = self.process.wait(stretch(seconds))
         for thread in self.threads:
             thread.join(seconds)
         return code
@@ -224,7 +225,7 @@ def test_launch_killed_leaves_nothing(launcher: str, controller: str) -> None:
         job.wait_for("[1] sum 2")
         assert len(rank_pids(job)) == 2
         job.process.kill()
-        until = time.monotonic() + 15
+        until = time.monotonic() + stretch(15)
         while job.running() and time.monotonic() < until:
             time.sleep(0.1)
         assert job.running() == []
@@ -246,7 +247,7 @@ def test_ranks_on_another_host_are_signalled_by_ssh(tmp_path: Path) -> None:
 
 def test_a_launcher_that_fails_by_itself_is_shown() -> None:
     command = [sys.executable, str(HERE / "fake_launch.py"), "mpirun", "mpi", "30", "localhost:1", "/no/such/program"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=stretch(50))
     assert done.returncode == 1
     assert "Executable: /no/such/program" in done.stderr
     assert "hvdtrain: error: mpirun ended with code " in done.stderr
@@ -280,7 +281,7 @@ def test_a_batch_systems_signal_at_any_time(seconds: float, tmp_path: Path) -> N
     with Job([*HVDTRAIN, "launch", "-np", "2", str(HERE / "slow_recipe.py"), *options]) as job:
         status = Path(f"/proc/{job.process.pid}/status")
         caught = 1 << (signal.SIGUSR1 - 1)
-        until = time.monotonic() + 20
+        until = time.monotonic() + stretch(20)
         while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & caught:
             assert time.monotonic() < until
             time.sleep(0.01)

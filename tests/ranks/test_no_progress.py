@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, Job
+from tests.support.limits import stretch
 
 RECIPE = str(ROOT / "tests" / "ranks" / "ending_recipe.py")
 
@@ -29,9 +30,9 @@ def test_a_step_that_always_kills_ends_the_run(tmp_path: Path, how: str, cause: 
     assert done.returncode == 1, said
     why = r"hvdtrain: error: rank \d on \S+ failed: no progress: step 5 was not passed in 3 tries; in the last one, "
     assert re.search(rf"^{why}a worker on \S+ {cause} while it was computing gradients$", done.stderr, re.M), said
-    # Each try made four steps; none was at its end before.
+    # Each try made four steps; none was at its end before. If one rank dies later than the other, it begins a segment.
     segments = list((tmp_path / "run" / "ledger").glob("segment-*"))
-    assert 1 <= len(segments) <= 3, segments
+    assert 1 <= len(segments) <= 6, segments
 
 
 def test_workers_that_cannot_start_any_more_end_the_run(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_stop_between_two_tries(tmp_path: Path) -> None:
     # One slot: its second pause is of 2 s, in which no worker is there.
     command = [word.replace("localhost:2", "localhost:1") for word in elastic(tmp_path, "--how", "os-exit5")]
     with Job(command) as job:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + stretch(60)
         while job.ranks() == [] and time.monotonic() < deadline:
             time.sleep(0.1)
         starts, gone_since = 0, None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, Job, rows, run, wait_for_step
+from tests.support.limits import stretch
 
 SLOW = [str(ROOT / "tests" / "ranks" / "slow_recipe.py"), "--epochs", "1", "--log-every", "1"]
 
@@ -45,7 +46,7 @@ def test_a_run_completes_though_its_terminal_is_closed(tmp_path: Path) -> None:
     try:
         wait_for_step(tmp_path / "run", 1)
         os.close(master)
-        assert process.wait(60) == 0
+        assert process.wait(stretch(60)) == 0
     finally:
         process.kill()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, Job
+from tests.support.limits import stretch
 
 PROGRAM = [sys.executable, str(ROOT / "tests" / "ranks" / "program_rank.py")]
 LAUNCH = [*HVDTRAIN, "launch", "-np", "2"]
@@ -26,7 +27,7 @@ def launch(*args: str, options: tuple[str, ...] = (), **environ: str) -> subproc
 def start_and_wait(output: Path, *args: str, options: tuple[str, ...] = ()) -> Job:
     """Start a launch, and return it once the program runs on both ranks."""
     job = Job([*LAUNCH, *options, "--", *PROGRAM, *args], output=output)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + stretch(60)
     while output.read_text().count("ready") < 2:
         assert time.monotonic() < deadline and job.process.poll() is None, output.read_text()
         time.sleep(0.05)
@@ -71,7 +72,7 @@ def test_the_exit_code_is_the_program_s(mode: str, value: str, code: int) -> Non
 
 def test_output_passes_unharmed_and_a_logged_exception_is_kept() -> None:
     command = [*HVDTRAIN, "launch", "-np", "1", "--", *PROGRAM, "output", "20000"]
-    done = subprocess.run(command, capture_output=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=stretch(100), check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.removeprefix(b"[0] ") for line in done.stdout.splitlines()]
     assert b"latin \xe9 \xff\xfe end" in lines and "four bytes \U0001f600".encode() in lines

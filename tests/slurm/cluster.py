@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.hosts import cluster as machine
 from tests.hosts import furnish
 from tests.hosts.cluster import Host
+from tests.support.limits import stretch
 
 GRACE = 5  # seconds from the notice of a preemption to the end
 PROGRAMS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm"}
@@ -79,7 +80,7 @@ def slurm(hosts: Sequence[Host]) -> Iterator[None]:
     finally:
         for process in daemons:
             process.kill()
-            process.wait(30)
+            process.wait(stretch(30))
 
 
 def settle(host: Host, configuration: str, key: bytes) -> None:
@@ -114,9 +115,9 @@ def idle(host: Host) -> int:
 
 def wait_for(true: Callable[[], bool], seconds: float, what: str) -> None:
     """Return once something is true. Raises AssertionError if it is not within so many seconds."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + stretch(seconds)
     while not true():
-        assert time.monotonic() < until, f"no {what} within {seconds} s"
+        assert time.monotonic() < until, f"no {what} within {stretch(seconds)} s"
         time.sleep(0.1)
 
 

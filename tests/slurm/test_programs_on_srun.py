@@ -16,6 +16,7 @@ import pytest
 from tests.hosts.cluster import Host, cluster
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
 from tests.slurm.cluster import slurm
+from tests.support.limits import stretch
 
 pytestmark = [pytest.mark.usefixtures("machine_allows_slurm"), pytest.mark.timeout(300)]
 
@@ -59,10 +60,10 @@ def test_the_user_s_own_signal_reaches_programs_under_srun(nodes: list[Host], tm
     with output.open("w") as file:
         line = [*LAUNCH, "--", *PROGRAM, "handle", "0"]
         job = nodes[0].popen(line, ENVIRONMENT, cwd=str(ROOT), stdout=file, stderr=file)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + stretch(60)
     while output.read_text().count("ready") < 2:
         assert time.monotonic() < deadline and job.poll() is None, output.read_text()
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 0, output.read_text()
+    assert job.wait(stretch(60)) == 0, output.read_text()
     assert output.read_text().count(f"ends after signal {int(signal.SIGTERM)}") == 2, output.read_text()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.limits import stretch
+
 JUNK = [
     b"\x00" * 4096,
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -131,7 +133,7 @@ class Recorder:
     def close(self) -> dict[int, list[bytes]]:
         """What was seen, each request once."""
         self.over = True
-        self.thread.join(10)
+        self.thread.join(stretch(10))
         self.socket.close()
         return {port: list(dict.fromkeys(requests)) for port, requests in self.seen.items()}
 

@@ -37,10 +37,11 @@ import pytest
 
 from hvdtrain.system.errors import KnownError
 from tests.ranks.harness import Job, launcher
+from tests.support.limits import stretch
 
 T = TypeVar("T")
 START_SECONDS = 100.0  # for all ranks to connect
-GRACE_SECONDS = 10.0  # for the other ranks to end after one has raised
+GRACE_SECONDS = 40.0  # for the other ranks to end after one has raised
 HEADER = struct.Struct("!Q")  # length of the pickle that follows
 
 
@@ -155,7 +156,7 @@ class KeptWorld:
                 self._start()
             data = pickle.dumps(request)
             replies: list[Reply | None] = [None] * self.size
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + stretch(timeout)
             with selectors.DefaultSelector() as selector:
                 for rank, connection in enumerate(self._ranks):
                     send(connection, data)
@@ -203,7 +204,8 @@ class KeptWorld:
         silent = [rank for rank, reply in enumerate(replies) if reply is None]
         for rank, reply in enumerate(replies):
             if reply is None:
-                what = f"died, or did not return within {timeout} s or {GRACE_SECONDS} s of another rank's failure\n"
+                limit = f"{stretch(timeout)} s or {GRACE_SECONDS} s of another rank's failure"
+                what = f"died, or did not return within {limit}\n"
             else:
                 what = reply.trace or f"returned {reply.value!r}\n"
             texts.append(f"--- rank {rank} of {self.size}: {what}{reply.printed if reply else ''}")

@@ -24,6 +24,7 @@ from hvdtrain.preemption.membership_folder import (
 )
 from hvdtrain.preemption.source import NoticeSource
 from tests.support.cpu import children_cpu_seconds
+from tests.support.limits import stretch
 from tests.unit.http_server import serving
 from tests.unit.test_notices import ACTION, AwsServer, iso
 
@@ -58,7 +59,7 @@ def start(folder: Path) -> Iterator[Start]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + stretch(seconds)
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
@@ -83,7 +84,7 @@ def wait_draining(folder: Path) -> DrainNotice:
 
 def end(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=stretch(20))
     return process.returncode, said
 
 
@@ -126,7 +127,7 @@ def test_slurm_ends_at_the_deadline(start: Start, folder: Path, number: int) -> 
     assert draining.boot_id == f"{NoticeSource().read_boot_id()}+17.1"
     time.sleep(1.1)
     process.send_signal(signal.SIGTERM)  # Slurm's second, at the end of the grace
-    process.communicate(timeout=20)
+    process.communicate(timeout=stretch(20))
     assert process.returncode == 0
     assert time.time() > draining.deadline - 1
     assert read_host_record(folder, "a") is None
@@ -248,7 +249,7 @@ def test_options_and_help_of_a_source_of_another_package(outside_source: Path) -
     def agent(*options: str) -> str:
         line = [sys.executable, "-m", "hvdtrain", "agent", *options]
         environ = os.environ | {"PYTHONPATH": str(outside_source)}
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=environ)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=stretch(60), check=False, env=environ)
         return done.stdout + done.stderr
 
     assert "--gate NAME         The gate to watch. For meadow. Default: north." in (shown := agent("--help"))
@@ -279,7 +280,9 @@ def test_a_source_whose_options_clash_is_refused_by_name_and_stops_no_other(
         (["--source", "meadow", "--membership", str(folder)], 2, f"hvdtrain: error: {error}\n"),
         (["--help"], 0, "aws "),
     ):
-        done = subprocess.run([*line, *options], capture_output=True, text=True, timeout=60, check=False, env=environ)
+        done = subprocess.run(
+            [*line, *options], capture_output=True, text=True, timeout=stretch(60), check=False, env=environ
+        )
         assert done.returncode == code and text in done.stdout + done.stderr
 
 
@@ -331,7 +334,7 @@ def test_records_of_later_versions_and_junk(folder: Path) -> None:
 )
 def test_invalid_agent_options_are_refused_in_one_line(tmp_path: Path, options: list[str], error: str) -> None:
     line = [sys.executable, "-m", "hvdtrain", "agent", "--membership", str(tmp_path), *options]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=stretch(60), check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"hvdtrain: error: {error}")
 
@@ -342,5 +345,5 @@ def test_starts_at_once_and_without_torch() -> None:
         "heavy = {'torch', 'numpy', 'horovod'} & set(sys.modules); assert not heavy, heavy"
     )
     begin = children_cpu_seconds()
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=stretch(60))
     assert children_cpu_seconds() - begin < 1.0  # 0.15 s if nothing else runs

@@ -24,6 +24,7 @@ import yaml
 
 from hvdtrain.launch.hosts import Host, read_hostfile
 from tests.ranks.harness import skip_or_fail
+from tests.support.limits import stretch
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -70,7 +71,7 @@ def test_job_scripts_launch_on_the_hosts_of_the_job(tmp_path: Path) -> None:
         "lsf-7": dry_run("lsf/train.lsf", LSB_JOBID="7", LSB_DJOB_HOSTFILE=str(nodes), **recipe),
         "mpi": dry_run("mpi/train.sh", "digits", "--epochs", "5", HOSTFILE=str(hostfile)),
     }
-    said = {run: shlex.split(process.communicate(timeout=100)[0]) for run, process in started.items()}
+    said = {run: shlex.split(process.communicate(timeout=stretch(100))[0]) for run, process in started.items()}
     for run, line in said.items():
         train = ["train", "digits", "--epochs", "5", "--run-dir", f"{ROOT}/runs/{run}", "--resume"]
         assert line[1:5] == ["-np", "4", "-H", "node1:2,node2:2"] and line[-len(train) :] == train, line
@@ -102,7 +103,7 @@ def test_job_scripts_launch_any_program(tmp_path: Path) -> None:
         "mpi": (dry_run("mpi/train.sh", *command, HOSTFILE=str(hostfile), RUN_DIR=f"{tmp_path}/mpi"), command),
     }
     for run, (process, given) in started.items():
-        line = shlex.split(process.communicate(timeout=100)[0])
+        line = shlex.split(process.communicate(timeout=stretch(100))[0])
         assert line[-len(given) :] == given, (run, line)
         assert given[0] == "--" or Path(line[-len(given) - 1]).name.startswith("python"), line
         assert (tmp_path / run).is_dir(), run
@@ -139,7 +140,7 @@ def test_systemd_unit_runs_an_agent(tmp_path: Path) -> None:
     program, *words = [re.sub(r"\$\{(\w+)\}", lambda found: environ[found[1]], word) for word in text.split()]
     assert Path(program).name == "hvdtrain"
     with subprocess.Popen([sys.executable, "-m", "hvdtrain", *words, "--host", "here"], cwd=ROOT) as agent:
-        until = time.monotonic() + 30
+        until = time.monotonic() + stretch(30)
         while not (tmp_path / "members" / "here.json").exists() and time.monotonic() < until:
             time.sleep(0.05)
         member = yaml.safe_load((tmp_path / "members" / "here.json").read_text())
@@ -314,7 +315,7 @@ def test_a_pods_sshd_lets_in_the_launcher_alone_and_is_known_to_it(keys: str, tm
 
     def login(*options: str) -> subprocess.CompletedProcess[str]:
         line = ["ssh", "-F", str(config), *options, "127.0.0.1", "echo", "in"]
-        return subprocess.run(line, capture_output=True, text=True, timeout=90)
+        return subprocess.run(line, capture_output=True, text=True, timeout=stretch(90))
 
     serve = [str(CLUSTER / "docker" / "serve")]
     with (
@@ -324,7 +325,7 @@ def test_a_pods_sshd_lets_in_the_launcher_alone_and_is_known_to_it(keys: str, tm
         subprocess.Popen(serve, env={**environ, "HOME": home}, stderr=subprocess.DEVNULL) as sshd,
     ):
         try:
-            until = time.monotonic() + 30
+            until = time.monotonic() + stretch(30)
             while (done := login()).returncode == 255 and time.monotonic() < until:
                 time.sleep(0.1)
             assert (done.stdout, done.stderr) == ("in\n", "")

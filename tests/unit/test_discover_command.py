@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 
 from hvdtrain.preemption.membership_folder import DrainNotice, HostRecord, write_drain_notice, write_host_record
+from tests.support.limits import stretch
 from tests.unit.http_server import serving
 
 
 def run(kind: str, *args: object, **environ: str) -> tuple[int, str, str]:
     """Exit code, output and errors of `hvdtrain discover KIND`."""
     line = [sys.executable, "-m", "hvdtrain", "discover", kind, *map(str, args)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False, env=os.environ | environ)
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=stretch(30), check=False, env=os.environ | environ
+    )
     assert done.returncode == 0 or (done.stdout == "" and done.stderr.count("\n") == 1), done.stderr
     return done.returncode, done.stdout, done.stderr
 
@@ -40,7 +43,7 @@ def test_discovery_imports_nothing_heavy(kind: str, tmp_path: Path) -> None:
         "assert not heavy and not [name for name in sys.modules if name.startswith('hvdtrain.comm')], heavy\n"
     )
     options = {"membership": [str(tmp_path)], "slurm": [], "kubernetes": ["--selector", "a=b"]}[kind]
-    subprocess.run([sys.executable, "-c", code, kind, *options], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code, kind, *options], check=True, timeout=stretch(30))
 
 
 def test_the_command_needs_a_kind() -> None:
@@ -113,7 +116,7 @@ def test_membership_default_state_is_nobody_elses(folder: Folder, tmp_path: Path
 
 def test_membership_drops_who_beats_no_more(folder: Folder) -> None:
     assert folder.seen("a", "b") == "a:2\nb:2\n"
-    end, last = time.monotonic() + 30, ""
+    end, last = time.monotonic() + stretch(30), ""
     while last != "a:2\n":
         assert time.monotonic() < end
         folder.beat("a")
@@ -262,7 +265,7 @@ def test_membership_of_a_real_agent(folder: Folder) -> None:
     line += ["--host", "n1", "--slots", "4", "--interval", "0.1"]
     with subprocess.Popen(line, stderr=subprocess.DEVNULL) as agent:
         try:
-            end = time.monotonic() + 20
+            end = time.monotonic() + stretch(20)
             while folder.offered() != "n1:4\n":
                 assert time.monotonic() < end
             agent.send_signal(signal.SIGTERM)
@@ -441,7 +444,7 @@ def test_kubernetes_script_names_bad_pods_answers_and_connections() -> None:
 def test_kubernetes_as_the_service_account(tmp_path: Path) -> None:
     line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "ca.crt"]
     line += ["-days", "2", "-subj", "/CN=api", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, timeout=stretch(60))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "ca.crt", tmp_path / "key")
     (tmp_path / "token").write_text("secret\n")

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from hvdtrain.launch.discovery import debounce
+from tests.support.limits import stretch
 
 
 def script(folder: Path, text: str) -> str:
@@ -45,7 +46,7 @@ def test_an_answer_beyond_all_limits_is_none(
         debounce.run_discovery_script(script(tmp_path, text))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
     if (tmp_path / "pid").exists():
-        until = time.monotonic() + 20
+        until = time.monotonic() + stretch(20)
         with contextlib.suppress(psutil.NoSuchProcess):
             while psutil.Process(int((tmp_path / "pid").read_text())).status() != psutil.STATUS_ZOMBIE:
                 assert time.monotonic() < until

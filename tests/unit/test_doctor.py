@@ -48,6 +48,7 @@ from hvdtrain.doctor.report import describe_host, format_verdict, tabulate_diffe
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.processes import Child, Deadline, completed_children
 from tests.ranks.harness import ROOT
+from tests.support.limits import stretch
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +384,7 @@ def test_a_late_reply_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(1)
     assert coordinator.run_commands({0: MeasureCpu()}, 10) == {0: CpuReply(0.0)}
     coordinator.end_test()
-    rank.join(10)
+    rank.join(stretch(10))
     assert not rank.is_alive()
 
 

@@ -25,6 +25,7 @@ from hvdtrain.launch.relaunch import run_with_relaunches
 from hvdtrain.launch.run import JobResult
 from hvdtrain.launch.signals import SignalInbox
 from hvdtrain.system.errors import UserError
+from tests.support.limits import stretch
 from tests.unit.test_relaunch import launch_of_one_host
 
 
@@ -83,7 +84,7 @@ def test_a_script_that_hangs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(debounce.DiscoveryError, match="took longer than 1 s"):
         debounce.run_discovery_script(str(path))
     pid = int((tmp_path / "pid").read_text())
-    until = time.monotonic() + 10
+    until = time.monotonic() + stretch(10)
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < until

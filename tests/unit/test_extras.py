@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from hvdtrain.system.extras import EXTRAS, explain_missing_extra
 from hvdtrain.training.setup import collect_versions
 from tests.ranks.harness import ROOT
+from tests.support.limits import stretch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,5 +104,5 @@ def test_versions_are_those_of_frameworks_in_use(monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_packages_of_this_environment_fit_together() -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=stretch(60))
     assert done.returncode == 0, done.stdout

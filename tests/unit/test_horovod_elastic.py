@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import stretch
+
 
 class Samplers:
     """The samplers of all ranks of a world, in this process."""
@@ -129,7 +131,7 @@ class FakeDriver:
 
     def resume(self) -> None:
         self.resumed.set()
-        assert self.go.wait(20)
+        assert self.go.wait(stretch(20))
         self.registry.reset(2)
 
 
@@ -153,15 +155,15 @@ def test_a_worker_may_fail_while_a_round_is_decided() -> None:
         lambda: registry.record_ready("b", 0),
         lambda: registry.record_ready("c", 0),
     )
-    assert driver.resumed.wait(20)
+    assert driver.resumed.wait(stretch(20))
     threads += run_threads(lambda: registry.record_failure("b", 0))  # while horovodrun waits for enough slots
     threads += run_threads(lambda: registry.record_ready("removed", 0))  # is no part of a round
     driver.go.set()
-    threads[1].join(20)
-    threads[2].join(20)
+    threads[1].join(stretch(20))
+    threads[2].join(stretch(20))
     threads += run_threads(lambda: registry.record_ready("c", 0))
     for thread in threads:
-        thread.join(20)
+        thread.join(stretch(20))
     assert not any(thread.is_alive() for thread in threads)
     assert registry.last_rendezvous() == 3  # the failure was one of the second round
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.cpu import children_cpu_seconds
 from tests.support.house_numbers import measure
+from tests.support.limits import stretch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for path in (ROOT / "hvdtrain").rglob("*.py") if "recipes" not in path.parts)
@@ -20,7 +21,7 @@ REFERENCE = re.compile(r"`([a-z_/]+/[a-zA-Z_.-]*)(?::([A-Za-z_]+))?`")  # `torch
 def test_rooms_import_only_from_below_and_in_no_circle() -> None:
     """The contracts in pyproject.toml, by import-linter."""
     program = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([program], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=stretch(60), cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout
     text = (ROOT / "pyproject.toml").read_text()
     rooms = {path.parent.name for path in (ROOT / "hvdtrain").glob("*/__init__.py")} - {"recipes"}
@@ -36,7 +37,7 @@ def test_training_loads_no_framework_before_a_recipe_needs_it() -> None:
         "assert not loaded, loaded\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=stretch(60), cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -82,7 +83,7 @@ def test_light_commands_import_nothing_heavy(args: list[str]) -> None:
         "assert not heavy, heavy\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=stretch(60), cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
 

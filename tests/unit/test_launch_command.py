@@ -14,6 +14,7 @@ from hvdtrain.cli.main import main
 from hvdtrain.launch.environment import forwarded_variables, rank_environment
 from hvdtrain.launch.launcher import LAUNCHERS
 from hvdtrain.system.errors import UserError
+from tests.support.limits import stretch
 
 TRAIN = "BIN/python -m hvdtrain train digits"
 OPTIONS = "--bind-to none --map-by slot"
@@ -269,4 +270,4 @@ def test_each_launch_has_a_secret_of_its_own_unless_the_environment_has_one() ->
 
 def test_launch_imports_no_framework() -> None:
     code = "import sys, hvdtrain.cli.launch; assert not {'torch', 'horovod', 'numpy', 'rich'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=stretch(60))

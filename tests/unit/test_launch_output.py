@@ -17,6 +17,7 @@ from hvdtrain.launch.run import handle_line, handle_message, is_of_this_launch
 from hvdtrain.system.messages import RankFailed, RankFinished, RankMessage, RankReport, RankStarted, message_fields
 from hvdtrain.system.processes import Child, Deadline
 from hvdtrain.system.strict_json import encode_json
+from tests.support.limits import stretch
 
 
 def job_of(guard: subprocess.Popen[bytes], hosts: Sequence[str] = (), *, elastic: bool = False) -> Job:
@@ -270,7 +271,7 @@ def test_a_worker_that_comes_after_the_stop_hears_of_it(elastic: bool) -> None:
         job = job_of(guard, elastic=elastic)
         job.stop_signal = signal.SIGINT
         handle_message(job, RankStarted(0, socket.gethostname(), rank.pid, size=1))
-        assert (rank.poll() or rank.wait(10)) == -signal.SIGUSR1 if elastic else rank.poll() is None
+        assert (rank.poll() or rank.wait(stretch(10))) == -signal.SIGUSR1 if elastic else rank.poll() is None
         rank.kill()
 
 

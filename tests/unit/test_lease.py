@@ -24,6 +24,7 @@ from hvdtrain.system.errors import UserError
 from hvdtrain.training import lease as lease_module
 from hvdtrain.training.lease import FolderLost, Lease, read_lease, remove_lease
 from hvdtrain.training.owner import Owner
+from tests.support.limits import stretch
 
 SHORT = 0.6
 
@@ -301,7 +302,7 @@ def test_a_frozen_holder_is_waited_for_and_taken_over(tmp_path: Path) -> None:
         with Lease(seconds=60) as lease:
             lease.acquire(tmp_path, wait=True)
             process.send_signal(signal.SIGCONT)
-            process.wait(30)
+            process.wait(stretch(30))
             assert "FolderLost" in process.stderr.read()
             lease.check_ownership(now=True)
 

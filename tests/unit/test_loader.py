@@ -21,6 +21,7 @@ import torch
 from hvdtrain.system.errors import RecipeError, RunError
 from hvdtrain.torch.data import BatchDataset
 from hvdtrain.torch.loader import BatchLoader
+from tests.support.limits import stretch
 from tests.unit.test_examples import Listed, Mine, draw
 
 PARTS = [np.arange(start, start + 4) for start in range(0, 40, 4)]
@@ -175,7 +176,7 @@ def test_processes_end_with_a_rank_that_is_killed(tmp_path: Path) -> None:
         pids = [int(pid) for pid in rank.stdout.readline().split()]
         assert len(pids) == 2
         rank.kill()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + stretch(20)
         while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(psutil.pid_exists(pid) for pid in pids)

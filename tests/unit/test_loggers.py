@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.distributions import write_distribution
+from tests.support.limits import stretch
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = """
@@ -55,7 +56,7 @@ def train(run_dir: Path, environment: dict[str, str], *options: str) -> subproce
     recipe = str(ROOT / "recipes" / "linear_regression.py")
     command = [sys.executable, "-m", "hvdtrain", "train", recipe, "--steps", "3", "--log-every", "1"]
     command += ["--run-dir", str(run_dir), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=stretch(100), env=environment)
 
 
 def test_a_logger_of_another_distribution_gets_rows_and_the_summary(

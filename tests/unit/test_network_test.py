@@ -28,6 +28,7 @@ from hvdtrain.system import signed_http
 from hvdtrain.system.limits import DoctorLimits
 from hvdtrain.system.processes import Child
 from hvdtrain.system.records import encode_record
+from tests.support.limits import stretch
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_silent_connections_and_junk_keep_no_worker_out(launcher: Child) -> None
     assert all(isinstance(reply, CpuReply) for reply in replies.values())
     coordinator.end_test()
     for rank in ranks:
-        rank.join(10)
+        rank.join(stretch(10))
         assert not rank.is_alive()
     for stranger in strangers:
         stranger.close()

@@ -16,6 +16,7 @@ from hvdtrain.exchange.buckets import matrix_shape
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.step_options import DeviceOptions
 from hvdtrain.system.errors import UserError
+from tests.support.limits import stretch
 
 WORLD = World(0, 2, 0, 2, "host")
 
@@ -29,7 +30,7 @@ def stubs(tmp_path: Path) -> Path:
 
 
 def run_python(code: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=stretch(60))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

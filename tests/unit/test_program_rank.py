@@ -15,6 +15,7 @@ from hvdtrain.launch.program_rank import LOST_PEER, RankOptions, make_environmen
 from hvdtrain.launch.rank_output import find_error_before_abort
 from hvdtrain.system import signed_http
 from hvdtrain.system.messages import RankFailed, RankFinished, message_prefix, parse_message
+from tests.support.limits import stretch
 
 ENVIRONMENT = {**os.environ, "HVDTRAIN_LAUNCH": "1", "HVDTRAIN_SECRET": "0" * 64}
 # Its exit handlers take long, as those of Horovod and JAX do, which wait for other ranks.
@@ -30,7 +31,7 @@ def test_a_program_that_has_failed_is_not_taken_for_one_that_its_launcher_stoppe
         assert rank.stdout is not None
         assert any(line == "exits\n" for line in rank.stdout)
         rank.send_signal(signal.SIGTERM)  # as horovodrun does once another rank, which has lost this one, has ended
-        out, err = rank.communicate(timeout=30)
+        out, err = rank.communicate(timeout=stretch(30))
     end = [parse_message(line.rstrip("\n"), message_prefix(ENVIRONMENT)) for line in out.splitlines()][-1]
     if failed:
         assert isinstance(end, RankFailed) and (end.error, end.code) == ("ValueError: planted", 1)

@@ -26,6 +26,7 @@ from hvdtrain.system.limits import ProgramLimits
 from hvdtrain.system.messages import RankFailed, RankFinished, RankStarted
 from hvdtrain.system.processes import Deadline
 from hvdtrain.system.signed_http import SECRET, new_secret
+from tests.support.limits import stretch
 
 FIRST = "Traceback (most recent call last):"
 TRACEBACK = b'Traceback (most recent call last):\n  File "a.py", line 1, in <module>\nValueError: wrong\nsecond line\n'
@@ -109,7 +110,7 @@ def test_ranks_meet_in_a_store_and_agree() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(stretch(30))
     server.stop_serving()
     assert worlds[0] == worlds[1] == worlds[2] and [one.rank for one in worlds[0]] == [0, 1, 2]
     own = [world_variables(worlds[0], rank) for rank in range(3)]

@@ -16,6 +16,7 @@ import pytest
 from hvdtrain.diagnosis.links import find_slow_link
 from hvdtrain.diagnosis.straggler import CORE, STOLEN_INDEX, StepTimes, find_straggler, group_steps
 from hvdtrain.system.tcp_info import TcpMonitor, TcpTraffic
+from tests.support.limits import stretch
 
 STEPS, STEP = 20, 0.1
 
@@ -104,5 +105,5 @@ def test_the_time_of_a_stopped_process_is_stolen() -> None:
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.5)
         os.kill(process.pid, signal.SIGCONT)
-        out, _ = process.communicate("\n", timeout=30)
+        out, _ = process.communicate("\n", timeout=stretch(30))
         assert float(out) > 0.4

@@ -21,6 +21,7 @@ from hvdtrain.launch.standstill import describe_process_state, describe_standsti
 from hvdtrain.system import activity
 from hvdtrain.system.activity import HangWatcher, Standstill
 from hvdtrain.system.messages import RankFailed, RankStandstill, RankStarted, message_fields, parse_message
+from tests.support.limits import stretch
 
 LOADS = Standstill("loading its batch", "", "m.py:7 in item", 12, 61.2, False)
 WAITS = Standstill("exchanging gradients", "gradients.0", "", 12, 60.9, True)
@@ -193,7 +194,7 @@ def test_the_watcher_wakes_up_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
     activity.begin_training(0)
     watcher = HangWatcher(lambda stands, after: noticed.set(), lambda stands: None, 0)
     try:
-        assert noticed.wait(30)
+        assert noticed.wait(stretch(30))
     finally:
         watcher.stop_watching()
 

@@ -20,6 +20,7 @@ from hvdtrain.launch.signals import RequeueRequest, catch_stop_signals
 from hvdtrain.system.errors import EXIT_REQUEUE, RequeueExit
 from hvdtrain.system.messages import RankStarted
 from hvdtrain.training.stop import StopRequest
+from tests.support.limits import stretch
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_launch_takes_signals_within_a_second_for_one(
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             handle_job_signal(job, number)
         assert job.stop_signal == signal.SIGTERM and not job.terminated
-        assert rank.wait(10) == -signal.SIGTERM
+        assert rank.wait(stretch(10)) == -signal.SIGTERM
         monkeypatch.setattr("hvdtrain.launch.run.time.monotonic", lambda: now + 60)
         handle_job_signal(job, signal.SIGTERM)
         assert job.terminated

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.system.streams import DroppedOutput, DroppingFile, make_dropping_stream
+from tests.support.limits import stretch
 
 HVDTRAIN = [sys.executable, "-m", "hvdtrain"]
 
@@ -106,7 +107,7 @@ def test_a_character_that_the_encoding_lacks_is_escaped() -> None:
 )
 def test_a_command_whose_output_is_lost_fails(redirection: str, code: int, errors: str) -> None:
     script = f"{' '.join(HVDTRAIN)} list{redirection}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=stretch(60))
     assert done.returncode == code, done.stderr
     assert done.stderr.endswith(errors) and bool(done.stderr) == bool(errors)
 
@@ -117,5 +118,7 @@ def test_descriptors_that_were_closed_are_taken_by_no_file() -> None:
         "print(open('/dev/zero').fileno() > 2, flush=True)"
     )
     code = f"import os; {check}; os._exit(0)"
-    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- 2>&-'], capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" <&- 2>&-'], capture_output=True, timeout=stretch(60)
+    )
     assert done.stdout == b"True\n"

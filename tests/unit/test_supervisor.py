@@ -18,6 +18,7 @@ import pytest
 from hvdtrain.elastic.records import GONE, VERDICT, Verdict
 from hvdtrain.elastic.store import FACT_SCOPE, KeyValueStore
 from hvdtrain.system.signed_http import SECRET, SignedHandler, SignedServer
+from tests.support.limits import stretch
 
 KEY = "k" * 64
 WORKER = """
@@ -94,7 +95,7 @@ def store(server: FactServer, monkeypatch: pytest.MonkeyPatch) -> KeyValueStore:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + stretch(seconds)
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
@@ -105,14 +106,14 @@ def test_a_slot_that_is_to_leave_goes_in_the_next_round(
     supervisor: subprocess.Popen[str], store: KeyValueStore, number: int
 ) -> None:
     supervisor.send_signal(number)
-    assert supervisor.wait(30) == 75
+    assert supervisor.wait(stretch(30)) == 75
     assert list(store.get_all(GONE).values()) == ["left"]
     assert store.get(VERDICT) is None
 
 
 def test_a_stop_without_another_worker_ends_the_run(supervisor: subprocess.Popen[str], store: KeyValueStore) -> None:
     supervisor.send_signal(signal.SIGUSR1)
-    assert supervisor.wait(30) == 75
+    assert supervisor.wait(stretch(30)) == 75
     assert store.get_all(GONE)
 
 
@@ -120,7 +121,7 @@ def test_the_end_of_the_run_is_the_end_of_the_supervisor(
     supervisor: subprocess.Popen[str], store: KeyValueStore
 ) -> None:
     store.put_if_absent(VERDICT, Verdict(3, "an error"))
-    assert supervisor.wait(30) == 3
+    assert supervisor.wait(stretch(30)) == 3
 
 
 def test_the_worker_saves_and_ends_when_horovodrun_is_gone(
@@ -128,4 +129,4 @@ def test_the_worker_saves_and_ends_when_horovodrun_is_gone(
 ) -> None:
     server.shutdown()
     server.server_close()
-    assert supervisor.wait(30) == 75
+    assert supervisor.wait(stretch(30)) == 75

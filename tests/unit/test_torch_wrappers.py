@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hvdtrain.torch.torch_wrappers import find_inner_step, skip_compiler_import
+from tests.support.limits import stretch
 
 
 def test_the_compiler_wrappers_of_optimizers_are_found() -> None:
@@ -26,7 +27,9 @@ def test_optimizers_are_made_without_the_compiler() -> None:
         "with torch.no_grad(): step(optimizer)\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=stretch(60), check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

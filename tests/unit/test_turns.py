@@ -17,6 +17,7 @@ from hvdtrain.system import turns
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.limits import LockLimits
 from hvdtrain.system.turns import hold_host_lock, lock_folders, open_lock_file
+from tests.support.limits import stretch
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,6 +148,6 @@ def test_nothing_in_tmp_has_a_name_that_others_can_guess(tmp_path: Path) -> None
     (tmp_path / "tmp").mkdir()
     environ = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=100, cwd=ROOT
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=stretch(100), cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
