@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdtrain.ledger.rows import (
     HEADER_PATTERN,
     LEDGER_FORMAT,
     ORDER_PATTERN,
+    RANGES_PATTERN,
     ROW_PATTERN,
     SHARES_PATTERN,
     LedgerRow,
     order_path,
+    parse_ranges,
 )
 from hvdtrain.recipe.given_order import GivenOrder, decode_file
+from hvdtrain.recipe.ranges import Ranges, join_ranges
 from hvdtrain.system.errors import UserError
 
 
@@ -32,6 +35,8 @@ class Segment:
     invalid_lines: list[int]  # numbers of lines that are not rows
     orders: dict[int, str]  # by epoch (from 1), the key of what a sampler gave for it
     shares: dict[int, str]  # by the first step of each, how the batch was dealt; "": evenly
+    lost: dict[int, Ranges] = field(default_factory=dict)  # by the step after which they were lost
+    owed: dict[int, Ranges] = field(default_factory=dict)  # by the step that was made of them
 
     def find_shares(self, step: int) -> str:
         """Return how the batch of a step was dealt; "": evenly."""
@@ -62,6 +67,7 @@ def read_segment(path: Path) -> Segment:
     version, seed, examples, batch, first_step = map(int, header.groups()[:-1])
     rows, invalid_lines, orders = [], [], {}
     shares = {first_step: header[6] or ""}
+    marked: dict[str, dict[int, Ranges]] = {"lost": {}, "owed": {}}
     for number, line in enumerate(lines[2:-1], start=3):  # what follows the last newline is torn, or empty
         if found := ROW_PATTERN.fullmatch(line):
             rows.append(LedgerRow(*map(int, found.groups())))
@@ -69,9 +75,11 @@ def read_segment(path: Path) -> Segment:
             orders[int(found[1])] = found[2]
         elif found := SHARES_PATTERN.fullmatch(line):
             shares[int(found[1])] = "" if found[2] == "even" else found[2]
+        elif (found := RANGES_PATTERN.fullmatch(line)) and (ranges := parse_ranges(found[3])) is not None:
+            marked[found[1]][int(found[2])] = ranges
         else:
             invalid_lines.append(number)
-    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines, orders, shares)
+    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines, orders, shares, **marked)
 
 
 def load_given_order(folder: Path, key: str) -> GivenOrder:
@@ -86,6 +94,15 @@ def load_given_order(folder: Path, key: str) -> GivenOrder:
     except ValueError as error:
         raise UserError(f"{path} {error}") from error
     return given
+
+
+def select_effective_losses(segments: list[Segment]) -> dict[int, Ranges]:
+    """Return what was lost, by the step after which, without what a later segment supersedes."""
+    kept: dict[int, Ranges] = {}
+    for segment in segments:
+        kept = {step: ranges for step, ranges in kept.items() if step < segment.first_step}
+        kept |= {step: join_ranges(kept.get(step, []), ranges) for step, ranges in segment.lost.items()}
+    return kept
 
 
 def select_effective_rows(segments: list[Segment]) -> list[tuple[LedgerRow, Segment]]:

@@ -16,6 +16,11 @@ A header may end in " shares=683:341": each rank's part of the batch in 1,024ths
 21 683:341", or "# shares 21 even", says that they are others from a step on. They change no row: the ids of a step are
 the same however they are dealt.
 
+In rounds of local steps a rank that is lost takes along what it has changed (hvdtrain.training.open_round). A line
+"# lost 40 128-192,256-320" says that after step 40 the changes of these positions of the epoch's order were lost; they
+are owed to the epoch. A line "# owed 41 128-192,256-320" says that step 41 was made of these, instead of the next ones:
+its row has the place where the order goes on.
+
 A line "# order" names the file next to the segments, weights-41a8....npz, that holds what the recipe's `sampler` gave
 for an epoch; an epoch without such a line was shuffled.
 """
@@ -31,6 +36,7 @@ from numpy.typing import NDArray
 
 from hvdtrain.recipe import order
 from hvdtrain.recipe.order import Ids
+from hvdtrain.recipe.ranges import Ranges
 
 LEDGER_FORMAT = f"hvdtrain ledger {order.ORDER_VERSION}"  # its number is the version of the order of the ids
 HEADER_PATTERN = re.compile(
@@ -38,6 +44,7 @@ HEADER_PATTERN = re.compile(
 )
 ROW_PATTERN = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")  # numbers fit into 64 bits
 ORDER_PATTERN = re.compile(r"# order ([1-9]\d{0,17}) ((?:weights|ids)-[0-9a-f]{32})")
+RANGES_PATTERN = re.compile(r"# (lost|owed) ([1-9]\d{0,17}) (\d{1,18}-\d{1,18}(?:,\d{1,18}-\d{1,18})*)")
 SHARES_PATTERN = re.compile(r"# shares ([1-9]\d{0,17}) (even|\d+(?::\d+)+)")
 MAX_STEP_EXAMPLES = 1 << 21  # examples in a step: up to there the sum of their 32-bit hashes is exact in a float64
 
@@ -60,6 +67,21 @@ def format_order_line(epoch: int, key: str) -> str:
 def format_shares_line(step: int, shares: str) -> str:
     """Return the line that says how the batch is dealt from a step on; shares: "" if evenly."""
     return f"# shares {step} {shares or 'even'}"
+
+
+def format_ranges_line(kind: str, step: int, ranges: Ranges) -> str:
+    """Return the line that says which positions were lost after a step, or owed and a step was made of them.
+
+    kind: "lost" or "owed".
+    """
+    return f"# {kind} {step} {','.join(f'{begin}-{end}' for begin, end in ranges)}"
+
+
+def parse_ranges(text: str) -> Ranges | None:
+    """Return the ranges of such a line; None if they are not sorted, disjoint, or have no positions."""
+    ranges = [[int(place) for place in pair.split("-")] for pair in text.split(",")]
+    places = [place for pair in ranges for place in pair]
+    return ranges if places == sorted(set(places)) else None
 
 
 def order_path(folder: Path, key: str) -> Path:

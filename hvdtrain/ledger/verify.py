@@ -4,6 +4,7 @@ check                  kind of defect   what it compares
 _find_file_defects     file             segments' numbers and lines, and files of orders
 check_position         step, place      a row's step, epoch and offset with the end of the row before
 check_step_ids         ids              count and sum of hashes with the order; a difference is explained, if it can be
+replay_losses          owed             what was lost with a rank, and the steps that were made of it
 check_epoch            epoch            how often each id was visited, by what the steps are known to have fed
 """
 
@@ -12,33 +13,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from hvdtrain.ledger.epoch_order import EpochOrder
 from hvdtrain.ledger.explain import NO_IDS, explain_mismatch
-from hvdtrain.ledger.reader import Segment, find_segments, load_given_order, read_segment, select_effective_rows
+from hvdtrain.ledger.owed import find_unknown_losses, replay_losses
+from hvdtrain.ledger.reader import (
+    Segment,
+    find_segments,
+    load_given_order,
+    read_segment,
+    select_effective_losses,
+    select_effective_rows,
+)
 from hvdtrain.ledger.rows import LedgerRow
+from hvdtrain.ledger.steps import MAX_SHOWN, LedgerDefect, ReplayedStep, format_ids
+from hvdtrain.ledger.visits import check_epoch
 from hvdtrain.recipe.given_order import GivenOrder
-from hvdtrain.recipe.order import MAX_EXAMPLES, Ids
+from hvdtrain.recipe.order import MAX_EXAMPLES
+from hvdtrain.recipe.ranges import Ranges, count_positions
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.system.text import format_count
 
 SEED_BOUND = 1 << 64  # seeds are below it
-MAX_SHOWN = 10  # ids and defects that are shown, of however many there are
-
-
-@dataclass(frozen=True)
-class LedgerDefect:
-    """Something in a ledger that is wrong."""
-
-    kind: str  # file, step, place, ids or epoch
-    text: str
-    step: int | None = None
-    epoch: int | None = None
-    missing: list[int] = field(default_factory=list)  # ids, MAX_SHOWN at most
-    repeated: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,11 @@ class LedgerVerification:
     examples: int
     steps: int
     segments: int
-    rest: int  # examples of the last epoch so far; 0: it is complete
+    rest: int  # examples of the last epoch so far, without what it owes; 0: it is complete
     given_orders: int = 0  # epochs whose order the recipe's sampler gave
     shares: list[tuple[int, str]] = field(default_factory=list)  # uneven ones: from which step on, 1,024ths; "": even
+    owed: int = 0  # examples that were lost with a rank in a round of local steps
+    settled: int = 0  # of them that the others have trained again
 
     @property
     def is_as_ordered(self) -> bool:
@@ -74,6 +72,7 @@ class LedgerVerification:
         dealt = [f"{shares or 'even'} from step {step} on" for step, shares in self.shares]
         more = [f"and {len(dealt) - MAX_SHOWN} more"] if len(dealt) > MAX_SHOWN else []
         lines = [f"shares of the batch: {', '.join([*dealt[:MAX_SHOWN], *more])}"] if dealt else []
+        lines += [f"owed: {self.owed} examples lost with a rank, {self.settled} trained again"] if self.owed else []
         if self.is_as_ordered:
             return [f"{verdict}: {count}", *lines]
         shown = [finding.text for finding in self.findings[:MAX_SHOWN]]
@@ -83,15 +82,6 @@ class LedgerVerification:
     def as_json(self) -> dict[str, object]:
         """Return what `hvdtrain ledger verify --json` prints."""
         return {"exactly_once": self.is_exactly_once, "as_ordered": self.is_as_ordered, **asdict(self)}
-
-
-class ReplayedStep(NamedTuple):
-    """A row, and the ids that its step fed to the model, as far as they are known."""
-
-    row: LedgerRow
-    order: EpochOrder
-    missing: Ids  # of those that the row names, these were not fed
-    extra: Ids  # besides those that the row names, these were fed
 
 
 def verify_ledger(run_dir: Path) -> LedgerVerification:
@@ -120,6 +110,7 @@ def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerV
     given, damaged = _load_orders(paths, segments)
     defects += damaged
     steps: list[ReplayedStep] = []
+    losses = select_effective_losses(segments)
     rows = select_effective_rows(segments)
     for i, (row, segment) in enumerate(rows):
         defects += check_position(row, segment, steps[-1] if steps else None)
@@ -128,18 +119,21 @@ def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerV
         defects += found
         steps.append(step)
     last = steps[-1] if steps else None
-    rest = (last.row.offset + last.row.fed) % last.order.examples if last else 0
+    defects += find_unknown_losses(steps, losses)
     by_epoch: dict[int, list[ReplayedStep]] = {}
     for step in steps:
         by_epoch.setdefault(step.row.epoch, []).append(step)
+    pending = count_positions(replay_losses(by_epoch[last.row.epoch], losses, [])) if last else 0
+    rest = (last.end - pending) % last.order.examples if last else 0
     for epoch, of_epoch in by_epoch.items():
         is_complete = not (last and epoch == last.row.epoch and rest)
-        defects += check_epoch(epoch, of_epoch, is_complete)
+        defects += check_epoch(epoch, of_epoch, losses, is_complete)
     complete = 0 if last is None else last.row.epoch - bool(rest)
     ordered = len({step.row.epoch for step in steps if step.order.key})
     shares = list_shares(rows)
+    owed = sum(map(count_positions, losses.values())), sum(count_positions(step.owed) for step in steps)
     return LedgerVerification(
-        defects, complete, segments[-1].examples, len(steps), len(segments), rest, ordered, shares
+        defects, complete, segments[-1].examples, len(steps), len(segments), rest, ordered, shares, *owed
     )
 
 
@@ -195,8 +189,9 @@ def check_position(row: LedgerRow, segment: Segment, before: ReplayedStep | None
         yield LedgerDefect("step", text, row.step, row.epoch)
     epoch, offset = 1, 0
     if before is not None:
-        epoch, offset = before.row.epoch, before.row.offset + before.row.fed
-        if offset == before.order.examples:
+        epoch, offset = before.row.epoch, before.end
+        # What is owed may follow on the last example of an epoch.
+        if offset == before.order.examples and not (row.step in segment.owed and row.epoch == epoch):
             epoch, offset = epoch + 1, 0
     if (row.epoch, row.offset) != (epoch, offset):
         text = f"step {row.step} begins at example {row.offset} of epoch {row.epoch}'s order"
@@ -217,7 +212,9 @@ def check_step_ids(
     Returns:
         The step with what is known of its ids, and what is wrong with them.
     """
-    as_named = ReplayedStep(row, order, NO_IDS, NO_IDS)
+    if row.step in segment.owed:
+        return check_owed_ids(row, order, segment.owed[row.step])
+    as_named = ReplayedStep(row, order, NO_IDS, NO_IDS, [])
     end = row.offset + row.fed
     if row.epoch < 1 or row.step < 1 or row.fed < 1 or row.offset >= segment.examples:
         text = f"step {row.step}: {row.fed} examples from {row.offset} of epoch {row.epoch}'s order"
@@ -232,8 +229,18 @@ def check_step_ids(
         text = f"step {row.step} (epoch {row.epoch}): the {row.fed} ids that were fed are not those of the order"
         return as_named, [LedgerDefect("ids", f"{text}, and cannot be named", row.step, row.epoch)]
     # From here on the row has what it should have fed, so that the next one follows on it.
-    step = ReplayedStep(row._replace(fed=planned - row.offset), order, *explained)
+    step = ReplayedStep(row._replace(fed=planned - row.offset), order, *explained, [])
     return step, [describe_wrong_ids(step)]
+
+
+def check_owed_ids(row: LedgerRow, order: EpochOrder, owed: Ranges) -> tuple[ReplayedStep, list[LedgerDefect]]:
+    """Compare the ids that a step fed with the positions that were owed and that it was made of."""
+    count, step = count_positions(owed), ReplayedStep(row, order, NO_IDS, NO_IDS, owed)
+    is_possible = row.epoch > 0 and owed[-1][1] <= order.examples
+    if is_possible and (row.fed, row.hash_sum) == (count, sum(order.sum_hashes(*pair) for pair in owed)):
+        return step, []
+    text = f"step {row.step} (epoch {row.epoch}): the {row.fed} ids that were fed are not the {count} that were owed"
+    return step, [LedgerDefect("ids", text, row.step, row.epoch)]
 
 
 def describe_wrong_ids(step: ReplayedStep) -> LedgerDefect:
@@ -253,66 +260,3 @@ def find_planned_end(row: LedgerRow, segment: Segment, after: LedgerRow | None) 
         if after.epoch == row.epoch and row.offset < after.offset <= segment.examples:
             return after.offset
     return min(row.offset + segment.batch, segment.examples)
-
-
-def check_epoch(epoch: int, steps: list[ReplayedStep], is_complete: bool) -> Iterator[LedgerDefect]:
-    """Yield which ids an epoch did not visit, or visited several times; of an incomplete one, up to its last step."""
-    reach = steps[-1].order.examples if is_complete else max(step.row.offset + step.row.fed for step in steps)
-    if is_covered_once(steps, reach):
-        return
-    due = list_epoch_ids(steps[-1])[:reach]
-    fed = [ids for step in steps for ids in (list_row_ids(step), step.extra)]
-    count = 1 + max((int(ids.max()) for ids in (due, *fed) if len(ids)), default=0)
-    visits = np.bincount(np.concatenate(fed), minlength=count)
-    visits -= np.bincount(np.concatenate([step.missing for step in steps]), minlength=count)
-    times_due = np.bincount(due, minlength=count)  # 0 or 1, but for orders that a sampler gave
-    missing, repeated = np.flatnonzero(visits < times_due), np.flatnonzero(visits > np.maximum(times_due, 1))
-    texts = []
-    if len(missing):
-        place = describe_place(int(np.flatnonzero(due == missing[0])[0]), steps)
-        texts.append(f"{format_ids(missing)} not visited (id {missing[0]} was due {place})")
-    if len(repeated):
-        first = repeated[0]
-        again = [str(step.row.step) for step in steps if first in list_row_ids(step) or first in step.extra]
-        steps_of = f"step{'s' * (len(again) > 1)} {', '.join(again[:MAX_SHOWN])}"
-        texts.append(f"{format_ids(repeated)} visited again (id {first} in {steps_of})")
-    if texts:
-        shown = (missing[:MAX_SHOWN].tolist(), repeated[:MAX_SHOWN].tolist())
-        yield LedgerDefect("epoch", f"epoch {epoch}: {'; '.join(texts)}", None, epoch, *shown)
-
-
-def describe_place(position: int, steps: list[ReplayedStep]) -> str:
-    """Return in or after which step a position of the order was due."""
-    earlier = [step.row for step in steps if step.row.offset <= position]
-    if not earlier:
-        return "before the first step"
-    row = max(earlier, key=lambda row: row.offset)
-    return f"{'in' if position < row.offset + row.fed else 'after'} step {row.step}"
-
-
-def is_covered_once(steps: list[ReplayedStep], reach: int) -> bool:
-    """Whether the steps fed what they name, all of one order, and name its first `reach` positions once each."""
-    position = 0
-    for step in steps:
-        if step.order != steps[0].order or step.row.epoch < 1 or step.row.offset != position:
-            return False
-        if len(step.missing) or len(step.extra):
-            return False
-        position += step.row.fed
-    return position == reach <= steps[0].order.examples
-
-
-def list_epoch_ids(step: ReplayedStep) -> Ids:
-    """Return the order of a step's epoch, (examples,) int64; no ids if there is no such epoch."""
-    return step.order.materialize().ids if step.row.epoch > 0 else NO_IDS
-
-
-def list_row_ids(step: ReplayedStep) -> Ids:
-    """Return the ids that a row names."""
-    return list_epoch_ids(step)[step.row.offset : step.row.offset + step.row.fed]
-
-
-def format_ids(ids: Ids) -> str:
-    """Return ids as text; of many, the first few."""
-    more = f" and {len(ids) - MAX_SHOWN} more" if len(ids) > MAX_SHOWN else ""
-    return f"id{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:MAX_SHOWN]))}{more}"

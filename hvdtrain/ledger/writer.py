@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdtrain.ledger.reader import find_segments
-from hvdtrain.ledger.rows import LEDGER_FORMAT, LedgerRow, format_order_line, format_shares_line, order_path
+from hvdtrain.ledger.rows import (
+    LEDGER_FORMAT,
+    LedgerRow,
+    format_order_line,
+    format_ranges_line,
+    format_shares_line,
+    order_path,
+)
 from hvdtrain.recipe.given_order import GivenOrder, encode_file
+from hvdtrain.recipe.ranges import Ranges, join_ranges
 from hvdtrain.system.files import create_atomically, is_same_file
 
 SEGMENT_RETRY_INTERVAL = 1.0  # seconds after which a segment that could not be written is begun again
@@ -28,6 +36,8 @@ class LedgerState:
     from_step: int
     rows: list[list[int]]
     shares: list[tuple[int, str]] = field(default_factory=list)
+    lost: list[tuple[int, Ranges]] = field(default_factory=list)
+    owed: list[tuple[int, Ranges]] = field(default_factory=list)
 
 
 class Ledger:
@@ -39,6 +49,8 @@ class Ledger:
     Attributes:
         durable_step: up to here this rank knows the rows to be on disk for good.
         shares: by the first step of each, how the batch is dealt to the ranks; "": evenly.
+        lost: by the step after which it was lost, what was consumed and is owed from then on.
+        owed: by the steps that were made of it, what was owed.
         orders: by epoch (from 1), what the recipe's sampler has given for those that rows are of, and for the present.
         error: why the last rows are in memory only; None if they are written.
     """
@@ -59,6 +71,8 @@ class Ledger:
         self.from_step, self.rows = from_step, list(rows)
         self.durable_step = from_step
         self.shares: dict[int, str] = {}
+        self.lost: dict[int, Ranges] = {}
+        self.owed: dict[int, Ranges] = {}
         self.orders: dict[int, GivenOrder] = {}
         self.error: OSError | None = None
         self._failed_at = 0.0  # when writing last failed, by the monotonic clock
@@ -72,12 +86,14 @@ class Ledger:
         rows = [LedgerRow(*row) for row in state.rows]
         ledger = cls(state.seed, state.examples, state.batch, state.from_step, rows)
         ledger.orders, ledger.shares = dict(orders), dict(state.shares)
+        ledger.lost, ledger.owed = dict(state.lost), dict(state.owed)
         return ledger
 
     def to_state(self) -> LedgerState:
         """Return all that it knows, but for the orders."""
-        rows = [list(row) for row in self.rows]
-        return LedgerState(self.seed, self.examples, self.batch, self.from_step, rows, list(self.shares.items()))
+        rows, shares = [list(row) for row in self.rows], list(self.shares.items())
+        lost, owed = list(self.lost.items()), list(self.owed.items())
+        return LedgerState(self.seed, self.examples, self.batch, self.from_step, rows, shares, lost, owed)
 
     def open_for_writing(self, folder: Path, *, at_first_row: bool = False) -> None:
         """Write from here on, to a new segment that begins with the rows in memory; `error` says if that fails.
@@ -99,6 +115,8 @@ class Ledger:
         lines = [header, ",".join(LedgerRow._fields)]
         lines += [format_shares_line(step, shares) for step, shares in self.shares.items() if step > first]
         lines += [format_order_line(epoch, given.key) for epoch, given in self.orders.items()]
+        lines += [format_ranges_line("lost", step, ranges) for step, ranges in self.lost.items()]
+        lines += [format_ranges_line("owed", step, ranges) for step, ranges in self.owed.items()]
         lines += [",".join(map(str, row)) for row in self.rows]
         try:
             folder.mkdir(exist_ok=True)  # no parents: a run folder that was deleted is not made again
@@ -161,6 +179,18 @@ class Ledger:
         except OSError as error:
             self._abandon_segment(error)
 
+    def record_lost(self, step: int, ranges: Ranges) -> None:
+        """Record, before a segment is begun, that positions of the epoch's order were lost with a rank after a step."""
+        self.lost[step] = join_ranges(self.lost.get(step, []), ranges)
+
+    def record_owed(self, step: int, ranges: Ranges) -> None:
+        """Record, before its row, that a step was made of positions that were owed."""
+        self.owed[step] = ranges
+        try:
+            self._write_line(format_ranges_line("owed", step, ranges))
+        except OSError as error:
+            self._abandon_segment(error)
+
     def append_row(self, row: LedgerRow) -> None:
         """Add the row of a step that is done; on the rank that writes, it survives the process.
 
@@ -211,6 +241,8 @@ class Ledger:
         if step > self.from_step:
             self.rows = [row for row in self.rows if row.step > step]
             self.from_step, self.durable_step = step, max(self.durable_step, step)
+            self.lost = {after: ranges for after, ranges in self.lost.items() if after > step}
+            self.owed = {of: ranges for of, ranges in self.owed.items() if of > step}
             past = [first for first in self.shares if first <= step + 1]
             for first in past[:-1]:  # the last one is that of the rows to come
                 del self.shares[first]
@@ -220,6 +252,8 @@ class Ledger:
         undone = step < self.from_step or any(row.step > step for row in self.rows)
         self.rows = [row for row in self.rows if row.step <= step]
         self.shares = {first: shares for first, shares in self.shares.items() if first <= step}
+        self.lost = {after: ranges for after, ranges in self.lost.items() if after <= step}
+        self.owed = {of: ranges for of, ranges in self.owed.items() if of <= step}
         self.from_step, self.durable_step = min(self.from_step, step), min(self.durable_step, step)
         if undone and self._folder is not None:
             self.open_for_writing(self._folder)
