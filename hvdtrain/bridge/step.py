@@ -93,6 +93,10 @@ class BridgeStep(TorchStep):
         self.model.own_memory()
         return super().end_round()
 
+    def local_state(self) -> bytes:
+        self.model.own_memory()  # the anchor is written into it
+        return super().local_state()
+
     def switch_world(self, world: World) -> None:
         super().switch_world(world)
         self._follow_world()

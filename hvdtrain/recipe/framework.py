@@ -77,7 +77,7 @@ class Step(Protocol):
          +-> between steps: evaluate_batch for each of load_batches(SET, ...), or join_evaluation for a pass without
          |     examples on this rank; gather_state; checksum_state, exchange_report, take_messages, wire_bytes
          +-> in an elastic run, also in the middle of a step: switch_world, then load_state of some rank's local_state,
-         |     and exchange_parts
+         |     or rejoin_round, and exchange_parts
          +-> close()
     """
 
@@ -90,7 +90,6 @@ class Step(Protocol):
     has_sampler: bool  # the recipe has a method `sampler`
     score_uses_collectives: bool  # `score` calls collectives of its own, which all ranks must call equally often
     score_needs_whole_batch: bool  # `score` exchanges examples by collectives of hvdtrain: a step is one pass
-    round_steps: int  # local steps since the last `end_round`
     update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
     gpu_uuid: str | None  # of the NVIDIA GPU that this rank computes on, "GPU-..."; None: there is none
 
@@ -211,7 +210,16 @@ class Step(Protocol):
     # Another world.
 
     def local_state(self) -> bytes:
-        """Return this rank's state without the help of others, for ranks whose state is older."""
+        """Return this rank's state without the help of others, for ranks whose state is older.
+
+        In a round of local steps, parameters are those of its start.
+        """
+
+    def rejoin_round(self, data: bytes) -> None:
+        """Take of some rank's `local_state` what each step makes the same on all ranks.
+
+        Parameters and the optimizer's state stay those of this rank's steps in the open round.
+        """
 
     def switch_world(self, world: World) -> None:
         """Continue in another world, as before the step that was not finished, if there is one."""

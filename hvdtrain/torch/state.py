@@ -13,6 +13,7 @@ from hvdtrain.system.errors import UserError
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import check_same_model
 from hvdtrain.torch.ema import AveragedModel
+from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.shard_state import gather_whole_state
 from hvdtrain.torch.tensors import load_module_state, read_tensors
@@ -52,6 +53,31 @@ class TrainingState:
         torch.save(state, buffer)
         return buffer.getvalue()
 
+    def serialize_anchor(self) -> bytes:
+        """Return this rank's state for ranks that join it; in a round of local steps with the parameters of its start.
+
+        Nobody else is asked.
+        """
+        with self.updater.rounds.at_anchor():
+            return self.serialize(self.updater.local_carried_state())
+
+    def rejoin_round(self, data: bytes, device: torch.device) -> list[str]:
+        """Take the buffers, and what the recipe remembers, of what another rank has serialized; return lines to print.
+
+        Parameters and the optimizer's state stay those of this rank's open round.
+        """
+        state = read_tensors(data, device)
+        own = {p: p.detach().clone() for p in self.model.parameters()}
+        load_module_state(self.model, state["model"])
+        with torch.no_grad():
+            for p, value in own.items():
+                p.copy_(value)
+        carried = state.get("exchange")
+        for loss in self.updater.losses:
+            loss.carried.load(carried.get(loss.name) if carried and self.updater.several else carried)
+        self.updater.rounds.rejoin_round(state.get("rounds"))
+        return self._accept_state(state)
+
     def restore(self, data: bytes, device: torch.device) -> list[str]:
         """Load what `serialize` has returned; return lines to print.
 
@@ -74,7 +100,11 @@ class TrainingState:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the checkpoint is of another model or optimizer: {reason}") from error
-        self.changes.accept_loaded_state(updater.param_groups)
+        return self._accept_state(state)
+
+    def _accept_state(self, state: StateDict) -> list[str]:
+        """Take what was loaded for unchanged, and load what the recipe remembers; return lines to print."""
+        self.changes.accept_loaded_state(self.updater.param_groups)
         self.recipe_state.forget_snapshot()
         line = self.recipe_state.load_values(state.get("recipe"))
         return [line] if line is not None else []

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,7 @@ class TorchStep(StepFacts):
             self.model = build_model(recipe, self.device, options)
             modes = TrainingModes(self.model)
             with temporary_now(recipe, first_step), self.scorer.session.record_pass():
-                initialize_lazy_modules(recipe, self.model, partial(load_two_examples, self.scorer, self.splits))
+                initialize_lazy_modules(recipe, self.model, lambda: load_two_examples(self.scorer, self.splits))
             recompute_lines = undo.enter_context(recompute_blocks(recipe, self.model, options))
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
             self.updater = Updater(recipe, self.model, self.device, options)
@@ -104,7 +103,8 @@ class TorchStep(StepFacts):
             set_now(recipe, first_step)
             reject_scheduler(recipe, self.updater.optimizers.values())
             parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
-            self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
+            hashes = select_split_hashes(select_examples(parts), "train")
+            self.first_examples: Mapping[str, str] = hashes
             self._trial = prepare_trial(self.scorer, self.model, self.splits, self.updater)
             trial = self._trial.run()
             self.layout, self.trial_means = trial.layout, trial.means
@@ -127,7 +127,7 @@ class TorchStep(StepFacts):
             self._messages = self.updater.log_lines
             self._messages += [*modes.get_warnings(), *recompute_lines]
             self._votes, self._batch_share, self._num_micro_batches, self._micro_batches_done = StepVotes(), 0.0, 0, 0
-            self._step_in_progress, self.update_in_progress, self.round_steps = False, False, 0
+            self._step_in_progress, self.update_in_progress, self._is_local = False, False, False
             # Once for the run: after what the recipe sets up, before connections that the processes would keep open.
             self.splits.start_workers()
             self._exit_stack = undo.pop_all()
@@ -159,7 +159,7 @@ class TorchStep(StepFacts):
         self._totals: StepTotals | None = None  # of all ranks, once they are known
         self._waited, self._num_micro_batches, self._micro_batches_done = 0.0, sum(passes), 0
         self._batch_share = batch_share
-        self._step_in_progress, self.round_steps = True, self.round_steps + is_local
+        self._step_in_progress, self._is_local = True, is_local
         self.changes.start_step()
 
     def cast_votes(self, votes: StepVotes) -> None:
@@ -204,8 +204,7 @@ class TorchStep(StepFacts):
     def _await_totals(self) -> StepTotals:
         """Wait for the sums and votes of all ranks, and select the losses that the step has."""
         self._waited += self.sums.wait()
-        totals = self.sums.read_totals()
-        self.updater.select_losses(totals.losses)
+        self.updater.select_losses((totals := self.sums.read_totals()).losses)
         return totals
 
     def apply_update(self, factor: float, seed: Sequence[int]) -> dict[str, float]:
@@ -216,7 +215,7 @@ class TorchStep(StepFacts):
         except Exception:
             self._step_in_progress, self.update_in_progress = self.updater.can_undo, not self.updater.can_undo
             raise
-        if self.ema is not None and not report.get("skipped") and not self.round_steps:
+        if self.ema is not None and not report.get("skipped") and not self._is_local:
             self.ema.update_parameters(self.model)
         self.changes.accept_update(self.updater.param_groups)
         self.recipe_state.forget_snapshot()
@@ -224,10 +223,13 @@ class TorchStep(StepFacts):
         return report
 
     def end_round(self) -> RoundResult:
-        result, self.round_steps = self.updater.rounds.end_round(), 0
+        result = self.updater.rounds.exchange_changes()
+        self.update_in_progress = True
+        self.updater.rounds.step_outer()
         if self.ema is not None:
             self.ema.update_parameters(self.model, result.steps)
         self.changes.accept_update(self.updater.param_groups)
+        self.update_in_progress = False
         return result
 
     def skip_update(self) -> None:
@@ -266,7 +268,10 @@ class TorchStep(StepFacts):
         return self.state.serialize(carried) if self.world.rank == 0 else b""
 
     def local_state(self) -> bytes:
-        return self.state.serialize(self.updater.local_carried_state())
+        return self.state.serialize_anchor()
+
+    def rejoin_round(self, data: bytes) -> None:
+        self._messages += self.state.rejoin_round(data, self.device)
 
     def load_state(self, data: bytes) -> None:
         self._messages += self.state.restore(data, self.device)
@@ -297,6 +302,7 @@ class TorchStep(StepFacts):
         self.parts.leave_world(is_lost=self.update_in_progress)
         if self._step_in_progress:
             self.skip_update()
+            self.updater.rounds.undo_step()
         self.updater.leave_world()
         self.sums.forget_all_reduce()
         self.world = world

@@ -194,7 +194,7 @@ class Updater:
             not updated.
         """
         self._steps += 1
-        self.rounds.step_examples = totals.own_examples, totals.votes.examples
+        self.rounds.step_examples = totals.own_examples
         # A loss scale skips the losses one by one.
         is_made = totals.nonfinite_ranks == 0 and (self.scaler is not None or self._sums_are_finite)
         nonfinite: list[str] = []

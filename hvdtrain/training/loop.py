@@ -21,10 +21,11 @@ from hvdtrain.system import activity
 from hvdtrain.training.dealing import find_new_shares
 from hvdtrain.training.evaluation import check_best_found, conclude_evaluation, evaluate_model
 from hvdtrain.training.hooks import check_lr_factor, find_lr_factor
-from hvdtrain.training.nonfinite import count_left_out_updates, count_skipped_step
-from hvdtrain.training.plan import StepShare, iterate_step_shares
+from hvdtrain.training.nonfinite import count_skipped_step
+from hvdtrain.training.plan import StepShare, is_due, iterate_step_shares
 from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import StepReport
+from hvdtrain.training.round_ends import end_round_if_over
 from hvdtrain.training.run import Generation, Run
 from hvdtrain.training.saving import save_checkpoint
 from hvdtrain.training.speed import StepTime
@@ -55,14 +56,16 @@ class StepOutcome:
 
 def run_loop(generation: Generation, position: Position) -> Ending:
     """Train from `position` on, and move it along, until the plan is done or all agree to end the generation."""
-    if position.step:
-        evaluate_and_save(generation, position, None)  # what was due when another rank was lost
+    if position.step:  # what was due when another rank was lost
+        end_round_if_over(generation, position)
+        evaluate_and_save(generation, position, None)
     activity.begin_training(position.step)
     while position.step < generation.plan.total_steps and not position.ended:
         for share, batches in plan_epoch(generation, position):
             outcome = train_step(generation, position, share, batches)
             commit_step(generation, position, share, outcome)
             votes = outcome.result.votes
+            end_round_if_over(generation, position, votes)
             ending = decide(generation, position, votes)
             if ending is None and votes.compares_speeds and find_new_shares(generation, position):
                 ending = Ending.SHARES_CHANGE
@@ -81,7 +84,7 @@ def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[Ste
     plan, run = generation.plan, generation.run
     now = generation.set_now(position, training=True)
     epoch_order = generation.orders.begin_epoch(position, generation.ledger)
-    shares = iterate_step_shares(plan, epoch_order, position.offset, generation.world.rank)
+    shares = iterate_step_shares(plan, epoch_order, position.offset, generation.world.rank, position.owed)
     if run.step.source is DataSource.DIVIDED_STREAM:
         shares = number_own_examples(shares, count_own_examples(plan, position, generation.world.rank))
     shares_ahead, shares = itertools.tee(itertools.islice(shares, plan.total_steps - position.step))
@@ -106,10 +109,12 @@ def iterate_chunks(shares: Iterable[StepShare], now: Now, place: int | None) -> 
     for share in shares:
         index = share.first_index
         for ids in itertools.chain.from_iterable(share.shards):
-            yield Chunk(ids, now, index, None if place is None else place + index)
+            # Examples that are owed are not neighbours; their places only have to differ within the step.
+            first = share.owed[0][0] if share.owed and place is not None else place
+            yield Chunk(ids, now, index, None if first is None else first + index)
             index += len(ids)
         now = replace(now, step=now.step + 1, samples=now.samples + share.step_examples)
-        place = None if place is None else place + share.step_examples
+        place = place if place is None or share.owed else place + share.step_examples
 
 
 def train_step(generation: Generation, position: Position, share: StepShare, batches: Batches) -> StepOutcome:
@@ -133,38 +138,10 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
         update_report = run.step.apply_update(plan.lr_scale * lr_factor, (run.options.data.seed, position.step, -1))
     if plan.pruning is not None:
         update_report["sparsity"] = run.step.prune(plan.pruning.sparsity_after(plan.schedule_step(position) + 1))
-    if plan.is_local(position) and is_round_over(generation, position, share, result.votes):
-        result = replace(result, waited_here=result.waited_here + end_round(generation, position))
     seconds = time.perf_counter() - start
     if generation.speeds is not None:
         generation.speeds.record_step(share.own_examples, computed, seconds)
     return StepOutcome(result, update_report, plan.lr * lr_factor, seconds)
-
-
-def is_round_over(generation: Generation, position: Position, share: StepShare, votes: StepVotes) -> bool:
-    """Return whether a round of local steps ends with the step at `position`; the same on all ranks.
-
-    It ends after --local-steps steps, and before all that needs the same weights on all ranks.
-    """
-    run, plan, diagnosis = generation.run, generation.plan, generation.diagnosis
-    after, epoch_ends = position.step + 1, position.offset + share.step_examples == position.examples
-    due = [
-        is_due(after, every, epoch_ends) for every in (run.options.reports.eval_every, run.options.checkpoints.every)
-    ]
-    return (
-        (plan.rounds is not None and run.step.round_steps >= plan.rounds.steps)
-        or (epoch_ends or after == plan.total_steps or any(due))
-        or (votes.stop + votes.leave + votes.regroup > 0)
-        or (diagnosis is not None and diagnosis.is_comparison_due(after))
-    )
-
-
-def end_round(generation: Generation, position: Position) -> float:
-    """Make all ranks' weights the same again; return the seconds that this rank waited for communication."""
-    activity.enter_activity("exchanging what local steps have changed")
-    result = generation.run.step.end_round()
-    count_left_out_updates(generation, result, position)
-    return result.waited_here
 
 
 def accumulate_micro_batches(
@@ -217,22 +194,27 @@ def commit_step(generation: Generation, position: Position, share: StepShare, ou
     ledger.discard_rows(votes.ledger_durable)
     run.report.rows.pending = votes.pending_rows
     epoch = position.epoch + 1
+    if share.owed:
+        ledger.record_owed(position.step + 1, share.owed)
     ledger.append_row(LedgerRow(position.step + 1, epoch, position.offset, votes.examples, votes.id_hashes))
     count = share.step_examples
-    loss = count_scores(run, position, result, outcome, count)
+    if generation.plan.is_local(position):
+        run.round.record_step(position, share, is_skipped=result.must_skip)
+    loss = count_scores(run, position, outcome, share)
     activity.record_finished_steps(position.step)
     step_time = StepTime(count, outcome.seconds, result.waited_here)
     run.report.record_step(position, StepReport(epoch, outcome.lr, loss, outcome.update_report, step_time))
 
 
-def count_scores(run: Run, position: Position, result: StepResult, outcome: StepOutcome, count: int) -> float:
-    """Add a step's scores to the sums of the epoch and of the next row, and return its loss."""
+def count_scores(run: Run, position: Position, outcome: StepOutcome, share: StepShare) -> float:
+    """Move past a step, add its scores to the sums of the epoch and of the next row, and return its loss."""
+    result, count = outcome.result, share.step_examples
     layout, sums = run.step.layout, result.score_sums
     numerator, denominator = layout.loss_sums(sums, count)
-    if result.must_skip:
-        position.advance_past_step(count, None)
-    else:
-        position.advance_past_step(count, (numerator, denominator))
+    position.advance_past_step(count, None if result.must_skip else (numerator, denominator), share.owed)
+    if not run.round.steps:
+        position.end_epoch()
+    if not result.must_skip:
         position.add_to_row(sums.tolist(), count)
     is_skipped = result.must_skip or outcome.update_report.get("skipped", 0.0) > 0
     position.skipped += is_skipped
@@ -280,8 +262,3 @@ def evaluate_and_save(generation: Generation, position: Position, ending: Ending
         save_checkpoint(generation, position, must=must)
     activity.enter_activity("training")
     run.report.write_due_row()
-
-
-def is_due(step: int, every: int | None, epoch_ends: bool) -> bool:
-    """Whether something done every N steps, or else once an epoch, is due."""
-    return step % every == 0 if every else epoch_ends

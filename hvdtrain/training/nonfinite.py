@@ -42,7 +42,7 @@ def count_nonfinite_step(generation: Generation, result: StepResult, position: P
 
 def count_left_out_updates(generation: Generation, result: RoundResult, position: Position) -> None:
     """Count and report updates that single ranks left out in a round. Raises RunError on all ranks if too many."""
-    run, round_end = generation.run, f"in the round that ended at step {position.step + 1}"
+    run, round_end = generation.run, f"in the round that ended at step {position.step}"
     position.skipped += len(result.nonfinite)
     position.row_skipped += len(result.nonfinite)
     position.skipped_nonfinite += len(result.nonfinite)

@@ -107,11 +107,6 @@ def check_elastic_options(given: OptionValues) -> None:
             f"--mirror 0 with --shard {given['shard']}: a rank that is lost would take its part of the optimizer's "
             "state along; leave --mirror out of an elastic run"
         )
-    if given.get("local_steps"):
-        raise UserError(
-            f"--local-steps {given['local_steps']} needs ranks that stay the same, and those of an elastic run may "
-            "change: launch without --elastic, or leave out --local-steps"
-        )
     from hvdtrain.compression.spec import parse_compression  # with which torch comes
 
     compression = given.get("compression", "none")

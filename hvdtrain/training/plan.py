@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hvdtrain.recipe import order, schedule
 from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.order import Ids, Order
 from hvdtrain.recipe.pruning import PruningSchedule, parse_pruning
+from hvdtrain.recipe.ranges import Ranges, count_positions, list_ids, slice_ranges
 from hvdtrain.recipe.schedule import Schedule
 from hvdtrain.recipe.shares import EVEN, Shares, describe_shares
 from hvdtrain.system.errors import UserError
@@ -93,7 +94,10 @@ class TrainingPlan:
 
     def schedule_step(self, at: Position) -> int:
         """Return the step of the schedule: by the examples consumed, unless the run ends after a number of steps."""
-        return at.epoch * self.steps_per_epoch + at.offset // self.batch_size if self.ends_with_epoch else at.step
+        if not self.ends_with_epoch:
+            return at.step
+        # Steps of what is owed may follow on the last example of an epoch.
+        return at.epoch * self.steps_per_epoch + min(at.offset // self.batch_size, self.steps_per_epoch - 1)
 
     def is_local(self, at: Position) -> bool:
         """Return whether gradients stay on their rank in the step at a position."""
@@ -114,7 +118,8 @@ def make_training_plan(
     sizes = options.find_pass_sizes(recipe.batch_size, shares)
     steps_per_epoch = -(-examples // batch_size)
     whole = recipe.epochs * steps_per_epoch
-    rest = 0 if at.epoch >= recipe.epochs else -(-(examples - at.offset) // batch_size)
+    left = [0, 0] if at.epoch >= recipe.epochs else [examples - at.offset, count_positions(at.owed)]
+    rest = sum(-(-count // batch_size) for count in left)
     rest += max(0, recipe.epochs - at.epoch - 1) * steps_per_epoch
     lr_scale = {"none": 1.0, "linear": float(ranks), "sqrt": math.sqrt(ranks)}[options.optimization.scale_lr]
     plan = TrainingPlan(
@@ -204,6 +209,7 @@ class StepShare:
     step_examples: int  # of the step, on all ranks
     first_index: int  # index in the global batch of this rank's first example
     shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
+    owed: Ranges = field(default_factory=list)  # positions that the step is made of, if they are not the next ones
 
     @property
     def own_examples(self) -> int:
@@ -211,9 +217,26 @@ class StepShare:
         return sum(len(ids) for shard in self.shards for ids in shard)
 
 
-def iterate_step_shares(plan: TrainingPlan, epoch_order: Order, offset: int, rank: int) -> Iterator[StepShare]:
-    """Yield a rank's share of each step of an epoch, from example `offset` of its order on."""
-    for ids in order.cut_batches(epoch_order, plan.batch_size, offset):
+def iterate_step_shares(
+    plan: TrainingPlan, epoch_order: Order, offset: int, rank: int, owed: Ranges | None = None
+) -> Iterator[StepShare]:
+    """Yield a rank's share of each step of an epoch, from example `offset` of its order on.
+
+    owed: what the first steps are made of, before the order goes on.
+    """
+
+    def deal(ids: Ids, of: Ranges) -> StepShare:
         bounds = plan.find_shard_bounds(len(ids), rank)
         shards = [order.split_micro_batches(ids[first:end], plan.micro_batch) for first, end in bounds]
-        yield StepShare(len(ids), bounds[0][0] if bounds else 0, shards)
+        return StepShare(len(ids), bounds[0][0] if bounds else 0, shards, of)
+
+    for first in range(0, count_positions(owed or []), plan.batch_size):
+        of = slice_ranges(owed or [], first, first + plan.batch_size)
+        yield deal(list_ids(epoch_order, of), of)
+    for ids in order.cut_batches(epoch_order, plan.batch_size, offset):
+        yield deal(ids, [])
+
+
+def is_due(step: int, every: int | None, epoch_ends: bool) -> bool:
+    """Whether something done every N steps, or else once an epoch, is due."""
+    return step % every == 0 if every else epoch_ends

@@ -10,6 +10,7 @@ from typing import Any
 
 from hvdtrain.recipe import order
 from hvdtrain.recipe.metrics import MetricValue
+from hvdtrain.recipe.ranges import Ranges, subtract_ranges
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.strict_json import check_count, check_entries, check_finite_number
 
@@ -20,7 +21,7 @@ FIELDS_SINCE_FORMAT_1 = (
 # Fields that came after the format "hvdtrain checkpoint 2", which may lack them.
 FIELDS_SINCE_FORMAT_2 = (
     *("evals", "order", "division", "best_value", "since_best", "since_drop", "lr_drops", "ended"),
-    *("skipped", "score_layout", "row_sums", "row_examples", "row_skipped", "shares"),
+    *("skipped", "score_layout", "row_sums", "row_examples", "row_skipped", "shares", "owed"),
 )
 
 
@@ -58,6 +59,12 @@ class Position:
     division: str = ""  # what the ranks' parts of a divided stream depend on
     shares: str = ""  # of the batch by rank, of the step to come: "683:341" of 1,024; "": even
     order: str = ""  # the key of what the recipe's sampler gave for the epoch; "": the epoch is shuffled
+    owed: Ranges = field(default_factory=list)  # before `offset`, but lost with a rank: the next steps are made of them
+
+    @property
+    def is_epoch_over(self) -> bool:
+        """Whether the epoch has nothing left, though it may not have been ended yet."""
+        return self.offset == self.examples and not self.owed
 
     def all_metrics(self) -> dict[str, MetricValue]:
         """Return the metrics of the last evaluation: of the first set by their names, of others as "test/loss"."""
@@ -96,19 +103,28 @@ class Position:
         self.row_sums = [total + one for total, one in zip(self.row_sums, sums, strict=True)] if self.row_sums else sums
         self.row_examples += count
 
-    def advance_past_step(self, count: int, loss: tuple[float, float] | None) -> None:
-        """Move past a step of `count` examples.
+    def advance_past_step(self, count: int, loss: tuple[float, float] | None, owed: Ranges | None = None) -> None:
+        """Move past a step; `end_epoch` follows.
 
-        loss: the sum of its losses, and what that is divided by; None: the step is not counted in losses.
+        Args:
+            count: its examples.
+            loss: the sum of its losses, and what that is divided by; None: the step is not counted in losses.
+            owed: what it was made of, if that was owed.
         """
         self.step += 1
         self.samples += count
-        self.offset += count
+        if owed:
+            self.owed = subtract_ranges(self.owed, owed)
+        else:
+            self.offset += count
         if loss is not None:
             self.epoch_loss_sum += loss[0]
             self.epoch_loss_count += loss[1]
             self.train_loss = self.epoch_loss_sum / self.epoch_loss_count
-        if self.offset == self.examples:
+
+    def end_epoch(self) -> None:
+        """Let the next epoch begin, if this one is over."""
+        if self.is_epoch_over:
             self.epoch, self.offset, self.epoch_loss_sum, self.epoch_loss_count = self.epoch + 1, 0, 0.0, 0.0
             self.order = ""
 
@@ -141,6 +157,8 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
             if not isinstance(value, list):
                 raise ValueError(f"has no list {where!r}")
             values[name] = [_parse_metric_number(one, where) for one in value]
+        elif kind == "Ranges":
+            values[name] = _parse_ranges(value, where)
         elif kind == "dict[str, str]":
             if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
                 raise ValueError(f"has no object of texts {where!r}")
@@ -158,6 +176,17 @@ def parse_position(content: Any, allow_missing: tuple[str, ...] = ()) -> Positio
     if "rows" not in values:
         values["rows"] = None
     return Position(**values)  # type: ignore[arg-type]
+
+
+def _parse_ranges(content: Any, where: str) -> Ranges:
+    """Return ranges of positions from JSON. Raises ValueError for anything else."""
+    if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        raise ValueError(f"has no list of ranges {where!r}")
+    ranges = [[check_count(place, where) for place in pair] for pair in content]
+    places = [place for pair in ranges for place in pair]
+    if places != sorted(set(places)):
+        raise ValueError(f"has {reprlib.repr(content)} as {where}; expected sorted, disjoint ranges")
+    return ranges
 
 
 def _parse_metrics(content: Any, where: str) -> dict[str, MetricValue]:

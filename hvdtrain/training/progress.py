@@ -22,6 +22,7 @@ class Progress:
     ledger: LedgerState
     earlier_worlds: Sequence[WorldHistory]  # of --diagnose
     git_commit: str | None  # as the run has begun
+    round: Sequence[object]  # `OpenRound.to_json`
 
     def to_json(self) -> list[Any]:
         """Return it as plain data."""
@@ -31,11 +32,13 @@ class Progress:
             asdict(self.ledger),
             encode_record(self.earlier_worlds),
             self.git_commit,
+            self.round,
         ]
 
     @staticmethod
     def from_json(data: Sequence[Any]) -> Progress:
         """Return what another rank's `to_json` was called on."""
-        position, recent_rows, ledger, earlier_worlds, git_commit = data
+        position, recent_rows, ledger, earlier_worlds, git_commit, open_round = data
         worlds = parse_record(earlier_worlds, list[WorldHistory])
-        return Progress(Position(**position), rows_from_json(recent_rows), LedgerState(**ledger), worlds, git_commit)
+        rows, ledger_state = rows_from_json(recent_rows), LedgerState(**ledger)
+        return Progress(Position(**position), rows, ledger_state, worlds, git_commit, open_round)

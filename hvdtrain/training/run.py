@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdtrain.comm.world import World
@@ -17,6 +17,7 @@ from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.training.balance import SpeedComparison
 from hvdtrain.training.lease import Lease
 from hvdtrain.training.metrics import RecipeMetrics
+from hvdtrain.training.open_round import OpenRound
 from hvdtrain.training.options import RunOptions
 from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.plan import TrainingPlan
@@ -39,6 +40,7 @@ class Run:
     lease: Lease
     report: Reporter
     stop: StopRequest
+    round: OpenRound = field(default_factory=OpenRound)  # of --local-steps
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One rank's part in a run: one generation of ranks after the other, until the run ends.
 
     form_generation: enter a world, take over the state of the rank that is farthest, begin or resume or continue
+                     (in a round of local steps each rank keeps its own weights: hvdtrain.training.open_round)
         ^       |
         |       v
         |   run_loop: step after step -----------------> Ending.FINISHED, STOPPED: the summary (fit.py)
@@ -32,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.world import World
@@ -51,6 +53,7 @@ from hvdtrain.training.dealing import deal_again
 from hvdtrain.training.folder import take_over_folder
 from hvdtrain.training.lease import FolderLost
 from hvdtrain.training.loop import Ending, run_loop
+from hvdtrain.training.open_round import RoundReport, find_farthest
 from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
@@ -63,6 +66,16 @@ from hvdtrain.training.start import (
     load_first_weights,
     report_generation,
 )
+
+
+@dataclass(frozen=True)
+class ReceivedState:
+    """What all ranks of a new world have received."""
+
+    progress: Progress  # of the rank that is farthest
+    state: bytes  # its `Step.local_state`
+    orders: Mapping[int, GivenOrder]  # of its sampler
+    rounds: Sequence[RoundReport]  # of each rank; []: there are no rounds
 
 
 class Session:
@@ -146,6 +159,7 @@ class Session:
                 )
             weights = load_first_weights(run, position)
             self.resumed_from, self._ledger = position.step or None, None
+            run.round.start_run()
         else:
             folder, position = take_over_folder(find_run_folder(run), run.lease), self.position
             position.shares = ""  # those were of other ranks
@@ -205,7 +219,7 @@ class Session:
                     self.run.step.switch_world(entered.world)
                 met = time.perf_counter()
                 if entered.root_step >= 0:
-                    self.take_over(*self.exchange_state(entered))
+                    self.take_over(self.exchange_state(entered))
                     self._lost_state = None
                 if entered.is_new:
                     self._lost_state = self.run.step.exchange_parts(reached, entered.root_step) or self._lost_state
@@ -221,28 +235,40 @@ class Session:
         hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
         membership.announce_rank(self.world)
 
-    def exchange_state(self, entered: EnteredWorld) -> tuple[Progress, bytes, dict[int, GivenOrder]]:
-        """Return the progress, the state and the samplers' orders of the rank that is farthest, on all ranks."""
+    def exchange_state(self, entered: EnteredWorld) -> ReceivedState:
+        """Return what the rank that is farthest has, on all ranks."""
         progress, state, orders = None, None, None
-        if entered.world.rank == entered.root:
+        rounds, root = list[RoundReport](), entered.root
+        if self.run.options.rounds.local_steps is not None:
+            rounds = self.run.round.gather_reports(self.position)
+            root = find_farthest(rounds)  # of those at the same step, one that has finished the round
+        if entered.world.rank == root:
             assert self.position is not None and self._ledger is not None
             rows, ledger = self.run.report.rows.recent, self._ledger.to_state()
-            progress = Progress(self.position, rows, ledger, self._earlier_worlds, self.git_commit).to_json()
-        received = collectives.broadcast_json(progress, "regroup.position", entered.root)
-        if entered.world.rank == entered.root:
+            own = Progress(self.position, rows, ledger, self._earlier_worlds, self.git_commit, self.run.round.to_json())
+            progress = own.to_json()
+        received = collectives.broadcast_json(progress, "regroup.position", root)
+        if entered.world.rank == root:
             state = self.run.step.local_state()
-        state = collectives.broadcast_bytes(state, "regroup.state", entered.root)
+        state = collectives.broadcast_bytes(state, "regroup.state", root)
         if self.run.step.has_sampler:
-            if entered.world.rank == entered.root:
+            if entered.world.rank == root:
                 assert self._ledger is not None
                 orders = encode_orders(self._ledger.orders)
-            orders = collectives.broadcast_bytes(orders, "regroup.orders", entered.root)
+            orders = collectives.broadcast_bytes(orders, "regroup.orders", root)
         collectives.barrier("regroup.end")
-        return Progress.from_json(received), state, decode_orders(orders) if orders is not None else {}
+        given = decode_orders(orders) if orders is not None else {}
+        return ReceivedState(Progress.from_json(received), state, given, rounds)
 
-    def take_over(self, progress: Progress, state: bytes, orders: Mapping[int, GivenOrder]) -> None:
+    def take_over(self, received: ReceivedState) -> None:
         """Continue from what the rank that is farthest has sent; it may be this one."""
-        self.run.step.load_state(state)
-        self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger, orders)
+        run, progress, rounds = self.run, received.progress, received.rounds
+        if rounds and run.round.follow(progress.round, rounds[collectives.rank()]):
+            run.step.rejoin_round(received.state)
+        else:
+            run.step.load_state(received.state)
+        self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger, received.orders)
+        if lost := run.round.find_lost(rounds, self.position):
+            self._ledger.record_lost(self.position.step, lost)
         self.run.report.rows.recent = list(progress.recent_rows)
         self._earlier_worlds, self.git_commit = progress.earlier_worlds, progress.git_commit

@@ -29,7 +29,7 @@ from hvdtrain.training.position import Position
 from hvdtrain.training.ragged import refuse_several_passes, refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
 from hvdtrain.training.run import Run
-from hvdtrain.training.streams import check_division, check_length
+from hvdtrain.training.streams import check_division, check_length, refuse_unnumbered_rounds
 
 GIT_SECONDS = 5.0  # for git to name the commit
 REPORTED_PACKAGES = ("torch", "torchvision", "horovod", "numpy", "mpi4py")
@@ -54,6 +54,8 @@ def plan_generation(run: Run, world: World, position: Position, orders: EpochOrd
     )
     plan = replace(plan, order_text=orders.describe())
     check_passes(run, plan, position)
+    if plan.rounds is not None and run.membership.world_may_change:
+        refuse_unnumbered_rounds(step.source, plan.rounds.steps)
     position.shares = format_shares(shares)
     return plan
 

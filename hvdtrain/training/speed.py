@@ -33,9 +33,17 @@ class SpeedMeter:
         self._waited_seconds: list[float] = []
         self._examples = 0
         self._since_row: list[StepTime] = []
+        self._next_seconds = self._next_waited = 0.0
+
+    def add_to_next_step(self, seconds: float, waited_seconds: float) -> None:
+        """Count time between two steps, such as the end of a round takes, with the next one."""
+        self._next_seconds += seconds
+        self._next_waited += waited_seconds
 
     def record(self, step: StepTime) -> None:
         """Add a step."""
+        step = StepTime(step.examples, step.seconds + self._next_seconds, step.waited_seconds + self._next_waited)
+        self._next_seconds = self._next_waited = 0.0
         self._seconds.append(step.seconds)
         self._waited_seconds.append(step.waited_seconds)
         self._examples += step.examples

@@ -136,6 +136,7 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
             f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {generation.folder}",
             *describe_training_plan(generation.plan, run.options),
             f"threads   {threads.count} per rank, from {threads.source}",
+            *describe_losses(generation),
             *describe_best(run),
             *run.step.take_messages(),
         ]
@@ -148,6 +149,16 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
     elif not position.step:
         report_graph(run)
     run.report.print_lines(notes)
+
+
+def describe_losses(generation: Generation) -> list[str]:
+    """Return a line on what a lost rank costs, if that is more than its time."""
+    if generation.plan.rounds is None or not generation.run.membership.world_may_change:
+        return []
+    return [
+        "loss      a lost rank takes along what it has changed in its round; the others keep theirs, and train its "
+        "examples again in the same epoch"
+    ]
 
 
 def describe_best(run: Run) -> list[str]:

@@ -76,6 +76,16 @@ def check_division(
     position.division = division
 
 
+def refuse_unnumbered_rounds(source: DataSource, local_steps: int) -> None:
+    """Raise UserError for examples that could not be trained again by another rank than the one that was lost."""
+    if source is not DataSource.NUMBERED:
+        made = "are played by the model" if source is DataSource.ROLLOUTS else "come from a Stream"
+        raise UserError(
+            f"--local-steps {local_steps}: in an elastic run the others train the examples of a lost rank again, and "
+            f"those of this recipe {made}, where they cannot be had again; leave out --local-steps or --elastic"
+        )
+
+
 def count_own_examples(plan: TrainingPlan, position: Position, rank: int) -> int:
     """Return how many examples of its part of a divided stream a rank has read before `position`."""
 

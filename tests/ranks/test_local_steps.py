@@ -12,7 +12,6 @@ from hvdtrain.comm import collectives
 from hvdtrain.recipe import order, schedule
 from hvdtrain.system.errors import RunError, UserError
 from hvdtrain.torch.tensors import read_tensors
-from hvdtrain.training.options import check_elastic_options
 from tests.ranks import several_recipes
 from tests.ranks.elastic import verify
 from tests.ranks.harness import ROOT
@@ -180,13 +179,6 @@ def test_jax_recipes_have_rounds(world2: KeptWorld, tmp_path: Path) -> None:
     train(world2, LEAST, tmp_path / "run", *plain, *rounds, "--steps", "5")
     train(world2, LEAST, tmp_path / "run", "--resume", "--steps", "10")
     assert_same_tensors(read_state(tmp_path / "whole", 10), read_state(tmp_path / "run", 10))
-
-
-def test_an_elastic_run_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"^--local-steps 4 needs ranks that stay the same, and those of an elastic run"
-    ):
-        check_elastic_options({"local_steps": 4})
 
 
 def test_only_changes_travel_and_the_ledger_is_exact(world2: KeptWorld, tmp_path: Path) -> None:

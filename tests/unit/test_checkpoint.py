@@ -120,6 +120,8 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
             rewrite(lambda c: c["position"].update(train_loss=None)),
             "has None as position.train_loss; expected a finite",
         ),
+        (rewrite(lambda c: c["position"].update(owed=[[4, 2]])), "has [[4, 2]] as position.owed; expected sorted"),
+        (rewrite(lambda c: c["position"].update(owed=[4, 2])), "has no list of ranges 'position.owed'"),
         (rewrite(lambda c: c["position"].update(eval=[])), "has no object 'position.eval'"),
         (rewrite(lambda c: c["position"]["eval"].update(loss="low")), "has 'low' as position.eval"),
         (rewrite(lambda c: c["position"].update(step=19)), "is that of step 19"),

@@ -115,6 +115,7 @@ def test_each_rank_knows_how_much_of_its_part_it_has_read(
             assert own == [*range(read[rank], read[rank] + len(own))]
             read[rank] += len(own)
         position.advance_past_step(size, None)
+        position.end_epoch()
 
 
 def test_parts_of_a_stream_need_ranks_that_stay() -> None:

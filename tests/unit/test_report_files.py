@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,5 +289,6 @@ def test_progress_survives_the_way_to_another_rank() -> None:
     one = MetricsRow(3, 1, 24, 0.1, 100.0, 0.01, {"loss": 0.5}, {"loss": 0.25})
     worlds = [WorldHistory(1, 2, 3, {"rank 1 on a": 1})]
     ledger = LedgerState(seed=0, examples=8, batch=4, from_step=3, rows=[[4, 1, 12, 4, 99]])
-    progress = Progress(Position(step=3, eval={"loss": 0.25}), [one], ledger, worlds, "abc-dirty")
+    ledger = replace(ledger, lost=[[3, [[0, 2]]]], owed=[[4, [[0, 2]]]])
+    progress = Progress(Position(step=3, eval={"loss": 0.25}), [one], ledger, worlds, "abc-dirty", [3, 2, [[4, 8]]])
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
