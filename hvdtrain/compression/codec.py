@@ -53,6 +53,7 @@ class BucketContext:
     shapes: Sequence[tuple[int, int]]  # the bucket's parameters as matrices, in the order in which they lie in it
     key: RandomKey
     device: torch.device
+    scatters: bool = False  # each rank is to have the sum of its own part only: that takes a REDUCE_SCATTER codec
 
 
 class Codec(abc.ABC):

@@ -175,13 +175,9 @@ class CompressedReducer(Reducer):
         Args:
             wait: for the first; else do nothing if it has not arrived.
         """
-        if self._all_rounds_started or not (
-            wait or (self._handle is not None and collectives.is_complete(self._handle))
-        ):
+        total = self._take_first_round(wait)
+        if total is None:
             return
-        self._all_rounds_started = True
-        parts = self._wait_for_collective().view(self.size, -1)
-        total = self.codec.decode(parts, self.part_size, self._key).sum(0)
         if self.shard_residual is not None:
             total.add_(self.shard_residual)
         payload = self.codec.encode(total[None], replace(self._key, round=1))
@@ -190,6 +186,19 @@ class CompressedReducer(Reducer):
         self.wire_bytes += payload.numel() * (self.size - 1)
         group = collectives.second_round_group(self.group)
         self._handle = collectives.all_gather_async(payload.flatten(), f"{self.name}.sums", group)
+
+    def _take_first_round(self, wait: bool) -> Tensor | None:
+        """Return (part_size,) the sum of this rank's part; None if there is none to take, or it has not arrived.
+
+        wait: for it.
+        """
+        if self._all_rounds_started or not (
+            wait or (self._handle is not None and collectives.is_complete(self._handle))
+        ):
+            return None
+        self._all_rounds_started = True
+        parts = self._wait_for_collective().view(self.size, -1)
+        return self.codec.decode(parts, self.part_size, self._key).sum(0)
 
     def finish_reduction(self) -> None:
         """Wait and decode the sum, or mean, into flat."""

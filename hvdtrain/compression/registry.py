@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hvdtrain.compression.arguments import Argument
-from hvdtrain.compression.codec import Codec
+from hvdtrain.compression.codec import Codec, Collective
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.plugins import Registry
 
@@ -39,6 +39,11 @@ class Compressor:
     def default_argument(self) -> str:
         """The argument if none is given; "" if it takes none."""
         return self.argument.default_text if self.argument is not None else ""
+
+    @property
+    def scatters(self) -> bool:
+        """Whether it can bring each rank the sum of its own part only."""
+        return self.codec.collective is Collective.REDUCE_SCATTER
 
     @property
     def default_spec(self) -> str:

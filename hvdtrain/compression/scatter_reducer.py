@@ -16,7 +16,34 @@ from hvdtrain.compression.plain_reducer import PlainReducer
 MEASURED_BYTES, MEASURED_ROUNDS = 2 << 20, 3  # to choose how tensors are reduced
 
 
-class ScatterReducer(PlainReducer):
+class PartOwner:
+    """What reducers have that bring each rank the sum of its own part of `flat` only.
+
+    Attributes:
+        bounds: (ranks + 1,) where each rank's part of flat begins, and where the last one ends.
+        lengths: of the parts.
+        own_range: this rank's part.
+        part: (own values,) the sum or mean of this rank's part, after `finish_reduction`.
+        mirrored_part: the same of the part that this rank mirrors; empty if it mirrors none.
+        parameter_bytes: of each updated value, which all ranks gather.
+    """
+
+    flat: Tensor
+
+    def set_bounds(self, bounds: Sequence[int], rank: int, parameter_bytes: int) -> None:
+        """Set what is whose; parameter_bytes: of each value."""
+        self.bounds = tuple(bounds)
+        self.lengths = [end - begin for begin, end in pairwise(bounds)]
+        self.own_range = slice(bounds[rank], bounds[rank + 1])
+        self.part = self.mirrored_part = self.flat[:0]
+        self.parameter_bytes = parameter_bytes
+
+    def drop_part(self) -> None:
+        """Free the memory of the parts."""
+        self.part = self.mirrored_part = self.flat[:0]
+
+
+class ScatterReducer(PartOwner, PlainReducer):
     """Brings each rank the sum of its own part of `flat`: half of an all-reduce.
 
     By an all-to-all, whose parts each rank adds in the order of ranks, or by Horovod's reduce-scatter. On two ranks
@@ -24,11 +51,7 @@ class ScatterReducer(PlainReducer):
     to the rank that mirrors it: in a second round, so that both have the same bits.
 
     Attributes:
-        bounds: (ranks + 1,) where each rank's part of flat begins, and where the last one ends.
         unit: numbers of flat that stay together: 2 for complex values.
-        part: (own values,) the sum or mean of this rank's part, after `finish_reduction`.
-        mirrored_part: the same of the part that this rank mirrors; empty if it mirrors none.
-        parameter_bytes: of each updated value, which all ranks gather.
         uses_reduce_scatter: whether it is Horovod's, for which the parts must be cut as Horovod cuts them.
     """
 
@@ -43,11 +66,8 @@ class ScatterReducer(PlainReducer):
         """
         super().__init__(plain.name, plain.flat, plain.average, plain.group)
         rank = collectives.rank(self.group)
-        self.bounds, self.unit, self.uses_reduce_scatter = tuple(bounds), 2 if like.is_complex() else 1, False
-        self.lengths = [end - begin for begin, end in pairwise(bounds)]
-        self.own_range = slice(bounds[rank], bounds[rank + 1])
-        self.part = self.mirrored_part = self.flat[:0]
-        self.parameter_bytes = like.dtype.to_real().itemsize
+        self.set_bounds(bounds, rank, like.dtype.to_real().itemsize)
+        self.unit, self.uses_reduce_scatter = 2 if like.is_complex() else 1, False
         own = self.lengths[rank]
         self._mirror_lengths = [own * (mirrored == rank) for mirrored in mirrors]  # to each rank, in the second round
         self._second_handle: collectives.Handle | None = None
@@ -94,10 +114,6 @@ class ScatterReducer(PlainReducer):
                 self.part += row
         if self.average:
             self.part /= self.size
-
-    def drop_part(self) -> None:
-        """Free the memory of the parts."""
-        self.part = self.mirrored_part = self.flat[:0]
 
     def sum_is_finite(self) -> bool:
         """Return True: no rank has the whole sum. Whoever has the parts looks, with all ranks."""

@@ -22,6 +22,7 @@ import torch
 from hvdtrain.compression.codec import BucketContext, Codec, RandomKey
 from hvdtrain.compression.registry import COMPRESSORS, Compressor
 from hvdtrain.system.errors import UserError, suggest_nearest
+from hvdtrain.system.text import join_alternatives
 
 NONE, AUTO = "none", "auto"  # methods that are not compressors
 OPTION_NAMES = ("warmup", "min", "feedback", "momentum")
@@ -163,8 +164,25 @@ def _check_argument(compressor: Compressor, argument: str, text: str) -> str:
     return argument
 
 
+def check_scatters(spec: Spec) -> None:
+    """Raise ValueError for a method that cannot bring each rank the sum of its own part only."""
+    able = [name for name, found in sorted(COMPRESSORS.load_all().items()) if found.scatters]
+    if spec.method == AUTO:
+        raise ValueError(f"it would try methods that send whole sums to every rank; name {join_alternatives(able)}")
+    if spec.method not in able:
+        raise ValueError(
+            f"{spec.method} brings whole sums to every rank, and updated parameters would travel uncompressed, which "
+            f"takes what it saves; use {join_alternatives(able)}, or leave out one of them"
+        )
+
+
 def make_codec(
-    spec: Spec, argument: str, shapes: Sequence[tuple[int, int]], key: RandomKey, device: torch.device
+    spec: Spec,
+    argument: str,
+    shapes: Sequence[tuple[int, int]],
+    key: RandomKey,
+    device: torch.device,
+    scatters: bool = False,
 ) -> Codec:
     """Make the codec of a bucket.
 
@@ -174,7 +192,8 @@ def make_codec(
         shapes: the bucket's parameters as matrices.
         key: what the codec may draw its first state by.
         device: where the bucket is.
+        scatters: whether each rank is to have the sum of its own part only.
     """
     compressor = COMPRESSORS.get(spec.method)
     value = compressor.argument.parse(argument) if compressor.argument is not None else None
-    return compressor.codec.for_bucket(BucketContext(value, spec.feedback, shapes, key, device))
+    return compressor.codec.for_bucket(BucketContext(value, spec.feedback, shapes, key, device, scatters))

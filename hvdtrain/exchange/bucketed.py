@@ -9,23 +9,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from hvdtrain.comm import collectives
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
-from hvdtrain.compression.scatter_reducer import ScatterReducer
+from hvdtrain.compression.scatter_reducer import PartOwner
 from hvdtrain.compression.spec import AUTO
 from hvdtrain.exchange.advisor import Advisor
-from hvdtrain.exchange.buckets import (
-    HEAD_SIZE,
-    SPARSE_FLAG,
-    Bucket,
-    ExchangeConfig,
-    check_parameters,
-)
+from hvdtrain.exchange.buckets import HEAD_SIZE, SPARSE_FLAG, Bucket, ExchangeConfig
 from hvdtrain.exchange.hooks import GradientHooks
 from hvdtrain.exchange.layout import expects_gradient
 from hvdtrain.exchange.mistakes import check_same_round
+from hvdtrain.exchange.parameter_checks import check_parameters
 from hvdtrain.exchange.partition import NamedParameters
 
 
@@ -136,7 +133,7 @@ class BucketedExchange(GradientHooks):
             self._fill_head(bucket.head, dropped)
         bucket.start_reduction(self.steps)
         bucket.sent = True
-        if isinstance(bucket.reducer, ScatterReducer):
+        if isinstance(bucket.reducer, PartOwner):
             for p in bucket.params:
                 p.grad = None  # the sum will be on several ranks
 
@@ -170,6 +167,9 @@ class BucketedExchange(GradientHooks):
         stateful = any(isinstance(b.reducer, CompressedReducer) or b.reducer.carried_over is not None for b in buckets)
         if stateful or self.checks_finite:
             self.sums_are_finite = all(bucket.reducer.sum_is_finite() for bucket in buckets)
+            if stateful and self.config.partition is not None:  # each rank has looked at its own parts
+                odd = np.array([not self.sums_are_finite], dtype=np.float64)
+                self.sums_are_finite = not collectives.sum_float64(odd, f"{self.config.name}gradients.finite")[0]
         self._awaited = AwaitedSums(buckets, late, stateful)
 
     def finish_exchange(self) -> None:

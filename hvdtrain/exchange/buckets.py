@@ -14,12 +14,13 @@ import torch
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import FusedCodec, RandomKey
+from hvdtrain.compression.compressed_scatter import CompressedScatterReducer
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
-from hvdtrain.compression.scatter_reducer import ScatterReducer
-from hvdtrain.compression.spec import AUTO, NONE, Spec, layer_contains, make_codec
+from hvdtrain.compression.scatter_reducer import PartOwner, ScatterReducer
+from hvdtrain.compression.spec import AUTO, NONE, Spec, make_codec
+from hvdtrain.exchange.parameter_checks import WIRE_DTYPES
 from hvdtrain.exchange.partition import NamedParameters, Partition
-from hvdtrain.system.errors import UserError
 
 # The first bucket is small so that the network starts early in the backward pass.
 FIRST_BUCKET_BYTES = 1 << 20
@@ -28,13 +29,10 @@ FIRST_BUCKET_BYTES = 1 << 20
 CPU_BUCKET_BYTES = 8 << 20
 # NCCL cuts each tensor into as many parts as there are ranks: larger ones are faster. Codecs give it less.
 GPU_BUCKET_BYTES = 25 << 20
-# Types whose gradients are summed as they are; bfloat16 travels as float32, so that its sums are rounded once.
-WIRE_DTYPES = {torch.float16: torch.float16, torch.float32: torch.float32, torch.float64: torch.float64}
 # What a sparse gradient adds to its flag instead of 1; 900 ranks together add less than one dense gradient. A mean
 # times the number of ranks is not quite the sum: 41 ranks of which one has a dense gradient make 0.99999994.
 SPARSE_FLAG = 1 / 1024
 HEAD_SIZE = 2  # numbers that travel once a step, or with each bucket that is not compressed: `Bucket`
-SUPPORTED_DTYPES = (*WIRE_DTYPES, torch.bfloat16, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,7 @@ class Bucket:
         """
         self.used = used
         for p, view, ranks in zip(self.params, self.views, used, strict=True):
-            if ranks == 0 or isinstance(self.reducer, ScatterReducer):  # whose parts have the sums
+            if ranks == 0 or isinstance(self.reducer, PartOwner):  # whose parts have the sums
                 p.grad = None
             elif ranks < 0.9:  # optimizers for sparse gradients accept no others
                 p.grad = view.to(p.dtype).to_sparse(1)
@@ -155,30 +153,6 @@ class Bucket:
                 self.memory_views.clear()
             self.memory_views[memory] = make_views(memory, self.params)
         return self.memory_views[memory]
-
-
-def check_parameters(named: NamedParameters, spec: Spec) -> None:
-    """Raise UserError if a layer of the spec matches no parameter, or a parameter's type cannot be exchanged."""
-    check_layers(spec, [name for name, _ in named])
-    for name, p in named:
-        check_dtype(name, p)
-
-
-def check_layers(spec: Spec, names: Sequence[str]) -> None:
-    """Raise UserError if a layer of the spec matches none of these names of parameters."""
-    for layer in spec.layers:
-        if not any(layer_contains(layer, name) for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[0] or name for name in names}))
-            raise UserError(f"compression {spec.text!r}: there is no parameter or module {layer!r}; there are: {known}")
-
-
-def check_dtype(name: str, p: torch.nn.Parameter) -> None:
-    """Raise UserError if the parameter requires a gradient and that has a type that cannot be exchanged."""
-    if p.requires_grad and p.dtype not in SUPPORTED_DTYPES:
-        raise UserError(
-            f"parameter {name} is {p.dtype}, whose gradient cannot be exchanged; expected float16, bfloat16, float32, "
-            "float64, complex64 or complex128: convert it, or freeze it with requires_grad_(False)"
-        )
 
 
 def real_numel(p: torch.Tensor) -> int:
@@ -291,11 +265,15 @@ def make_reducer(
     average, group, name = bucket.reducer.average, bucket.reducer.group, bucket.collective_name
     if spec.method == NONE:
         return PlainReducer(name, flat, average, group)
-    codec = make_codec(spec, argument, [matrix_shape(p) for p in bucket.params], key, flat.device)
+    scatters = isinstance(bucket.reducer, PartOwner)
+    codec = make_codec(spec, argument, [matrix_shape(p) for p in bucket.params], key, flat.device, scatters)
     options = ReducerOptions(
         average=average, group=group, feedback=spec.feedback, warmup=spec.warmup, momentum=spec.momentum
     )
-    return CompressedReducer(f"{name}.{spec.method}{argument}", flat, codec, key, options)
+    name = f"{name}.{spec.method}{argument}"
+    if isinstance(bucket.reducer, PartOwner):
+        return CompressedScatterReducer(name, flat, codec, key, options, bucket.reducer)
+    return CompressedReducer(name, flat, codec, key, options)
 
 
 def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -13,9 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, check_dtype
+from hvdtrain.exchange.buckets import Bucket, ExchangeConfig
 from hvdtrain.exchange.layout import BucketLayout
 from hvdtrain.exchange.mistakes import second_gradient_error
+from hvdtrain.exchange.parameter_checks import check_dtype
 from hvdtrain.exchange.partition import NamedParameters
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.spec import NONE, parse_compression
-from hvdtrain.exchange.buckets import check_dtype, check_parameters, real_numel
+from hvdtrain.exchange.buckets import real_numel
 from hvdtrain.exchange.layout import BucketReport, agree_on_newcomers, describe_parameter
+from hvdtrain.exchange.parameter_checks import check_dtype, check_parameters
 from hvdtrain.exchange.partition import NamedParameters
 from hvdtrain.exchange.summation_tree import (
     PartialSum,

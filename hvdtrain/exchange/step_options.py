@@ -45,10 +45,7 @@ class StepOptions:
         if self.exchange.deterministic:
             self._check_deterministic()
         if self.exchange.shards_optimizer and self.compression.spec != "none":
-            raise ValueError(
-                f"--shard optimizer with --compression {self.compression.spec}: the updated parameters travel "
-                "uncompressed, which takes what it saves; leave out one of them"
-            )
+            self._check_sharded_compression()
         if self.rounds.local_steps is not None:
             self._check_local_steps()
 
@@ -65,6 +62,18 @@ class StepOptions:
                 f"{prune} with --shard optimizer: parts of buckets would be uneven where weights are pruned; leave out "
                 "one of them"
             )
+
+    def _check_sharded_compression(self) -> None:
+        if self.exchange.is_mirrored:
+            raise ValueError(
+                f"--mirror 1 with --compression {self.compression.spec}: mirrors do not encode; leave one out"
+            )
+        from hvdtrain.compression.spec import check_scatters, parse_compression  # with which torch comes
+
+        try:
+            check_scatters(parse_compression(self.compression.spec))
+        except ValueError as error:
+            raise ValueError(f"--shard optimizer with --compression {self.compression.spec}: {error}") from None
 
     def _check_deterministic(self) -> None:
         if self.compression.spec != "none":

@@ -24,7 +24,8 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import check_agreement
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
-from hvdtrain.exchange.buckets import SUPPORTED_DTYPES, Bucket, ExchangeConfig
+from hvdtrain.exchange.buckets import Bucket, ExchangeConfig
+from hvdtrain.exchange.parameter_checks import SUPPORTED_DTYPES
 from hvdtrain.jax.leaves import Leaf, copy_to_numpy, export_array, flatten_tree, make_consistent_part
 from hvdtrain.system.errors import UserError
 

@@ -28,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvdtrain.comm.torch_group import TorchGroup
 from hvdtrain.compression.spec import Spec
-from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, check_parameters, real_numel
+from hvdtrain.exchange.buckets import Bucket, ExchangeConfig, real_numel
 from hvdtrain.exchange.layout import BucketLayout
+from hvdtrain.exchange.parameter_checks import check_parameters
 from hvdtrain.exchange.partition import NamedParameters
 from hvdtrain.exchange.state import (
     ExchangeState,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hvdtrain.compression.spec import AUTO, parse_compression
-from hvdtrain.exchange.buckets import check_dtype, check_layers
+from hvdtrain.exchange.parameter_checks import check_dtype, check_layers
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict

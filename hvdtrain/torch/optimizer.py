@@ -26,7 +26,8 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm import horovod as hvd
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
-from hvdtrain.exchange.buckets import ExchangeConfig, check_parameters
+from hvdtrain.exchange.buckets import ExchangeConfig
+from hvdtrain.exchange.parameter_checks import check_parameters
 from hvdtrain.exchange.partition import NamedParameters
 from hvdtrain.exchange.sharded import ShardedExchange
 from hvdtrain.torch.optimizer_methods import build_class_body, register_hooks, set_backward_passes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.scatter_reducer import ScatterReducer
+from hvdtrain.compression.scatter_reducer import PartOwner
 from hvdtrain.exchange.buckets import Bucket, is_dense, make_views, real_numel, view_like
 from hvdtrain.exchange.partition import Partition
 
@@ -112,16 +112,20 @@ class ShardedBucket:
             at += real_numel(p)
         return pieces
 
+    def get_used(self) -> set[nn.Parameter]:
+        """Return the parameters of which any rank had a gradient in the last step, if their sums are scattered."""
+        assert self.source is not None
+        return {p for p, ranks in zip(self.source.params, self.source.used, strict=False) if ranks}
+
     def take_gradients(self) -> bool:
         """Give this rank's pieces their gradients; return whether any rank has used a parameter."""
         if self.source is not None:
-            reducer = self.source.reducer
-            assert isinstance(reducer, ScatterReducer)
-            used = dict(zip(self.source.params, self.source.used or [0.0] * len(self.params), strict=True))
+            reducer, used = self.source.reducer, self.get_used()
+            assert isinstance(reducer, PartOwner)
             for held, part in ((self.own, reducer.part), (self.mirrored, reducer.mirrored_part)):
                 for (piece, own), gradient in zip(held, cut_part(held, part), strict=True):
-                    own.grad = gradient.to(own.dtype) if used[piece.param] else None
-            return any(used.values())
+                    own.grad = gradient.to(own.dtype) if piece.param in used else None
+            return bool(used)
         for piece, own in self.held:
             whole = piece.param.grad
             own.grad = None

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from hvdtrain.comm.uneven import gather_on_root
 from hvdtrain.exchange.buckets import view_like
+from hvdtrain.torch.encoded_changes import settle_unsent
 from hvdtrain.torch.hyperparameters import StateDict
+from hvdtrain.torch.optimizer_methods import read_param_groups
 from hvdtrain.torch.pieces import Piece, cut_state
 from hvdtrain.torch.shards import OptimizerShards, use_pieces
 from hvdtrain.torch.tensors import read_tensors
@@ -73,6 +75,10 @@ def make_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | 
 
 def restore_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | None, whole: StateDict) -> None:
     """Load a state dict of all parameters, of which this rank takes its part if the optimizer is sharded."""
+    params = [p for group in read_param_groups(optimizer) for p in group["params"]]
+    numbers = [number for group in whole["param_groups"] for number in group["params"]]
+    encoded = set[nn.Parameter]() if shards is None else shards.encoded
+    settle_unsent(dict(zip(numbers, params, strict=False)), whole["state"], encoded)
     with use_pieces(shards):
         optimizer.load_state_dict(whole if shards is None else cut_state_dict(shards, whole))
 

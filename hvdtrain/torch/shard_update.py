@@ -26,6 +26,7 @@ def step_pieces(shards: OptimizerShards | None) -> Iterator[None]:
         return
     if shards.exchange is None:
         shards.take_gradients()
+    shards.prepare_update()
     shards.undo = UpdateUndo(shards.optimizer, shards.held_values) if shards.can_undo else None
     hooks: Any = vars(shards.optimizer)["_optimizer_step_post_hooks"]
     kept, steps = dict(hooks), list[object]()
@@ -37,7 +38,8 @@ def step_pieces(shards: OptimizerShards | None) -> Iterator[None]:
     finally:
         hooks.clear()
         hooks.update(kept)
-    shards.start_gathering(kept.values() if steps else ())
+    if steps:
+        shards.start_gathering(kept.values())
 
 
 def await_updates(all_shards: Sequence[OptimizerShards]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.compression.scatter_reducer import ScatterReducer, prefers_reduce_scatter
+from hvdtrain.compression.scatter_reducer import PartOwner, ScatterReducer, prefers_reduce_scatter
 from hvdtrain.compression.spec import NONE, parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import ExchangeConfig, iterate_bucket_members, real_numel
 from hvdtrain.exchange.partition import NamedParameters, Partition
+from hvdtrain.torch.encoded_changes import EncodedChanges, find_codec
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.optimizer_methods import WrappedOptimizer, read_param_groups
 from hvdtrain.torch.pieces import ShardedBucket, cut_state
@@ -74,6 +75,7 @@ class OptimizerShards:
         self.rank, self.has_gradients = collectives.rank(), False
         self.names: dict[nn.Parameter, str] = {}
         self.uses_reduce_scatter = False
+        self._changes: dict[ShardedBucket, EncodedChanges] = {}  # of the step, of buckets that a codec carries
         self.whole_state: dict[nn.Parameter, StateDict] = {}
         self.replaced: list[list[nn.Parameter]] | None = None  # the groups' parameters, while they hold pieces
         self.buckets: list[ShardedBucket] = []
@@ -94,8 +96,9 @@ class OptimizerShards:
         self.names |= {p: name for name, p in named}
         if self.exchange is not None:
             for bucket in self.exchange.buckets[len(self.buckets) :]:
-                assert isinstance(bucket.reducer, ScatterReducer)
-                bucket.reducer.uses_reduce_scatter = self.uses_reduce_scatter
+                assert isinstance(bucket.reducer, PartOwner)
+                if isinstance(bucket.reducer, ScatterReducer):
+                    bucket.reducer.uses_reduce_scatter = self.uses_reduce_scatter
                 made.append(ShardedBucket(bucket.params, bucket.reducer.bounds, self.partition, self.rank))
                 made[-1].source = bucket
         else:
@@ -137,6 +140,11 @@ class OptimizerShards:
         return bool(self.partition.mirrors)
 
     @property
+    def encoded(self) -> set[nn.Parameter]:
+        """The parameters whose changes a codec carries."""
+        return {p for bucket in self.buckets if find_codec(bucket) is not None for p in bucket.params}
+
+    @property
     def groups(self) -> list[list[nn.Parameter]]:
         """The parameters of each of the optimizer's groups."""
         return self.replaced or [group["params"] for group in read_param_groups(self.optimizer)]
@@ -150,6 +158,8 @@ class OptimizerShards:
             whole, own = sum(values) * state_bytes / 2**20, copies * sum(most) * state_bytes / 2**20
             way = "reduce-scatter" if self.uses_reduce_scatter else "all-to-all"
             how = "whole gradients" if self.exchange is None else f"gradients by {way}"
+            if self.exchange is not None and self.encoded:
+                how = f"gradients and updates by {self.exchange.config.spec.text}"
             how += ", mirrored" * bool(self.partition.mirrors)
             return f"shard     optimizer: {own:.1f} of {whole:.1f} MiB of state on each rank, element-wise; {how}"
         loads = self.partition.loads
@@ -173,11 +183,12 @@ class OptimizerShards:
         self.has_gradients = any(bucket.is_used for bucket in self.buckets)
 
     def drop_gradients(self) -> None:
-        """Free the memory of the gradients' sums."""
+        """Free the memory of the gradients' sums, and of the step."""
+        self._changes.clear()
         for bucket in self.buckets:
             for _, own in bucket.held:
                 own.grad = None
-            if bucket.source is not None and isinstance(bucket.source.reducer, ScatterReducer):
+            if bucket.source is not None and isinstance(bucket.source.reducer, PartOwner):
                 bucket.source.reducer.drop_part()
 
     def total_norm(self) -> Tensor:
@@ -215,6 +226,12 @@ class OptimizerShards:
         found = {name for names in collectives.gather_json(own, f"{self.name}nonfinite") for name in names}
         return {p for p, name in self.names.items() if name in found}
 
+    def prepare_update(self) -> None:
+        """Remember what codecs encode the change of; before the optimizer steps."""
+        for bucket in self.buckets:
+            if bucket.is_used and (reducer := find_codec(bucket)) is not None and not reducer.is_dense:
+                self._changes[bucket] = EncodedChanges(bucket, reducer, self.optimizer.state)
+
     def start_gathering(self, hooks: Iterable[Callable[..., object]]) -> None:
         """Start bringing every rank what the others have updated; all ranks call this.
 
@@ -226,14 +243,17 @@ class OptimizerShards:
                 if self.exchange is None:  # else its reducers count them
                     self.optimizer.wire_bytes += bucket.count_own_bytes() * (self.partition.size - 1)
                 name = f"{self.name}parameters.{number}"
-                handle = bucket.start_gathering(name, [own for _, own in bucket.own])
+                changes = self._changes.get(bucket)
+                own = [own for _, own in bucket.own]
+                handle = changes.start_gathering(name) if changes else bucket.start_gathering(name, own)
                 self._gathering.append((bucket, handle))
 
     def iterate_gathered(self) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
         """Wait for what the others have updated; yield the parameters of each bucket with their new values."""
         gathering, self._gathering = self._gathering, []
         for bucket, handle in gathering:
-            yield bucket.cut_gathered(handle)
+            changes = self._changes.get(bucket)
+            yield changes.await_values(handle) if changes else bucket.cut_gathered(handle)
 
     def conclude_update(self) -> None:
         """Take note that the parameters are updated."""

@@ -107,6 +107,11 @@ def check_elastic_options(given: OptionValues) -> None:
             f"--mirror 0 with --shard {given['shard']}: a rank that is lost would take its part of the optimizer's "
             "state along; leave --mirror out of an elastic run"
         )
+    if given.get("shard", "none") != "none" and given.get("compression", "none") != "none":
+        raise UserError(
+            f"--shard {given['shard']} with --compression {given['compression']}: mirrors do not encode; leave out one "
+            "of them in an elastic run"
+        )
     from hvdtrain.compression.spec import parse_compression  # with which torch comes
 
     compression = given.get("compression", "none")

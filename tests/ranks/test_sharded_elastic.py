@@ -192,6 +192,8 @@ def test_faults_of_other_runs(
 def test_mirrors_are_for_sharded_optimizers_and_needed_in_elastic_runs() -> None:
     with pytest.raises(UserError, match="--mirror 0 with --shard optimizer: a rank that is lost would take its part"):
         check_elastic_options({"shard": "optimizer", "mirror": "0"})
+    with pytest.raises(UserError, match="--shard optimizer with --compression int8: mirrors do not encode"):
+        check_elastic_options({"shard": "optimizer", "compression": "int8"})
     check_elastic_options({"shard": "optimizer"})
     with pytest.raises(UserError, match="--mirror 1 without --shard optimizer"):
         make_run_options({"mirror": "1"})

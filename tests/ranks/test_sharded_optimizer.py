@@ -133,7 +133,7 @@ def test_each_rank_has_its_part_of_the_state(worlds: KeptWorlds, tmp_path: Path)
     ("options", "text"),
     [
         (["--kind", "global"], "GlobalNorm cannot be divided among ranks: what it does to a parameter depends on"),
-        (["--compression", "int8"], "--shard optimizer with --compression int8: "),
+        (["--compression", "int8", "--mirror", "1"], "--mirror 1 with --compression int8: mirrors do not encode"),
         (["--compression", "powersgd:4"], "--shard optimizer with --compression powersgd:4: "),
         (["--prune", "0.5,from:1,to:3"], "--prune 0.5,from:1,to:3 with --shard optimizer: "),
         (["--exchange", "horovod"], "--shard optimizer with --exchange horovod: "),

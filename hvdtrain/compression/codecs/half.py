@@ -57,11 +57,11 @@ class Cast(Codec):
 
 @compressor("fp16", auto_candidate=True)
 class Float16(Cast):
-    """`Cast` to float16 on CPUs, `Fp16` on GPUs."""
+    """`Cast` to float16 on CPUs and if the sums are scattered, `Fp16` on GPUs."""
 
     @classmethod
     def for_bucket(cls, context: BucketContext) -> Codec:
-        return Fp16() if context.device.type == "cuda" else Cast(torch.float16)
+        return Fp16() if context.device.type == "cuda" and not context.scatters else Cast(torch.float16)
 
 
 @compressor("bf16")
