@@ -1,11 +1,13 @@
 """Goodput of an elastic run on slots that come and go as spot nodes do.
 
     python -m tests.benchmarks.elastic_goodput [--scale 2] [--json F] [--plot F.png]
+        [--lost-every 60] [--run='--local-steps 16']
 
 First the steady throughput of 1, 2, 3 and 4 ranks is measured, each in a run of its own; then a run goes through TRACE,
 ten minutes of joins and leaves, --scale times faster: a join costs seconds of the real clock all the same. Goodput is
 the number of examples that were trained in this time, each of which counts once, as the ledger has to say, over what
-the slots there were could have done: the steady throughput of as many ranks, summed over time.
+the slots there were could have done: the steady throughput of as many ranks, summed over time. With --lost-every N
+three of four slots stay, and the fourth is lost every N seconds, in the midst of a step, and there again N / 4 later.
 A pass sleeps (tests/ranks/slow_recipe.py), so that a step takes as long as its rank's part, however few the cores.
 """
 
@@ -15,15 +17,17 @@ import argparse
 import contextlib
 import itertools
 import json
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
+from hvdtrain.ledger.verify import verify_ledger
 from tests.benchmarks.elastic_log import METRICS
 from tests.benchmarks.elastic_runs import NAMES, Fails, Hvdtrain, folder
 from tests.benchmarks.tables import Table, publish
@@ -58,6 +62,8 @@ TRACE = (
     (575, 3, "join"),
 )
 LENGTH = 600  # seconds
+Event = tuple[float, int, str]
+Trace = Sequence[Event]
 
 
 class Slots(NamedTuple):
@@ -67,13 +73,20 @@ class Slots(NamedTuple):
     count: int
 
 
+def lose_every(seconds: float) -> list[Event]:
+    """A trace of ten minutes in which one slot after the other is lost, and comes back."""
+    moments = [seconds * number for number in range(1, int(LENGTH // seconds))]
+    lost = [(moment, number % 4, "lost") for number, moment in enumerate(moments)]
+    return sorted([*lost, *((moment + seconds / 4, slot, "join") for moment, slot, _ in lost)])
+
+
 @contextlib.contextmanager
-def training(slots: tuple[int, ...]) -> Iterator[Hvdtrain]:
+def training(slots: tuple[int, ...], more: list[str]) -> Iterator[Hvdtrain]:
     with folder() as path:
         options = ["--batch-size", str(BATCH), "--micro-batch", str(MICRO), "--pause", str(PAUSE), "--epochs", "2000"]
         options += ["--schedule", "constant", "--lr", "0.01", "--eval-every", "1000000", "--checkpoint-every", "100"]
         with (
-            ElasticJob(path, hosts_of(slots), *options, launch=[]) as job,
+            ElasticJob(path, hosts_of(slots), *options, *more, launch=[]) as job,
             Hvdtrain(job, path, job.run_dir / METRICS) as run,
         ):
             run.settle(len(slots), SETTLING)
@@ -84,20 +97,20 @@ def hosts_of(slots: tuple[int, ...]) -> str:
     return " ".join(f"{NAMES[slot]}:1" for slot in slots)
 
 
-def steady(ranks: int) -> float:
+def steady(ranks: int, more: list[str]) -> float:
     """Examples per second."""
-    with training(tuple(range(ranks))) as run:
+    with training(tuple(range(ranks)), more) as run:
         run.settle(ranks, SETTLING + STEADY)
         steps = run.steps()[SETTLING:]
         return BATCH * (len(steps) - 1) / (steps[-1].at - steps[0].at)
 
 
-def replay(scale: float) -> dict[str, Any]:
-    """Go through the trace; what there was of slots, and what was done, by seconds from the beginning."""
-    with training(FIRST) as run:
-        slots, began = set(FIRST), time.monotonic()
+def replay(trace: Trace, first: tuple[int, ...], scale: float, more: list[str]) -> dict[str, Any]:
+    """Go through a trace; what there was of slots, and what was done, by seconds from the beginning."""
+    with training(first, more) as run:
+        slots, began = set(first), time.monotonic()
         history = [Slots(0.0, len(slots))]
-        for second, slot, what in TRACE:
+        for second, slot, what in trace:
             wait(run, began + second / scale)
             worker = worker_on(run, NAMES[slot]) if what == "lost" else None
             (slots.add if what == "join" else slots.remove)(slot)
@@ -114,12 +127,13 @@ def replay(scale: float) -> dict[str, Any]:
         run.job.process.send_signal(signal.SIGINT)
         run.job.end(75, hurry=False)
         verify(run.job.run_dir)
+        again = verify_ledger(run.job.run_dir).owed  # lost in rounds of local steps, and trained again
         losses = {row["step"]: row["loss"] for row in rows(run.job.run_dir)}
     done = [
         {"at": one.at - began, "step": one.row["step"], "size": step.size, "loss": losses[one.row["step"]]}
         for one, step in zip(seen, steps, strict=False)
     ]
-    return {"length": length, "slots": history, "done": done}
+    return {"length": length, "slots": history, "done": done, "again": again}
 
 
 def wait(run: Hvdtrain, until: float) -> None:
@@ -151,7 +165,7 @@ def possible(slots: list[Slots], length: float, rates: dict[int, float]) -> floa
 def trained(found: dict[str, Any]) -> int:
     """How many examples were, in the time of the trace."""
     within = [one["step"] for one in found["done"] if 0 <= one["at"] <= found["length"]]
-    return BATCH * (within[-1] - within[0])
+    return BATCH * (within[-1] - within[0]) - found["again"]
 
 
 def plot(found: dict[str, Any], rates: dict[int, float], path: Path) -> None:
@@ -187,19 +201,25 @@ def plot(found: dict[str, Any], rates: dict[int, float], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=2.0, help="how many times faster than the trace's ten minutes")
+    parser.add_argument("--lost-every", type=float, help="seconds; instead of the trace of joins and leaves")
+    parser.add_argument("--run", default="", help="options of the runs")
     parser.add_argument("--json", type=Path, help="file for the results, for tests/benchmarks/page.py")
     parser.add_argument("--plot", type=Path, help="file for a plot")
     options = parser.parse_args()
-    rates = {}
-    for ranks in range(1, 5):
-        rates[ranks] = steady(ranks)
+    rates, more = {}, shlex.split(options.run)
+    trace: Trace = TRACE
+    first: tuple[int, ...] = FIRST
+    if options.lost_every:
+        trace, first = lose_every(options.lost_every), (0, 1, 2, 3)
+    for ranks in range(1, 5) if not options.lost_every else (3, 4):
+        rates[ranks] = steady(ranks, more)
         print(f"  {ranks} ranks  {rates[ranks]:7.1f} samples/s", file=sys.stderr, flush=True)
-    found = replay(options.scale)
+    found = replay(trace, first, options.scale, more)
     most, useful = possible(found["slots"], found["length"], rates), trained(found)
     worlds = sum(one["size"] != other["size"] for one, other in itertools.pairwise(found["done"]))
     if options.plot:
         plot(found, rates, options.plot)
-    caption = f"{len(TRACE)} joins and leaves in {found['length']:.0f} s, {worlds} changes of size, exactly once:"
+    caption = f"{len(trace)} joins and leaves in {found['length']:.0f} s, {worlds} changes of size, exactly once:"
     row = [f"{useful:,}", f"{most:,.0f}", f"{useful / most:.1%}"]
     publish(options.json, [Table(["examples trained", "possible at steady rates", "goodput"], [row], caption)])
 
