@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.compression.codec import Codec, RandomKey
-from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
+from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions, complete_last_block
 from hvdtrain.compression.scatter_reducer import PartOwner
 
 
@@ -108,10 +108,8 @@ class CompressedScatterReducer(PartOwner, CompressedReducer):
     def _fill_row(self, row: Tensor, part: Tensor) -> None:
         """Write a part into a row: its last block is filled with its own values, as in `_pad_into_rows`."""
         row[: len(part)] = part
-        missing = -len(part) % self.codec.block_size
-        if missing:
-            last = part[len(part) - len(part) % self.codec.block_size :]
-            row[len(part) : len(part) + missing] = last.repeat(-(-missing // len(last)))[:missing]
+        again = complete_last_block(part, self.codec.block_size)
+        row[len(part) : len(part) + len(again)] = again
 
     def _pad_into_rows(self, flat: Tensor) -> Tensor:
         rows = flat.new_zeros(self.size, self.part_size)

@@ -259,11 +259,17 @@ class CompressedReducer(Reducer):
         """
         missing = self.size * self.part_size - len(flat)
         if missing:
-            last = flat[(len(flat) - 1) // self.codec.block_size * self.codec.block_size :]
-            again = last.repeat(-(-self.codec.block_size // len(last)))[len(last) : self.codec.block_size]
+            again = complete_last_block(flat, self.codec.block_size)
             flat = torch.cat([flat, again, flat.new_zeros(missing - len(again))])
         return flat.view(self.size, self.part_size)
 
     def _flatten_rows(self, rows: Tensor) -> Tensor:
         """Return (size, part_size) as (n,)."""
         return rows.flatten()[: len(self.flat)]
+
+
+def complete_last_block(x: Tensor, block_size: int) -> Tensor:
+    """Return (fewer than block_size,) what fills the last block of x, (n,): its own values again."""
+    count = len(x) % block_size
+    last = x[len(x) - count :]
+    return last.repeat(-(-block_size // max(1, count)))[count:block_size]

@@ -19,7 +19,7 @@ the same however they are dealt.
 In rounds of local steps a rank that is lost takes along what it has changed (hvdtrain.training.open_round). A line
 "# lost 40 128-192,256-320" says that after step 40 the changes of these positions of the epoch's order were lost; they
 are owed to the epoch. A line "# owed 41 128-192,256-320" says that step 41 was made of these, instead of the next ones:
-its row has the place where the order goes on.
+its row has the place where the order continues.
 
 A line "# order" names the file next to the segments, weights-41a8....npz, that holds what the recipe's `sampler` gave
 for an epoch; an epoch without such a line was shuffled.

@@ -39,7 +39,7 @@ class ReplayedStep:
 
     @property
     def end(self) -> int:
-        """The position at which the order goes on."""
+        """The position at which the order continues."""
         return self.row.offset + (0 if self.owed else self.row.fed)
 
 

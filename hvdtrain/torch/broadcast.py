@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,7 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import check_agreement
 from hvdtrain.torch.consistency import model_parts
 from hvdtrain.torch.readable import check_readable, make_savable
-from hvdtrain.torch.tensors import is_writable_in_place, named_tensors, overwrite_tensor, read_tensors
+from hvdtrain.torch.tensors import is_writable_in_place, named_tensors, overwrite_tensor, read_tensors, write_tensors
 
 
 def broadcast_state(
@@ -41,9 +40,7 @@ def broadcast_state(
     if odd := [
         t for t in everything if not is_writable_in_place(t)
     ]:  # sparse, expanded, quantized: the same already, as a rule
-        buffer = io.BytesIO()
-        torch.save([t.detach() for t in odd], buffer)
-        data = collectives.broadcast_bytes(buffer.getvalue(), "state.odd", root, process_set)
+        data = collectives.broadcast_bytes(write_tensors([t.detach() for t in odd]), "state.odd", root, process_set)
         for t, value in zip(odd, read_tensors(data), strict=True):
             overwrite_tensor(model, t, value)
     if optimizer is not None:
@@ -57,11 +54,9 @@ def broadcast_optimizer(optimizer: torch.optim.Optimizer, root: int = 0, process
     make_savable(optimizer)
     state = optimizer.state_dict()
     check_readable(state, "the optimizer's state")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = collectives.broadcast_bytes(buffer.getvalue(), "state.optimizer", root, process_set)
+    data = collectives.broadcast_bytes(write_tensors(state), "state.optimizer", root, process_set)
     if collectives.rank() != root:
-        loaded = torch.load(io.BytesIO(data), weights_only=True)
+        loaded = read_tensors(data)
         load_in_place(optimizer, lambda: optimizer.load_state_dict(loaded))
 
 

@@ -11,10 +11,8 @@ barrier                         all have their parts: what was held is dropped
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
@@ -28,7 +26,7 @@ from hvdtrain.torch.shard_state import copy_to_host
 from hvdtrain.torch.sharded_ema import ShardedAverage
 from hvdtrain.torch.sharding import OptimizerSharding
 from hvdtrain.torch.shards import OptimizerShards, use_pieces
-from hvdtrain.torch.tensors import read_tensors
+from hvdtrain.torch.tensors import read_tensors, write_tensors
 
 Need = tuple[Piece, list[Interval]]  # a piece, and where its values come from
 Plan = list[list[list[Need]]]  # of each bucket, of each rank: what it needs
@@ -163,11 +161,7 @@ def send_states(outgoing: Sequence[list[StateDict]], needs: Sequence[list[Need]]
     """
     if all(i.rank == rank for rank, theirs in enumerate(needs) for _, sources in theirs for i in sources):
         return [[] for _ in outgoing]
-    packed = []
-    for states in outgoing:
-        buffer = io.BytesIO()
-        torch.save(states, buffer)
-        packed.append(buffer.getvalue() if states else b"")
+    packed = [write_tensors(states) if states else b"" for states in outgoing]
     return [read_tensors(data) if data else [] for data in exchange_bytes(packed, name)]
 
 

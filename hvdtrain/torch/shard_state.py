@@ -5,7 +5,6 @@ It is gathered bucket by bucket into rank 0's host memory. Each rank loads its p
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from hvdtrain.comm.uneven import gather_on_root
 from hvdtrain.exchange.buckets import view_like
 from hvdtrain.torch.encoded_changes import settle_unsent
+from hvdtrain.torch.held_parts import is_sized, join_parts
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.optimizer_methods import read_param_groups
 from hvdtrain.torch.pieces import Piece, cut_state
 from hvdtrain.torch.shards import OptimizerShards, use_pieces
-from hvdtrain.torch.tensors import read_tensors
+from hvdtrain.torch.tensors import read_tensors, write_tensors
 
 ParameterState = StateDict  # what an optimizer keeps of a parameter, or of a piece of it, by its own names
 
@@ -29,10 +29,8 @@ def gather_whole_state(shards: OptimizerShards) -> dict[nn.Parameter, ParameterS
     found: dict[nn.Parameter, ParameterState] = {}
     for number, bucket in enumerate(shards.buckets):
         own = [copy_to_host(shards.optimizer.state.get(values, {})) for _, values in bucket.own]
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
         gathered: dict[nn.Parameter, list[tuple[Piece, ParameterState]]] = {}
-        for rank, data in enumerate(gather_on_root(buffer.getvalue(), f"{shards.name}state.{number}")):
+        for rank, data in enumerate(gather_on_root(write_tensors(own), f"{shards.name}state.{number}")):
             for piece, state in zip(bucket.list_pieces(rank), read_tensors(data), strict=True):
                 gathered.setdefault(piece.param, []).append((piece, state))
         found |= {p: join_states(parts) for p, parts in gathered.items() if parts[0][1]}
@@ -49,11 +47,8 @@ def join_states(parts: Sequence[tuple[Piece, ParameterState]]) -> ParameterState
     (first, state), p = parts[0], parts[0][0].param
     if first.whole:
         return state
-    joined = dict(state)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == (first.end - first.start,):
-            joined[key] = view_like(torch.cat([part[key] for _, part in parts]), p)
-    return joined
+    joined = join_parts([(piece.end - piece.start, part) for piece, part in parts])
+    return {k: view_like(joined[k], p) if is_sized(v, first.end - first.start) else v for k, v in state.items()}
 
 
 def make_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | None) -> StateDict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.shard_state import gather_whole_state
-from hvdtrain.torch.tensors import load_module_state, read_tensors
+from hvdtrain.torch.tensors import load_module_state, read_tensors, write_tensors
 from hvdtrain.torch.update import Updater
 
 
@@ -49,9 +48,7 @@ class TrainingState:
             state["ema"] = self.ema.state_dict()
         if self.recipe_state.exists:
             state["recipe"] = self.recipe_state.collect_values()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        return buffer.getvalue()
+        return write_tensors(state)
 
     def serialize_anchor(self) -> bytes:
         """Return this rank's state for ranks that join it; in a round of local steps with the parameters of its start.

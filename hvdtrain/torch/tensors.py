@@ -64,6 +64,13 @@ def read_version(tensor: Tensor) -> TensorVersion:
     return version, tensor.data_ptr() if plain else 0
 
 
+def write_tensors(value: object) -> bytes:
+    """Return tensors and plain values as bytes, which `read_tensors` reads."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
 def read_tensors(data: bytes, device: torch.device | None = None) -> Any:
     """Return what `torch.save` has written, of tensors and plain values only."""
     with warnings.catch_warnings():

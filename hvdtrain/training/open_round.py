@@ -6,7 +6,7 @@ rolls back: the others keep what they have changed, and compare what that was ma
     fed     positions of the epoch's order that the steps of the round have consumed, the same on all ranks
     own     those of them whose change this rank has
     lost    fed - the union of all ranks' own: nobody has their change; they are owed by the run to its epoch
-            (Position.owed), and the next steps of the epoch are made of them, before the order goes on
+            (Position.owed), and the next steps of the epoch are made of them, before the order continues
 
 So a rank that has left in any way, one that has not finished a step that others have, and one that comes in the midst
 of a round, are the same case. A rank that has not seen the end of a round that another one has finished takes the new
