@@ -21,6 +21,7 @@ from hvdtrain.exchange.advisor import Advisor
 from hvdtrain.exchange.buckets import HEAD_SIZE, SPARSE_FLAG, Bucket, ExchangeConfig
 from hvdtrain.exchange.hooks import GradientHooks
 from hvdtrain.exchange.layout import expects_gradient
+from hvdtrain.exchange.local_tensors import get_local_gradient, wrap_local
 from hvdtrain.exchange.mistakes import check_same_round
 from hvdtrain.exchange.parameter_checks import check_parameters
 from hvdtrain.exchange.partition import NamedParameters
@@ -116,11 +117,12 @@ class BucketedExchange(GradientHooks):
     def store_gradient(self, bucket: Bucket, index: int) -> None:
         p, view = bucket.params[index], bucket.views[index]
         assert p.grad is not None
-        bucket.flags[index] = SPARSE_FLAG if p.grad.is_sparse else 1
+        gradient = get_local_gradient(p)
+        bucket.flags[index] = SPARSE_FLAG if gradient.is_sparse else 1
         # Rows of a sparse gradient (an embedding's) travel densely: so the sizes stay fixed.
-        bucket.put_gradient(index, p.grad.to_dense() if p.grad.is_sparse else p.grad, self.steps)
-        if p.grad is not view and p.grad.dtype == view.dtype:
-            p.grad = view  # its memory can be used again at once
+        bucket.put_gradient(index, gradient.to_dense() if gradient.is_sparse else gradient, self.steps)
+        if gradient is not view and gradient.dtype == view.dtype:
+            p.grad = wrap_local(view, p)  # its memory can be used again at once
         bucket.filled.add(index)
 
     def send_bucket(self, bucket: Bucket, *, dropped: bool = False) -> None:

@@ -19,6 +19,7 @@ from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
 from hvdtrain.compression.scatter_reducer import PartOwner, ScatterReducer
 from hvdtrain.compression.spec import AUTO, NONE, Spec, make_codec
+from hvdtrain.exchange.local_tensors import get_local, is_divided, wrap_local
 from hvdtrain.exchange.parameter_checks import WIRE_DTYPES
 from hvdtrain.exchange.partition import NamedParameters, Partition
 
@@ -140,7 +141,7 @@ class Bucket:
             elif ranks < 0.9:  # optimizers for sparse gradients accept no others
                 p.grad = view.to(p.dtype).to_sparse(1)
             elif p.grad is not view:
-                p.grad = view.to(p.dtype)  # the view itself if the types are the same
+                p.grad = wrap_local(view.to(p.dtype), p)  # the view itself if the types are the same
 
     def split_flat(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the parameters' parts of a tensor that is laid out as the reducer's flat."""
@@ -156,17 +157,18 @@ class Bucket:
 
 
 def real_numel(p: torch.Tensor) -> int:
-    """Return how many real numbers a parameter holds: two for each complex one."""
-    return p.numel() * (2 if p.is_complex() else 1)
+    """Return how many real numbers this rank has of a parameter: two for each complex one."""
+    return get_local(p).numel() * (2 if p.is_complex() else 1)
 
 
 def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
-    """Return a parameter's shape as a matrix (n, m): (1, n) for one axis or none.
+    """Return the shape of what this rank has of a parameter as a matrix (n, m): (1, n) for one axis or none.
 
     Its axes are divided into the first few and the others so that min(n, m) is largest; by the first division if
     several are equal. A convolution's kernel of torch, (O, I, H, W), becomes (O, IHW), one of JAX or Keras,
     (H, W, I, O), becomes (HWI, O).
     """
+    p = get_local(p)
     if p.dim() < 2:
         return 1, p.numel()
     rows = itertools.accumulate(p.shape[:-1], operator.mul)
@@ -196,13 +198,13 @@ def iterate_bucket_members(
     named: NamedParameters, config: ExchangeConfig
 ) -> Iterator[tuple[NamedParameters, torch.dtype, str | None]]:
     """Yield the parameters of each bucket, the type in which they travel, and the argument of their codec or None."""
-    groups: dict[tuple[torch.dtype, torch.device, str | None, bool | torch.dtype], NamedParameters] = {}
+    groups: dict[tuple[torch.dtype, torch.device, str | None, object], NamedParameters] = {}
     for name, p in named:
-        argument = None if p.is_complex() else config.spec.argument_for(name, p.numel(), p.dim())
+        argument = None if p.is_complex() else config.spec.argument_for(name, get_local(p).numel(), p.dim())
         # Codecs take float32.
         dtype = WIRE_DTYPES.get(p.dtype.to_real(), torch.float32) if argument is None else torch.float32
-        # Parameters that are gathered lie in one tensor.
-        kind = p.is_complex() if config.partition is None else p.dtype
+        # Parameters that are gathered lie in one tensor; what all ranks of a replica have alike is encoded alike.
+        kind = (p.is_complex() if config.partition is None else p.dtype, is_divided(p))
         groups.setdefault((dtype, p.device, argument, kind), []).append((name, p))
     for (dtype, device, argument, _), members in groups.items():
         plain_on_gpu = device.type == "cuda" and argument is None
@@ -279,7 +281,7 @@ def make_reducer(
 def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Return views of flat for the parameters, one after the other, in their own shapes and memory formats."""
     views, offset = [], 0
-    for p in params:
+    for p in map(get_local, params):
         piece = flat[offset : offset + real_numel(p)]
         offset += real_numel(p)
         if p.is_complex():
