@@ -21,7 +21,7 @@ from hvdtrain.exchange.advisor import Advisor
 from hvdtrain.exchange.buckets import HEAD_SIZE, SPARSE_FLAG, Bucket, ExchangeConfig
 from hvdtrain.exchange.hooks import GradientHooks
 from hvdtrain.exchange.layout import expects_gradient
-from hvdtrain.exchange.local_tensors import get_local_gradient, wrap_local
+from hvdtrain.exchange.local_tensors import local_gradient, wrap_local
 from hvdtrain.exchange.mistakes import check_same_round
 from hvdtrain.exchange.parameter_checks import check_parameters
 from hvdtrain.exchange.partition import NamedParameters
@@ -117,7 +117,7 @@ class BucketedExchange(GradientHooks):
     def store_gradient(self, bucket: Bucket, index: int) -> None:
         p, view = bucket.params[index], bucket.views[index]
         assert p.grad is not None
-        gradient = get_local_gradient(p)
+        gradient = local_gradient(p)
         bucket.flags[index] = SPARSE_FLAG if gradient.is_sparse else 1
         # Rows of a sparse gradient (an embedding's) travel densely: so the sizes stay fixed.
         bucket.put_gradient(index, gradient.to_dense() if gradient.is_sparse else gradient, self.steps)

@@ -19,7 +19,7 @@ from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer, ReducerOptions
 from hvdtrain.compression.scatter_reducer import PartOwner, ScatterReducer
 from hvdtrain.compression.spec import AUTO, NONE, Spec, make_codec
-from hvdtrain.exchange.local_tensors import get_local, is_divided, wrap_local
+from hvdtrain.exchange.local_tensors import is_split_dtensor, local_tensor, wrap_local
 from hvdtrain.exchange.parameter_checks import WIRE_DTYPES
 from hvdtrain.exchange.partition import NamedParameters, Partition
 
@@ -158,7 +158,7 @@ class Bucket:
 
 def real_numel(p: torch.Tensor) -> int:
     """Return how many real numbers this rank has of a parameter: two for each complex one."""
-    return get_local(p).numel() * (2 if p.is_complex() else 1)
+    return local_tensor(p).numel() * (2 if p.is_complex() else 1)
 
 
 def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
@@ -168,7 +168,7 @@ def matrix_shape(p: torch.Tensor) -> tuple[int, int]:
     several are equal. A convolution's kernel of torch, (O, I, H, W), becomes (O, IHW), one of JAX or Keras,
     (H, W, I, O), becomes (HWI, O).
     """
-    p = get_local(p)
+    p = local_tensor(p)
     if p.dim() < 2:
         return 1, p.numel()
     rows = itertools.accumulate(p.shape[:-1], operator.mul)
@@ -200,11 +200,11 @@ def iterate_bucket_members(
     """Yield the parameters of each bucket, the type in which they travel, and the argument of their codec or None."""
     groups: dict[tuple[torch.dtype, torch.device, str | None, object], NamedParameters] = {}
     for name, p in named:
-        argument = None if p.is_complex() else config.spec.argument_for(name, get_local(p).numel(), p.dim())
+        argument = None if p.is_complex() else config.spec.argument_for(name, local_tensor(p).numel(), p.dim())
         # Codecs take float32.
         dtype = WIRE_DTYPES.get(p.dtype.to_real(), torch.float32) if argument is None else torch.float32
         # Parameters that are gathered lie in one tensor; what all ranks of a replica have alike is encoded alike.
-        kind = (p.is_complex() if config.partition is None else p.dtype, is_divided(p))
+        kind = (p.is_complex() if config.partition is None else p.dtype, is_split_dtensor(p))
         groups.setdefault((dtype, p.device, argument, kind), []).append((name, p))
     for (dtype, device, argument, _), members in groups.items():
         plain_on_gpu = device.type == "cuda" and argument is None
@@ -281,7 +281,7 @@ def make_reducer(
 def make_views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Return views of flat for the parameters, one after the other, in their own shapes and memory formats."""
     views, offset = [], 0
-    for p in map(get_local, params):
+    for p in map(local_tensor, params):
         piece = flat[offset : offset + real_numel(p)]
         offset += real_numel(p)
         if p.is_complex():

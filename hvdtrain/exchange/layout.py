@@ -16,7 +16,7 @@ from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.exchange.buckets import HEAD_SIZE, Bucket, ExchangeConfig, make_buckets
 from hvdtrain.exchange.checksums import checksum_tensor
-from hvdtrain.exchange.local_tensors import get_local
+from hvdtrain.exchange.local_tensors import local_tensor
 from hvdtrain.exchange.partition import Partition
 from hvdtrain.system.errors import RunError
 
@@ -75,7 +75,7 @@ class BucketLayout:
         """Return the buckets as they are sent."""
         reports = []
         for bucket in self.buckets:
-            values = sum(get_local(p).numel() for p in bucket.params)
+            values = sum(local_tensor(p).numel() for p in bucket.params)
             wire_bytes = 0 if bucket.suspended else bucket.reducer.wire_bytes  # rings are symmetric
             reports.append(BucketReport(len(bucket.params), values, bucket.method, wire_bytes, wire_bytes))
         return reports

@@ -11,36 +11,36 @@ import torch
 from torch import Tensor
 
 
-def is_distributed(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, of which each rank of its mesh has a part or a copy."""
     return hasattr(tensor, "_local_tensor")
 
 
-def is_divided(tensor: Tensor) -> bool:
+def is_split_dtensor(tensor: Tensor) -> bool:
     """Return whether this rank has a part of a tensor only."""
     distributed: Any = tensor
-    return is_distributed(tensor) and not all(placement.is_replicate() for placement in distributed.placements)
+    return is_dtensor(tensor) and not all(placement.is_replicate() for placement in distributed.placements)
 
 
-def get_local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, without a copy; any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def get_local_gradient(p: torch.nn.Parameter) -> Tensor:
+def local_gradient(p: torch.nn.Parameter) -> Tensor:
     """Return the gradient of this rank's part of a parameter that has one.
 
     Of a copy that each rank has used for its part of the work (sequence parallelism) the gradient is summed first.
     """
     gradient, distributed = cast(Any, p.grad), cast(Any, p)
-    if is_distributed(gradient) and gradient.placements != distributed.placements:
+    if is_dtensor(gradient) and gradient.placements != distributed.placements:
         gradient = gradient.redistribute(placements=distributed.placements)
-    return get_local(gradient)
+    return local_tensor(gradient)
 
 
 def wrap_local(local: Tensor, like: Tensor) -> Tensor:
     """Return a tensor that this rank has `local` of, and the other ranks of the mesh the rest, as of a parameter."""
-    if not is_distributed(like):
+    if not is_dtensor(like):
         return local
     distributed: Any = like
     return type(distributed).from_local(  # type: ignore[no-any-return]
