@@ -10,11 +10,12 @@ import click
 from hvdtrain.cli import options
 from hvdtrain.cli.config_file import format_config
 from hvdtrain.cli.rank import exit_on_failure, report_failure, set_rank_threads, start_rank
-from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, rank_from_environment
+from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, keep_mpi, rank_from_environment
 from hvdtrain.elastic.elastic_membership import membership_from_environment
 from hvdtrain.elastic.membership import Membership
 from hvdtrain.elastic.slot import MEMBER_VARIABLE
 from hvdtrain.elastic.supervisor import Supervisor
+from hvdtrain.exchange.step_options import asks_for_grid
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.recipe.source import RecipeSource
@@ -69,6 +70,8 @@ def train_command(ctx: click.Context, args: tuple[str, ...]) -> int:
             return print_config(arguments)
         if arguments.given_options.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
+        if asks_for_grid(arguments.given_options):
+            keep_mpi()
         activity.enter_activity("meeting the other ranks", waits=True, patient=True)
         with exit_on_failure(membership):
             world = start_rank(membership)

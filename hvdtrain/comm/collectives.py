@@ -2,23 +2,23 @@
 
 The group says which of the two: over Horovod the name matches the tensors of all ranks, over a `TorchGroup` the order
 in which a rank starts its collectives. Horovod is imported when it is first used, so that those who have none can use
-the latter.
+the latter. No group is all ranks: of Horovod's world, or in a grid, where those are a column of it only
+(hvdtrain.comm.grid), of a `TorchGroup`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdtrain.comm.lazy_horovod import LazyHorovod, load_peers_lost
+from hvdtrain.comm.lazy_horovod import Column, LazyHorovod, load_peers_lost
 from hvdtrain.comm.torch_group import TorchCollective, TorchGroup
 from hvdtrain.system import activity
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
@@ -38,23 +38,43 @@ else:
 
 T = TypeVar("T")
 Handle: TypeAlias = "int | TorchCollective"
-Group: TypeAlias = "hvd.ProcessSet | TorchGroup | None"  # the ranks that take part; None: all of Horovod's
+Group: TypeAlias = "hvd.ProcessSet | TorchGroup | Column | None"  # the ranks that take part; None: all
+COLUMN = Column()  # Horovod's ranks, also in a grid
+_everyone: TorchGroup | None = None  # all ranks, in a grid
 _collective_names: dict[Handle, str] = {}  # of Horovod's collectives that were started and not yet waited for
+
+
+def set_everyone(group: TorchGroup | None) -> None:
+    """From now on let no group be all ranks of this one; None: of Horovod's world."""
+    global _everyone
+    _everyone = group
+
+
+def _find_torch_group(group: Group) -> TorchGroup | None:
+    """Return the torch group of a collective; None: Horovod carries it."""
+    group = _everyone if group is None else group
+    return group if isinstance(group, TorchGroup) else None
+
+
+def _find_process_set(group: Group) -> Any:
+    """Return Horovod's process set of a collective that Horovod carries."""
+    return hvd.global_process_set if group is None or group is COLUMN else group
 
 
 def rank(group: Group = None) -> int:
     """Return this process's rank in a group that it belongs to."""
-    return hvd.rank() if group is None else group.rank()
+    return (_find_torch_group(group) or group or COLUMN).rank()
 
 
 def size(group: Group = None) -> int:
     """Return the number of ranks in a group."""
-    return hvd.size() if group is None else group.size()
+    return (_find_torch_group(group) or group or COLUMN).size()
 
 
 def second_round_group(group: Group) -> Group:
     """Return the group of collectives whose order among the others' may differ between ranks."""
-    return group.second if isinstance(group, TorchGroup) else group
+    torch_group = _find_torch_group(group)
+    return group if torch_group is None else torch_group.second
 
 
 def is_initialized() -> bool:
@@ -64,19 +84,17 @@ def is_initialized() -> bool:
 
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
-    if isinstance(group, TorchGroup):
-        return group.start_all_reduce(tensor, average)
+    if (torch_group := _find_torch_group(group)) is not None:
+        return torch_group.start_all_reduce(tensor, average)
     op = hvd.Average if average else hvd.Sum
-    return remember_name(
-        hvd.allreduce_async_(tensor, name=name, op=op, process_set=group or hvd.global_process_set), name
-    )
+    return remember_name(hvd.allreduce_async_(tensor, name=name, op=op, process_set=_find_process_set(group)), name)
 
 
 def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start sending part i of a 1-D tensor, cut into equal parts, to rank i; `wait` returns the parts in rank order."""
-    if isinstance(group, TorchGroup):
-        return group.start_all_to_all(tensor)
-    return remember_name(hvd.alltoall_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
+    if (torch_group := _find_torch_group(group)) is not None:
+        return torch_group.start_all_to_all(tensor)
+    return remember_name(hvd.alltoall_async(tensor, name=name, process_set=_find_process_set(group)), name)
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
@@ -85,9 +103,9 @@ def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Ha
     The first dimension may differ between ranks, and be 0 on some, unless the group is a TorchGroup; the others may
     not.
     """
-    if isinstance(group, TorchGroup):
-        return group.start_all_gather(tensor)
-    return remember_name(hvd.allgather_async(tensor, name=name, process_set=group or hvd.global_process_set), name)
+    if (torch_group := _find_torch_group(group)) is not None:
+        return torch_group.start_all_gather(tensor)
+    return remember_name(hvd.allgather_async(tensor, name=name, process_set=_find_process_set(group)), name)
 
 
 def remember_name(handle: Handle, name: str) -> Handle:
@@ -102,32 +120,10 @@ def forget_names() -> None:
 
 
 def broadcast_async_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> Handle:
-    """Start overwriting a contiguous tensor with the root's; the root is a rank of the world, not of the group."""
-    return hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set)  # type: ignore[no-any-return]
-
-
-class CallCounter(dict[Handle, Any]):
-    """Horovod's table of collectives in progress, which counts those that are started."""
-
-    calls = 0
-
-    def __setitem__(self, handle: Handle, tensors: Any) -> None:
-        self.calls += 1
-        super().__setitem__(handle, tensors)
-
-
-@contextlib.contextmanager
-def count_calls() -> Iterator[CallCounter]:
-    """Count the collectives that any code in this process starts; yields the counter."""
-    mpi_ops = hvd.mpi_ops
-    table = mpi_ops._handle_map
-    counter = mpi_ops._handle_map = CallCounter(table)
-    try:
-        yield counter
-    finally:
-        table.clear()
-        table.update(counter)
-        mpi_ops._handle_map = table
+    """Start overwriting a contiguous tensor with the root's; the root is a rank of the world, not of a process set."""
+    if (torch_group := _find_torch_group(group)) is not None:
+        return torch_group.start_broadcast(tensor, root)
+    return remember_name(hvd.broadcast_async_(tensor, root, name=name, process_set=_find_process_set(group)), name)
 
 
 def is_complete(handle: Handle) -> bool:
@@ -145,7 +141,7 @@ def wait(handle: Handle) -> torch.Tensor:
     threads spin and yield, and each yield to this thread delays them (Linux 6.18). With intervals of 0.2 ms, three
     ranks on two cores made no progress for a minute.
     """
-    if isinstance(handle, TorchCollective):
+    if isinstance(handle, TorchCollective) and not handle.beside_horovod:
         return handle.wait()
     name = _collective_names.pop(handle, "")
     if not is_complete(handle):
@@ -154,19 +150,17 @@ def wait(handle: Handle) -> torch.Tensor:
             while not is_complete(handle):
                 time.sleep(pause)
                 pause = min(2 * pause, 1e-3)
+    if isinstance(handle, TorchCollective):
+        return handle.wait()
     output = hvd.synchronize(handle)
     # An all-to-all also returns the sizes received.
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> None:
-    """Overwrite a contiguous tensor with the root's; the root is a rank of the world, not of the group."""
+    """Overwrite a contiguous tensor with the root's; the root is a rank of the world, not of a process set."""
     if size(group) > 1:
-        wait(
-            remember_name(
-                hvd.broadcast_async_(tensor, root, name=name, process_set=group or hvd.global_process_set), name
-            )
-        )
+        wait(broadcast_async_(tensor, name, root, group))
 
 
 def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group = None) -> bytes:
@@ -176,7 +170,7 @@ def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group =
         return data
     length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
     broadcast_(length, f"{name}.length", root, group)
-    if hvd.rank() == root:
+    if rank() == root:
         assert data is not None
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     else:
@@ -188,7 +182,7 @@ def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group =
 
 def broadcast_json(value: Any, name: str, root: int = 0) -> Any:
     """Return the root's value, encoded as JSON, on every rank; the others' values are ignored."""
-    data = json.dumps(value).encode() if hvd.rank() == root else None
+    data = json.dumps(value).encode() if rank() == root else None
     return json.loads(broadcast_bytes(data, name, root))
 
 
@@ -196,8 +190,8 @@ def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
     """Return every rank's value, encoded as JSON, in the order of ranks, on every rank."""
     if size(group) == 1:
         return [value]
-    if isinstance(group, TorchGroup):
-        return [json.loads(text) for text in group.gather_texts(json.dumps(value))]
+    if (torch_group := _find_torch_group(group)) is not None:
+        return [json.loads(text) for text in torch_group.gather_texts(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = wait(all_gather_async(torch.tensor([len(data)]), f"{name}.lengths", group)).tolist()
     joined = wait(all_gather_async(data, f"{name}.bytes", group)).numpy().tobytes()
@@ -218,8 +212,11 @@ def gather_rows(values: NDArray[Any], name: str) -> NDArray[Any]:
     """Return every rank's rows, (n, *shape) of any n, one after the other in the order of ranks, on every rank."""
     if size() == 1:
         return values
-    rows = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8).copy()
-    joined = wait(all_gather_async(torch.from_numpy(rows), name)).numpy()
+    rows = torch.from_numpy(np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8).copy())
+    if (torch_group := _find_torch_group(None)) is not None:
+        joined = torch.cat(torch_group.gather_uneven(rows)).numpy()
+    else:
+        joined = wait(all_gather_async(rows, name)).numpy()
     return joined.view(values.dtype).reshape(-1, *values.shape[1:])
 
 
@@ -235,7 +232,7 @@ def on_root(name: str, function: Callable[[], T], root: int = 0) -> T:
         UserError, RunError, RecipeError: what the root's `function` raised, with its text, on all ranks.
         Any other error of `function` is raised on the root as it is, and as a RunError that names it on the others.
     """
-    value, error = _call_and_catch(function) if hvd.rank() == root else (None, None)
+    value, error = _call_and_catch(function) if rank() == root else (None, None)
     answer = broadcast_json([value, _encode_error(error)], name, root)
     if answer[1] is not None:
         raise _make_agreed_error(answer[1], root, error, named=False)
@@ -288,7 +285,7 @@ def _make_agreed_error(failure: list[str], origin: int, own: Exception | None, *
     """Return what this rank raises for a failure on rank `origin`: the same on every rank if its class is known."""
     kind, text, trace, host = failure
     if kind not in ("UserError", "RunError", "RecipeError"):
-        if own is not None and hvd.rank() == origin:
+        if own is not None and rank() == origin:
             return own
         text, named = f"{kind}: {text}", True
     text = f"rank {origin} on {host}: {text}" if named else text
@@ -304,7 +301,7 @@ def _make_agreed_error(failure: list[str], origin: int, own: Exception | None, *
 
 def sum_float64(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     """Return the sum over ranks of a small float64 array."""
-    if hvd.size() == 1:
+    if size() == 1:
         return values
     return wait(all_reduce_async_(torch.from_numpy(values.copy()), name)).numpy()
 

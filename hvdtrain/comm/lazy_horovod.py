@@ -16,3 +16,15 @@ class LazyHorovod:
 def load_peers_lost() -> type[Exception]:
     """Return what Horovod's collectives raise when another rank has died or left."""
     return importlib.import_module("horovod.common.exceptions").HorovodInternalError  # type: ignore[no-any-return]
+
+
+class Column:
+    """All ranks of Horovod's world, as the group of a collective: in a grid they are a column of it."""
+
+    def rank(self) -> int:
+        """Return this process's rank among them."""
+        return LazyHorovod().rank()  # type: ignore[no-any-return]
+
+    def size(self) -> int:
+        """Return their number."""
+        return LazyHorovod().size()  # type: ignore[no-any-return]

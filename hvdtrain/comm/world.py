@@ -28,18 +28,69 @@ HOROVOD_FUSION_BYTES = 128 << 20  # Horovod's default of HOROVOD_FUSION_THRESHOL
 MALLOC_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
+communicators: list[Any] = [None]  # the mpi4py communicator of this world, if it is a part of an MPI job
 rendezvous_servers: dict[str, RendezvousServer | None] = {}  # keeps rank 0's server alive under srun
 
 
 @dataclass(frozen=True)
+class GridShape:
+    """How ranks are divided into replicas of the model.
+
+    Attributes:
+        replica_ranks: ranks that hold the model once.
+        same_batch: whether the ranks of a replica have the same part of the batch.
+        flags: the options that ask for it, for messages: "--stages 2".
+    """
+
+    replica_ranks: int = 1
+    same_batch: bool = True
+    flags: str = ""
+
+
+@dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` ranks, `local_rank` of `local_size` on `host`."""
+    """This process's place: `rank` of `size` ranks, `local_rank` of `local_size` on `host`.
+
+    In a grid (hvdtrain.comm.grid), blocks of consecutive ranks are replicas, each of which holds the model once.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     host: str
+    replica_ranks: int = 1  # ranks of a replica
+    batch_ranks: int = 1  # consecutive ranks that have the same part of the batch: a replica's, or one
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether replicas have several ranks."""
+        return self.replica_ranks > 1
+
+    @property
+    def replica(self) -> int:
+        """The number of this rank's replica."""
+        return self.rank // self.replica_ranks
+
+    @property
+    def place(self) -> int:
+        """This rank's place in its replica."""
+        return self.rank % self.replica_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that have different parts of the batch."""
+        return self.rank // self.batch_ranks
+
+    @property
+    def data_size(self) -> int:
+        """How many parts the batch has."""
+        return self.size // self.batch_ranks
+
+    @property
+    def counts_examples(self) -> bool:
+        """Whether this rank's scores count: of ranks with the same part of the batch, the last one's do."""
+        return self.rank % self.batch_ranks == self.batch_ranks - 1
 
 
 def rank_from_environment() -> int | None:
@@ -92,6 +143,7 @@ def init(comm: Any = None) -> World:
     restore_hangup_handler()
     if comm is not None or not hvd.is_initialized():
         hvd.init(comm)
+        communicators[0] = comm
     for name in alone:
         os.environ.pop(name, None)  # processes that this one launches choose for themselves
     if rendezvous_servers.get("here") is not None:
@@ -102,6 +154,15 @@ def init(comm: Any = None) -> World:
     if comm is None and world.size == 1 and srun.count_tasks() > 1 and "HOROVOD_RANK" not in os.environ:
         raise UserError(f"srun started {srun.count_tasks()} tasks that do not see each other: use `srun --mpi=none`")
     return world
+
+
+def keep_mpi() -> None:
+    """Let MPI outlive Horovod's world, so that Horovod can enter another: mpi4py starts it, if it is to be used.
+
+    Call it before `init`: an MPI that Horovod has started ends with its first world.
+    """
+    if "HOROVOD_RANK" not in os.environ and any(name in os.environ for name in RANK_VARIABLES):
+        from mpi4py import MPI as MPI
 
 
 def reject_stale_pmix(environ: Mapping[str, str]) -> None:

@@ -89,9 +89,10 @@ class Diagnosis:
         rows = np.array(self._step_times)
         mine = np.append(rows.view(np.int64).reshape(-1), np.int64(hash_checksums(checksums)))
         everyone = collectives.gather_array(mine, "diagnose.times")
-        drift = (
-            find_drift(collectives.gather_json(checksums, "diagnose.drift")) if len(set(everyone[:, -1])) > 1 else None
-        )
+        columns = [range(place, len(everyone), self.world.replica_ranks) for place in range(self.world.replica_ranks)]
+        drift = None
+        if any(len({everyone[rank, -1] for rank in column}) > 1 for column in columns):
+            drift = find_drift(collectives.gather_json(checksums, "diagnose.drift"), columns)
         times: StepTimes = everyone[:, :-1].copy().view(np.float64).reshape(-1, *rows.shape).transpose(1, 0, 2)
         lines = self.comparison.add_interval(times, number, gpus=self._gather_gpus())
         if drift is not None:

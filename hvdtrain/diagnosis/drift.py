@@ -24,18 +24,24 @@ def hash_checksums(checksums: Mapping[str, int]) -> int:
     return int.from_bytes(seen.digest(), "little", signed=True)
 
 
-def find_drift(checksums: Sequence[Mapping[str, int]]) -> Drift | None:
-    """Return what differs between the replicas, or None. checksums: of each rank, by name.
+def find_drift(checksums: Sequence[Mapping[str, int]], columns: Sequence[Sequence[int]] | None = None) -> Drift | None:
+    """Return what differs between the replicas, or None: in the first column in which anything does.
 
-    A tensor that only some ranks have differs.
+    A tensor that only some ranks of a column have differs.
     Of two ranks, and if no more than half agree, it is unknown which is right.
+
+    Args:
+        checksums: of each rank, by name.
+        columns: the ranks that hold the same part of the model; None: all hold all of it.
     """
-    names = dict.fromkeys(name for own in checksums for name in own)
-    differing = [name for name in names if len({own.get(name) for own in checksums}) > 1]
-    if not differing:
-        return None
-    values = [own.get(differing[0]) for own in checksums]
-    ((most, count),) = Counter(values).most_common(1)
-    majority = 2 * count > len(values)
-    ranks = [rank for rank, value in enumerate(values) if not majority or value != most]
-    return Drift(differing[0], ranks, majority, len(differing))
+    for column in columns or [range(len(checksums))]:
+        own = [checksums[rank] for rank in column]
+        names = dict.fromkeys(name for of_rank in own for name in of_rank)
+        differing = [name for name in names if len({of_rank.get(name) for of_rank in own}) > 1]
+        if differing:
+            values = [of_rank.get(differing[0]) for of_rank in own]
+            ((most, count),) = Counter(values).most_common(1)
+            majority = 2 * count > len(values)
+            ranks = [rank for rank, value in zip(column, values, strict=True) if not majority or value != most]
+            return Drift(differing[0], ranks, majority, len(differing))
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hvdtrain.comm.horovod_places import HorovodPlace, place_ranks
 from hvdtrain.elastic.records import GenerationPlan, PlannedMember
 
 
@@ -29,10 +30,9 @@ class RankAssignment:
         """Return the variables that Horovod reads when it starts."""
         address, port = self.server
         own = self.member
-        ranks = {"RANK": own.rank, "LOCAL_RANK": own.local_rank, "CROSS_RANK": own.cross_rank}
-        sizes = {"SIZE": self.size, "LOCAL_SIZE": own.local_size, "CROSS_SIZE": own.cross_size}
+        place = HorovodPlace(own.rank, self.size, own.local_rank, own.local_size, own.cross_rank, own.cross_size)
         meeting = {"GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port, "HOSTNAME": own.host}
-        return {f"HOROVOD_{name}": str(value) for name, value in {**ranks, **sizes, **meeting}.items()}
+        return place.to_environment() | {f"HOROVOD_{name}": str(value) for name, value in meeting.items()}
 
 
 def assign_ranks(line: Sequence[str], hosts: Mapping[str, str]) -> list[PlannedMember]:
@@ -45,15 +45,12 @@ def assign_ranks(line: Sequence[str], hosts: Mapping[str, str]) -> list[PlannedM
     by_host: dict[str, list[str]] = {}
     for member in line:
         by_host.setdefault(hosts[member], []).append(member)
-    members: list[PlannedMember] = []
-    for number, (host, own) in enumerate(by_host.items()):
-        for local_rank, member in enumerate(own):
-            # A cross communicator holds one member of each host that has a member with this local rank.
-            across = [i for i, others in enumerate(by_host.values()) if len(others) > local_rank]
-            cross_rank, cross_size = across.index(number), len(across)
-            rank, local_size = len(members), len(own)
-            members.append(PlannedMember(member, host, rank, local_rank, local_size, cross_rank, cross_size))
-    return members
+    ordered = [member for own in by_host.values() for member in own]
+    places = place_ranks([hosts[member] for member in ordered])
+    return [
+        PlannedMember(member, hosts[member], at.rank, at.local_rank, at.local_size, at.cross_rank, at.cross_size)
+        for member, at in zip(ordered, places, strict=True)
+    ]
 
 
 def format_assignments(members: Sequence[PlannedMember]) -> dict[str, str]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hvdtrain.comm.world import GridShape
 from hvdtrain.compression.options import CompressionOptions
 from hvdtrain.exchange.options import ExchangeOptions
 from hvdtrain.exchange.round_options import RoundOptions
 from hvdtrain.recipe import order
-from hvdtrain.recipe.options import option_group
+from hvdtrain.recipe.options import OptionValues, option_group
 from hvdtrain.recipe.shares import Shares
 from hvdtrain.recipe.step_options import DataOptions, DeviceOptions, OptimizationOptions
 from hvdtrain.system import cpus
 from hvdtrain.system.cpus import ThreadCount
+
+
+def asks_for_grid(given: OptionValues) -> bool:
+    """Return whether the given options, by name, divide ranks into replicas (`StepOptions.find_grid_shape`)."""
+    return given.get("shard") == "model" or any(given.get(name) for name in ("stages", "tensor", "shard_ranks"))
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,10 @@ class StepOptions:
             )
         if self.optimization.sync_batchnorm:
             raise ValueError("--local-steps with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm")
+
+    def find_grid_shape(self, local_size: int) -> GridShape:
+        """Return how ranks are divided into replicas. local_size: the ranks of a host."""
+        return GridShape()
 
     def find_pass_sizes(self, batch_size: int, shares: Shares, rank: int | None = None) -> PassSizes:
         """Return the most examples of a pass.

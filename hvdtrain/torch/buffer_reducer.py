@@ -59,6 +59,7 @@ class BufferReducer:
         self._buffer_counts = [(module._buffers, len(module._buffers)) for module in model.modules()]
         self._pending_reduction: PendingReduction | None = None
         self._batch_share = 1.0
+        self.group: collectives.Group = None  # the ranks that have the same buffers, and other parts of the batch
         self._steps = 0
         self._fingerprints = fingerprint_tensors(self._constant_buffers())
 
@@ -238,25 +239,25 @@ class BufferReducer:
         if travelling.float_buffers:
             flat = torch.cat([self._local_contribution(b) for b in travelling.float_buffers])
             travelling.flat_tensors.append(flat)
-            travelling.handles.append(collectives.all_reduce_async_(flat, name))
+            travelling.handles.append(collectives.all_reduce_async_(flat, name, group=self.group))
         if travelling.integer_buffers:
             differences = [
                 b.tensor.to(torch.int64) - get_previous_value(b).to(torch.int64) for b in travelling.integer_buffers
             ]
             flat = torch.cat([difference.reshape(-1) for difference in differences])
             travelling.flat_tensors.append(flat)
-            travelling.handles.append(collectives.all_reduce_async_(flat, f"{name}.integers"))
+            travelling.handles.append(collectives.all_reduce_async_(flat, f"{name}.integers", group=self.group))
         if travelling.broadcast_buffers:
             flat = torch.cat([_view_as_bytes(b.tensor) for b in travelling.broadcast_buffers])
             travelling.flat_tensors.append(flat)
-            travelling.handles.append(collectives.broadcast_async_(flat, f"{name}.rank0"))
+            travelling.handles.append(collectives.broadcast_async_(flat, f"{name}.rank0", group=self.group))
         return travelling
 
     def _local_contribution(self, b: Buffer) -> Tensor:
         """(n,) float64: what this rank adds to the sum over ranks."""
         value = _flatten_float64(b.tensor)
         if b.mode == "rank0":
-            return value if collectives.rank() == 0 else torch.zeros_like(value)
+            return value if collectives.rank(self.group) == 0 else torch.zeros_like(value)
         if b.mode == "sum":
             return value - _flatten_float64(get_previous_value(b))
         if self._batch_share == 0:  # or what is not finite would become NaN

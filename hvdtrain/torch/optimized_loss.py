@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.comm.grid import find_gradient_group
 from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse_compression, select_layers
 from hvdtrain.exchange.bucketed import BucketedExchange
@@ -92,6 +93,7 @@ class OptimizedLoss:
             compression=compression,
             seed=derive_seed(seed, index) if index else seed,
             name=f"{self.name}." if self.settings.several else "",
+            process_set=find_gradient_group(world),
         )
         self.optimizer = cast(WrappedOptimizer, wrapped)
         self._adopt_exchange(self.optimizer.exchange, log_line)
@@ -155,7 +157,7 @@ class OptimizedLoss:
         return [p for group in own.get("param_groups") or self.optimizer.param_groups for p in group["params"]]
 
     def collect_gradients(self) -> list[Tensor]:
-        """Return the gradients of those parameters that have one."""
+        """Return the gradients that there are."""
         return [p.grad for p in self.get_parameters() if p.grad is not None]
 
     def start_step(self, passes: Sequence[int], is_local: bool) -> None:

@@ -136,7 +136,7 @@ def _wrap_optimizer(optimizer: torch.optim.Optimizer, named: NamedParameters, op
             options.backward_passes,
             hvd.Average if config.average else hvd.Sum,
             sparse_as_dense=True,
-            process_set=config.group or hvd.all_ranks(),
+            process_set=hvd.all_ranks() if config.group in (None, collectives.COLUMN) else config.group,
         )
         # What torch's constructor does, and an optimizer around another may not have called.
         torch.optim.Optimizer.__setstate__(wrapped, {})

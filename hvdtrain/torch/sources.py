@@ -107,6 +107,6 @@ def find_source(recipe: DatasetRecipe, dataset: Any, world: World) -> DataSource
             "give an order of: leave out one of them"
         )
     if isinstance(dataset, Stream):
-        dataset.assign_part(world.rank, world.size)
+        dataset.assign_part(world.data_rank, world.data_size)
         return DataSource.DIVIDED_STREAM if dataset.is_divided else DataSource.STREAM
     return DataSource.ROLLOUTS if isinstance(dataset, Rollouts) else DataSource.NUMBERED

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
+from hvdtrain.comm.grid import find_batch_group
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import Chunk, ExchangeReport, RoundResult, Split, StepResult, StepVotes
@@ -28,12 +29,7 @@ from hvdtrain.recipe.shares import Shares
 from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
-from hvdtrain.torch.consistency import (
-    agree_on_parts,
-    metrics_part,
-    select_examples,
-    select_split_hashes,
-)
+from hvdtrain.torch.consistency import agree_on_parts, metrics_part, select_examples, select_split_hashes
 from hvdtrain.torch.data import seed_all
 from hvdtrain.torch.evaluator import Evaluator
 from hvdtrain.torch.gpu import find_gpu_uuid
@@ -137,6 +133,7 @@ class TorchStep(StepFacts):
     ) -> ChangeTracker:
         name, deterministic = type(self.recipe).__name__, self.options.exchange.deterministic
         changes = ChangeTracker(name, self.model, modes, buffer_modes, self.world.size, deterministic)
+        changes.buffer_reducer.group = find_batch_group(self.world)
         changes.buffer_reducer.expect_changes(changed_buffers)
         changes.learning_rate_watch.set_baseline(self.updater.param_groups)
         return changes
@@ -180,7 +177,7 @@ class TorchStep(StepFacts):
 
     def _start_small_all_reduces(self) -> None:
         flags = self.changes.collect_change_flags(self.updater.param_groups)
-        self.sums.start_all_reduce(self._votes, flags, self.world.size)
+        self.sums.start_all_reduce(self._votes, flags, self.world.size, self.world.counts_examples)
         if self.world.size > 1:
             self.changes.buffer_reducer.start_combining(self._batch_share)
 

@@ -124,9 +124,13 @@ class StepSums:
                 if self.num_shards:
                     self.vector[self._first_flag + 2 + number * self.num_shards + shard] += sums[place]
 
-    def start_all_reduce(self, votes: StepVotes, change_flags: Sequence[float], num_ranks: int) -> None:
-        """Add this rank's votes and flags, and start the sum over ranks."""
+    def start_all_reduce(
+        self, votes: StepVotes, change_flags: Sequence[float], num_ranks: int, counts_examples: bool
+    ) -> None:
+        """Add this rank's votes and flags, and start the sum over ranks. counts_examples: whether its scores count."""
         self._own_examples = votes.examples
+        if not counts_examples:
+            self.vector[: self.layout.num_sums] = 0
         if self._is_local and self.layout.loss_denominators:
             self._own_scores = self.vector[: self.layout.num_sums].clone()
         self._own_numbers.copy_(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm.call_counter import count_calls
 from hvdtrain.recipe.base import is_overridden
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import MetricMeans, ScoreLayout
@@ -86,7 +87,7 @@ class Trial:
             session.refusal = SEVERAL_OPTIMIZERS_REFUSAL
         with session.record_pass() as exchanges, open_sandbox(recipe, self.model, self.shared) as sandbox:
             before = snapshot_buffers(sandbox.model)
-            with collectives.count_calls() as counter:
+            with count_calls() as counter:
                 with self.scorer.autocast_context(), in_recipe(recipe, "score()"):
                     scores, outputs = split_returned(sandbox.recipe.score(sandbox.model, batch))
                 all_scores = scores

@@ -37,7 +37,7 @@ def find_new_shares(generation: Generation, position: Position) -> bool:
 
 def deal_again(generation: Generation, position: Position) -> Generation:
     """Return the generation with the shares of `position`, for the steps to come."""
-    run, ranks = generation.run, generation.world.size
+    run, ranks = generation.run, generation.world.data_size
     shares = choose_shares(run.options.data.shares, ranks, position.shares)
     run.step.deal_batch(shares)
     generation.ledger.set_shares(position.step + 1, position.shares)

@@ -65,12 +65,12 @@ def conclude_evaluation(generation: Generation, position: Position) -> None:
 
 def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
     """Return the metrics over an evaluation set: sums over ranks, divided by the number of its examples."""
-    step, plan = generation.run.step, generation.plan
+    step, plan, world = generation.run.step, generation.plan, generation.world
     activity.enter_activity("loading a batch of the evaluation")
     count = step.examples[name]
     sums, recipe = np.zeros(step.layout.num_sums), generation.run.recipe
     collector = OutputCollector(recipe) if is_overridden(recipe, "summarise") else None
-    parts, now = list(iterate_evaluation_chunks(count, plan, generation.world.rank)), generation.run.recipe.now
+    parts, now = list(iterate_evaluation_chunks(count, plan, world.data_rank)), generation.run.recipe.now
     batches = step.load_batches(name, (Chunk(ids, now, int(ids[0])) for ids in parts if len(ids)), 0)
     for part in parts:
         if not len(part):
@@ -78,8 +78,10 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
             continue
         ids, batch = next(batches)
         activity.enter_activity("evaluating")
-        sums += step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
-        if collector is not None:
+        own = step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
+        if world.counts_examples:
+            sums += own
+        if collector is not None and world.counts_examples:
             collector.add_batch(ids, step.compute_outputs(batch, len(ids)))
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")

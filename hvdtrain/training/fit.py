@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.world import World, init, shut_down_horovod
+from hvdtrain.comm.grid import enter_grid
+from hvdtrain.comm.world import World, init, keep_mpi, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe, check_methods, refuse_two_schedules
 from hvdtrain.recipe.framework import find_framework
@@ -68,6 +69,8 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
         )
     check_methods(type(recipe))
     recipe, options = apply_run_options(recipe, run_options)
+    if options.find_grid_shape(1).flags:
+        keep_mpi()
     world = init(comm)
     try:
         name = type(recipe).__name__.lower()
@@ -162,11 +165,13 @@ def open_session(
 ) -> Iterator[Session]:
     """Prepare all that stays for a run, as `train_recipe` describes it, and yield this rank's part in the run."""
     framework = find_framework(type(recipe))
-    if not membership.world_may_change:
-        choose_shares(options.data.shares, world.size)  # refused before anything is prepared
     configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
     activity.enter_activity("preparing the model and the datasets", patient=True)
     with contextlib.ExitStack() as exits:
+        if (shape := options.find_grid_shape(world.local_size)).replica_ranks > 1:
+            world = exits.enter_context(enter_grid(world, shape, options.device.device))
+        if not membership.world_may_change:
+            choose_shares(options.data.shares, world.data_size)  # refused before anything is prepared
         folder = exits.enter_context(choose_run_folder(options.checkpoints, name, membership))
         options = replace(options, checkpoints=replace(options.checkpoints, run_dir=folder))
         if membership.world_may_change and options.exchange.shards_optimizer:

@@ -84,9 +84,10 @@ def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[Ste
     plan, run = generation.plan, generation.run
     now = generation.set_now(position, training=True)
     epoch_order = generation.orders.begin_epoch(position, generation.ledger)
-    shares = iterate_step_shares(plan, epoch_order, position.offset, generation.world.rank, position.owed)
+    data_rank = generation.world.data_rank
+    shares = iterate_step_shares(plan, epoch_order, position.offset, data_rank, position.owed)
     if run.step.source is DataSource.DIVIDED_STREAM:
-        shares = number_own_examples(shares, count_own_examples(plan, position, generation.world.rank))
+        shares = number_own_examples(shares, count_own_examples(plan, position, data_rank))
     shares_ahead, shares = itertools.tee(itertools.islice(shares, plan.total_steps - position.step))
     # Loading is some batches ahead of the steps.
     place = position.offset if generation.orders.may_repeat else None
@@ -165,7 +166,8 @@ def accumulate_micro_batches(
         activity.enter_activity("loading its batch")
         ids, batch = next(batches)
         activity.enter_activity("computing gradients")
-        votes = replace(votes, examples=votes.examples + len(ids), id_hashes=votes.id_hashes + sum_id_hashes(ids))
+        if generation.world.counts_examples:
+            votes = replace(votes, examples=votes.examples + len(ids), id_hashes=votes.id_hashes + sum_id_hashes(ids))
         if left == 0:
             run.step.cast_votes(votes)
         seed = (run.options.data.seed, position.step, index)

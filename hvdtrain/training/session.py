@@ -189,7 +189,7 @@ class Session:
             diagnosis=diagnosis,
             hosts=hosts,
             formation_text=self._formation_text,
-            speeds=make_speed_comparison(run.options, self.world.size),
+            speeds=make_speed_comparison(run.options, self.world.data_size),
         )
         if not is_even(plan.shares):
             generation = deal_again(generation, position)

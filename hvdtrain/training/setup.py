@@ -41,7 +41,7 @@ def plan_generation(run: Run, world: World, position: Position, orders: EpochOrd
     step = run.step
     check_length(run.options, orders.order.examples, run.recipe.schedule)
     option = run.options.data.shares
-    shares = choose_shares(option, world.size, position.shares)
+    shares = choose_shares(option, world.data_size, position.shares)
     plan = make_training_plan(
         run.recipe, run.options, orders.order.examples, step.base_learning_rate(), shares, position
     )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.framework import find_framework
 from hvdtrain.recipe.metrics import MetricValue
@@ -135,6 +136,7 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
         [
             f"hvdtrain  {run.name} ({run.recipe.framework}), run folder {generation.folder}",
             *describe_training_plan(generation.plan, run.options),
+            *describe_grid(generation.world, run.options),
             f"threads   {threads.count} per rank, from {threads.source}",
             *describe_losses(generation),
             *describe_best(run),
@@ -149,6 +151,15 @@ def report_generation(generation: Generation, position: Position, notes: Sequenc
     elif not position.step:
         report_graph(run)
     run.report.print_lines(notes)
+
+
+def describe_grid(world: World, options: RunOptions) -> list[str]:
+    """Return a line on how ranks are divided, if they are."""
+    if not world.is_grid:
+        return []
+    flags = options.find_grid_shape(world.local_size).flags
+    replicas = format_count(world.size // world.replica_ranks, "replica")
+    return [f"grid      {replicas} of {world.replica_ranks} ranks each ({flags})"]
 
 
 def describe_losses(generation: Generation) -> list[str]:

@@ -25,7 +25,7 @@ class Threads:
         self.barrier = threading.Barrier(size, timeout=10)
         self.sent: dict[str, dict[int, Any]] = {}
 
-    def rank(self) -> int:
+    def rank(self, group: None = None) -> int:
         rank: int = self.own.rank
         return rank
 
@@ -36,10 +36,10 @@ class Threads:
         self.barrier.wait()
         return values
 
-    def all_reduce_async_(self, tensor: Tensor, name: str) -> tuple[str, Tensor]:
+    def all_reduce_async_(self, tensor: Tensor, name: str, group: None = None) -> tuple[str, Tensor]:
         return name, tensor
 
-    def broadcast_async_(self, tensor: Tensor, name: str) -> tuple[str, Tensor]:
+    def broadcast_async_(self, tensor: Tensor, name: str, group: None = None) -> tuple[str, Tensor]:
         return f"root {name}", tensor
 
     def wait(self, handle: tuple[str, Tensor]) -> None:
