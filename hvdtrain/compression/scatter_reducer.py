@@ -109,8 +109,9 @@ class ScatterReducer(PartOwner, PlainReducer):
             self.part = received.view(-1)
         else:
             rows = received.view(self.size, self.own_range.stop - self.own_range.start)
-            self.part = rows[0]
-            for row in rows[1:]:
+            # What was received, as large as flat, is freed.
+            self.part = rows[0] + rows[1] if self.size > 1 else rows[0]
+            for row in rows[2:]:
                 self.part += row
         if self.average:
             self.part /= self.size
