@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     pass
 
 COMMAND_SETTINGS = {"allow_interspersed_args": False, "max_content_width": 100}
-BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+BYTE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @click.group("bench", cls=CommandGroup, invoke_without_command=True)
@@ -167,8 +167,8 @@ def compression_command(workload: WorkloadArguments, plot: Path, launch_options:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a text such as `4096`, `64K` or `1M`. Raises UserError."""
-    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
+    """Return the bytes of a text such as `4096`, `64K` or `16GiB`. Raises UserError."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)(?:I?B)?", text.strip().upper())
     if not found or not int(found[1]):
         raise UserError(f"{text!r} is not a size in bytes; expected for example 4096, 64K or 16M")
     return int(found[1]) * BYTE_UNITS[found[2]]

@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "launch": ("hvdtrain.cli.launch", "Start a recipe, or any program, on many ranks and hosts."),
     "evaluate": ("hvdtrain.cli.evaluate", "Evaluate a checkpoint of a run."),
     "predict": ("hvdtrain.cli.predict", "Write the outputs of a run's model for examples of a file or a split."),
+    "plan": ("hvdtrain.cli.plan", "Print the memory of a rank for each way to lay a recipe out on many ranks."),
     "list": ("hvdtrain.cli.list", "List the recipes found."),
     "bench": ("hvdtrain.cli.bench", "Measure the network, the step and gradient compression on several ranks."),
     "discover": ("hvdtrain.cli.discover", "Print the current hosts, for elastic training."),

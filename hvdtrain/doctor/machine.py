@@ -82,6 +82,11 @@ def memory_limit() -> int | None:
     return min((limit for limit in found if limit < CGROUP_NO_LIMIT), default=None)
 
 
+def count_usable_memory() -> int:
+    """Return the bytes of memory that this process's control group may use, or the machine has."""
+    return min(psutil.virtual_memory().total, memory_limit() or CGROUP_NO_LIMIT)
+
+
 def cgroup_folders(controller: str) -> list[Path]:
     """Return the folders of this process's control group and of its parents, in both versions of control groups."""
     found = [CGROUP_ROOT / controller, CGROUP_ROOT]

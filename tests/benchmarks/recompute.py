@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import hvdtrain
+from hvdtrain.bench.activations import KeptActivations
 from hvdtrain.cli.train import load_arguments
 from hvdtrain.torch.recompute import recompute_blocks
 from hvdtrain.training.options import make_run_options, split_options
@@ -26,23 +27,17 @@ TURNS = 7
 
 def run_step(recipe: Any, model: nn.Module, batch: Tensor, spec: str | None) -> tuple[int, float]:
     """Return the bytes that the forward pass keeps, parameters left out, and the seconds of both passes."""
-    own, kept = {p.data_ptr() for p in model.parameters()}, dict[int, int]()
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
-        return x
-
+    kept = KeptActivations(model)
     with recompute_blocks(recipe, model, make_run_options({"recompute": spec})):
         torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with kept.record_forward():
             loss = recipe.score(model, batch)["loss"][0].sum()
         del loss
         model.zero_grad()
         torch.manual_seed(1)
         begin = time.perf_counter()
         recipe.score(model, batch)["loss"][0].sum().backward()
-        return sum(kept.values()), time.perf_counter() - begin
+        return kept.total_bytes, time.perf_counter() - begin
 
 
 def main() -> None:

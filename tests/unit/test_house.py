@@ -70,7 +70,7 @@ def test_every_path_and_name_on_the_page_of_the_architecture_exists() -> None:
 
 LIGHT = ["--help", "list", "launch --help", "horovod --help", "bench --help", "bench step --help", "agent --help"]
 LIGHT += ["discover --help", "discover membership --help", "ledger --help", "ledger verify --help", "doctor --help"]
-LIGHT += ["evaluate --help", "predict --help"]
+LIGHT += ["evaluate --help", "predict --help", "plan --help"]
 
 
 @pytest.mark.parametrize("args", [text.split() for text in LIGHT], ids=LIGHT)

@@ -1,0 +1,129 @@
+"""What a rank holds of gradients and optimizer state in a layout of many ranks, without these ranks.
+
+The buckets are those that the training would make, and their parts are cut as it would cut them; so one process can
+count the bytes of any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hvdtrain.compression.plain_reducer import PlainReducer
+from hvdtrain.compression.reducer import CompressedReducer
+from hvdtrain.compression.scatter_reducer import PartOwner
+from hvdtrain.compression.spec import Spec
+from hvdtrain.exchange.buckets import Bucket, ExchangeConfig
+from hvdtrain.exchange.layout import BucketLayout
+from hvdtrain.exchange.partition import NamedParameters, Partition, ShardUnit, assign_mirrors
+from hvdtrain.torch.hyperparameters import StateDict
+from hvdtrain.torch.pieces import Piece, ShardedBucket
+
+
+@dataclass(frozen=True)
+class TrainedParameters:
+    """What one optimizer has after a step.
+
+    Attributes:
+        named: its parameters, in the order of its groups.
+        states: what it keeps of each, and the average of --ema.
+        trained: those that had a gradient in the step.
+        unit: how it may be divided; None: it may not.
+    """
+
+    named: NamedParameters
+    states: Mapping[nn.Parameter, StateDict]
+    trained: frozenset[nn.Parameter]
+    unit: ShardUnit | None
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes of the rank that has most of them."""
+
+    gradients: int
+    state: int
+
+    def __add__(self, other: RankBytes) -> RankBytes:
+        return RankBytes(self.gradients + other.gradients, self.state + other.state)
+
+
+def count_replicated(held: TrainedParameters, spec: Spec, bucket_bytes: int | None, ranks: int) -> RankBytes:
+    """Return what each rank has in plain data parallelism.
+
+    Args:
+        held: by an optimizer.
+        spec: compression, whose residuals count as gradients.
+        bucket_bytes: about as much is sent at once; None: as suits the device.
+        ranks: in all.
+    """
+    state = sum(count_tensors(state) for state in held.states.values())
+    if ranks == 1:  # nothing is exchanged
+        return RankBytes(sum(p.nbytes for _, p in held.named if p in held.trained), state)
+    layout = BucketLayout(ExchangeConfig(average=False, spec=spec, bucket_bytes=bucket_bytes))
+    layout.names = {p: name for name, p in held.named}
+    buckets = layout.build_buckets([name for name, p in reversed(held.named) if p in held.trained])
+    return RankBytes(sum(count_bucket(bucket, ranks) + count_copies(bucket) for bucket in buckets), state)
+
+
+def count_sharded(
+    held: TrainedParameters, spec: Spec, bucket_bytes: int | None, ranks: int, mirrored: bool
+) -> RankBytes:
+    """Return what the rank has that has most, with --shard optimizer; arguments as for `count_replicated`."""
+    assert held.unit is not None
+    mirrors = assign_mirrors(["this host"] * ranks) if mirrored else []
+    partition = Partition(ranks, held.unit, mirrors)
+    layout = BucketLayout(ExchangeConfig(average=False, spec=spec, bucket_bytes=bucket_bytes))
+    layout.names = {p: name for name, p in held.named}
+    layout.scatter_sums(partition, {name for name, p in held.named if p.requires_grad})
+    gradients, states = [0] * ranks, [0] * ranks
+    divided: set[nn.Parameter] = set()
+    for bucket in layout.buckets:
+        assert isinstance(bucket.reducer, PartOwner)
+        divided.update(bucket.params)
+        sharded = ShardedBucket(bucket.params, bucket.reducer.bounds, partition, 0)
+        is_used = bool(held.trained & set(bucket.params))
+        for rank in range(ranks):
+            pieces = [piece for part in sharded.list_held(rank) for piece in part]
+            states[rank] += sum(count_piece(piece, held.states.get(piece.param, {})) for piece in pieces)
+            if is_used:
+                own = sum(piece.num_reals for piece in pieces) * bucket.reducer.flat.element_size()
+                gradients[rank] += count_bucket(bucket, ranks) + own
+                states[rank] += own if isinstance(bucket.reducer, CompressedReducer) else 0  # unsent of the changes
+    whole = sum(count_tensors(state) for p, state in held.states.items() if p not in divided)
+    return RankBytes(max(gradients), max(states) + whole)
+
+
+def count_bucket(bucket: Bucket, ranks: int) -> int:
+    """Return the bytes of a bucket's gradients, of its flags, and of what compression keeps of it."""
+    reducer: PlainReducer | CompressedReducer = bucket.reducer
+    total = reducer.flat.nbytes + (bucket.flags.nbytes if bucket.compressible else 0)
+    if isinstance(reducer, CompressedReducer):
+        for kept in (reducer.residual, reducer.next_residual, reducer.velocity):
+            total += 0 if kept is None else kept.nbytes
+        if reducer.shard_residual is not None:
+            block = reducer.codec.block_size
+            total += -(-len(reducer.flat) // (ranks * block)) * block * reducer.shard_residual.element_size()
+    return total
+
+
+def count_copies(bucket: Bucket) -> int:
+    """Return the bytes of gradients that are not views of their bucket, since they have another type."""
+    return sum(p.nbytes for p, view in zip(bucket.params, bucket.views, strict=True) if p.dtype != view.dtype)
+
+
+def count_tensors(state: StateDict) -> int:
+    """Return the bytes of the tensors that an optimizer keeps of a parameter."""
+    return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+
+
+def count_piece(piece: Piece, state: StateDict) -> int:
+    """Return the bytes of what a piece has of a parameter's state: its part of what has the parameter's shape."""
+    total = 0
+    for value in state.values():
+        if isinstance(value, Tensor):
+            is_cut = value.shape == piece.param.shape and not piece.whole
+            total += (piece.end - piece.start) * value.element_size() if is_cut else value.nbytes
+    return total
