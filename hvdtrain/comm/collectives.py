@@ -47,6 +47,8 @@ _collective_names: dict[Handle, str] = {}  # of Horovod's collectives that were 
 def set_everyone(group: TorchGroup | None) -> None:
     """From now on let no group be all ranks of this one; None: of Horovod's world."""
     global _everyone
+    if _everyone is not None:
+        _everyone.close()
     _everyone = group
 
 
@@ -164,13 +166,13 @@ def broadcast_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = No
 
 
 def broadcast_bytes(data: bytes | None, name: str, root: int = 0, group: Group = None) -> bytes:
-    """Return the root's bytes on every rank."""
+    """Return the root's bytes on every rank; the root is a rank of the world, not of a process set."""
     if size(group) == 1:
         assert data is not None
         return data
     length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
     broadcast_(length, f"{name}.length", root, group)
-    if rank() == root:
+    if rank(COLUMN if group is COLUMN else None) == root:
         assert data is not None
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     else:

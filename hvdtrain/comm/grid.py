@@ -14,6 +14,7 @@ lost rank.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,8 @@ from hvdtrain.comm import collectives
 from hvdtrain.comm.horovod_places import place_ranks
 from hvdtrain.comm.mailbox import choose_address
 from hvdtrain.comm.rendezvous import RendezvousServer
-from hvdtrain.comm.signed_store import open_store
-from hvdtrain.comm.torch_group import NEVER
+from hvdtrain.comm.signed_store import SignedStore, open_store
+from hvdtrain.comm.torch_group import NEVER, reporting_lost_peers
 from hvdtrain.comm.torch_ranks import connect_ranks
 from hvdtrain.comm.world import GridShape, World, communicators, enter_world, rendezvous_servers, shut_down_horovod
 from hvdtrain.system.errors import RunError, UserError
@@ -54,31 +55,51 @@ def enter_grid(world: World, shape: GridShape, device: str | None) -> Iterator[W
     )
     store = open_store()
     hosts = collectives.gather_json(world.host, "grid.hosts")
-    everyone = connect_ranks(store, "everyone", range(world.size), world, torch.device("cpu"))
-    show_traceback = sys.excepthook
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo",
-        store=PrefixStore(f"replica.{world.replica}", store),
-        rank=world.place,
-        world_size=world.replica_ranks,
-        timeout=NEVER,
-    )
-    sys.excepthook = show_traceback  # torch's own would name the place in the replica as the rank
     servers = restart_in_columns(world, hosts)
-    collectives.set_everyone(everyone)
+    connect_grid(world, store, device)
     try:
         yield world
     except Exception as error:
-        if not (isinstance(error, (UserError, RunError)) or getattr(error, "origin", None) is not None):
-            raise  # the other ranks are not here
-        leave_grid(replace(world, replica_ranks=1), hosts, servers)
+        if isinstance(error, (UserError, RunError)) or getattr(error, "origin", None) is not None:  # of all ranks
+            leave_grid(replace(world, replica_ranks=1), hosts, servers)
         raise
     else:
         leave_grid(replace(world, replica_ranks=1), hosts, servers)
     finally:
-        collectives.set_everyone(None)
-        dist.destroy_process_group()
+        disconnect_grid()
         store.close()
+
+
+def connect_grid(world: World, store: SignedStore, device: str | None) -> None:
+    """Connect all ranks, and the ranks of each replica as torch's default process group.
+
+    Args:
+        world: this process's place in the grid; Horovod has entered the column.
+        store: of this world.
+        device: as for `enter_grid`.
+
+    Raises:
+        PeersLost: another rank does not come.
+    """
+    collectives.set_everyone(connect_ranks(store, "everyone", range(world.size), world, torch.device("cpu")))
+    show_traceback = sys.excepthook
+    with reporting_lost_peers(True):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo",
+            store=PrefixStore(f"replica.{world.replica}", store),
+            rank=world.place,
+            world_size=world.replica_ranks,
+            timeout=NEVER,
+        )
+    sys.excepthook = show_traceback  # torch's own would name the place in the replica as the rank
+
+
+def disconnect_grid() -> None:
+    """Close all connections of `connect_grid`, if there are any; ranks that wait in one learn of it."""
+    collectives.set_everyone(None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # what an error's traceback refers to keeps a connection open
 
 
 def find_gradient_group(world: World) -> collectives.Group:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HorovodPlace:
-    """A rank's place in a world of Horovod."""
+    """A rank's place in a world of Horovod; in this order, its answer to who asks for a slot's ranks."""
 
     rank: int
     size: int

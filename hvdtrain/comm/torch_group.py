@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,11 +27,11 @@ NEVER = timedelta(days=30)  # until a collective is given up: a lost rank is not
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # that are supported, by the type of the tensors' device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TorchCollective:
     """A collective that was started."""
 
-    work: dist.Work
+    work: Any  # of torch.distributed; None once the group was closed
     sent: torch.Tensor  # kept until all of it is sent
     result: torch.Tensor
     divisor: int = 1
@@ -43,6 +44,8 @@ class TorchCollective:
     def wait(self) -> torch.Tensor:
         """Wait and return the result; over NCCL only the current stream waits."""
         with reporting_lost_peers(self.beside_horovod):
+            if self.work is None:
+                raise RuntimeError("the group was closed")
             self.work.wait()
         if self.divisor > 1:
             self.result.div_(self.divisor)
@@ -70,6 +73,7 @@ class TorchGroup:
         """
         self.process_group: Any = process_group  # or a backend's, which has the same methods
         self.device, self.beside_horovod = device, False
+        self._started = weakref.WeakSet[TorchCollective]()
         backend = find_backend(process_group, device)
         if backend != BACKENDS.get(device.type):
             raise UserError(
@@ -95,6 +99,7 @@ class TorchGroup:
     def _of_backend(cls, backend: Any, device: torch.device) -> TorchGroup:
         group = cls.__new__(cls)
         group.process_group, group.device, group.second, group.beside_horovod = backend, device, group, False
+        group._started = weakref.WeakSet()
         return group
 
     @classmethod
@@ -133,25 +138,40 @@ class TorchGroup:
         """Return the number of ranks."""
         return self.process_group.size()  # type: ignore[no-any-return]
 
+    def close(self) -> None:
+        """Close the connections: those who wait for this rank in them learn that it has left.
+
+        torch closes them when nothing refers to the group any more, nor to a collective that was started.
+        """
+        for collective in self._started:
+            collective.work = None
+        self.process_group = None
+        if self.second is not self:
+            self.second.close()
+
+    def _remember(self, collective: TorchCollective) -> TorchCollective:
+        self._started.add(collective)
+        return collective
+
     def start_all_reduce(self, tensor: torch.Tensor, average: bool) -> TorchCollective:
         """Start an in-place sum, or mean, over ranks."""
         with reporting_lost_peers(self.beside_horovod):
             work = self.process_group.allreduce(tensor)
-        return TorchCollective(work, tensor, tensor, self.size() if average else 1, self.beside_horovod)
+        return self._remember(TorchCollective(work, tensor, tensor, self.size() if average else 1, self.beside_horovod))
 
     def start_all_to_all(self, tensor: torch.Tensor) -> TorchCollective:
         """Start sending part i of a 1-D tensor, cut into equal parts, to rank i."""
         received = torch.empty_like(tensor)
         with reporting_lost_peers(self.beside_horovod):
             work = self.process_group.alltoall_base(received, tensor, [], [])
-        return TorchCollective(work, tensor, received, beside_horovod=self.beside_horovod)
+        return self._remember(TorchCollective(work, tensor, received, beside_horovod=self.beside_horovod))
 
     def start_all_gather(self, tensor: torch.Tensor) -> TorchCollective:
         """Start gathering tensors of one shape, joined along the first dimension."""
         received = tensor.new_empty((self.size() * tensor.shape[0], *tensor.shape[1:]))
         with reporting_lost_peers(self.beside_horovod):
             work = self.process_group._allgather_base(received, tensor)
-        return TorchCollective(work, tensor, received, beside_horovod=self.beside_horovod)
+        return self._remember(TorchCollective(work, tensor, received, beside_horovod=self.beside_horovod))
 
     def start_broadcast(self, tensor: torch.Tensor, root: int) -> TorchCollective:
         """Start overwriting a tensor with that of the group's rank `root`."""
@@ -159,7 +179,7 @@ class TorchGroup:
         options.rootRank = root
         with reporting_lost_peers(self.beside_horovod):
             work = self.process_group.broadcast([tensor], options)
-        return TorchCollective(work, tensor, tensor, beside_horovod=self.beside_horovod)
+        return self._remember(TorchCollective(work, tensor, tensor, beside_horovod=self.beside_horovod))
 
     def gather_uneven(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return every rank's tensor, in the order of ranks; their first dimensions may differ, and be 0."""

@@ -8,18 +8,20 @@ votes of all -- a rank leaves, or newcomers are ready --> the loop ends the gene
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdtrain.comm.world import World, enter_world, shut_down_horovod
+from hvdtrain.comm.world import GridShape, World, enter_world, shut_down_horovod
 from hvdtrain.elastic.generation import GenerationFormer, MemberRequests
 from hvdtrain.elastic.membership import EnteredWorld, FixedMembership, Membership
+from hvdtrain.elastic.ranks import RankAssignment
 from hvdtrain.elastic.records import (
     AGREEMENT,
     BEGAN,
@@ -36,8 +38,10 @@ from hvdtrain.elastic.slot import MEMBER_VARIABLE, Request, Slot, read_requests
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system import activity, cpus, messages
-from hvdtrain.system.errors import RecipeError
+from hvdtrain.system.errors import RecipeError, UserError
 from hvdtrain.system.messages import RankStarted
+from hvdtrain.system.signed_http import read_key
+from hvdtrain.system.text import format_count
 
 if TYPE_CHECKING:  # torch comes with it, and `hvdtrain train` needs a membership before it imports that
     from hvdtrain.comm.agreement import ConsistentPart
@@ -55,6 +59,8 @@ class ElasticMembership:
         os.set_blocking(self.requests_fd, False)
         self.stop_requested = self.leave_requested = self.regroup_requested = False
         self._former = GenerationFormer(self.store, self.slot, self.member)
+        self._grid: World | None = None  # this process's place in a grid, before it meets others
+        self._device: str | None = None  # of --device
 
     @property
     def has_joined(self) -> bool:
@@ -72,6 +78,27 @@ class ElasticMembership:
         cpus.bind_to_cores(self.slot.local_rank, self.slot.local_size)
         return replace(world, local_rank=self.slot.local_rank, local_size=self.slot.local_size)
 
+    @contextlib.contextmanager
+    def enter_grid(self, world: World, shape: GridShape, device: str | None) -> Iterator[World]:
+        """Yield the place in a replica that this slot has in every grid; the others are met later."""
+        ranks, slot = shape.replica_ranks, self.slot
+        if slot.local_size % ranks:
+            raise UserError(
+                f"{shape.flags}: in an elastic run a replica is on one host, and {slot.host} has "
+                f"{format_count(slot.local_size, 'slot')}; expected a multiple of {ranks}"
+            )
+        batch_ranks = ranks if shape.same_batch else 1
+        self._grid = replace(
+            world, rank=slot.local_rank % ranks, size=ranks, replica_ranks=ranks, batch_ranks=batch_ranks
+        )
+        self._device, self._former.replica_ranks = device, ranks
+        try:
+            yield self._grid
+        finally:
+            from hvdtrain.comm.grid import disconnect_grid
+
+            disconnect_grid()
+
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         return self.store.put_if_absent(LAUNCH, relaunch or secrets.token_hex(8))
 
@@ -85,12 +112,30 @@ class ElasticMembership:
 
     def enter_next_world(self, world: World, step: int) -> EnteredWorld:
         # Nothing of the old world may be waited for: some of it is gone.
+        if self._grid is not None:
+            from hvdtrain.comm.grid import disconnect_grid
+
+            disconnect_grid()
         shut_down_horovod()
         with activity.temporary_activity("waiting for enough ranks", waits=True, endless=True):
             place = self._former.form_next_generation(step, self.poll_requests)
         self.regroup_requested = False
         activity.enter_activity("meeting the other ranks", patient=True)
-        return EnteredWorld(enter_world(place.horovod_environment()), True, place.root, place.step)
+        entered = enter_world(place.horovod_environment())
+        if self._grid is not None:
+            entered = self._connect_grid(self._grid, place)
+        return EnteredWorld(entered, True, place.root, place.step)
+
+    def _connect_grid(self, grid: World, place: RankAssignment) -> World:
+        """Connect the grid of a generation, whose columns Horovod has entered; return this process's place in it."""
+        from hvdtrain.comm.grid import connect_grid
+        from hvdtrain.comm.signed_store import SignedStore
+
+        own = place.member
+        os.environ |= {"HOROVOD_RANK": str(own.rank), "HOROVOD_SIZE": str(place.size)}  # for messages
+        world = replace(grid, rank=own.rank, size=place.size, local_rank=own.local_rank, local_size=own.local_size)
+        connect_grid(world, SignedStore(*place.servers[0], read_key()), self._device)
+        return world
 
     def announce_rank(self, world: World) -> None:
         own, supervisor = os.getpid(), os.getppid()

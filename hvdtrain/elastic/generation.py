@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from hvdtrain.comm.rendezvous import RendezvousServer
-from hvdtrain.elastic.ranks import RankAssignment, assign_ranks, format_assignments
+from hvdtrain.elastic.ranks import RankAssignment, assign_ranks, format_assignments, list_whole_replicas
 from hvdtrain.elastic.records import (
     BEGAN,
     CANDIDATE,
@@ -68,7 +68,12 @@ class MemberRequests:
 
 
 class GenerationFormer:
-    """One member's part in forming generations."""
+    """One member's part in forming generations.
+
+    Attributes:
+        replica_ranks: members that hold the model together: they are in a generation all, or none of them is. One whose
+            replica lacks a member waits, and has no state any more.
+    """
 
     def __init__(
         self, store: KeyValueStore, slot: Slot, member: str, limits: GenerationLimits = DEFAULT_LIMITS
@@ -76,7 +81,8 @@ class GenerationFormer:
         self.store, self.slot, self.member, self.limits = store, slot, member, limits
         self.generation, self._newest_plan = get_newest_plan(store)
         self.has_joined = False  # a generation: this member has a state that others count on
-        self._server: RendezvousServer | None = None  # where the ranks of a generation that it planned meet
+        self.replica_ranks = 1
+        self._servers: list[RendezvousServer] = []  # where the ranks of a generation that it planned meet
 
     def form_next_generation(self, step: int, poll_requests: Callable[[], MemberRequests]) -> RankAssignment:
         """Form the next generation with whoever is there; return when all of it have said that they follow its plan.
@@ -93,12 +99,13 @@ class GenerationFormer:
             number = self.generation + 1
             plan = self._agree_on_plan(number, step, poll_requests)
             self.generation, self._newest_plan = number, plan
-            self._stop_stale_server(plan)
+            self._stop_stale_servers(plan)
             if plan.error:
                 raise RunError(plan.error)
             if self.member not in plan.member_ids:
-                if self.has_joined:
+                if self.has_joined and self.replica_ranks == 1:
                     raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+                self.has_joined, step = False, -1
                 continue
             if self._confirm_plan(number, plan.member_ids):
                 self.has_joined = True
@@ -133,9 +140,10 @@ class GenerationFormer:
                 raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
             present = {member: about for member, about in here.items() if member not in gone}
             complete = self._is_complete(previous, here, gone, time.monotonic() - began)
-            if complete and (asked or len(present) >= self.slot.min_members):
+            line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
+            line = list_whole_replicas(line, present, self.replica_ranks)
+            if complete and line and (asked or len(line) >= self.slot.min_members):
                 complete_since = complete_since or time.monotonic()
-                line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))
                 if line[0] == self.member or time.monotonic() - complete_since > self.limits.proposer:
                     return self._propose_plan(number, line, present)
             # Others may train for long, or be too few, before there is a place for this one.
@@ -156,24 +164,26 @@ class GenerationFormer:
         """Propose a plan with these members, in this order, and return the plan that all follow."""
         members = assign_ranks(line, {member: candidate.host for member, candidate in present.items()})
         address = get_own_address(self.slot.interface, self.slot.address)
-        server = RendezvousServer(address, format_assignments(members))
+        columns = [
+            [member.host for member in members[place :: self.replica_ranks]] for place in range(self.replica_ranks)
+        ]
+        servers = [RendezvousServer(address, format_assignments(hosts)) for hosts in columns]
         steps = [present[member.id].step for member in members]
-        step = max(steps)
-        plan = GenerationPlan(members, (address, server.port), steps.index(step), step, self._find_give_up_reason())
+        step, meeting = max(steps), [(address, server.port) for server in servers]
+        plan = GenerationPlan(members, meeting, steps.index(step), step, self._find_give_up_reason())
         chosen = self.store.put_if_absent(PLAN.of(number), plan)
-        if chosen != plan:
+        for server in servers if chosen != plan else self._servers:
             server.stop_serving()
-        else:
-            if self._server is not None:
-                self._server.stop_serving()
-            self._server = server
+        if chosen == plan:
+            self._servers = servers
         return chosen
 
-    def _stop_stale_server(self, plan: GenerationPlan) -> None:
-        """Stop this member's server of an earlier generation, unless the plan uses it."""
-        if self._server is not None and plan.server != (self._server.server_address[0], self._server.port):
-            self._server.stop_serving()
-            self._server = None
+    def _stop_stale_servers(self, plan: GenerationPlan) -> None:
+        """Stop this member's servers of an earlier generation, unless the plan uses them."""
+        if [(server.server_address[0], server.port) for server in self._servers] != plan.servers:
+            for server in self._servers:
+                server.stop_serving()
+            self._servers = []
 
     def _confirm_plan(self, number: int, names: Sequence[str]) -> bool:
         """Whether all members of a plan say in time that they follow it: else some are gone, and there is another."""

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from hvdtrain.elastic.peers import Peers
-from hvdtrain.elastic.records import CANDIDATE
+from hvdtrain.elastic.ranks import list_whole_replicas
+from hvdtrain.elastic.records import CANDIDATE, GenerationPlan
 from hvdtrain.elastic.store import KeyValueStore
 from hvdtrain.system.limits import SupervisorLimits
 
@@ -36,15 +37,21 @@ class Leader:
             self.store.announce_round(self.store.get_newest_round() + 1)
 
     def regroup_for_newcomers(
-        self, generation: int, members: Sequence[str], peers: Peers, request: Callable[[], object]
+        self, generation: int, plan: GenerationPlan | None, peers: Peers, request: Callable[[], object]
     ) -> None:
-        """Call `request`, once a generation, when newcomers are ready and no other one is starting, or none in time."""
+        """Call `request`, once a generation, when newcomers are ready and no other one is starting, or none in time.
+
+        In a grid, newcomers are ready when they are a whole replica; those that lack a member wait.
+        """
+        members = plan.member_ids if plan is not None else []
         candidates = self.store.get_all(CANDIDATE.of(generation + 1))
-        ready = {member for member in candidates if member not in peers.gone and member not in members}
+        waiting = sorted(member for member in candidates if member not in peers.gone and member not in members)
+        ready = set(list_whole_replicas(waiting, candidates, plan.replica_ranks)) if plan is not None else set()
         if not members or not ready or self._regrouped_generation == generation:
             self._newcomer_since = None
             return
-        starting = {member for member in peers.alive if member not in members and member not in peers.gone} - ready
+        starting = {member for member in peers.alive if member not in members and member not in peers.gone}
+        starting -= set(waiting)
         self._newcomer_since = self._newcomer_since or time.monotonic()
         if not starting or time.monotonic() - self._newcomer_since > self.limits.join_grace:
             self._regrouped_generation = generation

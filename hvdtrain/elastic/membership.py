@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hvdtrain.comm.world import World
+from hvdtrain.comm.world import GridShape, World
 from hvdtrain.elastic.generation import MemberRequests
 from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system import messages
@@ -58,6 +59,18 @@ class Membership(Protocol):
 
     def prepare_process(self, world: World) -> World:
         """Prepare this process, which has entered Horovod's `world`; return the place of the process on its host."""
+
+    def enter_grid(self, world: World, shape: GridShape, device: str | None) -> AbstractContextManager[World]:
+        """Let the ranks of each world be a grid within a block, and yield this process's place.
+
+        Args:
+            world: the one that this process is in.
+            shape: of the grid.
+            device: of --device; None: a GPU if there is one.
+
+        Raises:
+            UserError: the ranks cannot be divided like that.
+        """
 
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         """Return the name by which the processes of this launch know each other. relaunch: of the first launch."""
@@ -149,6 +162,11 @@ class FixedMembership:
     def prepare_process(self, world: World) -> World:
         messages.send_message(messages.RankStarted(world.rank, world.host, os.getpid()))
         return world
+
+    def enter_grid(self, world: World, shape: GridShape, device: str | None) -> AbstractContextManager[World]:
+        from hvdtrain.comm.grid import enter_grid
+
+        return enter_grid(world, shape, device)
 
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         return secrets.token_hex(8)  # only this process uses it

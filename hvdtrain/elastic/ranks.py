@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hvdtrain.comm.horovod_places import HorovodPlace, place_ranks
-from hvdtrain.elastic.records import GenerationPlan, PlannedMember
+from hvdtrain.comm.horovod_places import place_ranks
+from hvdtrain.elastic.records import Candidate, GenerationPlan, PlannedMember
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,45 @@ class RankAssignment:
     member: PlannedMember
     root: int  # the rank whose state all take over
     step: int  # that this state has reached; -1: nobody has one
-    server: tuple[str, int]  # address and port of the rendezvous server
+    servers: Sequence[tuple[str, int]]  # address and port of each column's rendezvous server
+    column_hosts: Sequence[str]  # of the members of this one's column
 
     @staticmethod
     def from_plan(generation: int, plan: GenerationPlan, member: str) -> RankAssignment:
         """Return the place that a plan gives to one of its members."""
-        place = plan.members[plan.member_ids.index(member)]
-        return RankAssignment(generation, len(plan.members), place, plan.root, plan.step, plan.server)
+        own = plan.members[plan.member_ids.index(member)]
+        column = plan.members[own.rank % plan.replica_ranks :: plan.replica_ranks]
+        hosts = [other.host for other in column]
+        return RankAssignment(generation, len(plan.members), own, plan.root, plan.step, plan.servers, hosts)
 
     def horovod_environment(self) -> dict[str, str]:
-        """Return the variables that Horovod reads when it starts."""
-        address, port = self.server
-        own = self.member
-        place = HorovodPlace(own.rank, self.size, own.local_rank, own.local_size, own.cross_rank, own.cross_size)
-        meeting = {"GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port, "HOSTNAME": own.host}
-        return place.to_environment() | {f"HOROVOD_{name}": str(value) for name, value in meeting.items()}
+        """Return the variables that Horovod reads when it starts: in a grid, of the column."""
+        replica, place = divmod(self.member.rank, len(self.servers))
+        address, port = self.servers[place]
+        meeting = {"GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port, "HOSTNAME": self.member.host}
+        own = place_ranks(self.column_hosts)[replica].to_environment()
+        return own | {f"HOROVOD_{name}": str(value) for name, value in meeting.items()}
+
+
+def list_whole_replicas(line: Sequence[str], candidates: Mapping[str, Candidate], replica_ranks: int) -> list[str]:
+    """Return the members of those replicas whose members are all there, replica by replica, each by its places.
+
+    A replica is on one host: its members have neighbouring slots there.
+
+    Args:
+        line: members; replicas stay in the order of their first ones.
+        candidates: what is known of each.
+        replica_ranks: members of a replica.
+    """
+    if replica_ranks == 1:
+        return list(line)
+    replicas: dict[tuple[str, int], dict[int, str]] = {}
+    for member in line:
+        about = candidates[member]
+        number, place = divmod(about.slot, replica_ranks)
+        replicas.setdefault((about.host, number), {})[place] = member
+    whole = [members for members in replicas.values() if len(members) == replica_ranks]
+    return [members[place] for members in whole for place in range(replica_ranks)]
 
 
 def assign_ranks(line: Sequence[str], hosts: Mapping[str, str]) -> list[PlannedMember]:
@@ -48,15 +72,17 @@ def assign_ranks(line: Sequence[str], hosts: Mapping[str, str]) -> list[PlannedM
     ordered = [member for own in by_host.values() for member in own]
     places = place_ranks([hosts[member] for member in ordered])
     return [
-        PlannedMember(member, hosts[member], at.rank, at.local_rank, at.local_size, at.cross_rank, at.cross_size)
+        PlannedMember(member, hosts[member], at.rank, at.local_rank, at.local_size)
         for member, at in zip(ordered, places, strict=True)
     ]
 
 
-def format_assignments(members: Sequence[PlannedMember]) -> dict[str, str]:
-    """Return what a rendezvous server answers to Horovod's question for a slot's ranks, by `HOST:LOCAL_RANK`."""
-    answers = {}
-    for own in members:
-        sizes = (own.rank, len(members), own.local_rank, own.local_size, own.cross_rank, own.cross_size)
-        answers[f"{own.host}:{own.local_rank}"] = ",".join(map(str, sizes))
-    return answers
+def format_assignments(hosts: Sequence[str]) -> dict[str, str]:
+    """Return what a rendezvous server answers to Horovod's question for a slot's ranks, by `HOST:LOCAL_RANK`.
+
+    hosts: of the ranks of its world, in their order.
+    """
+    return {
+        f"{host}:{at.local_rank}": ",".join(map(str, vars(at).values()))
+        for host, at in zip(hosts, place_ranks(hosts), strict=True)
+    }

@@ -41,8 +41,6 @@ class PlannedMember:
     rank: int
     local_rank: int
     local_size: int
-    cross_rank: int
-    cross_size: int
 
     def __post_init__(self) -> None:
         check_host(self.host)
@@ -53,7 +51,7 @@ class GenerationPlan:
     """A generation: who is in it, where its members meet, and whose state they take over."""
 
     members: list[PlannedMember]  # by rank
-    server: tuple[str, int]  # address and port of the rendezvous server
+    servers: list[tuple[str, int]]  # address and port of each column's rendezvous server; one, if it is no grid
     root: int  # the rank whose state all take over
     step: int  # that this state has reached; -1: nobody has one
     error: str | None  # why there is no further generation
@@ -63,9 +61,17 @@ class GenerationPlan:
             raise ValueError("ranks that do not count up from 0")
         if not 0 <= self.root < len(self.members):
             raise ValueError(f"root {self.root} of {len(self.members)} ranks")
-        check_host(self.server[0])
-        if not 0 < self.server[1] < 1 << 16:
-            raise ValueError(f"port {self.server[1]}")
+        if not self.servers or len(self.members) % len(self.servers):
+            raise ValueError(f"{len(self.members)} members in {len(self.servers)} columns")
+        for address, port in self.servers:
+            check_host(address)
+            if not 0 < port < 1 << 16:
+                raise ValueError(f"port {port}")
+
+    @property
+    def replica_ranks(self) -> int:
+        """How many members hold the model once: consecutive ones."""
+        return len(self.servers)
 
     @property
     def member_ids(self) -> list[str]:

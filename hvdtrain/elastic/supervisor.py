@@ -125,7 +125,7 @@ class Supervisor:
             if self.lifecycle.worker.member == Leader.choose(members, peers):
                 self.leader.announce_round_if_due()
                 self.leader.regroup_for_newcomers(
-                    generation, members, peers, lambda: self.lifecycle.send_to_worker(Request.REGROUP)
+                    generation, plan, peers, lambda: self.lifecycle.send_to_worker(Request.REGROUP)
                 )
         self.rounds.answer_newest()  # also after the end: a round that began before it is one that a slot may leave in
 

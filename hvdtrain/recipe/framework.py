@@ -190,7 +190,7 @@ class Step(Protocol):
         """Return all that the trajectory depends on. All ranks call it; only rank 0's result is whole."""
 
     def load_state(self, data: bytes) -> None:
-        """Take over a state. Raises UserError if it is not of this model and this optimizer."""
+        """Take over a state, or `local_state` of a rank at the same place of its replica. Raises UserError if it is not of this model and this optimizer."""
 
     def checksum_state(self) -> dict[str, int]:
         """Return a 64-bit checksum of each tensor of the model's state, by name."""
@@ -210,7 +210,7 @@ class Step(Protocol):
     # Another world.
 
     def local_state(self) -> bytes:
-        """Return this rank's state without the help of others, for ranks whose state is older.
+        """Return this rank's state without the help of others, for ranks of its column whose state is older.
 
         In a round of local steps, parameters are those of its start.
         """

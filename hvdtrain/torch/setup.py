@@ -40,7 +40,7 @@ def load_datasets(recipe: Recipe, world: World, seed: int, splits: Sequence[Spli
 
     Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
-    with lock_data_loading(recipe) if world.size == 1 else contextlib.nullcontext():
+    with lock_data_loading(recipe) if collectives.size() == 1 else contextlib.nullcontext():
         return _load_local_leader_first(recipe, world, seed, splits or ("train", *recipe.evals))
 
 

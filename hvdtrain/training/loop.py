@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from hvdtrain.ledger.rows import LedgerRow, sum_id_hashes
@@ -133,16 +134,26 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     check_lr_factor(generation, position, lr_factor, result.votes.lr_hashes == lr_hash * generation.world.size)
     if result.must_skip:
         count_skipped_step(generation, result, position)
-        run.step.skip_update()
-        update_report: dict[str, float] = {}
-    else:
-        update_report = run.step.apply_update(plan.lr_scale * lr_factor, (run.options.data.seed, position.step, -1))
-    if plan.pruning is not None:
-        update_report["sparsity"] = run.step.prune(plan.pruning.sparsity_after(plan.schedule_step(position) + 1))
+    update = partial(update_model, generation, position, result, lr_factor)
+    is_held = generation.world.is_grid and run.membership.world_may_change
+    update_report = run.held.make_together(update) if is_held else update()
     seconds = time.perf_counter() - start
     if generation.speeds is not None:
         generation.speeds.record_step(share.own_examples, computed, seconds)
     return StepOutcome(result, update_report, plan.lr * lr_factor, seconds)
+
+
+def update_model(generation: Generation, position: Position, result: StepResult, lr_factor: float) -> dict[str, float]:
+    """Apply the step's gradients, or skip the update; return what to report of it. Without collectives in a grid."""
+    run, plan = generation.run, generation.plan
+    if result.must_skip:
+        run.step.skip_update()
+        report: dict[str, float] = {}
+    else:
+        report = run.step.apply_update(plan.lr_scale * lr_factor, (run.options.data.seed, position.step, -1))
+    if plan.pruning is not None:
+        report["sparsity"] = run.step.prune(plan.pruning.sparsity_after(plan.schedule_step(position) + 1))
+    return report
 
 
 def accumulate_micro_batches(

@@ -15,6 +15,7 @@ from hvdtrain.recipe.framework import Step
 from hvdtrain.recipe.now import Now, set_now
 from hvdtrain.recipe.source import RecipeSource
 from hvdtrain.training.balance import SpeedComparison
+from hvdtrain.training.held_update import HeldUpdate
 from hvdtrain.training.lease import Lease
 from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.open_round import OpenRound
@@ -40,6 +41,7 @@ class Run:
     lease: Lease
     report: Reporter
     stop: StopRequest
+    held: HeldUpdate = field(default_factory=HeldUpdate)  # of a grid in an elastic run
     round: OpenRound = field(default_factory=OpenRound)  # of --local-steps
 
 

@@ -36,6 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm.grid import find_gradient_group
 from hvdtrain.comm.world import World
 from hvdtrain.diagnosis.diagnosis import Diagnosis
 from hvdtrain.diagnosis.report import WorldHistory
@@ -215,11 +216,12 @@ class Session:
             reached, began = self.position.step if self.position is not None else -1, time.perf_counter()
             try:
                 entered = membership.enter_next_world(self.world, reached)
+                reached = self.run.held.settle(reached, entered.root_step)
                 if entered.is_new:
                     self.run.step.switch_world(entered.world)
                 met = time.perf_counter()
                 if entered.root_step >= 0:
-                    self.take_over(self.exchange_state(entered))
+                    self.take_over(self.exchange_state(entered, reached))
                     self._lost_state = None
                 if entered.is_new:
                     self._lost_state = self.run.step.exchange_parts(reached, entered.root_step) or self._lost_state
@@ -235,8 +237,11 @@ class Session:
         hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
         membership.announce_rank(self.world)
 
-    def exchange_state(self, entered: EnteredWorld) -> ReceivedState:
-        """Return what the rank that is farthest has, on all ranks."""
+    def exchange_state(self, entered: EnteredWorld, reached: int) -> ReceivedState:
+        """Return what the rank that is farthest has, on all ranks; in a grid, the state of one of the same column.
+
+        reached: the step that this rank's state has reached.
+        """
         progress, state, orders = None, None, None
         rounds, root = list[RoundReport](), entered.root
         if self.run.options.rounds.local_steps is not None:
@@ -248,9 +253,14 @@ class Session:
             own = Progress(self.position, rows, ledger, self._earlier_worlds, self.git_commit, self.run.round.to_json())
             progress = own.to_json()
         received = collectives.broadcast_json(progress, "regroup.position", root)
-        if entered.world.rank == root:
+        group = find_gradient_group(entered.world)
+        if group is not None:
+            root_of_state = collectives.gather_json(reached, "regroup.reached", group).index(entered.root_step)
+        else:
+            root_of_state = root
+        if collectives.rank(group) == root_of_state:
             state = self.run.step.local_state()
-        state = collectives.broadcast_bytes(state, "regroup.state", root)
+        state = collectives.broadcast_bytes(state, "regroup.state", root_of_state, group)
         if self.run.step.has_sampler:
             if entered.world.rank == root:
                 assert self._ledger is not None

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdtrain.cli.main import root_command
+from hvdtrain.comm.horovod_places import place_ranks
 from hvdtrain.elastic.peers import HeartbeatMonitor
 from hvdtrain.elastic.ranks import assign_ranks
 from hvdtrain.elastic.records import Heartbeat
@@ -42,8 +43,9 @@ def test_places_are_what_horovod_expects(hosts: list[str]) -> None:
         assert [m.local_rank for m in of_host] == list(range(len(of_host)))
         assert member.local_size == len(of_host)
         across = [m for m in members if m.local_rank == member.local_rank]
-        assert [m.cross_rank for m in across] == list(range(len(across)))
-        assert member.cross_size == len(across)
+        worlds = [place_ranks([other.host for other in members])[m.rank] for m in across]
+        assert [at.cross_rank for at in worlds] == list(range(len(across)))
+        assert all(at.cross_size == len(across) for at in worlds)
 
 
 ANSWERS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2))

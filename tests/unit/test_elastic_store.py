@@ -37,7 +37,7 @@ from hvdtrain.system.signed_http import SECRET
 
 KEY = "k" * 64
 MEMBERS = assign_ranks(["a:0:x.1", "b:0:y.1"], {"a:0:x.1": "a", "b:0:y.1": "b-1.net"})
-GENERATION = GenerationPlan(MEMBERS, ("127.0.0.1", 4711), root=1, step=-1, error=None)
+GENERATION = GenerationPlan(MEMBERS, [("127.0.0.1", 4711)], root=1, step=-1, error=None)
 HEARTBEAT = Heartbeat(
     beats=1, member="m", host="h", assigned_size=2, ending=False, drained=False, joined=True, failed_starts=0
 )

@@ -58,7 +58,7 @@ def other(member: str, failed_starts: int, *, joined: bool = False) -> Heartbeat
 
 def plan(*members: str) -> GenerationPlan:
     planned = assign_ranks(members, dict.fromkeys(members, "b"))
-    return GenerationPlan(planned, ("127.0.0.1", 4711), 0, -1, None)
+    return GenerationPlan(planned, [("127.0.0.1", 4711)], 0, -1, None)
 
 
 PLAN_1 = {"plan-1": plan("mine", "theirs")}

@@ -1,0 +1,47 @@
+"""The update of a step of a grid in an elastic run, which a lost rank must not leave made on some ranks only.
+
+    all_reduce      this rank has its sums
+    hold            barrier: all ranks have theirs
+    update          no exchange is in it
+
+If no rank has passed the barrier when one is lost, all go on as before the step. If one has, all that are left have
+their sums, and those that did not pass make the update in the next world: ranks of a column have the same state, but
+those of one column may all have failed in the barrier, and then none could send the new state to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hvdtrain.comm import collectives
+
+T = TypeVar("T")
+
+
+@dataclass
+class HeldUpdate:
+    """The update of a step that this rank can make, and has not begun."""
+
+    update: Callable[[], object] | None = None
+
+    def make_together(self, update: Callable[[], T]) -> T:
+        """Make an update once all ranks can. Raises PeersLost if one is lost before, and then holds the update."""
+        self.update = update
+        collectives.barrier("step.held")
+        self.update = None
+        return update()
+
+    def settle(self, reached: int, farthest: int) -> int:
+        """Make the update that is held if another rank has made its own, else drop it; return the step reached then.
+
+        Args:
+            reached: the step that this rank's state has reached.
+            farthest: that of the rank that is farthest.
+        """
+        update, self.update = self.update, None
+        if update is None or farthest <= reached:
+            return reached
+        update()
+        return reached + 1
