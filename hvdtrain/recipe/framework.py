@@ -190,7 +190,10 @@ class Step(Protocol):
         """Return all that the trajectory depends on. All ranks call it; only rank 0's result is whole."""
 
     def load_state(self, data: bytes) -> None:
-        """Take over a state, or `local_state` of a rank at the same place of its replica. Raises UserError if it is not of this model and this optimizer."""
+        """Take over a state, or `local_state` of a rank at the same place of its replica.
+
+        Raises UserError if it is not of this model and this optimizer.
+        """
 
     def checksum_state(self) -> dict[str, int]:
         """Return a 64-bit checksum of each tensor of the model's state, by name."""

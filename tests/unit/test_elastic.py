@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hvdtrain.cli.main import root_command
 from hvdtrain.comm.horovod_places import place_ranks
 from hvdtrain.elastic.peers import HeartbeatMonitor
-from hvdtrain.elastic.ranks import assign_ranks
-from hvdtrain.elastic.records import Heartbeat
+from hvdtrain.elastic.ranks import assign_ranks, list_whole_replicas
+from hvdtrain.elastic.records import Candidate, Heartbeat
 from hvdtrain.launch.discovery import debounce
 from hvdtrain.launch.job import JobSpec
 from hvdtrain.launch.relaunch import run_with_relaunches
@@ -46,6 +46,15 @@ def test_places_are_what_horovod_expects(hosts: list[str]) -> None:
         worlds = [place_ranks([other.host for other in members])[m.rank] for m in across]
         assert [at.cross_rank for at in worlds] == list(range(len(across)))
         assert all(at.cross_size == len(across) for at in worlds)
+
+
+def test_only_whole_replicas_are_in_a_generation() -> None:
+    """Places are those of the slots; a replica that lacks a member waits, and replicas stay in their order."""
+    slots = {"b1": ("b", 1), "b0": ("b", 0), "a2": ("a", 2), "a0": ("a", 0), "a3": ("a", 3), "c1": ("c", 1)}
+    candidates = {name: Candidate(3, host, slot, True) for name, (host, slot) in slots.items()}
+    assert list_whole_replicas(list(slots), candidates, 2) == ["b0", "b1", "a2", "a3"]
+    assert list_whole_replicas(list(slots), candidates, 1) == list(slots)
+    assert list_whole_replicas(list(slots), candidates, 4) == []
 
 
 ANSWERS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2))
