@@ -16,12 +16,12 @@ from hvdtrain.comm import collectives
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.compression.scatter_reducer import PartOwner
-from hvdtrain.compression.spec import AUTO
+from hvdtrain.compression.spec import AUTO, NONE
 from hvdtrain.exchange.advisor import Advisor
 from hvdtrain.exchange.buckets import HEAD_SIZE, SPARSE_FLAG, Bucket, ExchangeConfig
 from hvdtrain.exchange.hooks import GradientHooks
 from hvdtrain.exchange.layout import expects_gradient
-from hvdtrain.exchange.local_tensors import local_gradient, wrap_local
+from hvdtrain.exchange.local_tensors import is_dtensor, local_gradient, wrap_local
 from hvdtrain.exchange.mistakes import check_same_round
 from hvdtrain.exchange.parameter_checks import check_parameters
 from hvdtrain.exchange.partition import NamedParameters
@@ -87,6 +87,7 @@ class BucketedExchange(GradientHooks):
         self._has_late_gradients: bool | None = None
         self._steps_are_odd = False  # those whose sums were used
         self._awaited: AwaitedSums | None = None  # of the step, once they were waited for
+        self._holds_parts = config.spec.method != NONE and any(is_dtensor(p) for _, p in named)
         self.register_parameters(named)
 
     @property
@@ -167,9 +168,10 @@ class BucketedExchange(GradientHooks):
             )
         # The state of all buckets changes or of none: a step with anything that is not finite is not made.
         stateful = any(isinstance(b.reducer, CompressedReducer) or b.reducer.carried_over is not None for b in buckets)
-        if stateful or self.checks_finite:
+        if stateful or self.checks_finite or self._holds_parts:
             self.sums_are_finite = all(bucket.reducer.sum_is_finite() for bucket in buckets)
-            if stateful and self.config.partition is not None:  # each rank has looked at its own parts
+            has_parts = self._holds_parts or (stateful and self.config.partition is not None)
+            if has_parts:  # each rank has looked at its own
                 odd = np.array([not self.sums_are_finite], dtype=np.float64)
                 self.sums_are_finite = not collectives.sum_float64(odd, f"{self.config.name}gradients.finite")[0]
         self._awaited = AwaitedSums(buckets, late, stateful)

@@ -10,14 +10,19 @@ import functools
 import torch
 from torch import Tensor
 
+from hvdtrain.exchange.local_tensors import local_tensor
+
 INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
 CHECKSUM_BLOCK_VALUES = 1 << 18  # values at once: their 64-bit copies take 2 MiB
 ODD_MULTIPLIER = 6364136223846793005  # odd, so that multiplying loses no bit
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors that hold all bits of a tensor: itself, or the parts of a sparse or quantized one."""
-    tensor = tensor.detach()
+    """Return the plain tensors that hold all bits of a tensor: itself, or the parts of a sparse or quantized one.
+
+    Of a DTensor they hold what this rank has.
+    """
+    tensor = local_tensor(tensor).detach()
     if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of other tensors
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in dense_parts(getattr(tensor, name))]

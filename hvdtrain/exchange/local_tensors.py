@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Return whether a tensor is a DTensor, of which each rank of its mesh has a part or a copy."""
     return hasattr(tensor, "_local_tensor")
 
@@ -51,3 +51,19 @@ def wrap_local(local: Tensor, like: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
+
+
+def cut_local(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that has a DTensor's shape, on that one's device; no rank is asked."""
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed: Any = like
+    moved = whole.to(local_tensor(like).device)
+    cut = distribute_tensor(moved, distributed.device_mesh, distributed.placements, src_data_rank=None)
+    return local_tensor(cut)
+
+
+def gather_whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, which all ranks of its mesh call; any other tensor as it is."""
+    distributed: Any = tensor
+    return distributed.full_tensor() if is_dtensor(tensor) else tensor

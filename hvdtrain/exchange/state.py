@@ -28,8 +28,9 @@ from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import StatefulCodec
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
-from hvdtrain.exchange.buckets import Bucket
+from hvdtrain.exchange.buckets import Bucket, make_views, real_numel
 from hvdtrain.exchange.layout import BucketLayout
+from hvdtrain.exchange.local_tensors import cut_local, gather_whole, is_dtensor, wrap_local
 
 # Tensors of a reducer that outlive a step, and what checkpoints call them.
 SAVED_NAMES = {"residual": "residual", "velocity": "velocity", "shard_residual": "owned", "carried_over": "owed"}
@@ -90,6 +91,9 @@ def gather_exchange_state(exchange: BucketLayout, exact: bool) -> ExchangeState:
         return collectives.wait(collectives.all_reduce_async_(own.clone(), f"memories.{name}", group=exchange.group))
 
     state = _build_state(exchange, sum_over_ranks)
+    if any(map(is_dtensor, exchange.names)):
+        state.unsent = _join_parts(exchange, state.unsent, "residual")
+        state.velocities = _join_parts(exchange, state.velocities, "velocity")
     if exact:
         state.bucket_names = [bucket.names for bucket in exchange.buckets]
         state.rank_tensors = _gather_rank_tensors(exchange)
@@ -114,8 +118,58 @@ def _build_state(exchange: BucketLayout, reduce: Callable[[Tensor, str], Tensor]
         if reducer.velocity is not None:
             state.velocities |= split_by_parameter(bucket, reduce(reducer.velocity, f"{number}.velocity"))
         if isinstance(reducer.codec, StatefulCodec):
-            state.codec_states |= dict(zip(bucket.names, reducer.codec.parameter_states(), strict=True))
+            states = zip(bucket.names, bucket.params, reducer.codec.parameter_states(), strict=True)
+            # That of a part is of no use for another part, and begins anew.
+            state.codec_states |= {name: kept for name, p, kept in states if not is_dtensor(p)}
     return state
+
+
+def _join_parts(exchange: BucketLayout, parts: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Return what the ranks of a replica have of parameters' parts, joined in the order of a whole one's memory.
+
+    All ranks call this.
+
+    Args:
+        exchange: whose parameters they are.
+        parts: by parameter, in the order of the memory that this rank has of it.
+        kind: of the parts, a name.
+    """
+    found = {name for names in collectives.gather_json(sorted(parts), f"memories.{kind}.names") for name in names}
+    joined: dict[str, Tensor] = {}
+    for p, name in exchange.names.items():
+        if name not in found or not is_dtensor(p):
+            joined |= {name: parts[name]} if name in parts else {}
+            continue
+        own = parts.get(name)  # an uneven part may have been too small for a codec
+        own = torch.zeros(real_numel(p), device=p.device) if own is None else own
+        whole = gather_whole(wrap_local(make_views(own, [p])[0], p))
+        joined[name] = flatten_whole(whole, p)
+    return joined
+
+
+def flatten_whole(whole: Tensor, like: Tensor) -> Tensor:
+    """Return (values,) real numbers of a tensor of a DTensor's shape, in the order of a whole one's memory."""
+    whole = torch.view_as_real(whole) if whole.is_complex() else whole.unsqueeze(-1)
+    flat = torch.empty(whole.numel(), dtype=whole.dtype, device=whole.device)
+    view_whole(flat, like).copy_(whole)
+    return flat
+
+
+def view_whole(flat: Tensor, like: Tensor) -> Tensor:
+    """Return (values,) of `flatten_whole` in a DTensor's shape and an axis for the parts of complex numbers."""
+    width = 2 if like.is_complex() else 1
+    return flat.as_strided((*like.shape, width), (*(width * stride for stride in like.stride()), 1))
+
+
+def cut_saved(flat: Tensor, p: torch.nn.Parameter) -> Tensor:
+    """Return this rank's part of what is saved of a parameter, in the order of the memory that it has of it."""
+    if not is_dtensor(p):
+        return flat
+    whole = view_whole(flat, p)
+    own = torch.zeros(real_numel(p), dtype=flat.dtype, device=p.device)
+    views = make_views(own, [p])
+    views[0].copy_(cut_local(torch.view_as_complex(whole) if p.is_complex() else whole.squeeze(-1), p))
+    return own
 
 
 def _gather_rank_tensors(exchange: BucketLayout) -> list[RankTensors]:
@@ -160,7 +214,9 @@ def load_exchange_state(exchange: BucketLayout, state: ExchangeState) -> None:
 def load_codec_state(bucket: Bucket, state: ExchangeState) -> None:
     """Give the bucket's codec its state, if it has one."""
     if isinstance(bucket.reducer, CompressedReducer) and isinstance(bucket.reducer.codec, StatefulCodec):
-        bucket.reducer.codec.load_parameter_states([state.codec_states.get(name) for name in bucket.names])
+        named = zip(bucket.names, bucket.params, strict=True)
+        states = [None if is_dtensor(p) else state.codec_states.get(name) for name, p in named]
+        bucket.reducer.codec.load_parameter_states(states)
 
 
 def restore_local_state(exchange: BucketLayout, state: ExchangeState) -> None:
@@ -197,9 +253,9 @@ def load_local_share(bucket: Bucket, state: ExchangeState, num_ranks: int) -> No
 def local_share(bucket: Bucket, parts: Mapping[str, Tensor], num_ranks: int) -> Tensor:
     """Return (n,) like the bucket's flat tensor: 1 / num_ranks of the parameters' parts, 0 for those without one."""
     flat = torch.zeros_like(bucket.reducer.flat)
-    for name, part in zip(bucket.names, bucket.split_flat(flat), strict=True):
+    for name, p, part in zip(bucket.names, bucket.params, bucket.split_flat(flat), strict=True):
         if name in parts:
-            part.copy_(parts[name] / num_ranks)
+            part.copy_(cut_saved(parts[name], p) / num_ranks)
     return flat
 
 
