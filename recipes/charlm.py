@@ -123,6 +123,11 @@ class CharLM(Recipe):
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.blocks)
 
+    def split_plan(self) -> dict[str, Any]:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        return {"blocks.*.perceptron.0": ColwiseParallel(), "blocks.*.perceptron.2": RowwiseParallel()}
+
     def metrics(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {"bits_per_byte": means["loss"] / np.log(2)}
 

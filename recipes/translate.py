@@ -138,6 +138,16 @@ class Translate(Recipe):
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
 
+    def split_plan(self) -> dict[str, Any]:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        layers = [f"transformer.{part}.layers.*" for part in ("encoder", "decoder")]
+        return {
+            f"{layer}.linear{i}": style()
+            for layer in layers
+            for i, style in ((1, ColwiseParallel), (2, RowwiseParallel))
+        }
+
     def outputs(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
         source, target = batch
         return {"translations": search_beams(model, source, self.beams), "references": pad_to_longest(target)}

@@ -102,6 +102,13 @@ def disconnect_grid() -> None:
     gc.collect()  # what an error's traceback refers to keeps a connection open
 
 
+def check_same_shape(shape: GridShape) -> None:
+    """Raise UserError, on all ranks, unless all ranks, whose hosts may differ, have the same shape of the grid."""
+    sizes = set(collectives.gather_json(shape.replica_ranks, "grid.shape"))
+    if len(sizes) > 1:
+        raise UserError(f"{shape.flags}: hosts have {min(sizes)} to {max(sizes)} ranks each: give --shard-ranks")
+
+
 def find_gradient_group(world: World) -> collectives.Group:
     """Return the ranks that hold the same parameters."""
     return collectives.COLUMN if world.is_grid else None

@@ -20,8 +20,10 @@ class ExchangeOptions:
         "MiB of gradients that are sent together; default: 8, between GPUs 25; the first bucket has 1 at most",
         above=0,
     )
-    shard: Literal["none", "optimizer"] = option(
-        "none", "optimizer: each rank holds 1 / ranks of the optimizer's state, and updates that part of the parameters"
+    shard: Literal["none", "optimizer", "model"] = option(
+        "none",
+        "optimizer: each rank holds 1 / ranks of the optimizer's state, and updates that part of the parameters; "
+        "model: the ranks of a host (--shard-ranks) hold parameters, gradients and state once together",
     )
     mirror: Literal["0", "1"] | None = option(
         None,

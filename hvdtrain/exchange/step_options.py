@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hvdtrain.comm.world import GridShape
 from hvdtrain.compression.options import CompressionOptions
+from hvdtrain.exchange.model_options import ModelOptions
 from hvdtrain.exchange.options import ExchangeOptions
 from hvdtrain.exchange.round_options import RoundOptions
 from hvdtrain.recipe import order
@@ -18,7 +19,7 @@ from hvdtrain.system.cpus import ThreadCount
 
 def asks_for_grid(given: OptionValues) -> bool:
     """Return whether the given options, by name, divide ranks into replicas (`StepOptions.find_grid_shape`)."""
-    return given.get("shard") == "model" or any(given.get(name) for name in ("stages", "tensor", "shard_ranks"))
+    return given.get("shard") == "model" or any(given.get(name, 1) != 1 for name in ("stages", "tensor"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StepOptions:
     optimization: OptimizationOptions = option_group(OptimizationOptions, "Optimization")
     compression: CompressionOptions = option_group(CompressionOptions, "Gradient exchange")
     exchange: ExchangeOptions = option_group(ExchangeOptions, "Gradient exchange")
+    model: ModelOptions = option_group(ModelOptions, "Model parallelism")
     rounds: RoundOptions = option_group(RoundOptions, "Local steps")
     device: DeviceOptions = option_group(DeviceOptions, "Device")
 
@@ -54,6 +56,42 @@ class StepOptions:
             self._check_sharded_compression()
         if self.rounds.local_steps is not None:
             self._check_local_steps()
+        if self.model.shard_ranks and self.exchange.shard != "model":
+            raise ValueError(f"--shard-ranks {self.model.shard_ranks} without --shard model: add it, or leave it out")
+        if self.model_flag:
+            self._check_divided_model(self.model_flag)
+
+    @property
+    def model_flag(self) -> str:
+        """The option that divides layers or parameters among ranks: "--tensor 2"; "" if none does."""
+        if self.model.tensor > 1:
+            return f"--tensor {self.model.tensor}"
+        return "--shard model" if self.exchange.shard == "model" else ""
+
+    def _check_divided_model(self, flag: str) -> None:
+        exchange, compression = self.exchange, self.compression.spec
+        if self.model.tensor > 1 and exchange.shard != "none":
+            raise ValueError(f"{flag} with --shard {exchange.shard}: ranks divide the model already; leave one out")
+        if exchange.deterministic:
+            raise ValueError(f"{flag} with --deterministic: its sums depend on how ranks divide the model")
+        if exchange.kind != "bucketed":
+            raise ValueError(f"{flag} with --exchange {exchange.kind}, which takes whole parameters: leave it out")
+        if exchange.saves_rank_residuals:
+            raise ValueError(f"{flag} with --checkpoint-residuals exact: they are saved by whole parameters; use sum")
+        if compression.partition(",")[0] == "auto":
+            raise ValueError(
+                f"{flag} with --compression auto: ranks would choose differently; name a method, e.g. int8"
+            )
+        if self.optimization.compile:
+            raise ValueError(f"{flag} with --compile: a divided model is not compiled; leave it out")
+        if self.optimization.sync_batchnorm:
+            raise ValueError(f"{flag} with --sync-batchnorm: batch norm would see parts of the batch; use GroupNorm")
+        if self.optimization.prune is not None:
+            raise ValueError(f"{flag} with --prune {self.optimization.prune}: it ranks whole weights; leave one out")
+        if self.rounds.local_steps is not None:
+            raise ValueError(f"{flag} with --local-steps: ranks that divide a model need each other in each step")
+        if self.data.shares != "even":
+            raise ValueError(f"{flag} with --shares {self.data.shares}: ranks that divide a model are equally fast")
 
     def _check_pruning(self, prune: str) -> None:
         if self.compression.spec != "none":
@@ -117,6 +155,11 @@ class StepOptions:
 
     def find_grid_shape(self, local_size: int) -> GridShape:
         """Return how ranks are divided into replicas. local_size: the ranks of a host."""
+        if self.model.tensor > 1:
+            return GridShape(self.model.tensor, same_batch=True, flags=self.model_flag)
+        if self.exchange.shard == "model":
+            ranks = self.model.shard_ranks or local_size
+            return GridShape(ranks, same_batch=False, flags=self.model_flag)
         return GridShape()
 
     def find_pass_sizes(self, batch_size: int, shares: Shares, rank: int | None = None) -> PassSizes:

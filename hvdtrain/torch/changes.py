@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.torch.buffer_reducer import BufferReducer
 from hvdtrain.torch.buffers import BufferMode, check_tensors_finite
@@ -100,9 +100,13 @@ class ChangeTracker:
         self.parameter_watch.set_baseline()
         self.learning_rate_watch.set_baseline(groups)
 
-    def check_state_finite(self) -> None:
-        """Raise RunError if a parameter, or a buffer that has changed, is not finite and was not so from the start."""
-        tensors = [(name, p) for name, p in self.model.named_parameters() if name not in self._initially_nonfinite]
+    def check_state_finite(self, whole: Mapping[str, Tensor]) -> None:
+        """Raise RunError if a parameter, or a buffer that has changed, is not finite and was not so from the start.
+
+        whole: parameters of which this rank has a part, gathered.
+        """
+        named = [(name, p) for name, p in self.model.named_parameters() if name not in self._initially_nonfinite]
+        tensors = [(name, whole.get(name, p)) for name, p in named]
         check_tensors_finite([*tensors, *((b.name, b.tensor) for b in self.buffer_reducer.changed_buffers)])
 
     def start_evaluation(self) -> bool:

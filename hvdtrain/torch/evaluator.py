@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.torch.changes import ChangeTracker
+from hvdtrain.torch.divided_model import DividedModel
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import sum_scores
@@ -23,7 +24,7 @@ class Evaluator:
     def __init__(
         self,
         scorer: Scorer,
-        model: torch.nn.Module,
+        divided: DividedModel,
         forward: Any,
         ema: AveragedModel | None,
         changes: ChangeTracker,
@@ -33,22 +34,26 @@ class Evaluator:
 
         Args:
             scorer: calls the recipe's `score`.
-            model: that is trained.
+            divided: the model that is trained.
             forward: the same, as it is called.
             ema: its average, which is evaluated instead if there is one.
             changes: what a step changes besides the parameters.
             layout: of the scores.
         """
-        self.scorer, self.model, self.forward, self.ema, self.changes = scorer, model, forward, ema, changes
-        self.layout = layout
+        self.scorer, self.model, self.forward, self.ema, self.changes = scorer, divided.model, forward, ema, changes
+        self.layout, self.divided = layout, divided
 
     def prepare_split(self, split: Split) -> None:
-        """Let every rank have the average whole, until `free_average`, if an evaluation begins; all ranks call this."""
-        if self.ema is not None and split != "train":
-            self.ema.gather_average()
+        """Let every rank have the model and its average whole, if an evaluation begins; all ranks call this."""
+        if split != "train":
+            if self.ema is not None:
+                self.ema.gather_average()
+            self.divided.gather_parameters()
 
-    def free_average(self) -> None:
-        """Free the memory of the average that other ranks have."""
+    def leave_evaluation(self) -> None:
+        """Leave the evaluation, if there was one, and free the memory of what other ranks have."""
+        self.changes.end_evaluation()
+        self.divided.free_parameters()
         if self.ema is not None:
             self.ema.free_average()
 

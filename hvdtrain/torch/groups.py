@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -56,6 +57,8 @@ def check_several(options: StepOptions, optimizers: Mapping[str, torch.optim.Opt
             f"--compression auto measures the steps of one optimizer, and there is one for each of {names}: name a "
             "method, e.g. powersgd:4 (hvdtrain bench compression compares them)"
         )
+    if options.model_flag:
+        raise UserError(f"{options.model_flag} takes one optimizer, and there is one for each of {names}: leave it out")
     if options.exchange.kind == "horovod":
         raise UserError(f"--exchange horovod takes one optimizer, and there is one for each of {names}: leave it out")
     held = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
@@ -98,6 +101,19 @@ def check_optimizer(
     if empty := [str(number) for number, group in enumerate(optimizer.param_groups) if not group["params"]]:
         return [f"warning   {which}without parameters: the optimizer's group {', '.join(empty)}"]
     return []
+
+
+@contextlib.contextmanager
+def explain_closure_error(recipe_name: str, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Make the error of an optimizer whose step needs a closure a UserError."""
+    try:
+        yield
+    except (AssertionError, TypeError) as error:
+        if "closure" not in str(error):
+            raise
+        raise UserError(
+            f"{recipe_name}.optimizer: {type(optimizer).__name__} needs a closure: it cannot be used"
+        ) from error
 
 
 def find_recipe_attribute(recipe: Recipe, p: nn.Parameter) -> str:

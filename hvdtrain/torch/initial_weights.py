@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from hvdtrain.comm import collectives
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
-from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.consistency import describe_tensor
 from hvdtrain.torch.loading import select_evaluated_weights
 from hvdtrain.torch.safetensors import parse_safetensors
-from hvdtrain.torch.tensors import load_module_state
+from hvdtrain.torch.tensors import load_module_state, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from hvdtrain.torch.step import TorchStep
@@ -39,6 +38,7 @@ def load_initial_weights(step: TorchStep, path: Path, partial: bool) -> list[str
     Raises:
         UserError: on all ranks, if the file cannot be read, or does not fit.
     """
+    chosen: dict[str, Tensor] = {}  # on rank 0
 
     def load_on_root() -> str:
         weights, model = read_weights(path), step.model
@@ -47,12 +47,17 @@ def load_initial_weights(step: TorchStep, path: Path, partial: bool) -> list[str
             others = f"; --init-partial loads the other {len(fit.chosen)}"
             remedy = others if fit.chosen else explain_prefix(model, weights)
             raise UserError(f"--init-from {path} does not fit the model: {fit.describe_problems()}{remedy}")
-        load_module_state(model, {**model.state_dict(), **fit.chosen})
+        chosen.update(fit.chosen)
+        if not step.divided.is_divided:
+            load_module_state(model, {**model.state_dict(), **chosen})
         left_out = f"; left out: {fit.describe_problems()}" if fit.problems else ""
         return f"weights   {format_count(len(fit.chosen), 'tensor')} from {path}{left_out}"
 
     line = collectives.on_root("init_from", load_on_root)
-    broadcast_state(step.model)
+    if step.divided.is_divided:  # each rank takes its part
+        sent = collectives.broadcast_bytes(write_tensors(chosen) if step.world.rank == 0 else None, "init_from.weights")
+        load_module_state(step.model, {**step.model.state_dict(), **read_tensors(sent)})
+    step.divided.broadcast_parameters()
     if step.ema is not None:
         load_module_state(step.ema.module, step.model.state_dict())
     step.changes.accept_loaded_state(step.updater.param_groups)

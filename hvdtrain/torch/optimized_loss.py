@@ -13,21 +13,22 @@ from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse_compression, select_layers
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.sharded import ShardedExchange
-from hvdtrain.system.errors import UserError
 from hvdtrain.system.seeds import derive_seed
 from hvdtrain.torch.broadcast import broadcast_optimizer
 from hvdtrain.torch.carried_state import CarriedState
 from hvdtrain.torch.gradient_watch import GradientWatch
-from hvdtrain.torch.groups import align_state, get_parameter_names
+from hvdtrain.torch.groups import align_state, explain_closure_error, get_parameter_names
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
+from hvdtrain.torch.local_parts import LocalParts, make_local_parts
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
 from hvdtrain.torch.optimizer_methods import WrappedOptimizer
+from hvdtrain.torch.piece_owner import PieceOwner, use_pieces
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.setup import check_momentum
 from hvdtrain.torch.shard_state import make_state_dict, restore_state_dict
 from hvdtrain.torch.shard_update import step_pieces
 from hvdtrain.torch.sharding import OptimizerSharding
-from hvdtrain.torch.shards import OptimizerShards, use_pieces
+from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.tensors import all_finite, scale_tensors
 from hvdtrain.torch.update_settings import UpdateSettings
 
@@ -43,6 +44,7 @@ class OptimizedLoss:
         optimizer: the recipe's, wrapped.
         bucketed_exchange, shard_exchange: its exchange, if it is the one or the other.
         sharding: how the optimizer is divided, if it is.
+        local_parts: what this rank has of the parameters, if the model is divided among ranks.
         carried: what the exchange carries from step to step.
         gradient_watch: refuses a loss that trains nothing.
         steps: how often it has exchanged something in this process.
@@ -58,6 +60,7 @@ class OptimizedLoss:
         self.bucketed_exchange: BucketedExchange | None = None
         self.shard_exchange: ShardedExchange | None = None
         self.sharding = OptimizerSharding(settings, f"{name}." if settings.several else "")
+        self.local_parts: LocalParts | None = None
         self.carried = CarriedState()
         self.steps, self.gradient_factor = 0, 1.0
         self._is_local = False  # the step
@@ -78,6 +81,7 @@ class OptimizedLoss:
         if first:
             check_momentum(parse_compression(options.compression.spec), self.optimizer, world, options)
             self.sharding.try_optimizer(self.optimizer, world)
+            self.local_parts = make_local_parts(self.optimizer, self.settings)
         held = set(self.get_parameters())
         named = [(name, p) for name, p in self.settings.model.named_parameters() if p in held]
         compression, seed, index = options.compression.spec, options.data.seed, self.settings.losses.index(self.name)
@@ -101,7 +105,8 @@ class OptimizedLoss:
             self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
             self.hyperparameters = get_hyperparameters(self.optimizer.param_groups)
             self._has_joined = True
-            check_readable(self.optimizer.state_dict(), "the optimizer's state")
+            with use_pieces(self.local_parts):
+                check_readable(self.optimizer.state_dict(), "the optimizer's state")
 
     def _adopt_exchange(
         self, exchange: BucketedExchange | ShardedExchange | None, log_line: Callable[[str], object]
@@ -123,7 +128,7 @@ class OptimizedLoss:
 
     def distribute_state(self, world: World, *, is_first: bool) -> list[str]:
         """Have rank 0's state, in the first world, or this rank's part of it; return lines to print; on all ranks."""
-        if is_first:
+        if is_first and self.local_parts is None:  # of which each rank has its own
             broadcast_optimizer(self.optimizer)
         return self.sharding.divide(self.optimizer, self.bucketed_exchange, world)
 
@@ -133,9 +138,9 @@ class OptimizedLoss:
         return self.sharding.shards
 
     @property
-    def _scattered(self) -> OptimizerShards | None:
-        """The shards, if each rank has its part of the gradients only."""
-        return self.shards if self.bucketed_exchange is not None else None
+    def _scattered(self) -> PieceOwner | None:
+        """What has this rank's part of the optimizer, if each rank has its part of the gradients only."""
+        return self.local_parts or (self.shards if self.bucketed_exchange is not None else None)
 
     def leave_world(self) -> None:
         """Leave the exchange of a world; what it has not sent is kept for the next."""
@@ -168,6 +173,8 @@ class OptimizedLoss:
             is_local: whether gradients stay on this rank.
         """
         self._is_local, self.optimizer.waited = is_local, 0.0
+        if self.local_parts is not None:
+            self.local_parts.drop_gradients()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.set_backward_passes_per_step(sum(passes))
         self._step_parameters = self.get_parameters()
@@ -253,7 +260,7 @@ class OptimizedLoss:
         """Unscale, clip, and step; return what is to be reported."""
         with use_pieces(self._scattered):
             report = self._scale_and_clip()
-        with step_pieces(self.shards):
+        with step_pieces(self.shards), use_pieces(self.local_parts):
             if self.settings.scaler is None:
                 self._step_optimizer()
             else:
@@ -284,15 +291,8 @@ class OptimizedLoss:
     def _step_optimizer(self) -> None:
         if self._is_local:
             self.optimizer._synchronized = True  # as far as it will be
-        try:
+        with explain_closure_error(self.settings.recipe_name, self.optimizer):
             self.optimizer.step()
-        except (AssertionError, TypeError) as error:
-            if "closure" not in str(error):
-                raise
-            raise UserError(
-                f"{self.settings.recipe_name}.optimizer: {type(self.optimizer).__name__} needs a closure: it cannot be "
-                "used"
-            ) from error
         if not self._state_checked:
             check_readable(self.optimizer.state_dict(), "the optimizer's state")
             self._state_checked = True
@@ -303,7 +303,7 @@ class OptimizedLoss:
         """Return the state of the optimizer."""
         names = get_parameter_names(self.optimizer, self.settings.model)
         return {
-            "optimizer": make_state_dict(self.optimizer, self.shards),
+            "optimizer": make_state_dict(self.optimizer, self.shards or self.local_parts),
             "parameters": names,
             "settings": self.hyperparameters,
         }
@@ -315,6 +315,6 @@ class OptimizedLoss:
         """
         now = get_parameter_names(self.optimizer, self.settings.model)
         own, earlier = align_state(state, now, self.hyperparameters)
-        restore_state_dict(self.optimizer, self.shards, own)
+        restore_state_dict(self.optimizer, self.shards or self.local_parts, own)
         apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
         self.carried.load(carried)

@@ -140,7 +140,9 @@ def get_param_groups(self: Any) -> list[ParamGroup]:
 
 
 def read_param_groups(self: Any) -> list[ParamGroup]:
-    """Return the groups of a wrapped optimizer, without waiting for gradients."""
+    """Return the groups of a wrapped optimizer, without waiting for gradients; of another one as they are."""
+    if not hasattr(type(self), "inner_class"):
+        return self.param_groups  # type: ignore[no-any-return]
     declared = inspect.getattr_static(self.inner_class, "param_groups", None)
     if declared is not None:  # a property, of an optimizer around another
         return declared.__get__(self)  # type: ignore[no-any-return]

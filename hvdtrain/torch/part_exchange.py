@@ -21,11 +21,12 @@ from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.held_parts import AVERAGE, HeldPart, Interval, find_sources, join_parts
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.optimizer_methods import read_param_groups
+from hvdtrain.torch.piece_owner import use_pieces
 from hvdtrain.torch.pieces import Piece
 from hvdtrain.torch.shard_state import copy_to_host
 from hvdtrain.torch.sharded_ema import ShardedAverage
 from hvdtrain.torch.sharding import OptimizerSharding
-from hvdtrain.torch.shards import OptimizerShards, use_pieces
+from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.tensors import read_tensors, write_tensors
 
 Need = tuple[Piece, list[Interval]]  # a piece, and where its values come from

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvdtrain.exchange.local_tensors import is_dtensor
 from hvdtrain.system.errors import UserError
 
 READABLE_TYPES = (bool, int, float, complex, str, bytes, type(None))
@@ -46,7 +47,7 @@ def check_readable(state: Any, what: str) -> None:
         what: the words for the state.
     """
     for path, value in iterate_leaves(state, ""):
-        if type(value) in READABLE_TYPES or type(value) in TENSOR_TYPES:
+        if type(value) in READABLE_TYPES or type(value) in TENSOR_TYPES or is_dtensor(value):  # which is saved whole
             continue
         buffer = io.BytesIO()
         try:

@@ -70,8 +70,17 @@ class Recipe(DatasetRecipe):
         raise NotImplementedError
 
     def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-        """Return the blocks of the model that --recompute runs again in the backward pass, such as its layers.
+        """Return the blocks of the model, such as its layers: modules of it, none of them in another.
 
-        They are modules of the model, none of them in another, that change no input and no buffer.
+        --recompute runs them again in the backward pass; they change no input and no buffer. --shard model gathers the
+        parameters of one after the other.
+        """
+        raise NotImplementedError
+
+    def split_plan(self) -> Mapping[str, object]:
+        """Return how --tensor splits layers: `torch.distributed.tensor.parallel`'s ParallelStyle by names of modules.
+
+        As for parallelize_module: {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}. What is
+        not named stays whole on each rank. Import torch.distributed.tensor.parallel in the method.
         """
         raise NotImplementedError

@@ -167,7 +167,7 @@ def recompute_blocks(recipe: Recipe, model: nn.Module, options: StepOptions) -> 
     if spec is None:
         yield []
         return
-    blocks = collectives.on_all_ranks("blocks", lambda: find_blocks(recipe, model, spec))
+    blocks = collectives.on_all_ranks("blocks", lambda: find_blocks(recipe, model, f"--recompute {spec}"))
     chosen = list(blocks.items())[:: parse_recompute(spec)]
     for name, block in chosen:
         block.forward = RecomputedForward(name, block, block.forward, "forward" in vars(block))
@@ -180,12 +180,15 @@ def recompute_blocks(recipe: Recipe, model: nn.Module, options: StepOptions) -> 
                 block.forward = replaced.inner
 
 
-def find_blocks(recipe: Recipe, model: nn.Module, spec: str) -> dict[str, nn.Module]:
-    """Return the recipe's blocks by their names in the model. Raises UserError if there are none."""
+def find_blocks(recipe: Recipe, model: nn.Module, flag: str) -> dict[str, nn.Module]:
+    """Return the recipe's blocks by their names in the model. Raises UserError if there are none.
+
+    flag: the option that needs them.
+    """
     if not is_overridden(recipe, "blocks"):
         raise UserError(
-            f"--recompute {spec}: {type(recipe).__name__} has no method blocks(self, model), which returns the modules "
-            "to recompute, such as list(model.layers): define it"
+            f"{flag}: {type(recipe).__name__} has no method blocks(self, model), which returns the "
+            "model's blocks, such as list(model.layers): define it"
         )
     with in_recipe(recipe, "blocks()"):
         blocks = recipe.blocks(model)

@@ -281,6 +281,8 @@ class TieLoss(torch.autograd.Function):
 
 def find_refusal(options: StepOptions) -> str:
     """Return why the collectives of `score` are refused in a run with these options; "" if they are not."""
+    if options.model_flag:
+        return f"which {options.model_flag} refuses: ranks have passes without examples of their own; leave that out"
     if not options.exchange.deterministic:
         return ""
     return "which --deterministic refuses: its result depends on the ranks in its last bits; leave out --deterministic"

@@ -16,9 +16,11 @@ from hvdtrain.exchange.buckets import view_like
 from hvdtrain.torch.encoded_changes import settle_unsent
 from hvdtrain.torch.held_parts import is_sized, join_parts
 from hvdtrain.torch.hyperparameters import StateDict
+from hvdtrain.torch.local_parts import LocalParts
 from hvdtrain.torch.optimizer_methods import read_param_groups
+from hvdtrain.torch.piece_owner import PieceOwner, use_pieces
 from hvdtrain.torch.pieces import Piece, cut_state
-from hvdtrain.torch.shards import OptimizerShards, use_pieces
+from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.tensors import read_tensors, write_tensors
 
 ParameterState = StateDict  # what an optimizer keeps of a parameter, or of a piece of it, by its own names
@@ -51,7 +53,7 @@ def join_states(parts: Sequence[tuple[Piece, ParameterState]]) -> ParameterState
     return {k: view_like(joined[k], p) if is_sized(v, first.end - first.start) else v for k, v in state.items()}
 
 
-def make_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | None) -> StateDict:
+def make_state_dict(optimizer: torch.optim.Optimizer, shards: PieceOwner | None) -> StateDict:
     """Return an optimizer's state dict, with the whole state that was gathered if it is sharded."""
     if shards is None:
         return optimizer.state_dict()
@@ -68,14 +70,18 @@ def make_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | 
         shards.whole_state = {}
 
 
-def restore_state_dict(optimizer: torch.optim.Optimizer, shards: OptimizerShards | None, whole: StateDict) -> None:
+def restore_state_dict(optimizer: torch.optim.Optimizer, shards: PieceOwner | None, whole: StateDict) -> None:
     """Load a state dict of all parameters, of which this rank takes its part if the optimizer is sharded."""
     params = [p for group in read_param_groups(optimizer) for p in group["params"]]
     numbers = [number for group in whole["param_groups"] for number in group["params"]]
-    encoded = set[nn.Parameter]() if shards is None else shards.encoded
+    encoded = shards.encoded if isinstance(shards, OptimizerShards) else set[nn.Parameter]()
     settle_unsent(dict(zip(numbers, params, strict=False)), whole["state"], encoded)
+    if isinstance(shards, OptimizerShards):
+        whole = cut_state_dict(shards, whole)
+    elif isinstance(shards, LocalParts):
+        whole = shards.cut_state_dict(whole)
     with use_pieces(shards):
-        optimizer.load_state_dict(whole if shards is None else cut_state_dict(shards, whole))
+        optimizer.load_state_dict(whole)
 
 
 def cut_state_dict(shards: OptimizerShards, whole: StateDict) -> StateDict:

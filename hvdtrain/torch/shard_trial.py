@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.exchange.local_tensors import local_tensor
 from hvdtrain.exchange.partition import ShardUnit
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.sandbox import preserve_random_state
@@ -30,6 +31,7 @@ TRIAL_LR = 0.01  # which moves values visibly
 # Of each axis of a parameter in the trial. Some optimizers treat matrices differently from some 128 rows on.
 MOST_ROWS = 130
 MOST_ALIKE = 2  # parameters of one group, shape and type that are tried
+OPTIMIZER_FLAG = "--shard optimizer"
 Shape = tuple[int, ...]
 
 
@@ -46,26 +48,28 @@ class DivisionTrial:
     state_bytes: float
 
 
-def find_shard_unit(optimizer: torch.optim.Optimizer, recipe_name: str, model: nn.Module) -> DivisionTrial:
+def find_shard_unit(
+    optimizer: torch.optim.Optimizer, recipe_name: str, model: nn.Module, flag: str = OPTIMIZER_FLAG
+) -> DivisionTrial:
     """Return how the optimizer of a model may be divided, the same on all ranks, all of which call this.
+
+    flag: the option that asks for it.
 
     Raises UserError on all ranks if it may not be divided at all.
     """
     with preserve_random_state():
         torch.manual_seed(0)
-        collectives.on_all_ranks("shard.memory", lambda: check_memory(model))
-        own = collectives.on_all_ranks("shard.trial", lambda: try_units(optimizer, recipe_name))
+        collectives.on_all_ranks("shard.memory", lambda: check_memory(model, flag))
+        own = collectives.on_all_ranks("shard.trial", lambda: try_units(optimizer, recipe_name, flag))
     found = collectives.gather_json([own.unit, own.state_bytes], "shard.unit")
     return DivisionTrial("parameters" if ["parameters"] in [row[:1] for row in found] else "elements", found[0][1])
 
 
-def try_units(optimizer: torch.optim.Optimizer, recipe_name: str) -> DivisionTrial:
+def try_units(optimizer: torch.optim.Optimizer, recipe_name: str, flag: str = OPTIMIZER_FLAG) -> DivisionTrial:
     """Return how the optimizer may be divided, as far as this rank sees. Raises UserError if it may not be."""
     whose = f"{recipe_name}.optimizer: {type(optimizer).__name__}"
     if vars(optimizer).get("_optimizer_step_pre_hooks"):
-        raise UserError(
-            f"{whose} has a hook before its step, which would see parts of the gradients; leave out --shard"
-        )
+        raise UserError(f"{whose} has a hook before its step, which would see parts of the gradients; leave out {flag}")
     params, shapes = _choose_shapes(optimizer)
     try:
         if (state_bytes := _try_elements(optimizer, params, shapes)) is not None:
@@ -78,11 +82,11 @@ def try_units(optimizer: torch.optim.Optimizer, recipe_name: str) -> DivisionTri
     except Exception as error:
         raise UserError(
             f"{whose} cannot be divided among ranks: with some of its parameters it raises {type(error).__name__}: "
-            f"{error}; leave out --shard"
+            f"{error}; leave out {flag}"
         ) from error
     raise UserError(
         f"{whose} cannot be divided among ranks: what it does to a parameter depends on the others, or on random "
-        "numbers; leave out --shard"
+        f"numbers; leave out {flag}"
     )
 
 
@@ -166,14 +170,13 @@ def _draw_like(params: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor
     return [x * 4.0 ** (i % 3) for i, x in enumerate(drawn)]
 
 
-def check_memory(model: nn.Module) -> None:
+def check_memory(model: nn.Module, flag: str = OPTIMIZER_FLAG) -> None:
     """Raise UserError if a parameter cannot be divided: it shares memory with another, or has another layout."""
     found: list[tuple[int, int, str]] = []
-    for name, tensor in model.named_parameters():
+    for name, p in model.named_parameters():
+        tensor = local_tensor(p)
         if not is_writable_in_place(tensor):
-            raise UserError(
-                f"--shard optimizer: {name} is not a plain dense tensor, and cannot be divided: leave --shard out"
-            )
+            raise UserError(f"{flag}: {name} is not a plain dense tensor, and cannot be divided: leave {flag} out")
         if tensor.numel():
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             begin = tensor.data_ptr()
@@ -182,8 +185,8 @@ def check_memory(model: nn.Module) -> None:
     for (_, end, first), (begin, _, second) in itertools.pairwise(found):
         if begin < end:
             raise UserError(
-                f"--shard optimizer: the parameters {first} and {second} share memory, which ranks would update "
-                "differently: make them one parameter, or leave --shard out"
+                f"{flag}: the parameters {first} and {second} share memory, which ranks would update differently: make "
+                f"them one parameter, or leave {flag} out"
             )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.torch.shards import OptimizerShards, use_pieces
+from hvdtrain.torch.piece_owner import use_pieces
+from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.update_undo import UpdateUndo
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.comm import collectives
+from hvdtrain.torch.divided_model import DividedModel
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.hyperparameters import StateDict
+from hvdtrain.torch.local_average import LocalAverage
 from hvdtrain.torch.pieces import ShardedBucket, cut_piece
 from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.tensors import load_module_state
@@ -140,8 +142,13 @@ class ShardedAverage(AveragedModel):
         load_module_state(self, {**rest, **placeholders})
 
 
-def make_average(model: nn.Module, decay: float | None, shards: Sequence[OptimizerShards]) -> AveragedModel | None:
-    """Return a model's average on all ranks, of which each has a part if the optimizers are sharded; None: no decay."""
+def make_average(divided: DividedModel, decay: float | None, shards: Sequence[OptimizerShards]) -> AveragedModel | None:
+    """Return a model's average on all ranks, of which each has a part if it has one of the model, or its optimizer.
+
+    None: there is no decay.
+    """
     if decay is None:
         return None
-    return ShardedAverage(model, decay, shards) if shards else AveragedModel(model, decay)
+    if divided.is_divided:
+        return LocalAverage(divided, decay)
+    return ShardedAverage(divided.model, decay, shards) if shards else AveragedModel(divided.model, decay)

@@ -18,11 +18,9 @@ what all ranks have updated. What becomes of pieces in another world is in `hvdt
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,22 +33,20 @@ from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import ExchangeConfig, iterate_bucket_members, real_numel
 from hvdtrain.exchange.partition import NamedParameters, Partition
 from hvdtrain.torch.encoded_changes import EncodedChanges, find_codec
-from hvdtrain.torch.hyperparameters import StateDict
-from hvdtrain.torch.optimizer_methods import WrappedOptimizer, read_param_groups
+from hvdtrain.torch.optimizer_methods import read_param_groups
+from hvdtrain.torch.piece_owner import PieceOwner
 from hvdtrain.torch.pieces import ShardedBucket, cut_state
 from hvdtrain.torch.tensors import all_finite, view_as_real
 from hvdtrain.torch.update_undo import UpdateUndo
 
 
-class OptimizerShards:
+class OptimizerShards(PieceOwner):
     """This rank's part of an optimizer.
 
     Attributes:
         buckets: in the order in which they are sent.
-        has_gradients: whether any rank has used a parameter in the last step.
         uses_reduce_scatter: whether gradients come by Horovod's reduce-scatter, as it is faster than the all-to-all.
         undo: what takes back the update that was begun, if that is possible; else None.
-        whole_state: of each parameter, on rank 0, once it was gathered and until it is saved.
     """
 
     def __init__(
@@ -70,16 +66,14 @@ class OptimizerShards:
             name: of its collectives.
             trained: names of the parameters that are, the same on all ranks.
         """
-        self.optimizer, self.exchange, self.name = cast(WrappedOptimizer, optimizer), exchange, name
+        super().__init__(optimizer)
+        self.exchange, self.name = exchange, name
         self.partition = partition
-        self.rank, self.has_gradients = collectives.rank(), False
+        self.rank = collectives.rank()
         self.names: dict[nn.Parameter, str] = {}
         self.uses_reduce_scatter = False
         self._changes: dict[ShardedBucket, EncodedChanges] = {}  # of the step, of buckets that a codec carries
-        self.whole_state: dict[nn.Parameter, StateDict] = {}
-        self.replaced: list[list[nn.Parameter]] | None = None  # the groups' parameters, while they hold pieces
         self.buckets: list[ShardedBucket] = []
-        self.pieces: dict[nn.Parameter, list[nn.Parameter]] = {}  # of each parameter; empty if it is another rank's
         self.undo: UpdateUndo | None = None
         self._gathering: list[tuple[ShardedBucket, collectives.Handle]] = []
         self._hooks: list[Callable[..., object]] = []  # of the step, to be called once all is gathered
@@ -144,11 +138,6 @@ class OptimizerShards:
         """The parameters whose changes a codec carries."""
         return {p for bucket in self.buckets if find_codec(bucket) is not None for p in bucket.params}
 
-    @property
-    def groups(self) -> list[list[nn.Parameter]]:
-        """The parameters of each of the optimizer's groups."""
-        return self.replaced or [group["params"] for group in read_param_groups(self.optimizer)]
-
     def describe(self, state_bytes: float) -> str:
         """Return the line of the plan. state_bytes: of each value; 0: not known before the first step."""
         values = [sum(map(real_numel, bucket.params)) for bucket in self.buckets]
@@ -203,18 +192,6 @@ class OptimizerShards:
         dtype = torch.float64 if exact else torch.float32
         return torch.tensor(found[0], dtype=torch.float64).sqrt().to(dtype)
 
-    def agree_on_overflow(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """Let a loss scale skip the step if a gradient is not finite on any rank; return the norm of all together.
-
-        All ranks call this once the gradients are unscaled.
-        """
-        norm = self.total_norm()
-        device = self.buckets[0].device
-        # A rank without a piece of what is used has looked at nothing.
-        found: Any = scaler._found_inf_per_device(self.optimizer)
-        found[device] = torch.full((), float(not torch.isfinite(norm)), device=device)
-        return norm
-
     def find_nonfinite(self) -> set[nn.Parameter]:
         """Return the parameters whose gradients are not finite on some rank; all ranks call this."""
         own = [
@@ -262,24 +239,6 @@ class OptimizerShards:
         hooks, self._hooks = self._hooks, []
         for hook in hooks:
             hook(self.optimizer, (), {})
-
-
-@contextlib.contextmanager
-def use_pieces(shards: OptimizerShards | None) -> Iterator[None]:
-    """Let a sharded optimizer's groups hold pieces in place of parameters. None: leave them as they are."""
-    if shards is None:
-        yield
-        return
-    groups, replaced = read_param_groups(shards.optimizer), shards.groups
-    for group in groups:
-        group["params"] = [own for p in group["params"] for own in shards.pieces.get(p, [p])]
-    shards.replaced = replaced
-    try:
-        yield
-    finally:
-        shards.replaced = None
-        for group, params in zip(groups, replaced, strict=True):
-            group["params"] = params
 
 
 def sum_squares(values: Sequence[Tensor], dtype: torch.dtype) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import check_same_model
+from hvdtrain.torch.divided_model import DividedModel
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe_state import RecipeState
@@ -24,30 +25,41 @@ class TrainingState:
     """All that the trajectory depends on, as bytes and back."""
 
     recipe_state: RecipeState
-    model: nn.Module
+    divided: DividedModel
     updater: Updater
     ema: AveragedModel | None
     changes: ChangeTracker
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, of which this rank may have a part."""
+        return self.divided.model
 
     def gather_shards(self) -> None:
         """Let rank 0 have, until it serializes the state, what each rank has a part of; all ranks call this."""
         for shards in self.updater.shards:
             shards.whole_state = gather_whole_state(shards)
+        self.divided.gather_state()
+        for loss in self.updater.losses:
+            if loss.local_parts is not None:
+                loss.local_parts.gather_whole_state(self.divided)
         if self.ema is not None:
             self.ema.gather_host_state()
 
     def serialize(self, carried: Mapping[str, object] | None) -> bytes:
         """Return the state as bytes. carried: what the exchange carries from step to step; None: nothing."""
-        self.changes.check_state_finite()
+        self.changes.check_state_finite(self.divided.whole_state)
         if self.ema is not None:
             self.ema.copy_constants(self.model)
-        state: dict[str, object] = {"model": self.model.state_dict(), **self.updater.optimizer_state()}
+        whole = self.divided.whole_state or self.model.state_dict()
+        state: dict[str, object] = {"model": whole, **self.updater.optimizer_state()}
         if carried is not None:
             state["exchange"] = carried
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         if self.recipe_state.exists:
             state["recipe"] = self.recipe_state.collect_values()
+        self.divided.whole_state = {}
         return write_tensors(state)
 
     def serialize_anchor(self) -> bytes:
@@ -82,7 +94,8 @@ class TrainingState:
         """
         model, updater, ema = self.model, self.updater, self.ema
         # A device never holds the whole state of which it has a part.
-        state = read_tensors(data, torch.device("cpu") if updater.shards else device)
+        has_parts = self.divided.is_divided or updater.shards
+        state = read_tensors(data, torch.device("cpu") if has_parts else device)
         for part, needed in (("scaler", updater.scaler is not None), ("ema", ema is not None)):
             if needed != (part in state):
                 raise UserError(

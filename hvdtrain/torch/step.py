@@ -22,15 +22,15 @@ from hvdtrain.comm.agreement import ConsistentPart, check_agreement
 from hvdtrain.comm.grid import find_batch_group
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
-from hvdtrain.recipe.framework import Chunk, ExchangeReport, RoundResult, Split, StepResult, StepVotes
+from hvdtrain.recipe.framework import Chunk, RoundResult, Split, StepResult, StepVotes
 from hvdtrain.recipe.now import foresee_first_step, set_now, temporary_now
 from hvdtrain.recipe.order import Ids
 from hvdtrain.recipe.shares import Shares
-from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.buffers import BufferMode, resolve_buffer_modes
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import agree_on_parts, metrics_part, select_examples, select_split_hashes
 from hvdtrain.torch.data import seed_all
+from hvdtrain.torch.divided_model import divide_model
 from hvdtrain.torch.evaluator import Evaluator
 from hvdtrain.torch.gpu import find_gpu_uuid
 from hvdtrain.torch.modes import TrainingModes
@@ -40,6 +40,7 @@ from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.recompute import recompute_blocks
 from hvdtrain.torch.scorer import Scorer
+from hvdtrain.torch.scores import Scores
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
 from hvdtrain.torch.sharded_ema import make_average
 from hvdtrain.torch.splits import SplitLoaders
@@ -64,6 +65,7 @@ class TorchStep(StepFacts):
         sums: the scores and votes that are summed over ranks.
         ema: the averaged model of --ema, if there is one.
         forward: the model as it is called, compiled with --compile.
+        divided: the model, if ranks hold it together.
         evaluator: the model in evaluations.
     """
 
@@ -93,15 +95,15 @@ class TorchStep(StepFacts):
             with temporary_now(recipe, first_step), self.scorer.session.record_pass():
                 initialize_lazy_modules(recipe, self.model, lambda: load_two_examples(self.scorer, self.splits))
             recompute_lines = undo.enter_context(recompute_blocks(recipe, self.model, options))
+            self.divided = divide_model(recipe, self.model, self.source, options, self.device, world)
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
             self.updater = Updater(recipe, self.model, self.device, options)
             undo.callback(self.updater.close)
             set_now(recipe, first_step)
             reject_scheduler(recipe, self.updater.optimizers.values())
             parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
-            hashes = select_split_hashes(select_examples(parts), "train")
-            self.first_examples: Mapping[str, str] = hashes
-            self._trial = prepare_trial(self.scorer, self.model, self.splits, self.updater)
+            self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
+            self._trial = prepare_trial(self.scorer, self.divided, self.splits, self.updater)
             trial = self._trial.run()
             self.layout, self.trial_means = trial.layout, trial.means
             self.score_uses_collectives = trial.calls_collectives
@@ -110,18 +112,18 @@ class TorchStep(StepFacts):
             self.agreement_parts: Sequence[ConsistentPart] = [*parts, scores_part]
             check_agreement("agreement.metrics", [scores_part])
             self.updater.join_world(world)
-            broadcast_state(self.model)
+            self.divided.broadcast_parameters()
             self.updater.distribute_state(world, is_first=True)
-            self.ema = make_average(self.model, options.optimization.ema, self.updater.shards)
+            self.ema = make_average(self.divided, options.optimization.ema, self.updater.shards)
             self.parts = PartExchange([loss.sharding for loss in self.updater.losses], self.ema)
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
-            self.evaluator = Evaluator(self.scorer, self.model, self.forward, self.ema, self.changes, self.layout)
+            self.evaluator = Evaluator(self.scorer, self.divided, self.forward, self.ema, self.changes, self.layout)
             collectives.on_all_ranks("recipe_state", self.recipe_state.collect_values)
-            self.state = TrainingState(self.recipe_state, self.model, self.updater, self.ema, self.changes)
+            self.state = TrainingState(self.recipe_state, self.divided, self.updater, self.ema, self.changes)
             self.sums = StepSums(recipe, self.layout, self.changes.num_change_flags, options.exchange, self.device)
             self._messages = self.updater.log_lines
-            self._messages += [*modes.get_warnings(), *recompute_lines]
+            self._messages += [*modes.get_warnings(), *recompute_lines, *self.divided.lines]
             self._votes, self._batch_share, self._num_micro_batches, self._micro_batches_done = StepVotes(), 0.0, 0, 0
             self._step_in_progress, self.update_in_progress, self._is_local = False, False, False
             # Once for the run: after what the recipe sets up, before connections that the processes would keep open.
@@ -149,7 +151,8 @@ class TorchStep(StepFacts):
 
     def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool = False) -> None:
         self.recipe_state.snapshot()
-        self.evaluator.free_average()
+        self.evaluator.leave_evaluation()
+        passes = self.divided.pad_passes(passes)
         self.updater.start_step(passes, is_local)
         self.sums.start_step(passes, self.updater.first_shard, is_local)
         self.scorer.session.start_step()
@@ -167,6 +170,10 @@ class TorchStep(StepFacts):
         seed_all(seed)
         scores = self.scorer.score_for_training(self.forward, batch, self.layout, count)
         self.sums.add_scores(scores)
+        self._add_gradients(scores, weight)
+
+    def _add_gradients(self, scores: Scores, weight: float) -> None:
+        self.divided.check_graph(scores)
         self._micro_batches_done += 1
         is_last = self._micro_batches_done == self._num_micro_batches
         if is_last:  # the forward passes are over: sums and buffers travel while backward computes
@@ -182,6 +189,9 @@ class TorchStep(StepFacts):
             self.changes.buffer_reducer.start_combining(self._batch_share)
 
     def all_reduce(self) -> StepResult:
+        while self._micro_batches_done < self._num_micro_batches:  # others of the replica have more examples
+            batch, count = self._trial.spare_batch
+            self._add_gradients(self.scorer.score_for_training(self.forward, batch, self.layout, count), 0.0)
         if self._num_micro_batches == 0:
             self._start_small_all_reduces()
             self.scorer.session.join_pass(self.device)
@@ -259,7 +269,7 @@ class TorchStep(StepFacts):
 
     def gather_state(self) -> bytes:
         self.recipe_state.forget_snapshot()
-        self.changes.end_evaluation()
+        self.evaluator.leave_evaluation()
         carried = self.updater.gather_carried_state()
         self.state.gather_shards()
         return self.state.serialize(carried) if self.world.rank == 0 else b""
@@ -271,21 +281,14 @@ class TorchStep(StepFacts):
         self._messages += self.state.rejoin_round(data, self.device)
 
     def load_state(self, data: bytes) -> None:
+        self.evaluator.leave_evaluation()
         self._messages += self.state.restore(data, self.device)
         self.update_in_progress = False
 
     def checksum_state(self) -> dict[str, int]:
         self.recipe_state.forget_snapshot()
-        self.changes.end_evaluation()
+        self.evaluator.leave_evaluation()
         return checksum_model(self.model, leave_out=self.changes.buffer_reducer.local_names)
-
-    def wire_bytes(self) -> int:
-        small = self.changes.buffer_reducer.payload_bytes + self.sums.num_bytes
-        own = self.updater.wire_bytes + self.scorer.session.bytes_sent
-        return own + collectives.ring_all_reduce_bytes(small, self.world.size)
-
-    def exchange_report(self) -> ExchangeReport:
-        return self.updater.describe_exchange()
 
     def take_messages(self) -> list[str]:
         lines, self._messages[:] = list(self._messages), []

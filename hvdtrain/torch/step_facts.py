@@ -1,14 +1,20 @@
-"""What is known of a step's model and data before the first step."""
+"""What is known of a step's model, data and exchange."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
+from hvdtrain.recipe.framework import ExchangeReport
 from hvdtrain.recipe.given_order import GivenOrder
+from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import find_changed_hash, select_examples
+from hvdtrain.torch.divided_model import DividedModel
+from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.splits import SplitLoaders
+from hvdtrain.torch.sums import StepSums
 from hvdtrain.torch.trial import Trial
 from hvdtrain.torch.update import Updater
 
@@ -19,6 +25,10 @@ class StepFacts:
     world: World
     splits: SplitLoaders
     updater: Updater
+    scorer: Scorer
+    changes: ChangeTracker
+    sums: StepSums
+    divided: DividedModel
     agreement_parts: Sequence[ConsistentPart]
     score_needs_whole_batch: bool
     _trial: Trial
@@ -30,11 +40,20 @@ class StepFacts:
         return self.updater.losses[0].base_lrs[0]
 
     def trace_graph(self) -> bytes | None:
-        # Of a batch that is needed whole, each rank has a part only.
-        return None if self.score_needs_whole_batch else self._trial.trace_graph(draw=self.world.rank == 0)
+        # Of a batch that is needed whole, or of a model, each rank has a part only.
+        is_part = self.score_needs_whole_batch or self.divided.is_divided
+        return None if is_part else self._trial.trace_graph(draw=self.world.rank == 0)
 
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
         return self.splits.draw_order(seed, epoch)
 
     def count_compilations(self) -> int | None:
         return None
+
+    def wire_bytes(self) -> int:
+        small = self.changes.buffer_reducer.payload_bytes + self.sums.num_bytes
+        own = self.updater.wire_bytes + self.scorer.session.bytes_sent
+        return own + collectives.ring_all_reduce_bytes(small, self.world.size)
+
+    def exchange_report(self) -> ExchangeReport:
+        return self.updater.describe_exchange()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.exchange.checksums import checksum_tensor, dense_parts, view_as_bits
+from hvdtrain.exchange.local_tensors import cut_local, is_dtensor, local_tensor
 from hvdtrain.torch.hyperparameters import StateDict
 
 # Writing through `.data` leaves no mark: so contents are compared as well, in the first steps and then at intervals.
@@ -112,6 +113,8 @@ def overwrite_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
     """
     if has_same_bits(old, new):
         return
+    if is_dtensor(old) and is_dtensor(new):
+        old, new = local_tensor(old), local_tensor(new)
     if is_writable_in_place(old) and old.shape == new.shape:
         old.copy_(new)
         return
@@ -147,10 +150,15 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def load_module_state(model: nn.Module, state: StateDict) -> None:
-    """`model.load_state_dict(state)`, also for tensors that may not be written in place."""
+    """`model.load_state_dict(state)`, also for tensors that may not be written in place, and DTensors of whole ones."""
     own = model.state_dict(keep_vars=True)
+    divided = {name: t for name, t in own.items() if isinstance(t, Tensor) and is_dtensor(t)}
+    with torch.no_grad():
+        for name in divided.keys() & state.keys():
+            value = state[name]
+            local_tensor(divided[name]).copy_(local_tensor(value) if is_dtensor(value) else cut_local(value, own[name]))
     odd = [name for name, t in own.items() if isinstance(t, Tensor) and name in state and not is_writable_in_place(t)]
-    for name in odd:
+    for name in (name for name in odd if name not in divided):
         if own[name].shape != state[name].shape:
             raise RuntimeError(f"size mismatch for {name}: {tuple(state[name].shape)}, not {tuple(own[name].shape)}")
         overwrite_tensor(model, own[name], state[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from hvdtrain.recipe.now import temporary_now
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe, name_call
 from hvdtrain.torch.buffers import find_changed_buffers, snapshot_buffers
+from hvdtrain.torch.divided_model import DividedModel
 from hvdtrain.torch.graph import trace_losses
 from hvdtrain.torch.modes import TrainingModes
 from hvdtrain.torch.outputs import make_arrays, missing_outputs, split_returned
@@ -54,7 +57,7 @@ class Trial:
 
     Attributes:
         scorer: of the recipe, of which a copy scores the batch.
-        model: scored with, as a copy.
+        divided: the model that is scored with, as a copy unless ranks hold it together.
         shared: what the copies refer to as it is (`open_sandbox`).
         losses: the scores that are minimized.
         count: the examples of the batch.
@@ -62,11 +65,24 @@ class Trial:
     """
 
     scorer: Scorer
-    model: nn.Module
+    divided: DividedModel
     shared: Sequence[Any]
     losses: LossNames
     count: int
     load_batch: Callable[[Split], Any]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is scored with, as a copy unless ranks hold it together."""
+        return self.divided.model
+
+    @functools.cached_property
+    def spare_batch(self) -> tuple[Any, int]:
+        """The batch in training, and how many examples it has: for passes of a rank without examples."""
+        return self.load_batch("train"), self.count
+
+    def _open_sandbox(self) -> AbstractContextManager[Sandbox]:
+        return open_sandbox(self.scorer.recipe, self.model, self.shared, in_place=self.divided.is_divided)
 
     def run(self) -> TrialResult:
         """Score the batch in training mode and make a backward pass; all ranks call it.
@@ -85,10 +101,11 @@ class Trial:
         recipe, session, losses = self.scorer.recipe, self.scorer.session, self.losses
         if losses.several:
             session.refusal = SEVERAL_OPTIMIZERS_REFUSAL
-        with session.record_pass() as exchanges, open_sandbox(recipe, self.model, self.shared) as sandbox:
+        with session.record_pass() as exchanges, self._open_sandbox() as sandbox:
             before = snapshot_buffers(sandbox.model)
             with count_calls() as counter:
-                with self.scorer.autocast_context(), in_recipe(recipe, "score()"):
+                explained = self.divided.explain_errors(recipe)
+                with explained, self.scorer.autocast_context(), in_recipe(recipe, "score()"):
                     scores, outputs = split_returned(sandbox.recipe.score(sandbox.model, batch))
                 all_scores = scores
                 if losses.several and not (isinstance(scores, dict) and scores.keys() >= set(losses.names)):
@@ -100,6 +117,8 @@ class Trial:
                 found[0] = session.end_forward(found[0])
                 if trained := [values.sum() for values in found if values.requires_grad]:
                     torch.autograd.backward(trained)
+            if counter.calls and self.divided.is_divided:
+                raise UserError(f"{name_call(recipe, 'score()')} calls collectives, which {self.divided.flag} refuses")
             if is_overridden(recipe, "summarise"):
                 self._check_outputs(sandbox, batch, outputs)
             means = layout.means(sum_scores(all_scores, layout).cpu().numpy(), self.count)
@@ -125,7 +144,7 @@ class Trial:
         if outputs is None:
             method, now = "outputs()", replace(sandbox.recipe.now, training=False)
             sandbox.model.eval()
-            with temporary_now(sandbox.recipe, now):
+            with temporary_now(sandbox.recipe, now), self.divided.whole_parameters():
                 outputs = self.scorer.call_outputs(sandbox.recipe, sandbox.model, batch)
         make_arrays(name_call(recipe, method), outputs, self.count)
 
@@ -135,7 +154,7 @@ class Trial:
         Raises UserError for a recipe that cannot be copied, and whatever tracing raises.
         """
         batch = self.load_batch("train")
-        with open_sandbox(self.scorer.recipe, self.model, self.shared) as sandbox:
+        with self._open_sandbox() as sandbox:
             if sandbox.copy_error is not None:
                 raise UserError(f"the recipe or its model cannot be copied ({sandbox.copy_error})")
             with temporary_now(sandbox.recipe, replace(sandbox.recipe.now, training=False)):
@@ -146,8 +165,7 @@ class Trial:
         scorer, records = self.scorer, self.scorer.session.evaluation_records
         if split not in records:
             batch = self.load_batch(split)
-            sandbox_of_pass = open_sandbox(scorer.recipe, self.model, self.shared)
-            with scorer.session.record_pass() as records[split], sandbox_of_pass as sandbox:
+            with scorer.session.record_pass() as records[split], self._open_sandbox() as sandbox:
                 sandbox.model.eval()
                 with torch.no_grad(), scorer.autocast_context(), in_recipe(scorer.recipe, "score()"):
                     sandbox.recipe.score(sandbox.model, batch)
@@ -160,10 +178,10 @@ def load_two_examples(scorer: Scorer, splits: SplitLoaders, split: Split = "trai
         return scorer.move_batch(splits.load_first_batch(2, split))
 
 
-def prepare_trial(scorer: Scorer, model: nn.Module, splits: SplitLoaders, updater: Updater) -> Trial:
+def prepare_trial(scorer: Scorer, divided: DividedModel, splits: SplitLoaders, updater: Updater) -> Trial:
     """Return the trial of a recipe with two examples."""
     shared, count = [*splits.datasets.values(), *updater.optimizers.values()], min(2, splits.num_examples["train"])
-    return Trial(scorer, model, shared, updater.loss_names, count, partial(load_two_examples, scorer, splits))
+    return Trial(scorer, divided, shared, updater.loss_names, count, partial(load_two_examples, scorer, splits))
 
 
 def reject_averaged_gradients(recipe: Recipe, losses: Sequence[torch.Tensor]) -> None:

@@ -81,8 +81,10 @@ def evaluate_set(generation: Generation, name: str) -> dict[str, MetricValue]:
         own = step.evaluate_batch(batch, len(ids), (generation.run.options.data.seed, -1, int(ids[0])))
         if world.counts_examples:
             sums += own
-        if collector is not None and world.counts_examples:
-            collector.add_batch(ids, step.compute_outputs(batch, len(ids)))
+        if collector is not None:
+            outputs = step.compute_outputs(batch, len(ids))  # by all ranks that hold the model together
+            if world.counts_examples:
+                collector.add_batch(ids, outputs)
         activity.enter_activity("loading a batch of the evaluation")
     activity.enter_activity("evaluating")
     values = generation.run.metrics.compute_agreed(collectives.sum_float64(sums, "evaluation"), count)

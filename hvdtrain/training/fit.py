@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm.grid import check_same_shape
 from hvdtrain.comm.world import World, init, keep_mpi, shut_down_horovod
 from hvdtrain.elastic.membership import FixedMembership, Membership
 from hvdtrain.recipe.base import Recipe, check_methods, refuse_two_schedules
@@ -167,7 +168,10 @@ def open_session(
     configure_hang_reporter(world.rank, world.size, options.faults.hang_limit)
     activity.enter_activity("preparing the model and the datasets", patient=True)
     with contextlib.ExitStack() as exits:
-        if (shape := options.find_grid_shape(world.local_size)).replica_ranks > 1:
+        shape = options.find_grid_shape(world.local_size)
+        if shape.flags and not membership.world_may_change:
+            check_same_shape(shape)
+        if shape.replica_ranks > 1:
             world = exits.enter_context(membership.enter_grid(world, shape, options.device.device))
         if not membership.world_may_change:
             choose_shares(options.data.shares, world.data_size)  # refused before anything is prepared

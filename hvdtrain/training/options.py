@@ -102,6 +102,9 @@ def check_elastic_options(given: OptionValues) -> None:
     shares = given.get("shares", EVEN)
     if parse_weights(shares) is not None:
         raise UserError(f"--shares {shares} is for the ranks of one world; an elastic run takes --shares measured")
+    if given.get("shard") == "model" or given.get("tensor", 1) > 1:
+        flag = "--shard model" if given.get("shard") == "model" else f"--tensor {given['tensor']}"
+        raise UserError(f"{flag} in an elastic run: a lost rank would take its part of the model along; leave one out")
     if given.get("shard", "none") != "none" and given.get("mirror") == "0":
         raise UserError(
             f"--mirror 0 with --shard {given['shard']}: a rank that is lost would take its part of the optimizer's "

@@ -18,6 +18,7 @@ from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import ExchangeConfig
 from hvdtrain.exchange.local_tensors import is_split_dtensor, local_tensor
+from hvdtrain.exchange.state import ExchangeState, gather_exchange_state, load_exchange_state
 from hvdtrain.torch.replica_norm import compute_replica_norm
 from tests.ranks.test_torch_ranks import CPU, make_world
 from tests.support.worlds import on_ranks
@@ -159,3 +160,30 @@ def test_the_norm_of_a_replica_counts_what_its_ranks_share_once() -> None:
         if dist.get_rank() == 1:
             own = own * torch.inf
         assert not torch.isfinite(compute_replica_norm([own], [shared], CPU))
+
+
+@on_ranks(4)
+def test_what_is_unsent_is_saved_whole_and_divided_again() -> None:
+    """Of int8 with FSDP2, then on ranks that hold the model otherwise."""
+    with pairs_of_four() as column:
+        config = ExchangeConfig(average=False, spec=parse_compression("int8,min=1"), group=column)
+        saved = None
+        for way in ("fsdp", "tensor", "whole"):
+            model = make_model(torch.float32)
+            if way != "whole":
+                divide(model, way)
+            exchange = BucketedExchange(list(model.named_parameters()), config)
+            if saved is not None:
+                load_exchange_state(exchange, ExchangeState.from_checkpoint(saved))
+                found = gather_exchange_state(exchange, exact=False).to_checkpoint()["debts"]
+                assert found.keys() == saved["debts"].keys()
+                for name, part in saved["debts"].items():
+                    torch.testing.assert_close(found[name], part, rtol=1e-6, atol=1e-7, msg=f"{way} {name}")
+            batch = make_batch(3, torch.float32)[4 * hvd.rank() :][:4]
+            model(batch).square().sum().div(16).backward()
+            exchange.finish_exchange()
+            saved = gather_exchange_state(exchange, exact=False).to_checkpoint()
+            shapes = {f"{name}.residual": p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+            assert {name: len(part) for name, part in saved["debts"].items()} == shapes
+            assert any(part.any() for part in saved["debts"].values())
+            exchange.close()

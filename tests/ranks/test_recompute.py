@@ -117,7 +117,7 @@ def test_batch_norm_over_all_ranks_can_be_recomputed(world2: KeptWorld, tmp_path
 
 def test_recipes_without_blocks_are_refused(world1: KeptWorld, tmp_path: Path) -> None:
     text = refusal(world1, "mlp", tmp_path / "a", "--recompute", "all")
-    assert "has no method blocks(self, model), which returns the modules to recompute" in text
+    assert "has no method blocks(self, model), which returns the model's blocks" in text
     assert "--recompute is for torch, and Line is not" in refusal(world1, LINE, tmp_path / "b", "--recompute", "all")
 
 
