@@ -40,12 +40,15 @@ def by_horovodrun(
 ) -> str:
     """Run a command once on each rank, with one thread, by Horovod's own launcher; its output.
 
+    Hosts have equally many ranks.
+
     env is set over this process's environment. In it goes also where rank 0 can be reached: BENCH_MASTER, BENCH_PORT.
     Raises RuntimeError if a rank fails, subprocess.TimeoutExpired after so many seconds.
     """
     master = hosts[0].address if hosts else "127.0.0.1"
     environ = environment(hosts) | {"BENCH_MASTER": master, "BENCH_PORT": str(free_port())} | dict(env)
-    where = ["-H", ",".join(f"{host.name}:1" for host in hosts), "--network-interfaces", "eth0"] if hosts else []
+    slots = ",".join(f"{host.name}:{ranks // len(hosts)}" for host in hosts)
+    where = ["-H", slots, "--network-interfaces", "eth0"] if hosts else []
     return run(
         [LAUNCHERS.get("horovodrun").find_program(), "-np", str(ranks), "--gloo", *where, *line],
         hosts,
