@@ -94,6 +94,7 @@ class CharLM(Recipe):
 
     def model(self) -> nn.Module:
         self.network = GPT(self.width, self.depth, self.heads, self.dropout)
+        self.weights = sum(parameter.numel() for parameter in self.network.parameters() if parameter.ndim > 1)
         return self.network
 
     def dataset(self, split: str) -> Tensor:
@@ -114,9 +115,10 @@ class CharLM(Recipe):
 
     def score(self, model: nn.Module, batch: Tensor) -> dict[str, Any]:
         inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
+        kind = batch.device.type  # what matrix products are computed in, with --amp another type than the weights'
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.get_default_dtype()
         logits = model(inputs)
         losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=PADDING, reduction="none")
-        self.dtype = logits.dtype  # of matrix products, with --amp another one than the weights'
         # A mean over all bytes of the step, wherever they are: sums of the examples, and what they are sums of.
         return {"loss": (losses.sum(1), (targets != PADDING).sum(1))}
 
@@ -135,8 +137,7 @@ class CharLM(Recipe):
         """Report the speed at the end: bytes per second, and its operations by those that matrix products reach."""
         if row["step"] < self.now.steps:
             return
-        weights = [parameter.numel() for parameter in self.network.parameters() if parameter.ndim > 1]
-        flops_per_byte = 6 * sum(weights) + 12 * self.depth * self.width * self.context
+        flops_per_byte = 6 * self.weights + 12 * self.depth * self.width * self.context
         rate = row["samples_per_second"] * self.context
         reachable = self.now.size * measure_matrix_product(next(self.network.parameters()).device, self.dtype)
         mfu = rate * flops_per_byte / reachable

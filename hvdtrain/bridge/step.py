@@ -115,6 +115,8 @@ def refuse_options(recipe: str, options: StepOptions) -> None:
         raise UserError(
             f"--shard optimizer is for torch, and {recipe}'s compiled update takes whole gradients: leave it out"
         )
+    if options.pipeline.stages > 1:
+        raise UserError(f"{options.pipeline.flag} is for torch, and {recipe} is not a torch recipe: leave it out")
     if options.optimization.sync_batchnorm:
         raise UserError(
             f"--sync-batchnorm is for torch, and {recipe} is not a torch recipe: use group or layer norm, whose "

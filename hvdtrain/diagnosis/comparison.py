@@ -66,6 +66,7 @@ class Comparison:
         self.last_step = from_step
         self.named_counts: dict[str, int] = {}  # intervals, by the rank that was named
         self.shares: Sequence[int] = ()  # of the batch, by rank, in 1,024ths; (): not known, or even
+        self.places: Sequence[str] = ()  # what each rank of a replica has of the model, if there are stages
         self.drift: DriftSummary | None = None
         self._recent_times: deque[StepTimes] = deque(maxlen=FINAL_TABLE_STEPS)  # each (1, ranks, parts)
         self._intervals: deque[IntervalSummary] = deque(maxlen=MAX_INTERVALS)
@@ -119,7 +120,8 @@ class Comparison:
         return describe_drift(drift, self.hosts)
 
     def label_rank(self, rank: int) -> str:
-        return f"rank {rank} on {self.hosts[rank]}"
+        stages = f" ({self.places[rank % len(self.places)]})" if self.places else ""
+        return f"rank {rank} on {self.hosts[rank]}{stages}"
 
     def build_history(self) -> WorldHistory | None:
         """Return what was found in this world; None if nothing was compared."""

@@ -46,6 +46,7 @@ class GradientHooks(BucketLayout):
         self._is_last_pass: bool | None = None  # of the step; None: the caller does not announce passes
         self._paused = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._on_gradient: dict[torch.nn.Parameter, Callable[[torch.Tensor], None]] = {}
 
     @property
     def sends_early(self) -> bool:
@@ -73,7 +74,8 @@ class GradientHooks(BucketLayout):
         self._remaining_passes[p] = self.passes
         trained = p.requires_grad
         p.requires_grad_(True)  # torch puts hooks on no others
-        self._hooks.append(p.register_post_accumulate_grad_hook(self._make_hook(name, p)))  # type: ignore[no-untyped-call]
+        self._on_gradient[p] = self._make_hook(name, p)
+        self._hooks.append(p.register_post_accumulate_grad_hook(self._on_gradient[p]))  # type: ignore[no-untyped-call]
         p.requires_grad_(trained)
 
     def add_parameter(self, name: str, p: torch.nn.Parameter) -> None:
@@ -108,6 +110,14 @@ class GradientHooks(BucketLayout):
         self.arrived.clear()
         self.has_gradients = self.has_pending_gradients = False
         self._remaining_passes = dict.fromkeys(self._remaining_passes, self.passes)
+
+    def collect_gradients(self) -> None:
+        """Take the gradients that are there as finished, after a last pass that did not go through autograd's hooks."""
+        self._is_last_pass = True
+        for p, on_gradient in self._on_gradient.items():
+            bucket, index = self.locations.get(p, (None, 0))
+            if p.grad is not None and p not in self.arrived and (bucket is None or index not in bucket.filled):
+                on_gradient(p.grad)
 
     def announce_pass(self, last: bool) -> None:
         """Note that a backward pass begins, the step's last or not. A caller that announces one announces all."""

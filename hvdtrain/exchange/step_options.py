@@ -8,10 +8,11 @@ from hvdtrain.comm.world import GridShape
 from hvdtrain.compression.options import CompressionOptions
 from hvdtrain.exchange.model_options import ModelOptions
 from hvdtrain.exchange.options import ExchangeOptions
+from hvdtrain.exchange.pipeline_options import PipelineOptions
 from hvdtrain.exchange.round_options import RoundOptions
 from hvdtrain.recipe import order
 from hvdtrain.recipe.options import OptionValues, option_group
-from hvdtrain.recipe.shares import Shares
+from hvdtrain.recipe.shares import EVEN, Shares
 from hvdtrain.recipe.step_options import DataOptions, DeviceOptions, OptimizationOptions
 from hvdtrain.system import cpus
 from hvdtrain.system.cpus import ThreadCount
@@ -40,6 +41,7 @@ class StepOptions:
     exchange: ExchangeOptions = option_group(ExchangeOptions, "Gradient exchange")
     model: ModelOptions = option_group(ModelOptions, "Model parallelism")
     rounds: RoundOptions = option_group(RoundOptions, "Local steps")
+    pipeline: PipelineOptions = option_group(PipelineOptions, "Model parallelism")
     device: DeviceOptions = option_group(DeviceOptions, "Device")
 
     def __post_init__(self) -> None:
@@ -60,6 +62,8 @@ class StepOptions:
             raise ValueError(f"--shard-ranks {self.model.shard_ranks} without --shard model: add it, or leave it out")
         if self.model_flag:
             self._check_divided_model(self.model_flag)
+        if self.pipeline.stages > 1:
+            self._check_stages()
 
     @property
     def model_flag(self) -> str:
@@ -92,6 +96,39 @@ class StepOptions:
             raise ValueError(f"{flag} with --local-steps: ranks that divide a model need each other in each step")
         if self.data.shares != "even":
             raise ValueError(f"{flag} with --shares {self.data.shares}: ranks that divide a model are equally fast")
+
+    def _check_stages(self) -> None:
+        """Raise ValueError for options that are not exact with stages, or make no sense."""
+        optimization, exchange, flag = self.optimization, self.exchange, self.pipeline.flag
+        method = self.compression.spec.partition(",")[0]
+        refused = {
+            "--deterministic": (exchange.deterministic, "its sums are over examples, each on one rank"),
+            f"--exchange {exchange.kind}": (exchange.kind != "bucketed", "it would wait for each micro-batch"),
+            f"--shard {exchange.shard}": (exchange.shard != "none", "stages divide the optimizer's state already"),
+            f"--tensor {self.model.tensor}": (self.model.tensor > 1, "ranks divide the model already"),
+            "--checkpoint-residuals exact": (exchange.saves_rank_residuals, "checkpoints are for any layout; use sum"),
+            f"--local-steps {self.rounds.local_steps}": (
+                self.rounds.local_steps is not None,
+                "stages of a replica would end rounds differently",
+            ),
+            f"--prune {optimization.prune}": (optimization.prune is not None, "it compares weights of all layers"),
+            "--amp fp16": (optimization.amp == "fp16", "stages would skip different steps; use bf16"),
+            "--compile": (optimization.compile, "stages are pieces of the model"),
+            "--sync-batchnorm": (optimization.sync_batchnorm, "micro-batches are filled up; use GroupNorm"),
+            f"--recompute {optimization.recompute}": (
+                optimization.recompute is not None and self.pipeline.kind == "zerobubble",
+                "it divides backward passes; use another --pipeline-schedule",
+            ),
+            f"--compression {self.compression.spec}": (
+                method == "auto",
+                "it measures steps of whole models; name a method, for example int8",
+            ),
+            f"--shares {self.data.shares}": (self.data.shares != EVEN, "micro-batches have one size"),
+            "--batch-per-rank": (self.data.batch_per_rank is not None, "give --batch-size"),
+        }
+        for option, (is_given, reason) in refused.items():
+            if is_given:
+                raise ValueError(f"{flag} with {option}: {reason}; leave out one of them")
 
     def _check_pruning(self, prune: str) -> None:
         if self.compression.spec != "none":
@@ -155,6 +192,8 @@ class StepOptions:
 
     def find_grid_shape(self, local_size: int) -> GridShape:
         """Return how ranks are divided into replicas. local_size: the ranks of a host."""
+        if self.pipeline.stages > 1:
+            return GridShape(self.pipeline.stages, flags=self.pipeline.flag)
         if self.model.tensor > 1:
             return GridShape(self.model.tensor, same_batch=True, flags=self.model_flag)
         if self.exchange.shard == "model":
@@ -177,6 +216,9 @@ class StepOptions:
             most_of_shard = -(-whole // self.exchange.virtual_shards)
             training = min(self.data.micro_batch or most_of_shard, most_of_shard)
             return PassSizes(training, training)
+        if self.pipeline.stages > 1:
+            size = self.pipeline.choose_micro_batch(self.data.micro_batch, most_of_rank)
+            return PassSizes(size, size)
         most_dealt = most_of_rank
         if not order.is_even(shares):
             part = max(shares) if rank is None else shares[rank]

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 def make_torch_step(recipe: Recipe, world: World, options: StepOptions) -> Step:
     """Return the Step of a torch recipe."""
+    if options.pipeline.stages > 1:
+        from hvdtrain.torch.pipeline_step import PipelineStep
+
+        return PipelineStep(recipe, world, options)
     from hvdtrain.torch.step import TorchStep
 
     return TorchStep(recipe, world, options)

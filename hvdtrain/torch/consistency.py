@@ -46,7 +46,12 @@ def model_parts(model: nn.Module) -> list[ConsistentPart]:
 
 def check_same_model(model: nn.Module, saved: StateDict) -> None:
     """Raise UserError, naming the first, if parameters or buffers of a checkpoint have other names or shapes."""
-    now = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    check_same_tensors(model.state_dict(), saved)
+
+
+def check_same_tensors(model_state: StateDict, saved: StateDict) -> None:
+    """`check_same_model`, of a model's state, whose tensors may be on the meta device."""
+    now = {name: value for name, value in model_state.items() if isinstance(value, torch.Tensor)}
     there = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
     for name in [*now, *there]:
         if name not in there:

@@ -63,7 +63,7 @@ class OptimizedLoss:
         self.local_parts: LocalParts | None = None
         self.carried = CarriedState()
         self.steps, self.gradient_factor = 0, 1.0
-        self._is_local = False  # the step
+        self._is_local = self._state_checked = False  # the step; the optimizer's state, once
         self.base_lrs: list[float] = []
         self.hyperparameters: list[ParamGroup] = []
         self._has_joined = False  # a world, now or before
@@ -71,7 +71,6 @@ class OptimizedLoss:
         self.gradient_watch = GradientWatch(settings.recipe_name, name, own)
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
         self._step_parameters: list[nn.Parameter] = []  # when it began
-        self._state_checked = False
 
     # The world.
 
@@ -128,7 +127,7 @@ class OptimizedLoss:
 
     def distribute_state(self, world: World, *, is_first: bool) -> list[str]:
         """Have rank 0's state, in the first world, or this rank's part of it; return lines to print; on all ranks."""
-        if is_first and self.local_parts is None:  # of which each rank has its own
+        if is_first and self.local_parts is None and self.settings.stages is None:  # of which each rank has its own
             broadcast_optimizer(self.optimizer)
         return self.sharding.divide(self.optimizer, self.bucketed_exchange, world)
 
@@ -222,6 +221,8 @@ class OptimizedLoss:
             self.bucketed_exchange.step_is_made = is_made
         self.optimizer.synchronize()
         self.steps += 1
+        if self.settings.stages is not None:
+            self.settings.stages.sum_shared()
         if self.settings.pruner is not None and self.bucketed_exchange is None:  # whose sums are zero there
             self.settings.pruner.zero_gradients(self.get_parameters())
         if self._scattered is not None:
@@ -232,7 +233,7 @@ class OptimizedLoss:
         if self._scattered is not None:
             self._gradient_norm = self._scattered.total_norm()
         elif self.settings.options.optimization.clip_norm is not None:
-            self._gradient_norm = nn.utils.get_total_norm(self.collect_gradients())
+            self._gradient_norm = self.settings.compute_norm(self.get_parameters())
         if self._gradient_norm is not None:
             finite = bool(torch.isfinite(self._gradient_norm))
         else:
@@ -281,7 +282,7 @@ class OptimizedLoss:
             params = [p for p in self.get_parameters() if p.grad is not None]
             norm = self._gradient_norm
             if norm is None:
-                norm = nn.utils.get_total_norm(self.collect_gradients())
+                norm = self.settings.compute_norm(self.get_parameters())
             elif self.gradient_factor != 1:
                 norm = norm * self.gradient_factor
             nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
@@ -301,10 +302,9 @@ class OptimizedLoss:
 
     def get_state(self) -> StateDict:
         """Return the state of the optimizer."""
-        names = get_parameter_names(self.optimizer, self.settings.model)
         return {
             "optimizer": make_state_dict(self.optimizer, self.shards or self.local_parts),
-            "parameters": names,
+            "parameters": get_parameter_names(self.optimizer, self.settings.model),
             "settings": self.hyperparameters,
         }
 

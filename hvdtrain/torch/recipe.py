@@ -84,3 +84,11 @@ class Recipe(DatasetRecipe):
         not named stays whole on each rank. Import torch.distributed.tensor.parallel in the method.
         """
         raise NotImplementedError
+
+    def stages(self, model: torch.nn.Module) -> Sequence[str]:
+        """Return the names of the modules after which --stages cuts the model, such as ["layers.3", "layers.7"].
+
+        In order, one fewer than there are stages: --stages, or twice that with interleaved and zerobubble. Without this
+        method the model is cut so that its stages take about as long.
+        """
+        raise NotImplementedError

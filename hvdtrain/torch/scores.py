@@ -86,6 +86,12 @@ def get_numerators(score: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return score[0] if isinstance(score, (tuple, list)) else score
 
 
+def weigh_loss(score: Tensor | tuple[Tensor, Tensor], weight: float) -> Tensor:
+    """Return what is differentiated of a micro-batch's loss, (). weight: of each example."""
+    values = get_numerators(score)
+    return values.to(torch.promote_types(values.dtype, torch.float32)).sum() * weight
+
+
 def replace_numerators(score: Tensor | tuple[Tensor, Tensor], numerators: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """Return a score with other numerators."""
     return (numerators, score[1]) if isinstance(score, (tuple, list)) else numerators

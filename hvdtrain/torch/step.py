@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.agreement import ConsistentPart, check_agreement
+from hvdtrain.comm.agreement import check_agreement
 from hvdtrain.comm.grid import find_batch_group
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
@@ -47,8 +47,7 @@ from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import TrainingState
 from hvdtrain.torch.step_facts import StepFacts
 from hvdtrain.torch.sums import StepSums, StepTotals
-from hvdtrain.torch.tensors import checksum_model
-from hvdtrain.torch.trial import initialize_lazy_modules, load_two_examples, prepare_trial
+from hvdtrain.torch.trial import TrialResult, initialize_lazy_modules, load_two_examples, prepare_trial
 from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
 
@@ -101,18 +100,18 @@ class TorchStep(StepFacts):
             undo.callback(self.updater.close)
             set_now(recipe, first_step)
             reject_scheduler(recipe, self.updater.optimizers.values())
-            parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
+            self.agreement_parts = parts = agree_on_parts(self.device, self.splits, self.model, self.updater.optimizers)
             self.first_examples: Mapping[str, str] = select_split_hashes(select_examples(parts), "train")
             self._trial = prepare_trial(self.scorer, self.divided, self.splits, self.updater)
             trial = self._trial.run()
             self.layout, self.trial_means = trial.layout, trial.means
             self.score_uses_collectives = trial.calls_collectives
             self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
-            scores_part = metrics_part(self.layout, trial.exchanges.describe_calls())
-            self.agreement_parts: Sequence[ConsistentPart] = [*parts, scores_part]
-            check_agreement("agreement.metrics", [scores_part])
-            self.updater.join_world(world)
+            parts.append(metrics_part(self.layout, trial.exchanges.describe_calls()))
+            check_agreement("agreement.metrics", parts[-1:])
             self.divided.broadcast_parameters()
+            self.divide_into_stages(trial)
+            self.updater.join_world(world)
             self.updater.distribute_state(world, is_first=True)
             self.ema = make_average(self.divided, options.optimization.ema, self.updater.shards)
             self.parts = PartExchange([loss.sharding for loss in self.updater.losses], self.ema)
@@ -121,7 +120,7 @@ class TorchStep(StepFacts):
             self.evaluator = Evaluator(self.scorer, self.divided, self.forward, self.ema, self.changes, self.layout)
             collectives.on_all_ranks("recipe_state", self.recipe_state.collect_values)
             self.state = TrainingState(self.recipe_state, self.divided, self.updater, self.ema, self.changes)
-            self.sums = StepSums(recipe, self.layout, self.changes.num_change_flags, options.exchange, self.device)
+            self.sums = self._make_sums()
             self._messages = self.updater.log_lines
             self._messages += [*modes.get_warnings(), *recompute_lines, *self.divided.lines]
             self._votes, self._batch_share, self._num_micro_batches, self._micro_batches_done = StepVotes(), 0.0, 0, 0
@@ -129,6 +128,12 @@ class TorchStep(StepFacts):
             # Once for the run: after what the recipe sets up, before connections that the processes would keep open.
             self.splits.start_workers()
             self._exit_stack = undo.pop_all()
+
+    def divide_into_stages(self, trial: TrialResult) -> None:
+        """Keep this rank's part of the model, if it is to have no more; the trial has had the whole one."""
+
+    def _make_sums(self) -> StepSums:
+        return StepSums(self.recipe, self.layout, self.changes.num_change_flags, self.options.exchange, self.device)
 
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
@@ -268,11 +273,15 @@ class TorchStep(StepFacts):
         self._trial.join_evaluation_pass(split)
 
     def gather_state(self) -> bytes:
-        self.recipe_state.forget_snapshot()
-        self.evaluator.leave_evaluation()
-        carried = self.updater.gather_carried_state()
+        carried = self._prepare_to_save()
         self.state.gather_shards()
         return self.state.serialize(carried) if self.world.rank == 0 else b""
+
+    def _prepare_to_save(self) -> dict[str, object] | None:
+        """Put the model into the state of a training; return what the exchange carries. All ranks call it."""
+        self.recipe_state.forget_snapshot()
+        self.evaluator.leave_evaluation()
+        return self.updater.gather_carried_state()
 
     def local_state(self) -> bytes:
         return self.state.serialize_anchor()
@@ -284,15 +293,6 @@ class TorchStep(StepFacts):
         self.evaluator.leave_evaluation()
         self._messages += self.state.restore(data, self.device)
         self.update_in_progress = False
-
-    def checksum_state(self) -> dict[str, int]:
-        self.recipe_state.forget_snapshot()
-        self.evaluator.leave_evaluation()
-        return checksum_model(self.model, leave_out=self.changes.buffer_reducer.local_names)
-
-    def take_messages(self) -> list[str]:
-        lines, self._messages[:] = list(self._messages), []
-        return lines
 
     # Another world; the end.
 

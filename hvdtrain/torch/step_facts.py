@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart
 from hvdtrain.comm.world import World
@@ -12,9 +14,12 @@ from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import find_changed_hash, select_examples
 from hvdtrain.torch.divided_model import DividedModel
+from hvdtrain.torch.evaluator import Evaluator
+from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.sums import StepSums
+from hvdtrain.torch.tensors import checksum_model
 from hvdtrain.torch.trial import Trial
 from hvdtrain.torch.update import Updater
 
@@ -31,7 +36,11 @@ class StepFacts:
     divided: DividedModel
     agreement_parts: Sequence[ConsistentPart]
     score_needs_whole_batch: bool
+    model: nn.Module
+    recipe_state: RecipeState
+    evaluator: Evaluator
     _trial: Trial
+    _messages: list[str]
 
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
         return find_changed_hash(select_examples(self.agreement_parts), earlier)
@@ -46,6 +55,15 @@ class StepFacts:
 
     def draw_order(self, seed: int, epoch: int) -> GivenOrder | None:
         return self.splits.draw_order(seed, epoch)
+
+    def take_messages(self) -> list[str]:
+        lines, self._messages[:] = list(self._messages), []
+        return lines
+
+    def checksum_state(self) -> dict[str, int]:
+        self.recipe_state.forget_snapshot()
+        self.evaluator.leave_evaluation()
+        return checksum_model(self.model, leave_out=self.changes.buffer_reducer.local_names)
 
     def count_compilations(self) -> int | None:
         return None

@@ -22,7 +22,7 @@ from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recompute import explain_recompute_errors
 from hvdtrain.torch.rounds import Rounds
-from hvdtrain.torch.scores import LossNames, Scores, get_numerators
+from hvdtrain.torch.scores import LossNames, Scores, weigh_loss
 from hvdtrain.torch.setup import make_optimizers
 from hvdtrain.torch.shard_update import await_updates, conclude_updates
 from hvdtrain.torch.shards import OptimizerShards
@@ -42,6 +42,7 @@ class Updater:
         several: whether the recipe returned a dict of optimizers.
         scaler: of --amp fp16.
         rounds: of local steps.
+        sums_are_finite: of the step's gradients, as far as exchanges look.
         can_undo: whether the update that was begun can be undone, as not all ranks are known to have made it.
         log_lines: to be reported.
     """
@@ -63,8 +64,7 @@ class Updater:
         self.rounds = Rounds(self.losses, model, options.rounds.outer_step)
         self._is_local = self.can_undo = False  # the step
         self._has_joined = False  # a world, now or before
-        self._in_step = self.losses  # those that take part in it
-        self._sums_are_finite = True  # of the step's gradients, as far as exchanges look
+        self._in_step, self.sums_are_finite = self.losses, True  # the losses that take part in the step
         self._steps = 0  # that were exchanged in this process
 
     def _make_optimizers(self, recipe: Recipe, options: StepOptions) -> dict[str, torch.optim.Optimizer]:
@@ -172,17 +172,22 @@ class Updater:
         """
         present = [loss for loss in self.losses if loss.name in scores]
         for loss in present:
-            values = get_numerators(scores[loss.name])
-            objective = values.to(torch.promote_types(values.dtype, torch.float32)).sum() * weight
+            objective = weigh_loss(scores[loss.name], weight)
             if self.scaler is not None and objective.requires_grad:
                 objective = self.scaler.scale(objective)
             loss.backward(objective, last, keep_graph=loss is not present[-1])
 
     def wait_for_sums(self) -> None:
         """Wait for the gradients' sums over ranks."""
-        self._sums_are_finite = True
+        self.sums_are_finite = True
         for loss in self._in_step:  # each, whatever the others are
-            self._sums_are_finite &= loss.wait_for_sums()
+            self.sums_are_finite &= loss.wait_for_sums()
+
+    def set_sums_finite(self, finite: bool) -> None:
+        """Take over what ranks with other stages of the model have agreed on of `wait_for_sums`."""
+        self.sums_are_finite = finite
+        for exchange in filter(None, (loss.bucketed_exchange for loss in self._in_step)):
+            exchange.sums_are_finite = finite
 
     def reduce_gradients(self, totals: StepTotals) -> tuple[str, ...]:
         """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite.
@@ -196,7 +201,7 @@ class Updater:
         self._steps += 1
         self.rounds.step_examples = totals.own_examples
         # A loss scale skips the losses one by one.
-        is_made = totals.nonfinite_ranks == 0 and (self.scaler is not None or self._sums_are_finite)
+        is_made = totals.nonfinite_ranks == 0 and (self.scaler is not None or self.sums_are_finite)
         nonfinite: list[str] = []
         for loss in self._in_step:
             factor = totals.own_factors.get(loss.name, 1.0)

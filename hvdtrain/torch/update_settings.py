@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.torch.pruning import Pruner
+
+if TYPE_CHECKING:
+    from hvdtrain.torch.stage_gradients import StageGradients
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class UpdateSettings:
         several: whether each loss is differentiated by its own optimizer's parameters only, and may be left out of a
             step.
         pruner: of --prune.
+        stages: what ranks with other stages of the model do together with gradients; None: there are none.
     """
 
     recipe_name: str
@@ -33,3 +39,10 @@ class UpdateSettings:
     losses: tuple[str, ...]
     several: bool
     pruner: Pruner | None
+    stages: StageGradients | None = None
+
+    def compute_norm(self, params: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm of the gradients of the model, (). params: those that this rank has, of an optimizer."""
+        if self.stages is not None:
+            return self.stages.compute_norm(params)
+        return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])

@@ -94,6 +94,14 @@ class RunOptions(StepOptions):
     reports: ReportOptions = option_group(ReportOptions, "Reports")
     faults: FaultOptions = option_group(FaultOptions, "Faults and elastic runs")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pipeline.stages > 1 and self.checkpoints.init_from is not None:
+            raise ValueError(
+                f"{self.pipeline.flag} with --init-from {self.checkpoints.init_from}: a rank has a part of the model "
+                "only; save a checkpoint by a run of one step without --stages, and --resume it"
+            )
+
 
 def check_elastic_options(given: OptionValues) -> None:
     """Raise UserError for options that would not mean the same in each world of an elastic run."""
@@ -115,6 +123,8 @@ def check_elastic_options(given: OptionValues) -> None:
             f"--shard {given['shard']} with --compression {given['compression']}: mirrors do not encode; leave out one "
             "of them in an elastic run"
         )
+    if given.get("stages", 1) > 1:
+        raise UserError(f"--stages {given['stages']} in an elastic run is not possible yet: leave out --elastic")
     from hvdtrain.compression.spec import parse_compression  # with which torch comes
 
     compression = given.get("compression", "none")

@@ -34,6 +34,8 @@ UNUSED_VALUES = {
     "shares": "even",
     "init_from": None,
     "init_partial": False,
+    "stages": 1,
+    "pipeline_schedule": None,
 }
 
 

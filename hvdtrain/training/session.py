@@ -178,6 +178,7 @@ class Session:
         if run.options.reports.diagnose:
             log_every = run.options.reports.log_every
             diagnosis = Diagnosis(self.world, folder, log_every, run.report.gpu, position.step, self._earlier_worlds)
+            diagnosis.comparison.places = run.options.pipeline.name_places()
         self.position, self._ledger, self._diagnosis = position, ledger, diagnosis
         hosts = list(dict.fromkeys(collectives.gather_json(self.world.host, "hosts")))
         generation = Generation(
