@@ -172,6 +172,8 @@ def measure_turn(world: World, plan: WaysPlan, given: OptionValues) -> tuple[Tur
     """
     recipe, options = split_options(plan.recipe_class, given)
     agree_on_options(recipe, plan.name, options)
+    if options.service.server is not None:
+        raise UserError(f"--server {options.service.server}: a version is not a step of all ranks; leave it out")
     last_step = WARM_UP_STEPS + plan.steps
     with contextlib.ExitStack() as exits:
         if options.exchange.kind == "horovod":

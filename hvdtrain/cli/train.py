@@ -10,6 +10,7 @@ import click
 from hvdtrain.cli import options
 from hvdtrain.cli.config_file import format_config
 from hvdtrain.cli.rank import exit_on_failure, report_failure, set_rank_threads, start_rank
+from hvdtrain.comm.mpi_messages import was_started_by_mpi
 from hvdtrain.comm.world import HOROVOD_FUSION_BYTES, keep_mpi, rank_from_environment
 from hvdtrain.elastic.elastic_membership import membership_from_environment
 from hvdtrain.elastic.membership import Membership
@@ -70,7 +71,9 @@ def train_command(ctx: click.Context, args: tuple[str, ...]) -> int:
             return print_config(arguments)
         if arguments.given_options.get("exchange") == "horovod":
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(HOROVOD_FUSION_BYTES))
-        if asks_for_grid(arguments.given_options):
+        given = arguments.given_options
+        is_resumed = given.get("resume") and was_started_by_mpi()  # maybe a run with a parameter server
+        if asks_for_grid(given) or given.get("server") is not None or is_resumed:
             keep_mpi()
         activity.enter_activity("meeting the other ranks", waits=True, patient=True)
         with exit_on_failure(membership):

@@ -10,6 +10,7 @@ from hvdtrain.exchange.model_options import ModelOptions
 from hvdtrain.exchange.options import ExchangeOptions
 from hvdtrain.exchange.pipeline_options import PipelineOptions
 from hvdtrain.exchange.round_options import RoundOptions
+from hvdtrain.exchange.server_options import ServerOptions
 from hvdtrain.recipe import order
 from hvdtrain.recipe.options import OptionValues, option_group
 from hvdtrain.recipe.shares import EVEN, Shares
@@ -42,6 +43,7 @@ class StepOptions:
     model: ModelOptions = option_group(ModelOptions, "Model parallelism")
     rounds: RoundOptions = option_group(RoundOptions, "Local steps")
     pipeline: PipelineOptions = option_group(PipelineOptions, "Model parallelism")
+    service: ServerOptions = option_group(ServerOptions, "Parameter server")
     device: DeviceOptions = option_group(DeviceOptions, "Device")
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class StepOptions:
             self._check_divided_model(self.model_flag)
         if self.pipeline.stages > 1:
             self._check_stages()
+        if self.service.server is not None:
+            self._check_server(f"--server {self.service.server}")
 
     @property
     def model_flag(self) -> str:
@@ -189,6 +193,31 @@ class StepOptions:
             )
         if self.optimization.sync_batchnorm:
             raise ValueError("--local-steps with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm")
+
+    def _check_server(self, flag: str) -> None:
+        several, grid = self.service.server != 1, self.find_grid_shape(1).flags
+        clip_norm, prune, ema = self.optimization.clip_norm, self.optimization.prune, self.optimization.ema
+        refused = {
+            f"--compression {self.compression.spec}: it compresses all-reduces": self.compression.spec != "none",
+            "--deterministic: which gradient comes first is part of the maths": self.exchange.deterministic,
+            f"--exchange {self.exchange.kind}: gradients go to the server": self.exchange.kind != "bucketed",
+            f"--shard {self.exchange.shard}: several servers have parts as well": self.exchange.shards_optimizer,
+            f"--local-steps {self.rounds.local_steps}: workers have no weights of their own": (
+                self.rounds.local_steps is not None
+            ),
+            f"--shares {self.data.shares}: fast workers get more examples by themselves": self.data.shares != EVEN,
+            f"--batch-per-rank {self.data.batch_per_rank}: give --batch-size": self.data.batch_per_rank is not None,
+            "--amp fp16: each worker would scale its loss differently; use bf16": self.optimization.amp == "fp16",
+            "--sync-batchnorm: workers do not meet in a step; use GroupNorm": self.optimization.sync_batchnorm,
+            f"--prune {prune}: gradients travel whole": prune is not None,
+            f"{grid}: a server has whole layers": bool(grid),
+            "--compile: a replay would compile something else": self.optimization.compile,
+            f"--clip-norm {clip_norm}: no server has the whole gradient; use --server 1": several and bool(clip_norm),
+            f"--ema {ema}: no server has all weights; use --server 1": several and ema is not None,
+        }
+        for text, is_given in refused.items():
+            if is_given:
+                raise ValueError(f"{flag} with {text}{'' if ';' in text else '; leave one out'}")
 
     def find_grid_shape(self, local_size: int) -> GridShape:
         """Return how ranks are divided into replicas. local_size: the ranks of a host."""

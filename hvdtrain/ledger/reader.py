@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvdtrain.ledger.made import MadeVersion, RecordedService, parse_made_line, parse_service
 from hvdtrain.ledger.rows import (
     HEADER_PATTERN,
     LEDGER_FORMAT,
@@ -37,6 +38,8 @@ class Segment:
     shares: dict[int, str]  # by the first step of each, how the batch was dealt; "": evenly
     lost: dict[int, Ranges] = field(default_factory=dict)  # by the step after which they were lost
     owed: dict[int, Ranges] = field(default_factory=dict)  # by the step that was made of them
+    made: dict[int, MadeVersion] = field(default_factory=dict)  # by step, of a parameter server
+    service: RecordedService | None = None  # how these were made
 
     def find_shares(self, step: int) -> str:
         """Return how the batch of a step was dealt; "": evenly."""
@@ -64,8 +67,8 @@ def read_segment(path: Path) -> Segment:
         raise UserError(
             f"{path} is not a ledger segment of this version of hvdtrain: expected a header of format {LEDGER_FORMAT!r}"
         )
-    version, seed, examples, batch, first_step = map(int, header.groups()[:-1])
-    rows, invalid_lines, orders = [], [], {}
+    order_version, seed, examples, batch, first_step = map(int, header.groups()[:-2])
+    rows, invalid_lines, orders, made = [], [], {}, dict[int, MadeVersion]()
     shares = {first_step: header[6] or ""}
     marked: dict[str, dict[int, Ranges]] = {"lost": {}, "owed": {}}
     for number, line in enumerate(lines[2:-1], start=3):  # what follows the last newline is torn, or empty
@@ -77,9 +80,25 @@ def read_segment(path: Path) -> Segment:
             shares[int(found[1])] = "" if found[2] == "even" else found[2]
         elif (found := RANGES_PATTERN.fullmatch(line)) and (ranges := parse_ranges(found[3])) is not None:
             marked[found[1]][int(found[2])] = ranges
+        elif (version := parse_made_line(line)) is not None:
+            made[version[0]] = version[1]
         else:
             invalid_lines.append(number)
-    return Segment(path.name, seed, examples, batch, first_step, version, rows, invalid_lines, orders, shares, **marked)
+    return Segment(
+        name=path.name,
+        seed=seed,
+        examples=examples,
+        batch=batch,
+        first_step=first_step,
+        order_version=order_version,
+        rows=rows,
+        invalid_lines=invalid_lines,
+        orders=orders,
+        shares=shares,
+        made=made,
+        service=parse_service(header[7] or ""),
+        **marked,
+    )
 
 
 def load_given_order(folder: Path, key: str) -> GivenOrder:

@@ -21,6 +21,8 @@ In rounds of local steps a rank that is lost takes along what it has changed (hv
 are owed to the epoch. A line "# owed 41 128-192,256-320" says that step 41 was made of these, instead of the next ones:
 its row has the place where the order continues.
 
+A run with a parameter server has more: hvdtrain.ledger.made.
+
 A line "# order" names the file next to the segments, weights-41a8....npz, that holds what the recipe's `sampler` gave
 for an epoch; an epoch without such a line was shuffled.
 """
@@ -41,6 +43,7 @@ from hvdtrain.recipe.ranges import Ranges
 LEDGER_FORMAT = f"hvdtrain ledger {order.ORDER_VERSION}"  # its number is the version of the order of the ids
 HEADER_PATTERN = re.compile(
     r"# hvdtrain ledger ([12]) seed=(\d+) examples=([1-9]\d*) batch=(\d+) first_step=(\d+)(?: shares=([\d:]+))?"
+    r"(?: service=(\S+))?"
 )
 ROW_PATTERN = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18}),(\d{1,18})")  # numbers fit into 64 bits
 ORDER_PATTERN = re.compile(r"# order ([1-9]\d{0,17}) ((?:weights|ids)-[0-9a-f]{32})")

@@ -8,6 +8,7 @@ import numpy as np
 
 from hvdtrain.ledger.epoch_order import EpochOrder
 from hvdtrain.ledger.explain import NO_IDS
+from hvdtrain.ledger.made import MadeVersion
 from hvdtrain.ledger.rows import LedgerRow
 from hvdtrain.recipe.order import Ids
 from hvdtrain.recipe.ranges import Ranges
@@ -36,6 +37,7 @@ class ReplayedStep:
     missing: Ids  # of those that the row names, these were not fed
     extra: Ids  # besides those that the row names, these were fed
     owed: Ranges  # what the step was made of, if that was owed; []: of the next positions
+    made: MadeVersion | None = None  # by a parameter server; `owed` has its positions
 
     @property
     def end(self) -> int:

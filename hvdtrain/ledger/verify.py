@@ -5,6 +5,7 @@ _find_file_defects     file             segments' numbers and lines, and files o
 check_position         step, place      a row's step, epoch and offset with the end of the row before
 check_step_ids         ids              count and sum of hashes with the order; a difference is explained, if it can be
 replay_losses          owed             what was lost with a rank, and the steps that were made of it
+check_made_version     place, ids       what a parameter server made a version of, and how old that was
 check_epoch            epoch            how often each id was visited, by what the steps are known to have fed
 """
 
@@ -27,6 +28,7 @@ from hvdtrain.ledger.reader import (
 )
 from hvdtrain.ledger.rows import LedgerRow
 from hvdtrain.ledger.steps import MAX_SHOWN, LedgerDefect, ReplayedStep, format_ids
+from hvdtrain.ledger.versions import AppliedAges, check_made_version, count_rest, measure_ages
 from hvdtrain.ledger.visits import check_epoch
 from hvdtrain.recipe.given_order import GivenOrder
 from hvdtrain.recipe.order import MAX_EXAMPLES
@@ -51,6 +53,7 @@ class LedgerVerification:
     shares: list[tuple[int, str]] = field(default_factory=list)  # uneven ones: from which step on, 1,024ths; "": even
     owed: int = 0  # examples that were lost with a rank in a round of local steps
     settled: int = 0  # of them that the others have trained again
+    staleness: AppliedAges | None = None  # of the items that a parameter server has applied
 
     @property
     def is_as_ordered(self) -> bool:
@@ -73,6 +76,7 @@ class LedgerVerification:
         more = [f"and {len(dealt) - MAX_SHOWN} more"] if len(dealt) > MAX_SHOWN else []
         lines = [f"shares of the batch: {', '.join([*dealt[:MAX_SHOWN], *more])}"] if dealt else []
         lines += [f"owed: {self.owed} examples lost with a rank, {self.settled} trained again"] if self.owed else []
+        lines += [self.staleness.describe()] if self.staleness is not None else []
         if self.is_as_ordered:
             return [f"{verdict}: {count}", *lines]
         shown = [finding.text for finding in self.findings[:MAX_SHOWN]]
@@ -125,6 +129,9 @@ def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerV
         by_epoch.setdefault(step.row.epoch, []).append(step)
     pending = count_positions(replay_losses(by_epoch[last.row.epoch], losses, [])) if last else 0
     rest = (last.end - pending) % last.order.examples if last else 0
+    made = {step.row.step: step.made for step in steps if step.made is not None}
+    if last is not None and any(step.row.step in made for step in by_epoch[last.row.epoch]):
+        rest = count_rest(by_epoch[last.row.epoch])
     for epoch, of_epoch in by_epoch.items():
         is_complete = not (last and epoch == last.row.epoch and rest)
         defects += check_epoch(epoch, of_epoch, losses, is_complete)
@@ -133,7 +140,16 @@ def _replay_segments(paths: dict[int, Path], segments: list[Segment]) -> LedgerV
     shares = list_shares(rows)
     owed = sum(map(count_positions, losses.values())), sum(count_positions(step.owed) for step in steps)
     return LedgerVerification(
-        defects, complete, segments[-1].examples, len(steps), len(segments), rest, ordered, shares, *owed
+        defects,
+        complete,
+        segments[-1].examples,
+        len(steps),
+        len(segments),
+        rest,
+        ordered,
+        shares,
+        *owed,
+        measure_ages(made),
     )
 
 
@@ -193,7 +209,12 @@ def check_position(row: LedgerRow, segment: Segment, before: ReplayedStep | None
         # What is owed may follow on the last example of an epoch.
         if offset == before.order.examples and not (row.step in segment.owed and row.epoch == epoch):
             epoch, offset = epoch + 1, 0
-    if (row.epoch, row.offset) != (epoch, offset):
+    if row.step in segment.made or (before is not None and before.made is not None):
+        expected_epochs = (1,) if before is None else (before.row.epoch, before.row.epoch + 1)
+        if row.epoch not in expected_epochs:
+            text = f"step {row.step} is of epoch {row.epoch}, expected {expected_epochs[0]}"
+            yield LedgerDefect("place", text, row.step, row.epoch)
+    elif (row.epoch, row.offset) != (epoch, offset):
         text = f"step {row.step} begins at example {row.offset} of epoch {row.epoch}'s order"
         yield LedgerDefect("place", f"{text}, expected {offset} of epoch {epoch}", row.step, row.epoch)
 
@@ -212,6 +233,9 @@ def check_step_ids(
     Returns:
         The step with what is known of its ids, and what is wrong with them.
     """
+    if (made := segment.made.get(row.step)) is not None and row.epoch > 0:
+        step = ReplayedStep(row, order, NO_IDS, NO_IDS, made.ranges, made)
+        return step, list(check_made_version(step, segment.service))
     if row.step in segment.owed:
         return check_owed_ids(row, order, segment.owed[row.step])
     as_named = ReplayedStep(row, order, NO_IDS, NO_IDS, [])

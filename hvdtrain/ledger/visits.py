@@ -16,6 +16,7 @@ from hvdtrain.ledger.steps import (
     list_ids_of,
     list_row_ids,
 )
+from hvdtrain.ledger.versions import check_items_once
 from hvdtrain.recipe.ranges import Ranges, subtract_ranges
 
 
@@ -26,6 +27,9 @@ def check_epoch(
 
     losses: what was lost again, by the step after which.
     """
+    if any(step.made is not None for step in steps):
+        yield from check_items_once(epoch, steps, is_complete)
+        return
     defects: list[LedgerDefect] = []
     pending = replay_losses(steps, losses, defects)
     if is_complete and pending:

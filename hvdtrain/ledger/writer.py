@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvdtrain.ledger.made import MadeVersion
 from hvdtrain.ledger.reader import find_segments
 from hvdtrain.ledger.rows import (
     LEDGER_FORMAT,
@@ -51,6 +52,8 @@ class Ledger:
         shares: by the first step of each, how the batch is dealt to the ranks; "": evenly.
         lost: by the step after which it was lost, what was consumed and is owed from then on.
         owed: by the steps that were made of it, what was owed.
+        made: by step, what a parameter server made its version of.
+        service: how it makes them, for the header; "": there is none.
         orders: by epoch (from 1), what the recipe's sampler has given for those that rows are of, and for the present.
         error: why the last rows are in memory only; None if they are written.
     """
@@ -73,6 +76,8 @@ class Ledger:
         self.shares: dict[int, str] = {}
         self.lost: dict[int, Ranges] = {}
         self.owed: dict[int, Ranges] = {}
+        self.made: dict[int, MadeVersion] = {}
+        self.service = ""
         self.orders: dict[int, GivenOrder] = {}
         self.error: OSError | None = None
         self._failed_at = 0.0  # when writing last failed, by the monotonic clock
@@ -112,11 +117,13 @@ class Ledger:
         header = f"# {LEDGER_FORMAT} seed={self.seed} examples={self.examples} batch={self.batch} first_step={first}"
         before = [shares for step, shares in self.shares.items() if step <= first]
         header += f" shares={before[-1]}" if before and before[-1] else ""
+        header += f" service={self.service}" if self.service else ""
         lines = [header, ",".join(LedgerRow._fields)]
         lines += [format_shares_line(step, shares) for step, shares in self.shares.items() if step > first]
         lines += [format_order_line(epoch, given.key) for epoch, given in self.orders.items()]
         lines += [format_ranges_line("lost", step, ranges) for step, ranges in self.lost.items()]
         lines += [format_ranges_line("owed", step, ranges) for step, ranges in self.owed.items()]
+        lines += [version.format_line(step) for step, version in self.made.items()]
         lines += [",".join(map(str, row)) for row in self.rows]
         try:
             folder.mkdir(exist_ok=True)  # no parents: a run folder that was deleted is not made again
@@ -191,6 +198,14 @@ class Ledger:
         except OSError as error:
             self._abandon_segment(error)
 
+    def record_made(self, step: int, version: MadeVersion) -> None:
+        """Record, before its row, what a step's version was made of."""
+        self.made[step] = version
+        try:
+            self._write_line(version.format_line(step))
+        except OSError as error:
+            self._abandon_segment(error)
+
     def append_row(self, row: LedgerRow) -> None:
         """Add the row of a step that is done; on the rank that writes, it survives the process.
 
@@ -243,6 +258,7 @@ class Ledger:
             self.from_step, self.durable_step = step, max(self.durable_step, step)
             self.lost = {after: ranges for after, ranges in self.lost.items() if after > step}
             self.owed = {of: ranges for of, ranges in self.owed.items() if of > step}
+            self.made = {of: version for of, version in self.made.items() if of > step}
             past = [first for first in self.shares if first <= step + 1]
             for first in past[:-1]:  # the last one is that of the rows to come
                 del self.shares[first]
@@ -254,6 +270,7 @@ class Ledger:
         self.shares = {first: shares for first, shares in self.shares.items() if first <= step}
         self.lost = {after: ranges for after, ranges in self.lost.items() if after <= step}
         self.owed = {of: ranges for of, ranges in self.owed.items() if of <= step}
+        self.made = {of: version for of, version in self.made.items() if of <= step}
         self.from_step, self.durable_step = min(self.from_step, step), min(self.durable_step, step)
         if undone and self._folder is not None:
             self.open_for_writing(self._folder)

@@ -41,6 +41,7 @@ from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.recompute import recompute_blocks
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.scores import Scores
+from hvdtrain.torch.served import ServedPart
 from hvdtrain.torch.setup import build_model, choose_device, configure_torch, explain_nondeterminism, load_datasets
 from hvdtrain.torch.sharded_ema import make_average
 from hvdtrain.torch.splits import SplitLoaders
@@ -52,7 +53,7 @@ from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
 
 
-class TorchStep(StepFacts):
+class TorchStep(StepFacts, ServedPart):
     """`hvdtrain.recipe.framework.Step` for a torch recipe.
 
     Attributes:

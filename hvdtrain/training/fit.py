@@ -39,11 +39,13 @@ from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import RunOptions, check_elastic_options, check_recipe_values, split_options
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.run import Run
+from hvdtrain.training.service import enter_service, whole_step
+from hvdtrain.training.service_worker import announcing_failures, follow_server
 from hvdtrain.training.session import Session
 from hvdtrain.training.start import check_recipe_metrics
 from hvdtrain.training.stop import StopRequest
 from hvdtrain.training.streams import leave_out_ledger
-from hvdtrain.training.summary import Summary, end_run, make_summary, write_summary
+from hvdtrain.training.summary import Summary, end_rank, end_run, make_summary, write_summary
 
 lone_failures: list[str] = []  # errors by which this rank, of several, has left a training that others are still in
 
@@ -69,7 +71,10 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
         )
     check_methods(type(recipe))
     recipe, options = apply_run_options(recipe, run_options)
-    if options.find_grid_shape(1).flags:
+    is_served = options.service.server is not None
+    if is_served and comm is not None:
+        raise UserError(f"--server {options.service.server} with a communicator: leave `comm` out")
+    if is_served or options.find_grid_shape(1).flags:
         keep_mpi()
     world = init(comm)
     try:
@@ -83,7 +88,7 @@ def fit(recipe: Recipe, comm: Any = None, **run_options: Any) -> dict[str, Any]:
             lone_failures.append(f"{error}" if isinstance(error, KnownError) else f"{type(error).__name__}: {error}")
         raise
     finally:
-        if comm is not None:
+        if comm is not None or is_served:
             shut_down_horovod()  # so that the next training can have another communicator; MPI itself stays
 
 
@@ -152,9 +157,17 @@ def train_recipe(
         MembershipEnded: the run continues without this rank.
     """
     with open_session(recipe, name, options, config, world, membership) as session:
-        generation, position, ending = session.run_generations()
+        service = session.run.service
+        if service is not None and service.server is None:
+            summary = follow_server(session.run, service)
+            end_rank(service.rank, summary)
+            return summary
+        with announcing_failures(service):
+            generation, position, ending = session.run_generations()
         summary = make_summary(session, generation, position, finished=ending == Ending.FINISHED)
         error = write_summary(generation, summary)
+    if service is not None and service.server is not None:
+        service.server.end_run(summary.to_json(), error)
     end_run(generation, summary, error)
     return summary
 
@@ -203,4 +216,7 @@ def open_session(
         )
         collectives.on_all_ranks("metrics.trial", lambda: check_recipe_metrics(run))
         compare_with_run(run, world)
+        if options.service.server is not None:
+            service, world = enter_service(step, type(recipe).__name__, options, world)
+            run = replace(run, service=service, step=whole_step(service))
         yield exits.enter_context(Session(run, world, config))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,29 +55,46 @@ class StepOutcome:
     seconds: float
 
 
-def run_loop(generation: Generation, position: Position) -> Ending:
-    """Train from `position` on, and move it along, until the plan is done or all agree to end the generation."""
+Steps = Iterator[tuple[StepShare, StepOutcome]]
+
+
+def run_loop(
+    generation: Generation, position: Position, make_steps: Callable[[Generation, Position], Steps] | None = None
+) -> Ending:
+    """Train from `position` on, and move it along, until the plan is done or all agree to end the generation.
+
+    make_steps: makes the remaining steps of an epoch; None: `train_steps`.
+    """
+    make_steps = make_steps or train_steps
     if position.step:  # what was due when another rank was lost
         end_round_if_over(generation, position)
         evaluate_and_save(generation, position, None)
     activity.begin_training(position.step)
     while position.step < generation.plan.total_steps and not position.ended:
-        for share, batches in plan_epoch(generation, position):
-            outcome = train_step(generation, position, share, batches)
-            commit_step(generation, position, share, outcome)
-            votes = outcome.result.votes
-            end_round_if_over(generation, position, votes)
-            ending = decide(generation, position, votes)
-            if ending is None and votes.compares_speeds and find_new_shares(generation, position):
-                ending = Ending.SHARES_CHANGE
-            compare_replicas(generation, position, ending)
-            evaluate_and_save(generation, position, ending)
-            generation.run.report.report_write_errors(generation.ledger)
-            if position.ended:
-                return Ending.FINISHED
-            if ending is not None:
+        for share, outcome in make_steps(generation, position):
+            if (ending := conclude_step(generation, position, share, outcome)) is not None:
                 return ending
     return Ending.FINISHED
+
+
+def train_steps(generation: Generation, position: Position) -> Steps:
+    """Make the remaining steps of the epoch; yield each before it is committed."""
+    for share, batches in plan_epoch(generation, position):
+        yield share, train_step(generation, position, share, batches)
+
+
+def conclude_step(generation: Generation, position: Position, share: StepShare, outcome: StepOutcome) -> Ending | None:
+    """Commit a step, and do what is due after it; return whether the generation ends, and how."""
+    commit_step(generation, position, share, outcome)
+    votes = outcome.result.votes
+    end_round_if_over(generation, position, votes)
+    ending = decide(generation, position, votes)
+    if ending is None and votes.compares_speeds and find_new_shares(generation, position):
+        ending = Ending.SHARES_CHANGE
+    compare_replicas(generation, position, ending)
+    evaluate_and_save(generation, position, ending)
+    generation.run.report.report_write_errors(generation.ledger)
+    return Ending.FINISHED if position.ended else ending
 
 
 def plan_epoch(generation: Generation, position: Position) -> Iterator[tuple[StepShare, Batches]]:
@@ -207,7 +224,9 @@ def commit_step(generation: Generation, position: Position, share: StepShare, ou
     ledger.discard_rows(votes.ledger_durable)
     run.report.rows.pending = votes.pending_rows
     epoch = position.epoch + 1
-    if share.owed:
+    if share.made is not None:
+        ledger.record_made(position.step + 1, share.made)
+    elif share.owed:
         ledger.record_owed(position.step + 1, share.owed)
     ledger.append_row(LedgerRow(position.step + 1, epoch, position.offset, votes.examples, votes.id_hashes))
     count = share.step_examples

@@ -101,12 +101,21 @@ class RunOptions(StepOptions):
                 f"{self.pipeline.flag} with --init-from {self.checkpoints.init_from}: a rank has a part of the model "
                 "only; save a checkpoint by a run of one step without --stages, and --resume it"
             )
+        if self.service.server is not None and self.reports.diagnose:
+            raise ValueError(
+                f"--server {self.service.server} with --diagnose: it compares ranks in their steps; leave one out"
+            )
 
 
 def check_elastic_options(given: OptionValues) -> None:
     """Raise UserError for options that would not mean the same in each world of an elastic run."""
     if given.get("batch_per_rank"):
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
+    if given.get("server") is not None:
+        raise UserError(
+            f"--server {given['server']} in an elastic run: a lost rank ends a job of mpirun; leave --elastic out, and "
+            "resume the run"
+        )
     shares = given.get("shares", EVEN)
     if parse_weights(shares) is not None:
         raise UserError(f"--shares {shares} is for the ranks of one world; an elastic run takes --shares measured")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from hvdtrain.ledger.made import MadeVersion
 from hvdtrain.recipe import order, schedule
 from hvdtrain.recipe.base import Recipe, is_overridden
 from hvdtrain.recipe.order import Ids, Order
@@ -13,6 +14,7 @@ from hvdtrain.recipe.pruning import PruningSchedule, parse_pruning
 from hvdtrain.recipe.ranges import Ranges, count_positions, list_ids, slice_ranges
 from hvdtrain.recipe.schedule import Schedule
 from hvdtrain.recipe.shares import EVEN, Shares, describe_shares
+from hvdtrain.server.service_plan import ServicePlan
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
 from hvdtrain.training.options import RunOptions
@@ -61,6 +63,7 @@ class TrainingPlan:
     pruning: PruningSchedule | None = None
     lr_text: str = ""  # of the recipe's `lr_factor`, which replaces the schedule; "": it has none
     rounds: RoundPlan | None = None
+    service: ServicePlan | None = None  # of --server
     order_text: str = ""  # where an epoch's order comes from, if it is not shuffled
 
     def find_shard_bounds(self, count: int, rank: int) -> list[tuple[int, int]]:
@@ -176,10 +179,15 @@ def describe_training_plan(plan: TrainingPlan, options: RunOptions) -> list[str]
     length = f"{plan.examples} examples{source}, {plan.steps_per_epoch} steps an epoch"
     if plan.examples == order.MAX_EXAMPLES:
         length, ragged = f"examples{source}, of unknown length", 0
-    return [
-        f"data      {length}" + (f", the last of {ragged} examples" if ragged else ""),
+    batch = [
         f"batch     {plan.batch_size} global{weak} = {format_count(plan.ranks, 'rank')} x "
         f"{plan.max_passes} pass{'es' * (plan.max_passes > 1)} x at most {plan.micro_batch}",
+    ]
+    if plan.service is not None:
+        way, batch = "by messages", plan.service.describe()
+    return [
+        f"data      {length}" + (f", the last of {ragged} examples" if ragged else ""),
+        *batch,
         *describe_dealing(plan, options),
         f"steps     {plan.total_steps} in {format_count(plan.epochs, 'epoch')}",
         f"lr        {plan.lr_text or f'{plan.schedule.text}: ' + ', '.join(shown)}{scaled}",
@@ -210,6 +218,7 @@ class StepShare:
     first_index: int  # index in the global batch of this rank's first example
     shards: list[list[Ids]]  # of each of this rank's shards, the micro-batches
     owed: Ranges = field(default_factory=list)  # positions that the step is made of, if they are not the next ones
+    made: MadeVersion | None = None  # what it is made of, by a parameter server
 
     @property
     def own_examples(self) -> int:

@@ -24,6 +24,7 @@ from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.plan import TrainingPlan
 from hvdtrain.training.position import Position
 from hvdtrain.training.reporter import Reporter
+from hvdtrain.training.service import Service
 from hvdtrain.training.stop import StopRequest
 
 
@@ -43,6 +44,7 @@ class Run:
     stop: StopRequest
     held: HeldUpdate = field(default_factory=HeldUpdate)  # of a grid in an elastic run
     round: OpenRound = field(default_factory=OpenRound)  # of --local-steps
+    service: Service | None = None  # of --server
 
 
 @dataclass(frozen=True)

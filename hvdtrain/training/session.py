@@ -59,6 +59,7 @@ from hvdtrain.training.orders import EpochOrders
 from hvdtrain.training.position import Position
 from hvdtrain.training.progress import Progress
 from hvdtrain.training.run import Generation, Run
+from hvdtrain.training.serving import serve_versions
 from hvdtrain.training.setup import name_git_commit, open_ledger, plan_generation, write_run_files
 from hvdtrain.training.start import (
     begin_run,
@@ -120,7 +121,8 @@ class Session:
         while True:
             try:
                 generation, position = self.form_generation()
-                while (ending := run_loop(generation, position)) is Ending.SHARES_CHANGE:
+                make_steps = serve_versions if self.run.service is not None else None
+                while (ending := run_loop(generation, position, make_steps)) is Ending.SHARES_CHANGE:
                     generation = deal_again(generation, position)
                 if ending in (Ending.FINISHED, Ending.STOPPED):
                     return generation, position, ending

@@ -29,6 +29,7 @@ from hvdtrain.training.position import Position
 from hvdtrain.training.ragged import refuse_several_passes, refuse_uneven_calls
 from hvdtrain.training.rows import find_ledger_gap
 from hvdtrain.training.run import Run
+from hvdtrain.training.service import cut_recipe, plan_service
 from hvdtrain.training.streams import check_division, check_length, refuse_unnumbered_rounds
 
 GIT_SECONDS = 5.0  # for git to name the commit
@@ -42,9 +43,10 @@ def plan_generation(run: Run, world: World, position: Position, orders: EpochOrd
     check_length(run.options, orders.order.examples, run.recipe.schedule)
     option = run.options.data.shares
     shares = choose_shares(option, world.data_size, position.shares)
-    plan = make_training_plan(
-        run.recipe, run.options, orders.order.examples, step.base_learning_rate(), shares, position
-    )
+    recipe = run.recipe if run.service is None else cut_recipe(run.recipe, run.service.roles)
+    plan = make_training_plan(recipe, run.options, orders.order.examples, step.base_learning_rate(), shares, position)
+    if run.service is not None:
+        plan = plan_service(run.service, plan, run.options, position)
     check_division(
         step.source,
         plan,
@@ -137,6 +139,7 @@ def open_ledger(
             "add --no-ledger"
         )
     ledger = known or Ledger(options.data.seed, plan.examples, plan.batch_size, position.step)
+    ledger.service = plan.service.encode() if plan.service is not None else ""
     ledger.roll_back(position.step)
     ledger.set_shares(position.step + 1, position.shares)
 

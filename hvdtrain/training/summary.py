@@ -53,6 +53,7 @@ class Summary:
     versions: Mapping[str, str]  # by package
     command: str  # of this rank
     git_commit: str | None  # of the repository that the recipe is in, with "-dirty" if files differ from it
+    service: Mapping[str, object] | None  # servers, workers and what they did; None: without --server
     hosts: Sequence[str]
     samples_per_second: float
     step_seconds_median: float
@@ -84,10 +85,11 @@ def make_summary(session: Session, generation: Generation, position: Position, f
     activity.enter_activity("ending the run", patient=True)
     run, rates = generation.run, generation.run.report.speed.measure_rates()
     report = run.step.exchange_report()
+    server = run.service.server if run.service is not None else None
     return Summary(
         recipe=run.name,
         framework=run.recipe.framework,
-        world_size=generation.world.size,
+        world_size=generation.world.size if server is None else server.roles.size,
         steps=position.step,
         epochs=generation.plan.epochs,
         finished=finished,
@@ -111,7 +113,8 @@ def make_summary(session: Session, generation: Generation, position: Position, f
         versions=collect_versions(),
         command=shlex.join([name_program(sys.argv[0]), *sys.argv[1:]]),
         git_commit=session.git_commit,
-        hosts=generation.hosts,
+        service=None if server is None else server.describe(),
+        hosts=generation.hosts if server is None else server.hosts,
         samples_per_second=rates.samples_per_second,
         step_seconds_median=rates.step_seconds_median,
         comm_seconds_median=rates.comm_seconds_median,
@@ -161,3 +164,8 @@ def end_run(generation: Generation, summary: Summary, error: str | None) -> None
     if found := next(filter(None, errors), None):
         raise RunError(found)
     messages.send_message(messages.RankFinished(generation.world.rank, code))
+
+
+def end_rank(rank: int, summary: Summary) -> None:
+    """Report to the launcher how a run has ended on a worker of a parameter server, which writes nothing."""
+    messages.send_message(messages.RankFinished(rank, 0 if summary.finished else EXIT_REQUEUE))

@@ -187,6 +187,50 @@ CASES = [
         "--local-steps with --compression auto, which measures steps that exchange gradients: name a method, for "
         "example int8",
     ),
+    (["train", DIGITS, "--server", "0"], "--server is 0; it must be at least 1"),
+    (
+        ["train", DIGITS, "--staleness", "async"],
+        "--staleness async needs --server, the number of servers, for example 1",
+    ),
+    (
+        ["train", DIGITS, "--server", "1", "--staleness", "asink"],
+        "--staleness is 'asink'; did you mean 'async'?; expected sync, backup:K, bounded:S, async or async+dc",
+    ),
+    (
+        ["train", DIGITS, "--server", "1", "--staleness", "backup:0"],
+        "--staleness backup:0 waits for all workers: that is --staleness sync",
+    ),
+    (
+        ["train", DIGITS, "--server", "1", "--staleness", "bounded:0"],
+        "--staleness bounded:0 allows no stale gradient: that is --staleness sync; expected bounded:1",
+    ),
+    *(
+        (["train", DIGITS, "--server", server, *options.split()], f"--server {server} with {options}{message}")
+        for server, options, message in (
+            ("1", "--compression int8", ": it compresses all-reduces; leave one out"),
+            ("1", "--deterministic", ": which gradient comes first is part of the maths; leave one out"),
+            ("1", "--exchange horovod", ": gradients go to the server; leave one out"),
+            ("1", "--shard optimizer", ": several servers have parts as well; leave one out"),
+            ("1", "--local-steps 4", ": workers have no weights of their own; leave one out"),
+            ("1", "--shares measured", ": fast workers get more examples by themselves; leave one out"),
+            ("1", "--batch-per-rank 8", ": give --batch-size; leave one out"),
+            ("1", "--amp fp16", ": each worker would scale its loss differently; use bf16"),
+            ("1", "--sync-batchnorm", ": workers do not meet in a step; use GroupNorm"),
+            ("1", "--prune 0.5,from:0ep,to:1ep", ": gradients travel whole; leave one out"),
+            ("1", "--compile", ": a replay would compile something else; leave one out"),
+            ("1", "--diagnose", ": it compares ranks in their steps; leave one out"),
+            ("2", "--clip-norm 1.0", ": no server has the whole gradient; use --server 1"),
+            ("2", "--ema 0.9", ": no server has all weights; use --server 1"),
+        )
+    ),
+    (
+        ["launch", "-np", "2", "--server", "1", DIGITS],
+        "--server 1 needs --launcher mpirun: servers and workers send each other messages by MPI",
+    ),
+    (
+        ["launch", "--elastic", "--min-np", "2", "-H", "localhost:2", DIGITS, "--server", "1"],
+        "--server 1 in an elastic run: a lost rank ends a job of mpirun; leave --elastic out, and resume the run",
+    ),
     (
         ["launch", "-np", "2", DIGITS, "--deterministic", "--virtual-shards", "0"],
         "--virtual-shards is 0; it must be at least 1",

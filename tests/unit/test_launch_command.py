@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import click
 import pytest
@@ -42,12 +42,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check_arguments(args: list[str], elastic: bool = False) -> None:
+def check_arguments(args: list[str], elastic: bool = False) -> SimpleNamespace:
     os.environ["OMP_NUM_THREADS"] = "64"  # what importing a recipe does here is not for the ranks
     if "--dry-run" in args:
         raise UserError("no option --dry-run") from click.NoSuchOption("--dry-run")
     if "--epoks" in args:
         raise UserError("no option '--epoks'; did you mean '--epochs'?")
+    return SimpleNamespace(given_options={})
 
 
 def launch(arguments: str) -> int:

@@ -510,7 +510,14 @@ def test_ledger_command_verifies_and_reports_a_missing_step(
     values = json.loads(out)
     assert (code, values.pop("findings"), values.pop("exactly_once")) == (0, [], True)
     counts = {"epochs": 2, "examples": 100, "steps": 16, "segments": 2, "rest": 32}
-    assert values == counts | {"as_ordered": True, "given_orders": 0, "shares": [], "owed": 0, "settled": 0}
+    assert values == counts | {
+        "as_ordered": True,
+        "given_orders": 0,
+        "shares": [],
+        "owed": 0,
+        "settled": 0,
+        "staleness": None,
+    }
     edit(whole.last, lambda lines: lines.pop(6))
     code, out, _ = command(capsys, "verify", folder)
     assert (code, out.splitlines()[1]) == (1, "step 10 is missing")

@@ -1,0 +1,125 @@
+"""Which worker gets an item when, and of which gradients a version of the weights is made.
+
+              assign                       accept
+    queue -----------> out: a worker has it -------> arrived -----------> a version is made of it
+      ^                |                                     take_ready
+      +----------------+
+        give back: backup:K has made its version without it; the worker is late until it has answered
+
+In rounds (sync, backup:K) a version is made when as many items have arrived as a global batch has, or as are left of
+the epoch; otherwise of each item when it arrives. With bounded:S an item is handed out only if no item that is out can
+become older than S versions a worker, whatever arrives first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hvdtrain.exchange.server_options import Staleness
+from hvdtrain.server.items import EpochItems, Item
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An item that a worker has."""
+
+    worker: int  # its rank
+    item: Item
+    read: int  # the version of the weights that it computes with
+
+
+class Dispatcher:
+    """Deals the items of one epoch after the other to workers.
+
+    Attributes:
+        version: of the weights, the number of versions that were made.
+        handed_out: items that were ever handed out.
+        wasted: of these, items whose gradient came too late.
+        staleness_sum, staleness_max: of the items that were applied, in versions.
+        applied: how many items were applied.
+    """
+
+    def __init__(self, policy: Staleness, workers: Sequence[int], per_version: int, version: int) -> None:
+        """Begin with all workers idle.
+
+        Args:
+            policy: of --staleness.
+            workers: their ranks.
+            per_version: how many items a version is made of.
+            version: of the weights.
+        """
+        self.policy, self.workers, self.per_version, self.version = policy, workers, per_version, version
+        self.handed_out = self.wasted = self.staleness_sum = self.staleness_max = self.applied = 0
+        self._bound = policy.find_bound(len(workers)) if not policy.in_rounds else None
+        self._out: dict[int, Assignment] = {}  # by worker
+        self._late: set[int] = set()
+        self._arrived: list[Assignment] = []
+        self.items: EpochItems | None = None
+
+    def begin_epoch(self, items: EpochItems) -> None:
+        """Deal these items; none of an earlier epoch is out."""
+        assert not self._out and not self._arrived
+        self.items = items
+
+    @property
+    def busy(self) -> list[int]:
+        """The workers that have not answered yet."""
+        return sorted([*self._out, *self._late])
+
+    def assign(self) -> list[Assignment]:
+        """Return the items that idle workers get now, at the present version."""
+        assert self.items is not None
+        idle = [w for w in self.workers if w not in self._out and w not in self._late]
+        if self.policy.in_rounds:
+            idle = [w for w in idle if all(w != arrived.worker for arrived in self._arrived)]
+        made: list[Assignment] = []
+        for worker in idle:
+            if self.items.is_queue_empty or not self._may_assign():
+                break
+            self._out[worker] = Assignment(worker, self.items.take(), self.version)
+            made.append(self._out[worker])
+        self.handed_out += len(made)
+        return made
+
+    def _may_assign(self) -> bool:
+        if self.policy.in_rounds:
+            spare = self.policy.number if self.policy.kind == "backup" else 0
+            return len(self._out) + len(self._arrived) < self.per_version + spare
+        if self._bound is None or not self._out:
+            return True
+        oldest = min(assignment.read for assignment in self._out.values())
+        # All others that are out, and the new one, may be applied before the oldest.
+        return self.version + len(self._out) - oldest <= self._bound
+
+    def accept(self, worker: int) -> Assignment | None:
+        """Note that a worker has answered; return what it had, None if its gradient comes too late."""
+        if worker in self._late:
+            self._late.remove(worker)
+            return None
+        assignment = self._out.pop(worker)
+        self._arrived.append(assignment)
+        return assignment
+
+    def take_ready(self) -> list[Assignment]:
+        """Return what the next version is made of, in the order of the items, and count it; [] if that is not known."""
+        assert self.items is not None
+        needed = min(self.per_version, self.items.left) if self.policy.in_rounds else 1
+        if not self._arrived or len(self._arrived) < needed:
+            return []
+        ready, self._arrived = sorted(self._arrived[:needed], key=lambda one: one.item), self._arrived[needed:]
+        if self.policy.in_rounds:
+            self._give_back_late()
+        ages = [self.version - one.read for one in ready]
+        self.staleness_sum, self.staleness_max = self.staleness_sum + sum(ages), max(self.staleness_max, *ages)
+        self.applied += len(ready)
+        self.items.apply([one.item for one in ready])
+        self.version += 1
+        return ready
+
+    def _give_back_late(self) -> None:
+        assert self.items is not None
+        self.items.give_back([assignment.item for assignment in (*self._out.values(), *self._arrived)])
+        self.wasted += len(self._out) + len(self._arrived)
+        self._late |= set(self._out)
+        self._out, self._arrived = {}, []
