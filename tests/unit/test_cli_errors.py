@@ -218,6 +218,8 @@ CASES = [
             ("1", "--sync-batchnorm", ": workers do not meet in a step; use GroupNorm"),
             ("1", "--prune 0.5,from:0ep,to:1ep", ": gradients travel whole; leave one out"),
             ("1", "--compile", ": a replay would compile something else; leave one out"),
+            ("1", "--tensor 2", ": a server has whole layers; leave one out"),
+            ("1", "--stages 2", ": a server has whole layers; leave one out"),
             ("1", "--diagnose", ": it compares ranks in their steps; leave one out"),
             ("2", "--clip-norm 1.0", ": no server has the whole gradient; use --server 1"),
             ("2", "--ema 0.9", ": no server has all weights; use --server 1"),
