@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_map
 
 from hvdtrain.comm import collectives
@@ -185,8 +185,9 @@ def check_divisible(recipe: Recipe, model: nn.Module, source: DataSource, flag: 
     if source is DataSource.ROLLOUTS:
         raise UserError(f"{flag}: {type(recipe).__name__} has rollouts, which each rank would play by parts of a model")
     if type(recipe).framework != "torch":
-        raise UserError(f"{flag}: {type(recipe).__name__} is a recipe of {recipe.framework}, ; use one of torch")
-    odd = next((name for name, module in model.named_modules() if isinstance(module, _NormBase)), None)
+        raise UserError(f"{flag}: {type(recipe).__name__} is a recipe of {recipe.framework}; it needs one of torch")
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, _NormBase))
+    odd = next((name for name, norm in norms if isinstance(norm, _BatchNorm) or norm.track_running_stats), None)
     if odd is not None:
         kind = type(model.get_submodule(odd)).__name__
         raise UserError(
