@@ -39,6 +39,7 @@ def main() -> None:
                 result = told(by_horovodrun(line, 4, hosts, {}, 300))
                 found[way].append(statistics.median(result["seconds"]))
                 held[way] = result["held_bytes"]
+                print(f"turn {turn + 1}: {way} {found[way][-1] * 1e3:.0f} ms", file=sys.stderr, flush=True)
     rows = []
     for way in ways:
         ratio = statistics.median(other / own for own, other in zip(found[way], found[ways[0]], strict=True))

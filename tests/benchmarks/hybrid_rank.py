@@ -85,7 +85,8 @@ def main() -> None:
             optimizer, step = make_hybrid_step(net, compression or "none")
         else:
             join_torch(world)
-            shard(net, init_device_mesh("cpu", (2, 2) if way == "hsdp" else (4,)))
+            shape, names = ((2, 2), ("hosts", "ranks")) if way == "hsdp" else ((4,), ("ranks",))
+            shard(net, init_device_mesh("cpu", shape, mesh_dim_names=names))
             optimizer = make_optimizer(net)
             step = optimizer.step
         for _ in range(WARM_UP + options.steps):
