@@ -132,8 +132,6 @@ def check_elastic_options(given: OptionValues) -> None:
             f"--shard {given['shard']} with --compression {given['compression']}: mirrors do not encode; leave out one "
             "of them in an elastic run"
         )
-    if given.get("stages", 1) > 1:
-        raise UserError(f"--stages {given['stages']} in an elastic run is not possible yet: leave out --elastic")
     from hvdtrain.compression.spec import parse_compression  # with which torch comes
 
     compression = given.get("compression", "none")

@@ -193,7 +193,7 @@ class Dying(Dropping):
 class Mortal(Chain):
     """Ranks die in chosen steps, STEP:RANK, each once, where `score` is called: on first and last stages."""
 
-    epochs: int = 4
+    epochs: int = 8
     faults: str = option("", "when who dies, as 2:3,5:0")
     pause: float = option(0.0, "seconds that each pass takes longer")
     fault: str = option("", "a file next to which deaths are noted; its .hold holds the run")

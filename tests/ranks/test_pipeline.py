@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.elastic import ElasticJob, verify
 from tests.ranks.harness import HVDTRAIN, rows, run
 from tests.ranks.test_sharded_optimizer import assert_same
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
@@ -146,6 +147,24 @@ def test_checkpoints_are_evaluated_without_stages(worlds: KeptWorlds, tmp_path: 
     found = train(worlds[4], f"{RECIPES}:CharLM64", tmp_path / "run", *COMMON, "--ema", "0.9", *stages("interleaved"))
     for world in (worlds[1], worlds[2]):
         assert world.run(evaluate_and_predict, tmp_path / "run")[0] == pytest.approx(found["eval"], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_a_killed_stage_costs_no_step(world1: KeptWorld, tmp_path: Path) -> None:
+    """The last stage of the second replica dies in a step; once it is whole again, the first one of the first."""
+    options = ("--threads", "1", "--kind", "adamw", "--clip-norm", "0.5", "--ema", "0.9", "--micro-batch", "3")
+    name = f"{RECIPES}:Mortal"
+    train(world1, name, tmp_path / "alone", *options)
+    faults = ("--faults", "2:3", "--pause", "0.1", *stages("1f1b"))
+    with ElasticJob(tmp_path, "localhost:4", *options, *faults, least=2, most=4, recipe=name) as job:
+        job.step(3)
+        job.world(4, 90)
+        job.more(1)
+        job.kill(0)
+        job.end()
+    verify(job.run_dir)
+    assert_same(tmp_path / "alone", job.run_dir, 1e-9)
+    assert job.summary()["membership_changes"] >= 2
 
 
 REFUSED = {

@@ -17,7 +17,7 @@ from hvdtrain.torch.model_chain import find_chain, run_chain
 from hvdtrain.torch.stage_cut import cut_evenly
 from hvdtrain.torch.stage_state import WholeModel, join_stage_states, split_state
 from hvdtrain.torch.stages import find_shared_parameters, keep_modules, keep_parameters
-from hvdtrain.training.options import check_elastic_options, make_run_options
+from hvdtrain.training.options import make_run_options
 from tests.ranks.test_several_optimizers import assert_same_state
 
 
@@ -191,8 +191,3 @@ def test_micro_batches_are_chosen_for_the_stages() -> None:
 def test_options_that_are_not_exact_with_stages_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--stages 2 with --"):
         make_run_options({"stages": 2, **more})
-
-
-def test_elastic_runs_are_refused() -> None:
-    with pytest.raises(UserError, match="--stages 2 in an elastic run"):
-        check_elastic_options({"stages": 2})
