@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvdtrain.system.errors import UserError
+from hvdtrain.training.options import check_elastic_options
 from tests.ranks import divided_recipes
 from tests.ranks.harness import rows
 from tests.ranks.test_sharded_optimizer import assert_same
@@ -229,3 +231,9 @@ def test_shipped_recipes(
         train(worlds[4], recipe, tmp_path / way[0], *BOTH, *options, *way)
         found = [row["loss"] for row in rows(tmp_path / way[0]) if "loss" in row]
         assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"tensor": 2}, {"shard": "model"}])
+def test_elastic_runs_refuse_them(given: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="in an elastic run: a lost rank would take its part of the model along"):
+        check_elastic_options(given)
