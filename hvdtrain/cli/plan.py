@@ -14,7 +14,17 @@ from hvdtrain.system.errors import UserError
 
 SHOWN = ("shard", "mirror")  # run options whose layouts are all printed
 # What these keep is not counted.
-UNCOUNTED = ("local_steps", "deterministic", "prune", "exchange", "batch_per_rank", "shares")
+UNCOUNTED = (
+    "local_steps",
+    "deterministic",
+    "prune",
+    "exchange",
+    "batch_per_rank",
+    "shares",
+    "tensor",
+    "shard_ranks",
+    "stages",
+)
 
 
 @click.command("plan", context_settings={"allow_interspersed_args": False, "max_content_width": 100})

@@ -130,6 +130,12 @@ class TorchGroup:
         groups[0].second = groups[-1]
         return groups[0]
 
+    def abort(self) -> None:
+        """Let collectives in progress fail, here and on those that wait for this rank in them, and close."""
+        for group in {self, self.second}:
+            group.process_group.abort()
+        self.close()
+
     def rank(self) -> int:
         """Return this process's rank in the group."""
         return self.process_group.rank()  # type: ignore[no-any-return]

@@ -29,6 +29,7 @@ MALLOC_SETTINGS = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-2, 2**28))
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 communicators: list[Any] = [None]  # the mpi4py communicator of this world, if it is a part of an MPI job
+connections: set[Any] = set()  # of the world, next to Horovod's: each has `close`, which its end calls
 rendezvous_servers: dict[str, RendezvousServer | None] = {}  # keeps rank 0's server alive under srun
 
 
@@ -263,12 +264,17 @@ def keep_freed_memory() -> None:
 
 
 def shut_down_horovod() -> None:
-    """Shut Horovod down in this process; collectives of the other ranks then fail, unless they do the same."""
+    """Shut Horovod down in this process; collectives of the other ranks then fail, unless they do the same.
+
+    What was connected next to it for this world is closed first.
+    """
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
     from hvdtrain.comm.collectives import forget_names
 
+    for connection in list(connections):
+        connection.close()
     hvd.shutdown()
     forget_names()
     mpi_ops._handle_map.clear()  # tensors of collectives that will not complete

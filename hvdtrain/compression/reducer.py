@@ -62,6 +62,7 @@ class CompressedReducer(Reducer):
         next_residual: (n,) float32: the residual of the next step if this one is committed; then the two swap.
         velocity: (n,) float32, or None without momentum correction.
         part_size: of the part of flat that each rank sums for REDUCE_SCATTER: whole blocks.
+        parts: by rank, which of these parts it sums.
         shard_residual: (part_size,) float32: the residual of the sums of this rank's part; or None.
         wire_bytes: bytes that this rank sent in the last step, in both rounds.
     """
@@ -94,6 +95,7 @@ class CompressedReducer(Reducer):
         self.part_size = -(-len(flat) // (self.size * codec.block_size)) * codec.block_size
         in_parts = codec.collective is Collective.REDUCE_SCATTER
         self.shard_residual = torch.zeros(self.part_size, device=flat.device) if has_residual and in_parts else None
+        self.parts = tuple(range(self.size))
         self.wire_bytes = 0
         self._pending_velocity: Tensor | None = None  # this step's, if it is committed
         self._pending_shard_residual: Tensor | None = None
@@ -133,6 +135,11 @@ class CompressedReducer(Reducer):
             torch.add(self.flat, self.residual, out=self.next_residual)
         x = self.flat if self.next_residual is None else self.next_residual
         self._add_carried_over(x)
+        self._send(x, fused)
+
+    def _send(self, x: Tensor, fused: bool) -> None:
+        """Encode x, (n,), the share and the residual, and start the first collective; keep what it does not send."""
+        collective = self.codec.collective
         remainder = self.next_residual  # what the payload is still to be subtracted from
         if fused and isinstance(self.codec, FusedCodec):
             payload, remainder = self.codec.pop_fused_payload(), None
@@ -178,14 +185,19 @@ class CompressedReducer(Reducer):
         total = self._take_first_round(wait)
         if total is None:
             return
+        payload = self._encode_sum(total)
+        self.wire_bytes += payload.numel() * (self.size - 1)
+        group = collectives.second_round_group(self.group)
+        self._handle = collectives.all_gather_async(payload.flatten(), f"{self.name}.sums", group)
+
+    def _encode_sum(self, total: Tensor) -> Tensor:
+        """Return the payload, in one row, of (part_size,) the sum of this rank's part; keep what it leaves."""
         if self.shard_residual is not None:
             total.add_(self.shard_residual)
         payload = self.codec.encode(total[None], replace(self._key, round=1))
         if self.shard_residual is not None:
             self._pending_shard_residual = total - self.codec.decode(payload, self.part_size, self._key)[0]
-        self.wire_bytes += payload.numel() * (self.size - 1)
-        group = collectives.second_round_group(self.group)
-        self._handle = collectives.all_gather_async(payload.flatten(), f"{self.name}.sums", group)
+        return payload
 
     def _take_first_round(self, wait: bool) -> Tensor | None:
         """Return (part_size,) the sum of this rank's part; None if there is none to take, or it has not arrived.
@@ -247,7 +259,7 @@ class CompressedReducer(Reducer):
             return self.carried_over
         unsent = self.residual.clone() if self.carried_over is None else self.residual + self.carried_over
         if self.shard_residual is not None:
-            begin = min(self.rank * self.part_size, len(unsent))
+            begin = min(self.parts[self.rank] * self.part_size, len(unsent))
             own_part = unsent[begin : begin + self.part_size]
             own_part += self.shard_residual[: len(own_part)]
         return unsent

@@ -166,7 +166,7 @@ def _check_argument(compressor: Compressor, argument: str, text: str) -> str:
 
 def check_scatters(spec: Spec) -> None:
     """Raise ValueError for a method that cannot bring each rank the sum of its own part only."""
-    able = [name for name, found in sorted(COMPRESSORS.load_all().items()) if found.scatters]
+    able = _list_scattering()
     if spec.method == AUTO:
         raise ValueError(f"it would try methods that send whole sums to every rank; name {join_alternatives(able)}")
     if spec.method not in able:
@@ -174,6 +174,19 @@ def check_scatters(spec: Spec) -> None:
             f"{spec.method} brings whole sums to every rank, and updated parameters would travel uncompressed, which "
             f"takes what it saves; use {join_alternatives(able)}, or leave out one of them"
         )
+
+
+def check_sums_on_hosts(spec: Spec) -> None:
+    """Raise ValueError for a method that has nothing to gain if hosts sum up before they encode."""
+    able = _list_scattering()
+    if spec.method not in able:
+        reason = "does not encode a part for each host" if spec.method != NONE else "sends gradients as they are"
+        reason = "would measure other ways than this one" if spec.method == AUTO else reason
+        raise ValueError(f"{spec.method} {reason}; use {join_alternatives(able)}, or leave out --hierarchy")
+
+
+def _list_scattering() -> list[str]:
+    return [name for name, found in sorted(COMPRESSORS.load_all().items()) if found.scatters]
 
 
 def make_codec(

@@ -159,6 +159,7 @@ class BucketedExchange(GradientHooks):
         if late:
             newcomers = self.add_newcomers(self.arrived.keys())
             self._has_late_gradients = False
+            self.order_rounds(newcomers)
             self._reduce_buckets(newcomers, self.join_flags(newcomers))
             buckets += newcomers
         elif self.arrived:

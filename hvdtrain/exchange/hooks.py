@@ -90,6 +90,8 @@ class GradientHooks(BucketLayout):
         for hook in self._hooks:
             hook.remove()
         self._open_exchanges.discard(self)
+        if self.config.round_order is not None:
+            self.config.round_order.groups.close()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

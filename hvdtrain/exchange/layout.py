@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 
 from hvdtrain.comm import collectives
+from hvdtrain.compression.hierarchical_reducer import HierarchicalReducer
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.exchange.buckets import HEAD_SIZE, Bucket, ExchangeConfig, make_buckets
@@ -119,7 +120,14 @@ class BucketLayout:
         """Set what depends on which buckets there are and which of them are sent."""
         self.locations = {p: (bucket, i) for bucket in self.active_buckets for i, p in enumerate(bucket.params)}
         self.inactive_params = [p for p in self.names if p not in self.locations]
+        self.order_rounds(self.active_buckets)
         self.flags = self.join_flags(self.active_buckets)
+
+    def order_rounds(self, buckets: Sequence[Bucket]) -> None:
+        """Let these buckets be what is sent, on all ranks, if hosts encode their sums; between two exchanges."""
+        if self.config.round_order is not None:
+            reducers = [bucket.reducer for bucket in buckets if isinstance(bucket.reducer, HierarchicalReducer)]
+            self.config.round_order.set_reducers(reducers)
 
     def join_flags(self, buckets: list[Bucket]) -> PlainReducer:
         """Join a head and compressible buckets' flags in one tensor; an empty one if heads travel in buckets."""

@@ -17,7 +17,8 @@ class ExchangeOptions:
     )
     bucket_mib: float | None = option(
         None,
-        "MiB of gradients that are sent together; default: 8, between GPUs 25; the first bucket has 1 at most",
+        "MiB of gradients that are sent together; default: 8, between GPUs 25, with --hierarchy 2; the first one has 1 "
+        "at most",
         above=0,
     )
     shard: Literal["none", "optimizer", "model"] = option(
@@ -29,6 +30,11 @@ class ExchangeOptions:
         None,
         "with --shard optimizer, 1: another rank, on another host if there is one, has a part as well, so that a lost "
         "rank costs no step; default: 1 in elastic runs, else 0",
+    )
+    hierarchy: Literal["none", "host"] = option(
+        "none",
+        "with --compression bf16, fp16, int8, onebit or qsgd, host: a host adds up its ranks' gradients, encodes the "
+        "sum and sends it once; if there are as many ranks on each host",
     )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
@@ -48,8 +54,21 @@ class ExchangeOptions:
                 f"--shard optimizer with --exchange {self.kind}: it brings whole gradients to every rank; leave "
                 "--exchange out"
             )
+        if self.sums_on_hosts and self.kind != "bucketed":
+            raise ValueError(f"--hierarchy host with --exchange {self.kind}, which has its own; leave --exchange out")
+        if self.sums_on_hosts and self.deterministic:
+            raise ValueError("--hierarchy host with --deterministic: its sums depend on which ranks share a host")
+        if self.sums_on_hosts and self.shards_optimizer:
+            raise ValueError(
+                "--hierarchy host with --shard optimizer, which sends each part to the rank that owns it; leave one out"
+            )
         if self.is_mirrored and not self.shards_optimizer:
             raise ValueError("--mirror 1 without --shard optimizer: each rank has all of the optimizer's state anyway")
+
+    @property
+    def sums_on_hosts(self) -> bool:
+        """Whether the ranks of a host add up their gradients before they are encoded."""
+        return self.hierarchy == "host"
 
     @property
     def shards_optimizer(self) -> bool:

@@ -11,7 +11,7 @@ A state is a dataclass here and a dict in a checkpoint, whose keys are those of 
     build_orders                "joined" ("order", a single list, in the oldest)
     unsent, velocities          "debts": {"NAME.residual": ..., "NAME.velocity": ...}
     codec_states                "bases"
-    rank_tensors                "ranks": [{"BUCKET.residual": ..., ".velocity", ".owned", ".owed"}, ...]
+    rank_tensors                "ranks": [{"BUCKET.residual": ..., ".velocity", ".owned", ".owed", ".parts"}, ...]
     bucket_names                "buckets", only with "ranks"
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hvdtrain.comm import collectives
 from hvdtrain.compression.codec import StatefulCodec
+from hvdtrain.compression.hierarchical_reducer import HierarchicalReducer
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.exchange.buckets import Bucket, make_views, real_numel
@@ -183,6 +184,9 @@ def _gather_rank_tensors(exchange: BucketLayout) -> list[RankTensors]:
                 gathered = collectives.wait(collectives.all_gather_async(own, f"memories.{name}.exact", exchange.group))
                 for rank, part in enumerate(gathered.view(exchange.size, -1)):
                     ranks[rank][name] = part
+        if isinstance(bucket.reducer, HierarchicalReducer):
+            for tensors in ranks:
+                tensors[f"{number}.parts"] = torch.tensor(bucket.reducer.parts)
     return ranks
 
 
@@ -202,7 +206,10 @@ def load_exchange_state(exchange: BucketLayout, state: ExchangeState) -> None:
     for number, bucket in enumerate(exchange.buckets):
         reducer = bucket.reducer
         exact = {attribute: own_tensors.get(f"{number}.{saved}") for attribute, saved in SAVED_NAMES.items()}
-        if own_tensors and names[number : number + 1] == [bucket.names] and has_same_layout(reducer, exact):
+        is_same = names[number : number + 1] == [bucket.names] and has_same_layout(reducer, exact)
+        parts = own_tensors.get(f"{number}.parts", torch.arange(exchange.size)).tolist()
+        has_same_parts = not isinstance(reducer, CompressedReducer) or parts == list(reducer.parts)
+        if own_tensors and is_same and has_same_parts:
             for attribute, tensor in exact.items():
                 if tensor is not None:
                     setattr(reducer, attribute, tensor.to(reducer.flat.device, copy=True))

@@ -58,6 +58,8 @@ class StepOptions:
             self._check_deterministic()
         if self.exchange.shards_optimizer and self.compression.spec != "none":
             self._check_sharded_compression()
+        if self.exchange.sums_on_hosts:
+            self._check_hierarchy()
         if self.rounds.local_steps is not None:
             self._check_local_steps()
         if self.model.shard_ranks and self.exchange.shard != "model":
@@ -159,6 +161,17 @@ class StepOptions:
             check_scatters(parse_compression(self.compression.spec))
         except ValueError as error:
             raise ValueError(f"--shard optimizer with --compression {self.compression.spec}: {error}") from None
+
+    def _check_hierarchy(self) -> None:
+        from hvdtrain.compression.spec import check_sums_on_hosts, parse_compression  # with which torch comes
+
+        if shape := self.find_grid_shape(1).flags:
+            raise ValueError(f"--hierarchy host with {shape}: ranks of a host are then of one replica; leave one out")
+        spec = self.compression.spec
+        try:
+            check_sums_on_hosts(parse_compression(spec))
+        except ValueError as error:
+            raise ValueError(f"--hierarchy host with --compression {spec}: {error}") from None
 
     def _check_deterministic(self) -> None:
         if self.compression.spec != "none":

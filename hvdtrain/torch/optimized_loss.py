@@ -18,6 +18,7 @@ from hvdtrain.torch.broadcast import broadcast_optimizer
 from hvdtrain.torch.carried_state import CarriedState
 from hvdtrain.torch.gradient_watch import GradientWatch
 from hvdtrain.torch.groups import align_state, explain_closure_error, get_parameter_names
+from hvdtrain.torch.hierarchy import connect_round_order
 from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
 from hvdtrain.torch.local_parts import LocalParts, make_local_parts
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
@@ -63,10 +64,9 @@ class OptimizedLoss:
         self.local_parts: LocalParts | None = None
         self.carried = CarriedState()
         self.steps, self.gradient_factor = 0, 1.0
-        self._is_local = self._state_checked = False  # the step; the optimizer's state, once
+        self._is_local = self._state_checked = self._has_joined = False  # the step; once; a world, now or before
         self.base_lrs: list[float] = []
         self.hyperparameters: list[ParamGroup] = []
-        self._has_joined = False  # a world, now or before
         own = " of its own optimizer" if settings.several else ""
         self.gradient_watch = GradientWatch(settings.recipe_name, name, own)
         self._gradient_norm: Tensor | None = None  # of the step's gradients, if they are to be clipped
@@ -84,8 +84,7 @@ class OptimizedLoss:
         held = set(self.get_parameters())
         named = [(name, p) for name, p in self.settings.model.named_parameters() if p in held]
         compression, seed, index = options.compression.spec, options.data.seed, self.settings.losses.index(self.name)
-        if self.settings.several:
-            compression = select_layers(compression, [name for name, _ in named])
+        compression = select_layers(compression, [name for name, _ in named]) if self.settings.several else compression
         wrapped = DistributedOptimizer(
             self.optimizer,
             named,
@@ -97,6 +96,7 @@ class OptimizedLoss:
             seed=derive_seed(seed, index) if index else seed,
             name=f"{self.name}." if self.settings.several else "",
             process_set=find_gradient_group(world),
+            round_order=connect_round_order(self.settings, world, self.name, log_line),
         )
         self.optimizer = cast(WrappedOptimizer, wrapped)
         self._adopt_exchange(self.optimizer.exchange, log_line)

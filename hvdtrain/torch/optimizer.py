@@ -17,13 +17,14 @@ It is Horovod's own class, a subclass of the optimizer's class, with the exchang
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm import horovod as hvd
+from hvdtrain.compression.hierarchical_reducer import RoundOrder
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import ExchangeConfig
@@ -65,6 +66,7 @@ def DistributedOptimizer(
     bucket_bytes: int | None = None,
     shards: int | None = None,
     name: str = "",
+    round_order: RoundOrder | None = None,
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or the sum) of all ranks' gradients.
 
@@ -84,6 +86,7 @@ def DistributedOptimizer(
             average=False, and the caller announces through `exchange.start_exchange` and `exchange.end_backward_pass`
             what belongs to which (`hvdtrain.exchange.sharded`).
         name: before those of its collectives, if gradients of several optimizers are exchanged at the same time.
+        round_order: over hosts, each of which encodes the sum of its ranks.
 
     Raises:
         ValueError: a parameter of the optimizer has no name, two have the same, or one is in another
@@ -100,9 +103,8 @@ def DistributedOptimizer(
     spec = parse_compression(compression)
     if exchange == "horovod":
         check_stock_exchange(compression, named)
-    config = ExchangeConfig(
-        average=average, spec=spec, seed=seed, name=name, group=process_set, bucket_bytes=bucket_bytes
-    )
+    config = ExchangeConfig(average=average, spec=spec, seed=seed, name=name, bucket_bytes=bucket_bytes)
+    config = replace(config, group=process_set, round_order=round_order)
     _wrap_optimizer(optimizer, named, WrapOptions(config, exchange, backward_passes_per_step, shards))
     return optimizer
 

@@ -20,6 +20,32 @@ CYCLE_MS, CYCLE_BYTES = 10, 2000
 STEP_BYTES = 5000
 
 
+def test_a_host_sends_its_sum_once_instead_of_each_ranks_gradients() -> None:
+    """2 hosts x 2 ranks, bytes out of a host by the kernel's counters; and as many as are counted.
+
+    Flat, two ranks send half of a payload, and the ring of the all-gather leaves the host once, with three parts of
+    four: 1.75 payloads. With the sum of the host, half of a payload in each round.
+    """
+    specs = ["int8", "int8@host"]
+    with cluster(2) as hosts:
+        rank = [sys.executable, "-m", "tests.ranks.wire_rank", "small", *specs]
+        rank += ["--steps", str(STEPS), "--interface", "eth0"]
+        said = by_horovodrun(rank, 4, hosts, {"HOROVOD_CYCLE_TIME": str(CYCLE_MS)}, 90)
+    seen = told(said, "WIRE")
+    for first in (0, 2):  # of each host
+        ranks = seen[first : first + 2]
+        flat, summed = (ranks[0][spec]["sent"] for spec in specs)
+        assert 1.65 < flat / summed < 1.85
+        counted = sum(rank["int8@host"]["counted"] for rank in ranks)
+        assert (
+            counted
+            <= summed
+            <= HEADERS * counted
+            + 2 * STEP_BYTES * STEPS * 4
+            + CYCLE_BYTES * 100 * sum(rank["int8@host"]["seconds"] for rank in ranks)
+        )
+
+
 @pytest.mark.parametrize("number", [2, 3])
 def test_what_is_counted_is_what_the_kernel_carries(number: int) -> None:
     with cluster(number) as hosts:

@@ -2,13 +2,15 @@
 
     python -m tests.ranks.wire_rank MODEL SPEC ... [--steps 4] [--interface eth0]
 
-MODEL: small (2 million values) or resnet18 (11 million). Rank 0 prints WIRE and, as JSON, a list over ranks of
+MODEL: small (2 million values) or resnet18 (11 million). SPEC: int8, or int8@host for the sum of each host encoded
+once, or int8@host8 with buckets of 8 MiB. Rank 0 prints WIRE and, as JSON, a list over ranks of
 {SPEC: [what `Traffic` holds]}.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.comm import collectives
+from hvdtrain.comm.host_groups import HostGroups, connect_hosts
+from hvdtrain.compression.hierarchical_reducer import RoundOrder
 from hvdtrain.torch import DistributedOptimizer
 
 WARM_UP = 3  # steps: the first makes the buckets, and names that are new are negotiated at length
@@ -33,12 +37,18 @@ class Traffic:
     counted: int  # bytes that hvdtrain says it sent, and received as many
     sent: int  # bytes that the interface sent; 0 where none was named
     received: int
-    seconds: float
+    seconds: float  # of all steps
+    exchange_seconds: float  # from the first gradient on, until all sums are there
 
 
 def small() -> nn.Module:
     """2,050,500 values; sides that are no powers of two."""
     return nn.Sequential(nn.Linear(1000, 1500), nn.Linear(1500, 365))
+
+
+def layers() -> nn.Module:
+    """2,096,704 values in 16 layers, one like the other."""
+    return nn.Sequential(*[nn.Linear(362, 362, bias=False) for _ in range(16)])
 
 
 def resnet18() -> nn.Module:
@@ -53,16 +63,28 @@ def traffic(make: Callable[[], nn.Module], compression: str, steps: int, interfa
     """Exchange made-up gradients of a new model for so many steps; all ranks call it."""
     torch.manual_seed(0)
     model = make()
+    method, at_host, mib = compression.partition("@host")
     optimizer: Any = DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1e-4), model.named_parameters(), compression=f"{compression},warmup=0"
+        torch.optim.SGD(model.parameters(), lr=1e-4),
+        model.named_parameters(),
+        compression=f"{method},warmup=0",
+        bucket_bytes=int(float(mib) * 2**20) if mib else None,
+        round_order=RoundOrder(connect_own_host()) if at_host else None,
     )
     parameters = list(model.parameters())
     made = torch.Generator().manual_seed(collectives.rank())
     gradients = [torch.randn(p.shape, generator=made) for p in parameters]
 
+    exchanging = 0.0
+
     def step() -> int:
+        nonlocal exchanging
         optimizer.zero_grad()
-        torch.autograd.backward(parameters, [g.clone() for g in gradients])
+        own = [g.clone() for g in gradients]
+        begin = time.perf_counter()
+        torch.autograd.backward(parameters, own)
+        optimizer.synchronize()
+        exchanging += time.perf_counter() - begin
         optimizer.step()
         return int(optimizer.wire_bytes)
 
@@ -72,12 +94,21 @@ def traffic(make: Callable[[], nn.Module], compression: str, steps: int, interfa
     collectives.barrier("wire.quiet")
     before = carried(interface)
     collectives.barrier("wire.begin")
+    exchanging = 0.0
     begin = time.perf_counter()
     counted = sum(step() for _ in range(steps))
     collectives.barrier("wire.end")
     seconds = time.perf_counter() - begin
     after = carried(interface)
-    return Traffic(counted, after[0] - before[0], after[1] - before[1], seconds)
+    return Traffic(counted, after[0] - before[0], after[1] - before[1], seconds, exchanging)
+
+
+@functools.cache
+def connect_own_host() -> HostGroups:
+    """This rank's host, and its column, of ranks on real hosts."""
+    found = connect_hosts(hvdtrain.init(), "wire", torch.device("cpu"))
+    assert isinstance(found, HostGroups), found
+    return found
 
 
 def carried(interface: str | None) -> tuple[int, int]:
