@@ -96,6 +96,19 @@ def count_sharded(
     return RankBytes(max(gradients), max(states) + whole)
 
 
+def count_divided(held: TrainedParameters, ranks: int) -> RankBytes:
+    """Return what the first rank has, with --shard model, of an optimizer's gradients and state; no rank has more."""
+    gradients = sum(count_first_rows(p, ranks) for _, p in held.named if p in held.trained)
+    tensors = ((p, value) for p, state in held.states.items() for value in state.values() if isinstance(value, Tensor))
+    state = sum(count_first_rows(value, ranks) if value.shape == p.shape else value.nbytes for p, value in tensors)
+    return RankBytes(gradients, state)
+
+
+def count_first_rows(x: Tensor, ranks: int) -> int:
+    """Return the bytes of the first rank's rows, as FSDP2 divides a tensor."""
+    return -(-len(x) // ranks) * (x.nbytes // max(1, len(x))) if x.dim() else x.nbytes
+
+
 def count_bucket(bucket: Bucket, ranks: int) -> int:
     """Return the bytes of a bucket's gradients, of its flags, and of what compression keeps of it."""
     reducer: PlainReducer | CompressedReducer = bucket.reducer

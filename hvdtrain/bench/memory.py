@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from hvdtrain.bench.activations import KeptActivations, count_memory
-from hvdtrain.bench.layouts import RankBytes, TrainedParameters, count_replicated, count_sharded
+from hvdtrain.bench.layouts import (
+    RankBytes,
+    TrainedParameters,
+    count_divided,
+    count_first_rows,
+    count_replicated,
+    count_sharded,
+)
 from hvdtrain.comm.world import World
 from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.partition import ShardUnit
@@ -96,6 +103,7 @@ class MeasuredStep:
         model_bytes: of parameters and buffers.
         optimizers: what each has after the step.
         kept_bytes: what the forward pass kept for the backward pass.
+        blocks: the parameters of each of the recipe's blocks, and of what is in none; empty: it names none.
         block_bytes: the most that one of the recipe's blocks kept; 0: it names none.
         temporary_bytes: what the step took at its peak besides parameters, gradients, state and what was kept.
     """
@@ -104,6 +112,7 @@ class MeasuredStep:
     model_bytes: int
     optimizers: Sequence[TrainedParameters]
     kept_bytes: int
+    blocks: Sequence[Sequence[nn.Parameter]]
     block_bytes: int
     temporary_bytes: int
 
@@ -122,6 +131,8 @@ def plan_memory(world: World, question: MemoryQuestion) -> list[LayoutRow]:
     if question.ranks > 1:
         layouts["--shard optimizer"] = {"shard": "optimizer"}
         layouts["--shard optimizer --mirror 1"] = {"shard": "optimizer", "mirror": "1"}
+    if question.ranks > 1 and plain.blocks:
+        layouts["--shard model"] = {"shard": "model", "shard_ranks": question.ranks}
     rows += [plan_layout(name, plain, question, extra) for name, extra in layouts.items()]
     if is_overridden(recipe, "blocks") and options.optimization.recompute is None:
         extra = {"recompute": "all"}
@@ -175,15 +186,24 @@ def plan_recomputed(
 def make_row(layout: str, step: MeasuredStep, options: RunOptions, ranks: int) -> LayoutRow:
     """Return a layout's row. Raises UserError if the optimizer cannot be divided as the options say."""
     exchange, spec = options.exchange, parse_compression(options.compression.spec)
-    total = RankBytes(0, 0)
+    total, model_bytes = RankBytes(0, 0), step.model_bytes
+    if exchange.shard == "model":
+        gathered = [sum(p.nbytes for p in group) for group in step.blocks]
+        own = sum(count_first_rows(p, ranks) for group in step.blocks for p in group)
+        # What is in no block stays whole for a step, and of the blocks one at a time.
+        model_bytes += own - sum(gathered) + gathered[-1] + max(gathered[:-1])
     for held in step.optimizers:
-        if not exchange.shards_optimizer:
+        if exchange.shard == "model" and held.unit != "elements":
+            raise UserError("the optimizer does not treat each value alone")
+        if exchange.shard == "model":
+            total += count_divided(held, ranks)
+        elif not exchange.shards_optimizer:
             total += count_replicated(held, spec, exchange.bucket_bytes, ranks)
         elif held.unit is None:
             raise UserError("the optimizer cannot be divided among ranks")
         else:
             total += count_sharded(held, spec, exchange.bucket_bytes, ranks, exchange.is_mirrored)
-    return LayoutRow(layout, step.model_bytes, total.gradients, total.state, step.kept_bytes, step.temporary_bytes)
+    return LayoutRow(layout, model_bytes, total.gradients, total.state, step.kept_bytes, step.temporary_bytes)
 
 
 def measure_step(world: World, recipe: Recipe, options: RunOptions, ranks: int) -> MeasuredStep:
@@ -191,9 +211,9 @@ def measure_step(world: World, recipe: Recipe, options: RunOptions, ranks: int) 
     most = options.find_pass_sizes(recipe.batch_size, even_shares(ranks)).training
     step = TorchStep(recipe, world, options)
     try:
-        names_blocks = is_overridden(recipe, "blocks") and options.optimization.recompute is None
-        blocks = list(find_blocks(recipe, step.model, "all").values()) if names_blocks else []
-        kept = [KeptActivations(step.model, blocks)]
+        blocks = list(find_blocks(recipe, step.model, "all").values()) if is_overridden(recipe, "blocks") else []
+        watched = blocks if options.optimization.recompute is None else []
+        kept = [KeptActivations(step.model, watched)]
         trained: set[nn.Parameter] = set()
         for number in range(MAX_STEPS):
             set_now(recipe, replace(recipe.now, step=number))
@@ -201,7 +221,7 @@ def measure_step(world: World, recipe: Recipe, options: RunOptions, ranks: int) 
             trained |= {p for p in step.model.parameters() if p.grad is not None}
             if not skipped and all(trained & held for held in list_held(step).values()):
                 break
-            kept.append(KeptActivations(step.model, blocks))
+            kept.append(KeptActivations(step.model, watched))
         kept_bytes = max(one.total_bytes for one in kept)
         temporary_bytes = max(0, measure_peak(step, most) - kept_bytes - sum(p.nbytes for p in trained))
         fresh, _ = make_optimizers(recipe, step.model)
@@ -209,9 +229,12 @@ def measure_step(world: World, recipe: Recipe, options: RunOptions, ranks: int) 
             describe_optimizer(step, loss, trained, find_unit(fresh[loss], recipe, step.model))
             for loss in step.updater.optimizers
         ]
+        groups = [list(block.parameters()) for block in blocks]
+        inside = {p for group in groups for p in group}
+        groups += [[p for p in step.model.parameters() if p not in inside]] if groups else []
         model_bytes = count_memory([*step.model.parameters(), *step.model.buffers()])
         block_bytes = max((size for one in kept for size in one.block_bytes), default=0)
-        return MeasuredStep(step.device, model_bytes, optimizers, kept_bytes, block_bytes, temporary_bytes)
+        return MeasuredStep(step.device, model_bytes, optimizers, kept_bytes, groups, block_bytes, temporary_bytes)
     finally:
         step.close()
 

@@ -24,6 +24,7 @@ UNCOUNTED = (
     "tensor",
     "shard_ranks",
     "stages",
+    "server",
 )
 
 
@@ -53,9 +54,9 @@ def plan_command(ranks: int, memory: str | None, json_path: Path | None, recipe:
     hvdtrain plan -np 8 --memory 16GiB charlm --width 1024 --micro-batch 4 --amp bf16
 
     Layouts: data parallel; --shard optimizer; the same with --mirror 1, as in elastic runs; and, if the recipe has
-    `blocks`, each of them with --recompute all, which has one block's activations at a time. What torch, the device,
-    the network and the C library's heap take is not counted: leave a tenth and 1 GiB on GPUs, half as much again on
-    CPUs.
+    `blocks`, --shard model with all N ranks as one replica, and each of them with --recompute all, which has one
+    block's activations at a time. What torch, the device, the network and the C library's heap take is not counted:
+    leave a tenth and 1 GiB on GPUs, half as much again on CPUs.
 
     Exit codes: 0 printed, 1 the step failed, 2 a mistake in the options.
     """

@@ -68,7 +68,7 @@ def test_ema_and_residuals_count(worlds: KeptWorlds) -> None:
 
 def test_recomputation_keeps_one_block_at_a_time(worlds: KeptWorlds) -> None:
     rows = {row.layout: row for row in plan(worlds, Blocks, 3)}
-    assert len(rows) == 6
+    assert len(rows) == 8
     width = 2 * 16 * FLOAT  # of two examples, between layers
     ends = 2 * 4 * FLOAT + 2 * 2 * FLOAT  # the first input, and the differences that are squared
     # The first layer's result, and of each block what its two tanh return.
@@ -76,6 +76,18 @@ def test_recomputation_keeps_one_block_at_a_time(worlds: KeptWorlds) -> None:
     # The inputs of the blocks and of the last layer; and of one block, which runs again, what its two tanh return.
     assert rows["--recompute all"].activations == ends + (3 + 1) * width + 2 * width
     assert rows["--shard optimizer --recompute all"].state == rows["--shard optimizer"].state
+
+
+def test_a_model_that_three_ranks_hold_together_is_divided_by_rows(worlds: KeptWorlds) -> None:
+    """Of 16 rows each rank has 6 at most, of 2 rows one; what is in no block is whole, and one block at a time."""
+    rows = {row.layout: row for row in plan(worlds, Blocks, 3)}
+    block, first, last = 2 * (16 * 16 + 16), 4 * 16 + 16, 16 * 2 + 2
+    own = 3 * 2 * (6 * 16 + 6) + (6 * 4 + 6) + (16 + 1)
+    found = rows["--shard model"]
+    assert found.parameters == (own + first + last + block) * FLOAT
+    assert (found.gradients, found.state) == (own * FLOAT, own * ADAM + 16 * STEP)
+    assert found.activations == rows["data parallel"].activations
+    assert rows["--shard model --recompute all"].parameters == found.parameters
 
 
 def test_an_optimizer_that_cannot_be_divided_is_refused_in_its_row(worlds: KeptWorlds) -> None:
