@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -171,6 +171,18 @@ class TorchGroup:
         with reporting_lost_peers(self.beside_horovod):
             work = self.process_group.alltoall_base(received, tensor, [], [])
         return self._remember(TorchCollective(work, tensor, received, beside_horovod=self.beside_horovod))
+
+    def start_all_to_all_rows(
+        self, tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> TorchCollective:
+        """Start sending `sent[i]` rows of a contiguous tensor to rank i, in the order of ranks.
+
+        received: how many rows come from each rank; the result has them in the order of ranks.
+        """
+        result = tensor.new_empty((sum(received), *tensor.shape[1:]))
+        with reporting_lost_peers(self.beside_horovod):
+            work = self.process_group.alltoall_base(result, tensor, list(received), list(sent))
+        return self._remember(TorchCollective(work, tensor, result, beside_horovod=self.beside_horovod))
 
     def start_all_gather(self, tensor: torch.Tensor) -> TorchCollective:
         """Start gathering tensors of one shape, joined along the first dimension."""

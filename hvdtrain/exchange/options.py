@@ -36,6 +36,11 @@ class ExchangeOptions:
         "with --compression bf16, fp16, int8, onebit or qsgd, host: a host adds up its ranks' gradients, encodes the "
         "sum and sends it once; if there are as many ranks on each host",
     )
+    tables: Literal["dealt", "whole"] = option(
+        "dealt",
+        "rows of the recipe's embedding `tables`: dealt to the ranks, or all of them on each rank; the maths stays the "
+        "same",
+    )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"
     )

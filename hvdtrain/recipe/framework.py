@@ -66,7 +66,7 @@ class Step(Protocol):
          |
          +-> deal_batch(shares) if they are, or become, other than even ones
          +-> load_batches("train", ...), once an epoch or a part of it; then for each training step
-         |     start_step(passes, batch_share, is_local)
+         |     start_step(passes, batch_share, ...)
          |     accumulate_gradients(batch, ...)       for each micro-batch of this rank but its last one
          |     cast_votes(votes)                      once
          |     accumulate_gradients(batch, ...)       for the last one, if there is any; then the exchange may begin
@@ -124,13 +124,14 @@ class Step(Protocol):
         `chunks` is read as batches are needed. Only the iterator of the last call for a split may be used.
         """
 
-    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool) -> None:
+    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool, joined: int = 0) -> None:
         """Forget the last step's gradients and sums.
 
         Args:
             passes: the number of micro-batches of each of this rank's shards.
             batch_share: this rank's share of the global batch, from 0 to 1.
             is_local: whether this rank's gradients update its own weights, until `end_round`.
+            joined: how many more passes other ranks make at most.
         """
 
     def cast_votes(self, votes: StepVotes) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hvdtrain.torch.recipe import Recipe
     from hvdtrain.torch.score_collectives import all_gather, all_reduce, own_rows
     from hvdtrain.torch.sync_batch_norm import SyncBatchNorm
+    from hvdtrain.torch.table_lookup import lookup
 
 __all__ = [
     "DistributedOptimizer",
@@ -26,6 +27,7 @@ __all__ = [
     "all_reduce",
     "broadcast_state",
     "ddp_hook",
+    "lookup",
     "option",
     "own_rows",
 ]
@@ -38,6 +40,7 @@ _MODULES = {
     "all_reduce": "hvdtrain.torch.score_collectives",
     "broadcast_state": "hvdtrain.torch.broadcast",
     "ddp_hook": "hvdtrain.torch.communication_hook",
+    "lookup": "hvdtrain.torch.table_lookup",
     "option": "hvdtrain.recipe.options",
     "own_rows": "hvdtrain.torch.score_collectives",
 }

@@ -16,8 +16,10 @@ from hvdtrain.comm import collectives
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
 from hvdtrain.torch.consistency import describe_tensor
+from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.loading import select_evaluated_weights
 from hvdtrain.torch.safetensors import parse_safetensors
+from hvdtrain.torch.table_state import cut_weights, describe_whole
 from hvdtrain.torch.tensors import load_module_state, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -42,22 +44,25 @@ def load_initial_weights(step: TorchStep, path: Path, partial: bool) -> list[str
 
     def load_on_root() -> str:
         weights, model = read_weights(path), step.model
-        fit = match_weights(model, weights)
+        whole = {} if step.tables is None else describe_whole(step.tables)
+        fit = match_weights({**model.state_dict(keep_vars=True), **whole}, weights)
         if (fit.problems and not partial) or not fit.chosen:
             others = f"; --init-partial loads the other {len(fit.chosen)}"
             remedy = others if fit.chosen else explain_prefix(model, weights)
             raise UserError(f"--init-from {path} does not fit the model: {fit.describe_problems()}{remedy}")
         chosen.update(fit.chosen)
-        if not step.divided.is_divided:
+        if not step.divided.is_divided and step.tables is None:
             load_module_state(model, {**model.state_dict(), **chosen})
         left_out = f"; left out: {fit.describe_problems()}" if fit.problems else ""
         return f"weights   {format_count(len(fit.chosen), 'tensor')} from {path}{left_out}"
 
     line = collectives.on_root("init_from", load_on_root)
-    if step.divided.is_divided:  # each rank takes its part
+    if step.divided.is_divided or step.tables is not None:  # each rank takes its part
         sent = collectives.broadcast_bytes(write_tensors(chosen) if step.world.rank == 0 else None, "init_from.weights")
-        load_module_state(step.model, {**step.model.state_dict(), **read_tensors(sent)})
-    step.divided.broadcast_parameters()
+        own = read_tensors(sent) if step.tables is None else cut_weights(step.tables, read_tensors(sent))
+        load_module_state(step.model, {**step.model.state_dict(), **own})
+    else:
+        step.divided.broadcast_parameters()
     if step.ema is not None:
         load_module_state(step.ema.module, step.model.state_dict())
     step.changes.accept_loaded_state(step.updater.param_groups)
@@ -134,12 +139,12 @@ def shorten_list(names: Sequence[str]) -> str:
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"
 
 
-def match_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> WeightsFit:
-    """Return which weights fit a model's tensors by name, shape and kind of number.
+def match_weights(state: StateDict, weights: Mapping[str, Tensor]) -> WeightsFit:
+    """Return which weights fit the tensors of a model's state by name, shape and kind of number.
 
     A name that the file lacks is not missing if the model has the same tensor under one that is there.
     """
-    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    own = {name: t for name, t in state.items() if isinstance(t, Tensor)}
     there = {id(tensor) for name, tensor in own.items() if name in weights}
     chosen, different = {}, []
     for name, tensor in own.items():

@@ -17,16 +17,16 @@ from hvdtrain.system.seeds import derive_seed
 from hvdtrain.torch.broadcast import broadcast_optimizer
 from hvdtrain.torch.carried_state import CarriedState
 from hvdtrain.torch.gradient_watch import GradientWatch
-from hvdtrain.torch.groups import align_state, explain_closure_error, get_parameter_names
+from hvdtrain.torch.groups import explain_closure_error
 from hvdtrain.torch.hierarchy import connect_round_order
-from hvdtrain.torch.hyperparameters import ParamGroup, StateDict, apply_overrides, get_hyperparameters
+from hvdtrain.torch.hyperparameters import ParamGroup, get_hyperparameters
 from hvdtrain.torch.local_parts import LocalParts, make_local_parts
+from hvdtrain.torch.loss_state import LossState
 from hvdtrain.torch.optimizer import DistributedOptimizer, unwrap_optimizer
 from hvdtrain.torch.optimizer_methods import WrappedOptimizer
 from hvdtrain.torch.piece_owner import PieceOwner, use_pieces
 from hvdtrain.torch.readable import check_readable
 from hvdtrain.torch.setup import check_momentum
-from hvdtrain.torch.shard_state import make_state_dict, restore_state_dict
 from hvdtrain.torch.shard_update import step_pieces
 from hvdtrain.torch.sharding import OptimizerSharding
 from hvdtrain.torch.shards import OptimizerShards
@@ -34,7 +34,7 @@ from hvdtrain.torch.tensors import all_finite, scale_tensors
 from hvdtrain.torch.update_settings import UpdateSettings
 
 
-class OptimizedLoss:
+class OptimizedLoss(LossState):
     """A score that is minimized by an optimizer of its own.
 
     A step is `start_step`, `backward` for each micro-batch, `wait_for_sums`, `reduce_gradients`, and `clip_and_step`
@@ -97,6 +97,7 @@ class OptimizedLoss:
             name=f"{self.name}." if self.settings.several else "",
             process_set=find_gradient_group(world),
             round_order=connect_round_order(self.settings, world, self.name, log_line),
+            left_out=set(self.settings.tables.parameters.values()) if self.settings.tables is not None else (),
         )
         self.optimizer = cast(WrappedOptimizer, wrapped)
         self._adopt_exchange(self.optimizer.exchange, log_line)
@@ -208,7 +209,11 @@ class OptimizedLoss:
         if self.bucketed_exchange is None or self._is_local:
             return True
         self.bucketed_exchange.wait_for_sums()
-        return self.bucketed_exchange.sums_are_finite
+        finite, tables = self.bucketed_exchange.sums_are_finite, self.settings.tables
+        if tables is not None:
+            tables.set_gradients()
+            finite = tables.sum_squares() and finite
+        return finite
 
     def reduce_gradients(self, is_made: bool) -> tuple[str, ...]:
         """Finish exchanging gradients; return the names of parameters whose sums over ranks are not finite.
@@ -232,6 +237,8 @@ class OptimizedLoss:
         exchange = self.optimizer.exchange
         if self._scattered is not None:
             self._gradient_norm = self._scattered.total_norm()
+        elif self.settings.tables is not None:
+            self._gradient_norm = self.settings.tables.total_norm(self.get_parameters())
         elif self.settings.options.optimization.clip_norm is not None:
             self._gradient_norm = self.settings.compute_norm(self.get_parameters())
         if self._gradient_norm is not None:
@@ -243,11 +250,15 @@ class OptimizedLoss:
         names = {p: name for name, p in self.settings.model.named_parameters()}
         own = (p for p in self.get_parameters() if p.grad is not None and not all_finite([p.grad]))
         nonfinite = set(own) if self._scattered is None else self._scattered.find_nonfinite()
+        if self.settings.tables is not None:
+            found = self.settings.tables.find_nonfinite()
+            nonfinite |= {p for p, name in names.items() if name in found}
         return tuple(names[p] for p in self.get_parameters() if p in nonfinite) or ("the sum",)
 
     def check_loss_trains(self, loss: float) -> None:
         """Raise UserError if the sum of the step's losses over all ranks has depended on no parameter so far."""
-        has_gradient = bool(self.collect_gradients()) or (self._scattered is not None and self._scattered.has_gradients)
+        has_gradient = bool(self.collect_gradients()) or self.settings.tables is not None
+        has_gradient |= self._scattered is not None and self._scattered.has_gradients
         self.gradient_watch.check_gradient(loss, has_gradient)
 
     def set_learning_rates(self, factor: float) -> None:
@@ -276,6 +287,8 @@ class OptimizedLoss:
             scaler.unscale_(self.optimizer)
             if self._scattered is not None:
                 self._gradient_norm = self._scattered.agree_on_overflow(scaler)
+            elif (tables := self.settings.tables) is not None:
+                self._gradient_norm = tables.agree_on_overflow(scaler, self.optimizer, self.get_parameters())
         if self.gradient_factor != 1:  # what compression has not sent stays as it was
             scale_tensors(self.collect_gradients(), self.gradient_factor)
         if clip_norm is not None:
@@ -297,24 +310,3 @@ class OptimizedLoss:
         if not self._state_checked:
             check_readable(self.optimizer.state_dict(), "the optimizer's state")
             self._state_checked = True
-
-    # The state.
-
-    def get_state(self) -> StateDict:
-        """Return the state of the optimizer."""
-        return {
-            "optimizer": make_state_dict(self.optimizer, self.shards or self.local_parts),
-            "parameters": get_parameter_names(self.optimizer, self.settings.model),
-            "settings": self.hyperparameters,
-        }
-
-    def load_state(self, state: StateDict, carried: StateDict | None) -> None:
-        """Load a state. Raises UserError or torch's own errors for one of other parameters.
-
-        carried: the exchange's part; None if there is none.
-        """
-        now = get_parameter_names(self.optimizer, self.settings.model)
-        own, earlier = align_state(state, now, self.hyperparameters)
-        restore_state_dict(self.optimizer, self.shards or self.local_parts, own)
-        apply_overrides(self.optimizer.param_groups, self.hyperparameters, earlier)
-        self.carried.load(carried)

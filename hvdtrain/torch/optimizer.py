@@ -16,7 +16,7 @@ It is Horovod's own class, a subclass of the optimizer's class, with the exchang
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,9 +45,11 @@ class WrapOptions:
     kind: Literal["bucketed", "horovod"]
     backward_passes: int
     shards: int | None
+    left_out: Collection[torch.nn.Parameter] = ()
 
     def make_exchange(self, named: NamedParameters) -> BucketedExchange | ShardedExchange:
         """Make hvdtrain's exchange."""
+        named = [(name, p) for name, p in named if p not in self.left_out]
         if self.shards is not None:
             return ShardedExchange(named, self.shards, self.config.group, self.config.name)
         return BucketedExchange(named, self.config)
@@ -67,6 +69,7 @@ def DistributedOptimizer(
     shards: int | None = None,
     name: str = "",
     round_order: RoundOrder | None = None,
+    left_out: Collection[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Wrap an optimizer so that `step()` applies the mean (or the sum) of all ranks' gradients.
 
@@ -87,6 +90,7 @@ def DistributedOptimizer(
             what belongs to which (`hvdtrain.exchange.sharded`).
         name: before those of its collectives, if gradients of several optimizers are exchanged at the same time.
         round_order: over hosts, each of which encodes the sum of its ranks.
+        left_out: a set of parameters whose gradients are not exchanged, as the caller does that.
 
     Raises:
         ValueError: a parameter of the optimizer has no name, two have the same, or one is in another
@@ -105,7 +109,7 @@ def DistributedOptimizer(
         check_stock_exchange(compression, named)
     config = ExchangeConfig(average=average, spec=spec, seed=seed, name=name, bucket_bytes=bucket_bytes)
     config = replace(config, group=process_set, round_order=round_order)
-    _wrap_optimizer(optimizer, named, WrapOptions(config, exchange, backward_passes_per_step, shards))
+    _wrap_optimizer(optimizer, named, WrapOptions(config, exchange, backward_passes_per_step, shards, left_out))
     return optimizer
 
 

@@ -13,20 +13,26 @@ class Exchange:
     """One collective of a pass.
 
     Attributes:
-        name: in Horovod, the same on all ranks.
+        name: the same on all ranks.
         operation: which one.
-        shape: of one row of what is gathered, or of what is summed; without its rows if `rows_of` is set.
+        shape: of one row of what is gathered, or of what is summed; without its rows if `rows_of` is set. Of a lookup,
+            the numbers of the group of tables and of the tables (`hvdtrain.torch.dealt_tables`).
         dtype: as it travels.
         on_device: whether the model's device holds it; otherwise the CPU.
         rows_of: the all-gather whose result has as many rows; "": none.
     """
 
     name: str
-    operation: Literal["all_gather", "all_reduce"]
+    operation: Literal["all_gather", "all_reduce", "lookup", "lookup_gradient"]
     shape: tuple[int, ...]
     dtype: torch.dtype
     on_device: bool = True
     rows_of: str = ""
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of a table, or their gradients, are exchanged: in the order in which ranks start that."""
+        return self.operation in ("lookup", "lookup_gradient")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class PassRecord:
     calls: list[CallRecord] = field(default_factory=list)
     num_forward_calls: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def exchanges_examples(self) -> bool:
+        """Whether ranks see something of each other's examples."""
+        return any(not exchange.is_lookup for exchange in self.exchanges)
 
     def describe_calls(self) -> str:
         """Return the calls in one line, to compare ranks."""

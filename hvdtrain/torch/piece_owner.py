@@ -70,10 +70,15 @@ class PieceOwner:
         All ranks call this once the gradients are unscaled.
         """
         norm = self.total_norm()
-        # A rank without a piece of what is used has looked at nothing.
-        found: Any = scaler._found_inf_per_device(self.optimizer)
-        found[self.device] = torch.full((), float(not torch.isfinite(norm)), device=self.device)
+        share_overflow(scaler, self.optimizer, norm.to(self.device))
         return norm
+
+
+def share_overflow(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Let a loss scale skip the step if the norm of all ranks' gradients, (), is not finite; on its device."""
+    # A rank without a part of what is used has looked at nothing.
+    found: Any = scaler._found_inf_per_device(optimizer)
+    found[norm.device] = torch.full((), float(not torch.isfinite(norm)), device=norm.device)
 
 
 @contextlib.contextmanager

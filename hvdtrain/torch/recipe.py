@@ -92,3 +92,11 @@ class Recipe(DatasetRecipe):
         method the model is cut so that its stages take about as long.
         """
         raise NotImplementedError
+
+    def tables(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        """Return the embedding tables of the model, of which each rank is to hold some rows only.
+
+        They are nn.Embedding or nn.EmbeddingBag, used by calling them, or several at once by `hvdtrain.torch.lookup`.
+        On one rank, in elastic runs and with --tables whole they stay as they are; the training is the same.
+        """
+        raise NotImplementedError

@@ -195,8 +195,11 @@ def find_blocks(recipe: Recipe, model: nn.Module, flag: str) -> dict[str, nn.Mod
     return dict(zip(check_blocks(name_call(recipe, "blocks()"), blocks, model), blocks, strict=True))
 
 
-def check_blocks(method: str, blocks: object, model: nn.Module) -> list[str]:
-    """Return the blocks' names in the model. Raises UserError unless they are its modules, and none is in another."""
+def check_blocks(method: str, blocks: object, model: nn.Module, example: str = "list(model.layers)") -> list[str]:
+    """Return the blocks' names in the model. Raises UserError unless they are its modules, and none is in another.
+
+    example: of what the method may return.
+    """
     if not isinstance(blocks, Sequence) and not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
         raise UserError(f"{method} returned {type(blocks).__name__}; expected a list of modules of the model")
     names = {id(module): name or "the model" for name, module in model.named_modules()}
@@ -205,8 +208,7 @@ def check_blocks(method: str, blocks: object, model: nn.Module) -> list[str]:
         place = f"{method}[{number}]"
         if not isinstance(block, nn.Module) or id(block) not in names:
             raise UserError(
-                f"{place} is {block!r:.60}, which is not a module of the model; expected some, such as "
-                "list(model.layers)"
+                f"{place} is {block!r:.60}, which is not a module of the model; expected some, such as {example}"
             )
         name = names[id(block)]
         if isinstance(block, torch.jit.ScriptModule):
@@ -223,7 +225,7 @@ def check_blocks(method: str, blocks: object, model: nn.Module) -> list[str]:
         if inner is not None:
             raise UserError(f"{method} has {inner!r}, which is in its block {seen[id(block)]!r}: return one of the two")
     if not seen:
-        raise UserError(f"{method} returned no module; expected those to recompute, such as list(model.layers)")
+        raise UserError(f"{method} returned no module; expected some, such as {example}")
     return list(seen.values())
 
 

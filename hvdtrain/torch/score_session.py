@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class ScoreSession:
         evaluation_records: of trials of evaluations, by split; only on ranks that have needed one.
         in_backward: whether the forward part of the pass is over: what is called now is computed again (checkpointing).
         bytes_sent, waited: by this rank in them, in a step; `waited` in seconds.
+        join_lookup: takes part in an exchange of a lookup without examples.
     """
 
     def __init__(self, recipe_name: str = "", refusal: str = "") -> None:
@@ -55,6 +56,7 @@ class ScoreSession:
         self.record: PassRecord | None = None
         self.evaluation_records: dict[str, PassRecord] = {}
         self.bytes_sent, self.waited, self.in_backward = 0, 0.0, False
+        self.join_lookup: Callable[[Exchange, bool], None] | None = None
         self._recording: PassRecord | None = None  # in a trial
         self._expected: PassRecord | None = None  # of the present pass
         self._num_calls = 0
@@ -162,23 +164,38 @@ class ScoreSession:
     def join_pass(self, device: torch.device, split: str = "train") -> None:
         """Take part in a pass without an example, by the record of a trial: in training, or of an evaluation set."""
         record = (self.record if split == "train" else self.evaluation_records[split]) or PassRecord()
-
-        def start_empty(exchange: Exchange, *rows: int) -> collectives.Handle | Tensor:
-            where = device if exchange.on_device else "cpu"
-            return self.start(exchange, torch.zeros((*rows, *exchange.shape), dtype=exchange.dtype, device=where))
-
+        if any(exchange.is_lookup for exchange in record.exchanges):
+            return self._join_in_order(record.exchanges, device, split == "train")
         of_known_shape = [exchange for exchange in record.exchanges if not exchange.rows_of]
-        begun = {e.name: start_empty(e, *[0] * (e.operation == "all_gather")) for e in of_known_shape}
+        begun = {e.name: self._start_empty(e, device, {}) for e in of_known_shape}
         results = {name: self.finish(name, handle) for name, handle in begun.items()}
         of_gathers = [exchange for exchange in record.exchanges if exchange.rows_of]
-        begun = {e.name: start_empty(e, len(results[e.rows_of])) for e in of_gathers}
+        begun = {e.name: self._start_empty(e, device, results) for e in of_gathers}
         for name, handle in begun.items():
             self.finish(name, handle)
 
-    def start(self, exchange: Exchange, x: Tensor) -> collectives.Handle | Tensor:
-        """Start an exchange of a contiguous tensor, which an all-reduce overwrites; `finish` returns the result."""
+    def _join_in_order(self, exchanges: Sequence[Exchange], device: torch.device, is_training: bool) -> None:
+        """Take part in exchanges one after the other: lookups have no names by which they find each other."""
+        results: dict[str, Tensor] = {}
+        for exchange in exchanges:
+            if exchange.is_lookup and self.join_lookup is not None:
+                self.join_lookup(exchange, is_training)
+            else:
+                results[exchange.name] = self.finish(exchange.name, self._start_empty(exchange, device, results))
+
+    def _start_empty(self, e: Exchange, device: torch.device, found: dict[str, Tensor]) -> collectives.Handle | Tensor:
+        rows = [len(found[e.rows_of])] if e.rows_of else [0] * (e.operation == "all_gather")
+        where = device if e.on_device else "cpu"
+        return self.start(e, torch.zeros((*rows, *e.shape), dtype=e.dtype, device=where))
+
+    def record_exchange(self, exchange: Exchange) -> None:
+        """Record an exchange in a trial."""
         if self._recording is not None:
             self._recording.exchanges.append(exchange)
+
+    def start(self, exchange: Exchange, x: Tensor) -> collectives.Handle | Tensor:
+        """Start an exchange of a contiguous tensor, which an all-reduce overwrites; `finish` returns the result."""
+        self.record_exchange(exchange)
         if self.num_ranks == 1:
             return x.clone()
         if exchange.operation == "all_gather":

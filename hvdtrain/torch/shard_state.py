@@ -5,7 +5,7 @@ It is gathered bucket by bucket into rank 0's host memory. Each rank loads its p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,21 +53,24 @@ def join_states(parts: Sequence[tuple[Piece, ParameterState]]) -> ParameterState
     return {k: view_like(joined[k], p) if is_sized(v, first.end - first.start) else v for k, v in state.items()}
 
 
-def make_state_dict(optimizer: torch.optim.Optimizer, shards: PieceOwner | None) -> StateDict:
-    """Return an optimizer's state dict, with the whole state that was gathered if it is sharded."""
-    if shards is None:
-        return optimizer.state_dict()
+def make_state_dict(
+    optimizer: torch.optim.Optimizer, parts: Collection[nn.Parameter], whole: dict[nn.Parameter, ParameterState]
+) -> StateDict:
+    """Return an optimizer's state dict with the whole state that was gathered, which is dropped then.
+
+    parts: what has a part of it, and is left out.
+    """
     state: Any = optimizer.state
     kept = dict(state)
     try:
-        for values in shards.held_values & kept.keys():
+        for values in kept.keys() & set(parts):
             del state[values]
-        state.update(shards.whole_state)
+        state.update({p: own for p, own in whole.items() if own})
         return optimizer.state_dict()
     finally:
         state.clear()
         state.update(kept)
-        shards.whole_state = {}
+        whole.clear()
 
 
 def restore_state_dict(optimizer: torch.optim.Optimizer, shards: PieceOwner | None, whole: StateDict) -> None:

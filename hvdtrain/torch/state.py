@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from hvdtrain.system.errors import UserError
+from hvdtrain.torch.buffers import check_tensors_finite
 from hvdtrain.torch.changes import ChangeTracker
 from hvdtrain.torch.consistency import check_same_model
+from hvdtrain.torch.dealt_tables import DealtTables
 from hvdtrain.torch.divided_model import DividedModel
 from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.shard_state import gather_whole_state
+from hvdtrain.torch.table_state import WholeTable, cut_weights, gather_tables
 from hvdtrain.torch.tensors import load_module_state, read_tensors, write_tensors
 from hvdtrain.torch.update import Updater
 
@@ -29,6 +32,12 @@ class TrainingState:
     updater: Updater
     ema: AveragedModel | None
     changes: ChangeTracker
+    whole_tables: dict[str, WholeTable] = field(default_factory=dict)  # on rank 0, once gathered and until saved
+
+    @property
+    def tables(self) -> DealtTables | None:
+        """Embedding tables of which this rank has some rows."""
+        return self.updater.tables
 
     @property
     def model(self) -> nn.Module:
@@ -45,18 +54,27 @@ class TrainingState:
                 loss.local_parts.gather_whole_state(self.divided)
         if self.ema is not None:
             self.ema.gather_host_state()
+        if self.tables is not None:
+            average = {} if self.ema is None else dict(self.ema.module.named_modules())
+            self.whole_tables.update(gather_tables(self.tables, list(self.updater.optimizers.values()), average))
+            weights = self.tables.parameters
+            self.tables.whole_state |= {weights[name]: table.state for name, table in self.whole_tables.items()}
 
     def serialize(self, carried: Mapping[str, object] | None) -> bytes:
         """Return the state as bytes. carried: what the exchange carries from step to step; None: nothing."""
         self.changes.check_state_finite(self.divided.whole_state)
         if self.ema is not None:
             self.ema.copy_constants(self.model)
-        whole = self.divided.whole_state or self.model.state_dict()
+        tables = dict(self.whole_tables)
+        self.whole_tables.clear()
+        weights = {name: table.weight for name, table in tables.items()}
+        check_tensors_finite(list(weights.items()))
+        whole = {**(self.divided.whole_state or self.model.state_dict()), **weights}
         state: dict[str, object] = {"model": whole, **self.updater.optimizer_state()}
         if carried is not None:
             state["exchange"] = carried
         if self.ema is not None:
-            state["ema"] = self.ema.state_dict()
+            state["ema"] = self.ema.state_dict() | {f"module.{name}": table.average for name, table in tables.items()}
         if self.recipe_state.exists:
             state["recipe"] = self.recipe_state.collect_values()
         self.divided.whole_state = {}
@@ -94,13 +112,16 @@ class TrainingState:
         """
         model, updater, ema = self.model, self.updater, self.ema
         # A device never holds the whole state of which it has a part.
-        has_parts = self.divided.is_divided or updater.shards
+        has_parts = self.divided.is_divided or updater.shards or self.tables is not None
         state = read_tensors(data, torch.device("cpu") if has_parts else device)
         for part, needed in (("scaler", updater.scaler is not None), ("ema", ema is not None)):
             if needed != (part in state):
                 raise UserError(
                     f"the checkpoint has {'no' if needed else 'a'} {part} state: keep the run's options to resume"
                 )
+        if self.tables is not None:
+            state["model"] = cut_weights(self.tables, state["model"])
+            state["ema"] = cut_weights(self.tables, state["ema"], "module.") if ema is not None else None
         check_same_model(model, state["model"])
         try:
             load_module_state(model, state["model"])

@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import check_agreement
@@ -48,6 +46,9 @@ from hvdtrain.torch.splits import SplitLoaders
 from hvdtrain.torch.state import TrainingState
 from hvdtrain.torch.step_facts import StepFacts
 from hvdtrain.torch.sums import StepSums, StepTotals
+from hvdtrain.torch.table_state import take_table_rows
+from hvdtrain.torch.table_trial import check_row_updates
+from hvdtrain.torch.tables import deal_recipe_tables, describe_tables, describe_whole_tables
 from hvdtrain.torch.trial import TrialResult, initialize_lazy_modules, load_two_examples, prepare_trial
 from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
@@ -94,10 +95,11 @@ class TorchStep(StepFacts, ServedPart):
             modes = TrainingModes(self.model)
             with temporary_now(recipe, first_step), self.scorer.session.record_pass():
                 initialize_lazy_modules(recipe, self.model, lambda: load_two_examples(self.scorer, self.splits))
+            self.tables = undo.enter_context(deal_recipe_tables(recipe, self.model, world, options, self.scorer))
             recompute_lines = undo.enter_context(recompute_blocks(recipe, self.model, options))
             self.divided = divide_model(recipe, self.model, self.source, options, self.device, world)
             buffer_modes = resolve_buffer_modes(type(recipe).__name__, recipe.buffers, self.model)
-            self.updater = Updater(recipe, self.model, self.device, options)
+            self.updater = Updater(recipe, self.model, self.device, options, self.tables)
             undo.callback(self.updater.close)
             set_now(recipe, first_step)
             reject_scheduler(recipe, self.updater.optimizers.values())
@@ -107,15 +109,13 @@ class TorchStep(StepFacts, ServedPart):
             trial = self._trial.run()
             self.layout, self.trial_means = trial.layout, trial.means
             self.score_uses_collectives = trial.calls_collectives
-            self.scorer.session.record, self.score_needs_whole_batch = trial.exchanges, bool(trial.exchanges.calls)
+            self.scorer.session.record = trial.exchanges
+            self.score_needs_whole_batch = trial.exchanges.exchanges_examples
             parts.append(metrics_part(self.layout, trial.exchanges.describe_calls()))
             check_agreement("agreement.metrics", parts[-1:])
             self.divided.broadcast_parameters()
             self.divide_into_stages(trial)
-            self.updater.join_world(world)
-            self.updater.distribute_state(world, is_first=True)
-            self.ema = make_average(self.divided, options.optimization.ema, self.updater.shards)
-            self.parts = PartExchange([loss.sharding for loss in self.updater.losses], self.ema)
+            self._enter_first_world(world)
             self.forward: Any = torch.compile(self.model) if options.optimization.compile else self.model
             self.changes = self._track_changes(modes, buffer_modes, trial.changed_buffers)
             self.evaluator = Evaluator(self.scorer, self.divided, self.forward, self.ema, self.changes, self.layout)
@@ -136,6 +136,18 @@ class TorchStep(StepFacts, ServedPart):
     def _make_sums(self) -> StepSums:
         return StepSums(self.recipe, self.layout, self.changes.num_change_flags, self.options.exchange, self.device)
 
+    def _enter_first_world(self, world: World) -> None:
+        """Have rank 0's state of the optimizers, or this rank's part of it, and of tables and averages."""
+        check_row_updates(type(self.recipe).__name__, self.updater.optimizers.values(), self.tables)
+        self.updater.join_world(world)
+        self.updater.distribute_state(world, is_first=True)
+        take_table_rows(self.tables, self.updater.optimizers.values())
+        self.updater.log_lines += describe_tables(self.tables)
+        self.ema = make_average(self.divided, self.options.optimization.ema, self.updater.shards)
+        if self.tables is not None:
+            self.tables.adopt_average(None if self.ema is None else self.ema.module)
+        self.parts = PartExchange([loss.sharding for loss in self.updater.losses], self.ema)
+
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
     ) -> ChangeTracker:
@@ -155,16 +167,17 @@ class TorchStep(StepFacts, ServedPart):
         self.evaluator.prepare_split(split)
         return self.splits.load_batches(split, chunks, epoch)
 
-    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool = False) -> None:
+    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool = False, joined: int = 0) -> None:
         self.recipe_state.snapshot()
         self.evaluator.leave_evaluation()
-        passes = self.divided.pad_passes(passes)
+        joined, passes = joined + sum(passes), self.divided.pad_passes(passes)
         self.updater.start_step(passes, is_local)
         self.sums.start_step(passes, self.updater.first_shard, is_local)
         self.scorer.session.start_step()
         self._totals: StepTotals | None = None  # of all ranks, once they are known
         self._waited, self._num_micro_batches, self._micro_batches_done = 0.0, sum(passes), 0
         self._batch_share = batch_share
+        self._joined_passes = joined - sum(passes)
         self._step_in_progress, self._is_local = True, is_local
         self.changes.start_step()
 
@@ -200,7 +213,9 @@ class TorchStep(StepFacts, ServedPart):
             self._add_gradients(self.scorer.score_for_training(self.forward, batch, self.layout, count), 0.0)
         if self._num_micro_batches == 0:
             self._start_small_all_reduces()
+        for _ in range(self._joined_passes):
             self.scorer.session.join_pass(self.device)
+        if self._num_micro_batches == 0:
             self._totals = self._await_totals() if self.layout.several else None
         self.updater.wait_for_sums()
         totals = self._totals or self._await_totals()
@@ -257,22 +272,6 @@ class TorchStep(StepFacts, ServedPart):
 
     # Between steps.
 
-    @explain_nondeterminism
-    def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
-        seed_all(seed)
-        return self.evaluator.evaluate_batch(batch, count)
-
-    def compute_outputs(self, batch: Any, count: int) -> Mapping[str, NDArray[Any]]:
-        return self.evaluator.compute_outputs(batch, count)
-
-    def evaluated_model(self, seed: Sequence[int]) -> torch.nn.Module:
-        seed_all(seed)
-        self.recipe_state.snapshot()
-        return self.evaluator.enter_evaluation()  # which a rank without an example of it has not done
-
-    def join_evaluation(self, split: Split) -> None:
-        self._trial.join_evaluation_pass(split)
-
     def gather_state(self) -> bytes:
         carried = self._prepare_to_save()
         self.state.gather_shards()
@@ -306,6 +305,7 @@ class TorchStep(StepFacts, ServedPart):
             self.updater.rounds.undo_step()
         self.updater.leave_world()
         self.sums.forget_all_reduce()
+        self._messages += describe_whole_tables(self.recipe, self.world.size, world.size)
         self.world = world
         self.changes.set_world_size(world.size)
         self.updater.join_world(world)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.framework import ExchangeReport
 from hvdtrain.recipe.shares import Shares
-from hvdtrain.system.errors import UserError
+from hvdtrain.torch.dealt_tables import DealtTables
 from hvdtrain.torch.exchange_report import describe_exchanges
 from hvdtrain.torch.groups import check_optimizers, check_several
-from hvdtrain.torch.hyperparameters import ParamGroup, StateDict
+from hvdtrain.torch.hyperparameters import ParamGroup
 from hvdtrain.torch.optimized_loss import OptimizedLoss
 from hvdtrain.torch.pruning import make_pruner
 from hvdtrain.torch.readable import check_readable
@@ -28,9 +28,10 @@ from hvdtrain.torch.shard_update import await_updates, conclude_updates
 from hvdtrain.torch.shards import OptimizerShards
 from hvdtrain.torch.sums import StepTotals
 from hvdtrain.torch.update_settings import UpdateSettings
+from hvdtrain.torch.update_state import UpdaterState
 
 
-class Updater:
+class Updater(UpdaterState):
     """Exchanges gradients and updates the parameters.
 
     A step is `start_step`, `backward` for each micro-batch, `wait_for_sums`, `reduce_gradients`, and `clip_and_step`
@@ -45,9 +46,18 @@ class Updater:
         sums_are_finite: of the step's gradients, as far as exchanges look.
         can_undo: whether the update that was begun can be undone, as not all ranks are known to have made it.
         log_lines: to be reported.
+        tables: embedding tables of which each rank has some rows.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, options: StepOptions) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        device: torch.device,
+        options: StepOptions,
+        tables: DealtTables | None = None,
+    ) -> None:
+        self.tables = tables
         self.model, self._saves_residuals = model, options.exchange.saves_rank_residuals
         self.log_lines: list[str] = []
         self.scaler = torch.amp.GradScaler(device.type) if options.optimization.amp == "fp16" else None
@@ -56,7 +66,7 @@ class Updater:
             make_pruner(recipe, model, optimizers.values()) if options.optimization.prune is not None else None
         )
         settings = UpdateSettings(
-            type(recipe).__name__, model, options, self.scaler, tuple(optimizers), self.several, self.pruner
+            type(recipe).__name__, model, options, self.scaler, tuple(optimizers), self.several, self.pruner, tables
         )
         self.losses = tuple(OptimizedLoss(name, optimizer, settings) for name, optimizer in optimizers.items())
         if self.scaler is not None:
@@ -151,6 +161,8 @@ class Updater:
         """Drop the last step's gradients; arguments as for `OptimizedLoss.start_step`."""
         self._in_step, self._is_local = self.losses, is_local
         self.rounds.start_step(is_local)
+        if self.tables is not None:
+            self.tables.start_step()
         for loss in self.losses:
             loss.start_step(passes, is_local)
 
@@ -266,55 +278,3 @@ class Updater:
     def shards(self) -> list[OptimizerShards]:
         """This rank's part of each optimizer, if they are sharded."""
         return [loss.shards for loss in self.losses if loss.shards is not None]
-
-    def gather_carried_state(self) -> dict[str, object] | None:
-        """Return the exchanges' part of a checkpoint, the same on all ranks, all of which call this.
-
-        After rounds, their optimizers' states are the same then as well.
-        """
-        self.rounds.average_states()
-        return self._join_carried({loss.name: loss.carried.gather(self._saves_residuals) for loss in self.losses})
-
-    def local_carried_state(self) -> dict[str, object] | None:
-        """Return the exchanges' part of this rank's checkpoint after the world has broken, without what is unsent."""
-        return self._join_carried({loss.name: loss.carried.get_local() for loss in self.losses})
-
-    def _join_carried(self, parts: Mapping[str, dict[str, object] | None]) -> dict[str, object] | None:
-        if not self.several:
-            return parts[self.losses[0].name]
-        return {name: part for name, part in parts.items() if part is not None} or None
-
-    def optimizer_state(self) -> StateDict:
-        """Return all of the state but the exchanges' part."""
-        states = {loss.name: loss.get_state() for loss in self.losses}
-        state = {"optimizers": states} if self.several else states[self.losses[0].name]
-        if (rounds := self.rounds.to_state()) is not None:
-            state = {**state, "rounds": rounds}
-        if self.scaler is not None:
-            state = {**state, "scaler": self.scaler.state_dict()}
-        return state if self.pruner is None else {**state, "pruned": self.pruner.get_state()}
-
-    def load_state(self, state: StateDict) -> None:
-        """Load a state. Raises UserError or torch's own errors for one of other parameters."""
-        carried = state.get("exchange")
-        if self.pruner is not None:
-            self.pruner.load_state(state.get("pruned"))
-        elif "pruned" in state:
-            raise UserError("the checkpoint's weights are pruned, and would grow again: give its --prune to resume")
-        if not self.several and "optimizers" not in state:
-            self.losses[0].load_state(state, carried)
-        else:
-            saved = state.get("optimizers", {"loss": state})
-            names = self.loss_names.names
-            if sorted(saved) != sorted(names) or not self.several:
-                raise UserError(
-                    f"the checkpoint's optimizers minimize {', '.join(saved)}, and this run's {', '.join(names)}: "
-                    "return the same from optimizer() to resume"
-                )
-            for loss in self.losses:
-                loss.load_state(saved[loss.name], None if carried is None else carried.get(loss.name))
-        self.rounds.load_state(state.get("rounds"))
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        for loss in self.losses:
-            loss.leave_out_pruned()

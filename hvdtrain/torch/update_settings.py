@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.torch.dealt_tables import DealtTables
 from hvdtrain.torch.pruning import Pruner
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class UpdateSettings:
             step.
         pruner: of --prune.
         stages: what ranks with other stages of the model do together with gradients; None: there are none.
+        tables: embedding tables of which each rank has some rows; None: there are none.
     """
 
     recipe_name: str
@@ -39,6 +41,7 @@ class UpdateSettings:
     losses: tuple[str, ...]
     several: bool
     pruner: Pruner | None
+    tables: DealtTables | None = None
     stages: StageGradients | None = None
 
     def compute_norm(self, params: Sequence[nn.Parameter]) -> Tensor:

@@ -187,7 +187,9 @@ def accumulate_micro_batches(
     index, is_local = share.first_index, generation.plan.is_local(position)
     weight = 1 / max(1, share.own_examples) if is_local else 1 / share.step_examples
     passes = [len(shard) for shard in share.shards]
-    run.step.start_step(passes, share.own_examples / share.step_examples, is_local)
+    most_passes = max(generation.plan.count_passes(share.step_examples)) if generation.plan.max_passes > 1 else 1
+    batch_share = share.own_examples / share.step_examples
+    run.step.start_step(passes, batch_share, is_local, most_passes - len(micro_batches))
     if not micro_batches:
         run.step.cast_votes(votes)
     for left, chunk in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):

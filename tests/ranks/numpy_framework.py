@@ -83,7 +83,7 @@ class NumpyStep:
         for chunk in chunks:
             yield chunk.ids, (self.x[chunk.ids], self.y[chunk.ids])
 
-    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool) -> None:
+    def start_step(self, passes: Sequence[int], batch_share: float, is_local: bool, joined: int = 0) -> None:
         self.loss_sum, self.gradient = 0.0, np.zeros_like(self.weights)
 
     def cast_votes(self, votes: StepVotes) -> None:

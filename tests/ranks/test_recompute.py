@@ -96,7 +96,7 @@ def refused(how: str, folder: Path, options: dict[str, Any]) -> None:
         ("twice", "Wrong.blocks()[1], 'blocks.0', is there twice: return each block once"),
         ("nested", "Wrong.blocks() has 'blocks.0.0', which is in its block 'blocks.0': return one of the two"),
         ("list", "Wrong.blocks()[0], 'blocks', is a ModuleList, without a forward: return what is in it"),
-        ("none", "Wrong.blocks() returned no module; expected those to recompute, such as list(model.layers)"),
+        ("none", "Wrong.blocks() returned no module; expected some, such as list(model.layers)"),
         ("generator", "Wrong.blocks() returned generator; expected a list of modules of the model"),
     ],
 )
