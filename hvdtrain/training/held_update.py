@@ -22,9 +22,15 @@ T = TypeVar("T")
 
 @dataclass
 class HeldUpdate:
-    """The update of a step that this rank can make, and has not begun."""
+    """The update of a step that this rank can make, and has not begun.
+
+    Attributes:
+        update: it, or None.
+        steps_ahead: 1 once it was made late, until the position in the run is taken over from another rank.
+    """
 
     update: Callable[[], object] | None = None
+    steps_ahead: int = 0
 
     def make_together(self, update: Callable[[], T]) -> T:
         """Make an update once all ranks can. Raises PeersLost if one is lost before, and then holds the update."""
@@ -44,4 +50,5 @@ class HeldUpdate:
         if update is None or farthest <= reached:
             return reached
         update()
+        self.steps_ahead = 1
         return reached + 1

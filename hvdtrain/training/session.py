@@ -216,14 +216,18 @@ class Session:
         self._files.close()
         membership = self.run.membership
         while True:
-            reached, began = self.position.step if self.position is not None else -1, time.perf_counter()
+            began, reached = time.perf_counter(), -1
+            if self.position is not None:
+                reached = self.position.step + self.run.held.steps_ahead
             try:
                 entered = membership.enter_next_world(self.world, reached)
                 reached = self.run.held.settle(reached, entered.root_step)
                 if entered.is_new:
                     self.run.step.switch_world(entered.world)
                 met = time.perf_counter()
-                if entered.root_step >= 0:
+                if (lost := find_lost_place(entered, reached)) is not None:
+                    self._lost_state = lost
+                elif entered.root_step >= 0:
                     self.take_over(self.exchange_state(entered, reached))
                     self._lost_state = None
                 if entered.is_new:
@@ -231,7 +235,7 @@ class Session:
                 break
             except collectives.PeersLost:
                 continue
-        self.world = entered.world
+        self.world, self.run.held.steps_ahead = entered.world, 0
         if entered.root_step >= 0:
             seconds = time.perf_counter() - met
             self._formation_text = f"ranks met in {met - began:.3f} s, state in {seconds:.3f} s"
@@ -285,3 +289,17 @@ class Session:
             self._ledger.record_lost(self.position.step, lost)
         self.run.report.rows.recent = list(progress.recent_rows)
         self._earlier_worlds, self.git_commit = progress.earlier_worlds, progress.git_commit
+
+
+def find_lost_place(entered: EnteredWorld, reached: int) -> str | None:
+    """Return a clause about the part of the model that no rank of a grid has any more, the same on all ranks; or None.
+
+    reached: the step that this rank's state has reached.
+    """
+    world = entered.world
+    if not world.is_grid or entered.root_step < 0:
+        return None
+    steps = collectives.gather_json(reached, "regroup.reached")
+    places = range(world.replica_ranks)
+    lost = next((place for place in places if entered.root_step not in steps[place :: world.replica_ranks]), None)
+    return None if lost is None else f"rank {lost} of every replica was lost, with its part of the model"

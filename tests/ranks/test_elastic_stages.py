@@ -24,9 +24,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[float]]
     yield losses(folder / "run")
 
 
-def start(folder: Path) -> ElasticJob:
+def start(folder: Path, *options: str) -> ElasticJob:
     """Two replicas of two stages."""
-    return ElasticJob(folder, "localhost:4", "--pause", "0.4", "--stages", "2", *OPTIONS, recipe=RECIPE)
+    return ElasticJob(folder, "localhost:4", "--pause", "0.4", "--stages", "2", *OPTIONS, *options, recipe=RECIPE)
 
 
 def check(job: ElasticJob, expected: list[float]) -> None:
@@ -65,6 +65,17 @@ def test_an_update_is_made_by_all_or_by_none(tmp_path: Path, reference: list[flo
         job.step(7)
         job.world(2)
         job.more(2)
+        job.world(4)
+        job.end()
+    check(job, reference)
+
+
+@pytest.mark.slow
+def test_a_part_that_every_replica_has_lost_comes_from_the_checkpoint(tmp_path: Path, reference: list[float]) -> None:
+    with start(tmp_path, "--checkpoint-every", "2") as job:
+        job.step(5)
+        job.kill(1, 3)
+        job.until(lambda: "with its part of the model: continuing from step" in job.said(), "a checkpoint", hold=True)
         job.world(4)
         job.end()
     check(job, reference)
