@@ -33,7 +33,7 @@ def deal_recipe_tables(
     Raises UserError, on all ranks, for what `tables` returns if that cannot be dealt, and for options that do not go
     with it.
     """
-    if world.size == 1 or options.exchange.tables == "whole" or not is_overridden(recipe, "tables"):
+    if world.size == 1 or options.exchange.tables == "whole" or not names_tables(recipe):
         yield None
         return
     tables = collectives.on_all_ranks("tables", lambda: find_tables(recipe, model, world, options))
@@ -52,6 +52,11 @@ def deal_recipe_tables(
         scorer.session.join_lookup = None
         for module in dealt.modules:
             vars(module).pop("forward", None)
+
+
+def names_tables(recipe: Recipe) -> bool:
+    """Return whether a recipe has a method `tables`; those of other frameworks that torch carries have none."""
+    return isinstance(recipe, Recipe) and is_overridden(recipe, "tables")
 
 
 def find_tables(recipe: Recipe, model: nn.Module, world: World, options: StepOptions) -> dict[str, Table]:
@@ -118,6 +123,6 @@ def describe_tables(dealt: DealtTables | None) -> list[str]:
 
 def describe_whole_tables(recipe: Recipe, ranks_before: int, ranks: int) -> list[str]:
     """Return lines about a recipe's tables, which are not dealt, when a rank that was alone joins others."""
-    if not is_overridden(recipe, "tables") or not ranks_before == 1 < ranks:
+    if not names_tables(recipe) or not ranks_before == 1 < ranks:
         return []
     return ["tables    whole on each rank: an elastic run does not deal them"]
