@@ -373,26 +373,29 @@ def test_it_combines_with_other_options(options: tuple[str, ...], worlds: KeptWo
     assert all(row.get("drift") is None for row in rows)
 
 
-def run_elastic(folder: Path, faults: str, *options: str) -> ElasticJob:
-    """A run of four ranks, two a host, in which these happen, to its end."""
-    given = ("--epochs", "3", "--bucket-mib", "0.0005", "--diagnose", "--faults", faults, *options)
+LINE = "hierarchy 2 hosts x 2 ranks"
+
+
+def run_elastic(folder: Path, faults: str, least: int) -> ElasticJob:
+    """A run of four ranks, or `least`, two a host, in which these happen, to its end."""
+    given = ("--epochs", "3", "--pause", "0.1", "--bucket-mib", "0.0005", "--diagnose", "--faults", faults)
     compression = ("--compression", "int8,min=1,warmup=0", "--hierarchy", "host")
-    with ElasticJob(folder, "localhost:4", *given, *compression, most=4, recipe=PAIRED) as job:
+    with ElasticJob(folder, "localhost:4", *given, *compression, least=least, most=4, recipe=PAIRED) as job:
         job.end()
     verify(job.run_dir)
-    said = job.said()
-    assert "hierarchy 2 hosts x 2 ranks" in said and "hierarchy none: hosts have 1 to 2 ranks" in said
     return job
 
 
 def test_the_others_go_on_without_a_rank_that_dies_in_backward(tmp_path: Path) -> None:
     """Ranks 1 and 2 share a group with rank 3, and rank 0 none; then rank 0 dies."""
-    job = run_elastic(tmp_path, "backward:5:3,backward:20:0", "--pause", "0.1")
+    job = run_elastic(tmp_path, "backward:5:3,backward:20:0", 1)
     assert job.summary()["membership_changes"] >= 2
+    assert LINE in job.said() and "hierarchy none: hosts have 1 to 2 ranks" in job.said()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["round0", "round1", "round2", "round3"])
-def test_the_others_go_on_without_a_rank_that_dies_in_a_round(point: str, tmp_path: Path) -> None:
-    job = run_elastic(tmp_path, f"{point}:5:1,{point}:20:2", "--pause", "0.1")
+def test_four_go_on_when_a_rank_that_dies_in_a_round_is_replaced(point: str, tmp_path: Path) -> None:
+    job = run_elastic(tmp_path, f"{point}:5:1,{point}:20:2", 4)
     assert job.summary()["membership_changes"] >= 2
+    assert job.said().count(LINE) >= 3
