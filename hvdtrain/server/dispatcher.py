@@ -7,8 +7,8 @@
         give back: backup:K has made its version without it; the worker is late until it has answered
 
 In rounds (sync, backup:K) a version is made when as many items have arrived as a global batch has, or as are left of
-the epoch; otherwise of each item when it arrives. With bounded:S an item is handed out only if no item that is out can
-become older than S versions a worker, whatever arrives first.
+the epoch; otherwise of each item when it arrives. With bounded:S an item that has arrived is held back as long as one
+that is out could become older than S versions a worker; its worker gets nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ class Dispatcher:
     def assign(self) -> list[Assignment]:
         """Return the items that idle workers get now, at the present version."""
         assert self.items is not None
-        idle = [w for w in self.workers if w not in self._out and w not in self._late]
-        if self.policy.in_rounds:
-            idle = [w for w in idle if all(w != arrived.worker for arrived in self._arrived)]
+        occupied = {*self._out, *self._late, *(assignment.worker for assignment in self._arrived)}
+        idle = [worker for worker in self.workers if worker not in occupied]
         made: list[Assignment] = []
         for worker in idle:
             if self.items.is_queue_empty or not self._may_assign():
@@ -83,14 +82,22 @@ class Dispatcher:
         return made
 
     def _may_assign(self) -> bool:
-        if self.policy.in_rounds:
-            spare = self.policy.number if self.policy.kind == "backup" else 0
-            return len(self._out) + len(self._arrived) < self.per_version + spare
-        if self._bound is None or not self._out:
+        if not self.policy.in_rounds:
             return True
-        oldest = min(assignment.read for assignment in self._out.values())
-        # All others that are out, and the new one, may be applied before the oldest.
-        return self.version + len(self._out) - oldest <= self._bound
+        spare = self.policy.number if self.policy.kind == "backup" else 0
+        return len(self._out) + len(self._arrived) < self.per_version + spare
+
+    def _find_applicable(self) -> int | None:
+        """Return the place of the first arrived item whose version leaves all others young enough; None: of none.
+
+        The others can be applied from the oldest to the youngest, one version each: earliest deadline first.
+        """
+        for place, assignment in enumerate(self._arrived):
+            others = [one.read for one in (*self._arrived, *self._out.values()) if one is not assignment]
+            ages = [self.version + 1 + number - read for number, read in enumerate(sorted(others))]
+            if self._bound is None or all(age <= self._bound for age in ages):
+                return place
+        return None
 
     def accept(self, worker: int) -> Assignment | None:
         """Note that a worker has answered; return what it had, None if its gradient comes too late."""
@@ -104,12 +111,16 @@ class Dispatcher:
     def take_ready(self) -> list[Assignment]:
         """Return what the next version is made of, in the order of the items, and count it; [] if that is not known."""
         assert self.items is not None
-        needed = min(self.per_version, self.items.left) if self.policy.in_rounds else 1
-        if not self._arrived or len(self._arrived) < needed:
-            return []
-        ready, self._arrived = sorted(self._arrived[:needed], key=lambda one: one.item), self._arrived[needed:]
-        if self.policy.in_rounds:
+        if not self.policy.in_rounds:
+            place = self._find_applicable()
+            if place is None:
+                return []
+            ready = [self._arrived.pop(place)]
+        elif self._arrived and len(self._arrived) >= min(self.per_version, self.items.left):
+            ready, self._arrived = sorted(self._arrived, key=lambda one: one.item), []
             self._give_back_late()
+        else:
+            return []
         ages = [self.version - one.read for one in ready]
         self.staleness_sum, self.staleness_max = self.staleness_sum + sum(ages), max(self.staleness_max, *ages)
         self.applied += len(ready)
@@ -119,7 +130,7 @@ class Dispatcher:
 
     def _give_back_late(self) -> None:
         assert self.items is not None
-        self.items.give_back([assignment.item for assignment in (*self._out.values(), *self._arrived)])
-        self.wasted += len(self._out) + len(self._arrived)
+        self.items.give_back([assignment.item for assignment in self._out.values()])
+        self.wasted += len(self._out)
         self._late |= set(self._out)
-        self._out, self._arrived = {}, []
+        self._out = {}
