@@ -77,7 +77,7 @@ def test_a_training_whose_replicas_drift_ends(how: str, options: list[str], tmp_
     tensor = draw.choice(["0.weight", "0.bias", "1.weight", "3.weight"])
     print(f"rank {rank}, {tensor}, step {step}")
     folder = tmp_path / "run"
-    planted = ["--rank", str(rank), "--at-step", str(step), "--tensor", tensor]
+    planted = ["--rank", str(rank), "--at-step", str(step), "--parameter", tensor]
     rest = [f"{RECIPE}:Drifting", "--run-dir", str(folder), "--diagnose", "--steps", "60", *planted, *options]
     rest += ["--threads", "1", "--checkpoint-every", str(every)]
     start = [*HVDTRAIN, "launch", "-np", "3"] if how == "launch" else [*launcher(how, 3), *HVDTRAIN, "train"]

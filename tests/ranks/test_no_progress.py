@@ -30,9 +30,10 @@ def test_a_step_that_always_kills_ends_the_run(tmp_path: Path, how: str, cause: 
     assert done.returncode == 1, said
     why = r"hvdtrain: error: rank \d on \S+ failed: no progress: step 5 was not passed in 3 tries; in the last one, "
     assert re.search(rf"^{why}a worker on \S+ {cause} while it was computing gradients$", done.stderr, re.M), said
-    # Each try made four steps; none was at its end before. If one rank dies later than the other, it begins a segment.
+    # Each try made four steps; none was at its end before. A rank that dies later than the
+    # other begins a segment, and so does one that comes later.
     segments = list((tmp_path / "run" / "ledger").glob("segment-*"))
-    assert 1 <= len(segments) <= 6, segments
+    assert 1 <= len(segments) <= 9, segments
 
 
 def test_workers_that_cannot_start_any_more_end_the_run(tmp_path: Path) -> None:

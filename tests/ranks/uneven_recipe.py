@@ -112,7 +112,7 @@ class Drifting(Uneven):
     rank: int = option(0, "whose weight")
     lr: float = 0.0001
     at_step: int = option(1, "the step in whose update, from 1")
-    tensor: str = option("0.weight", "which")
+    parameter: str = option("0.weight", "which")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +131,7 @@ class Drifting(Uneven):
         self.updates += 1
         if (self.updates, collectives.rank()) == (self.at_step, self.rank):
             with torch.no_grad():
-                values = self.net.get_parameter(self.tensor).view(-1)
+                values = self.net.get_parameter(self.parameter).view(-1)
                 # The one with most room below its next power of two: beyond that, rounding could undo it.
                 mantissa, exponent = torch.frexp(values)
                 place = torch.ldexp(1 - mantissa.abs(), exponent).argmax()
