@@ -50,9 +50,7 @@ def enter_grid(world: World, shape: GridShape, device: str | None) -> Iterator[W
     """
     if world.size % shape.replica_ranks:
         raise UserError(f"{shape.flags}: {world.size} ranks are no whole replicas of {shape.replica_ranks} ranks each")
-    world = replace(
-        world, replica_ranks=shape.replica_ranks, batch_ranks=shape.replica_ranks if shape.same_batch else 1
-    )
+    world = shape.divide_world(world)
     store = open_store()
     hosts = collectives.gather_json(world.host, "grid.hosts")
     servers = restart_in_columns(world, hosts)

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdtrain.comm import srun
@@ -46,6 +46,11 @@ class GridShape:
     replica_ranks: int = 1
     same_batch: bool = True
     flags: str = ""
+
+    def divide_world(self, world: World) -> World:
+        """Return a process's place in such a grid of the ranks of a world."""
+        batch_ranks = self.replica_ranks if self.same_batch else 1
+        return replace(world, replica_ranks=self.replica_ranks, batch_ranks=batch_ranks)
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,7 @@ class ElasticMembership:
                 f"{shape.flags}: in an elastic run a replica is on one host, and {slot.host} has "
                 f"{format_count(slot.local_size, 'slot')}; expected a multiple of {ranks}"
             )
-        batch_ranks = ranks if shape.same_batch else 1
-        self._grid = replace(
-            world, rank=slot.local_rank % ranks, size=ranks, replica_ranks=ranks, batch_ranks=batch_ranks
-        )
+        self._grid = shape.divide_world(replace(world, rank=slot.local_rank % ranks, size=ranks))
         self._device, self._former.replica_ranks = device, ranks
         try:
             yield self._grid

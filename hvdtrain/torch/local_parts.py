@@ -54,7 +54,7 @@ class LocalParts(PieceOwner):
     def _adopt_parameters(self) -> None:
         """Make pieces of the parameters that have none, and of a state that the optimizer has of them."""
         state = self.optimizer.state
-        for p in (p for group in self.groups for p in group if is_dtensor(p) and p not in self.pieces):
+        for p in (p for p in self.parameters if is_dtensor(p) and p not in self.pieces):
             piece = nn.Parameter(local_tensor(p.detach()), requires_grad=p.requires_grad)
             self.pieces[p] = [piece]
             if p in state:
@@ -82,7 +82,7 @@ class LocalParts(PieceOwner):
     def take_gradients(self) -> None:
         """Give the pieces their gradients; what each rank has whole gets the same bits on all ranks of the replica."""
         self._adopt_parameters()
-        params = [p for group in self.groups for p in group]
+        params = self.parameters
         for p in params:
             for piece in self.pieces.get(p, ()):
                 piece.grad = None if p.grad is None else local_gradient(p)
@@ -114,7 +114,7 @@ class LocalParts(PieceOwner):
 
         All ranks of the replica call this.
         """
-        params = [p for group in self.groups for p in group]
+        params = self.parameters
         own, shared = (self._list_gradients(params, split=split) for split in (True, False))
         norm = compute_replica_norm(own, shared, self.device)
         exact = any(gradient.dtype in (torch.float64, torch.complex128) for gradient in (*own, *shared))
@@ -122,7 +122,7 @@ class LocalParts(PieceOwner):
 
     def find_nonfinite(self) -> set[nn.Parameter]:
         """Return the parameters whose gradients are not finite on some rank; all ranks call this."""
-        params = [p for group in self.groups for p in group]
+        params = self.parameters
         own = {p: self.pieces.get(p, [p])[0].grad for p in params}
         odd = [self.names[p] for p, gradient in own.items() if gradient is not None and not all_finite([gradient])]
         found = {name for names in collectives.gather_json(odd, f"{self.name}nonfinite") for name in names}
@@ -141,7 +141,7 @@ class LocalParts(PieceOwner):
 
     def cut_state_dict(self, whole: StateDict) -> StateDict:
         """Return this rank's part of an optimizer's state dict. whole: that of the same groups of whole parameters."""
-        params = [p for group in self.groups for p in group]
+        params = self.parameters
         numbers = [number for group in whole["param_groups"] for number in group["params"]]
         state = dict(whole["state"])
         for number, p in zip(numbers, params, strict=True):

@@ -40,6 +40,11 @@ class PieceOwner:
         return self.replaced or [group["params"] for group in read_param_groups(self.optimizer)]
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of all groups."""
+        return [p for group in self.groups for p in group]
+
+    @property
     def held_values(self) -> set[nn.Parameter]:
         """The pieces, of which the optimizer has a state."""
         return {piece for pieces in self.pieces.values() for piece in pieces}
@@ -47,7 +52,7 @@ class PieceOwner:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(p for group in self.groups for p in group).device
+        return self.parameters[0].device
 
     def take_gradients(self) -> None:
         """Give the pieces their gradients, which are reduced."""

@@ -95,7 +95,7 @@ def cut_state_dict(shards: OptimizerShards, whole: StateDict) -> StateDict:
         whole: the state dict of an optimizer that is not sharded, whose parameters are in the same order.
     """
     numbers = [number for group in whole["param_groups"] for number in group["params"]]
-    params = [p for group in shards.groups for p in group]
+    params = shards.parameters
     saved = {p: whole["state"].get(number, {}) for number, p in zip(numbers, params, strict=True)}
     places = {values: piece for bucket in shards.buckets for piece, values in bucket.held}
     state: dict[Any, Any] = {key: value for key, value in whole["state"].items() if key not in set(numbers)}

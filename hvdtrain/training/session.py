@@ -225,10 +225,11 @@ class Session:
                 if entered.is_new:
                     self.run.step.switch_world(entered.world)
                 met = time.perf_counter()
-                if (lost := find_lost_place(entered, reached)) is not None:
+                columns = gather_columns(entered.world, reached)
+                if (lost := find_lost_place(columns, entered.root_step)) is not None:
                     self._lost_state = lost
                 elif entered.root_step >= 0:
-                    self.take_over(self.exchange_state(entered, reached))
+                    self.take_over(self.exchange_state(entered, columns))
                     self._lost_state = None
                 if entered.is_new:
                     self._lost_state = self.run.step.exchange_parts(reached, entered.root_step) or self._lost_state
@@ -244,10 +245,10 @@ class Session:
         hang.configure_hang_reporter(self.world.rank, self.world.size, self.run.options.faults.hang_limit)
         membership.announce_rank(self.world)
 
-    def exchange_state(self, entered: EnteredWorld, reached: int) -> ReceivedState:
+    def exchange_state(self, entered: EnteredWorld, columns: Sequence[Sequence[int]]) -> ReceivedState:
         """Return what the rank that is farthest has, on all ranks; in a grid, the state of one of the same column.
 
-        reached: the step that this rank's state has reached.
+        columns: of `gather_columns`.
         """
         progress, state, orders = None, None, None
         rounds, root = list[RoundReport](), entered.root
@@ -261,10 +262,7 @@ class Session:
             progress = own.to_json()
         received = collectives.broadcast_json(progress, "regroup.position", root)
         group = find_gradient_group(entered.world)
-        if group is not None:
-            root_of_state = collectives.gather_json(reached, "regroup.reached", group).index(entered.root_step)
-        else:
-            root_of_state = root
+        root_of_state = columns[entered.world.place].index(entered.root_step) if columns else root
         if collectives.rank(group) == root_of_state:
             state = self.run.step.local_state()
         state = collectives.broadcast_bytes(state, "regroup.state", root_of_state, group)
@@ -291,15 +289,23 @@ class Session:
         self._earlier_worlds, self.git_commit = progress.earlier_worlds, progress.git_commit
 
 
-def find_lost_place(entered: EnteredWorld, reached: int) -> str | None:
-    """Return a clause about the part of the model that no rank of a grid has any more, the same on all ranks; or None.
+def gather_columns(world: World, reached: int) -> list[list[int]]:
+    """Return of each column of a grid the steps that its ranks' states have reached, on all ranks; [] of no grid.
 
-    reached: the step that this rank's state has reached.
+    reached: by this rank's.
     """
-    world = entered.world
-    if not world.is_grid or entered.root_step < 0:
-        return None
+    if not world.is_grid:
+        return []
     steps = collectives.gather_json(reached, "regroup.reached")
-    places = range(world.replica_ranks)
-    lost = next((place for place in places if entered.root_step not in steps[place :: world.replica_ranks]), None)
-    return None if lost is None else f"rank {lost} of every replica was lost, with its part of the model"
+    return [steps[place :: world.replica_ranks] for place in range(world.replica_ranks)]
+
+
+def find_lost_place(columns: Sequence[Sequence[int]], step: int) -> str | None:
+    """Return a clause about the part of the model that no rank of a grid has any more; or None.
+
+    Args:
+        columns: of `gather_columns`.
+        step: that the rank which is farthest has reached; -1: no rank has a state.
+    """
+    lost = next((place for place, column in enumerate(columns) if step not in column), None)
+    return None if lost is None or step < 0 else f"rank {lost} of every replica was lost, with its part of the model"
