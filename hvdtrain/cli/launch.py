@@ -136,8 +136,7 @@ def launch_command(
     with RequeueRequest() as request:
 
         def check() -> None:
-            arguments = check_train_arguments(ctx, args, elastic=elastic)
-            check_server_launch(arguments, options)
+            check_train_arguments(ctx, args, elastic=elastic)
             request.raise_if_received()
 
         if elastic_options is not None:
@@ -172,15 +171,6 @@ def check_train_arguments(ctx: click.Context, args: list[str], elastic: bool) ->
         if unknown and (message := correct_launch_line(ctx, args, unknown)):
             raise UserError(message) from None
         raise
-
-
-def check_server_launch(arguments: TrainArguments, options: LaunchOptions) -> None:
-    """Raise UserError for a parameter server on ranks that cannot send each other messages."""
-    server, controller = arguments.given_options.get("server"), options.controller or options.launcher.controllers[0]
-    if server is not None and controller != "mpi":
-        raise UserError(
-            f"--server {server} needs --launcher mpirun: servers and workers send each other messages by MPI"
-        )
 
 
 def print_train_config(ctx: click.Context, args: list[str], elastic: bool) -> int:

@@ -25,21 +25,13 @@ def was_started_by_mpi() -> bool:
 
 
 class MpiMessages:
-    """Sends and receives messages: a small JSON value and an array of bytes, which may be empty.
+    """Messages by MPI: see `hvdtrain.comm.messages.Messages`."""
 
-    Messages from one process to another arrive in the order in which they were sent.
-    """
-
-    def __init__(self, comm: Any = None) -> None:
-        """All processes of the communicator call it. comm: of mpi4py; None: all processes of the job."""
+    def __init__(self) -> None:
+        """All processes of the job call it."""
         from mpi4py import MPI
 
-        self._mpi, self._comm = MPI, (comm if comm is not None else MPI.COMM_WORLD).Dup()
-        self.rank, self.size = int(self._comm.rank), int(self._comm.size)
-
-    def alone(self) -> Any:
-        """Return the communicator of this process alone."""
-        return self._mpi.COMM_SELF
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD.Dup()
 
     def send(self, to: int, value: object, body: NDArray[np.uint8] | None = None) -> None:
         """Send a message, and return when the arrays may be changed."""
@@ -50,17 +42,8 @@ class MpiMessages:
             requests.append(self._comm.Isend(body, dest=to, tag=TAG_BODY))
         wait_until(lambda: all(request.Test() for request in requests))
 
-    def has_message(self, source: int | None = None) -> bool:
-        """Return whether `receive` would return at once."""
-        return bool(self._comm.Iprobe(source=self._mpi.ANY_SOURCE if source is None else source, tag=TAG_HEAD))
-
     def receive(self, body: NDArray[np.uint8] | None = None, source: int | None = None) -> tuple[int, Any]:
-        """Wait for a message; return who has sent it, and its value.
-
-        Args:
-            body: receives the array of bytes: of its size, if there is any.
-            source: whose message; None: the first one's that comes.
-        """
+        """Wait for a message; return who has sent it, and its value."""
         status = self._mpi.Status()
         wanted = self._mpi.ANY_SOURCE if source is None else source
         wait_until(lambda: self._comm.Iprobe(source=wanted, tag=TAG_HEAD, status=status))
@@ -72,6 +55,9 @@ class MpiMessages:
             request = self._comm.Irecv(body, source=status.source, tag=TAG_BODY)
             wait_until(request.Test)
         return int(status.source), value
+
+    def close(self) -> None:
+        """Do nothing: MPI connects the processes until they end."""
 
 
 def wait_until(is_done: Any) -> None:

@@ -72,16 +72,19 @@ class ServedStore(SignedStore):
 def open_store() -> SignedStore:
     """Serve a store on rank 0 of Horovod's world, and return it on all ranks, all of which call this.
 
-    It is signed with the launch's secret; if there is none, with one that rank 0 draws. From now on torch's Gloo
-    connects over the interface on which the ranks meet, unless one was chosen.
+    From now on torch's Gloo connects over the interface on which the ranks meet, unless one was chosen.
     """
-    served = None
+    served, key = None, agree_on_key()
     if hvd.rank() == 0:
-        drawn = "" if os.environ.get(SECRET) else new_secret()
-        key = (drawn or os.environ[SECRET]).encode()
         served = ServedStore(RendezvousServer(choose_address(hvd), {}, key=key), key)
-    where = None if served is None else [*served.server.server_address[:2], drawn]
-    address, port, drawn = collectives.broadcast_json(where, "torch.store")
+    where = None if served is None else served.server.server_address[:2]
+    address, port = collectives.broadcast_json(where, "torch.store")
     if GLOO_INTERFACE not in os.environ:
         os.environ[GLOO_INTERFACE] = find_interface(choose_address(hvd)) or "lo"
-    return served or SignedStore(address, port, (drawn or os.environ[SECRET]).encode())
+    return served or SignedStore(address, port, key)
+
+
+def agree_on_key() -> bytes:
+    """Return the launch's secret; if there is none, one that rank 0 draws. All ranks call it."""
+    drawn = collectives.broadcast_json("" if os.environ.get(SECRET) else new_secret(), "comm.key")
+    return (drawn or os.environ[SECRET]).encode()

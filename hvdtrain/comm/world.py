@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdtrain.comm import srun
+from hvdtrain.comm.horovod_places import place_ranks
 from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.native import installed
 from hvdtrain.system import cpus
@@ -230,28 +231,56 @@ def enter_world(environment: Mapping[str, str]) -> World:
 
 
 def restart_horovod(fusion_bytes: int) -> None:
-    """Start Horovod again on all its ranks, with another size of its fusion buffer.
+    """Start Horovod again on all its ranks, with another size of its fusion buffer."""
+    previous = rendezvous_servers.get("restart")
+    environment = {"HOROVOD_FUSION_THRESHOLD": str(fusion_bytes), **serve_next_meeting()}
+    shut_down_horovod()
+    if previous is not None:
+        previous.stop_serving()
+    enter_world(environment)
 
-    With Gloo the ranks meet at a server of rank 0's: at the launcher's, a rank can still find the address that another
-    one had before.
+
+def serve_next_meeting() -> dict[str, str]:
+    """Serve, on rank 0, where all ranks are to meet again, and return the variables that name it; {} without Gloo.
+
+    At the launcher's server a rank can still find the address that another one had before.
     """
     import horovod.torch as hvd
 
     from hvdtrain.comm.collectives import broadcast_json
 
-    environment = {"HOROVOD_FUSION_THRESHOLD": str(fusion_bytes)}
-    previous = rendezvous_servers.get("restart")
-    if hvd.size() > 1 and not hvd.mpi_enabled():
-        where = None
-        if hvd.rank() == 0:
-            server = RendezvousServer(interface_address(os.environ.get("HOROVOD_GLOO_IFACE", "lo")), {})
-            rendezvous_servers["restart"], where = server, server.server_address
-        address, port = broadcast_json(where, "restart.server")
-        environment |= {"HOROVOD_GLOO_RENDEZVOUS_ADDR": address, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}
-    shut_down_horovod()
-    if previous is not None:
-        previous.stop_serving()
-    enter_world(environment)
+    if hvd.size() == 1 or hvd.mpi_enabled():
+        return {}
+    where = None
+    if hvd.rank() == 0:
+        server = RendezvousServer(interface_address(os.environ.get("HOROVOD_GLOO_IFACE", "lo")), {})
+        rendezvous_servers["restart"], where = server, server.server_address
+    address, port = broadcast_json(where, "restart.server")
+    return {"HOROVOD_GLOO_RENDEZVOUS_ADDR": address, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port)}
+
+
+def leave_for_own_world(world: World) -> World:
+    """Let each rank continue in a world in which it is alone; return its place there. All ranks call it.
+
+    The next `init` meets all of them again.
+    """
+    import horovod.torch as hvd
+
+    if hvd.mpi_enabled():
+        from mpi4py import MPI
+
+        shut_down_horovod()
+        alone = init(MPI.COMM_SELF)
+    else:
+        previous, meeting = rendezvous_servers.get("restart"), serve_next_meeting()
+        own = place_ranks([world.host])[0].to_environment()
+        before = {name: os.environ.pop(name) for name in list(os.environ) if name in own or "RENDEZVOUS" in name}
+        shut_down_horovod()
+        if previous is not None:
+            previous.stop_serving()
+        alone = enter_world(own)
+        os.environ.update(before | meeting)  # also for messages, and for processes that this one launches
+    return replace(alone, local_rank=world.local_rank, local_size=world.local_size)
 
 
 def keep_freed_memory() -> None:

@@ -66,8 +66,8 @@ class ServerOptions:
 
     server: int | None = option(
         None,
-        "parameter server, under mpirun: the first so many ranks hold the model and its optimizer, each a part; the "
-        "others compute gradients. -np counts both",
+        "parameter server: the first so many ranks hold the model and its optimizer, each a part; the others compute "
+        "gradients. -np counts both",
         at_least=1,
     )
     staleness: str = option(

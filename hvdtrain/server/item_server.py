@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from hvdtrain.comm.mpi_messages import MpiMessages
+from hvdtrain.comm.messages import Messages
 from hvdtrain.recipe.framework import StepResult, StepVotes
 from hvdtrain.server.dispatcher import Assignment, Dispatcher
 from hvdtrain.server.items import Bytes, EpochItems, ItemContext
@@ -42,7 +42,7 @@ class ItemServer:
         waited: seconds that the last version was waited for.
     """
 
-    def __init__(self, roles: Roles, hosts: list[str], messages: MpiMessages, step: ServedStep) -> None:
+    def __init__(self, roles: Roles, hosts: list[str], messages: Messages, step: ServedStep) -> None:
         self.roles, self.hosts, self.step, self._messages = roles, hosts, step, messages
         self.waited = 0.0
         self.others = OtherServers(roles, messages, step)

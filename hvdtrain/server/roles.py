@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvdtrain.comm.mpi_messages import was_started_by_mpi
 from hvdtrain.exchange.server_options import ServerOptions, Staleness
 from hvdtrain.system.errors import KnownError, RecipeError, RunError, UserError
 from hvdtrain.system.text import format_count
@@ -44,12 +43,10 @@ def choose_roles(options: ServerOptions, size: int) -> Roles:
     """Return the roles of `size` ranks. Raises UserError if that is not possible, on all ranks alike."""
     assert options.server is not None
     flag, policy = f"--server {options.server}", options.policy
-    if size > 1 and not was_started_by_mpi():
-        raise UserError(f"{flag} needs --launcher mpirun: servers and workers send each other messages by MPI")
     if size <= options.server:
         raise UserError(
-            f"{flag} of {format_count(size, 'rank')} leaves no worker; start {options.server + 1} ranks or more under "
-            "mpirun: -np counts servers and workers"
+            f"{flag} of {format_count(size, 'rank')} leaves no worker; start {options.server + 1} ranks or more: "
+            "-np counts servers and workers"
         )
     workers = size - options.server
     if policy.kind == "backup" and policy.number >= workers:

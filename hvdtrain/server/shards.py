@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.comm.mpi_messages import MpiMessages
+from hvdtrain.comm.messages import Messages
 from hvdtrain.recipe.framework import StepVotes
 from hvdtrain.server.items import Bytes
 from hvdtrain.server.roles import Roles, decode_failure
@@ -43,7 +43,7 @@ def divide_parameters(sizes: Sequence[int], servers: int) -> list[list[int]]:
 class OtherServers:
     """Rank 0's view of the other servers; there may be none."""
 
-    def __init__(self, roles: Roles, messages: MpiMessages, step: ServedStep) -> None:
+    def __init__(self, roles: Roles, messages: Messages, step: ServedStep) -> None:
         self.parts = divide_parameters(step.parameter_bytes(), roles.servers)
         self._ranks, self._messages, self._step = range(1, roles.servers), messages, step
 
@@ -121,7 +121,7 @@ class GatheredStep:
 class ShardServer:
     """A server other than rank 0."""
 
-    def __init__(self, roles: Roles, rank: int, messages: MpiMessages, step: ServedStep) -> None:
+    def __init__(self, roles: Roles, rank: int, messages: Messages, step: ServedStep) -> None:
         self._own = divide_parameters(step.parameter_bytes(), roles.servers)[rank]
         self._messages, self._step = messages, step
         self._gradients: dict[int, Bytes] = {}  # by worker

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.comm.mpi_messages import MpiMessages
+from hvdtrain.comm.messages import Messages
 from hvdtrain.ledger.rows import sum_id_hashes
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import Chunk, StepVotes
@@ -93,7 +93,7 @@ class ItemComputer:
 
 
 def compute_items(
-    computer_of: Callable[[ItemContext], ItemComputer], messages: MpiMessages, stop: Callable[[], bool]
+    computer_of: Callable[[ItemContext], ItemComputer], messages: Messages, stop: Callable[[], bool]
 ) -> Any:
     """Compute gradients for the server until the run has ended; return its summary.
 

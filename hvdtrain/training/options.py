@@ -113,7 +113,7 @@ def check_elastic_options(given: OptionValues) -> None:
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
     if given.get("server") is not None:
         raise UserError(
-            f"--server {given['server']} in an elastic run: a lost rank ends a job of mpirun; leave --elastic out, and "
+            f"--server {given['server']} in an elastic run: its workers do not join later; leave --elastic out, and "
             "resume the run"
         )
     shares = given.get("shares", EVEN)

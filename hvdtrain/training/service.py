@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.mpi_messages import MpiMessages
-from hvdtrain.comm.world import World, init, shut_down_horovod
+from hvdtrain.comm.messages import Messages, connect_messages
+from hvdtrain.comm.world import World, connections, leave_for_own_world
 from hvdtrain.recipe.base import Recipe
 from hvdtrain.recipe.framework import Step
 from hvdtrain.server.item_server import ItemServer
@@ -44,7 +44,7 @@ class Service:
     roles: Roles
     rank: int
     threads: int
-    messages: MpiMessages
+    messages: Messages
     step: ServedStep
     server: ItemServer | None
     shard: ShardServer | None
@@ -58,9 +58,9 @@ def enter_service(step: Step, name: str, options: RunOptions, world: World) -> t
     roles = choose_roles(options.service, world.size)
     served = check_served_step(step, name)
     hosts = list(dict.fromkeys(collectives.gather_json(world.host, "service.hosts")))
-    messages = MpiMessages()
-    shut_down_horovod()
-    alone = replace(init(messages.alone()), local_rank=world.local_rank, local_size=world.local_size)
+    messages = connect_messages(world, roles.servers)
+    alone = leave_for_own_world(world)
+    connections.add(messages)
     step.switch_world(alone)
     server = ItemServer(roles, hosts, messages, served) if world.rank == 0 else None
     is_shard = 0 < world.rank < roles.servers

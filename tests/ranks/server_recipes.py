@@ -32,7 +32,8 @@ class Least(Exact):
 
     def score(self, model: Any, batch: Any) -> Any:
         if model.training and torch.is_grad_enabled() and (pace := os.environ.get("HVDTRAIN_TEST_PACE")):
-            last = os.environ["OMPI_COMM_WORLD_RANK"] == str(int(os.environ["OMPI_COMM_WORLD_SIZE"]) - 1)
+            names = ("OMPI_COMM_WORLD_" if "OMPI_COMM_WORLD_RANK" in os.environ else "HOROVOD_") + "%s"
+            last = int(os.environ[names % "RANK"]) == int(os.environ[names % "SIZE"]) - 1
             time.sleep(float(pace) * (4 if last else 1))
         return super().score(model, batch)
 
