@@ -1,31 +1,35 @@
-"""How long the ranks of a pipeline wait for each other: stages that sleep, against what each schedule has in theory.
+"""How long the ranks of a pipeline wait for each other: stages that sleep, against theory and torch's own schedules.
 
     python -m tests.benchmarks.bubble --stages 2 --micro-batches 8 --seconds 0.02
 
 A stage sleeps `seconds` forward and twice that backward, divided among the stages that a rank has. In theory a step
-takes (M + (N - 1) / v) times what a micro-batch takes on a rank: M micro-batches, N ranks, v stages a rank.
+takes (M + (N - 1) / v) times what a micro-batch takes on a rank: M micro-batches, N ranks, v stages a rank. Steps of
+torch's schedule, of the same stages with nothing of hvdtrain, are taken in turns with hvdtrain's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 from torch.utils._pytree import tree_flatten
 
 from hvdtrain.exchange.pipeline_options import STAGES_PER_RANK
 from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch.division import Tried, plan_stages
 from hvdtrain.torch.model_chain import Passed, find_chain
-from hvdtrain.torch.pipeline import MicroBatch, Pipeline
+from hvdtrain.torch.pipeline import SEVERAL, SINGLE, MicroBatch, Pipeline
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.stage_cut import StageCut
 from hvdtrain.torch.stages import keep_modules
@@ -62,6 +66,33 @@ class Layer(nn.Module):
         return output
 
 
+def make_torch_step(kind: str, rank: int, options: argparse.Namespace) -> Callable[[], None]:
+    """Return a step of torch's schedule, as a script would take it."""
+    ranks, per_rank = options.stages, STAGES_PER_RANK[kind]
+    batch = torch.randn(2 * options.micro_batches, WIDTH)
+    stages = [
+        PipelineStage(
+            Layer(options.seconds / per_rank),
+            number,
+            ranks * per_rank,
+            torch.device("cpu"),
+            input_args=(torch.randn(2, WIDTH, requires_grad=number > 0),),
+            output_args=(torch.randn(2, WIDTH, requires_grad=True),),
+        )
+        for number in range(rank, ranks * per_rank, ranks)
+    ]
+
+    def compute_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().sum()
+
+    schedule: Any = (SINGLE | SEVERAL)[kind](  # type: ignore[operator]
+        stages[0] if kind in SINGLE else stages, options.micro_batches, compute_loss, scale_grads=False
+    )
+    args = [batch] if rank == 0 else []
+    kwargs = {"target": batch} if rank == ranks - 1 else {}
+    return lambda: schedule.step(*args, **kwargs)
+
+
 def run_rank(rank: int, store: str, options: argparse.Namespace) -> None:
     """Time each schedule as one rank; the first one prints."""
     torch.set_num_threads(1)
@@ -87,19 +118,24 @@ def run_rank(rank: int, store: str, options: argparse.Namespace) -> None:
             return loss
 
         batches = [MicroBatch(torch.randn(2, WIDTH), 2, (0, number)) for number in range(count)]
-        seconds = []
+        ways: list[Callable[[], None]] = [
+            functools.partial(pipeline.train, model, batches, compute_loss),
+            make_torch_step(kind, rank, options),
+        ]
+        seconds: list[list[float]] = [[], []]
         for _ in range(options.steps + 1):
-            dist.barrier()
-            begin = time.perf_counter()
-            pipeline.train(model, batches, compute_loss)
-            dist.barrier()
-            seconds.append(time.perf_counter() - begin)
+            for way, times in zip(ways, seconds, strict=True):
+                dist.barrier()
+                begin = time.perf_counter()
+                way()
+                dist.barrier()
+                times.append(time.perf_counter() - begin)
         theory = 3 * options.seconds * (count + (ranks - 1) / per_rank)
-        found = statistics.median(seconds[1:])
+        found, bare = (statistics.median(times[1:]) for times in seconds)
         if rank == 0:
             print(
                 f"{kind:12} {found * 1e3:7.1f} ms, theory {theory * 1e3:7.1f} ms, {found / theory:.3f} of it; "
-                f"idle {1 - 3 * options.seconds * count / found:.1%}",
+                f"idle {1 - 3 * options.seconds * count / found:.1%}; torch's schedule {bare * 1e3:7.1f} ms",
                 flush=True,
             )
 
