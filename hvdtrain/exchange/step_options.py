@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from hvdtrain.comm.world import GridShape
 from hvdtrain.compression.options import CompressionOptions
@@ -18,10 +19,23 @@ from hvdtrain.recipe.step_options import DataOptions, DeviceOptions, Optimizatio
 from hvdtrain.system import cpus
 from hvdtrain.system.cpus import ThreadCount
 
+Reasons: TypeAlias = dict[str, Literal[False] | str]  # by option, why it is refused; False or "": it is not
+
 
 def asks_for_grid(given: OptionValues) -> bool:
     """Return whether the given options, by name, divide ranks into replicas (`StepOptions.find_grid_shape`)."""
     return given.get("shard") == "model" or any(given.get(name, 1) != 1 for name in ("stages", "tensor"))
+
+
+def find_spec_error(spec: str, check: str) -> str:
+    """Return why a check of `hvdtrain.compression.spec` refuses a --compression; "" if it does not."""
+    from hvdtrain.compression import spec as specs  # with which torch comes
+
+    try:
+        getattr(specs, check)(specs.parse_compression(spec))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -52,24 +66,12 @@ class StepOptions:
                 f"--scale-lr {self.optimization.scale_lr} needs --batch-per-rank; with a fixed --batch-size there is "
                 "nothing to scale"
             )
-        if self.optimization.prune is not None:
-            self._check_pruning(f"--prune {self.optimization.prune}")
-        if self.exchange.deterministic:
-            self._check_deterministic()
-        if self.exchange.shards_optimizer and self.compression.spec != "none":
-            self._check_sharded_compression()
-        if self.exchange.sums_on_hosts:
-            self._check_hierarchy()
-        if self.rounds.local_steps is not None:
-            self._check_local_steps()
         if self.model.shard_ranks and self.exchange.shard != "model":
             raise ValueError(f"--shard-ranks {self.model.shard_ranks} without --shard model: add it, or leave it out")
-        if self.model_flag:
-            self._check_divided_model(self.model_flag)
-        if self.pipeline.stages > 1:
-            self._check_stages()
-        if self.service.server is not None:
-            self._check_server(f"--server {self.service.server}")
+        for flag, reasons in self._list_refused().items():
+            for option, reason in reasons.items():
+                if reason:
+                    raise ValueError(f"{flag} with {option}: {reason}{'' if ';' in reason else '; leave one out'}")
 
     @property
     def model_flag(self) -> str:
@@ -78,159 +80,133 @@ class StepOptions:
             return f"--tensor {self.model.tensor}"
         return "--shard model" if self.exchange.shard == "model" else ""
 
-    def _check_divided_model(self, flag: str) -> None:
-        exchange, compression = self.exchange, self.compression.spec
-        if self.model.tensor > 1 and exchange.shard != "none":
-            raise ValueError(f"{flag} with --shard {exchange.shard}: ranks divide the model already; leave one out")
+    def _list_refused(self) -> dict[str, Reasons]:
+        """Return, of each given option that does not go with all others, what it is refused with."""
+        exchange, optimization, spec = self.exchange, self.optimization, self.compression.spec
+        refused: dict[str, Reasons] = {}
+        if optimization.prune is not None:
+            refused[f"--prune {optimization.prune}"] = self._refuse_with_pruning()
         if exchange.deterministic:
-            raise ValueError(f"{flag} with --deterministic: its sums depend on how ranks divide the model")
-        if exchange.kind != "bucketed":
-            raise ValueError(f"{flag} with --exchange {exchange.kind}, which takes whole parameters: leave it out")
-        if exchange.saves_rank_residuals:
-            raise ValueError(f"{flag} with --checkpoint-residuals exact: they are saved by whole parameters; use sum")
-        if compression.partition(",")[0] == "auto":
-            raise ValueError(
-                f"{flag} with --compression auto: ranks would choose differently; name a method, e.g. int8"
-            )
-        if self.optimization.compile:
-            raise ValueError(f"{flag} with --compile: a divided model is not compiled; leave it out")
-        if self.optimization.sync_batchnorm:
-            raise ValueError(f"{flag} with --sync-batchnorm: batch norm would see parts of the batch; use GroupNorm")
-        if self.optimization.prune is not None:
-            raise ValueError(f"{flag} with --prune {self.optimization.prune}: it ranks whole weights; leave one out")
+            refused["--deterministic"] = self._refuse_with_deterministic()
+        if exchange.shards_optimizer and spec != "none":
+            mirrors = "mirrors do not encode" if exchange.is_mirrored else ""
+            refused["--mirror 1"] = {f"--compression {spec}": mirrors}
+            refused["--shard optimizer"] = {f"--compression {spec}": find_spec_error(spec, "check_scatters")}
+        if exchange.sums_on_hosts:
+            grid = self.find_grid_shape(1).flags
+            refused["--hierarchy host"] = {
+                grid: grid and "ranks of a host are then of one replica",
+                f"--compression {spec}": find_spec_error(spec, "check_sums_on_hosts"),
+            }
         if self.rounds.local_steps is not None:
-            raise ValueError(f"{flag} with --local-steps: ranks that divide a model need each other in each step")
-        if self.data.shares != "even":
-            raise ValueError(f"{flag} with --shares {self.data.shares}: ranks that divide a model are equally fast")
+            refused[f"--local-steps {self.rounds.local_steps}"] = self._refuse_with_local_steps()
+        if self.model_flag:
+            refused[self.model_flag] = self._refuse_with_divided_model()
+        if self.pipeline.stages > 1:
+            refused[self.pipeline.flag] = self._refuse_with_stages()
+        if self.service.server is not None:
+            refused[f"--server {self.service.server}"] = self._refuse_with_server()
+        return refused
 
-    def _check_stages(self) -> None:
-        """Raise ValueError for options that are not exact with stages, or make no sense."""
-        optimization, exchange, flag = self.optimization, self.exchange, self.pipeline.flag
-        method = self.compression.spec.partition(",")[0]
-        refused = {
-            "--deterministic": (exchange.deterministic, "its sums are over examples, each on one rank"),
-            f"--exchange {exchange.kind}": (exchange.kind != "bucketed", "it would wait for each micro-batch"),
-            f"--shard {exchange.shard}": (exchange.shard != "none", "stages divide the optimizer's state already"),
-            f"--tensor {self.model.tensor}": (self.model.tensor > 1, "ranks divide the model already"),
-            "--checkpoint-residuals exact": (exchange.saves_rank_residuals, "checkpoints are for any layout; use sum"),
-            f"--local-steps {self.rounds.local_steps}": (
-                self.rounds.local_steps is not None,
-                "stages of a replica would end rounds differently",
-            ),
-            f"--prune {optimization.prune}": (optimization.prune is not None, "it compares weights of all layers"),
-            "--amp fp16": (optimization.amp == "fp16", "stages would skip different steps; use bf16"),
-            "--compile": (optimization.compile, "stages are pieces of the model"),
-            "--sync-batchnorm": (optimization.sync_batchnorm, "micro-batches are filled up; use GroupNorm"),
-            f"--recompute {optimization.recompute}": (
-                optimization.recompute is not None and self.pipeline.kind == "zerobubble",
-                "it divides backward passes; use another --pipeline-schedule",
-            ),
-            f"--compression {self.compression.spec}": (
-                method == "auto",
-                "it measures steps of whole models; name a method, for example int8",
-            ),
-            f"--shares {self.data.shares}": (self.data.shares != EVEN, "micro-batches have one size"),
-            "--batch-per-rank": (self.data.batch_per_rank is not None, "give --batch-size"),
+    def _refuse_with_divided_model(self) -> Reasons:
+        exchange, optimization, local_steps = self.exchange, self.optimization, self.rounds.local_steps
+        both = self.model.tensor > 1 and exchange.shard != "none"
+        return {
+            f"--shard {exchange.shard}": both and "ranks divide the model already",
+            "--deterministic": exchange.deterministic and "its sums depend on how ranks divide the model",
+            f"--exchange {exchange.kind}": exchange.kind != "bucketed" and "it takes whole parameters",
+            "--checkpoint-residuals exact": exchange.saves_rank_residuals and "they are of whole parameters; use sum",
+            f"--compression {self.compression.spec}": self._measures_methods
+            and "ranks would choose differently; name a method, for example int8",
+            "--compile": optimization.compile and "a divided model is not compiled",
+            "--sync-batchnorm": optimization.sync_batchnorm and "it would see parts of the batch; use GroupNorm",
+            f"--prune {optimization.prune}": optimization.prune is not None and "it ranks whole weights",
+            f"--local-steps {local_steps}": local_steps is not None and "its ranks need each other in each step",
+            f"--shares {self.data.shares}": self.data.shares != EVEN and "ranks of a replica are equally fast",
         }
-        for option, (is_given, reason) in refused.items():
-            if is_given:
-                raise ValueError(f"{flag} with {option}: {reason}; leave out one of them")
 
-    def _check_pruning(self, prune: str) -> None:
-        if self.compression.spec != "none":
-            raise ValueError(
-                f"{prune} with --compression {self.compression.spec}: pruned values do not travel, and codecs take "
-                "whole layers; leave out one of them"
-            )
-        if self.exchange.kind != "bucketed":
-            raise ValueError(f"{prune} with --exchange {self.exchange.kind}, which sends pruned values: leave it out")
-        if self.exchange.shards_optimizer:
-            raise ValueError(
-                f"{prune} with --shard optimizer: parts of buckets would be uneven where weights are pruned; leave out "
-                "one of them"
-            )
-
-    def _check_sharded_compression(self) -> None:
-        if self.exchange.is_mirrored:
-            raise ValueError(
-                f"--mirror 1 with --compression {self.compression.spec}: mirrors do not encode; leave one out"
-            )
-        from hvdtrain.compression.spec import check_scatters, parse_compression  # with which torch comes
-
-        try:
-            check_scatters(parse_compression(self.compression.spec))
-        except ValueError as error:
-            raise ValueError(f"--shard optimizer with --compression {self.compression.spec}: {error}") from None
-
-    def _check_hierarchy(self) -> None:
-        from hvdtrain.compression.spec import check_sums_on_hosts, parse_compression  # with which torch comes
-
-        if shape := self.find_grid_shape(1).flags:
-            raise ValueError(f"--hierarchy host with {shape}: ranks of a host are then of one replica; leave one out")
-        spec = self.compression.spec
-        try:
-            check_sums_on_hosts(parse_compression(spec))
-        except ValueError as error:
-            raise ValueError(f"--hierarchy host with --compression {spec}: {error}") from None
-
-    def _check_deterministic(self) -> None:
-        if self.compression.spec != "none":
-            raise ValueError(
-                f"--deterministic with --compression {self.compression.spec}: what it loses depends on the ranks"
-            )
-        if self.data.batch_per_rank is not None:
-            raise ValueError("--deterministic with --batch-per-rank: the batch depends on the ranks; give --batch-size")
-        if self.optimization.sync_batchnorm:
-            raise ValueError("--deterministic with --sync-batchnorm: its sums depend on the ranks; use GroupNorm")
-        if self.optimization.compile:
-            raise ValueError("--deterministic with --compile: what is compiled depends on what a rank sees first")
-
-    def _check_local_steps(self) -> None:
-        if self.exchange.deterministic:
-            raise ValueError("--local-steps with --deterministic: the number of ranks is part of the maths of rounds")
-        if self.exchange.kind != "bucketed":
-            raise ValueError(f"--local-steps with --exchange {self.exchange.kind}: leave --exchange out")
-        if self.compression.spec.partition(",")[0] == "auto":
-            raise ValueError(
-                "--local-steps with --compression auto, which measures steps that exchange gradients: name a method, "
-                "for example int8"
-            )
-        if self.exchange.shards_optimizer:
-            raise ValueError("--local-steps with --shard optimizer, which needs the sum of gradients: leave one out")
-        if self.optimization.amp == "fp16":
-            raise ValueError("--local-steps with --amp fp16: each rank would scale its loss differently; use bf16")
-        if self.optimization.prune is not None:
-            raise ValueError(
-                f"--local-steps with --prune {self.optimization.prune}: each rank would choose other weights; "
-                "leave one out"
-            )
-        if self.optimization.sync_batchnorm:
-            raise ValueError("--local-steps with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm")
-
-    def _check_server(self, flag: str) -> None:
-        several, grid = self.service.server != 1, self.find_grid_shape(1).flags
-        clip_norm, prune, ema = self.optimization.clip_norm, self.optimization.prune, self.optimization.ema
-        refused = {
-            f"--compression {self.compression.spec}: it compresses all-reduces": self.compression.spec != "none",
-            "--deterministic: which gradient comes first is part of the maths": self.exchange.deterministic,
-            f"--exchange {self.exchange.kind}: gradients go to the server": self.exchange.kind != "bucketed",
-            f"--shard {self.exchange.shard}: several servers have parts as well": self.exchange.shards_optimizer,
-            f"--local-steps {self.rounds.local_steps}: workers have no weights of their own": (
-                self.rounds.local_steps is not None
-            ),
-            f"--shares {self.data.shares}: fast workers get more examples by themselves": self.data.shares != EVEN,
-            f"--batch-per-rank {self.data.batch_per_rank}: give --batch-size": self.data.batch_per_rank is not None,
-            "--amp fp16: each worker would scale its loss differently; use bf16": self.optimization.amp == "fp16",
-            "--sync-batchnorm: workers do not meet in a step; use GroupNorm": self.optimization.sync_batchnorm,
-            f"--prune {prune}: gradients travel whole": prune is not None,
-            f"{grid}: a server has whole layers": bool(grid),
-            "--compile: a replay would compile something else": self.optimization.compile,
-            f"--clip-norm {clip_norm}: no server has the whole gradient; use --server 1": several and bool(clip_norm),
-            f"--ema {ema}: no server has all weights; use --server 1": several and ema is not None,
+    def _refuse_with_stages(self) -> Reasons:
+        optimization, exchange, local_steps = self.optimization, self.exchange, self.rounds.local_steps
+        recomputes = optimization.recompute is not None and self.pipeline.kind == "zerobubble"
+        return {
+            "--deterministic": exchange.deterministic and "its sums are over examples, each on one rank",
+            f"--exchange {exchange.kind}": exchange.kind != "bucketed" and "it would wait for each micro-batch",
+            f"--shard {exchange.shard}": exchange.shard != "none" and "stages divide the optimizer's state already",
+            f"--tensor {self.model.tensor}": self.model.tensor > 1 and "ranks divide the model already",
+            "--checkpoint-residuals exact": exchange.saves_rank_residuals and "checkpoints are for any layout; use sum",
+            f"--local-steps {local_steps}": local_steps is not None
+            and "stages of a replica would end rounds differently",
+            f"--prune {optimization.prune}": optimization.prune is not None and "it compares weights of all layers",
+            "--amp fp16": optimization.amp == "fp16" and "stages would skip different steps; use bf16",
+            "--compile": optimization.compile and "stages are pieces of the model",
+            "--sync-batchnorm": optimization.sync_batchnorm and "micro-batches are filled up; use GroupNorm",
+            f"--recompute {optimization.recompute}": recomputes
+            and "it divides backward passes; use another --pipeline-schedule",
+            f"--compression {self.compression.spec}": self._measures_methods
+            and "it measures steps of whole models; name a method, for example int8",
+            f"--shares {self.data.shares}": self.data.shares != EVEN and "micro-batches have one size",
+            "--batch-per-rank": self.data.batch_per_rank is not None and "ranks share a batch; give --batch-size",
         }
-        for text, is_given in refused.items():
-            if is_given:
-                raise ValueError(f"{flag} with {text}{'' if ';' in text else '; leave one out'}")
+
+    def _refuse_with_pruning(self) -> Reasons:
+        exchange, spec = self.exchange, self.compression.spec
+        return {
+            f"--compression {spec}": spec != "none" and "pruned values do not travel, and codecs take whole layers",
+            f"--exchange {exchange.kind}": exchange.kind != "bucketed" and "it sends pruned values",
+            "--shard optimizer": exchange.shards_optimizer
+            and "parts of buckets would be uneven where weights are pruned",
+        }
+
+    def _refuse_with_deterministic(self) -> Reasons:
+        optimization, spec = self.optimization, self.compression.spec
+        return {
+            f"--compression {spec}": spec != "none" and "what it loses depends on the ranks",
+            "--batch-per-rank": self.data.batch_per_rank is not None
+            and "the batch depends on the ranks; give --batch-size",
+            "--sync-batchnorm": optimization.sync_batchnorm and "its sums depend on the ranks; use GroupNorm",
+            "--compile": optimization.compile and "what is compiled depends on what a rank sees first",
+        }
+
+    def _refuse_with_local_steps(self) -> Reasons:
+        exchange, optimization = self.exchange, self.optimization
+        return {
+            "--deterministic": exchange.deterministic and "the number of ranks is part of the maths of rounds",
+            f"--exchange {exchange.kind}": exchange.kind != "bucketed" and "it sends gradients in each step",
+            f"--compression {self.compression.spec}": self._measures_methods
+            and "it measures steps that exchange gradients; name a method, for example int8",
+            "--shard optimizer": exchange.shards_optimizer and "it needs the sum of gradients",
+            "--amp fp16": optimization.amp == "fp16" and "each rank would scale its loss differently; use bf16",
+            f"--prune {optimization.prune}": optimization.prune is not None and "each rank would choose other weights",
+            "--sync-batchnorm": optimization.sync_batchnorm and "it exchanges gradients in each step; use GroupNorm",
+        }
+
+    def _refuse_with_server(self) -> Reasons:
+        exchange, optimization, data, spec = self.exchange, self.optimization, self.data, self.compression.spec
+        several, grid, local_steps = self.service.server != 1, self.find_grid_shape(1).flags, self.rounds.local_steps
+        clip_norm, ema = optimization.clip_norm, optimization.ema
+        return {
+            f"--compression {spec}": spec != "none" and "it compresses all-reduces",
+            "--deterministic": exchange.deterministic and "which gradient comes first is part of the maths",
+            f"--exchange {exchange.kind}": exchange.kind != "bucketed" and "gradients go to the server",
+            f"--shard {exchange.shard}": exchange.shards_optimizer and "several servers have parts as well",
+            f"--local-steps {local_steps}": local_steps is not None and "workers have no weights of their own",
+            f"--shares {data.shares}": data.shares != EVEN and "fast workers get more examples by themselves",
+            f"--batch-per-rank {data.batch_per_rank}": data.batch_per_rank is not None and "give --batch-size",
+            "--amp fp16": optimization.amp == "fp16" and "each worker would scale its loss differently; use bf16",
+            "--sync-batchnorm": optimization.sync_batchnorm and "workers do not meet in a step; use GroupNorm",
+            f"--prune {optimization.prune}": optimization.prune is not None and "gradients travel whole",
+            grid: grid and "a server has whole layers",
+            "--compile": optimization.compile and "a replay would compile something else",
+            f"--clip-norm {clip_norm}": several
+            and bool(clip_norm)
+            and "no server has the whole gradient; use --server 1",
+            f"--ema {ema}": several and ema is not None and "no server has all weights; use --server 1",
+        }
+
+    @property
+    def _measures_methods(self) -> bool:
+        """Whether --compression auto chooses a method by its time."""
+        return self.compression.spec.partition(",")[0] == "auto"
 
     def find_grid_shape(self, local_size: int) -> GridShape:
         """Return how ranks are divided into replicas. local_size: the ranks of a host."""

@@ -156,7 +156,7 @@ def test_an_optimizer_with_a_state_from_the_start(way: tuple[str, ...], worlds: 
         ([*SHARD, "--deterministic"], "--shard model with --deterministic: "),
         ([*TENSOR, "--compile"], "--tensor 2 with --compile: "),
         ([*SHARD, "--exchange", "horovod"], "--shard model with --exchange horovod"),
-        ([*TENSOR, "--local-steps", "4"], "--tensor 2 with --local-steps: "),
+        ([*TENSOR, "--local-steps", "4"], "--tensor 2 with --local-steps 4: "),
         ([*SHARD, "--prune", "0.5,from:1,to:3"], "--shard model with --prune 0.5,from:1,to:3: "),
         ([*TENSOR, "--shares", "1:1"], "--tensor 2 with --shares 1:1: "),
         ([*SHARD, "--compression", "auto"], "--shard model with --compression auto: "),

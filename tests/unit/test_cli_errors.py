@@ -126,11 +126,11 @@ CASES = [
     (["train", DIGITS, "--device", "tpu"], "--device: 'tpu' is not one of 'cpu', 'cuda'"),
     (
         ["train", DIGITS, "--deterministic", "--compression", "int8"],
-        "--deterministic with --compression int8: what it loses depends on the ranks",
+        "--deterministic with --compression int8: what it loses depends on the ranks; leave one out",
     ),
     (
         ["train", DIGITS, "--deterministic", "--compression", "auto"],
-        "--deterministic with --compression auto: what it loses depends on the ranks",
+        "--deterministic with --compression auto: what it loses depends on the ranks; leave one out",
     ),
     (
         ["train", DIGITS, "--deterministic", "--exchange", "horovod"],
@@ -142,7 +142,7 @@ CASES = [
     ),
     (
         ["train", DIGITS, "--deterministic", "--compile"],
-        "--deterministic with --compile: what is compiled depends on what a rank sees first",
+        "--deterministic with --compile: what is compiled depends on what a rank sees first; leave one out",
     ),
     (["train", DIGITS, "--local-steps", "0"], "--local-steps is 0; it must be at least 1"),
     (
@@ -160,31 +160,31 @@ CASES = [
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--deterministic"],
-        "--local-steps with --deterministic: the number of ranks is part of the maths of rounds",
+        "--local-steps 4 with --deterministic: the number of ranks is part of the maths of rounds; leave one out",
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--exchange", "horovod"],
-        "--local-steps with --exchange horovod: leave --exchange out",
+        "--local-steps 4 with --exchange horovod: it sends gradients in each step; leave one out",
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--shard", "optimizer"],
-        "--local-steps with --shard optimizer, which needs the sum of gradients: leave one out",
+        "--local-steps 4 with --shard optimizer: it needs the sum of gradients; leave one out",
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--amp", "fp16"],
-        "--local-steps with --amp fp16: each rank would scale its loss differently; use bf16",
+        "--local-steps 4 with --amp fp16: each rank would scale its loss differently; use bf16",
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--sync-batchnorm"],
-        "--local-steps with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm",
+        "--local-steps 4 with --sync-batchnorm: it exchanges gradients in each step; use GroupNorm",
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--prune", "0.5,from:0ep,to:1ep"],
-        "--local-steps with --prune 0.5,from:0ep,to:1ep: each rank would choose other weights; leave one out",
+        "--local-steps 4 with --prune 0.5,from:0ep,to:1ep: each rank would choose other weights; leave one out",
     ),
     (
         ["train", DIGITS, "--local-steps", "4", "--compression", "auto"],
-        "--local-steps with --compression auto, which measures steps that exchange gradients: name a method, for "
+        "--local-steps 4 with --compression auto: it measures steps that exchange gradients; name a method, for "
         "example int8",
     ),
     (["train", DIGITS, "--server", "0"], "--server is 0; it must be at least 1"),
