@@ -72,8 +72,8 @@ class Bucket:
     reducer: CompressedReducer | PlainReducer
     compressible: bool  # a codec may carry it, or it is scattered: its flags travel separately
     collective_name: str  # of its collectives, which a codec adds its own to
+    round_order: RoundOrder | None  # of the exchange, if each host encodes the sum of its ranks
     method: str = NONE  # "powersgd:4"
-    round_order: RoundOrder | None = None  # of the exchange, if each host encodes the sum of its ranks
     filled: set[int] = field(default_factory=set)  # indices of params whose gradient is in
     sent: bool = False
     suspended: bool = False  # not sent: on no rank does a parameter of it require a gradient
@@ -249,9 +249,7 @@ def make_bucket(
     if partition is not None:
         reducer = ScatterReducer(reducer, bounds, params[0], partition.mirrors)
     names, views = [name for name, _ in members], make_views(flat, params)
-    bucket = Bucket(params, names, views, flags, head, reducer, compressible, reducer.name)
-    bucket.round_order = config.round_order
-    return bucket
+    return Bucket(params, names, views, flags, head, reducer, compressible, reducer.name, config.round_order)
 
 
 def set_compression(bucket: Bucket, spec: Spec, argument: str, key: RandomKey) -> None:
