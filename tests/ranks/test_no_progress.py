@@ -30,8 +30,11 @@ def test_a_step_that_always_kills_ends_the_run(tmp_path: Path, how: str, cause: 
     assert done.returncode == 1, said
     why = r"hvdtrain: error: rank \d on \S+ failed: no progress: step 5 was not passed in 3 tries; in the last one, "
     assert re.search(rf"^{why}a worker on \S+ {cause} while it was computing gradients$", done.stderr, re.M), said
-    # Each try made four steps; none was at its end before. A rank that dies later than the
-    # other begins a segment, and so does one that comes later.
+    # Each generation that makes a step leaves a segment; it begins with step 1, or, if a rank dies later than the
+    # other, with what that one has reached: step 4, or step 3 if it had no sum of the fourth yet (on a loaded machine).
+    # A generation that begins farther than all before it counts as progress (hvdtrain/elastic/tries.py). So there are
+    # at most 2 that begin with step 1, then 3 since one has begun after step 3, 3 since one has begun after step 4, and
+    # 1 that the other slot began when the run was given up. Without a rank that has reached 3 steps there are 6.
     segments = list((tmp_path / "run" / "ledger").glob("segment-*"))
     assert 1 <= len(segments) <= 9, segments
 
