@@ -52,30 +52,30 @@ def set_everyone(group: TorchGroup | None) -> None:
     _everyone = group
 
 
-def _find_torch_group(group: Group) -> TorchGroup | None:
+def find_torch_group(group: Group) -> TorchGroup | None:
     """Return the torch group of a collective; None: Horovod carries it."""
     group = _everyone if group is None else group
     return group if isinstance(group, TorchGroup) else None
 
 
-def _find_process_set(group: Group) -> Any:
+def find_process_set(group: Group) -> Any:
     """Return Horovod's process set of a collective that Horovod carries."""
     return hvd.global_process_set if group is None or group is COLUMN else group
 
 
 def rank(group: Group = None) -> int:
     """Return this process's rank in a group that it belongs to."""
-    return (_find_torch_group(group) or group or COLUMN).rank()
+    return (find_torch_group(group) or group or COLUMN).rank()
 
 
 def size(group: Group = None) -> int:
     """Return the number of ranks in a group."""
-    return (_find_torch_group(group) or group or COLUMN).size()
+    return (find_torch_group(group) or group or COLUMN).size()
 
 
 def second_round_group(group: Group) -> Group:
     """Return the group of collectives whose order among the others' may differ between ranks."""
-    torch_group = _find_torch_group(group)
+    torch_group = find_torch_group(group)
     return group if torch_group is None else torch_group.second
 
 
@@ -86,17 +86,17 @@ def is_initialized() -> bool:
 
 def all_reduce_async_(tensor: torch.Tensor, name: str, average: bool = False, group: Group = None) -> Handle:
     """Start an in-place sum (or mean) over ranks of a contiguous tensor: fp16, fp32, fp64, int32 or int64."""
-    if (torch_group := _find_torch_group(group)) is not None:
+    if (torch_group := find_torch_group(group)) is not None:
         return torch_group.start_all_reduce(tensor, average)
     op = hvd.Average if average else hvd.Sum
-    return remember_name(hvd.allreduce_async_(tensor, name=name, op=op, process_set=_find_process_set(group)), name)
+    return remember_name(hvd.allreduce_async_(tensor, name=name, op=op, process_set=find_process_set(group)), name)
 
 
 def all_to_all_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
     """Start sending part i of a 1-D tensor, cut into equal parts, to rank i; `wait` returns the parts in rank order."""
-    if (torch_group := _find_torch_group(group)) is not None:
+    if (torch_group := find_torch_group(group)) is not None:
         return torch_group.start_all_to_all(tensor)
-    return remember_name(hvd.alltoall_async(tensor, name=name, process_set=_find_process_set(group)), name)
+    return remember_name(hvd.alltoall_async(tensor, name=name, process_set=find_process_set(group)), name)
 
 
 def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
@@ -105,9 +105,9 @@ def all_gather_async(tensor: torch.Tensor, name: str, group: Group = None) -> Ha
     The first dimension may differ between ranks, and be 0 on some, unless the group is a TorchGroup; the others may
     not.
     """
-    if (torch_group := _find_torch_group(group)) is not None:
+    if (torch_group := find_torch_group(group)) is not None:
         return torch_group.start_all_gather(tensor)
-    return remember_name(hvd.allgather_async(tensor, name=name, process_set=_find_process_set(group)), name)
+    return remember_name(hvd.allgather_async(tensor, name=name, process_set=find_process_set(group)), name)
 
 
 def remember_name(handle: Handle, name: str) -> Handle:
@@ -123,9 +123,9 @@ def forget_names() -> None:
 
 def broadcast_async_(tensor: torch.Tensor, name: str, root: int = 0, group: Group = None) -> Handle:
     """Start overwriting a contiguous tensor with the root's; the root is a rank of the world, not of a process set."""
-    if (torch_group := _find_torch_group(group)) is not None:
+    if (torch_group := find_torch_group(group)) is not None:
         return torch_group.start_broadcast(tensor, root)
-    return remember_name(hvd.broadcast_async_(tensor, root, name=name, process_set=_find_process_set(group)), name)
+    return remember_name(hvd.broadcast_async_(tensor, root, name=name, process_set=find_process_set(group)), name)
 
 
 def is_complete(handle: Handle) -> bool:
@@ -192,7 +192,7 @@ def gather_json(value: Any, name: str, group: Group = None) -> list[Any]:
     """Return every rank's value, encoded as JSON, in the order of ranks, on every rank."""
     if size(group) == 1:
         return [value]
-    if (torch_group := _find_torch_group(group)) is not None:
+    if (torch_group := find_torch_group(group)) is not None:
         return [json.loads(text) for text in torch_group.gather_texts(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = wait(all_gather_async(torch.tensor([len(data)]), f"{name}.lengths", group)).tolist()
@@ -215,7 +215,7 @@ def gather_rows(values: NDArray[Any], name: str) -> NDArray[Any]:
     if size() == 1:
         return values
     rows = torch.from_numpy(np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8).copy())
-    if (torch_group := _find_torch_group(None)) is not None:
+    if (torch_group := find_torch_group(None)) is not None:
         joined = torch.cat(torch_group.gather_uneven(rows)).numpy()
     else:
         joined = wait(all_gather_async(rows, name)).numpy()

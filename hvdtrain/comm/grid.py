@@ -30,7 +30,7 @@ from hvdtrain.comm.horovod_places import place_ranks
 from hvdtrain.comm.mailbox import choose_address
 from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.comm.signed_store import SignedStore, open_store
-from hvdtrain.comm.torch_group import NEVER, reporting_lost_peers
+from hvdtrain.comm.torch_group import NEVER, TorchGroup, reporting_lost_peers
 from hvdtrain.comm.torch_ranks import connect_ranks
 from hvdtrain.comm.world import GridShape, World, communicators, enter_world, rendezvous_servers, shut_down_horovod
 from hvdtrain.system.errors import RunError, UserError
@@ -105,6 +105,11 @@ def check_same_shape(shape: GridShape) -> None:
     sizes = set(collectives.gather_json(shape.replica_ranks, "grid.shape"))
     if len(sizes) > 1:
         raise UserError(f"{shape.flags}: hosts have {min(sizes)} to {max(sizes)} ranks each: give --shard-ranks")
+
+
+def find_replica_group() -> collectives.Group:
+    """Return the ranks of this one's replica, for tensors in host memory; in a grid only."""
+    return TorchGroup.of_default_group(torch.device("cpu"))
 
 
 def find_gradient_group(world: World) -> collectives.Group:

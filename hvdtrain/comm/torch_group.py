@@ -103,6 +103,16 @@ class TorchGroup:
         return group
 
     @classmethod
+    def of_default_group(cls, device: torch.device) -> TorchGroup:
+        """Return torch's default process group, next to Horovod, without a second one; no rank is asked.
+
+        device: of the tensors.
+        """
+        group = cls._of_backend(dist.group.WORLD, device)
+        group.beside_horovod = True
+        return group
+
+    @classmethod
     def connect(cls, store: Store, rank: int, size: int, device: torch.device) -> TorchGroup:
         """Return a group of ranks that meet in a store, next to Horovod; all of them call this.
 

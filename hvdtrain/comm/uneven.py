@@ -1,4 +1,4 @@
-"""Named collectives whose parts differ in size between ranks, over Horovod."""
+"""Collectives whose parts differ in size between ranks, over Horovod by their names, or over a `TorchGroup`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.collectives import Group, Handle, remember_name, wait
+from hvdtrain.comm.collectives import Group, Handle, find_process_set, find_torch_group, remember_name, wait
 from hvdtrain.comm.lazy_horovod import LazyHorovod
-from hvdtrain.comm.torch_group import TorchGroup
 
 if TYPE_CHECKING:
     import horovod.torch as hvd
@@ -27,38 +26,55 @@ def all_to_all_parts_async(tensor: torch.Tensor, lengths: Sequence[int], name: s
         name: of the collective.
         group: ranks of Horovod; None: all.
     """
-    assert not isinstance(group, TorchGroup)
+    assert find_torch_group(group) is None, "which would have to know what it receives"
     splits = torch.tensor(lengths, dtype=torch.int32)
-    process_set = group or hvd.global_process_set
-    return remember_name(hvd.alltoall_async(tensor, splits=splits, name=name, process_set=process_set), name)
+    return remember_name(
+        hvd.alltoall_async(tensor, splits=splits, name=name, process_set=find_process_set(group)), name
+    )
 
 
 def reduce_scatter_async(tensor: torch.Tensor, name: str, group: Group = None) -> Handle:
-    """Start summing a tensor over ranks; `wait` returns this rank's rows, of the first ranks one more if uneven."""
-    assert not isinstance(group, TorchGroup)
-    process_set = group or hvd.global_process_set
+    """Start summing a tensor over ranks of Horovod; `wait` returns this rank's rows, of the first ranks one more."""
+    assert find_torch_group(group) is None, "none of those who scatter sums is in a grid"
+    process_set = find_process_set(group)
     return remember_name(hvd.reducescatter_async(tensor, name=name, op=hvd.Sum, process_set=process_set), name)
 
 
-def exchange_bytes(parts: Sequence[bytes], name: str) -> list[bytes]:
+def swap_bytes(
+    data: bytes, sent: Sequence[int], received: Sequence[int], name: str, group: Group = None
+) -> list[bytes]:
+    """Return the bytes received from each rank of a group, all of which call this.
+
+    Args:
+        data: one after the other, what is for each rank.
+        sent: how much of it is for each.
+        received: how much comes from each.
+        name: of the collective.
+        group: the ranks; None: all.
+    """
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    if (torch_group := find_torch_group(group)) is not None:
+        found = torch_group.start_all_to_all_rows(own, sent, received).wait()
+    else:
+        found = wait(all_to_all_parts_async(own, sent, name, group))
+    return [part.numpy().tobytes() for part in torch.split(found, list(received))]
+
+
+def exchange_bytes(parts: Sequence[bytes], name: str, group: Group = None) -> list[bytes]:
     """Send each rank its bytes, in the order of ranks, and return those received from each; all ranks call this."""
-    size, lengths = collectives.size(), [len(part) for part in parts]
-    gathered = wait(collectives.all_gather_async(torch.tensor(lengths), f"{name}.lengths")).view(size, size)
-    joined = bytearray(b"".join(parts))
-    own = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-    received = wait(all_to_all_parts_async(own, lengths, f"{name}.bytes"))
-    theirs = torch.split(received, gathered[:, collectives.rank()].tolist())
-    return [part.numpy().tobytes() for part in theirs]
+    size, sent = collectives.size(group), [len(part) for part in parts]
+    gathered = wait(collectives.all_gather_async(torch.tensor(sent), f"{name}.lengths", group)).view(size, size)
+    received = gathered[:, collectives.rank(group)].tolist()
+    return swap_bytes(b"".join(parts), sent, received, f"{name}.bytes", group)
 
 
-def gather_on_root(data: bytes, name: str) -> list[bytes]:
-    """Return every rank's bytes, in the order of ranks, on rank 0; an empty list on the others."""
-    size = collectives.size()
+def gather_on_root(data: bytes, name: str, group: Group = None) -> list[bytes]:
+    """Return the bytes of every rank of a group, in their order, on its first; an empty list on the others."""
+    size = collectives.size(group)
     if size == 1:
         return [data]
-    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    lengths = wait(collectives.all_gather_async(torch.tensor([len(own)]), f"{name}.lengths")).tolist()
-    received = wait(all_to_all_parts_async(own, [len(own)] + [0] * (size - 1), f"{name}.bytes"))
-    if collectives.rank() != 0:
-        return []
-    return [part.numpy().tobytes() for part in torch.split(received, lengths)]
+    lengths = wait(collectives.all_gather_async(torch.tensor([len(data)]), f"{name}.lengths", group)).tolist()
+    is_root = collectives.rank(group) == 0
+    received = lengths if is_root else [0] * size
+    found = swap_bytes(data, [len(data)] + [0] * (size - 1), received, f"{name}.bytes", group)
+    return found if is_root else []

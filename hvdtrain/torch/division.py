@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from hvdtrain.comm import collectives
 from hvdtrain.exchange.step_options import StepOptions
+from hvdtrain.recipe.base import is_overridden
+from hvdtrain.recipe.framework import DataSource
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import seed_all
@@ -26,8 +28,13 @@ from hvdtrain.torch.stage_cut import StageCut, cut_evenly, cut_where_asked, time
 from hvdtrain.torch.stages import StagePlan, find_shared_buffers, find_shared_parameters
 from hvdtrain.torch.stand_in import StandIn, note_inputs
 from hvdtrain.torch.tensors import has_same_bits
-from hvdtrain.torch.trial import load_two_examples
+from hvdtrain.torch.trial import TrialResult, load_two_examples
 
+REFUSED_METHODS = {  # that a recipe may have
+    "evaluated": "is given the whole model after an evaluation",
+    "summarise": "needs outputs of the whole model",
+    "state": "is remembered on the first stage's rank, and scores are computed on the last one's",
+}
 SEED = (0, -1)  # of what is drawn while the model is tried
 
 
@@ -105,6 +112,27 @@ def find_stages(
     ends, seconds = collectives.on_root("pipeline.cut", cut_on_root)
     cut = StageCut(tuple(int(end) for end in ends), tuple(seconds))
     return collectives.on_all_ranks("pipeline.stages", lambda: plan_stages(recipe, model, tried, cut, size))
+
+
+def refuse_recipe(recipe: Recipe, several: bool, source: DataSource, trial: TrialResult) -> None:
+    """Raise UserError for a recipe that stages cannot train, or not exactly. several: whether it has several losses."""
+    name = type(recipe).__name__
+    if several:
+        raise UserError(f"--stages: {name}.optimizer returns several optimizers; a pipeline minimizes one loss")
+    if trial.exchanges.calls or trial.calls_collectives:
+        raise UserError(f"--stages: {name}.score calls collectives, and only the last stages compute scores")
+    if trial.changed_buffers:
+        raise UserError(
+            f"--stages: training changes the buffer {trial.changed_buffers[0]!r}, with what micro-batches are "
+            "filled up with; use layers without such buffers, GroupNorm for instance"
+        )
+    if source is not DataSource.NUMBERED:
+        raise UserError(
+            f"--stages: {name}.dataset('train') is no list of examples; streams and rollouts need whole models"
+        )
+    for method, reason in REFUSED_METHODS.items():
+        if is_overridden(recipe, method):
+            raise UserError(f"--stages: {name}.{method} {reason}; leave out the method, or --stages")
 
 
 def refuse_batch_norm(model: nn.Module) -> None:

@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm.grid import find_replica_group
+from hvdtrain.comm.uneven import gather_on_root
 from hvdtrain.comm.world import World
 from hvdtrain.recipe.base import is_overridden
-from hvdtrain.recipe.framework import DataSource, Split, StepResult
+from hvdtrain.recipe.framework import Split, StepResult
 from hvdtrain.recipe.shares import even_shares
 from hvdtrain.system.errors import UserError
 from hvdtrain.system.text import format_count
 from hvdtrain.torch.broadcast import broadcast_optimizer
 from hvdtrain.torch.data import seed_all
-from hvdtrain.torch.division import Division, find_stages
+from hvdtrain.torch.division import Division, find_stages, refuse_recipe
 from hvdtrain.torch.pipeline import MicroBatch, Pipeline
 from hvdtrain.torch.recompute import explain_recompute_errors
 from hvdtrain.torch.sandbox import preserve_random_state
@@ -33,7 +35,7 @@ from hvdtrain.torch.scores import sum_scores, weigh_loss
 from hvdtrain.torch.setup import explain_nondeterminism
 from hvdtrain.torch.shard_trial import try_units
 from hvdtrain.torch.stage_gradients import StageGradients, connect_holders
-from hvdtrain.torch.stage_state import WholeModel, gather_from_stages, join_stage_states, split_state
+from hvdtrain.torch.stage_state import WholeModel, join_stage_states, split_state
 from hvdtrain.torch.stages import keep_modules, keep_parameters
 from hvdtrain.torch.stand_in import StandIn
 from hvdtrain.torch.step import TorchStep
@@ -41,11 +43,6 @@ from hvdtrain.torch.sums import StepSums
 from hvdtrain.torch.tensors import read_tensors, write_tensors
 from hvdtrain.torch.trial import TrialResult
 
-REFUSED_METHODS = {  # that a recipe may have
-    "evaluated": "is given the whole model after an evaluation",
-    "summarise": "needs outputs of the whole model",
-    "state": "is remembered on the first stage's rank, and scores are computed on the last one's",
-}
 NUM_FLAGS = 3  # of changes: parameters, learning rates, buffers
 
 
@@ -124,28 +121,13 @@ class PipelineStep(TorchStep):
         return [p for link in stage.links for p in self.model.get_submodule(link.name).parameters()]
 
     def _refuse_recipe(self, trial: TrialResult) -> None:
-        name = type(self.recipe).__name__
         if not self._is_connected and not is_overridden(self.recipe, "stages"):
             raise UserError(
                 f"--stages in an elastic run: ranks join at any time and cannot measure together where to cut; write "
-                f"{name}.stages(self, model), which returns the names of the modules after which to cut"
+                f"{type(self.recipe).__name__}.stages(self, model), which returns the names of the modules "
+                "after which to cut"
             )
-        if self.updater.several:
-            raise UserError(f"--stages: {name}.optimizer returns several optimizers; a pipeline minimizes one loss")
-        if trial.exchanges.calls or trial.calls_collectives:
-            raise UserError(f"--stages: {name}.score calls collectives, and only the last stages compute scores")
-        if trial.changed_buffers:
-            raise UserError(
-                f"--stages: training changes the buffer {trial.changed_buffers[0]!r}, with what micro-batches are "
-                "filled up with; use layers without such buffers, GroupNorm for instance"
-            )
-        if self.source is not DataSource.NUMBERED:
-            raise UserError(
-                f"--stages: {name}.dataset('train') is no list of examples; streams and rollouts need whole models"
-            )
-        for method, reason in REFUSED_METHODS.items():
-            if is_overridden(self.recipe, method):
-                raise UserError(f"--stages: {name}.{method} {reason}; leave out the method, or --stages")
+        refuse_recipe(self.recipe, self.updater.several, self.source, trial)
 
     # A training step.
 
@@ -234,7 +216,7 @@ class PipelineStep(TorchStep):
         data = collectives.on_all_ranks("pipeline.state", lambda: self.state.serialize(carried))
         if self.world.replica != 0:
             return b""
-        parts = gather_from_stages(data)
+        parts = gather_on_root(data, "pipeline.parts", find_replica_group())
         return write_tensors(join_stage_states([read_tensors(part) for part in parts], self.whole)) if parts else b""
 
     def load_state(self, data: bytes) -> None:

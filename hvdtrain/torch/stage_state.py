@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from hvdtrain.comm.torch_group import reporting_lost_peers
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.consistency import check_same_tensors
 from hvdtrain.torch.groups import get_parameter_names, match_groups
@@ -110,23 +108,6 @@ def split_exchange(saved: StateDict, own: Mapping[str, str], counted: set[str]) 
         "bases": {own[name]: value for name, value in saved["bases"].items() if name in own},
         "ranks": [],
     }
-
-
-def gather_from_stages(data: bytes) -> list[bytes]:
-    """Return the bytes of each rank of a replica, all of which call this, on its first one; others return nothing."""
-    found = [data]
-    with reporting_lost_peers(True):
-        if dist.get_rank() != 0:
-            dist.send(torch.tensor(len(data)), dst=0)
-            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=0)
-            return []
-        for rank in range(1, dist.get_world_size()):
-            length = torch.zeros((), dtype=torch.int64)
-            dist.recv(length, src=rank)
-            received = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(received, src=rank)
-            found.append(received.numpy().tobytes())
-    return found
 
 
 def join_stage_states(parts: Sequence[StateDict], whole: WholeModel) -> StateDict:
