@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.exchange.local_tensors import local_tensor
+
 
 class KeptActivations:
     """Counts the memory of the tensors that autograd keeps, each once; that of parameters and buffers does not count.
@@ -27,6 +29,11 @@ class KeptActivations:
     def total_bytes(self) -> int:
         """Bytes kept so far."""
         return sum(self._kept.values())
+
+    def add_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that are kept as well, each once."""
+        for x in tensors:
+            self._pack(x)
 
     @contextlib.contextmanager
     def record_forward(self) -> Iterator[None]:
@@ -58,7 +65,11 @@ class KeptActivations:
 
 
 def list_memory(x: Tensor) -> list[tuple[int, int]]:
-    """Return address and bytes of each piece of memory that a tensor lies in: all of a view's, several if sparse."""
+    """Return address and bytes of each piece of memory that a tensor lies in: all of a view's, several if sparse.
+
+    Of a DTensor that is this rank's part.
+    """
+    x = local_tensor(x)
     if x.layout is torch.sparse_coo:
         return [piece for part in (x._indices(), x._values()) for piece in list_memory(part)]
     if x.layout is not torch.strided:

@@ -6,20 +6,25 @@ count the bytes of any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor, nn
 
+from hvdtrain.bench.activations import count_memory
 from hvdtrain.compression.plain_reducer import PlainReducer
 from hvdtrain.compression.reducer import CompressedReducer
 from hvdtrain.compression.scatter_reducer import PartOwner
 from hvdtrain.compression.spec import Spec
 from hvdtrain.exchange.buckets import Bucket, ExchangeConfig
 from hvdtrain.exchange.layout import BucketLayout
+from hvdtrain.exchange.local_tensors import local_tensor
 from hvdtrain.exchange.partition import NamedParameters, Partition, ShardUnit, assign_mirrors
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.pieces import Piece, ShardedBucket
+from hvdtrain.torch.table_group import Table
+from hvdtrain.torch.table_plan import TableSize, deal_tables
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class TrainedParameters:
     trained: frozenset[nn.Parameter]
     unit: ShardUnit | None
 
+    def select(self, params: Collection[nn.Parameter]) -> TrainedParameters:
+        """Return what it has of some parameters."""
+        named = [(name, p) for name, p in self.named if p in params]
+        states = {p: state for p, state in self.states.items() if p in params}
+        return replace(self, named=named, states=states, trained=self.trained & set(params))
+
 
 @dataclass(frozen=True)
 class RankBytes:
@@ -45,6 +56,11 @@ class RankBytes:
 
     gradients: int
     state: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.gradients + self.state
 
     def __add__(self, other: RankBytes) -> RankBytes:
         return RankBytes(self.gradients + other.gradients, self.state + other.state)
@@ -61,7 +77,7 @@ def count_replicated(held: TrainedParameters, spec: Spec, bucket_bytes: int | No
     """
     state = sum(count_tensors(state) for state in held.states.values())
     if ranks == 1:  # nothing is exchanged
-        return RankBytes(sum(p.nbytes for _, p in held.named if p in held.trained), state)
+        return RankBytes(sum(count_bytes(p) for _, p in held.named if p in held.trained), state)
     layout = BucketLayout(ExchangeConfig(average=False, spec=spec, bucket_bytes=bucket_bytes))
     layout.names = {p: name for name, p in held.named}
     buckets = layout.build_buckets([name for name, p in reversed(held.named) if p in held.trained])
@@ -104,6 +120,30 @@ def count_divided(held: TrainedParameters, ranks: int) -> RankBytes:
     return RankBytes(gradients, state)
 
 
+def count_dealt(held: TrainedParameters, tables: Sequence[Table], ranks: int) -> list[tuple[int, RankBytes]]:
+    """Return what each rank has of dealt tables: the bytes of its rows, and the optimizer's.
+
+    Gradients are counted as if all rows were looked up, unless they are sparse: then only as those of this step.
+    """
+    pieces = deal_tables([TableSize(table.num_embeddings, table.embedding_dim) for table in tables], ranks)
+    found = []
+    for rank in range(ranks):
+        weights = gradients = states = 0
+        for number, table in enumerate(tables):
+            p, num_rows = cast(nn.Parameter, table.weight), table.num_embeddings
+            rows = sum(piece.end - piece.begin for piece in pieces if (piece.table, piece.rank) == (number, rank))
+            own = rows * (p.nbytes // num_rows)
+            weights += own
+            if rows and p in held.trained:
+                gradients += min(own, count_memory([p.grad])) if table.sparse and p.grad is not None else own
+            for value in held.states.get(p, {}).values() if rows else ():
+                if isinstance(value, Tensor):
+                    is_cut = value.dim() > 0 and len(value) == num_rows
+                    states += rows * (value.nbytes // num_rows) if is_cut else value.nbytes
+        found.append((weights, RankBytes(gradients, states)))
+    return found
+
+
 def count_first_rows(x: Tensor, ranks: int) -> int:
     """Return the bytes of the first rank's rows, as FSDP2 divides a tensor."""
     return -(-len(x) // ranks) * (x.nbytes // max(1, len(x))) if x.dim() else x.nbytes
@@ -124,12 +164,17 @@ def count_bucket(bucket: Bucket, ranks: int) -> int:
 
 def count_copies(bucket: Bucket) -> int:
     """Return the bytes of gradients that are not views of their bucket, since they have another type."""
-    return sum(p.nbytes for p, view in zip(bucket.params, bucket.views, strict=True) if p.dtype != view.dtype)
+    return sum(count_bytes(p) for p, view in zip(bucket.params, bucket.views, strict=True) if p.dtype != view.dtype)
 
 
 def count_tensors(state: StateDict) -> int:
     """Return the bytes of the tensors that an optimizer keeps of a parameter."""
-    return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    return sum(count_bytes(value) for value in state.values() if isinstance(value, Tensor))
+
+
+def count_bytes(x: Tensor) -> int:
+    """Return the bytes of a tensor, of a DTensor those of this rank's part."""
+    return local_tensor(x).nbytes
 
 
 def count_piece(piece: Piece, state: StateDict) -> int:

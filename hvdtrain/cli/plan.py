@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,9 +22,8 @@ UNCOUNTED = (
     "exchange",
     "batch_per_rank",
     "shares",
-    "tensor",
     "shard_ranks",
-    "stages",
+    "pipeline_schedule",
     "server",
 )
 
@@ -52,11 +52,14 @@ def plan_command(ranks: int, memory: str | None, json_path: Path | None, recipe:
     \b
     hvdtrain plan -np 4 charlm                              data parallel, --shard optimizer, --recompute
     hvdtrain plan -np 8 --memory 16GiB charlm --width 1024 --micro-batch 4 --amp bf16
+    hvdtrain plan -np 8 charlm --stages 2 --tensor 4        replicas of two stages, of four ranks
 
-    Layouts: data parallel; --shard optimizer; the same with --mirror 1, as in elastic runs; and, if the recipe has
-    `blocks`, --shard model with all N ranks as one replica, and each of them with --recompute all, which has one
-    block's activations at a time. What torch, the device, the network and the C library's heap take is not counted:
-    leave a tenth and 1 GiB on GPUs, half as much again on CPUs.
+    Layouts: data parallel, with the recipe's embedding tables dealt to the ranks; --shard optimizer; the same with
+    --mirror 1, as in elastic runs; --stages N, by the schedule 1f1b; if the recipe has `split_plan`, --tensor N; and,
+    if it has `blocks`, --shard model, and all but --stages and --tensor with --recompute all, which has one block's
+    activations at a time. All N ranks are one replica there, unless --stages or --tensor is given. What torch, the
+    device, the network and the C library's heap take is not counted: leave a tenth and 1 GiB on GPUs, half as much
+    again on CPUs.
 
     Exit codes: 0 printed, 1 the step failed, 2 a mistake in the options.
     """
@@ -74,13 +77,15 @@ def plan_command(ranks: int, memory: str | None, json_path: Path | None, recipe:
             raise UserError(f"hvdtrain plan does not count what {flag_of(name)} keeps: leave it out")
     if str(arguments.given_options.get("compression", "")).partition(",")[0] == "auto":
         raise UserError("--compression auto chooses a method by its time: name one, for example int8")
-    check_parsed_arguments(arguments)
+    given = dict(arguments.given_options)
+    stages, tensor = (int(given.pop(name, ranks)) for name in ("stages", "tensor"))
+    check_parsed_arguments(replace(arguments, given_options=given))
 
     def work(world: World) -> None:
         from hvdtrain.bench.memory import MemoryQuestion, plan_memory
 
-        own = limit if limit is not None else host_memory(arguments.given_options.get("device"), ranks)
-        plan_memory(world, MemoryQuestion(arguments.recipe_class, arguments.given_options, ranks, own, json_path))
+        own = limit if limit is not None else host_memory(given.get("device"), ranks)
+        plan_memory(world, MemoryQuestion(arguments.recipe_class, given, ranks, stages, tensor, own, json_path))
 
     return run_on_rank(work)
 

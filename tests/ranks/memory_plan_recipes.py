@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from hvdtrain.exchange.local_tensors import local_tensor
 from hvdtrain.torch import Recipe
+from tests.ranks.table_recipes import Dealt
 
 
 @dataclass(kw_only=True)
@@ -50,6 +55,57 @@ class Blocks(Counted):
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model[1:-1])
+
+
+def write_held(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the bytes of what this rank holds of the model and of the optimizer's state, once there is some."""
+    if recipe.now.step == 1:
+        tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        found = [sum(local_tensor(x).nbytes for x in some) for some in (tensors, states)]
+        (Path(os.environ["HVDTRAIN_TEST_OUT"]) / f"held{recipe.now.rank}").write_text(json.dumps(found))
+
+
+@dataclass(kw_only=True)
+class Holding(Blocks):
+    """Writes what each rank holds; the first of two stages has more."""
+
+    epochs: int = 3
+
+    def model(self) -> nn.Module:
+        self.network = super().model()
+        return self.network
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        self.made = super().optimizer(params)
+        return self.made
+
+    def stages(self, model: Any) -> list[str]:
+        return ["2"]
+
+    def split_plan(self) -> dict[str, Any]:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        return {"[123].0": ColwiseParallel(), "[123].2": RowwiseParallel()}
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        if "HVDTRAIN_TEST_OUT" in os.environ:
+            write_held(self, self.network, self.made)
+        return super().score(model, batch)
+
+
+@dataclass(kw_only=True)
+class HoldingTables(Dealt):
+    """Has tables, and writes what each rank holds."""
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        self.updates = torch.optim.Adagrad(params, lr=self.lr)
+        return self.updates
+
+    def score(self, model: nn.Module, batch: Any) -> Any:
+        if "HVDTRAIN_TEST_OUT" in os.environ:
+            write_held(self, self.made, self.updates)
+        return super().score(model, batch)
 
 
 class ByNorm(torch.optim.SGD):

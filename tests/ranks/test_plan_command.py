@@ -17,8 +17,8 @@ from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.step import TorchStep
 from hvdtrain.training.options import split_options
 from tests.ranks.harness import HVDTRAIN, run
-from tests.ranks.memory_plan_recipes import Blocks, Counted, Normed
-from tests.support.worlds import KeptWorlds
+from tests.ranks.memory_plan_recipes import Blocks, Counted, Holding, HoldingTables, Normed
+from tests.support.worlds import KeptWorlds, train
 
 RECIPES = Path(__file__).parent / "memory_plan_recipes.py"
 FLOAT, ADAM = 4, 2 * 4  # bytes of a value, of Adam's two averages of it
@@ -30,12 +30,13 @@ KEPT = (2 * 4 + 2 * 8 + 2 * 2) * FLOAT
 TOTALS = [1080, 844, 1080]  # of all layouts on 3 ranks, apart from what is temporary
 
 
-def plan_here(cls: type[Recipe], given: Mapping[str, object], ranks: int, limit: int) -> list[LayoutRow]:
-    return plan_memory(hvdtrain.init(), MemoryQuestion(cls, given, ranks, limit, None))
+def plan_here(cls: type[Recipe], given: Mapping[str, object], ranks: int, replica: int) -> list[LayoutRow]:
+    return plan_memory(hvdtrain.init(), MemoryQuestion(cls, given, ranks, replica, replica, 1 << 30, None))
 
 
-def plan(worlds: KeptWorlds, cls: type[Recipe], ranks: int, limit: int = 1 << 30, **given: object) -> list[LayoutRow]:
-    return worlds[1].run(plan_here, cls, given, ranks, limit)[0]
+def plan(worlds: KeptWorlds, cls: type[Recipe], ranks: int, replica: int = 1, **given: object) -> list[LayoutRow]:
+    """replica: its ranks in layouts with stages or split layers."""
+    return worlds[1].run(plan_here, cls, given, ranks, replica)[0]
 
 
 def test_each_layout_has_the_bytes_counted_by_hand(worlds: KeptWorlds) -> None:
@@ -131,14 +132,52 @@ def test_real_ranks_have_what_is_planned(ranks: int, worlds: KeptWorlds) -> None
     assert worlds[ranks].run(measure_state, Counted, {})[0][1] == plain.gradients
 
 
+@pytest.mark.parametrize(
+    ("cls", "layout", "options", "given"),
+    [
+        (Holding, "--stages 2", ("--stages", "2"), {}),
+        (Holding, "--tensor 2", ("--tensor", "2"), {"ema": 0.9}),
+        (HoldingTables, "data parallel", (), {}),
+    ],
+    ids=["stages", "tensor", "tables"],
+)
+def test_real_ranks_that_divide_a_model_have_what_is_planned(
+    cls: type[Recipe],
+    layout: str,
+    options: tuple[str, ...],
+    given: dict[str, object],
+    worlds: KeptWorlds,
+    tmp_path: Path,
+) -> None:
+    """Four ranks: two replicas of two, or dealt tables, of which one is larger than a rank's share."""
+    row = next(row for row in plan(worlds, cls, 4, 2, **given) if row.layout == layout)
+    train(worlds[4], f"{RECIPES}:{cls.__name__}", tmp_path / "run", *options, env={"HVDTRAIN_TEST_OUT": str(tmp_path)})
+    parameters, state = max(json.loads((tmp_path / f"held{rank}").read_text()) for rank in range(4))
+    average = row.parameters if given else 0
+    assert (row.parameters, row.state) == (parameters, state + average)
+
+
+def test_stages_keep_what_waits_for_its_backward_pass(worlds: KeptWorlds) -> None:
+    """Two micro-batches of three examples: the first stage keeps both. A pass keeps all of one."""
+    plain, *_, staged, split = plan(worlds, Holding, 2, 2, micro_batch=3)[:6]
+    assert (plain.layout, staged.layout, split.layout) == ("data parallel", "--stages 2", "--tensor 2")
+    width, ends = 3 * 16 * FLOAT, 3 * 4 * FLOAT
+    # The input, the result of the first layer, and of each of two blocks what its two tanh return.
+    assert staged.activations == 2 * (ends + (1 + 2 * 2) * width)
+    # What is between the split layers of a block is halved.
+    assert plain.activations - split.activations == 3 * width / 2
+
+
 def test_the_command_prints_and_writes_the_rows(tmp_path: Path) -> None:
     command = [*HVDTRAIN, "plan", "-np", "3", "--memory", "1KiB", "--json", "rows.json", f"{RECIPES}:Counted"]
     done = run("alone", 1, command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["limit"] == 1024 and found["ranks"] == 3
-    layouts = ["data parallel", "--shard optimizer", "--shard optimizer --mirror 1"]
+    layouts = ["data parallel", "--shard optimizer", "--shard optimizer --mirror 1", "--stages 3"]
     assert [row["layout"] for row in found["rows"]] == layouts
-    assert [row["total"] - row["temporary"] for row in found["rows"]] == TOTALS
+    # The first of three stages has 40 values, and keeps of each of three micro-batches what it gets and returns.
+    totals = [*TOTALS, 40 * (2 * FLOAT + ADAM) + 2 * STEP + 3 * (4 + 8) * FLOAT]
+    assert [row["total"] - row["temporary"] for row in found["rows"]] == totals
     assert [row["fits"] for row in found["rows"]] == [row["total"] <= 1024 for row in found["rows"]]
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 6

@@ -21,7 +21,7 @@ MLP = str(Path(__file__).parents[2] / "recipes" / "mlp.py")
         (f"{MLP} --local-steps 4", "hvdtrain plan does not count what --local-steps keeps: leave it out"),
         (f"{MLP} --deterministic", "hvdtrain plan does not count what --deterministic keeps: leave it out"),
         (f"{MLP} --prune 0.8,from:1ep,to:2ep", "hvdtrain plan does not count what --prune keeps: leave it out"),
-        (f"{MLP} --tensor 2", "hvdtrain plan does not count what --tensor keeps: leave it out"),
+        (f"{MLP} --shard-ranks 2", "hvdtrain plan does not count what --shard-ranks keeps: leave it out"),
         (f"{MLP} --compression auto", "--compression auto chooses a method by its time: name one, for example int8"),
         (f"-np 0 {MLP}", "Invalid value for '-np' / '--ranks': 0 is not in the range 1<=x<=1024."),
     ],
