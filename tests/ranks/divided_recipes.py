@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from hvdtrain.exchange.local_tensors import is_split_dtensor, local_tensor
 from hvdtrain.torch import Recipe, all_gather, option
+from recipes.digits import Digits
 from recipes.translate import Translate
 
 TYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -219,6 +220,20 @@ class Methods(Divided):
 
     def score(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Any]:
         return {"loss": model.first(batch[0]).sum(1)}
+
+
+class SplitDigits(Digits):
+    """A perceptron on digits, whose layers can be split and are a chain."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+
+    def split_plan(self) -> dict[str, Any]:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+        return {"1": ColwiseParallel(), "3": RowwiseParallel()}
 
 
 class WithoutBleu(Translate):

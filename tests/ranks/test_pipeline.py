@@ -42,6 +42,25 @@ def test_two_replicas_of_two_stages_train_as_one_rank(
     assert one["eval"] == pytest.approx(four["eval"], rel=1e-10)
 
 
+def test_float32_follows_one_rank_step_by_step(worlds: KeptWorlds, tmp_path: Path) -> None:
+    """SGD with momentum, two replicas of two stages."""
+    name, options = f"{RECIPES}:Digits64", (*COMMON, "--no-double")
+    train(worlds[1], name, tmp_path / "one", *options)
+    train(worlds[4], name, tmp_path / "four", *options, *stages("1f1b"))
+    for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_of_mpirun_train_as_one_rank(world1: KeptWorld, tmp_path: Path) -> None:
+    name = f"{RECIPES}:Digits64"
+    train(world1, name, tmp_path / "one", *COMMON)
+    command = [*HVDTRAIN, "train", name, "--run-dir", str(tmp_path / "four"), *COMMON, *stages("1f1b")]
+    done = run("mpirun", 4, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(tmp_path / "one", tmp_path / "four", 1e-10)
+
+
 @pytest.mark.parametrize("more", [("--schedule", "cosine"), ("--seeded", "--steps", "2")], ids=["ragged", "random"])
 def test_clipping_averages_and_groups_are_those_of_one_rank(
     more: tuple[str, ...], worlds: KeptWorlds, tmp_path: Path
