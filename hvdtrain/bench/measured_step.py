@@ -110,12 +110,12 @@ def find_data_parts(options: RunOptions, ranks: int) -> int:
 
 @contextlib.contextmanager
 def pretend_replica(world: World, ranks: int) -> Iterator[World]:
-    """Let this process be one of the ranks of a replica within a block, without others: what they send is anything."""
-    from torch._C._distributed_c10d import FakeStore
+    """Let this process be the last rank of a replica, whose scores count, within a block; others send anything."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
     try:
-        yield GridShape(ranks).divide_world(replace(world, size=ranks))
+        yield GridShape(ranks).divide_world(replace(world, rank=ranks - 1, size=ranks))
     finally:
         dist.destroy_process_group()
 
