@@ -29,50 +29,87 @@ PADDING, BEGIN, END = 0, 1, 2  # bytes that no name has
 LONGEST = 72  # bytes of a name, with BEGIN and END
 
 
+# What passes through the model, from module to module: what the source is so far, (B, S, width), what the target is,
+# (B, T, width), and which bytes of the source are padding, (B, S).
+Passed = tuple[Tensor, Tensor, Tensor]
+
+
+class Embedding(nn.Module):
+    """(B, S) source and (B, T) target bytes -> both embedded"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bytes, self.positions = nn.Embedding(256, width), nn.Embedding(LONGEST, width)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.bytes(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+
+    def forward(self, source: Tensor, target: Tensor) -> Passed:
+        return self.embed(source), self.embed(target), source == PADDING
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    def forward(self, passed: Passed) -> Passed:
+        source, target, padding = passed
+        return super().forward(source, src_key_padding_mask=padding), target, padding
+
+
+class EncoderNorm(nn.LayerNorm):
+    def forward(self, passed: Passed) -> Passed:
+        source, target, padding = passed
+        return super().forward(source), target, padding
+
+
+class DecoderLayer(nn.TransformerDecoderLayer):
+    def forward(self, passed: Passed) -> Passed:
+        source, target, padding = passed
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device)
+        masks = {"tgt_mask": causal, "tgt_is_causal": True, "memory_key_padding_mask": padding}
+        return source, super().forward(target, source, **masks), padding
+
+
+class DecoderNorm(nn.LayerNorm):
+    def forward(self, passed: Passed) -> Tensor:
+        return super().forward(passed[1])
+
+
 class Translator(nn.Module):
     """(B, S) source and (B, T) target so far -> (B, T, 256) logits of the bytes that follow"""
 
     def __init__(self, width: int, layers: int, dropout: float) -> None:
         super().__init__()
-        self.bytes, self.positions = nn.Embedding(256, width), nn.Embedding(LONGEST, width)
+        self.embedding = Embedding(width)
         sizes = {"d_model": width, "nhead": 4, "dim_feedforward": 4 * width, "dropout": dropout}
-        layer = nn.TransformerEncoderLayer(**sizes, batch_first=True, norm_first=True)
+        kinds = {**sizes, "batch_first": True, "norm_first": True}
         # nn.Transformer's own encoder warns that it cannot use nested tensors with norm_first.
-        encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.transformer = nn.Transformer(
-            **sizes, num_decoder_layers=layers, custom_encoder=encoder, batch_first=True, norm_first=True
-        )
+        encoder = nn.TransformerEncoder(EncoderLayer(**kinds), layers, EncoderNorm(width), enable_nested_tensor=False)
+        decoder = nn.TransformerDecoder(DecoderLayer(**kinds), layers, DecoderNorm(width))
+        self.transformer = nn.Transformer(**kinds, custom_encoder=encoder, custom_decoder=decoder)
         self.output = nn.Linear(width, 256)
-        for embedding in (self.bytes, self.positions):
+        for embedding in (self.embedding.bytes, self.embedding.positions):
             nn.init.normal_(embedding.weight, std=width**-0.5)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        return self.bytes(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
-
-    def encode(self, source: Tensor) -> Tensor:
-        return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PADDING)
-
-    def decode(self, memory: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device)
-        decoded = self.transformer.decoder(
-            self.embed(target), memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=source == PADDING
-        )
-        return self.output(decoded)
-
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        return self.decode(self.encode(source), source, target)
+        passed = self.embedding(source, target)
+        for part in (self.transformer.encoder, self.transformer.decoder):
+            for module in (*part.layers, part.norm):
+                passed = module(passed)
+        return self.output(passed)
 
 
-def search_beams(model: Translator, source: Tensor, beams: int) -> Tensor:
-    """Return the most likely translations per byte, (B, LONGEST), of those that a beam search keeps."""
+def search_beams(model: nn.Module, source: Tensor, beams: int, length: int) -> Tensor:
+    """Return the most likely translations per byte, (B, LONGEST), of those that a beam search keeps.
+
+    length: of the targets that the model is given at least.
+    """
     rows, first = len(source) * beams, torch.arange(len(source), device=source.device)[:, None] * beams
-    memory, source = model.encode(source).repeat_interleave(beams, 0), source.repeat_interleave(beams, 0)
-    tokens = source.new_full((rows, 1), BEGIN)
-    scores = memory.new_zeros(len(first), beams)
+    sources, tokens = source.repeat_interleave(beams, 0), source.new_full((rows, 1), BEGIN)
+    scores = torch.zeros(len(first), beams, device=source.device)
     scores[:, 1:] = -torch.inf  # at first all beams of an example are the same
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     while not ended.all() and tokens.shape[1] < LONGEST:
-        following = model.decode(memory, source, tokens)[:, -1].float().log_softmax(1)
+        targets = F.pad(tokens, (0, max(0, length - tokens.shape[1])), value=PADDING)
+        following = model(sources, targets)[:, tokens.shape[1] - 1].float().log_softmax(1)
         only_padding = torch.full_like(following, -torch.inf)
         only_padding[:, PADDING] = 0
         candidates = scores.view(-1, 1) + torch.where(ended, only_padding, following)
@@ -97,6 +134,7 @@ class Translate(Recipe):
     dropout: float = option(0.1, "share of each layer's output that is dropped in training", at_least=0)
     smoothing: float = option(0.1, "label smoothing", at_least=0)
     beams: int = option(4, "translations that the search keeps", at_least=1)
+    fixed_length: bool = option(False, "pad all names to the longest, as --stages needs")
     epochs: int = 20
     batch_size: int = 32
     lr: float = 1.5e-3
@@ -116,7 +154,9 @@ class Translate(Recipe):
 
     def collate(self, examples: list[tuple[str, str]]) -> list[Tensor]:
         """Two tensors (B, L), sources and targets, each as long as its longest."""
-        return [pad_sequence([encode(text) for text in side], batch_first=True) for side in zip(*examples, strict=True)]
+        sides = zip(*examples, strict=True)
+        padded = [pad_sequence([encode(text) for text in side], batch_first=True) for side in sides]
+        return [pad_to_longest(side) for side in padded] if self.fixed_length else padded
 
     def optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(params, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -150,7 +190,8 @@ class Translate(Recipe):
 
     def outputs(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
         source, target = batch
-        return {"translations": search_beams(model, source, self.beams), "references": pad_to_longest(target)}
+        found = search_beams(model, source, self.beams, LONGEST - 1 if self.fixed_length else 0)
+        return {"translations": found, "references": pad_to_longest(target)}
 
     def summarise(self, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
         translations = [decode(tokens) for tokens in outputs["translations"]]

@@ -32,7 +32,6 @@ from hvdtrain.torch.trial import TrialResult, load_two_examples
 
 REFUSED_METHODS = {  # that a recipe may have
     "evaluated": "is given the whole model after an evaluation",
-    "summarise": "needs outputs of the whole model",
     "state": "is remembered on the first stage's rank, and scores are computed on the last one's",
 }
 SEED = (0, -1)  # of what is drawn while the model is tried

@@ -14,9 +14,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining import (
@@ -27,10 +29,11 @@ from torch.distributed.pipelining import (
 )
 
 from hvdtrain.comm import collectives
+from hvdtrain.comm.torch_group import reporting_lost_peers
 from hvdtrain.system.errors import KnownError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import seed_all
-from hvdtrain.torch.model_chain import pack_tensors
+from hvdtrain.torch.model_chain import Passed, pack_tensors
 from hvdtrain.torch.scorer import Scorer
 from hvdtrain.torch.stages import Stage, StagePlan, make_example
 from hvdtrain.torch.stand_in import StandIn, note_inputs
@@ -86,16 +89,20 @@ class Pipeline:
         on_backward: called before each backward pass of a stage, with whether it is its last one of the step.
     """
 
-    def __init__(self, kind: str, plans: Sequence[StagePlan], scorer: Scorer, num_micro_batches: int) -> None:
+    def __init__(
+        self, kind: str, plans: Sequence[StagePlan], result: Passed, scorer: Scorer, num_micro_batches: int
+    ) -> None:
         """Make a pipeline; nothing is sent yet.
 
         Args:
             kind: of the schedule.
             plans: of this rank's stages.
+            result: what the last stage returns of a micro-batch.
             scorer: of the recipe.
             num_micro_batches: of a step.
         """
         self.kind, self.plans, self.scorer, self.num_micro_batches = kind, plans, scorer, num_micro_batches
+        self.result = result
         self.micro_batches: Sequence[MicroBatch] = []
         self.on_backward: Callable[[bool], None] = lambda is_last: None
         self._compute_loss: Callable[[MicroBatch, StandIn], Tensor] = lambda micro_batch, model: torch.zeros(())
@@ -150,7 +157,7 @@ class Pipeline:
             self._training = self._make_schedule(model, self.num_micro_batches, trains=True)
         self._compute_loss = compute_loss
         self.waited, begin = 0.0, time.perf_counter()
-        self._run(self._training, micro_batches, trains=True)
+        self._run(self._training, micro_batches, partial(self._note_inputs, training=True), trains=True)
         self.waited += time.perf_counter() - begin
         if self.scorer.device.type == "cuda":
             self.waited = 0.0
@@ -164,13 +171,23 @@ class Pipeline:
         finally:
             self.waited -= time.perf_counter() - begin
 
-    def _run(self, schedule: Any, micro_batches: Sequence[MicroBatch], *, trains: bool) -> Any:
-        """Run a schedule; return the outputs of its one micro-batch on the last stage, unless it trains."""
+    def _run(
+        self,
+        schedule: Any,
+        micro_batches: Sequence[MicroBatch],
+        find_inputs: Callable[[MicroBatch], Sequence[Tensor]],
+        *,
+        trains: bool,
+    ) -> Any:
+        """Run a schedule; return the outputs of its one micro-batch on the last stage, unless it trains.
+
+        find_inputs: returns what the model is given of a micro-batch; called where the first stage is.
+        """
         self.micro_batches = micro_batches
         given: dict[str, object] = {}
         if self.plans[0].is_first:
             with self.computing():
-                inputs = [self._note_inputs(one, training=trains) for one in micro_batches]
+                inputs = [self._fill_up(find_inputs(one), one.count) for one in micro_batches]
             given["arg_mbs"] = inputs + [inputs[0]] * (schedule._n_microbatches - len(inputs))
         if trains and self.has_last:
             given["target_mbs"] = list(range(self.num_micro_batches))
@@ -190,30 +207,69 @@ class Pipeline:
 
         model: of which this rank has its stages, the trained one or its average.
         """
-        if id(model) not in self._evaluations:
-            self._evaluations[id(model)] = self._make_schedule(model, 1, trains=False)
-        outputs = self._run(self._evaluations[id(model)], [micro_batch], trains=False)
+        find_inputs = partial(self._note_inputs, training=False)
+        outputs = self._run(self._find_evaluation(model), [micro_batch], find_inputs, trains=False)
         return self._stand_in(micro_batch, outputs, training=False) if self.has_last else None
 
-    def _note_inputs(self, micro_batch: MicroBatch, *, training: bool) -> tuple[Tensor, ...]:
-        """Return what `score` gives to the model, filled up to the size of the others."""
-        recipe, given = self.scorer.recipe, self.plans[0].given.tensors
-        batch = self.scorer.move_batch(micro_batch.batch)
+    def _find_evaluation(self, model: nn.Module) -> Any:
+        """Return the schedule of one micro-batch forward through a model."""
+        if id(model) not in self._evaluations:
+            self._evaluations[id(model)] = self._make_schedule(model, 1, trains=False)
+        return self._evaluations[id(model)]
+
+    def call_model(self, model: nn.Module, inputs: Sequence[Tensor], seed: Sequence[int]) -> Any:
+        """Return what the whole model returns for tensors (B, ...), on all ranks of the replica, which all call this.
+
+        Args:
+            model: as for `evaluate`.
+            inputs: the same on all of them; they pass the stages in micro-batches.
+            seed: of the randomness of modules.
+        """
+        size, found = len(self.plans[0].given.tensors[0]), list[Sequence[Tensor]]()
+        for first in range(0, len(inputs[0]), size):
+            part = [x[first : first + size] for x in inputs]
+            micro_batch = MicroBatch(part, len(part[0]), (*seed, first))
+            outputs = self._run(self._find_evaluation(model), [micro_batch], lambda one: one.batch, trains=False)
+            found.append(self._broadcast(outputs, micro_batch.count))
+        return pack_tensors(self.result.structure, [torch.cat(parts) for parts in zip(*found, strict=True)])
+
+    def _broadcast(self, outputs: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Return the outputs of a micro-batch's `count` examples on all ranks of the replica.
+
+        outputs: on the rank with the last stage.
+        """
+        shared = []
+        with reporting_lost_peers(True):
+            for number, x in enumerate(self.result.tensors):
+                shape = (count, *x.shape[1:])
+                own = outputs[number][:count].contiguous() if self.has_last else None
+                received = torch.empty(shape, dtype=x.dtype, device=self.scorer.device) if own is None else own
+                dist.broadcast(received, dist.get_world_size() - 1)
+                shared.append(received)
+        return shared
+
+    def _note_inputs(self, micro_batch: MicroBatch, *, training: bool) -> Sequence[Tensor]:
+        """Return what `score` gives to the model."""
+        recipe, batch = self.scorer.recipe, self.scorer.move_batch(micro_batch.batch)
         seed_all(micro_batch.seed)
         with self.scorer.session.refuse_calls(), self.scorer.autocast_context(), in_recipe(recipe, "score()"):
-            inputs = note_inputs(recipe, batch, training)
+            return note_inputs(recipe, batch, training)
+
+    def _fill_up(self, inputs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Return what the model is given of `count` examples, filled up to a whole micro-batch. Raises UserError."""
+        name, given = type(self.scorer.recipe).__name__, self.plans[0].given.tensors
         if [(x.shape[1:], x.dtype) for x in inputs] != [(x.shape[1:], x.dtype) for x in given]:
             found, first = (", ".join(str(tuple(x.shape[1:])) for x in some) for some in (inputs, given))
             raise UserError(
-                f"--stages: {type(recipe).__name__}.score gives the model examples of shape {found}, after {first} "
-                "before the first step; stages take one shape: pad examples to a fixed length in collate()"
+                f"--stages: {name} gives the model examples of shape {found}, after {first} before the first step; "
+                "stages take one shape: pad examples to a fixed length in collate()"
             )
-        if any(len(x) != micro_batch.count for x in inputs):
+        if any(len(x) != count for x in inputs):
             raise UserError(
-                f"--stages: {type(recipe).__name__}.score gives the model {[len(x) for x in inputs]} examples of "
-                f"{micro_batch.count}; expected as many as it is given"
+                f"--stages: {name} gives the model {[len(x) for x in inputs]} examples of {count}; expected as many "
+                "as it is given"
             )
-        missing = len(given[0]) - micro_batch.count
+        missing = len(given[0]) - count
         padded = [torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x for x in inputs]
         return tuple(x.detach() for x in padded)
 

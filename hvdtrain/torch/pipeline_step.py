@@ -94,8 +94,9 @@ class PipelineStep(TorchStep):
         """Prepare the stages for this world, of whose replicas each has its part of the batch."""
         world, options, size = self.world, self.options.pipeline, self._find_micro_batch()
         count = options.count_micro_batches(-(-self.recipe.batch_size // world.data_size), size)
-        own = self.division.resize(size).list_own(world.place, options.stages)
-        self.pipeline = Pipeline(options.kind, own, self.scorer, count)
+        division = self.division.resize(size)
+        own = division.list_own(world.place, options.stages)
+        self.pipeline = Pipeline(options.kind, own, division.stages[-1].returned, self.scorer, count)
         self.pipeline.on_backward = self._announce_pass
         self._collected: list[MicroBatch] = []  # of the step
         if self._is_connected:
@@ -190,6 +191,7 @@ class PipelineStep(TorchStep):
 
     @explain_nondeterminism
     def evaluate_batch(self, batch: Any, count: int, seed: Sequence[int]) -> NDArray[np.float64]:
+        self._evaluation_seed = seed
         with torch.no_grad():
             model = self.evaluator.enter_evaluation()
             stand_in = self.pipeline.evaluate(model, MicroBatch(batch, count, seed))
@@ -203,7 +205,15 @@ class PipelineStep(TorchStep):
         pass  # of no rank of the replica there are examples
 
     def compute_outputs(self, batch: Any, count: int) -> Mapping[str, NDArray[Any]]:
-        raise NotImplementedError  # `summarise` is refused
+        """Return the outputs that `score` has returned, where the scores are; or what all ranks compute together."""
+        if self.gradients.agree(self.scorer.has_outputs or not self.pipeline.has_last):
+            return self.scorer.compute_outputs(None, batch, count) if self.pipeline.has_last else {}
+        model, seed = self.evaluator.enter_evaluation(), (*self._evaluation_seed, 0)
+        seed_all(seed)
+        stand_in = StandIn(
+            self.recipe, lambda args: self.pipeline.call_model(model, args, seed), training=False, method="outputs"
+        )
+        return self.scorer.compute_outputs(stand_in, batch, count)
 
     def evaluated_model(self, seed: Sequence[int]) -> NoReturn:
         raise NotImplementedError  # `evaluated` is refused

@@ -72,6 +72,11 @@ class Scorer:
         check_loss_denominators(self.recipe, scores, layout)
         return scores
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether `score` has returned outputs of the last batch."""
+        return self._outputs is not None
+
     def compute_outputs(self, model: Any, batch: Any, count: int) -> Outputs:
         """Return the outputs of the batch that was scored last, in an evaluation; by another pass if need be.
 

@@ -72,7 +72,9 @@ class Stage(nn.Module):
             for link, part in zip(self.plan.links, self.parts, strict=True):
                 seed_all((*self.seed, link.number))  # so that randomness does not depend on the cut
                 value = call_link(link, part, value)
-        returned = tree_leaves(value)
+        # What is passed on as it came gets a place in the graph of its own, through which its derivative goes back.
+        given = {id(x) for x in tensors}
+        returned = [x.clone() if id(x) in given else x for x in tree_leaves(value)]
         return tuple(returned if self.plan.is_last else [x.contiguous() for x in returned])
 
 

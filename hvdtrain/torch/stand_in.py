@@ -27,21 +27,25 @@ class StandIn:
         calls: how often it was called.
     """
 
-    def __init__(self, recipe: Recipe, respond: Callable[[tuple[Any, ...]], Any], training: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, respond: Callable[[tuple[Any, ...]], Any], training: bool = True, method: str = "score"
+    ) -> None:
         """Stand in for a model.
 
         Args:
             recipe: for messages.
             respond: returns what the model returns for its arguments.
             training: its mode.
+            method: of the recipe, which is given it; `score` calls it once.
         """
-        self._method, self._respond = f"{type(recipe).__name__}.score", respond
+        self._method, self._respond = f"{type(recipe).__name__}.{method}", respond
+        self._is_called_once = method == "score"
         self.calls, self.training = 0, training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns. Raises UserError for what stages cannot be given."""
         self.calls += 1
-        if self.calls > 1:
+        if self.calls > 1 and self._is_called_once:
             raise UserError(
                 f"--stages: {self._method} calls the model a second time; a pass of a pipeline is one call, model(...)"
             )
@@ -63,7 +67,7 @@ class StandIn:
             raise AttributeError(name)
         raise UserError(
             f"--stages: {self._method} uses model.{name}, and each rank has a part of the model only: call the model, "
-            "once, and compute the scores from what it returns"
+            "and compute what is asked for from what it returns"
         )
 
 

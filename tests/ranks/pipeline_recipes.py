@@ -21,6 +21,7 @@ from tests.ranks.sharded_recipes import GlobalNorm
 RECIPES = Path(__file__).parents[2] / "recipes"
 Digits: Any = load_recipe(str(RECIPES / "digits.py"))
 CharLM: Any = load_recipe(str(RECIPES / "charlm.py"))
+Translate: Any = load_recipe(str(RECIPES / "translate.py"))
 
 
 @dataclass(kw_only=True)
@@ -57,6 +58,25 @@ class CharLM64(CharLM):
 
     def dataset(self, split: str) -> Tensor:
         return super().dataset(split)[:47]
+
+
+@dataclass(kw_only=True)
+class Translate64(Translate):
+    """In float64: tensors of three kinds pass the stages, and translations are searched for in many passes."""
+
+    width: int = 8
+    layers: int = 1
+    dropout: float = 0.0
+    beams: int = 2
+    epochs: int = 1
+    batch_size: int = 14
+    fixed_length: bool = True
+
+    def model(self) -> nn.Module:
+        return super().model().double()
+
+    def dataset(self, split: str) -> list[tuple[str, str]]:
+        return super().dataset(split)[: {"train": 31, "eval": 5}[split]]
 
 
 class Mixed(nn.Module):
@@ -341,10 +361,22 @@ class Remembering(Dropping):
         pass
 
 
+# What is summarised: outputs that several passes compute, or that score returns.
+
+
 @dataclass(kw_only=True)
-class Summarising(Dropping):
+class Summarising(Chain):
     def outputs(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {"y": model(batch[0])}
+        twice = torch.cat([batch[0], batch[0]]), torch.cat([batch[1], batch[1]])  # more than a micro-batch
+        return {"y": model(*twice)[: len(batch[0])] + model(batch[0] + 1, batch[1])}
 
     def summarise(self, outputs: dict[str, Any]) -> dict[str, float]:
         return {"mean": float(outputs["y"].mean())}
+
+
+@dataclass(kw_only=True)
+class Returning(Summarising):
+    def score(self, model: nn.Module, batch: Sequence[Tensor]) -> Any:
+        x, mask, y = batch
+        found = model(x, mask).squeeze(1)
+        return {"loss": (found - y).square()}, {"y": found}

@@ -22,8 +22,8 @@ def stages(schedule: str) -> tuple[str, ...]:
     return ("--stages", "2", "--pipeline-schedule", schedule)
 
 
-ESSENCE = [("Digits64", "1f1b"), ("CharLM64", "interleaved"), ("Chain", "zerobubble")]
-OTHERS = [(r, s) for r in ("Digits64", "CharLM64", "Chain") for s in SCHEDULES if (r, s) not in ESSENCE]
+ESSENCE = [("Digits64", "1f1b"), ("CharLM64", "interleaved"), ("Chain", "zerobubble"), ("Translate64", "gpipe")]
+OTHERS = [(r, s) for r in ("Digits64", "CharLM64", "Chain", "Translate64") for s in SCHEDULES if (r, s) not in ESSENCE]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,15 @@ def test_float32_follows_one_rank_step_by_step(worlds: KeptWorlds, tmp_path: Pat
     train(worlds[4], name, tmp_path / "four", *options, *stages("1f1b"))
     for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["Summarising", "Returning"])
+def test_outputs_are_summarised(recipe: str, worlds: KeptWorlds, tmp_path: Path) -> None:
+    found = [
+        train(worlds[ranks], f"{RECIPES}:{recipe}", tmp_path / str(ranks), *COMMON, "--ema", "0.9", *more)["eval"]
+        for ranks, more in ((1, ()), (4, stages("interleaved")))
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-10)
 
 
 @pytest.mark.slow
@@ -201,7 +210,6 @@ REFUSED = {
     "Gathering": "Gathering.score calls collectives",
     "Ending": "Ending.evaluated is given the whole model",
     "Remembering": "Remembering.state is remembered on the first stage's rank",
-    "Summarising": "Summarising.summarise needs outputs of the whole model",
 }
 
 
