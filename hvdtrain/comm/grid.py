@@ -32,7 +32,15 @@ from hvdtrain.comm.rendezvous import RendezvousServer
 from hvdtrain.comm.signed_store import SignedStore, open_store
 from hvdtrain.comm.torch_group import NEVER, TorchGroup, reporting_lost_peers
 from hvdtrain.comm.torch_ranks import connect_ranks
-from hvdtrain.comm.world import GridShape, World, communicators, enter_world, rendezvous_servers, shut_down_horovod
+from hvdtrain.comm.world import (
+    GridShape,
+    World,
+    close_connections,
+    communicators,
+    enter_world,
+    rendezvous_servers,
+    shut_down_horovod,
+)
 from hvdtrain.system.errors import RunError, UserError
 
 
@@ -94,6 +102,7 @@ def connect_grid(world: World, store: SignedStore, device: str | None) -> None:
 
 def disconnect_grid() -> None:
     """Close all connections of `connect_grid`, if there are any; ranks that wait in one learn of it."""
+    close_connections()
     collectives.set_everyone(None)
     if dist.is_initialized():
         dist.destroy_process_group()

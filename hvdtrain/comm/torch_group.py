@@ -24,6 +24,7 @@ from hvdtrain.comm.lazy_horovod import load_peers_lost
 from hvdtrain.system.errors import UserError
 
 NEVER = timedelta(days=30)  # until a collective is given up: a lost rank is noticed, and a hanging one ended
+GLOO_MARK = "gloo/transport"  # in errors of its connections, which are RuntimeErrors
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # that are supported, by the type of the tensors' device
 
 
@@ -231,6 +232,15 @@ def find_backend(process_group: dist.ProcessGroup, device: torch.device) -> str:
         return process_group._get_backend(device).name().lower()
     except RuntimeError:  # there is none for such devices
         return ""
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Return whether an error, or what has caused it, is that a connection to another rank is lost."""
+    while error is not None:
+        if isinstance(error, (load_peers_lost(), dist.DistError)) or GLOO_MARK in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextlib.contextmanager

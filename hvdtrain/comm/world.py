@@ -41,11 +41,13 @@ class GridShape:
     Attributes:
         replica_ranks: ranks that hold the model once.
         same_batch: whether the ranks of a replica have the same part of the batch.
+        built_together: whether a rank needs the others of its replica to build its part of the model.
         flags: the options that ask for it, for messages: "--stages 2".
     """
 
     replica_ranks: int = 1
     same_batch: bool = True
+    built_together: bool = False
     flags: str = ""
 
     def divide_world(self, world: World) -> World:
@@ -297,18 +299,20 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def shut_down_horovod() -> None:
-    """Shut Horovod down in this process; collectives of the other ranks then fail, unless they do the same.
+def close_connections() -> None:
+    """Close what was connected next to Horovod for its world."""
+    for connection in list(connections):
+        connection.close()
 
-    What was connected next to it for this world is closed first.
-    """
+
+def shut_down_horovod() -> None:
+    """Shut Horovod down in this process; collectives of the other ranks then fail, unless they do the same."""
     import horovod.torch as hvd
     from horovod.torch import mpi_ops
 
     from hvdtrain.comm.collectives import forget_names
 
-    for connection in list(connections):
-        connection.close()
+    close_connections()
     hvd.shutdown()
     forget_names()
     mpi_ops._handle_map.clear()  # tensors of collectives that will not complete

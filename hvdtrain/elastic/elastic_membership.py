@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvdtrain.comm.world import GridShape, World, enter_world, shut_down_horovod
-from hvdtrain.elastic.generation import GenerationFormer, MemberRequests
+from hvdtrain.elastic.generation import INCOMPLETE_TEXT, GenerationFormer, MemberRequests, MembershipEnded
 from hvdtrain.elastic.membership import EnteredWorld, FixedMembership, Membership
 from hvdtrain.elastic.ranks import RankAssignment
 from hvdtrain.elastic.records import (
@@ -34,11 +34,12 @@ from hvdtrain.elastic.records import (
     TrainingError,
     Verdict,
 )
+from hvdtrain.elastic.replica import ReplicaMeeting
 from hvdtrain.elastic.slot import MEMBER_VARIABLE, Request, Slot, read_requests
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system import activity, cpus, messages
-from hvdtrain.system.errors import RecipeError, UserError
+from hvdtrain.system.errors import EXIT_RESTART, RecipeError, UserError
 from hvdtrain.system.messages import RankStarted
 from hvdtrain.system.signed_http import read_key
 from hvdtrain.system.text import format_count
@@ -89,12 +90,30 @@ class ElasticMembership:
             )
         self._grid = shape.divide_world(replace(world, rank=slot.local_rank % ranks, size=ranks))
         self._device, self._former.replica_ranks = device, ranks
-        try:
-            yield self._grid
-        finally:
-            from hvdtrain.comm.grid import disconnect_grid
+        from hvdtrain.comm.grid import disconnect_grid
+        from hvdtrain.comm.torch_group import is_lost_peer
 
+        try:
+            with self._meet_replica(self._grid) if shape.built_together else contextlib.nullcontext():
+                yield self._grid
+        except Exception as error:
+            if self._former.replica and not self.has_joined and is_lost_peer(error):
+                raise MembershipEnded(INCOMPLETE_TEXT, EXIT_RESTART) from error
+            raise
+        finally:
             disconnect_grid()
+
+    @contextlib.contextmanager
+    def _meet_replica(self, grid: World) -> Iterator[None]:
+        """Connect this worker with the others of its replica, which is its world until it enters a generation's."""
+        from hvdtrain.comm.grid import connect_grid
+        from hvdtrain.comm.signed_store import SignedStore
+
+        with contextlib.closing(ReplicaMeeting(self._former)) as meeting:
+            with activity.temporary_activity("waiting for its replica", waits=True, endless=True):
+                plan = meeting.meet(self.poll_requests)
+            connect_grid(grid, SignedStore(*plan.server, read_key()), self._device)
+            yield
 
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         return self.store.put_if_absent(LAUNCH, relaunch or secrets.token_hex(8))
@@ -182,8 +201,9 @@ class ElasticMembership:
         A lost peer is not one: the next generation is without it.
         """
         from hvdtrain.comm.collectives import PeersLost
+        from hvdtrain.comm.torch_group import is_lost_peer
 
-        if isinstance(error, PeersLost):
+        if isinstance(error, PeersLost) or (self._grid is not None and is_lost_peer(error)):
             return
         if isinstance(error, RecipeError):
             text, trace = str(error), error.trace

@@ -1,5 +1,6 @@
 """What a supervisor does when its worker has died: start another one, end the run for all, or let its own slot fail.
 
+another one of its replica was lost (EXIT_RESTART) another one, at once
 the worker had joined a generation                 another one, at once or after a pause; or the run ends, when it
                                                    makes no progress (hvdtrain.elastic.tries)
 it had not, and no worker has ever joined one      another one, once; then the slot fails
@@ -20,7 +21,7 @@ from hvdtrain.elastic.store import KeyValueStore
 from hvdtrain.elastic.tries import MAX_TRIES_PER_STEP, count_tries, describe_exit_code
 from hvdtrain.system import messages
 from hvdtrain.system.activity import ActivityRecord
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_USER_ERROR
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_RESTART, EXIT_USER_ERROR
 
 MAX_FAILED_STARTS = 2  # of a slot's workers in a row, after which one is started only once in RETRY_INTERVAL
 RETRY_INTERVAL = 60.0  # seconds
@@ -57,6 +58,8 @@ class FailureHandler:
         """
         plans, (_, steps, _, what) = self.store.get_all(PLAN), record.read_activity()
         generations = [int(number) for number, plan in plans.items() if member in plan.member_ids]
+        if code == EXIT_RESTART:  # another worker's death, which counts
+            return DeathResponse(0 if generations else failed_starts + 1)
         text = f"a worker on {self.slot.host} {describe_exit_code(code)} while it was {what}"
         if generations:
             death = WorkerDeath(max(generations), steps, describe_exit_code(code), what, self.slot.host)

@@ -42,12 +42,13 @@ from hvdtrain.elastic.records import (
 from hvdtrain.elastic.slot import Slot
 from hvdtrain.elastic.store import KeyValueStore
 from hvdtrain.elastic.tries import count_tries
-from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, RunError, UserError
+from hvdtrain.system.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_RESTART, RunError, UserError
 from hvdtrain.system.limits import GenerationLimits
 from hvdtrain.system.network import interface_address
 
 DEFAULT_LIMITS = GenerationLimits()
 EVICTED_TEXT = "evicted: this worker did not respond in time"
+INCOMPLETE_TEXT = "another rank of this replica was lost"
 
 
 class MembershipEnded(Exception):
@@ -73,6 +74,8 @@ class GenerationFormer:
     Attributes:
         replica_ranks: members that hold the model together: they are in a generation all, or none of them is. One whose
             replica lacks a member waits, and has no state any more.
+        replica: the members that this one has built its part of the model with, by their places; [] if it has built
+            alone. It can be in no generation without them, and ends when one is gone.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class GenerationFormer:
         self.generation, self._newest_plan = get_newest_plan(store)
         self.has_joined = False  # a generation: this member has a state that others count on
         self.replica_ranks = 1
+        self.replica: Sequence[str] = []
         self._servers: list[RendezvousServer] = []  # where the ranks of a generation that it planned meet
 
     def form_next_generation(self, step: int, poll_requests: Callable[[], MemberRequests]) -> RankAssignment:
@@ -105,6 +109,8 @@ class GenerationFormer:
             if self.member not in plan.member_ids:
                 if self.has_joined and self.replica_ranks == 1:
                     raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+                if self.has_joined and self.replica:
+                    raise MembershipEnded(INCOMPLETE_TEXT, EXIT_RESTART)
                 self.has_joined, step = False, -1
                 continue
             if self._confirm_plan(number, plan.member_ids):
@@ -115,6 +121,13 @@ class GenerationFormer:
         """Publish that this member has left, and raise MembershipEnded."""
         self.store.put(GONE.of(self.member), "left")
         raise MembershipEnded("left, as it was asked to", EXIT_REQUEUE)
+
+    def check_not_gone(self, gone: Mapping[str, str]) -> None:
+        """Raise MembershipEnded if this member is gone, or one that it has built its part of the model with."""
+        if self.member in gone:
+            raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+        if not gone.keys().isdisjoint(self.replica):
+            raise MembershipEnded(INCOMPLETE_TEXT, EXIT_RESTART)
 
     def _agree_on_plan(self, number: int, step: int, poll_requests: Callable[[], MemberRequests]) -> GenerationPlan:
         """Return the plan of a generation; propose it, if this member is the one to.
@@ -136,8 +149,7 @@ class GenerationFormer:
             if asked and not self.has_joined:
                 self.announce_departure()
             here, gone = store.get_all(CANDIDATE.of(number)), store.get_all(GONE)
-            if self.member in gone:
-                raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+            self.check_not_gone(gone)
             present = {member: about for member, about in here.items() if member not in gone}
             complete = self._is_complete(previous, here, gone, time.monotonic() - began)
             line = [member for member in previous if member in present] + sorted(present.keys() - set(previous))

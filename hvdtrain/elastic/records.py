@@ -93,6 +93,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class ReplicaPlan:
+    """Workers that build what they hold together, before any of them is in a generation."""
+
+    members: list[str]  # by their places
+    server: tuple[str, int]  # address and port of the store where they meet
+
+    def __post_init__(self) -> None:
+        check_host(self.server[0])
+
+
+@dataclass(frozen=True)
 class TrainingError:
     """An error of the recipe's code, which ended a generation."""
 
@@ -154,7 +165,9 @@ class Fact(Generic[T]):
 NUMBER = "[0-9]{1,9}"
 VERDICT: Fact[Verdict] = Fact("verdict", Verdict)
 PLAN: Fact[GenerationPlan] = Fact("plan", GenerationPlan, f"plan-{NUMBER}")  # by generation
-CANDIDATE: Fact[Candidate] = Fact("here", Candidate, f"here-{NUMBER}-.+")  # by generation and member
+# By generation and member; 0: for a replica, which is built before it is in one.
+CANDIDATE: Fact[Candidate] = Fact("here", Candidate, f"here-{NUMBER}-.+")
+REPLICA: Fact[ReplicaPlan] = Fact("replica", ReplicaPlan, "replica-.+")  # by its first member
 FOLLOWS: Fact[bool] = Fact("follows", bool, f"follows-{NUMBER}-.+")  # by generation and member: it knows the plan
 BEGAN: Fact[int] = Fact("began", int, f"began-{NUMBER}")  # by generation: the steps done when it began
 ERROR: Fact[TrainingError] = Fact("error", TrainingError, f"error-{NUMBER}-.+")  # by generation and member

@@ -87,7 +87,8 @@ class BucketedExchange(GradientHooks):
         self._has_late_gradients: bool | None = None
         self._steps_are_odd = False  # those whose sums were used
         self._awaited: AwaitedSums | None = None  # of the step, once they were waited for
-        self._holds_parts = config.spec.method != NONE and any(is_dtensor(p) for _, p in named)
+        self.shares_parameters = any(is_dtensor(p) for _, p in named)
+        self._holds_parts = config.spec.method != NONE and self.shares_parameters
         self.register_parameters(named)
 
     @property
@@ -152,6 +153,9 @@ class BucketedExchange(GradientHooks):
 
     def wait_for_sums(self) -> None:
         """Send what is left and wait for all; `finish_exchange` does it unless it was done. All ranks call it."""
+        if (lost := self.lost_peer) is not None:
+            self.lost_peer = None
+            raise lost
         self.backward_end = time.perf_counter()
         self.waited = 0.0
         buckets = self.active_buckets

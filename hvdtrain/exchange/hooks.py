@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from hvdtrain.comm.torch_group import is_lost_peer
 from hvdtrain.exchange.buckets import Bucket, ExchangeConfig
 from hvdtrain.exchange.layout import BucketLayout
 from hvdtrain.exchange.mistakes import second_gradient_error
@@ -32,6 +33,8 @@ class GradientHooks(BucketLayout):
         arrived: parameters in no bucket that is sent whose gradients are finished, in that order.
         has_gradients: whether any gradient has come since the last step, finished or not.
         has_pending_gradients: whether this rank has finished gradients that no step has reduced yet.
+        shares_parameters: whether others have parts of its parameters, and need this rank in its backward pass.
+        lost_peer: the error by which sending has failed in such a pass, to be raised after it.
     """
 
     _open_exchanges: ClassVar[weakref.WeakSet[GradientHooks]] = weakref.WeakSet()  # with hooks in place
@@ -41,6 +44,8 @@ class GradientHooks(BucketLayout):
         self.passes = 1
         self.arrived: dict[torch.nn.Parameter, None] = {}
         self.has_gradients = self.has_pending_gradients = False
+        self.shares_parameters = False
+        self.lost_peer: Exception | None = None
         self._repeated: set[torch.nn.Parameter] = set()  # whose gradients are finished only at the end of the pass
         self._remaining_passes: dict[torch.nn.Parameter, int] = {}  # backward passes until a gradient is finished
         self._is_last_pass: bool | None = None  # of the step; None: the caller does not announce passes
@@ -150,13 +155,23 @@ class GradientHooks(BucketLayout):
                 self._repeated.add(p)
             elif sends_early:
                 self.store_gradient(bucket, index)
-                if len(bucket.filled) == len(bucket.params):
-                    self.send_bucket(bucket)
-                for other in self.buckets:
-                    if other.sent:
-                        other.reducer.start_second_round(wait=False)
+                if self.lost_peer is None:
+                    self._send_ready(bucket)
 
         return on_gradient
+
+    def _send_ready(self, bucket: Bucket) -> None:
+        """Send a bucket if it is full, and start second rounds."""
+        try:
+            if len(bucket.filled) == len(bucket.params):
+                self.send_bucket(bucket)
+            for other in self.buckets:
+                if other.sent:
+                    other.reducer.start_second_round(wait=False)
+        except Exception as error:
+            if not self.shares_parameters or not is_lost_peer(error):
+                raise
+            self.lost_peer = error
 
     def store_gradient(self, bucket: Bucket, index: int) -> None:
         """Take the finished gradient of the bucket's parameter with that index into the bucket."""

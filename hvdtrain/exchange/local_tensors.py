@@ -54,11 +54,16 @@ def wrap_local(local: Tensor, like: Tensor) -> Tensor:
 
 
 def cut_local(whole: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that has a DTensor's shape, on that one's device; no rank is asked."""
+    """Return this rank's part of a tensor that has a DTensor's shape, on that one's device; no rank is asked.
+
+    What is this part already is returned as it is.
+    """
     from torch.distributed.tensor import distribute_tensor
 
     distributed: Any = like
     moved = whole.to(local_tensor(like).device)
+    if moved.shape == local_tensor(like).shape:
+        return moved
     cut = distribute_tensor(moved, distributed.device_mesh, distributed.placements, src_data_rank=None)
     return local_tensor(cut)
 

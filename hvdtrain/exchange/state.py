@@ -163,8 +163,8 @@ def view_whole(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def cut_saved(flat: Tensor, p: torch.nn.Parameter) -> Tensor:
-    """Return this rank's part of what is saved of a parameter, in the order of the memory that it has of it."""
-    if not is_dtensor(p):
+    """Return this rank's part of what is saved of a parameter, or this part, in the order of the memory that it has."""
+    if not is_dtensor(p) or len(flat) == real_numel(p):
         return flat
     whole = view_whole(flat, p)
     own = torch.zeros(real_numel(p), dtype=flat.dtype, device=p.device)

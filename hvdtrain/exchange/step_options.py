@@ -213,10 +213,10 @@ class StepOptions:
         if self.pipeline.stages > 1:
             return GridShape(self.pipeline.stages, flags=self.pipeline.flag)
         if self.model.tensor > 1:
-            return GridShape(self.model.tensor, same_batch=True, flags=self.model_flag)
+            return GridShape(self.model.tensor, built_together=True, flags=self.model_flag)
         if self.exchange.shard == "model":
             ranks = self.model.shard_ranks or local_size
-            return GridShape(ranks, same_batch=False, flags=self.model_flag)
+            return GridShape(ranks, same_batch=False, built_together=True, flags=self.model_flag)
         return GridShape()
 
     def find_pass_sizes(self, batch_size: int, shares: Shares, rank: int | None = None) -> PassSizes:

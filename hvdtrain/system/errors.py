@@ -9,6 +9,7 @@ EXIT_FAILED = 1  # a rank failed
 EXIT_USER_ERROR = 2  # the user's mistake, found before any rank starts
 EXIT_NOT_EXECUTABLE = 126  # of a command that cannot be executed, as of a shell
 EXIT_NOT_FOUND = 127  # of a command that does not exist, as of a shell
+EXIT_RESTART = 76  # of a worker of an elastic run that its supervisor is to start again: another one has failed it
 EXIT_REQUEUE = 75  # the state is saved; run again with --resume (EX_TEMPFAIL of sysexits.h)
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from hvdtrain.comm import collectives
 from hvdtrain.comm.agreement import ConsistentPart, check_agreement
+from hvdtrain.exchange.local_tensors import local_tensor
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.system.errors import UserError
@@ -44,9 +45,13 @@ def model_parts(model: nn.Module) -> list[ConsistentPart]:
     ]
 
 
-def check_same_model(model: nn.Module, saved: StateDict) -> None:
-    """Raise UserError, naming the first, if parameters or buffers of a checkpoint have other names or shapes."""
-    check_same_tensors(model.state_dict(), saved)
+def check_same_model(model: nn.Module, saved: StateDict, *, is_part: bool = False) -> None:
+    """Raise UserError, naming the first, if parameters or buffers of a checkpoint have other names or shapes.
+
+    is_part: it has parts of them, as this rank has of the model.
+    """
+    now = model.state_dict()
+    check_same_tensors({name: local_tensor(x) for name, x in now.items()} if is_part else now, saved)
 
 
 def check_same_tensors(model_state: StateDict, saved: StateDict) -> None:

@@ -34,6 +34,7 @@ from hvdtrain.torch.broadcast import broadcast_state
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recompute import find_blocks
+from hvdtrain.torch.replica_groups import ReplicaGroups
 from hvdtrain.torch.scores import Scores, get_numerators
 
 MIXED_TEXT = "got mixed torch.Tensor and DTensor"  # torch's error
@@ -47,18 +48,24 @@ class DividedModel:
         pads_passes: whether they have different examples, and must make equally many passes.
         lines: to be printed.
         whole_state: of the model, on rank 0, once it was gathered and until it is saved.
+        holds_part: whether what is gathered is this rank's part of it instead, which nobody else is asked for.
+        groups: what torch keeps of the replica's process group; None: the model is not divided.
     """
 
-    def __init__(self, model: nn.Module, flag: str, sharded: Sequence[Any] = (), lines: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, flag: str, groups: ReplicaGroups | None = None, lines: Sequence[str] = ()
+    ) -> None:
         """Take a model that was divided.
 
         Args:
             model: the model.
             flag: the option by which it was divided; "": it was not.
-            sharded: the modules that FSDP2 has wrapped.
+            groups: of the modules that FSDP2 has wrapped, if it has.
             lines: to be printed.
         """
-        self.model, self.flag, self.lines = model, flag, lines
+        sharded = () if groups is None else groups.sharded
+        self.model, self.flag, self.lines, self.groups = model, flag, lines, groups
+        self.holds_part = False
         self.is_divided, self.pads_passes = bool(flag), bool(sharded)
         self.whole_state: StateDict = {}
         self._trained = {p: p.requires_grad for p in model.parameters()} if sharded else {}
@@ -75,10 +82,10 @@ class DividedModel:
         All ranks of the replica call this.
         """
         if not self._is_whole:
+            self._is_whole = True
             for module in self._sharded:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
-        self._is_whole = True
 
     def free_parameters(self) -> None:
         """Free what other ranks have of the model."""
@@ -87,6 +94,11 @@ class DividedModel:
                 module.reshard()
                 module.set_reshard_after_forward(module is not self.model, recurse=False)
         self._is_whole = False
+
+    def enter_world(self) -> None:
+        """Continue in another world, whose replica has the same ranks at the same places."""
+        if self.groups is not None:
+            self.groups.connect()
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -139,6 +151,15 @@ class DividedModel:
                 f"{self.flag}: the loss of this rank's examples depends on no parameter: add 0 * the model's output"
             )
 
+    @contextlib.contextmanager
+    def gathering_parts(self) -> Iterator[None]:
+        """Let what is gathered within a block be this rank's part, if ranks hold the model together."""
+        self.holds_part = self.is_divided
+        try:
+            yield
+        finally:
+            self.holds_part = False
+
     def gather_state(self) -> None:
         """Let rank 0 have the state of the whole model in host memory; all ranks call this."""
         if self.is_divided:
@@ -147,8 +168,10 @@ class DividedModel:
     def gather_whole(self, named: Mapping[str, object]) -> StateDict:
         """Return tensors that are DTensors whole, in host memory, on rank 0; all ranks call this.
 
-        The others, and the ranks of other replicas, return nothing.
+        The others, and the ranks of other replicas, return nothing. With `holds_part` each rank returns its parts.
         """
+        if self.holds_part:
+            return {name: local_tensor(v.detach()).cpu() if isinstance(v, Tensor) else v for name, v in named.items()}
         whole = {}
         if collectives.rank() < dist.get_world_size():
             for name, value in named.items():
@@ -177,7 +200,7 @@ def divide_model(
     sharded = collectives.on_all_ranks("model.divided", lambda: divide(recipe, model, mesh, flag))
     own = sum(local_tensor(p).numel() for p in model.parameters())
     line = f"model     {own:,} of {values:,} parameters on each rank ({flag})"
-    return DividedModel(model, flag, sharded, [line])
+    return DividedModel(model, flag, ReplicaGroups(mesh, sharded, flag), [line])
 
 
 def check_divisible(recipe: Recipe, model: nn.Module, source: DataSource, flag: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hvdtrain.comm.world import World
 from hvdtrain.recipe.framework import Split
 from hvdtrain.recipe.metrics import ScoreLayout
 from hvdtrain.torch.changes import ChangeTracker
@@ -56,6 +57,12 @@ class Evaluator:
         self.divided.free_parameters()
         if self.ema is not None:
             self.ema.free_average()
+
+    def enter_world(self, world: World) -> None:
+        """Continue the training in another world; the last one may have ended in an evaluation."""
+        self.leave_evaluation()
+        self.divided.enter_world()
+        self.changes.set_world_size(world.size)
 
     def enter_evaluation(self) -> torch.nn.Module:
         """Return the model to evaluate, in the mode and with the values of an evaluation, which begins if none has."""

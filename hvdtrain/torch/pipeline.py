@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
 )
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.torch_group import reporting_lost_peers
+from hvdtrain.comm.torch_group import is_lost_peer, reporting_lost_peers
 from hvdtrain.system.errors import KnownError, UserError
 from hvdtrain.system.recipe_errors import in_recipe
 from hvdtrain.torch.data import seed_all
@@ -39,7 +39,6 @@ from hvdtrain.torch.stages import Stage, StagePlan, make_example
 from hvdtrain.torch.stand_in import StandIn, note_inputs
 
 SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-GLOO_MARK = "gloo/transport"  # in errors of its connections, which are RuntimeErrors
 SEVERAL = {"interleaved": ScheduleInterleaved1F1B, "zerobubble": ScheduleInterleavedZeroBubble}
 
 
@@ -196,7 +195,7 @@ class Pipeline:
         except RuntimeError as error:
             if isinstance(error.__cause__, KnownError):  # of a stage, which torch has wrapped
                 raise error.__cause__ from None
-            if isinstance(error, torch.distributed.DistError) or GLOO_MARK in str(error):
+            if is_lost_peer(error):
                 raise collectives.PeersLost(str(error)) from error
             raise
 

@@ -34,14 +34,32 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def load_datasets(recipe: Recipe, world: World, seed: int, splits: Sequence[Split] | None = None) -> dict[Split, Any]:
     """Load the recipe's datasets, those that are not None. splits: which; None: all.
 
-    The first rank of each host goes first, so that what it fetches is there for the others. Processes that are alone,
-    as those of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded with
+    The first rank of each host goes first, so that what it fetches is there for the others. Those of several worlds, as
+    processes of an elastic run are at first, take turns by a lock. Before each dataset the generators are seeded with
     the same seed: a random division into two splits is the same for all, on all ranks and after a resume.
 
     Raises UserError on all ranks if it is raised on one, and for what is not a dataset.
     """
-    with lock_data_loading(recipe) if collectives.size() == 1 else contextlib.nullcontext():
-        return _load_local_leader_first(recipe, world, seed, splits or ("train", *recipe.evals))
+    loaded: dict[Split, Any] = {}
+
+    def load_splits() -> None:
+        for split in splits or ("train", *recipe.evals):
+            seed_all([seed])
+            with in_recipe(recipe, f"dataset({split!r})"):
+                dataset = recipe.dataset(split)
+            check_dataset(recipe, split, dataset)
+            loaded[split] = dataset
+
+    hosts = collectives.gather_json(world.host, "datasets.hosts")
+    has_others = collectives.size() == 1 or hosts.count(world.host) < world.local_size
+    if hosts.index(world.host) == collectives.rank():
+        with lock_data_loading(recipe) if has_others else contextlib.nullcontext():
+            collectives.on_all_ranks("datasets.first", load_splits)
+        collectives.on_all_ranks("datasets.others", lambda: None)
+    else:
+        collectives.on_all_ranks("datasets.first", lambda: None)
+        collectives.on_all_ranks("datasets.others", load_splits)
+    return {split: dataset for split, dataset in loaded.items() if dataset is not None}
 
 
 def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
@@ -53,26 +71,6 @@ def lock_data_loading(recipe: Recipe) -> AbstractContextManager[None]:
         file = type(recipe).__module__
     source = hashlib.sha256(file.encode()).hexdigest()[:8]
     return hold_host_lock(f"{name}-{source}", f"load the data of {name}")
-
-
-def _load_local_leader_first(recipe: Recipe, world: World, seed: int, splits: Sequence[Split]) -> dict[Split, Any]:
-    loaded: dict[Split, Any] = {}
-
-    def load_splits() -> None:
-        for split in splits:
-            seed_all([seed])
-            with in_recipe(recipe, f"dataset({split!r})"):
-                dataset = recipe.dataset(split)
-            check_dataset(recipe, split, dataset)
-            loaded[split] = dataset
-
-    if world.local_rank == 0:
-        collectives.on_all_ranks("datasets.first", load_splits)
-        collectives.on_all_ranks("datasets.others", lambda: None)
-    else:
-        collectives.on_all_ranks("datasets.first", lambda: None)
-        collectives.on_all_ranks("datasets.others", load_splits)
-    return {split: dataset for split, dataset in loaded.items() if dataset is not None}
 
 
 def make_model(recipe: Recipe) -> torch.nn.Module:

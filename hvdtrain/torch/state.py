@@ -75,6 +75,8 @@ class TrainingState:
             state["exchange"] = carried
         if self.ema is not None:
             state["ema"] = self.ema.state_dict() | {f"module.{name}": table.average for name, table in tables.items()}
+        if self.divided.holds_part:
+            state["part"] = True
         if self.recipe_state.exists:
             state["recipe"] = self.recipe_state.collect_values()
         self.divided.whole_state = {}
@@ -83,9 +85,11 @@ class TrainingState:
     def serialize_anchor(self) -> bytes:
         """Return this rank's state for ranks that join it; in a round of local steps with the parameters of its start.
 
-        Nobody else is asked.
+        Nobody else is asked: of a model that ranks hold together it is this rank's part.
         """
-        with self.updater.rounds.at_anchor():
+        with self.updater.rounds.at_anchor(), self.divided.gathering_parts():
+            if self.divided.is_divided:
+                self.gather_shards()
             return self.serialize(self.updater.local_carried_state())
 
     def rejoin_round(self, data: bytes, device: torch.device) -> list[str]:
@@ -122,7 +126,7 @@ class TrainingState:
         if self.tables is not None:
             state["model"] = cut_weights(self.tables, state["model"])
             state["ema"] = cut_weights(self.tables, state["ema"], "module.") if ema is not None else None
-        check_same_model(model, state["model"])
+        check_same_model(model, state["model"], is_part=state.get("part", False))
         try:
             load_module_state(model, state["model"])
             updater.load_state(state)

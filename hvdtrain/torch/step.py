@@ -307,7 +307,7 @@ class TorchStep(StepFacts, ServedPart):
         self.sums.forget_all_reduce()
         self._messages += describe_whole_tables(self.recipe, self.world.size, world.size)
         self.world = world
-        self.changes.set_world_size(world.size)
+        self.evaluator.enter_world(world)
         self.updater.join_world(world)
         self.updater.distribute_state(world, is_first=False)
         self.parts.join_world()

@@ -119,17 +119,15 @@ def check_elastic_options(given: OptionValues) -> None:
     shares = given.get("shares", EVEN)
     if parse_weights(shares) is not None:
         raise UserError(f"--shares {shares} is for the ranks of one world; an elastic run takes --shares measured")
-    if given.get("shard") == "model" or given.get("tensor", 1) > 1:
-        flag = "--shard model" if given.get("shard") == "model" else f"--tensor {given['tensor']}"
-        raise UserError(f"{flag} in an elastic run: a lost rank would take its part of the model along; leave one out")
-    if given.get("shard", "none") != "none" and given.get("mirror") == "0":
+    check_elastic_division(given)
+    if given.get("shard") == "optimizer" and given.get("mirror") == "0":
         raise UserError(
-            f"--mirror 0 with --shard {given['shard']}: a rank that is lost would take its part of the optimizer's "
+            "--mirror 0 with --shard optimizer: a rank that is lost would take its part of the optimizer's "
             "state along; leave --mirror out of an elastic run"
         )
-    if given.get("shard", "none") != "none" and given.get("compression", "none") != "none":
+    if given.get("shard") == "optimizer" and given.get("compression", "none") != "none":
         raise UserError(
-            f"--shard {given['shard']} with --compression {given['compression']}: mirrors do not encode; leave out one "
+            f"--shard optimizer with --compression {given['compression']}: mirrors do not encode; leave out one "
             "of them in an elastic run"
         )
     from hvdtrain.compression.spec import parse_compression  # with which torch comes
@@ -137,6 +135,22 @@ def check_elastic_options(given: OptionValues) -> None:
     compression = given.get("compression", "none")
     if parse_compression(compression).momentum:
         raise UserError(f"--compression {compression}: no momentum in an elastic run, which may come down to one rank")
+
+
+def check_elastic_division(given: OptionValues) -> None:
+    """Raise UserError for options of models that ranks hold together, and that are not exact in an elastic run."""
+    shards_model, tensor = given.get("shard") == "model", given.get("tensor", 1)
+    if shards_model and not given.get("shard_ranks"):
+        raise UserError(
+            "--shard model in an elastic run: hosts may come with other numbers of slots; add --shard-ranks N, the "
+            "ranks of a replica"
+        )
+    if (shards_model or tensor > 1) and given.get("amp") == "fp16":
+        flag = "--shard model" if shards_model else f"--tensor {tensor}"
+        raise UserError(
+            f"{flag} with --amp fp16: ranks find an overflow together, in an update that a lost rank would leave "
+            "half made; use bf16 in an elastic run"
+        )
 
 
 def split_options(cls: type[R], given: OptionValues) -> tuple[R, RunOptions]:

@@ -254,7 +254,19 @@ def test_compression_costs_no_accuracy(way: tuple[str, ...], worlds: KeptWorlds,
         assert min(found) - 2 * error <= accuracy <= max(found) + 2 * error, (codec, accuracy, found)
 
 
-@pytest.mark.parametrize("given", [{"tensor": 2}, {"shard": "model"}])
-def test_elastic_runs_refuse_them(given: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="in an elastic run: a lost rank would take its part of the model along"):
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"shard": "model"}, "--shard model in an elastic run: .*add --shard-ranks N"),
+        ({"shard": "model", "shard_ranks": 2, "amp": "fp16"}, "--shard model with --amp fp16: .*use bf16"),
+        ({"tensor": 2, "amp": "fp16"}, "--tensor 2 with --amp fp16: .*use bf16"),
+    ],
+)
+def test_elastic_runs_refuse_what_is_not_exact(given: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text):
         check_elastic_options(given)
+
+
+@pytest.mark.parametrize("given", [{"tensor": 2}, {"shard": "model", "shard_ranks": 2, "compression": "int8"}])
+def test_elastic_runs_take_them(given: dict[str, object]) -> None:
+    check_elastic_options(given)

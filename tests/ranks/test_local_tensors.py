@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import horovod.torch as hvd
+import pytest
 import torch
 import torch.distributed as dist
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
@@ -18,7 +20,13 @@ from hvdtrain.compression.spec import parse_compression
 from hvdtrain.exchange.bucketed import BucketedExchange
 from hvdtrain.exchange.buckets import ExchangeConfig
 from hvdtrain.exchange.local_tensors import is_split_dtensor, local_tensor
-from hvdtrain.exchange.state import ExchangeState, gather_exchange_state, load_exchange_state
+from hvdtrain.exchange.state import (
+    ExchangeState,
+    gather_exchange_state,
+    load_exchange_state,
+    local_exchange_state,
+    restore_local_state,
+)
 from hvdtrain.torch.replica_norm import compute_replica_norm
 from tests.ranks.test_torch_ranks import CPU, make_world
 from tests.support.worlds import on_ranks
@@ -186,4 +194,57 @@ def test_what_is_unsent_is_saved_whole_and_divided_again() -> None:
             shapes = {f"{name}.residual": p.numel() for name, p in model.named_parameters() if p.dim() > 1}
             assert {name: len(part) for name, part in saved["debts"].items()} == shapes
             assert any(part.any() for part in saved["debts"].values())
+            exchange.close()
+
+
+@on_ranks(4)
+def test_what_a_rank_has_not_sent_stays_with_it_in_another_world() -> None:
+    with pairs_of_four() as column:
+        config = ExchangeConfig(average=False, spec=parse_compression("int8,min=1"), group=column)
+        for way in ("fsdp", "tensor"):
+            model = make_model(torch.float32)
+            divide(model, way)
+            unsent: list[list[Tensor]] = []
+            state: ExchangeState | None = None
+            for _ in range(2):
+                exchange = BucketedExchange(list(model.named_parameters()), config)
+                if state is not None:
+                    load_exchange_state(exchange, ExchangeState(state.steps, state.build_orders))
+                    restore_local_state(exchange, state)
+                else:
+                    model(make_batch(3, torch.float32)[4 * hvd.rank() :][:4]).square().sum().div(16).backward()
+                    exchange.finish_exchange()
+                found = [bucket.reducer.total_unsent() for bucket in exchange.buckets]
+                unsent.append([part.clone() for part in found if part is not None])
+                state = local_exchange_state(exchange)
+                exchange.close()
+            assert any(part.any() for part in unsent[0])
+            assert all(torch.equal(one, other) for one, other in zip(*unsent, strict=True)), way
+
+
+@on_ranks(4)
+def test_a_lost_rank_is_reported_after_the_backward_pass_that_others_are_in() -> None:
+    """Of the same replica: they would wait for the rest of it."""
+    with pairs_of_four() as column:
+        config = ExchangeConfig(average=False, spec=parse_compression("none"), group=column, bucket_bytes=100)
+        for way in ("tensor", "fsdp"):
+            model = make_model(torch.float32)
+            divide(model, way)
+            exchange = BucketedExchange(list(model.named_parameters()), config)
+            model(make_batch(0, torch.float32)).square().sum().backward()
+            exchange.finish_exchange()
+            lost = 0
+
+            def lose(step: int) -> None:
+                nonlocal lost
+                lost += 1
+                raise HorovodInternalError("lost")
+
+            assert len(exchange.buckets) > 1
+            for bucket in exchange.buckets:
+                bucket.start_reduction = lose  # type: ignore[method-assign]
+            model(make_batch(1, torch.float32)).square().sum().backward()
+            assert lost == 1, "nothing more is sent"
+            with pytest.raises(HorovodInternalError):
+                exchange.wait_for_sums()
             exchange.close()

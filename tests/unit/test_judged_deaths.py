@@ -13,6 +13,7 @@ from hvdtrain.elastic.ranks import assign_ranks
 from hvdtrain.elastic.records import BEGAN, DEATH, PLAN, VERDICT, Fact, GenerationPlan, Heartbeat, dump_record
 from hvdtrain.elastic.slot import Slot
 from hvdtrain.system.activity import ActivityRecord
+from hvdtrain.system.errors import EXIT_RESTART
 
 SLOT = Slot("b", 1, 2, 2, "127.0.0.1", 1, "lo", 1)
 
@@ -69,6 +70,15 @@ def test_the_first_death_costs_no_pause(record: ActivityRecord) -> None:
     after = judge.decide_after_death("mine", -9, record, 1, [])
     assert (after.failed_starts, after.restart_delay, after.exit_code) == (0, 0.0, None)
     assert judge.store.get_all(DEATH)["mine"].steps == 4
+
+
+def test_a_worker_that_another_of_its_replica_has_failed_costs_nothing(record: ActivityRecord) -> None:
+    judge = handler(PLAN_1)
+    joined = [judge.decide_after_death("mine", EXIT_RESTART, record, 1, []) for _ in range(5)]
+    assert {(after.failed_starts, after.restart_delay, after.exit_code) for after in joined} == {(0, 0.0, None)}
+    assert not judge.store.get_all(DEATH)
+    before = judge.decide_after_death("new", EXIT_RESTART, record, 4, [])
+    assert (before.failed_starts, before.restart_delay, before.exit_code) == (5, 0.0, None)
 
 
 def test_the_third_death_at_a_step_ends_the_run(record: ActivityRecord, capsys: pytest.CaptureFixture[str]) -> None:
