@@ -238,7 +238,7 @@ def test_shipped_recipes(
 def test_compression_costs_no_accuracy(way: tuple[str, ...], worlds: KeptWorlds, tmp_path: Path) -> None:
     """Digits on two replicas of two: what is trained with a codec is as good as with one of three seeds without.
 
-    Two standard errors are allowed for: an accuracy of 0.98, measured with 360 examples, has one of 0.007.
+    Two standard errors are allowed for: an accuracy of 0.96, measured with 360 examples, has one of 0.01.
     """
     recipe, options = f"{RECIPES}:SplitDigits", ("--epochs", "12", "--threads", "1", *way)
 
@@ -247,9 +247,8 @@ def test_compression_costs_no_accuracy(way: tuple[str, ...], worlds: KeptWorlds,
         return float(train(worlds[4], recipe, folder, *options, *more, timeout=300)["eval"]["accuracy"])
 
     found = [find_accuracy("--seed", str(seed)) for seed in range(3)]
-    error = (0.98 * 0.02 / 360) ** 0.5
+    error = (0.96 * 0.04 / 360) ** 0.5
     compressed = {codec: find_accuracy("--compression", codec) for codec in ("int8", "powersgd:2")}
-    print(way, found, compressed)
     for codec, accuracy in compressed.items():
         assert min(found) - 2 * error <= accuracy <= max(found) + 2 * error, (codec, accuracy, found)
 
