@@ -11,13 +11,16 @@ new in each connection, and ADDRESS:PORT makes what was recorded useless for ano
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import queue
+import select
 import selectors
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -43,6 +46,7 @@ from hvdtrain.system.signed_http import (
 LENGTHS = struct.Struct("!QQ")  # of a frame's JSON and of its array
 WORD = 64  # characters of a nonce, and of an HMAC
 RANK = 8  # digits of a rank
+LOOK_SECONDS = 0.1  # between two looks while a message is waited for
 
 
 class MessageListener(SignedServer):
@@ -149,32 +153,49 @@ def read_into(connection: socket.socket, view: memoryview) -> None:
 class SocketMessages:
     """Messages over sockets: see `hvdtrain.comm.messages.Messages`."""
 
-    def __init__(self) -> None:
-        """Know nobody yet."""
-        self._peers: dict[int, socket.socket] = {}
-        self._selector = selectors.DefaultSelector()
+    def __init__(self, look: Callable[[], object] = lambda: None) -> None:
+        """Know nobody yet. look: called before each message is received, and often while one is waited for."""
+        self.peers: dict[int, socket.socket] = {}
+        self.is_closed = False
+        self._look, self._selector = look, selectors.DefaultSelector()
 
     def add_peer(self, rank: int, connection: socket.socket) -> None:
         """Exchange messages with a process."""
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._peers[rank] = connection
+        self.peers[rank] = connection
         self._selector.register(connection, selectors.EVENT_READ, rank)
+
+    def break_connection(self, rank: int) -> None:
+        """Let whoever waits for a process learn that it is lost. Any thread may call it."""
+        if (connection := self.peers.get(rank)) is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def remove_peer(self, rank: int) -> None:
+        """Close the connection with a process."""
+        connection = self.peers.pop(rank)
+        self._selector.unregister(connection)
+        connection.close()
+
+    def look_around(self) -> None:
+        """Do what is to be done while nothing comes."""
+        self._look()
 
     def send(self, to: int, value: object, body: NDArray[np.uint8] | None = None) -> None:
         """Send a message, and return when the arrays may be changed. Raises PeersLost."""
         head, size = json.dumps(value).encode(), 0 if body is None else body.nbytes
         try:
-            self._peers[to].sendall(LENGTHS.pack(len(head), size) + head)
+            self.peers[to].sendall(LENGTHS.pack(len(head), size) + head)
             if body is not None and size:
-                self._peers[to].sendall(body.data)
+                self.peers[to].sendall(body.data)
         except OSError as error:
             raise load_peers_lost()(f"rank {to} cannot be reached any more: {error}") from error
 
     def receive(self, body: NDArray[np.uint8] | None = None, source: int | None = None) -> tuple[int, Any]:
         """Wait for a message; return who has sent it, and its value. Raises PeersLost if a process has ended."""
-        rank = source if source is not None else self._wait_for_any()
-        connection = self._peers[rank]
+        rank = self.wait_for_message(source)
+        connection = self.peers[rank]
         try:
             length, size = LENGTHS.unpack(read_exactly(connection, LENGTHS.size))
             value = json.loads(read_exactly(connection, length))
@@ -185,16 +206,27 @@ class SocketMessages:
             raise load_peers_lost()(f"rank {rank} has left: {error}") from error
         return rank, value
 
-    def _wait_for_any(self) -> int:
-        """Return a rank whose message has come; of several, the one whose turn it is by the system's queue."""
-        return int(self._selector.select()[0][0].data)
+    def wait_for_message(self, source: int | None = None) -> int:
+        """Wait for a message, or the end of a connection; return whose: of several, whose turn it is in the system."""
+        self.look_around()
+        if source is not None:
+            waited_for = select.poll()
+            waited_for.register(self.peers[source], select.POLLIN)
+            while not waited_for.poll(1000 * LOOK_SECONDS):
+                self.look_around()
+            return source
+        while not (ready := self._selector.select(LOOK_SECONDS)):
+            self.look_around()
+        return int(ready[0][0].data)
 
     def close(self) -> None:
         """Close all connections; what was sent still arrives."""
         connections.discard(self)
+        self.is_closed = True
         self._selector.close()
-        for connection in self._peers.values():
+        for connection in self.peers.values():
             connection.close()
+        self.peers.clear()
 
 
 def connect_sockets(world: World, listeners: int) -> SocketMessages:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from hvdtrain.comm.crew_messages import CrewMessages
 from hvdtrain.comm.lazy_horovod import load_peers_lost
 from hvdtrain.comm.socket_messages import RANK, WORD, MessageListener, SocketMessages, connect_peer
 from hvdtrain.system.signed_http import NotSigned, authenticate
@@ -76,6 +77,35 @@ def test_a_process_that_has_ended_is_a_lost_peer(ends: tuple[SocketMessages, Soc
             zero.receive(source=source)
     two.send(0, "still there")
     assert zero.receive(source=2) == (2, "still there")
+
+
+def test_a_crew_changes_while_its_server_waits(listener: MessageListener) -> None:
+    looks = list[int]()
+    server = CrewMessages(listener, lambda: looks.append(1))
+    one, two = SocketMessages(), SocketMessages()
+    one.add_peer(0, connect_peer(where(listener), KEY, 0))
+    one.send(0, ["joined", "a"])
+    assert server.receive() == (1, ["joined", "a"])
+    two.add_peer(0, connect_peer(where(listener), KEY, 0))
+    two.send(0, ["joined", "b"])
+    assert server.receive() == (2, ["joined", "b"])
+    one.close()
+    assert server.receive() == (1, ["lost"])
+    server.send(1, "nobody hears it")
+    one = SocketMessages()
+    one.add_peer(0, connect_peer(where(listener), KEY, 0))
+    one.send(0, ["joined", "c"])
+    assert server.receive() == (1, ["joined", "c"])
+    server.send(1, "again")
+    assert one.receive(source=0) == (0, "again")
+    assert looks
+    server.close()
+    with pytest.raises(load_peers_lost(), match="rank 0 has left"):
+        two.receive(source=0)
+    with pytest.raises(OSError):
+        connect_peer(where(listener), KEY, 0)
+    for messages in (one, two):
+        messages.close()
 
 
 def test_nobody_gets_a_connection_without_the_secret(listener: MessageListener) -> None:
