@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from hvdtrain.elastic.records import (
     Verdict,
 )
 from hvdtrain.elastic.replica import ReplicaMeeting
+from hvdtrain.elastic.served_members import MetServer, Worker, meet_server, publish_workers, watch_gone
 from hvdtrain.elastic.slot import MEMBER_VARIABLE, Request, Slot, read_requests
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.recipe.source_copy import RecipeCopy
@@ -62,6 +63,7 @@ class ElasticMembership:
         self._former = GenerationFormer(self.store, self.slot, self.member)
         self._grid: World | None = None  # this process's place in a grid, before it meets others
         self._device: str | None = None  # of --device
+        self._met: MetServer | None = None  # in a run with a parameter server
 
     @property
     def has_joined(self) -> bool:
@@ -115,6 +117,19 @@ class ElasticMembership:
             connect_grid(grid, SignedStore(*plan.server, read_key()), self._device)
             yield
 
+    def meet_server(self) -> MetServer:
+        with activity.temporary_activity("looking for the server", waits=True, patient=True):
+            self._met = meet_server(self._former, self.poll_requests)
+        return self._met
+
+    def publish_workers(self, workers: Sequence[Worker], version: int) -> None:
+        assert self._met is not None and self._met.listener is not None
+        with contextlib.suppress(StoreUnreachable):  # the next worker's plan names all
+            publish_workers(self._former, workers, self._met.listener, version)
+
+    def watch_gone(self, on_gone: Callable[[Collection[str]], bool]) -> None:
+        watch_gone(self.store, on_gone)
+
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         return self.store.put_if_absent(LAUNCH, relaunch or secrets.token_hex(8))
 
@@ -127,6 +142,8 @@ class ElasticMembership:
         check_against_record(parts, parse_agreement_record(recorded), world)
 
     def enter_next_world(self, world: World, step: int) -> EnteredWorld:
+        if self._met is not None:  # a server is alone in its world, and meets workers by its listener
+            return EnteredWorld(world, is_new=False)
         # Nothing of the old world may be waited for: some of it is gone.
         if self._grid is not None:
             from hvdtrain.comm.grid import disconnect_grid
@@ -155,7 +172,8 @@ class ElasticMembership:
 
     def announce_rank(self, world: World) -> None:
         own, supervisor = os.getpid(), os.getppid()
-        messages.send_message(RankStarted(world.rank, world.host, own, world.size, self.slot.host, supervisor))
+        size = world.size if self._met is None else self._met.slots
+        messages.send_message(RankStarted(world.rank, world.host, own, size, self.slot.host, supervisor))
 
     def agree_on_run_folder(self, choose: Callable[[], Path]) -> Path:
         known = self.store.get(FOLDER) or self.store.get(CHOSEN_FOLDER)
@@ -189,7 +207,7 @@ class ElasticMembership:
         return MemberRequests(self.stop_requested, self.leave_requested, self.regroup_requested)
 
     def is_below_minimum(self, members: int) -> bool:
-        return members < self.slot.min_members
+        return self._met is None and members < self.slot.min_members  # a server waits for workers
 
     def leave_if_requested(self) -> None:
         if self.leave_requested:
@@ -198,11 +216,13 @@ class ElasticMembership:
     def recover_from(self, error: Exception, step: int) -> None:
         """Report an error of the recipe, so that the run ends when it comes again at the same step.
 
-        A lost peer is not one: the next generation is without it.
+        A lost peer is not one: the next generation is without it. A server ends the run.
         """
         from hvdtrain.comm.collectives import PeersLost
         from hvdtrain.comm.torch_group import is_lost_peer
 
+        if self._met is not None:
+            raise error
         if isinstance(error, PeersLost) or (self._grid is not None and is_lost_peer(error)):
             return
         if isinstance(error, RecipeError):

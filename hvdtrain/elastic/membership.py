@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hvdtrain.comm.world import GridShape, World
 from hvdtrain.elastic.generation import MemberRequests
+from hvdtrain.elastic.served_members import MetServer, Worker
 from hvdtrain.recipe.source_copy import RecipeCopy
 from hvdtrain.system import messages
 
@@ -71,6 +72,23 @@ class Membership(Protocol):
         Raises:
             UserError: the ranks cannot be divided like that.
         """
+
+    def meet_server(self) -> MetServer | None:
+        """With --server, find the server, or become it; None: all ranks are there, and meet as ever.
+
+        Raises:
+            MembershipEnded: the run continues without this process, or has ended.
+        """
+
+    def publish_workers(self, workers: Sequence[Worker], version: int) -> None:
+        """Publish, as the server of an elastic run, its workers when the weights have this version.
+
+        Raises:
+            MembershipEnded: this process was declared lost, and another one is the server.
+        """
+
+    def watch_gone(self, on_gone: Callable[[Collection[str]], bool]) -> None:
+        """Call a function with the names of all members that are gone, once a second until it returns False."""
 
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         """Return the name by which the processes of this launch know each other. relaunch: of the first launch."""
@@ -167,6 +185,15 @@ class FixedMembership:
         from hvdtrain.comm.grid import enter_grid
 
         return enter_grid(world, shape, device)
+
+    def meet_server(self) -> MetServer | None:
+        return None
+
+    def publish_workers(self, workers: Sequence[Worker], version: int) -> None:
+        pass
+
+    def watch_gone(self, on_gone: Callable[[Collection[str]], bool]) -> None:
+        pass
 
     def agree_on_launch_name(self, relaunch: str | None) -> str:
         return secrets.token_hex(8)  # only this process uses it

@@ -5,19 +5,21 @@
       ^                |                                     take_ready
       +----------------+
         give back: backup:K has made its version without it; the worker is late until it has answered
+                   or the worker is lost (remove_worker)
 
 In rounds (sync, backup:K) a version is made when as many items have arrived as a global batch has, or as are left of
-the epoch; otherwise of each item when it arrives. With bounded:S an item that has arrived is held back as long as one
+the epoch; otherwise of each item when it arrives. If workers are lost, so that there are fewer than items, they get
+several in a round. With bounded:S an item that has arrived is held back as long as one
 that is out could become older than S versions a worker; its worker gets nothing meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hvdtrain.exchange.server_options import Staleness
 from hvdtrain.server.items import EpochItems, Item
+from hvdtrain.server.roles import Roles
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,37 @@ class Dispatcher:
     Attributes:
         version: of the weights, the number of versions that were made.
         handed_out: items that were ever handed out.
-        wasted: of these, items whose gradient came too late.
+        wasted: of these, items whose gradient came too late, or was lost with a worker.
         staleness_sum, staleness_max: of the items that were applied, in versions.
         applied: how many items were applied.
     """
 
-    def __init__(self, policy: Staleness, workers: Sequence[int], per_version: int, version: int) -> None:
+    def __init__(self, roles: Roles, workers: Iterable[int], per_version: int, version: int) -> None:
         """Begin with all workers idle.
 
         Args:
-            policy: of --staleness.
-            workers: their ranks.
+            roles: whose policy and number of workers bound the age of items.
+            workers: the ranks of those who are there.
             per_version: how many items a version is made of.
             version: of the weights.
         """
-        self.policy, self.workers, self.per_version, self.version = policy, workers, per_version, version
+        self.policy, self.per_version, self.version = roles.policy, per_version, version
+        self.workers = list(workers)
         self.handed_out = self.wasted = self.staleness_sum = self.staleness_max = self.applied = 0
-        self._bound = policy.find_bound(len(workers)) if not policy.in_rounds else None
+        self._bound = roles.policy.find_bound(len(roles.workers)) if not roles.policy.in_rounds else None
         self._out: dict[int, Assignment] = {}  # by worker
         self._late: set[int] = set()
         self._arrived: list[Assignment] = []
         self.items: EpochItems | None = None
+
+    def remove_worker(self, worker: int) -> None:
+        """Let others have what a worker has not answered, who is lost."""
+        assert self.items is not None
+        self.workers.remove(worker)
+        self._late.discard(worker)
+        if worker in self._out:
+            self.items.give_back([self._out.pop(worker).item])
+            self.wasted += 1
 
     def begin_epoch(self, items: EpochItems) -> None:
         """Deal these items; none of an earlier epoch is out."""
@@ -70,8 +82,11 @@ class Dispatcher:
     def assign(self) -> list[Assignment]:
         """Return the items that idle workers get now, at the present version."""
         assert self.items is not None
-        occupied = {*self._out, *self._late, *(assignment.worker for assignment in self._arrived)}
-        idle = [worker for worker in self.workers if worker not in occupied]
+        have_arrived = {assignment.worker for assignment in self._arrived}
+        occupied = {*self._out, *self._late}
+        idle = [worker for worker in self.workers if worker not in occupied and worker not in have_arrived]
+        if self.policy.in_rounds and len(self.workers) < self.per_version:
+            idle += [worker for worker in self.workers if worker in have_arrived and worker not in occupied]
         made: list[Assignment] = []
         for worker in idle:
             if self.items.is_queue_empty or not self._may_assign():

@@ -1,10 +1,12 @@
 """Which ranks are servers and which are workers, and what they send each other.
 
-server -> worker    ["begin", ItemContext]          once
+server -> worker    ["begin", ItemContext, rank]    once
                     ["item", epoch, begin, end]     with the weights
                     ["end", summary], ["failed", class, text, rank]
 worker -> server    ["gradient", ItemResult]        with the gradient
                     ["failed", class, text]
+                    ["joined", member, its host as horovodrun calls it, and as it calls itself]
+                                                    first of all, in an elastic run; of a lost one the last is ["lost"]
 """
 
 from __future__ import annotations

@@ -93,12 +93,12 @@ class ItemComputer:
 
 
 def compute_items(
-    computer_of: Callable[[ItemContext], ItemComputer], messages: Messages, stop: Callable[[], bool]
+    computer_of: Callable[[ItemContext, int], ItemComputer], messages: Messages, stop: Callable[[], bool]
 ) -> Any:
     """Compute gradients for the server until the run has ended; return its summary.
 
     Args:
-        computer_of: returns what computes the run's items.
+        computer_of: returns what computes the run's items, as the worker of this rank.
         messages: to and from all ranks.
         stop: returns whether this rank was asked to stop the run.
 
@@ -112,7 +112,7 @@ def compute_items(
         activity.enter_activity("waiting for an item", waits=True)
         _, (kind, *values) = messages.receive(weights[0] if weights else None, SERVER)
         if kind == "begin":
-            computer = computer_of(ItemContext(**values[0]))
+            computer = computer_of(ItemContext(**values[0]), values[1])
             weights, gradients = ([computer.step.make_array(own) for own in computer.parts] for _ in range(2))
             activity.begin_training(0)
         elif kind == "item":

@@ -39,13 +39,13 @@ from hvdtrain.training.metrics import RecipeMetrics
 from hvdtrain.training.options import RunOptions, check_elastic_options, check_recipe_values, split_options
 from hvdtrain.training.reporter import Reporter
 from hvdtrain.training.run import Run
-from hvdtrain.training.service import enter_service, whole_step
-from hvdtrain.training.service_worker import announcing_failures, follow_server
+from hvdtrain.training.service import whole_step
+from hvdtrain.training.service_worker import announcing_failures, begin_service, follow_server
 from hvdtrain.training.session import Session
 from hvdtrain.training.start import check_recipe_metrics
 from hvdtrain.training.stop import StopRequest
 from hvdtrain.training.streams import leave_out_ledger
-from hvdtrain.training.summary import Summary, end_rank, end_run, make_summary, write_summary
+from hvdtrain.training.summary import Summary, end_run, make_summary, publish_ending, write_summary
 
 lone_failures: list[str] = []  # errors by which this rank, of several, has left a training that others are still in
 
@@ -159,14 +159,17 @@ def train_recipe(
     with open_session(recipe, name, options, config, world, membership) as session:
         service = session.run.service
         if service is not None and service.server is None:
-            summary = follow_server(session.run, service)
-            end_rank(service.rank, summary)
-            return summary
+            followed = follow_server(session.run, service, session.world)
+            if isinstance(followed, Summary):
+                return followed
+            service = followed
+            session.run = replace(session.run, service=service)
         with announcing_failures(service):
             generation, position, ending = session.run_generations()
         summary = make_summary(session, generation, position, finished=ending == Ending.FINISHED)
         error = write_summary(generation, summary)
     if service is not None and service.server is not None:
+        publish_ending(generation, summary, error)
         service.server.end_run(summary.to_json(), error)
     end_run(generation, summary, error)
     return summary
@@ -217,6 +220,6 @@ def open_session(
         collectives.on_all_ranks("metrics.trial", lambda: check_recipe_metrics(run))
         compare_with_run(run, world)
         if options.service.server is not None:
-            service, world = enter_service(step, type(recipe).__name__, options, world)
+            service, world = begin_service(run, world)
             run = replace(run, service=service, step=whole_step(service))
         yield exits.enter_context(Session(run, world, config))

@@ -111,10 +111,10 @@ def check_elastic_options(given: OptionValues) -> None:
     """Raise UserError for options that would not mean the same in each world of an elastic run."""
     if given.get("batch_per_rank"):
         raise UserError("--batch-per-rank makes the batch depend on the ranks; an elastic run takes --batch-size")
-    if given.get("server") is not None:
+    if (given.get("server") or 1) > 1:
         raise UserError(
-            f"--server {given['server']} in an elastic run: its workers do not join later; leave --elastic out, and "
-            "resume the run"
+            f"--server {given['server']} in an elastic run: a lost server would take its part of the model along; use "
+            "--server 1"
         )
     shares = given.get("shares", EVEN)
     if parse_weights(shares) is not None:

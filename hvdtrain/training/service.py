@@ -19,7 +19,7 @@ from hvdtrain.recipe.framework import Step
 from hvdtrain.server.item_server import ItemServer
 from hvdtrain.server.items import ItemContext, find_pending
 from hvdtrain.server.roles import Roles, choose_roles
-from hvdtrain.server.served_step import ServedStep, check_served_step
+from hvdtrain.server.served_step import ServedStep
 from hvdtrain.server.service_plan import ServicePlan
 from hvdtrain.server.shards import GatheredStep, ShardServer
 from hvdtrain.training.options import RunOptions
@@ -50,18 +50,17 @@ class Service:
     shard: ShardServer | None
 
 
-def enter_service(step: Step, name: str, options: RunOptions, world: World) -> tuple[Service, World]:
+def enter_service(served: ServedStep, options: RunOptions, world: World) -> tuple[Service, World]:
     """Leave the world of all ranks for one in which this rank is alone; return its part, and that world.
 
-    All ranks call it. name: of the recipe. Raises UserError on all ranks if a server cannot train it.
+    All ranks call it. Raises UserError on all of them if they are too few.
     """
     roles = choose_roles(options.service, world.size)
-    served = check_served_step(step, name)
     hosts = list(dict.fromkeys(collectives.gather_json(world.host, "service.hosts")))
     messages = connect_messages(world, roles.servers)
     alone = leave_for_own_world(world)
     connections.add(messages)
-    step.switch_world(alone)
+    served.switch_world(alone)
     server = ItemServer(roles, hosts, messages, served) if world.rank == 0 else None
     is_shard = 0 < world.rank < roles.servers
     shard = ShardServer(roles, world.rank, messages, served) if is_shard else None

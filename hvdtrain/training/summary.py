@@ -151,10 +151,7 @@ def end_run(generation: Generation, summary: Summary, error: str | None) -> None
     Raises:
         RunError: on all ranks, if one has an error.
     """
-    membership = generation.run.membership
-    code = EXIT_FAILED if error else 0 if summary.finished else EXIT_REQUEUE
-    if generation.world.rank == 0:
-        membership.publish_end(code, error or "")
+    membership, code = generation.run.membership, publish_ending(generation, summary, error)
     try:
         errors = collectives.gather_json(error, "end")
     except collectives.PeersLost:
@@ -164,6 +161,14 @@ def end_run(generation: Generation, summary: Summary, error: str | None) -> None
     if found := next(filter(None, errors), None):
         raise RunError(found)
     messages.send_message(messages.RankFinished(generation.world.rank, code))
+
+
+def publish_ending(generation: Generation, summary: Summary, error: str | None) -> int:
+    """Publish, on rank 0, how the run has ended; return the exit code. Arguments as those of `end_run`."""
+    code = EXIT_FAILED if error else 0 if summary.finished else EXIT_REQUEUE
+    if generation.world.rank == 0:
+        generation.run.membership.publish_end(code, error or "")
+    return code
 
 
 def end_rank(rank: int, summary: Summary) -> None:

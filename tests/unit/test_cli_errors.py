@@ -226,8 +226,8 @@ CASES = [
         )
     ),
     (
-        ["launch", "--elastic", "--min-np", "2", "-H", "localhost:2", DIGITS, "--server", "1"],
-        "--server 1 in an elastic run: its workers do not join later; leave --elastic out, and resume the run",
+        ["launch", "--elastic", "--min-np", "3", "-H", "localhost:3", DIGITS, "--server", "2"],
+        "--server 2 in an elastic run: a lost server would take its part of the model along; use --server 1",
     ),
     (
         ["launch", "-np", "2", DIGITS, "--deterministic", "--virtual-shards", "0"],

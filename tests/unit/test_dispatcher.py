@@ -32,9 +32,9 @@ def simulate(
     staleness: str, speeds: list[float], items: EpochItems, stop_after: int | None = None
 ) -> tuple[Dispatcher, list[list[Assignment]], float]:
     """An epoch with workers that take so many seconds for an item; the versions that were made, and the time."""
-    policy, chance = parse_staleness(staleness), random.Random(0)
+    roles, chance = Roles(1, len(speeds) + 1, parse_staleness(staleness)), random.Random(0)
     context = make_context(staleness, len(speeds))
-    dispatcher = Dispatcher(policy, range(1, len(speeds) + 1), context.parts_per_batch, 0)
+    dispatcher = Dispatcher(roles, roles.workers, context.parts_per_batch, 0)
     dispatcher.begin_epoch(items)
     now, events, versions = 0.0, list[tuple[float, int]](), list[list[Assignment]]()
     while items.left and len(versions) != stop_after:
@@ -101,6 +101,30 @@ def test_what_is_left_of_an_epoch_is_dealt_to_other_workers() -> None:
     _, more, _ = simulate("async", [1.0, 1.0], rest)
     positions = sorted(p for version in versions + more for one in version for p in range(*one.item))
     assert positions == list(range(EXAMPLES))
+
+
+@pytest.mark.parametrize("staleness", ["sync", "backup:1", "bounded:1", "async"])
+def test_the_items_of_a_lost_worker_are_applied_by_others_once(staleness: str) -> None:
+    """Of three workers one is lost with an item, then another; a new one comes, as the first of them was called."""
+    roles, context = Roles(1, 4, parse_staleness(staleness)), make_context(staleness, 3)
+    dispatcher = Dispatcher(roles, roles.workers, context.parts_per_batch, 0)
+    items, changes, applied = EpochItems(context, 0, []), [1, 3], list[Assignment]()
+    dispatcher.begin_epoch(items)
+    busy = list[int]()
+    while items.left:
+        if ready := dispatcher.take_ready():
+            applied += ready
+            continue
+        busy += [assignment.worker for assignment in dispatcher.assign()]
+        if len(applied) > 3 and changes:
+            dispatcher.remove_worker(lost := changes.pop(0))
+            busy = [worker for worker in busy if worker != lost]
+            if not changes:
+                dispatcher.workers.append(1)
+            continue
+        dispatcher.accept(busy.pop(0))
+    assert sorted(one.item for one in applied) == list(context.cut_items([[0, EXAMPLES]]))
+    assert not changes and dispatcher.handed_out == dispatcher.applied + dispatcher.wasted
 
 
 @pytest.mark.parametrize(
