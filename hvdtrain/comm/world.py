@@ -70,6 +70,7 @@ class World:
     host: str
     replica_ranks: int = 1  # ranks of a replica
     batch_ranks: int = 1  # consecutive ranks that have the same part of the batch: a replica's, or one
+    may_change: bool = False  # in an elastic run, in which ranks may be lost, and join
 
     @property
     def is_grid(self) -> bool:

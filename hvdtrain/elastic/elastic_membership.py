@@ -79,7 +79,7 @@ class ElasticMembership:
     def prepare_process(self, world: World) -> World:
         """Bind this process, which is alone at first, to its slot's cores."""
         cpus.bind_to_cores(self.slot.local_rank, self.slot.local_size)
-        return replace(world, local_rank=self.slot.local_rank, local_size=self.slot.local_size)
+        return replace(world, local_rank=self.slot.local_rank, local_size=self.slot.local_size, may_change=True)
 
     @contextlib.contextmanager
     def enter_grid(self, world: World, shape: GridShape, device: str | None) -> Iterator[World]:
@@ -154,7 +154,7 @@ class ElasticMembership:
             place = self._former.form_next_generation(step, self.poll_requests)
         self.regroup_requested = False
         activity.enter_activity("meeting the other ranks", patient=True)
-        entered = enter_world(place.horovod_environment())
+        entered = replace(enter_world(place.horovod_environment()), may_change=True)
         if self._grid is not None:
             entered = self._connect_grid(self._grid, place)
         return EnteredWorld(entered, True, place.root, place.step)

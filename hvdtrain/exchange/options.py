@@ -38,8 +38,8 @@ class ExchangeOptions:
     )
     tables: Literal["dealt", "whole"] = option(
         "dealt",
-        "rows of the recipe's embedding `tables`: dealt to the ranks, or all of them on each rank; the maths stays the "
-        "same",
+        "rows of the recipe's embedding `tables`: dealt to the ranks, in elastic runs each to two of them, or all of "
+        "them on each rank; the maths stays the same",
     )
     checkpoint_residuals: Literal["sum", "exact"] = option(
         "sum", "save compression's residuals summed, for any number of ranks, or also each rank's own"

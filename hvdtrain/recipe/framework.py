@@ -93,6 +93,10 @@ class Step(Protocol):
     update_in_progress: bool  # an update was begun and not finished: the state is neither the old nor the new one
     gpu_uuid: str | None  # of the NVIDIA GPU that this rank computes on, "GPU-..."; None: there is none
 
+    @property
+    def updates_together(self) -> bool:
+        """Whether each rank updates parts that others do not: an update must be made by all, or by none."""
+
     # What is known before the first step.
 
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:

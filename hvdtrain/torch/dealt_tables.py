@@ -8,6 +8,7 @@ losses, and stay on the rank that has the rows: they are in no bucket, and its o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from hvdtrain.torch.piece_owner import share_overflow
 from hvdtrain.torch.score_session import ScoreSession
 from hvdtrain.torch.shards import sum_squares
 from hvdtrain.torch.table_group import RowTicket, RowTransport, Table, TableGroup
-from hvdtrain.torch.table_plan import RowNumbers, TableSize, deal_tables
+from hvdtrain.torch.table_plan import RowNumbers, TableSize, count_piece_rows, deal_tables
 from hvdtrain.torch.tensors import all_finite, view_as_real
 
 
@@ -51,36 +52,45 @@ class DealtTables:
 
         tables: by their names in the model.
         """
-        self.recipe_name, self.session, self.transport = recipe_name, session, transport
+        self.recipe_name, self.session = recipe_name, session
         self.names, self.modules = list(tables), list(tables.values())
-        self.rank, size = transport.group.rank(), transport.group.size()
-        sizes = [TableSize(module.num_embeddings, module.embedding_dim) for module in self.modules]
-        self.pieces = deal_tables(sizes, size)
-        kinds: dict[Any, dict[int, Table]] = {}
-        for number, module in enumerate(self.modules):
-            kinds.setdefault((sizes[number].width, module.weight.dtype), {})[number] = module
-        self.groups = [
-            TableGroup(of_kind, RowNumbers([p for p in self.pieces if p.table in of_kind], size), transport)
-            for of_kind in kinds.values()
-        ]
         self.squares = 0.0
         self.whole_state: dict[nn.Parameter, StateDict] = {}
-        self._group_of = {table: number for number, group in enumerate(self.groups) for table in group.modules}
         self._average: list[Table] = []  # the tables of the averaged model
         self._average_rows: list[Tensor] = []  # of each group
         self._joined: dict[str, RowTicket] = {}  # lookups of a pass without an example here
         session.join_lookup = self.join_lookup
+        self.deal_rows(transport, [])
+
+    def deal_rows(self, transport: RowTransport, mirrors: Sequence[int]) -> None:
+        """Plan which of the ranks that a transport connects has which rows.
+
+        mirrors: of each rank, whose rows it has as well; []: each has its own only.
+        """
+        self.transport, self.rank = transport, transport.rank
+        sizes = [TableSize(module.num_embeddings, module.embedding_dim) for module in self.modules]
+        self.pieces = deal_tables(sizes, transport.size)
+        kinds: dict[Any, dict[int, Table]] = {}
+        for number, module in enumerate(self.modules):
+            kinds.setdefault((sizes[number].width, module.weight.dtype), {})[number] = module
+        numbers = [
+            RowNumbers([p for p in self.pieces if p.table in k], transport.size, mirrors) for k in kinds.values()
+        ]
+        self.groups = [TableGroup(k, own, transport) for k, own in zip(kinds.values(), numbers, strict=True)]
+        self._group_of = {table: number for number, group in enumerate(self.groups) for table in group.modules}
 
     def describe(self) -> str:
         """Return the line of the plan."""
-        sizes = [module.num_embeddings * module.weight[:1].nbytes for module in self.modules]
-        most = [0] * self.transport.group.size()
-        for piece in self.pieces:
-            most[piece.rank] += (piece.end - piece.begin) * self.modules[piece.table].weight[:1].nbytes
-        cut = len([table for table in range(len(sizes)) if [p.table for p in self.pieces].count(table) > 1])
+        row_bytes = [m.embedding_dim * m.weight.element_size() for m in self.modules]
+        total = sum(m.num_embeddings * size for m, size in zip(self.modules, row_bytes, strict=True))
+        most = [0] * self.transport.size
+        for table, rank in itertools.product(range(len(self.modules)), range(self.transport.size)):
+            most[rank] += count_piece_rows(self.find_group(table).numbers.held_pieces(table, rank)) * row_bytes[table]
+        cut = len([table for table in range(len(row_bytes)) if [p.table for p in self.pieces].count(table) > 1])
+        mirrored = ", mirrored" * bool(self.groups[0].numbers.mirrors)
         return (
-            f"tables    {max(most) / 2**20:.1f} of {sum(sizes) / 2**20:.1f} MiB of {format_count(len(sizes), 'table')} "
-            f"on each rank at most, {cut} cut by rows"
+            f"tables    {max(most) / 2**20:.1f} of {total / 2**20:.1f} MiB of {format_count(len(row_bytes), 'table')} "
+            f"on each rank at most, {cut} cut by rows{mirrored}"
         )
 
     @property
@@ -106,6 +116,13 @@ class DealtTables:
             return
         self._average = [cast(Table, average.get_submodule(name)) for name in self.names]
         self._average_rows = [g.adopt_rows({t: self._average[t] for t in g.modules}) for g in self.groups]
+
+    def make_rows(self) -> None:
+        """Have memory for this rank's rows, of the averaged model too, which are zero."""
+        for group in self.groups:
+            group.rows = group.make_rows(group.modules)
+        if self._average:
+            self._average_rows = [g.make_rows({t: self._average[t] for t in g.modules}) for g in self.groups]
 
     def get_rows(self, group: int, module: Table, table: int) -> Tensor:
         """Return this rank's rows of a group that a module looks up in. Raises UserError for a copy of the table."""
@@ -188,8 +205,7 @@ class DealtTables:
         total = sum_squares(gradients, torch.float32)
         if not math.isfinite(total):  # squares of large float32 values are not
             total = sum_squares(gradients, torch.float64)
-        sent = torch.tensor([total], dtype=torch.float64, device=self.transport.group.device)
-        self.squares = float(self.transport.group.start_all_reduce(sent, average=False).wait())
+        self.squares = self.transport.sum(total)
         return math.isfinite(self.squares)
 
     def total_norm(self, params: Iterable[nn.Parameter]) -> Tensor:
@@ -197,18 +213,17 @@ class DealtTables:
         own = set(self.parameters.values())
         others = [p.grad for p in params if p.grad is not None and p not in own]
         dense = [view_as_real(g._values() if g.is_sparse else g) for g in others]
-        device = self.transport.group.device
-        total = torch.tensor(self.squares + sum_squares(dense, torch.float64), dtype=torch.float64, device=device)
-        return total.sqrt()
+        total = self.squares + sum_squares(dense, torch.float64)
+        return torch.tensor(total, dtype=torch.float64, device=self.transport.device).sqrt()
 
     def agree_on_overflow(
         self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter]
     ) -> Tensor:
         """Let a loss scale skip the step if a gradient is not finite on any rank; return their norm, ().
 
-        All ranks call this once the gradients are unscaled.
+        The gradients are unscaled by now, but `squares` are not.
         """
-        self.sum_squares()
+        self.squares /= scaler.get_scale() ** 2
         norm = self.total_norm(params)
         share_overflow(scaler, optimizer, norm)
         return norm

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.comm.uneven import exchange_bytes
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.pieces import Piece
 from hvdtrain.torch.shards import OptimizerShards
+from hvdtrain.torch.tensors import read_tensors, write_tensors
 from hvdtrain.torch.update_undo import copy_state
 
 AVERAGE = "hvdtrain.average"  # of --ema, next to what the optimizer keeps of a piece
@@ -83,7 +85,10 @@ def take_parts(shards: OptimizerShards, averages: Mapping[nn.Parameter, Tensor])
     return parts
 
 
-def find_sources(holders: Sequence[Interval], piece: Piece, rank: int) -> list[Interval] | None:
+Needs = Sequence[Sequence[tuple[object, Sequence[Interval]]]]  # of each rank: pieces, and where they come from
+
+
+def find_sources(holders: Sequence[Interval], piece: Piece | Interval, rank: int) -> list[Interval] | None:
     """Return from which ranks a rank gets the values of a piece, in order; None if some are nowhere.
 
     It takes what it has itself; else ranks take from different holders.
@@ -115,3 +120,30 @@ def join_parts(parts: Sequence[tuple[int, StateDict]]) -> StateDict:
         if len(parts) > 1 and is_sized(value, length):
             joined[key] = torch.cat([state[key].to(value.device) for _, state in parts])
     return joined
+
+
+def send_states(outgoing: Sequence[list[StateDict]], needs: Needs, name: str) -> list[list[StateDict]]:
+    """Send each rank its list of states, and return those received, by rank; nothing travels if nobody needs any.
+
+    needs: of each rank, the same on all ranks.
+    """
+    if all(i.rank == rank for rank, theirs in enumerate(needs) for _, sources in theirs for i in sources):
+        return [[] for _ in outgoing]
+    packed = [write_tensors(states) if states else b"" for states in outgoing]
+    return [read_tensors(data) if data else [] for data in exchange_bytes(packed, name)]
+
+
+def name_lost_ranks(last_parts: Sequence[tuple[int, list[int]]], what: str) -> str:
+    """Return a clause about whose parts no rank has any more.
+
+    Args:
+        last_parts: of ranks that have some, the number of ranks in the world before, and whose parts they had there.
+        what: the parts are of: "the optimizer's state".
+    """
+    size = max((size for size, _ in last_parts), default=0)
+    lost = sorted(set(range(size)) - {part for _, parts in last_parts for part in parts})
+    if not lost:
+        return f"parts of {what} and their mirrors are gone"
+    ranks = ", ".join(map(str, lost))
+    whose = f"ranks {ranks} and their mirrors" if len(lost) > 1 else f"rank {ranks} and its mirror"
+    return f"{what} of {whose} are gone"

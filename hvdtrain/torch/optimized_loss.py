@@ -206,10 +206,10 @@ class OptimizedLoss(LossState):
 
     def wait_for_sums(self) -> bool:
         """Wait for the gradients' sums over ranks; return whether they are finite, if their exchange looks."""
-        if self.bucketed_exchange is None or self._is_local:
-            return True
-        self.bucketed_exchange.wait_for_sums()
-        finite, tables = self.bucketed_exchange.sums_are_finite, self.settings.tables
+        finite, tables = True, self.settings.tables
+        if self.bucketed_exchange is not None and not self._is_local:
+            self.bucketed_exchange.wait_for_sums()
+            finite = self.bucketed_exchange.sums_are_finite
         if tables is not None:
             tables.set_gradients()
             finite = tables.sum_squares() and finite

@@ -16,9 +16,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.uneven import exchange_bytes
+from hvdtrain.comm.world import World
 from hvdtrain.torch.ema import AveragedModel
-from hvdtrain.torch.held_parts import AVERAGE, HeldPart, Interval, find_sources, join_parts
+from hvdtrain.torch.held_parts import (
+    AVERAGE,
+    HeldPart,
+    Interval,
+    find_sources,
+    join_parts,
+    name_lost_ranks,
+    send_states,
+)
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.optimizer_methods import read_param_groups
 from hvdtrain.torch.piece_owner import use_pieces
@@ -27,18 +35,30 @@ from hvdtrain.torch.shard_state import copy_to_host
 from hvdtrain.torch.sharded_ema import ShardedAverage
 from hvdtrain.torch.sharding import OptimizerSharding
 from hvdtrain.torch.shards import OptimizerShards
-from hvdtrain.torch.tensors import read_tensors, write_tensors
+from hvdtrain.torch.table_exchange import TableExchange
+from hvdtrain.torch.update import Updater
 
 Need = tuple[Piece, list[Interval]]  # a piece, and where its values come from
 Plan = list[list[list[Need]]]  # of each bucket, of each rank: what it needs
 
 
 class PartExchange:
-    """Brings each rank its parts of all sharded optimizers, and of the average, in one world after the other."""
+    """Brings each rank its parts of all sharded optimizers, of the average, and of tables, in one world after another.
 
-    def __init__(self, shardings: Sequence[OptimizerSharding], average: AveragedModel | None) -> None:
-        """Exchange nothing yet. average: of the parameters, divided if the optimizers are; None: there is none."""
-        self.shardings = shardings
+    Sharded optimizers and dealt tables exclude each other.
+    """
+
+    def __init__(
+        self, shardings: Sequence[OptimizerSharding], average: AveragedModel | None, tables: TableExchange | None
+    ) -> None:
+        """Exchange nothing yet.
+
+        Args:
+            shardings: of the optimizers.
+            average: of the parameters, divided if the optimizers are; None: there is none.
+            tables: of which each rank has some rows; None: there are none.
+        """
+        self.shardings, self.tables = shardings, tables
         self.average = average if isinstance(average, ShardedAverage) else None
         self._averaged_steps = 0  # of what is held
 
@@ -48,14 +68,18 @@ class PartExchange:
 
     def leave_world(self, is_lost: bool) -> None:
         """Undo an update that was begun, and keep what this rank has. is_lost: it is of no use."""
+        if self.tables is not None:
+            self.tables.leave_world(is_lost)
         if self.average is not None and all(sharding.is_filled for sharding in self.shardings):
             self._averaged_steps = int(self.average.n_averaged)
         averages = self.average.release_pieces() if self.average is not None else {}
         for sharding in self.shardings:
             sharding.leave_world(averages, is_lost)
 
-    def join_world(self) -> None:
-        """Make room for the average's parts, once the optimizers are divided in a new world."""
+    def join_world(self, world: World) -> None:
+        """Make room for the tables' and the average's parts, once the optimizers are divided in a new world."""
+        if self.tables is not None:
+            self.tables.join_world(world)
         if self.average is not None:
             self.average.divide_again([shards for _, shards in self._divided])
 
@@ -69,6 +93,8 @@ class PartExchange:
         Returns:
             A clause about what no rank has any more, the same on all ranks; None: nothing is lost.
         """
+        if self.tables is not None:
+            return self.tables.exchange_rows(reached, step)
         if not self._divided:
             return None
         self._settle_step(reached, step)
@@ -83,7 +109,8 @@ class PartExchange:
             plan = plan_parts(shards, holders)
             if plan is None and step >= 0:
                 self._drop_held()  # a checkpoint fills the pieces
-                return name_lost_ranks([last[number] for intervals, last in answers if intervals[number]])
+                last_parts = [last[number] for intervals, last in answers if intervals[number]]
+                return name_lost_ranks(last_parts, "the optimizer's state")
             plans.append(plan or [])
         for (sharding, shards), plan in zip(self._divided, plans, strict=True):
             self._fill_pieces(sharding, shards, plan)
@@ -140,6 +167,15 @@ class PartExchange:
         load_states(shards, states)
 
 
+def make_part_exchange(updater: Updater, average: AveragedModel | None) -> PartExchange:
+    """Return what brings each rank its parts, which it has now. average: of --ema; None: there is none."""
+    tables = None
+    if updater.tables is not None:
+        updater.tables.adopt_average(None if average is None else average.module)
+        tables = TableExchange(updater.tables, updater.optimizers.values, average)
+    return PartExchange([loss.sharding for loss in updater.losses], average, tables)
+
+
 def plan_parts(shards: OptimizerShards, holders: dict[str, list[Interval]]) -> Plan | None:
     """Return who needs what of an optimizer, and from whom it comes; the same on all ranks. None: some is nowhere."""
     plan: Plan = []
@@ -155,17 +191,6 @@ def plan_parts(shards: OptimizerShards, holders: dict[str, list[Interval]]) -> P
     return plan
 
 
-def send_states(outgoing: Sequence[list[StateDict]], needs: Sequence[list[Need]], name: str) -> list[list[StateDict]]:
-    """Send each rank its list of states, and return those received, by rank; nothing travels if nobody needs any.
-
-    needs: of each rank, the same on all ranks.
-    """
-    if all(i.rank == rank for rank, theirs in enumerate(needs) for _, sources in theirs for i in sources):
-        return [[] for _ in outgoing]
-    packed = [write_tensors(states) if states else b"" for states in outgoing]
-    return [read_tensors(data) if data else [] for data in exchange_bytes(packed, name)]
-
-
 def load_states(shards: OptimizerShards, states: dict[nn.Parameter, StateDict]) -> None:
     """Give the optimizer the states of this rank's pieces, as it takes those of a checkpoint."""
     with use_pieces(shards):
@@ -174,17 +199,3 @@ def load_states(shards: OptimizerShards, states: dict[nn.Parameter, StateDict]) 
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         saved["state"] |= {n: states[p] for n, p in zip(numbers, params, strict=True) if states.get(p)}
         shards.optimizer.load_state_dict(saved)
-
-
-def name_lost_ranks(last_parts: Sequence[tuple[int, list[int]]]) -> str:
-    """Return a clause about whose state no rank has any more.
-
-    last_parts: of ranks that have some, the number of ranks in the world before, and whose parts they had there.
-    """
-    size = max((size for size, _ in last_parts), default=0)
-    lost = sorted(set(range(size)) - {part for _, parts in last_parts for part in parts})
-    if not lost:
-        return "parts of the optimizer's state and their mirrors are gone"
-    ranks = ", ".join(map(str, lost))
-    whose = f"ranks {ranks} and their mirrors" if len(lost) > 1 else f"rank {ranks} and its mirror"
-    return f"the optimizer's state of {whose} are gone"

@@ -97,6 +97,7 @@ class Recipe(DatasetRecipe):
         """Return the embedding tables of the model, of which each rank is to hold some rows only.
 
         They are nn.Embedding or nn.EmbeddingBag, used by calling them, or several at once by `hvdtrain.torch.lookup`.
-        On one rank, in elastic runs and with --tables whole they stay as they are; the training is the same.
+        On one rank and with --tables whole they stay as they are; the training is the same. In elastic runs each row is
+        on two ranks.
         """
         raise NotImplementedError

@@ -18,9 +18,11 @@ from hvdtrain.torch.ema import AveragedModel
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.recipe_state import RecipeState
 from hvdtrain.torch.shard_state import gather_whole_state
-from hvdtrain.torch.table_state import WholeTable, cut_weights, gather_tables
+from hvdtrain.torch.table_state import WholeTable, cut_weights, gather_tables, leave_out_rows
 from hvdtrain.torch.tensors import load_module_state, read_tensors, write_tensors
 from hvdtrain.torch.update import Updater
+
+ROWS_ELSEWHERE = "rows_elsewhere"  # in a state from which rows of dealt tables are left out
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,17 @@ class TrainingState:
         self.whole_tables.clear()
         weights = {name: table.weight for name, table in tables.items()}
         check_tensors_finite(list(weights.items()))
-        whole = {**(self.divided.whole_state or self.model.state_dict()), **weights}
+        whole = {**leave_out_rows(self.tables, self.divided.whole_state or self.model.state_dict()), **weights}
         state: dict[str, object] = {"model": whole, **self.updater.optimizer_state()}
         if carried is not None:
             state["exchange"] = carried
         if self.ema is not None:
-            state["ema"] = self.ema.state_dict() | {f"module.{name}": table.average for name, table in tables.items()}
+            averages = {f"module.{name}": table.average for name, table in tables.items()}
+            state["ema"] = leave_out_rows(self.tables, self.ema.state_dict(), "module.") | averages
         if self.divided.holds_part:
             state["part"] = True
+        if self.tables is not None and not tables:
+            state[ROWS_ELSEWHERE] = True
         if self.recipe_state.exists:
             state["recipe"] = self.recipe_state.collect_values()
         self.divided.whole_state = {}
@@ -124,8 +129,11 @@ class TrainingState:
                     f"the checkpoint has {'no' if needed else 'a'} {part} state: keep the run's options to resume"
                 )
         if self.tables is not None:
-            state["model"] = cut_weights(self.tables, state["model"])
-            state["ema"] = cut_weights(self.tables, state["ema"], "module.") if ema is not None else None
+            parts: list[tuple[str, str, nn.Module]] = [("model", "", model)]
+            parts += [] if ema is None else [("ema", "module.", ema)]
+            for part, prefix, module in parts:
+                cut = cut_weights(self.tables, state[part], prefix)
+                state[part] = {**module.state_dict(), **cut} if ROWS_ELSEWHERE in state else cut
         check_same_model(model, state["model"], is_part=state.get("part", False))
         try:
             load_module_state(model, state["model"])

@@ -32,7 +32,7 @@ from hvdtrain.torch.divided_model import divide_model
 from hvdtrain.torch.evaluator import Evaluator
 from hvdtrain.torch.gpu import find_gpu_uuid
 from hvdtrain.torch.modes import TrainingModes
-from hvdtrain.torch.part_exchange import PartExchange
+from hvdtrain.torch.part_exchange import make_part_exchange
 from hvdtrain.torch.process import ProcessSettings
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recipe_state import RecipeState
@@ -48,7 +48,7 @@ from hvdtrain.torch.step_facts import StepFacts
 from hvdtrain.torch.sums import StepSums, StepTotals
 from hvdtrain.torch.table_state import take_table_rows
 from hvdtrain.torch.table_trial import check_row_updates
-from hvdtrain.torch.tables import deal_recipe_tables, describe_tables, describe_whole_tables
+from hvdtrain.torch.tables import deal_recipe_tables, describe_tables
 from hvdtrain.torch.trial import TrialResult, initialize_lazy_modules, load_two_examples, prepare_trial
 from hvdtrain.torch.update import Updater
 from hvdtrain.torch.watch import reject_scheduler
@@ -144,9 +144,7 @@ class TorchStep(StepFacts, ServedPart):
         take_table_rows(self.tables, self.updater.optimizers.values())
         self.updater.log_lines += describe_tables(self.tables)
         self.ema = make_average(self.divided, self.options.optimization.ema, self.updater.shards)
-        if self.tables is not None:
-            self.tables.adopt_average(None if self.ema is None else self.ema.module)
-        self.parts = PartExchange([loss.sharding for loss in self.updater.losses], self.ema)
+        self.parts = make_part_exchange(self.updater, self.ema)
 
     def _track_changes(
         self, modes: TrainingModes, buffer_modes: Mapping[str, BufferMode], changed_buffers: Sequence[str]
@@ -305,15 +303,17 @@ class TorchStep(StepFacts, ServedPart):
             self.updater.rounds.undo_step()
         self.updater.leave_world()
         self.sums.forget_all_reduce()
-        self._messages += describe_whole_tables(self.recipe, self.world.size, world.size)
         self.world = world
         self.evaluator.enter_world(world)
         self.updater.join_world(world)
         self.updater.distribute_state(world, is_first=False)
-        self.parts.join_world()
+        self.parts.join_world(world)
+        self._messages += describe_tables(self.tables)
 
     def exchange_parts(self, reached: int, step: int) -> str | None:
-        return self.parts.exchange_parts(reached, step)
+        lost = self.parts.exchange_parts(reached, step)
+        self.changes.parameter_watch.set_baseline()
+        return lost
 
     def close(self) -> None:
         """Leave the recipe's model and optimizer, and this process, as they would be without hvdtrain's hooks."""

@@ -50,6 +50,11 @@ class StepFacts:
     _trial: Trial
     _messages: list[str]
 
+    @property
+    def updates_together(self) -> bool:
+        """Whether each rank updates parts of the model that others do not."""
+        return self.tables is not None
+
     def find_changed_example(self, earlier: Mapping[str, str]) -> str | None:
         return find_changed_hash(select_examples(self.agreement_parts), earlier)
 

@@ -51,27 +51,38 @@ def gather_tables(
         average: the modules of the averaged model by name; empty: there is none.
     """
     found = {}
-    for table, (name, module) in enumerate(zip(dealt.names, dealt.modules, strict=True)):
-        state = next((dict(opt.state[module.weight]) for opt in optimizers if module.weight in opt.state), {})
-        own: StateDict = {WEIGHT: module.weight.detach()}
-        own |= {STATE_PREFIX + key: value for key, value in state.items()} if len(module.weight) else {}
-        if average:
-            own[AVERAGE] = cast(Table, average[name]).weight.detach()
-        whole = _gather_table(dealt, table, own)
+    for table, name in enumerate(dealt.names):
+        whole = _gather_table(dealt, table, *read_rows(dealt, table, optimizers, average))
         if whole:
             kept = {key.removeprefix(STATE_PREFIX): v for key, v in whole.items() if key.startswith(STATE_PREFIX)}
             found[f"{name}.weight"] = WholeTable(whole[WEIGHT], kept, whole.get(AVERAGE))
     return found
 
 
-def _gather_table(dealt: DealtTables, table: int, own: StateDict) -> StateDict:
-    """Return all rows of what ranks have of a table, on rank 0; all ranks call this."""
-    numbers, num_ranks = dealt.find_group(table).numbers, dealt.transport.group.size()
-    count = len(own[WEIGHT])
-    of_rows = {k: v for k, v in own.items() if isinstance(v, Tensor) and v.dim() and len(v) == count}
-    plain = {key: value for key, value in own.items() if key not in of_rows}
-    most = max(numbers.own_slice(table, rank).stop - numbers.own_slice(table, rank).start for rank in range(num_ranks))
-    step = max(1, BLOCK_BYTES // max(1, own[WEIGHT][:1].nbytes or own[WEIGHT].new_empty(own[WEIGHT].shape[1]).nbytes))
+def read_rows(
+    dealt: DealtTables, table: int, optimizers: Iterable[torch.optim.Optimizer], average: Mapping[str, nn.Module]
+) -> tuple[dict[str, Tensor], StateDict]:
+    """Return what there is of each row of a table that this rank holds, and what its optimizer keeps besides.
+
+    average: the modules of the averaged model by name; empty: there is none.
+    """
+    module = dealt.modules[table]
+    state = next((dict(opt.state[module.weight]) for opt in optimizers if module.weight in opt.state), {})
+    held: StateDict = {WEIGHT: module.weight.detach()}
+    held |= {STATE_PREFIX + key: value for key, value in state.items()} if len(module.weight) else {}
+    if average:
+        held[AVERAGE] = cast(Table, average[dealt.names[table]]).weight.detach()
+    count = len(module.weight)
+    of_rows = {k: v for k, v in held.items() if isinstance(v, Tensor) and v.dim() and len(v) == count}
+    return of_rows, {key: value for key, value in held.items() if key not in of_rows}
+
+
+def _gather_table(dealt: DealtTables, table: int, held: Mapping[str, Tensor], plain: StateDict) -> StateDict:
+    """Return all rows of what ranks have of a table, on rank 0; all ranks call this. Arguments as of `read_rows`."""
+    numbers, num_ranks = dealt.find_group(table).numbers, dealt.transport.size
+    most = max(numbers.count_own(table, rank) for rank in range(num_ranks))
+    of_rows = {key: value[: numbers.count_own(table, dealt.rank)] for key, value in held.items()}
+    step = max(1, BLOCK_BYTES // max(1, held[WEIGHT].shape[1] * held[WEIGHT].element_size()))
     parts: list[dict[str, list[Tensor]]] = [{} for _ in range(num_ranks)]
     whole: StateDict = {}
     for begin in range(0, most, step):
@@ -97,7 +108,7 @@ def _gather_table(dealt: DealtTables, table: int, own: StateDict) -> StateDict:
 def cut_table_state(dealt: DealtTables, table: int, state: StateDict) -> StateDict:
     """Return this rank's rows of what an optimizer keeps of a table; nothing if it has none."""
     rows, group = dealt.modules[table].num_embeddings, dealt.find_group(table)
-    if not group.numbers.own_pieces(table, dealt.rank):
+    if not group.numbers.held_pieces(table, dealt.rank):
         return {}
     return {
         key: group.cut_rows(table, value) if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
@@ -133,6 +144,12 @@ def describe_whole(dealt: DealtTables) -> StateDict:
     shapes = [(module.num_embeddings, module.embedding_dim) for module in dealt.modules]
     pairs = zip(dealt.parameters.items(), shapes, strict=True)
     return {name: torch.empty(shape, dtype=p.dtype, device="meta") for (name, p), shape in pairs}
+
+
+def leave_out_rows(dealt: DealtTables | None, state: Mapping[str, object], prefix: str = "") -> StateDict:
+    """Return a model's state dict without the tables. prefix: of the names."""
+    names = set() if dealt is None else {prefix + name for name in dealt.parameters}
+    return {name: value for name, value in state.items() if name not in names}
 
 
 def cut_weights(dealt: DealtTables, whole: StateDict, prefix: str = "") -> StateDict:

@@ -9,8 +9,6 @@ from typing import cast
 from torch import nn
 
 from hvdtrain.comm import collectives
-from hvdtrain.comm.signed_store import open_store
-from hvdtrain.comm.torch_ranks import connect_ranks
 from hvdtrain.comm.world import World
 from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.base import is_overridden
@@ -20,7 +18,7 @@ from hvdtrain.torch.dealt_tables import DealtTables
 from hvdtrain.torch.recipe import Recipe
 from hvdtrain.torch.recompute import check_blocks
 from hvdtrain.torch.scorer import Scorer
-from hvdtrain.torch.table_group import RowTransport, Table
+from hvdtrain.torch.table_group import Table, connect_transport
 from hvdtrain.torch.table_lookup import DealtForward
 
 
@@ -28,27 +26,22 @@ from hvdtrain.torch.table_lookup import DealtForward
 def deal_recipe_tables(
     recipe: Recipe, model: nn.Module, world: World, options: StepOptions, scorer: Scorer
 ) -> Iterator[DealtTables | None]:
-    """Let a recipe's tables be looked up over all ranks until the end, if it has any and there are several ranks.
+    """Let a recipe's tables be looked up over all ranks until the end, if it has any and there may be several ranks.
 
     Raises UserError, on all ranks, for what `tables` returns if that cannot be dealt, and for options that do not go
     with it.
     """
-    if world.size == 1 or options.exchange.tables == "whole" or not names_tables(recipe):
+    if (world.size == 1 and not world.may_change) or options.exchange.tables == "whole" or not names_tables(recipe):
         yield None
         return
     tables = collectives.on_all_ranks("tables", lambda: find_tables(recipe, model, world, options))
-    store = open_store()
-    group = connect_ranks(store, "tables", range(world.size), world, scorer.device)
-    collectives.on_all_ranks("tables.connected", lambda: None)
-    store.close()
-    assert group is not None
-    dealt = DealtTables(type(recipe).__name__, tables, scorer.session, RowTransport(group))
+    dealt = DealtTables(type(recipe).__name__, tables, scorer.session, connect_transport(world, scorer.device))
     for number, module in enumerate(dealt.modules):
         vars(module)["forward"] = DealtForward(dealt, number, module)
     try:
         yield dealt
     finally:
-        group.close()
+        dealt.transport.close()
         scorer.session.join_lookup = None
         for module in dealt.modules:
             vars(module).pop("forward", None)
@@ -118,11 +111,4 @@ def check_table_options(call: str, world: World, options: StepOptions) -> None:
 
 def describe_tables(dealt: DealtTables | None) -> list[str]:
     """Return lines of the plan."""
-    return [] if dealt is None else [dealt.describe()]
-
-
-def describe_whole_tables(recipe: Recipe, ranks_before: int, ranks: int) -> list[str]:
-    """Return lines about a recipe's tables, which are not dealt, when a rank that was alone joins others."""
-    if not names_tables(recipe) or not ranks_before == 1 < ranks:
-        return []
-    return ["tables    whole on each rank: an elastic run does not deal them"]
+    return [] if dealt is None or dealt.transport.size == 1 else [dealt.describe()]

@@ -1,12 +1,13 @@
-"""The update of a step of a grid in an elastic run, which a lost rank must not leave made on some ranks only.
+"""The update of a step in an elastic run whose ranks have different parts, which not only some of them may make.
 
     all_reduce      this rank has its sums
     hold            barrier: all ranks have theirs
     update          no exchange is in it
 
-If no rank has passed the barrier when one is lost, all go on as before the step. If one has, all that are left have
-their sums, and those that did not pass make the update in the next world: ranks of a column have the same state, but
-those of one column may all have failed in the barrier, and then none could send the new state to the others.
+That is so in a grid, and with dealt tables. If no rank has passed the barrier when one is lost, all go on as before the
+step. If one has, all that are left have their sums, and those that did not pass make the update in the next world: in a
+grid ranks of a column have the same state, but those of one column may all have failed in the barrier, and then none
+could send the new state to the others; rows of a table are on two ranks only.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
     if result.must_skip:
         count_skipped_step(generation, result, position)
     update = partial(update_model, generation, position, result, lr_factor)
-    is_held = generation.world.is_grid and run.membership.world_may_change
+    is_held = (generation.world.is_grid or run.step.updates_together) and run.membership.world_may_change
     update_report = run.held.make_together(update) if is_held else update()
     seconds = time.perf_counter() - start
     if generation.speeds is not None:
@@ -161,7 +161,7 @@ def train_step(generation: Generation, position: Position, share: StepShare, bat
 
 
 def update_model(generation: Generation, position: Position, result: StepResult, lr_factor: float) -> dict[str, float]:
-    """Apply the step's gradients, or skip the update; return what to report of it. Without collectives in a grid."""
+    """Apply the step's gradients, or skip the update; return what to report. If it is held, without collectives."""
     run, plan = generation.run, generation.plan
     if result.must_skip:
         run.step.skip_update()

@@ -283,6 +283,7 @@ class Session:
         else:
             run.step.load_state(received.state)
         self.position, self._ledger = progress.position, Ledger.from_state(progress.ledger, received.orders)
+        run.held.steps_ahead = 0  # what comes after this may fail, too
         if lost := run.round.find_lost(rounds, self.position):
             self._ledger.record_lost(self.position.step, lost)
         self.run.report.rows.recent = list(progress.recent_rows)

@@ -50,6 +50,7 @@ class NumpyStep:
     layout = ScoreLayout((Metric("loss"),))
     source = DataSource.NUMBERED
     score_uses_collectives = score_needs_whole_batch = update_in_progress = has_sampler = False
+    updates_together = False
     agreement_parts = ()
     gpu_uuid = None
     first_examples: ClassVar[dict[str, str]] = {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch import option, update
 from hvdtrain.torch.pieces import HeldPiece, ShardedBucket
 from hvdtrain.torch.shards import OptimizerShards
+from tests.ranks.mortal import Faults
 
 Sharded: Any = load_recipe(f"{Path(__file__).with_name('sharded_recipes.py')}:Sharded")
 
@@ -27,14 +26,11 @@ ORIGINALS: Any = [getattr(function, "original", function) for function in FUNCTI
 
 
 @dataclass(kw_only=True)
-class Mortal(Sharded):  # type: ignore[misc]
-    """Float64 throughout. `faults` are POINT:STEP:RANKS, as in gathered:3:1+2, each of which happens once."""
+class Mortal(Faults, Sharded):  # type: ignore[misc]
+    """Float64 throughout. Points: forward, updated, gathered, some, concluded."""
 
     dtype: str = "float64"
-    faults: str = option("", "what happens to whom: forward, updated, gathered, some, concluded")
     compares: bool = option(False, "whether each step compares what ranks mirror with what they have")
-    pause: float = option(0.0, "seconds that each step takes longer")
-    fault: str = option("", "a file next to which faults that have happened are noted; its .hold holds the run")
 
     def model(self) -> Any:
         inject_faults(self)
@@ -43,31 +39,13 @@ class Mortal(Sharded):  # type: ignore[misc]
     def score(self, model: Any, batch: Any) -> dict[str, Tensor]:
         if model.training:
             self.suffer("forward")
-            time.sleep(self.pause)
-            deadline = time.monotonic() + 2
-            while Path(f"{self.fault}.hold").exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            self.take_time()
         model.optimizer = self.made
         inputs, targets = batch
         outputs = model.body(inputs).squeeze(1)
         if not self.skips or self.now.step % 2:
             outputs = outputs + model.extra(inputs).squeeze(1)
         return {"loss": (outputs - targets).square()}
-
-    def suffer(self, point: str) -> None:
-        """Die, if that is to happen here."""
-        if self.is_due(point):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def is_due(self, point: str) -> bool:
-        for number, text in enumerate(filter(None, self.faults.split(","))):
-            kind, step, ranks = text.split(":")
-            is_here = kind == point and int(step) == self.now.step and str(self.now.rank) in ranks.split("+")
-            note = Path(f"{self.fault}.{number}.{self.now.rank}")
-            if is_here and self.now.size > 1 and not note.exists():
-                note.touch()
-                return True
-        return False
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hvdtrain.exchange.partition import Partition, assign_mirrors
-from hvdtrain.torch.held_parts import AVERAGE, HeldPart, Interval, find_sources, join_parts
-from hvdtrain.torch.part_exchange import name_lost_ranks
+from hvdtrain.torch.held_parts import AVERAGE, HeldPart, Interval, find_sources, join_parts, name_lost_ranks
 from hvdtrain.torch.pieces import Piece, ShardedBucket
 
 HOSTS = st.lists(st.sampled_from("abcd"), min_size=2, max_size=16)
+
+STATE = "the optimizer's state"
 
 
 @given(HOSTS)
@@ -97,7 +98,10 @@ def test_cut_states_share_no_memory() -> None:
 
 
 def test_lost_parts_are_named_by_the_ranks_that_had_them() -> None:
-    assert name_lost_ranks([(4, [0, 1])]) == "the optimizer's state of ranks 2, 3 and their mirrors are gone"
-    assert name_lost_ranks([(3, [0, 1])]) == "the optimizer's state of rank 2 and its mirror are gone"
-    assert name_lost_ranks([(3, [0, 1]), (3, [1, 2])]) == "parts of the optimizer's state and their mirrors are gone"
-    assert name_lost_ranks([]) == "parts of the optimizer's state and their mirrors are gone"
+    assert name_lost_ranks([(4, [0, 1])], STATE) == "the optimizer's state of ranks 2, 3 and their mirrors are gone"
+    assert name_lost_ranks([(3, [0, 1])], STATE) == "the optimizer's state of rank 2 and its mirror are gone"
+    assert (
+        name_lost_ranks([(3, [0, 1]), (3, [1, 2])], STATE)
+        == "parts of the optimizer's state and their mirrors are gone"
+    )
+    assert name_lost_ranks([], STATE) == "parts of the optimizer's state and their mirrors are gone"
