@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
-from tests.ranks.harness import BIN, HVDTRAIN, ROOT, Job, rows, wait_for_step
+from tests.ranks.harness import BIN, HVDTRAIN, ROOT, Job, rows, train, wait_for_step
 from tests.support.limits import stretch
 
 RECIPE = str(ROOT / "tests" / "ranks" / "slow_recipe.py")
@@ -102,6 +103,15 @@ class ElasticJob(Job):
         for process in [self.worker(rank) for rank in ranks]:
             process.send_signal(number)
 
+    def kill_and_rejoin(self, *ranks: int, world: int, left: int) -> None:
+        """Kill one rank after the other: each time so many are left, and train; then all are there again, and train."""
+        for rank in ranks:
+            self.kill(rank)
+            self.world(left)
+            self.more(2)
+            self.world(world)
+            self.more(2)
+
     def kill_any(self) -> None:
         """Kill some worker."""
         self.those(lambda process: "HVDTRAIN_MEMBER" in process.environ())[0].kill()
@@ -158,6 +168,20 @@ def losses(run_dir: Path) -> list[float]:
     found = rows(run_dir)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1)), [row["step"] for row in found]
     return [row["loss"] for row in found]
+
+
+def train_reference(folder: Path, recipe: str, *options: str) -> list[float]:
+    """Train without a fault, on one rank; return the losses."""
+    train("alone", 1, recipe, folder / "run", "--pause", "0", "--log-every", "1", "--threads", "1", *options)
+    return losses(folder / "run")
+
+
+def check_losses(job: ElasticJob, expected: Sequence[float]) -> None:
+    """Fail unless each step was made once, with the losses of one rank, and the ledger says so too."""
+    found = losses(job.run_dir)
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    verify(job.run_dir)
 
 
 def verify(run_dir: Path, verdict: str = "exactly once") -> None:

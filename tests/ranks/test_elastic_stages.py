@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.ranks.elastic import ElasticJob, losses, verify
-from tests.ranks.harness import ROOT, train
+from tests.ranks.elastic import ElasticJob, check_losses, train_reference
+from tests.ranks.harness import ROOT
 
 RECIPE = str(ROOT / "tests" / "ranks" / "slow_stages_recipe.py") + ":SlowStages"
 OPTIONS = ["--epochs", "2", "--lr", "0.02"]
-STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[float]]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run without a fault, on one rank."""
-    folder = tmp_path_factory.mktemp("reference")
-    train("alone", 1, RECIPE, folder / "run", "--pause", "0", "--log-every", "1", "--threads", "1", *OPTIONS)
-    yield losses(folder / "run")
+    return train_reference(tmp_path_factory.mktemp("reference"), RECIPE, *OPTIONS)
 
 
 def start(folder: Path, *options: str) -> ElasticJob:
@@ -29,30 +24,14 @@ def start(folder: Path, *options: str) -> ElasticJob:
     return ElasticJob(folder, "localhost:4", "--pause", "0.4", "--stages", "2", *OPTIONS, *options, recipe=RECIPE)
 
 
-def check(job: ElasticJob, expected: list[float]) -> None:
-    """Each step was made once, with the reference's losses, and the ledger says so too."""
-    found = losses(job.run_dir)
-    assert len(found) == STEPS
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
-    verify(job.run_dir)
-
-
 @pytest.mark.slow
 def test_a_killed_stage_takes_its_replica_out_and_brings_it_back(tmp_path: Path, reference: list[float]) -> None:
     """One that is not rank 0, then rank 0, whose replica's other rank has no state any more."""
     with start(tmp_path) as job:
         job.step(3)
-        job.kill(3)
-        job.world(2)
-        job.more(2)
-        job.world(4)
-        job.more(2)
-        job.kill(0)
-        job.world(2)
-        job.more(2)
-        job.world(4)
+        job.kill_and_rejoin(3, 0, world=4, left=2)
         job.end()
-    check(job, reference)
+    check_losses(job, reference)
     assert job.summary()["membership_changes"] >= 4
 
 
@@ -67,7 +46,7 @@ def test_an_update_is_made_by_all_or_by_none(tmp_path: Path, reference: list[flo
         job.more(2)
         job.world(4)
         job.end()
-    check(job, reference)
+    check_losses(job, reference)
 
 
 @pytest.mark.slow
@@ -78,4 +57,4 @@ def test_a_part_that_every_replica_has_lost_comes_from_the_checkpoint(tmp_path: 
         job.until(lambda: "with its part of the model: continuing from step" in job.said(), "a checkpoint", hold=True)
         job.world(4)
         job.end()
-    check(job, reference)
+    check_losses(job, reference)

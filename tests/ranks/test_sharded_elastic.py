@@ -38,9 +38,12 @@ def alone(world1: KeptWorld, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def without_faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Any]]:
-    """What `tests.ranks.test_faults` compares with."""
-    folder = tmp_path_factory.mktemp("reference") / "run"
-    summary = harness.train("alone", 1, DIGITS, folder, "--pause", "0", "--log-every", "1", "--threads", "1")
+    return train_without_faults(tmp_path_factory.mktemp("reference") / "run", DIGITS)
+
+
+def train_without_faults(folder: Path, recipe: str) -> tuple[list[float], dict[str, Any]]:
+    """Return what `tests.ranks.test_faults` compares with."""
+    summary = harness.train("alone", 1, recipe, folder, "--pause", "0", "--log-every", "1", "--threads", "1")
     return losses(folder), summary
 
 
@@ -181,12 +184,17 @@ def test_faults_of_other_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two of three ranks that are killed at once may be a part's owner and its mirror."""
-
-    def start_sharded(folder: Path, hosts: str, *options: str, **more: Any) -> ElasticJob:
-        return ElasticJob(folder, hosts, *options, *SHARD, "--checkpoint-every", "2", **more)
-
-    monkeypatch.setattr(test_faults, "ElasticJob", start_sharded)
+    monkeypatch.setattr(test_faults, "ElasticJob", job_with(DIGITS, *SHARD))
     survive(tmp_path, without_faults)
+
+
+def job_with(recipe: str, *options: str) -> Callable[..., ElasticJob]:
+    """Return what starts jobs of `tests.ranks.test_faults` with another recipe and more options."""
+
+    def start_job(folder: Path, hosts: str, *given: str, **more: Any) -> ElasticJob:
+        return ElasticJob(folder, hosts, *given, *options, "--checkpoint-every", "2", recipe=recipe, **more)
+
+    return start_job
 
 
 def test_mirrors_are_for_sharded_optimizers_and_needed_in_elastic_runs() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import harness, test_faults
+from tests.ranks import test_faults
 from tests.ranks.elastic import ElasticJob, losses, verify
-from tests.ranks.test_sharded_elastic import FAULTS
+from tests.ranks.test_sharded_elastic import FAULTS, job_with, train_without_faults
 from tests.ranks.test_sharded_optimizer import assert_same
 from tests.support.worlds import KeptWorld, train
 
@@ -167,10 +167,7 @@ def test_recommend_survives_lost_ranks(world1: KeptWorld, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def without_faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Any]]:
-    """What `tests.ranks.test_faults` compares with."""
-    folder = tmp_path_factory.mktemp("reference") / "run"
-    summary = harness.train("alone", 1, SLOW, folder, "--pause", "0", "--log-every", "1", "--threads", "1")
-    return losses(folder), summary
+    return train_without_faults(tmp_path_factory.mktemp("reference") / "run", SLOW)
 
 
 @pytest.mark.slow
@@ -183,9 +180,5 @@ def test_faults_of_other_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two of three ranks that are killed at once may have rows and their mirror."""
-
-    def start_with_tables(folder: Path, hosts: str, *options: str, **more: Any) -> ElasticJob:
-        return ElasticJob(folder, hosts, *options, "--checkpoint-every", "2", recipe=SLOW, **more)
-
-    monkeypatch.setattr(test_faults, "ElasticJob", start_with_tables)
+    monkeypatch.setattr(test_faults, "ElasticJob", job_with(SLOW))
     survive(tmp_path, without_faults)
