@@ -11,16 +11,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from hvdtrain.elastic.generation import MembershipEnded
 from hvdtrain.ledger.made import AppliedItem, MadeVersion
 from hvdtrain.recipe.ranges import join_ranges
 from hvdtrain.server.item_server import Contribution
 from hvdtrain.server.items import EpochItems
+from hvdtrain.system.errors import EXIT_REQUEUE
 from hvdtrain.training.hooks import find_lr_factor
 from hvdtrain.training.loop import StepOutcome, collect_votes, update_model
 from hvdtrain.training.nonfinite import count_skipped_step
 from hvdtrain.training.plan import StepShare
 from hvdtrain.training.position import Position
 from hvdtrain.training.run import Generation
+from hvdtrain.training.saving import save_checkpoint
 
 
 def serve_versions(generation: Generation, position: Position) -> Iterator[tuple[StepShare, StepOutcome]]:
@@ -36,7 +39,12 @@ def serve_versions(generation: Generation, position: Position) -> Iterator[tuple
     server.begin_epoch(position.epoch, items)
     while items.left and position.step < plan.total_steps:
         began = time.perf_counter()
-        contributions = server.collect_version()
+        try:
+            contributions = server.collect_version()
+        except MembershipEnded as ended:
+            if ended.exit_code == EXIT_REQUEUE and position.saved != position.step:  # with too few workers to go on
+                save_checkpoint(generation, position, must=False)
+            raise
         made = [[*contribution.assignment.item] for contribution in contributions]
         # In a checkpoint what is handed out and not applied is owed by the epoch: a resumed run begins with it.
         position.offset, position.owed = items.frontier, join_ranges(items.unapplied, made)

@@ -109,6 +109,25 @@ def test_a_stopped_run_is_resumed_by_any_launcher(tmp_path: Path) -> None:
         job.supervisor(1).send_signal(signal.SIGUSR1)
         job.finish()
     assert not job.summary()["finished"]
+    resume(job)
+
+
+@pytest.mark.slow
+def test_a_server_without_enough_workers_saves_when_it_is_asked_to_leave(tmp_path: Path) -> None:
+    with start(tmp_path, "async", slots=2) as job:
+        job.world(2)
+        job.step(4)
+        job.supervisor(1).send_signal(signal.SIGTERM)
+        job.world(1)
+        done = job.done()
+        job.supervisor(0).send_signal(signal.SIGTERM)
+        job.finish()
+    resume(job)
+    assert job.summary()["resumed_from"] == done
+
+
+def resume(job: ElasticJob) -> None:
+    """Resume a run under plain horovodrun, and let it finish."""
     resumed = ["--pause", "0", "--resume", "--run-dir", str(job.run_dir)]
     done = run("horovodrun", 3, [*HVDTRAIN, "train", RECIPE, *resumed])
     assert done.returncode == 0, done.stdout + done.stderr
