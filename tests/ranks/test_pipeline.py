@@ -96,11 +96,13 @@ def test_one_replica_has_the_bits_of_one_rank_with_the_same_micro_batches(
 
 
 def test_a_run_is_resumed_on_other_layouts(worlds: KeptWorlds, tmp_path: Path) -> None:
-    """2 x 2, then one rank, then 2 x 2 with another schedule; the embedding is in two stages."""
+    """2 x 2, then one rank, then 2 x 2 with split layers or another schedule; the embedding is in two stages."""
     options = (*COMMON, "--ema", "0.9", "--clip-norm", "1", "--schedule", "constant")
     whole, name = tmp_path / "whole", f"{RECIPES}:CharLM64"
     train(worlds[1], name, whole, *options, "--steps", "7")
-    for steps, world, more in ((2, 4, stages("1f1b")), (5, 1, ("--stages", "1")), (7, 4, stages("interleaved"))):
+    alone, tensor = ("--stages", "1"), ("--stages", "1", "--tensor", "2")
+    pipeline = (*stages("interleaved"), "--tensor", "1")
+    for steps, world, more in ((2, 4, stages("1f1b")), (4, 1, alone), (6, 4, tensor), (7, 4, pipeline)):
         train(worlds[world], name, tmp_path / "parts", *options, "--steps", str(steps), "--resume", *more)
     assert_same(whole, tmp_path / "parts", 1e-9)
 
