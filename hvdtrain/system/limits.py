@@ -51,7 +51,7 @@ class NativeLimits:
     ask_mpi: float = 30.0
     ask_nvcc: float = 60.0
     ask_python: float = 30.0
-    probe: float = 60.0
+    probe: float = 120.0
     probe_exit: float = 10.0
 
 

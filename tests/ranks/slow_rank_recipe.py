@@ -33,5 +33,5 @@ class SlowRank(Recipe):
 
     def score(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         inputs, targets = batch
-        time.sleep(0.08 if collectives.rank() == 1 else 0.01)
+        time.sleep(0.25 if collectives.rank() == 1 else 0.01)
         return {"loss": (model(inputs).squeeze(1) - targets).square()}

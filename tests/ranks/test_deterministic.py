@@ -73,6 +73,7 @@ def test_the_same_bits_on_five_ranks(alone: str, tmp_path: Path) -> None:
         assert trained(world, VARIED, tmp_path / "run", *OPTIONS) == alone
 
 
+@pytest.mark.slow
 def test_the_same_bits_over_mpi(alone: str, tmp_path: Path) -> None:
     summary = harness.train("mpirun", 2, VARIED, tmp_path / "run", *OPTIONS)
     assert summary["world_size"] == 2

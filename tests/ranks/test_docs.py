@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +19,17 @@ ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 
+LONG = ("docs/compression.md", "docs/how-to.md")  # whose commands and options other tests run as well
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, read_blocks(page)))], ids=page_name)
+
+def list_pages() -> Iterator[Any]:
+    """Yield the pages with blocks that are run."""
+    for page in PAGES:
+        if any(map(is_run, read_blocks(page))):
+            yield pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * (page_name(page) in LONG))
+
+
+@pytest.mark.parametrize("page", list(list_pages()))
 @pytest.mark.timeout(900)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.pages", str(page), str(tmp_path)]

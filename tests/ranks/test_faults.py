@@ -169,7 +169,7 @@ def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
-@pytest.mark.parametrize("by", ["notice", "stop"])
+@pytest.mark.parametrize("by", [pytest.param("notice", marks=pytest.mark.slow), "stop"])
 def test_a_stop_while_too_few_are_left(tmp_path: Path, reference: Any, by: str) -> None:
     """The one that waits for others with the state makes one more step alone, and saves."""
     with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1", least=2, launch=[]) as job:
@@ -190,6 +190,7 @@ def test_a_stop_while_too_few_are_left(tmp_path: Path, reference: Any, by: str) 
     check(job, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_notices_to_both_slots_of_the_only_host(tmp_path: Path, reference: Any) -> None:
     """The slot that is done waits for the other's step, of 6 s: when it ends, horovodrun ends its host within 5 s."""

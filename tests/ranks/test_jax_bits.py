@@ -49,7 +49,7 @@ def test_the_same_bits_with_another_number_of_ranks_in_mid_epoch(
 @pytest.mark.parametrize(
     "kind",
     [
-        "mpirun",
+        pytest.param("mpirun", marks=pytest.mark.slow),
         pytest.param("horovodrun", marks=pytest.mark.slow),
         pytest.param("horovodrun-mpi", marks=pytest.mark.slow),
     ],

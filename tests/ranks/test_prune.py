@@ -179,7 +179,7 @@ def test_a_layer_that_computes_its_weight_is_refused(compute: Callable[[nn.Modul
         ({"prune": "80,from:1,to:2"}, "'80' is not a share between 0 and 1"),
         ({"prune": "0.8,from:1ep,to:2x"}, "'2x' is not a position; give epochs ('5ep') or steps ('500')"),
         ({"prune": "0.8,from:1,to:2", "compression": "int8"}, "--compression int8: pruned values do not travel"),
-        ({"prune": "0.8,from:1,to:2", "exchange": "horovod"}, "--exchange horovod, which sends pruned values"),
+        ({"prune": "0.8,from:1,to:2", "exchange": "horovod"}, "--exchange horovod: it sends pruned values"),
     ],
 )
 def test_other_texts_and_options_are_refused(options: dict[str, Any], text: str) -> None:

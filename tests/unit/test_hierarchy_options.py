@@ -50,7 +50,7 @@ def test_what_does_not_go_together_is_refused(given: dict[str, object], error: s
 
 def test_replicas_of_several_ranks_are_refused() -> None:
     with (
-        mock.patch.object(StepOptions, "find_grid_shape", lambda *_: GridShape(2, True, "--stages 2")),
+        mock.patch.object(StepOptions, "find_grid_shape", lambda *_: GridShape(2, flags="--stages 2")),
         pytest.raises(UserError) as refused,
     ):
         make_run_options({"hierarchy": "host", "compression": "int8"})
