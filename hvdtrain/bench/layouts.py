@@ -24,7 +24,7 @@ from hvdtrain.exchange.partition import NamedParameters, Partition, ShardUnit, a
 from hvdtrain.torch.hyperparameters import StateDict
 from hvdtrain.torch.pieces import Piece, ShardedBucket
 from hvdtrain.torch.table_group import Table
-from hvdtrain.torch.table_plan import TableSize, deal_tables
+from hvdtrain.torch.table_plan import TableSize, count_piece_rows, deal_tables
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def count_dealt(held: TrainedParameters, tables: Sequence[Table], ranks: int) ->
         weights = gradients = states = 0
         for number, table in enumerate(tables):
             p, num_rows = cast(nn.Parameter, table.weight), table.num_embeddings
-            rows = sum(piece.end - piece.begin for piece in pieces if (piece.table, piece.rank) == (number, rank))
+            rows = count_piece_rows([piece for piece in pieces if (piece.table, piece.rank) == (number, rank)])
             own = rows * (p.nbytes // num_rows)
             weights += own
             if rows and p in held.trained:

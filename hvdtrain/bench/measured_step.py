@@ -103,7 +103,7 @@ def measure_step(world: World, recipe: Recipe, options: RunOptions, ranks: int) 
 
 
 def find_data_parts(options: RunOptions, ranks: int) -> int:
-    """Return into how many parts so many ranks divide a batch: those of a replica may have the same one."""
+    """Return into how many parts the ranks divide a batch: those of a replica may have the same one."""
     shape = options.find_grid_shape(ranks)
     return ranks // shape.replica_ranks if shape.same_batch else ranks
 

@@ -35,5 +35,5 @@ class Messages(Protocol):
 
 
 def connect_messages(world: World, servers: int) -> Messages:
-    """Let the first so many ranks and all others send each other messages; all ranks of Horovod's world call it."""
+    """Let the first `servers` ranks and all others send each other messages; all ranks of Horovod's world call it."""
     return MpiMessages() if hvd.mpi_enabled() else connect_sockets(world, servers)

@@ -230,7 +230,7 @@ class SocketMessages:
 
 
 def connect_sockets(world: World, listeners: int) -> SocketMessages:
-    """Connect the first so many ranks with all others; all ranks of Horovod's world call it.
+    """Connect the first `listeners` ranks with all others; all ranks of Horovod's world call it.
 
     Raises:
         RunError: a rank does not come in time.

@@ -122,6 +122,24 @@ class GenerationFormer:
         self.store.put(GONE.of(self.member), "left")
         raise MembershipEnded("left, as it was asked to", EXIT_REQUEUE)
 
+    def is_asked_to_end(self, poll_requests: Callable[[], MemberRequests]) -> bool:
+        """Return whether this member, which waits for others, is asked to leave or to stop, and has a state to save.
+
+        Raises MembershipEnded if it is asked and has none, and if the run has ended.
+        """
+        if (verdict := self.store.get(VERDICT)) is not None:
+            raise MembershipEnded("the run has ended", verdict.code)
+        requests = poll_requests()
+        asked = requests.leave or requests.stop
+        if asked and not self.has_joined:
+            self.announce_departure()
+        return asked
+
+    def wait_for_poll(self, began: float) -> None:
+        """Wait before the store is asked again: others may train for long, or be too few. began: to wait for them."""
+        is_fast = time.monotonic() - began < self.limits.fast_polls
+        time.sleep(self.limits.poll if is_fast else 10 * self.limits.poll)
+
     def check_not_gone(self, gone: Mapping[str, str]) -> None:
         """Raise MembershipEnded if this member is gone, or one that it has built its part of the model with."""
         if self.member in gone:
@@ -142,12 +160,7 @@ class GenerationFormer:
         while True:
             if (plan := store.get(PLAN.of(number))) is not None:
                 return plan
-            if (verdict := store.get(VERDICT)) is not None:
-                raise MembershipEnded("the run has ended", verdict.code)
-            requests = poll_requests()
-            asked = requests.leave or requests.stop
-            if asked and not self.has_joined:
-                self.announce_departure()
+            asked = self.is_asked_to_end(poll_requests)
             here, gone = store.get_all(CANDIDATE.of(number)), store.get_all(GONE)
             self.check_not_gone(gone)
             present = {member: about for member, about in here.items() if member not in gone}
@@ -158,9 +171,7 @@ class GenerationFormer:
                 complete_since = complete_since or time.monotonic()
                 if line[0] == self.member or time.monotonic() - complete_since > self.limits.proposer:
                     return self._propose_plan(number, line, present)
-            # Others may train for long, or be too few, before there is a place for this one.
-            is_fast = time.monotonic() - began < self.limits.fast_polls
-            time.sleep(self.limits.poll if is_fast else 10 * self.limits.poll)
+            self.wait_for_poll(began)
 
     def _is_complete(
         self, previous: Sequence[str], here: Mapping[str, Candidate], gone: Mapping[str, str], waited: float

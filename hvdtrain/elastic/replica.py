@@ -25,7 +25,7 @@ from hvdtrain.elastic.generation import (
     get_own_address,
 )
 from hvdtrain.elastic.ranks import list_whole_replicas
-from hvdtrain.elastic.records import CANDIDATE, FOLLOWS, GONE, REPLICA, VERDICT, Candidate, ReplicaPlan
+from hvdtrain.elastic.records import CANDIDATE, FOLLOWS, GONE, REPLICA, Candidate, ReplicaPlan
 from hvdtrain.system.errors import EXIT_RESTART
 
 MEETING = 0  # the number of no generation
@@ -49,11 +49,7 @@ class ReplicaMeeting:
         former, slot, began = self.former, self.former.slot, time.monotonic()
         self.store.put(CANDIDATE.of(MEETING, former.member), Candidate(-1, slot.host, slot.local_rank, False))
         while True:
-            if (verdict := self.store.get(VERDICT)) is not None:
-                raise MembershipEnded("the run has ended", verdict.code)
-            requests = poll_requests()
-            if requests.leave or requests.stop:
-                former.announce_departure()
+            former.is_asked_to_end(poll_requests)
             gone, replicas = self.store.get_all(GONE), self.store.get_all(REPLICA)
             former.check_not_gone(gone)
             own = next((plan for plan in replicas.values() if former.member in plan.members), None)
@@ -63,8 +59,7 @@ class ReplicaMeeting:
                 former.replica = own.members
                 self._confirm(own)
                 return own
-            is_fast = time.monotonic() - began < former.limits.fast_polls
-            time.sleep(former.limits.poll if is_fast else 10 * former.limits.poll)
+            former.wait_for_poll(began)
 
     def close(self) -> None:
         """Stop serving, if this worker does."""

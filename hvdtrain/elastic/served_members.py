@@ -25,7 +25,7 @@ from hvdtrain.elastic.generation import (
     get_own_address,
 )
 from hvdtrain.elastic.ranks import assign_ranks
-from hvdtrain.elastic.records import BEGAN, GONE, PLAN, VERDICT, GenerationPlan
+from hvdtrain.elastic.records import BEGAN, GONE, PLAN, GenerationPlan
 from hvdtrain.elastic.store import KeyValueStore, StoreUnreachable
 from hvdtrain.system.errors import EXIT_FAILED
 from hvdtrain.system.signed_http import read_key
@@ -70,30 +70,23 @@ def meet_server(former: GenerationFormer, poll_requests: Callable[[], MemberRequ
 
     store, slot, listener = former.store, former.slot, None
     address = get_own_address(slot.interface, slot.address)
+    about = former.member, slot.host, slot.size, slot.min_members
     while True:
-        if (verdict := store.get(VERDICT)) is not None:
-            raise MembershipEnded("the run has ended", verdict.code)
-        requests = poll_requests()
-        if requests.leave or requests.stop:
-            former.announce_departure()
-        (number, plan), gone, connection = get_newest_plan(store), store.get_all(GONE), None
-        if former.member in gone:
-            raise MembershipEnded(EVICTED_TEXT, EXIT_FAILED)
+        former.is_asked_to_end(poll_requests)
+        (number, plan), gone = get_newest_plan(store), store.get_all(GONE)
+        former.check_not_gone(gone)
         if plan is not None and plan.member_ids[0] not in gone:
             try:
                 connection = connect_peer(plan.servers[0], read_key(), 0)
             except OSError:  # it has died, and its supervisor does not know yet
                 time.sleep(10 * former.limits.poll)
                 continue
-        else:
-            listener = listener or MessageListener(address, read_key())
-            if not put_plan(former, number + 1, [], listener):
-                continue
-        if connection is not None and listener is not None:
-            listener.close()
-        own = None if connection is not None else listener
-        server = former.member if plan is None or connection is None else plan.member_ids[0]
-        return MetServer(former.member, slot.host, slot.size, slot.min_members, connection, own, server)
+            if listener is not None:
+                listener.close()
+            return MetServer(*about, connection, None, plan.member_ids[0])
+        listener = listener or MessageListener(address, read_key())
+        if put_plan(former, number + 1, [], listener):
+            return MetServer(*about, None, listener, former.member)
 
 
 def put_plan(former: GenerationFormer, number: int, workers: Sequence[Worker], listener: MessageListener) -> bool:

@@ -127,7 +127,7 @@ class TableExchange:
         return None
 
     def _plan_table(self, table: int, holders: Sequence[Interval]) -> list[list[Need]] | None:
-        """Return of each rank which pieces of a table it needs, and whence; None: some rows are nowhere."""
+        """Return of each rank which pieces of a table it needs, and from which ranks; None: some rows are nowhere."""
         numbers, needs = self.dealt.find_group(table).numbers, []
         for rank in range(self.dealt.transport.size):
             pieces = [Interval(p.rank, p.begin, p.end) for p in numbers.held_pieces(table, rank)]
@@ -152,7 +152,7 @@ class TableExchange:
             yield batch
 
     def _fill_tables(self, tables: Sequence[int], plan: Sequence[list[list[Need]]], name: str) -> None:
-        """Exchange the rows of some tables. plan: of each table, of each rank: what it needs, and whence."""
+        """Exchange the rows of some tables. plan: of each table, of each rank: what it needs, and from whom."""
         rank, size = self.dealt.rank, self.dealt.transport.size
         outgoing: list[list[StateDict]] = [
             [
