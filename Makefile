@@ -13,7 +13,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 # Processes of pytest. Many tests wait more than they compute, so more than there are cores.
 JOBS ?= 4
-PYTEST := $(BIN)/python -m pytest --quiet -n $(JOBS) --dist loadscope --durations=20
+PYTEST := $(BIN)/python -m pytest --quiet -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations=20
 
 .PHONY: demo check test test-slow lint setup dev bench soak clean
 

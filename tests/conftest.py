@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,14 @@ from tests.support.limits import stretch
 from tests.support.worlds import KeptWorld, KeptWorlds
 
 ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
-PARTS = {"ranks/test_faults.py": 3, "ranks/test_launch.py": 2}  # files that are too long for one process
+PARTS = {
+    "ranks/test_faults.py": 3,
+    "ranks/test_launch.py": 2,
+    "ranks/test_docs.py": 4,
+    "slurm/test_slurm.py": 2,
+}  # files that are too long for one process
+
+MAX_QUICK_CASES = 2  # of a test with ranks
 
 # Its limit of 200 ms for an example fails on a busy machine.
 hypothesis.settings.register_profile("without time limits", deadline=None)
@@ -68,16 +76,22 @@ def world3(worlds: KeptWorlds) -> KeptWorld:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, and stretch its time limit.
+    """Mark each test by its folder, and stretch its time limit. Leave further cases of tests with ranks to test-slow.
 
-    Keep together what shares fixtures, and put what takes long first: a process of
-    pytest-xdist takes one group after the other, in the order of their first tests.
+    Keep together what shares fixtures, and put what takes long first: with --no-loadscope-reorder, a process of
+    pytest-xdist takes one group after the other, in the order of their first tests. The kept worlds are the longest.
     """
     groups = {}
+    quick: Counter[str] = Counter()
     for item in items:
         file = item.path.relative_to(Path(__file__).parent)
         if file.parts[0] in ORDER:
             item.add_marker(file.parts[0])
+        if file.parts[0] == "ranks" and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0]
+            quick[test] += 1
+            if quick[test] > MAX_QUICK_CASES:
+                item.add_marker("slow")
         own = item.get_closest_marker("timeout")
         limit = own.args[0] if own is not None else float(item.config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(stretch(limit)), append=False)
@@ -86,15 +100,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         own = Path(os.environ[SHARED]) / f"groups-{os.environ['PYTEST_XDIST_WORKER']}"
         own.write_text(json.dumps(groups))
         own.replace(own.with_name(GROUPS))
-    items.sort(key=lambda item: (item.get_closest_marker("alone") is None, ORDER.index(folder(item))))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int]:
+        is_alone = item.get_closest_marker("alone") is not None
+        return not is_alone, groups[item.nodeid] != "worlds", ORDER.index(folder(item))
+
+    items.sort(key=place)
 
 
 def group(item: pytest.Item, file: Path) -> str:
     """The tests that one process runs: each file's, but kept worlds are shared by all files."""
+    fixtures = getattr(item, "fixturenames", ())
+    if "worlds" in fixtures:
+        return "worlds"
     if item.get_closest_marker("alone"):
         return "alone"
-    if "worlds" in getattr(item, "fixturenames", ()):
-        return "worlds"
+    if "keras_worlds" in fixtures:
+        return f"keras {item.callspec.params['keras_worlds']}"  # type: ignore[attr-defined]
     parts = PARTS.get(file.as_posix(), 1)
     return f"{file.as_posix()} {zlib.crc32(item.nodeid.encode()) % parts}"
 

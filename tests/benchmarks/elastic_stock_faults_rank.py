@@ -67,7 +67,7 @@ def main() -> None:
         append(folder / "ranks.jsonl", {"rank": hvd.rank(), "size": hvd.size(), "pid": os.getpid()})
         while state.epoch < EPOCHS:
             for state.batch, (ids, batch) in enumerate(loader):
-                time.sleep(PAUSE)
+                time.sleep(PAUSE * (10 if said("slow") else 1))
                 if said("score-always"):
                     raise ValueError("a fault on purpose, always")
                 row = {"step": state.step, "world": world, "at": time.time(), "epoch": state.epoch}

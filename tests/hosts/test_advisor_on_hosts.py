@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.al
 MEGABIT = 50
 
 
+@pytest.mark.slow
 def test_auto_compresses_over_a_slow_link(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with cluster(2, rate=f"{MEGABIT}mbit") as hosts:

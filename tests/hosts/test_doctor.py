@@ -102,6 +102,7 @@ def test_a_healthy_cluster_is_all_fine_and_a_slow_link_is_named() -> None:
         check_verdict(hosts, r"link h1-h3: \d{1,2}(\.\d+)? Mbit/s, the others \d{3,}")
 
 
+@pytest.mark.slow
 def test_a_cut_link_and_a_slow_host_are_named() -> None:
     with cluster(3) as hosts:
         faults.slow_cable(hosts[2], "10mbit")
@@ -111,6 +112,7 @@ def test_a_cut_link_and_a_slow_host_are_named() -> None:
         check_verdict([hosts[1], hosts[0], hosts[2]], r"link h0-h2: h0 and h2 cannot connect to each other: .*")
 
 
+@pytest.mark.slow
 def test_a_busy_host_is_named() -> None:
     with cluster(3) as hosts:
         faults.burners(hosts[2], 4)

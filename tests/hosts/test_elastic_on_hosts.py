@@ -13,6 +13,7 @@ from tests.hosts.cluster import Host, cluster
 from tests.ranks.elastic import LEASE, RECIPE, losses, verify
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT, wait_for_step
 from tests.support.limits import stretch
+from tests.support.slow_cases import slow
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -66,7 +67,7 @@ class Launched:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("lose", [power_off, cut_off], ids=["power", "link"])
+@pytest.mark.parametrize("lose", [power_off, *slow(cut_off)], ids=["power", "link"])
 def test_a_host_joins_and_another_is_lost(tmp_path: Path, lose: Callable[[Host], None]) -> None:
     """The first host holds the launcher; the second is lost without a word, after the third has joined."""
     with cluster(3) as hosts, Launched(tmp_path, hosts[0]) as launched:
@@ -80,6 +81,7 @@ def test_a_host_joins_and_another_is_lost(tmp_path: Path, lose: Callable[[Host],
         launched.end()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_all_hosts_are_replaced(tmp_path: Path) -> None:
     """At once: those that go save, and the whole job starts again on the others."""

@@ -34,6 +34,7 @@ def end(process: subprocess.Popen[str], code: int) -> None:
     assert process.returncode == code, said
 
 
+@pytest.mark.slow
 def test_pbs_then_lsf_then_mpirun_train_one_run(tmp_path: Path) -> None:
     """The first two are told that their time ends, and save; each goes on in the same run folder."""
     nodes, hostfile, slowly, run_dir = (tmp_path / name for name in ("nodes", "hostfile", "slowly", "run"))

@@ -28,6 +28,7 @@ from tests.hosts.launching import (
 )
 from tests.ranks.harness import rows, wait_for_step
 from tests.support.limits import stretch
+from tests.support.slow_cases import slow
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -60,9 +61,9 @@ def five() -> Iterator[list[Host]]:
 @pytest.mark.parametrize(
     ("way", "where"),
     [
-        *((way, "h0:2,h1:2") for way in WAYS),
-        ("gloo", "h1:1,h2:1,h3:1,h4:1"),
-        *(pytest.param(way, "h1:1,h2:1,h3:1,h4:1", marks=pytest.mark.slow) for way in ("horovodrun-mpi", "mpirun")),
+        ("mpirun", "h0:2,h1:2"),
+        *slow(("gloo", "h0:2,h1:2"), ("horovodrun-mpi", "h0:2,h1:2")),
+        *slow(*((way, "h1:1,h2:1,h3:1,h4:1") for way in WAYS)),
     ],
 )
 def test_digits_is_trained_as_in_one_process(
@@ -99,6 +100,7 @@ def check_environment(hosts: Sequence[Host], launch: int) -> None:
             assert rank.environ()["DATA_DIR"] == GIVEN
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_host_that_only_the_configuration_of_ssh_knows(way: str, five: list[Host], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.ranks.elastic import RECIPE, losses
 from tests.ranks.harness import BIN, HVDTRAIN, ROOT
 from tests.support.limits import stretch
 from tests.support.processes import kill_all
+from tests.support.slow_cases import slow
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 TRAIN = [DIGITS, "--epochs", "1", "--threads", "1", "--log-every", "1"]
@@ -35,7 +36,9 @@ def two() -> Iterator[list[Host]]:
         yield hosts
 
 
-@pytest.mark.parametrize("line", [BARE, STATIC, ELASTIC, MPIRUN], ids=["horovodrun", "launch", "elastic", "mpirun"])
+@pytest.mark.parametrize(
+    "line", [*slow(BARE, STATIC), ELASTIC, *slow(MPIRUN)], ids=["horovodrun", "launch", "elastic", "mpirun"]
+)
 def test_the_secret_is_on_no_command_line(line: list[str], two: list[Host], tmp_path: Path) -> None:
     shown: set[str] = set()
     found: dict[str, set[str]] = {host.name: set() for host in two}

@@ -23,6 +23,7 @@ from tests.hosts.launching import (
     ranks,
 )
 from tests.ranks.harness import rows, wait_for_step
+from tests.support.slow_cases import slow
 
 pytestmark = pytest.mark.usefixtures("machine_allows_clusters")
 
@@ -61,10 +62,11 @@ def test_digits_over_two_debian_hosts_by_gloo_is_as_in_one_process(
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "way",
-    [HOROVODRUN, *(pytest.param(way, marks=pytest.mark.slow) for way in (HOROVODRUN_MPI, MPIRUN))],
+    [HOROVODRUN, HOROVODRUN_MPI, MPIRUN],
     ids=" ".join,
 )
 def test_digits_in_jax_over_two_hosts_is_as_in_one_process(way: list[str], two: list[Host], tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_digits_in_jax_over_two_hosts_is_as_in_one_process(way: list[str], two: 
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("way", [HOROVODRUN, MPIRUN], ids=" ".join)
+@pytest.mark.parametrize("way", [*slow(HOROVODRUN), MPIRUN], ids=" ".join)
 def test_ctrl_c_saves_and_leaves_no_rank(way: list[str], two: list[Host], tmp_path: Path) -> None:
     with launched(two, "h0:1,h1:1", tmp_path / "run", *way, DIGITS, "--epochs", "10000", "--log-every", "1") as process:
         wait_for_step(tmp_path / "run", 3)
@@ -92,7 +94,7 @@ def test_ctrl_c_saves_and_leaves_no_rank(way: list[str], two: list[Host], tmp_pa
 @pytest.mark.parametrize(
     ("way", "words"),
     [
-        (HOROVODRUN, r"was killed by signal 9 \(SIGKILL\)"),
+        *slow((HOROVODRUN, r"was killed by signal 9 \(SIGKILL\)")),
         # Rank 0 may miss rank 1, and abort, before mpirun notices.
         (MPIRUN, r"was (killed by signal 9 \(SIGKILL\)|lost: it ended)"),
     ],
@@ -111,7 +113,7 @@ def test_a_rank_killed_on_another_host_is_named(way: list[str], words: str, two:
 @pytest.mark.parametrize(
     ("way", "words"),
     [
-        (HOROVODRUN, "ended with code 255 and no message: over ssh, that is a"),
+        *slow((HOROVODRUN, "ended with code 255 and no message: over ssh, that is a")),
         (MPIRUN, "was lost: the connection to the host failed"),
     ],
     ids=["horovodrun", "mpirun"],
@@ -127,6 +129,7 @@ def test_a_host_that_loses_its_power_is_named(way: list[str], words: str, tmp_pa
     assert re.search(f"hvdtrain: error: rank 1 on h1 {words}", err), f"{out}\n{err}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [HOROVODRUN, MPIRUN], ids=" ".join)
 def test_nothing_is_left_on_any_host_when_launch_is_killed(way: list[str], two: list[Host], tmp_path: Path) -> None:
     with launched(two, "h0:1,h1:1", tmp_path / "run", *way, DIGITS, "--epochs", "10000", "--log-every", "1") as process:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.benchmarks.start import by_horovodrun, told
 from tests.hosts.cluster import cluster
+from tests.support.slow_cases import slow
 
 pytestmark = [pytest.mark.usefixtures("machine_allows_clusters"), pytest.mark.alone]
 
@@ -46,7 +47,7 @@ def test_a_host_sends_its_sum_once_instead_of_each_ranks_gradients() -> None:
         )
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, *slow(3)])
 def test_what_is_counted_is_what_the_kernel_carries(number: int) -> None:
     with cluster(number) as hosts:
         rank = [sys.executable, "-m", "tests.ranks.wire_rank", "small", *SPECS]

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
 EXACT = Path(__file__).parent / "exact_recipe.py"
 
 
-@pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-5), ("bf16", 2e-2), ("fp16", 3e-3)])
+@pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-5), *slow(("bf16", 2e-2)), ("fp16", 3e-3)])
 def test_two_ranks_equal_one(amp: str, tolerance: float, world1: KeptWorld, world2: KeptWorld, tmp_path: Path) -> None:
     """24 steps of digits; each rank of two takes 3 passes a step, the one alone takes 6: same micro-batches' size."""
     options = ["--steps", "24", "--log-every", "1", "--clip-norm", "0.5", "--micro-batch", "22", "--amp", amp]
@@ -43,7 +44,7 @@ def test_overflow_on_one_rank_skips_the_step_on_all(world2: KeptWorld, tmp_path:
     assert scales[7] == scales[6] / 2
 
 
-@pytest.mark.parametrize("kind", ["horovodrun", "mpirun"])
+@pytest.mark.parametrize("kind", ["horovodrun", *slow("mpirun")])
 def test_a_loss_that_is_not_finite_ends_all_ranks_and_names_the_one(kind: str, tmp_path: Path) -> None:
     env = {"HVDTRAIN_TEST_NAN": "1:3"}
     done = run(kind, 2, [*HVDTRAIN, "train", f"{EXACT}:Overflow", "--run-dir", str(tmp_path / "run")], env=env)

@@ -81,6 +81,7 @@ def secrets_of(job: Job) -> set[str]:
     return found - {""}
 
 
+@pytest.mark.slow
 def test_static_run_survives_forged_messages_and_replayed_requests(
     tmp_path: Path, reference: list[float], recorder: Recorder
 ) -> None:
@@ -167,6 +168,7 @@ print("trained", hvd.rank(), state.sizes, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_stock_horovod_script_grows_while_attacks_are_refused(tmp_path: Path) -> None:
     """hvd.elastic.run grows by a host while what CVE-2024-10190 sends, and more, is refused."""
     (tmp_path / "stock.py").write_text(STOCK)

@@ -13,6 +13,7 @@ from hvdtrain.cli.bench_workload import WayArguments, WorkloadArguments
 from hvdtrain.comm.collectives import ring_all_reduce_bytes
 from hvdtrain.exchange.buckets import HEAD_SIZE
 from tests.ranks.harness import HVDTRAIN, ROOT, run
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld
 
 MLP = str(ROOT / "recipes" / "mlp.py")
@@ -26,7 +27,7 @@ def lines(output: str) -> list[list[str]]:
     return [text.split() for text in texts if text and not text.startswith("#")]
 
 
-@pytest.mark.parametrize("kind", ["alone", "horovodrun", "mpirun"])
+@pytest.mark.parametrize("kind", ["horovodrun", *slow("alone", "mpirun")])
 def test_bench_allreduce_prints_the_same_table_with_any_launcher(kind: str, tmp_path: Path) -> None:
     """Started by itself or by a launcher, it prints the same table."""
     done = run(kind, 2, [*HVDTRAIN, "bench", "allreduce", "--sizes", "4K,1M", "--dtype", "float64"], cwd=tmp_path)
@@ -41,6 +42,7 @@ def test_bench_allreduce_prints_the_same_table_with_any_launcher(kind: str, tmp_
     assert "2 ranks on 1 host, cpu over" in text and "# fitted: " in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
 def test_bench_step_compares_horovod_with_each_compression(launcher: str, tmp_path: Path) -> None:
     arguments = ["--steps", "3", "--compression", "none", "--compression", "int8", "--json", "step.json"]
@@ -66,6 +68,7 @@ def measure_ways(folder: Path, steps: int) -> None:
     compare_ways(hvdtrain.init(), WayArguments(ways, 2, workload).make_plan())
 
 
+@pytest.mark.slow
 def test_bench_step_compares_ways_to_train_in_turns(world2: KeptWorld, tmp_path: Path) -> None:
     world2.run(measure_ways, tmp_path, 3, cwd=tmp_path)
     table = lines(world2.printed[0])
@@ -92,6 +95,7 @@ def test_bench_step_names_the_way_that_is_too_short(world2: KeptWorld, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_bench_compression_writes_a_table_a_plot_and_json(tmp_path: Path) -> None:
     specs = ["fp16", "int8", "topk:0.01", "powersgd:2"]
     chosen = [word for spec in specs for word in ("--compression", spec)]

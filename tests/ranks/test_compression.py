@@ -536,8 +536,9 @@ def test_one_dense_gradient_among_many_ranks():
     own.close()
 
 
+@pytest.mark.slow
 @on_ranks(2)
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_default_compression_reaches_the_loss_of_dense_training(seed):
     """Each method by default comes as near to the least loss as dense; onebit and topk need their feedback for it."""
     for text in ("none", "fp16", "bf16", "int8", "onebit", "qsgd", "topk", "randomk", "powersgd"):

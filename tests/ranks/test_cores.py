@@ -6,6 +6,8 @@ import json
 import os
 import sys
 
+import pytest
+
 from hvdtrain.system import cpus
 from tests.ranks.harness import launcher, run, skip_or_fail
 
@@ -36,6 +38,7 @@ def test_ranks_share_the_cores() -> None:
     assert first and second and first | second == cpus.USABLE_CPUS and not first & second
 
 
+@pytest.mark.slow
 def test_ranks_are_not_bound_if_alone_over_mpi_too_many_or_bound_already() -> None:
     """One rank has all cores; more ranks than cores are not bound; nor is MPI, or who was told a core to be on."""
     assert asked("mpirun", 2) == [cpus.USABLE_CPUS] * 2

@@ -237,6 +237,7 @@ def peak_mib(examples: int, run_dir: Path, workers: int) -> float:
     return int(done.stdout.split("KiB")[1]) / 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_examples(tmp_path: Path) -> None:
     few = peak_mib(64, tmp_path / "few", 0)
     # A list of a billion ids is 8 GB, and a bit for each 120 MiB.

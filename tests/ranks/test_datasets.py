@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, run
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, refusal, train
 
 MNIST = str(ROOT / "recipes" / "mnist.py")
@@ -54,7 +55,7 @@ def write_cifar10(folder: Path) -> dict[str, str]:
     return {name: hashlib.md5((batches / name).read_bytes(), usedforsecurity=False).hexdigest() for name in files}
 
 
-@pytest.mark.parametrize("net", ["mlp", "cnn"])
+@pytest.mark.parametrize("net", ["mlp", *slow("cnn")])
 def test_mnist_trains_on_idx_files(net: str, world2: KeptWorld, tmp_path: Path) -> None:
     write_mnist(tmp_path / "data")
     options = ["--data-dir", str(tmp_path / "data"), "--net", net, "--epochs", "8", "--batch-size", "20"]
@@ -64,7 +65,7 @@ def test_mnist_trains_on_idx_files(net: str, world2: KeptWorld, tmp_path: Path) 
     assert summary["eval"]["accuracy"] > 0.5  # 0.1 by chance
 
 
-@pytest.mark.parametrize("net", ["cnn", "resnet18"])
+@pytest.mark.parametrize("net", ["cnn", *slow("resnet18")])
 def test_cifar10_trains_on_its_pickles(net: str, world2: KeptWorld, tmp_path: Path) -> None:
     sums = write_cifar10(tmp_path / "data")
     # The recipe as it is, but for the sums of the true files.

@@ -12,6 +12,7 @@ import torch
 
 from tests.ranks import harness
 from tests.ranks.harness import ROOT
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
@@ -62,7 +63,7 @@ def alone(world1: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> str:
     return trained(world1, VARIED, tmp_path_factory.mktemp("alone") / "run", *OPTIONS)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, *slow(2, 4)])
 def test_the_same_bits_on_any_number_of_ranks(ranks: int, worlds: KeptWorlds, alone: str, tmp_path: Path) -> None:
     assert trained(worlds[ranks], VARIED, tmp_path / "run", *OPTIONS) == alone
 
@@ -86,6 +87,7 @@ def test_digits_has_the_same_bits_on_1_and_3_ranks(world1: KeptWorld, world3: Ke
     assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_more_ranks_than_shards(worlds: KeptWorlds, tmp_path: Path) -> None:
     """And mixed precision with a loss scale, whose first steps are skipped."""
     options = ["--steps", "8", "--deterministic", "--virtual-shards", "3", "--amp", "fp16", "--clip-norm", "1"]

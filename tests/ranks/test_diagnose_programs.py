@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -83,6 +84,7 @@ def check(found: dict[str, Any], rank: int, cause: str) -> None:
         assert named["longer"] > PLANTED / 2 and found["end"]["steps"] == STEPS - 1
 
 
+@pytest.mark.alone
 @on_ranks(3)
 def test_ddp(tmp_path: Path) -> None:
     """A rank that is slow in backward, or waits for its batches; and no parameters that differ."""
@@ -111,6 +113,7 @@ def test_drift_is_named_and_ends_nothing(tmp_path: Path) -> None:
             assert [row["rank"] for row in drift["ranks"]] == [1]
 
 
+@pytest.mark.alone
 @on_ranks(2)
 def test_fsdp(tmp_path: Path) -> None:
     """Shards that differ are not reported as drift."""
@@ -124,6 +127,7 @@ def test_fsdp(tmp_path: Path) -> None:
         assert found.get("drift") is None
 
 
+@pytest.mark.alone
 @on_ranks(3)
 def test_horovod(tmp_path: Path) -> None:
     """Horovod's own optimizer, and no torch.distributed: rank 0 serves the messages."""

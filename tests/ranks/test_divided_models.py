@@ -12,12 +12,15 @@ from hvdtrain.training.options import check_elastic_options
 from tests.ranks import divided_recipes
 from tests.ranks.harness import rows
 from tests.ranks.test_sharded_optimizer import assert_same
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 RECIPES = Path(__file__).parent / "divided_recipes.py"
 DIVIDED, OUTPUTS = f"{RECIPES}:Divided", f"{RECIPES}:Outputs"
 TENSOR, SHARD = ("--tensor", "2"), ("--shard", "model", "--shard-ranks", "2")
 WAYS = pytest.mark.parametrize("way", [TENSOR, SHARD], ids=["tensor", "shard"])
+# What is the same code for both.
+ONE_WAY = pytest.mark.parametrize("way", [TENSOR, *slow((SHARD,))], ids=["tensor", "shard"])
 BOTH = ("--threads", "1", "--log-every", "1")
 SMALL = ("--width", "16", "--batch-size", "6")
 
@@ -45,7 +48,7 @@ def test_two_replicas_of_two_ranks_train_as_one_rank(way: tuple[str, ...], world
     assert f" parameters on each rank ({flag})" in worlds[4].printed[0]
 
 
-@WAYS
+@ONE_WAY
 def test_float32_follows_one_rank_step_by_step(way: tuple[str, ...], worlds: KeptWorlds, tmp_path: Path) -> None:
     train_both(worlds, DIVIDED, tmp_path, way, "--dtype", "float32")
     for one, other in zip(rows(tmp_path / "alone"), rows(tmp_path / "divided"), strict=True):
@@ -63,10 +66,10 @@ def test_mixed_precision(amp: str, way: tuple[str, ...], worlds: KeptWorlds, tmp
         assert other.get("loss_scale") == one.get("loss_scale")
 
 
-@WAYS
+@ONE_WAY
 @pytest.mark.parametrize(
     ("compression", "near"),
-    [("int8,min=8", 0.02), pytest.param("powersgd:2,min=8,warmup=0", 0.4, marks=pytest.mark.slow)],
+    [("int8,min=8", 0.02), *slow(("powersgd:2,min=8,warmup=0", 0.4))],
 )
 def test_compression_between_replicas(
     compression: str, near: float, way: tuple[str, ...], worlds: KeptWorlds, tmp_path: Path
@@ -120,7 +123,7 @@ def test_runs_resume_in_other_layouts(worlds: KeptWorlds, tmp_path: Path) -> Non
     assert_same(tmp_path / "alone", folder, 1e-10)
 
 
-@WAYS
+@ONE_WAY
 def test_outputs_may_be_computed_in_loops_of_any_length(
     way: tuple[str, ...], worlds: KeptWorlds, tmp_path: Path
 ) -> None:
@@ -133,7 +136,7 @@ def test_outputs_may_be_computed_in_loops_of_any_length(
     assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
-@WAYS
+@ONE_WAY
 def test_runs_begin_with_weights_of_a_file(way: tuple[str, ...], worlds: KeptWorlds, tmp_path: Path) -> None:
     train(worlds[1], DIVIDED, tmp_path / "first", "--threads", "1", "--steps", "3", "--kind", "adamw")
     weights = ("--init-from", str(tmp_path / "first" / "checkpoints" / "step-3"), "--steps", "2", "--ema", "0.5")
@@ -211,7 +214,7 @@ def test_recipes_that_cannot_be_divided_are_refused(
     ("recipe", "options", "ways"),
     [
         ("digits", ["--width", "6", "--lr", "0.02", "--batch-size", "10"], [SHARD]),
-        ("charlm", [*SMALL, "--files", "10", "--context", "16"], [SHARD, TENSOR]),
+        *slow(("charlm", [*SMALL, "--files", "10", "--context", "16"], [SHARD, TENSOR])),
         pytest.param(
             f"{RECIPES}:WithoutBleu",
             [*SMALL, "--layers", "1", "--dropout", "0"],

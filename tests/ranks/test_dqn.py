@@ -10,6 +10,7 @@ from tests.ranks.harness import rows
 from tests.support.worlds import KeptWorld, train
 
 
+@pytest.mark.slow
 def test_dqn_balances_the_pole(tmp_path: Path, world2: KeptWorld) -> None:
     """It ends with the first evaluation that is good enough; --diagnose would find different weights."""
     summary = train(

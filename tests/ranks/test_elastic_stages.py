@@ -8,6 +8,7 @@ import pytest
 
 from tests.ranks.elastic import ElasticJob, check_losses, train_reference
 from tests.ranks.harness import ROOT
+from tests.support.slow_cases import slow
 
 RECIPE = str(ROOT / "tests" / "ranks" / "slow_stages_recipe.py") + ":SlowStages"
 OPTIONS = ["--epochs", "2", "--lr", "0.02"]
@@ -35,7 +36,7 @@ def test_a_killed_stage_takes_its_replica_out_and_brings_it_back(tmp_path: Path,
     assert job.summary()["membership_changes"] >= 4
 
 
-@pytest.mark.parametrize("fault", [pytest.param("before", marks=pytest.mark.slow), "split"])
+@pytest.mark.parametrize("fault", [*slow("before"), "split"])
 def test_an_update_is_made_by_all_or_by_none(tmp_path: Path, reference: list[float], fault: str) -> None:
     """A rank is lost before all can update, and when one column has and the other has not."""
     with start(tmp_path) as job:

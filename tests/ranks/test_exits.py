@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, run
+from tests.support.slow_cases import slow
 
 RECIPE = str(ROOT / "tests" / "ranks" / "ending_recipe.py")
 NO_START = """
@@ -55,7 +56,7 @@ def test_the_rank_that_calls_sys_exit_is_named(tmp_path: Path) -> None:
     assert code == 1 and "error: rank 1 on " in said and "failed: Ending.score() called sys.exit(3): " in said
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["horovodrun", *slow("mpirun")])
 def test_a_rank_that_vanishes_is_blamed(tmp_path: Path, launcher: str) -> None:
     code, said = launch(2, tmp_path, "--how", "os-exit0", "--on", "1", launcher=launcher)
     assert code == 1, said
@@ -63,11 +64,13 @@ def test_a_rank_that_vanishes_is_blamed(tmp_path: Path, launcher: str) -> None:
     assert "ended with code 0 and no message before it had finished" in said, said
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_with_a_code_and_no_message_is_blamed(tmp_path: Path) -> None:
     code, said = launch(2, tmp_path, "--how", "os-exit5", "--on", "1")
     assert code == 1 and "error: rank 1 on " in said and "ended with code 5 and no message" in said, said
 
 
+@pytest.mark.slow
 def test_a_rank_on_which_horovod_does_not_start_reports_why(tmp_path: Path) -> None:
     recipe = tmp_path / "no_start.py"
     recipe.write_text(NO_START)
@@ -77,7 +80,7 @@ def test_a_rank_on_which_horovod_does_not_start_reports_why(tmp_path: Path) -> N
     assert "failed: RuntimeError: no connection to the others" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("how", ["thread", "child", "fork"])
+@pytest.mark.parametrize("how", ["thread", "child", *slow("fork")])
 def test_the_process_ends_when_the_training_has(tmp_path: Path, how: str) -> None:
     begun = time.monotonic()
     options = ["--run-dir", str(tmp_path / "run"), "--quiet", "--how", how, "--once", str(tmp_path / "done")]

@@ -94,6 +94,7 @@ def test_hosts_come_and_go(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_a_newcomer_that_became_first_is_removed(tmp_path: Path, reference: Any) -> None:
     """It leads the rounds in which horovodrun's list is asked for, and has begun to ask later than the others."""
     with ElasticJob(tmp_path, "localhost:1", "--pause", "0.4") as job:
@@ -145,7 +146,8 @@ def test_a_notice_costs_no_step(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.slow), 0.6])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 0.6])
 def test_a_notice_just_before_the_end(tmp_path: Path, reference: Any, seconds: float) -> None:
     """What a slot that leaves by itself ends with is horovodrun's failure only if the run ends in the same round."""
     with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1") as job:
@@ -156,6 +158,7 @@ def test_a_notice_just_before_the_end(tmp_path: Path, reference: Any, seconds: f
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
     """All save and end with 75; resumed, the run goes on as if nothing had been."""
     with ElasticJob(tmp_path, "localhost:2", least=2, launch=[]) as job:
@@ -169,7 +172,8 @@ def test_too_few_would_be_left(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
-@pytest.mark.parametrize("by", [pytest.param("notice", marks=pytest.mark.slow), "stop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["notice", "stop"])
 def test_a_stop_while_too_few_are_left(tmp_path: Path, reference: Any, by: str) -> None:
     """The one that waits for others with the state makes one more step alone, and saves."""
     with ElasticJob(tmp_path, "localhost:1 127.0.0.1:1", least=2, launch=[]) as job:
@@ -212,6 +216,7 @@ def test_notices_to_both_slots_of_the_only_host(tmp_path: Path, reference: Any) 
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_a_driver_that_says_nothing_for_a_while(tmp_path: Path, reference: Any) -> None:
     """Longer than a request to it waits; it takes more than one without an answer to end the run."""
     with ElasticJob(tmp_path, "localhost:2", "--pause", "0.4") as job:
@@ -231,6 +236,7 @@ def is_supervisor(process: psutil.Process) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_an_error_that_does_not_come_again(tmp_path: Path, reference: Any) -> None:
     with ElasticJob(tmp_path, "localhost:2") as job:
         job.step(5)
@@ -248,6 +254,7 @@ def test_an_error_that_comes_again_ends_the_run_with_it(tmp_path: Path) -> None:
     assert "relaunch" not in job.said()
 
 
+@pytest.mark.slow
 def test_newcomers_that_crash_or_hang(tmp_path: Path, reference: Any) -> None:
     """While they start, twice as many steps are made as they would need; the run does not wait for them."""
     with ElasticJob(tmp_path, "localhost:2", "--pause", "0.2") as job:
@@ -271,7 +278,8 @@ def test_a_driver_that_is_killed(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
-@pytest.mark.parametrize("how", ["exit 1", *(pytest.param(how, marks=pytest.mark.slow) for how in OTHER_FAILURES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["exit 1", *OTHER_FAILURES])
 def test_a_discovery_script_that_fails(tmp_path: Path, reference: Any, how: str) -> None:
     """By an error, without an end, with junk, with nothing: what it last said stands."""
     with ElasticJob(tmp_path, "localhost:2", launch=[]) as job:
@@ -284,6 +292,7 @@ def test_a_discovery_script_that_fails(tmp_path: Path, reference: Any, how: str)
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_survivors_wait_until_they_are_enough(tmp_path: Path, reference: Any) -> None:
     """Below --min-np nothing is trained, and nothing lost: the one that is left holds the state."""
     with ElasticJob(tmp_path, "localhost:2", least=2) as job:
@@ -295,6 +304,7 @@ def test_survivors_wait_until_they_are_enough(tmp_path: Path, reference: Any) ->
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_a_slot_that_cannot_be_filled_at_the_start(tmp_path: Path, reference: Any) -> None:
     """The others begin when horovodrun has given it up, and not when their patience ends."""
     with ElasticJob(tmp_path, "localhost:2 127.0.0.2:1") as job:  # where no sshd listens
@@ -304,6 +314,7 @@ def test_a_slot_that_cannot_be_filled_at_the_start(tmp_path: Path, reference: An
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_a_notice_while_the_others_regroup(tmp_path: Path, reference: Any) -> None:
     """A worker is killed, another slot is told to go in the same moment, and its supervisor is killed for good."""
     with ElasticJob(tmp_path, "localhost:1 127.0.0.1:2", "--pause", "0.2") as job:
@@ -336,6 +347,7 @@ def test_the_same_bits_through_a_fault(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
 
 
+@pytest.mark.slow
 def test_compression_through_a_fault(tmp_path: Path, reference: Any) -> None:
     """What the lost rank had not sent is lost with it; the others keep theirs, and newcomers begin with none."""
     with ElasticJob(tmp_path, "localhost:3", "--compression", "int8,min=64", "--pause", "0.2") as job:
@@ -349,6 +361,7 @@ def test_compression_through_a_fault(tmp_path: Path, reference: Any) -> None:
     verify(job.run_dir)
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_last_checkpoint(tmp_path: Path, reference: Any) -> None:
     """Those that are left have no step to make, and still evaluate and save."""
     with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "1000") as job:
@@ -360,6 +373,7 @@ def test_a_failure_in_the_last_checkpoint(tmp_path: Path, reference: Any) -> Non
     assert (job.run_dir / "checkpoints" / f"step-{EPOCHS * STEPS}" / "meta.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_while_the_state_is_handed_over(tmp_path: Path, reference: Any) -> None:
     """The rank that gives it dies; later one that takes it, while it waits for it."""
     with ElasticJob(tmp_path, "localhost:3", "--pause", "0.4", "--checkpoint-every", "1000") as job:
@@ -376,6 +390,7 @@ def test_a_failure_while_the_state_is_handed_over(tmp_path: Path, reference: Any
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(tmp_path: Path, reference: Any) -> None:
     """Checkpoints fail and rows wait, also where another rank becomes rank 0; with room again all is written."""
     with (

@@ -65,6 +65,7 @@ def read_output(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_notebook_trains_on_ranks_fails_by_name_and_can_be_interrupted(tmp_path: Path, monkeypatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

@@ -68,7 +68,8 @@ def train(folder: Path, recipe: Exact | None = None, **options: object) -> dict[
     return {name: summary[name] for name in ("train_loss", "eval", "world_size", "compression")}
 
 
-@on_ranks(1, 2, timeout=100)
+@pytest.mark.slow
+@on_ranks(2, timeout=100)
 def test_fit_is_the_same_after_other_runs_and_leaves_nothing(tmp_path):
     torch.set_num_threads(1)
     first = train(tmp_path / "first")

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, Job, wait_for_step
+from tests.support.slow_cases import slow
 
 RECIPE = str(ROOT / "tests" / "ranks" / "ending_recipe.py")
 SLOW = ["--pause", "0.1", "--epochs", "100", "--log-every", "1", "--quiet"]
 
 
-@pytest.mark.parametrize("command", [["train"], ["launch", "-np", "2"]], ids=["train", "launch"])
+@pytest.mark.parametrize("command", [*slow(["train"]), ["launch", "-np", "2"]], ids=["train", "launch"])
 def test_a_closed_terminal_stops_and_saves(tmp_path: Path, command: list[str]) -> None:
     with Job([*HVDTRAIN, *command, RECIPE, "--run-dir", str(tmp_path / "run"), *SLOW]) as job:
         wait_for_step(tmp_path / "run", 3)

@@ -357,6 +357,7 @@ def test_other_hosts_fall_back_to_the_flat_exchange(
         assert torch.equal(tensor, state(tmp_path / "flat")["model"][key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -386,6 +387,7 @@ def run_elastic(folder: Path, faults: str, least: int) -> ElasticJob:
     return job
 
 
+@pytest.mark.slow
 def test_the_others_go_on_without_a_rank_that_dies_in_backward(tmp_path: Path) -> None:
     """Ranks 1 and 2 share a group with rank 3, and rank 0 none; then rank 0 dies."""
     job = run_elastic(tmp_path, "backward:5:3,backward:20:0", 1)

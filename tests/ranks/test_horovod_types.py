@@ -224,6 +224,7 @@ CHECKS: list[Callable[..., None]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_all_of_it_over_mpi(mpi_world: KeptWorld) -> None:
     for check in CHECKS:
         mpi_world.run(check)

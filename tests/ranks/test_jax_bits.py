@@ -12,6 +12,7 @@ from tests.ranks.elastic import ElasticJob, losses, verify
 from tests.ranks.harness import ROOT
 from tests.ranks.test_deterministic import digest
 from tests.ranks.test_jax_options import column
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, train
 
 DIGITS = str(ROOT / "recipes" / "digits_jax.py")
@@ -28,7 +29,8 @@ def bits_alone(world1: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> s
     return digest(folder)
 
 
-@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_same_bits_on_any_number_of_ranks(ranks: int, worlds: KeptWorlds, bits_alone: str, tmp_path: Path) -> None:
     train(worlds[ranks], DIGITS, tmp_path / "run", *SAME_BITS)
     assert digest(tmp_path / "run") == bits_alone
@@ -48,11 +50,7 @@ def test_the_same_bits_with_another_number_of_ranks_in_mid_epoch(
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param("mpirun", marks=pytest.mark.slow),
-        pytest.param("horovodrun", marks=pytest.mark.slow),
-        pytest.param("horovodrun-mpi", marks=pytest.mark.slow),
-    ],
+    slow("mpirun", "horovodrun", "horovodrun-mpi"),
 )
 def test_the_same_bits_by_each_launcher(kind: str, bits_alone: str, tmp_path: Path) -> None:
     summary = harness.train(kind, 2, DIGITS, tmp_path / "run", *SAME_BITS, timeout=200)
@@ -60,14 +58,13 @@ def test_the_same_bits_by_each_launcher(kind: str, bits_alone: str, tmp_path: Pa
     assert digest(tmp_path / "run") == bits_alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--ema", "0.9", "--micro-batch", "20", "--amp", "fp16"], marks=pytest.mark.slow),
+        ["--ema", "0.9", "--micro-batch", "20", "--amp", "fp16"],
         ["--compression", "topk:0.05,min=100,warmup=0", "--checkpoint-residuals", "exact"],
-        pytest.param(
-            ["--compression", "powersgd:2,min=100,warmup=0", "--checkpoint-residuals", "exact"], marks=pytest.mark.slow
-        ),
+        ["--compression", "powersgd:2,min=100,warmup=0", "--checkpoint-residuals", "exact"],
     ],
     ids=["ema fp16", "topk", "powersgd"],
 )
@@ -84,6 +81,7 @@ def test_a_resumed_run_has_the_bits_of_the_whole_one(options: list[str], world2:
 # Elastic runs.
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_rank_and_a_newcomer_change_no_bit(tmp_path: Path, bits_alone: str) -> None:
     """With --deterministic; the ledger says that each example was visited exactly once."""

@@ -23,6 +23,7 @@ from tests.ranks.harness import rows
 from tests.ranks.jax_optimizer_recipes import OPTIMIZERS, Duel, Optax, OtherKeys
 from tests.ranks.jax_spoiled_recipe import Spoiled
 from tests.ranks.test_scores import EVERY_STEP, final_weights, largest_difference, reference
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, on_ranks, train, train_here
 
 TOKENS = f"{jax_token_recipes.__file__}:Tokens"
@@ -80,9 +81,9 @@ def train_in_float64(recipe: str, folder: Path, options: tuple[str, ...]) -> dic
 
 WAYS = [
     (2, "--clip-norm 0.1 --weighted"),
-    pytest.param(3, "--micro-batch 2", marks=pytest.mark.slow),
-    pytest.param(1, "--micro-batch 3", marks=pytest.mark.slow),
-    pytest.param(2, "--deterministic --virtual-shards 4 --weighted", marks=pytest.mark.slow),
+    *slow((3, "--micro-batch 2")),
+    *slow((1, "--micro-batch 3")),
+    *slow((2, "--deterministic --virtual-shards 4 --weighted")),
 ]
 
 
@@ -101,7 +102,10 @@ def test_a_mean_over_tokens_is_that_of_the_whole_batch(
 
 
 @on_ranks(3)
-@pytest.mark.parametrize("name", ["Line", "Packed", "Moving", "Infinite", "OddTrees"])
+@pytest.mark.parametrize(
+    "name",
+    ["Packed", "Infinite", *slow("Line", "Moving", "OddTrees")],
+)
 def test_a_recipe_trains_as_in_a_plain_loop(name, tmp_path):
     """The last batch has 7 examples: with ragged batches, and one in which arrays have different numbers of rows."""
     recipe = getattr(recipes, name)()

@@ -19,6 +19,7 @@ from tests.ranks import harness
 from tests.ranks.elastic import verify
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
 from tests.ranks.test_deterministic import digest
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 DIGITS = str(ROOT / "recipes" / "digits_jax.py")
@@ -53,7 +54,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 # Losses.
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *slow(3)])
 def test_any_number_of_ranks_has_the_losses_of_one(ranks: int, worlds: KeptWorlds, alone: Path, tmp_path: Path) -> None:
     """With a loader's processes, and compared replicas, too; each function is compiled once for all batches' sizes."""
     options = [*TWO_EPOCHS, "--workers", "1", "--diagnose"]
@@ -77,9 +78,7 @@ def test_digits_reaches_97_percent(ranks: int, worlds: KeptWorlds, tmp_path: Pat
     assert train(worlds[ranks], DIGITS, tmp_path / "run", "--threads", "1")["eval"]["accuracy"] >= 0.97
 
 
-@pytest.mark.parametrize(
-    ("amp", "tolerance"), [("off", 1e-5), pytest.param("bf16", 2e-2, marks=pytest.mark.slow), ("fp16", 3e-3)]
-)
+@pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-5), *slow(("bf16", 2e-2), ("fp16", 3e-3))])
 def test_micro_batches_and_amp_on_two_ranks_equal_one(
     amp: str, tolerance: float, world1: KeptWorld, world2: KeptWorld, tmp_path: Path
 ) -> None:
@@ -131,14 +130,16 @@ def test_a_loss_that_is_not_finite_is_named_or_skipped(world2: KeptWorld, tmp_pa
 @pytest.mark.parametrize(
     ("spec", "tolerance"),
     [
-        pytest.param("fp16", 1e-2, marks=pytest.mark.slow),
         ("int8,min=100", 0.05),
-        pytest.param("bf16", 2e-2, marks=pytest.mark.slow),
-        pytest.param("qsgd:8bit,min=100", 0.1, marks=pytest.mark.slow),
-        pytest.param("topk:0.25,min=100,warmup=0", 1.0, marks=pytest.mark.slow),
-        pytest.param("randomk:0.5,min=100,warmup=0", 1.0, marks=pytest.mark.slow),
-        pytest.param("onebit,min=100", 1.0, marks=pytest.mark.slow),
         ("powersgd:4,min=100,warmup=0", 4.0),
+        *slow(
+            ("fp16", 1e-2),
+            ("bf16", 2e-2),
+            ("qsgd:8bit,min=100", 0.1),
+            ("topk:0.25,min=100,warmup=0", 1.0),
+            ("randomk:0.5,min=100,warmup=0", 1.0),
+            ("onebit,min=100", 1.0),
+        ),
     ],
 )
 def test_compressed_gradients_train(
@@ -198,6 +199,7 @@ def test_the_average_of_the_weights_is_evaluated(world2: KeptWorld, tmp_path: Pa
     assert summary["eval"]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_running_means_are_means_over_ranks(worlds: KeptWorlds, tmp_path: Path) -> None:
     """Batches keep their sizes, as the score mixes examples; the plan says so."""
     summary = train(worlds[2], f"{OWN}:Norm", tmp_path / "run", "--batch-size", "12", "--ema", "0.9")
@@ -214,6 +216,7 @@ def test_running_means_are_means_over_ranks(worlds: KeptWorlds, tmp_path: Path) 
     assert text.startswith("--deterministic: training changes the buffer 'batch_stats.batches' ")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(world2: KeptWorld, alone: Path, tmp_path: Path) -> None:
     options = ["--steps", "1", "--lr", "0", "--init-from", str(alone / "checkpoints" / "best")]
     summary = train(world2, DIGITS, tmp_path / "all", *options, "--seed", "5", "--threads", "1")

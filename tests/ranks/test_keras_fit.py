@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,13 @@ import numpy as np
 import pytest
 
 from tests.support.packages import require_packages
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld
 
 require_packages("keras")
-BACKENDS = ("jax", "tensorflow", "torch")
+pytestmark = pytest.mark.parametrize("keras_worlds", ["jax", "tensorflow", *slow("torch")], indirect=True)
 STEPS, BATCH = 4, 16  # of an epoch, over all ranks
 Weights = list[np.ndarray[Any, Any]]
-
-
-@pytest.fixture(scope="module", params=BACKENDS)
-def world(request: pytest.FixtureRequest) -> Iterator[KeptWorld]:
-    """Two ranks on a backend; a process that has imported TensorFlow stays TensorFlow's."""
-    if request.param != "torch":
-        require_packages(request.param)
-    env = {"KERAS_BACKEND": request.param, "NPROC": "2", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    with KeptWorld(2, env) as world:
-        yield world
 
 
 @dataclass(frozen=True)
@@ -143,28 +133,28 @@ def largest_difference(trained: Trained) -> float:
             Training("Adam", {"global_clipnorm": 0.05, "gradient_accumulation_steps": 2}),
             id="adam that accumulates and clips",
         ),
-        pytest.param(Training(compile={"run_eagerly": True}), id="eager", marks=pytest.mark.slow),
+        pytest.param(Training(compile={"run_eagerly": True}), marks=pytest.mark.slow, id="eager"),
     ],
 )
-def test_two_ranks_train_as_one_process_with_the_whole_batch(world: KeptWorld, training: Training) -> None:
-    first, second = world.run(train_both, training)
+def test_two_ranks_train_as_one_process_with_the_whole_batch(keras_world: KeptWorld, training: Training) -> None:
+    first, second = keras_world.run(train_both, training)
     assert digest(first.weights) == digest(second.weights)
     assert largest_difference(first) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("compression", "close"),
-    [pytest.param("fp16,min=0", 1e-3, marks=pytest.mark.slow), ("powersgd:2,min=0,warmup=0", 1.0)],
+    [*slow(("fp16,min=0", 1e-3)), ("powersgd:2,min=0,warmup=0", 1.0)],
 )
-def test_compression_leaves_replicas_alike(world: KeptWorld, compression: str, close: float) -> None:
-    first, second = world.run(train_both, Training(compression=compression))
+def test_compression_leaves_replicas_alike(keras_world: KeptWorld, compression: str, close: float) -> None:
+    first, second = keras_world.run(train_both, Training(compression=compression))
     assert digest(first.weights) == digest(second.weights)
     assert 0 < largest_difference(first) < close
 
 
-def test_all_ranks_skip_a_step_whose_gradients_overflow_on_one(world: KeptWorld) -> None:
+def test_all_ranks_skip_a_step_whose_gradients_overflow_on_one(keras_world: KeptWorld) -> None:
     """`compile` puts a LossScaleOptimizer around the DistributedOptimizer by itself."""
-    first, second = world.run(train_both, Training(policy="mixed_float16", spoilt_step=1))
+    first, second = keras_world.run(train_both, Training(policy="mixed_float16", spoilt_step=1))
     assert digest(first.weights) == digest(second.weights)
     assert first.steps == second.steps == 2 * (STEPS - 1)
     assert first.loss_scale == second.loss_scale == 2.0**13
@@ -202,8 +192,8 @@ def fit_with_callbacks() -> dict[str, Any]:
     }
 
 
-def test_callbacks_begin_alike_and_report_all_examples(world: KeptWorld) -> None:
-    first, second = world.run(fit_with_callbacks)
+def test_callbacks_begin_alike_and_report_all_examples(keras_world: KeptWorld) -> None:
+    first, second = keras_world.run(fit_with_callbacks)
     assert first["weights"] == second["weights"]
     assert first["seed"] != second["seed"]
     assert first["history"] == second["history"]
@@ -264,8 +254,8 @@ def find_refusals(folder: str) -> dict[str, str]:
     return found
 
 
-def test_what_would_train_wrongly_is_refused(world: KeptWorld, tmp_path: Path) -> None:
-    first, second = world.run(find_refusals, str(tmp_path))
+def test_what_would_train_wrongly_is_refused(keras_world: KeptWorld, tmp_path: Path) -> None:
+    first, second = keras_world.run(find_refusals, str(tmp_path))
     assert "hvdtrain" not in first["plain class"]
     assert first["steps"] == "4 4"
     assert "SGD is a DistributedOptimizer already" in first["twice"]

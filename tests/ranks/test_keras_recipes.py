@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,18 @@ import pytest
 
 from tests.ranks.harness import rows
 from tests.support.packages import require_packages
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, refusal, train
 
 require_packages("keras")
 RECIPES = Path(__file__).parent / "keras_recipes.py"
 
 
-@pytest.fixture(scope="module", params=("jax", "tensorflow", "torch"))
-def world(request: pytest.FixtureRequest) -> Iterator[KeptWorld]:
-    """Two ranks on a backend: Keras keeps the one that it was imported with."""
-    if request.param != "torch":
-        require_packages(request.param)
-    with KeptWorld(2, {"KERAS_BACKEND": request.param}) as world:
-        yield world
+pytestmark = pytest.mark.parametrize(
+    "keras_worlds",
+    ["jax", *slow("tensorflow", "torch")],
+    indirect=True,
+)
 
 
 def check_objective(pairs: bool) -> None:
@@ -66,18 +64,18 @@ def check_objective(pairs: bool) -> None:
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_regularizers_count_once_however_examples_are_divided(world: KeptWorld, pairs: bool) -> None:
-    world.run(check_objective, pairs)
+def test_regularizers_count_once_however_examples_are_divided(keras_world: KeptWorld, pairs: bool) -> None:
+    keras_world.run(check_objective, pairs)
 
 
-def test_what_layers_add_is_a_column_of_its_own(world: KeptWorld, tmp_path: Path) -> None:
-    summary = train(world, f"{RECIPES}:Regularized", tmp_path / "run", "--added", "mean", "--log-every", "1")
+def test_what_layers_add_is_a_column_of_its_own(keras_world: KeptWorld, tmp_path: Path) -> None:
+    summary = train(keras_world, f"{RECIPES}:Regularized", tmp_path / "run", "--added", "mean", "--log-every", "1")
     assert summary["eval"]["regularization"] > 0
     assert all(row["regularization"] > 0 for row in rows(tmp_path / "run") if "loss" in row)
 
 
-def test_a_sum_over_a_batch_is_refused(world: KeptWorld, tmp_path: Path) -> None:
-    text = refusal(world, f"{RECIPES}:Regularized", tmp_path / "run", "--added", "sum")
+def test_a_sum_over_a_batch_is_refused(keras_world: KeptWorld, tmp_path: Path) -> None:
+    text = refusal(keras_world, f"{RECIPES}:Regularized", tmp_path / "run", "--added", "sum")
     assert "add a mean over the batch's examples" in text
-    text = refusal(world, f"{RECIPES}:Regularized", tmp_path / "run", "--added", "mean", "--pairs")
+    text = refusal(keras_world, f"{RECIPES}:Regularized", tmp_path / "run", "--added", "mean", "--pairs")
     assert "the loss has denominators of its own" in text

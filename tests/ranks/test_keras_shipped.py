@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ranks.harness import rows
-from tests.support.packages import require_packages
 from tests.support.worlds import KeptWorld, train
 
-require_packages("keras")
-BACKENDS = ["jax", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensorflow", "torch"))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("keras_worlds", ["jax", "tensorflow", "torch"], indirect=True),
+]
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
-def keras_world(request: pytest.FixtureRequest) -> Iterator[KeptWorld]:
-    """Two ranks, with one of Keras's backends."""
-    with KeptWorld(2, {"KERAS_BACKEND": request.param}) as world:
-        yield world
-
-
-@pytest.mark.slow
 def test_textclass_keras_learns_on_two_ranks(keras_world: KeptWorld, tmp_path: Path) -> None:
     summary = train(keras_world, "textclass_keras", tmp_path / "run", "--steps", "40", timeout=200)
     assert summary["eval"]["macro_f1"] > 0.15  # 0.04 by chance

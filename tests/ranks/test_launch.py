@@ -17,12 +17,14 @@ import pytest
 from tests.ranks.harness import HVDTRAIN, Job
 from tests.support.limits import stretch
 from tests.support.processes import kill_all
+from tests.support.slow_cases import slow
 
 HERE = Path(__file__).parent
 LAUNCHERS = [("horovodrun", "gloo"), ("horovodrun", "mpi"), ("mpirun", "mpi")]
-ONE_EACH = [("horovodrun", "gloo"), ("mpirun", "mpi")]
 # horovodrun over MPI starts its ranks by mpirun.
-SLOW_OVER_MPI = [LAUNCHERS[0], pytest.param(*LAUNCHERS[1], marks=pytest.mark.slow), LAUNCHERS[2]]
+SLOW_OVER_MPI = [LAUNCHERS[0], *slow(LAUNCHERS[1]), LAUNCHERS[2]]
+# What hvdtrain does alike with all of them.
+ONE = [LAUNCHERS[0], *slow(*LAUNCHERS[1:])]
 NOISE = ["exit with status code", "Terminating remaining", "RuntimeError: Horovod detected", "prterun", "-----"]
 
 
@@ -97,7 +99,7 @@ def rank_pids(job: Launched) -> list[int]:
     return [process.pid for process in job.running() if process.cmdline()[1:2] == [str(HERE / "fake_rank.py")]]
 
 
-@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_output_of_successful_ranks_is_labelled_and_exit_code_is_0(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "ok") as job:
         assert job.wait() == 0
@@ -109,7 +111,7 @@ def test_output_of_successful_ranks_is_labelled_and_exit_code_is_0(launcher: str
     assert "##hvdtrain" not in job.out + job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
 def test_rank_that_raises_is_named_once_with_its_traceback(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "raise") as job:
         assert job.wait() == 1
@@ -119,7 +121,7 @@ def test_rank_that_raises_is_named_once_with_its_traceback(launcher: str, contro
     assert not [noise for noise in NOISE if noise in job.out + job.err]
 
 
-@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_rank_that_is_killed_is_named_with_the_signal(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "kill") as job:
         assert job.wait() == 1
@@ -128,14 +130,14 @@ def test_rank_that_is_killed_is_named_with_the_signal(launcher: str, controller:
     assert "failed: HorovodInternalError" not in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_rank_that_exits_without_a_message_is_named_with_its_code(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "code") as job:
         assert job.wait() == 1
     assert " ended with code 3 and no message" in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_exit_codes_75_and_2_pass_through(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "requeue") as job:
         assert job.wait() == 75
@@ -145,7 +147,7 @@ def test_exit_codes_75_and_2_pass_through(launcher: str, controller: str) -> Non
     assert "failed: no such file\n" in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_carriage_returns_long_lines_and_a_last_line_without_an_end(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "text") as job:
         assert job.wait() == 0
@@ -154,7 +156,7 @@ def test_carriage_returns_long_lines_and_a_last_line_without_an_end(launcher: st
         assert lines[lines.index("one") :] == ["one", "two", "x" * 100_000 + "end", "  indented", "no newline"]
 
 
-@pytest.mark.parametrize(("launcher", "controller"), ONE_EACH)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_invalid_utf8_is_shown_as_replacement_characters(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "bytes") as job:
         assert job.wait() == 0
@@ -164,7 +166,7 @@ def test_invalid_utf8_is_shown_as_replacement_characters(launcher: str, controll
 @pytest.mark.parametrize(
     ("launcher", "controller", "number"),
     [
-        pytest.param(*way, number, marks=[] if i == j else pytest.mark.slow)
+        pytest.param(*way, number, marks=[] if i == j != 1 else pytest.mark.slow)
         for i, way in enumerate(LAUNCHERS)
         for j, number in enumerate([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
     ],
@@ -179,7 +181,7 @@ def test_one_signal_lets_the_ranks_save(launcher: str, controller: str, number: 
     assert "error:" not in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), SLOW_OVER_MPI)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_a_second_signal_ends_at_once(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "deaf", grace=1000) as job:
         job.wait_for("[1] sum 2")
@@ -203,9 +205,9 @@ def test_the_grace_period_ends() -> None:
     ("launcher", "controller", "number", "code"),
     [
         pytest.param("horovodrun", "gloo", signal.SIGTERM, 143),
-        pytest.param("horovodrun", "gloo", signal.SIGUSR1, 75, marks=pytest.mark.slow),
-        pytest.param("mpirun", "mpi", signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param("mpirun", "mpi", signal.SIGUSR1, 75),
+        *slow(("horovodrun", "gloo", signal.SIGUSR1, 75)),
+        *slow(("mpirun", "mpi", signal.SIGTERM, 143)),
+        *slow(("mpirun", "mpi", signal.SIGUSR1, 75)),
     ],
 )
 def test_a_signal_before_the_ranks_have_started_ends_at_once(
@@ -219,7 +221,7 @@ def test_a_signal_before_the_ranks_have_started_ends_at_once(
     assert "stopping:" not in job.err
 
 
-@pytest.mark.parametrize(("launcher", "controller"), LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "controller"), ONE)
 def test_launch_killed_leaves_nothing(launcher: str, controller: str) -> None:
     with launched(launcher, controller, "deaf") as job:
         job.wait_for("[1] sum 2")
@@ -274,7 +276,7 @@ def test_nothing_secret_is_in_the_list_of_processes(tmp_path: Path) -> None:
     assert any("bin/horovodrun" in text for text in own) and not [text for text in own if "HVDTRAIN_" in text]
 
 
-@pytest.mark.parametrize("seconds", [0, pytest.param(2, marks=pytest.mark.slow), 4, 7])
+@pytest.mark.parametrize("seconds", [0, *slow(2, 4), 7])
 def test_a_batch_systems_signal_at_any_time(seconds: float, tmp_path: Path) -> None:
     """While launch reads the recipe, while the ranks do, and in training: the job is to be run again."""
     options = ["--run-dir", str(tmp_path / "run"), "--epochs", "1000"]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 
 from tests.ranks.elastic import RECIPE, ElasticJob, losses, verify
 from tests.support.worlds import KeptWorld, train
 
 
+@pytest.mark.slow
 def test_loader_processes_live_from_world_to_world(tmp_path: Path, world1: KeptWorld) -> None:
     train(world1, RECIPE, tmp_path / "reference", "--pause", "0", "--log-every", "1", "--threads", "1", "--epochs", "4")
     options = ("--pause", "0.3", "--workers", "1", "--epochs", "4")

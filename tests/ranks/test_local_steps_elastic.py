@@ -163,7 +163,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(script, marks=[pytest.mark.slow] * ("two at once" in script)) for script in SCRIPTS]
+    "script", [pytest.param(script, marks=[pytest.mark.slow] * ("epoch" not in script)) for script in SCRIPTS]
 )
 def test_a_run_with_losses_equals_a_float64_reference(script: str, tmp_path: Path) -> None:
     """12 steps an epoch without losses; what is owed makes others. Replicas are compared every 10 steps."""
@@ -179,6 +179,7 @@ def test_a_run_with_losses_equals_a_float64_reference(script: str, tmp_path: Pat
     torch.testing.assert_close(dict(found), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_what_is_owed(tmp_path: Path, world1: KeptWorld) -> None:
     """11 steps of which half are lost with a rank; 3 of the 5 steps that they make come before the checkpoint."""
     options = ("--local-steps", "16", "--checkpoint-every", "14", "--keep", "9", "--epochs", "1")

@@ -70,6 +70,7 @@ def test_training_without_tensorboard_leaves_out_its_folder(without: dict[str, s
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 def test_bench_compression_without_matplotlib_leaves_out_the_plot(without: dict[str, str], tmp_path: Path) -> None:
     without["HIDDEN_MODULES"] = "matplotlib"
     options = ["--steps", "2", "--compression", "fp16", "--json", "bench.json", "digits"]

@@ -12,9 +12,11 @@ import hvdtrain
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch.tensors import read_tensors
 from tests.ranks import state_recipes
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds
 
 State = dict[str, torch.Tensor]
+SIZES = [2, *slow(1)]  # ranks
 
 
 def fit(recipe: str, folder: Path, fields: dict[str, Any], options: dict[str, Any]) -> tuple[State, dict[str, Any]]:
@@ -202,7 +204,7 @@ def test_parameters_changed_alike_on_all_ranks_are_right(
         compare(*states)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
 def test_deterministic_runs_refuse_parameters_that_score_changes(size: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     message = refused(worlds[size], "Momentum", tmp_path, {"deterministic": True, "virtual_shards": 4})
     assert message.startswith("--deterministic: score changes the parameter 'teacher.")
@@ -212,7 +214,7 @@ def test_deterministic_runs_refuse_parameters_that_score_changes(size: int, worl
     )
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
 def test_deterministic_runs_refuse_buffers_that_change_later(size: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     assert refused(worlds[size], "LaterMean", tmp_path, {"deterministic": True, "virtual_shards": 4}).startswith(
         "--deterministic: training changes the buffer 'scale' of an Observer, which depends on the number of ranks"
@@ -220,7 +222,7 @@ def test_deterministic_runs_refuse_buffers_that_change_later(size: int, worlds: 
 
 
 @pytest.mark.parametrize("how", ["eval", "train", "score", "whole"])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
 def test_layers_in_evaluation_mode_stay_in_it(how: str, size: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     state = trained(worlds[size], "FrozenNorm", tmp_path, {"eval_every": 2}, how=how)
     assert torch.equal(state["0.1.running_var"], torch.ones(4))
@@ -237,7 +239,7 @@ def test_batch_norm_is_right_with_a_rank_without_examples(worlds: KeptWorlds, tm
         assert state["1.1.num_batches_tracked"] == 18
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
 def test_torch_sync_batch_norm_is_refused(size: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     assert refused(worlds[size], "SyncNorm", tmp_path) == (
         "'1.1' is a torch.nn.SyncBatchNorm, which needs torch.distributed: use hvdtrain.torch.SyncBatchNorm, "
@@ -282,7 +284,7 @@ def test_a_recipe_cannot_observe_its_trial(uncopyable: bool, worlds: KeptWorlds,
     assert notes == ([expected] if uncopyable else [])
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("how", "which"), [("exponential", ""), ("plateau", " (ReduceLROnPlateau)")])
 def test_learning_rate_schedulers_of_a_recipe_are_refused(
     how: str, which: str, size: int, worlds: KeptWorlds, tmp_path: Path
@@ -293,7 +295,7 @@ def test_learning_rate_schedulers_of_a_recipe_are_refused(
     )
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_learning_rate_that_score_changes_is_refused(size: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     assert refused(worlds[size], "Scheduled", tmp_path, how="by hand") == (
         "Scheduled changes the learning rate of its optimizer itself, which hvdtrain sets in each step: leave out its "

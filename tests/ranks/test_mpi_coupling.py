@@ -12,6 +12,7 @@ from tests.ranks.harness import rows, run, train
 RECIPE = f"{Path(__file__).parent / 'exact_recipe.py'}:Exact"
 
 
+@pytest.mark.slow
 def test_two_trainings_side_by_side_on_split_communicators(tmp_path: Path) -> None:
     script = str(Path(__file__).parent / "coupling.py")
     done = run("mpirun", 4, [sys.executable, script, str(tmp_path), RECIPE])

@@ -11,6 +11,7 @@ import pytest
 
 from tests.ranks.harness import HVDTRAIN, ROOT, Job
 from tests.support.limits import stretch
+from tests.support.slow_cases import slow
 
 RECIPE = str(ROOT / "tests" / "ranks" / "ending_recipe.py")
 
@@ -21,7 +22,11 @@ def elastic(folder: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "cause"), [("segv", r"was killed by signal 11 \(SIGSEGV\)"), ("os-exit0", "ended with code 0")]
+    ("how", "cause"),
+    [
+        ("segv", r"was killed by signal 11 \(SIGSEGV\)"),
+        *slow(("os-exit0", "ended with code 0")),
+    ],
 )
 def test_a_step_that_always_kills_ends_the_run(tmp_path: Path, how: str, cause: str) -> None:
     with Job(elastic(tmp_path, "--how", how)) as job:
@@ -68,6 +73,7 @@ def test_workers_that_cannot_start_any_more_end_the_run(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) <= 1
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_tries(tmp_path: Path) -> None:
     # One slot: its second pause is of 2 s, in which no worker is there.
     command = [word.replace("localhost:2", "localhost:1") for word in elastic(tmp_path, "--how", "os-exit5")]

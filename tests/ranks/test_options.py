@@ -99,6 +99,7 @@ def test_a_folder_with_a_run_is_not_overwritten(worlds: KeptWorlds, tmp_path: Pa
         assert text == f"run folder {tmp_path / 'run'} {expected}"
 
 
+@pytest.mark.slow
 def test_threads_divide_the_cores_among_the_ranks(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     for kind, ranks in (("alone", 1), ("horovodrun", 2), ("mpirun", 2)):

@@ -45,6 +45,7 @@ def test_it_trains_and_resumes_bit_for_bit(outside: dict[str, str], tmp_path: Pa
     assert losses == others
 
 
+@pytest.mark.slow
 def test_auto_tries_it(outside: dict[str, str], tmp_path: Path) -> None:
     options = ["--compression", "auto,min=64", "--threads", "1"]
     train("horovodrun", 2, DIGITS, tmp_path / "run", *options, env=outside)
@@ -52,6 +53,7 @@ def test_auto_tries_it(outside: dict[str, str], tmp_path: Path) -> None:
     assert any(set(row["choice"]) == {"halves:2"} for row in advice["rows"])
 
 
+@pytest.mark.slow
 def test_bench_compression_measures_it(outside: dict[str, str], tmp_path: Path) -> None:
     arguments = ["--steps", "3", "--json", "rows.json", MLP, "--width", "100"]
     done = run("alone", 2, [*HVDTRAIN, "bench", "compression", *arguments], env=outside, cwd=tmp_path)

@@ -48,6 +48,7 @@ def test_it_trains_on_any_number_of_ranks(kind: str, ranks: int, package: Path) 
     assert done["samples_seen"] == 20 * 95
 
 
+@pytest.mark.slow
 def test_launch_trains_and_resumes_it(package: Path) -> None:
     line = [*HVDTRAIN, "launch", "-np", "2", str(package / "line.py"), "--run-dir", str(package / "run")]
     for more in (["--steps", "20"], ["--resume", "--epochs", "20"]):

@@ -21,6 +21,7 @@ def path(tmp_path: Path) -> str:
     return f"{there}:{ROOT}"
 
 
+@pytest.mark.slow
 def test_a_launcher_of_another_distribution_starts_ranks_that_train(path: str, tmp_path: Path) -> None:
     line = [*HVDTRAIN, "launch", "--launcher", "spawn", "-np", "2", "digits", "--steps", "2"]
     with Job([*line, "--run-dir", str(tmp_path / "run")], env={"PYTHONPATH": path}) as job:
@@ -31,6 +32,7 @@ def test_a_launcher_of_another_distribution_starts_ranks_that_train(path: str, t
     assert "##hvdtrain" not in done.stdout and '"world_size": 2' in (tmp_path / "run" / "summary.json").read_text()
 
 
+@pytest.mark.slow
 def test_its_words_about_a_rank_that_ended_are_understood(path: str, tmp_path: Path) -> None:
     recipe = tmp_path / "leaves.py"
     text = (ROOT / "recipes" / "digits.py").read_text()

@@ -11,6 +11,7 @@ import pytest
 from tests.ranks.elastic import ElasticJob, verify
 from tests.ranks.harness import HVDTRAIN, rows, run
 from tests.ranks.test_sharded_optimizer import assert_same
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 RECIPES = Path(__file__).parent / "pipeline_recipes.py"
@@ -26,9 +27,7 @@ ESSENCE = [("Digits64", "1f1b"), ("CharLM64", "interleaved"), ("Chain", "zerobub
 OTHERS = [(r, s) for r in ("Digits64", "CharLM64", "Chain", "Translate64") for s in SCHEDULES if (r, s) not in ESSENCE]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "schedule"), [*ESSENCE, *(pytest.param(r, s, marks=pytest.mark.slow) for r, s in OTHERS)]
-)
+@pytest.mark.parametrize(("recipe", "schedule"), [*ESSENCE, *slow(*OTHERS)])
 def test_two_replicas_of_two_stages_train_as_one_rank(
     recipe: str, schedule: str, worlds: KeptWorlds, tmp_path: Path
 ) -> None:
@@ -157,7 +156,7 @@ def test_a_straggler_is_named_with_its_stage(world2: KeptWorld, tmp_path: Path) 
     assert re.search(r"straggler rank 1 on \S+ \(stage 1\)", world2.printed[0])
 
 
-@pytest.mark.parametrize("recipe", ["Failing", pytest.param("Dying", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["Failing", *slow("Dying")])
 def test_an_error_or_death_of_one_stage_ends_the_run_and_is_reported(recipe: str, tmp_path: Path) -> None:
     options = ("--run-dir", str(tmp_path / "run"), *COMMON, *stages("1f1b"))
     done = run("horovodrun", 4, [*HVDTRAIN, "train", f"{RECIPES}:{recipe}", *options])

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.ranks.harness import run
+from tests.support.slow_cases import slow
 
 SURVIVOR = """
 import os, signal, sys, time
@@ -31,7 +32,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("sets", ["[[0, 1]]", "[[0, 1], [0, 2], [1, 2]]"], ids=["one", "several"])
+@pytest.mark.parametrize("sets", [*slow("[[0, 1]]"), "[[0, 1], [0, 2], [1, 2]]"], ids=["one", "several"])
 def test_a_rank_that_dies_aborts_no_other(sets: str) -> None:
     done = run("horovodrun", 3, [sys.executable, "-c", SURVIVOR, sets])
     for rank in (0, 1):

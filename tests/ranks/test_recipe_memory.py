@@ -76,6 +76,7 @@ def test_a_recipe_that_can_only_write_is_refused() -> None:
         check_arguments([f"{RECIPES}:OneSided"])
 
 
+@pytest.mark.slow
 def test_state_and_now_are_right_in_each_generation(tmp_path: Path) -> None:
     """Every step counts once, also one in which a rank was killed, and those after newcomers."""
     recipe = str(Path(__file__).parent / "remembering_recipe.py") + ":Remembering"

@@ -11,6 +11,7 @@ import torch
 from hvdtrain.recipe import order
 from tests.ranks import harness
 from tests.ranks.harness import ROOT, rows
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
@@ -28,7 +29,13 @@ def alone(world1: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> list[d
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("kept", 2), ("kept", 3), ("kept", 4), ("horovodrun", 2), ("mpirun", 2), ("horovodrun-mpi", 2)],
+    [
+        ("kept", 2),
+        ("kept", 3),
+        *slow(("kept", 4), ("horovodrun-mpi", 2)),
+        ("horovodrun", 2),
+        ("mpirun", 2),
+    ],
 )
 def test_digits_is_the_same_on_any_number_of_ranks(
     kind: str, ranks: int, worlds: KeptWorlds, alone: list[dict[str, float]], tmp_path: Path

@@ -117,6 +117,7 @@ def test_without_a_ledger_a_resume_calls_the_sampler_again_and_compares(
     assert fed(tmp_path / "parts") == fed(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_lost_rank_takes_no_order_with_it(tmp_path: Path) -> None:
     """Each epoch's order is drawn from nowhere: no other process could draw it again."""
     with ElasticJob(tmp_path, "localhost:2", "--pause", "0.3", "--epochs", "16", recipe=SAMPLED) as job:

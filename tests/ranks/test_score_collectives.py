@@ -19,9 +19,11 @@ from hvdtrain.torch.tensors import read_tensors
 from tests.ranks import contrastive_recipes
 from tests.ranks.contrastive_recipes import Pairs
 from tests.ranks.harness import rows
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, on_ranks
 
 State = dict[str, torch.Tensor]
+RANKS = [3, *slow(1, 2, 4)]
 
 
 def fit(recipe: str, folder: Path, fields: dict[str, Any], options: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ def compare(folder: Path, name: str, tolerance: float = 1e-12, **fields: Any) ->
         )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(("name", "evaluated"), [("SimCLR", 11), ("CLIP", 3), ("Spread", 11)])
 def test_losses_over_all_ranks_equal_one_ranks(
     name: str, evaluated: int, ranks: int, worlds: KeptWorlds, tmp_path: Path
@@ -87,7 +89,7 @@ def test_losses_over_all_ranks_equal_one_ranks(
     compare(tmp_path / "run", name, num_evaluated=evaluated)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("own", [False, True])
 def test_sync_batch_norm_equals_one_ranks_batch_norm(own: bool, ranks: int, worlds: KeptWorlds, tmp_path: Path) -> None:
     """42 examples in batches of 8: the last batch has two, on two ranks."""

@@ -26,15 +26,13 @@ from tests.ranks.harness import HVDTRAIN, Job, launcher, rows, run, train, wait_
 from tests.ranks.server_recipes import Least, replay_by_numpy
 from tests.ranks.test_deterministic import weights
 from tests.ranks.test_resume import state
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, on_ranks
 from tests.support.worlds import train as train_on
 
 HERE = Path(__file__).parent
 LEAST, DROPPING = (f"{HERE / 'server_recipes.py'}:{name}" for name in ("Least", "Dropping"))
 POLICIES = ("sync", "backup:1", "bounded:1", "async", "async+dc")
-
-
-MPI = pytest.param("mpirun", marks=pytest.mark.slow)
 
 
 def run_policies(kind: str, folder: Path, recipe: str, *policies: str, servers: int = 1, workers: int = 3) -> None:
@@ -51,7 +49,7 @@ def verify(run_dir: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["horovodrun", MPI])
+@pytest.fixture(scope="module", params=["horovodrun", *slow("mpirun")])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Least squares with each policy; one server, three workers."""
     folder = tmp_path_factory.mktemp("served")
@@ -82,7 +80,7 @@ def test_synchronous_updates_are_those_of_the_plain_run(served: Path, tmp_path: 
     assert abs(only_weight(served / "sync") - only_weight(tmp_path / "plain")).max() < 1e-13
 
 
-@pytest.mark.parametrize("staleness", ["sync", "backup:1", "bounded:1", "async"])
+@pytest.mark.parametrize("staleness", [*slow("sync", "backup:1", "bounded:1"), "async"])
 def test_every_policy_is_momentum_sgd_on_the_gradients_that_its_ledger_names(staleness: str, served: Path) -> None:
     folder = served / staleness.replace(":", "-")
     found = verify_ledger(folder)
@@ -98,9 +96,7 @@ def test_every_policy_is_momentum_sgd_on_the_gradients_that_its_ledger_names(sta
     assert len(rows(folder)) == summary["steps"] == found.steps
 
 
-@pytest.mark.parametrize(
-    "staleness", ["async+dc", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sync", "backup:1", "bounded:1"))]
-)
+@pytest.mark.parametrize("staleness", ["async+dc", *slow("sync", "backup:1", "bounded:1")])
 def test_a_replay_in_one_process_has_the_same_bits(staleness: str, served: Path) -> None:
     folder = served / staleness.replace(":", "-")
     assert f"to the same bits as the checkpoint of step {verify_ledger(folder).steps}" in verify(folder, "--replay")
@@ -121,7 +117,7 @@ def test_a_replay_notices_other_bits(served: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "differ from the checkpoint of step" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["mpirun", pytest.param("horovodrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["mpirun", *slow("horovodrun")])
 def test_two_servers_with_half_of_the_model_each_are_the_plain_run(
     kind: str, world2: KeptWorld, tmp_path: Path
 ) -> None:
@@ -146,8 +142,8 @@ def test_two_servers_are_resumed_from_a_checkpoint_that_has_all(kind: str, tmp_p
     assert "exactly once: 3 epochs" in (printed := verify(folder, "--replay")) and "to the same bits" in printed
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("kind", ["horovodrun", MPI])
+@pytest.mark.parametrize("victim", [*slow(0), 2])
+@pytest.mark.parametrize("kind", ["horovodrun", *slow("mpirun")])
 def test_a_run_whose_server_or_worker_was_killed_is_resumed_exactly(kind: str, victim: int, tmp_path: Path) -> None:
     """In float32, with dropout and AdamW; on as many ranks as are left."""
     folder = tmp_path / "run"

@@ -203,6 +203,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("samples_per_second", "comm_seconds")}
 
 
+@pytest.mark.slow
 def test_a_lost_rank_leaves_turns_and_rows_as_they_are(tmp_path: Path, world1: KeptWorld) -> None:
     """A row is of 3 steps, and the rank is lost between two rows: those that go on have the sums of its steps."""
     recipe, options = f"{RECIPE}:SlowRatio", ("--epochs", "12", "--ema", "0.9", "--log-every", "3")

@@ -98,6 +98,7 @@ def test_a_part_and_its_mirror_leave_together(tmp_path: Path, alone: Callable[..
     assert_same(alone(), job.run_dir, 1e-12)
 
 
+@pytest.mark.slow
 def test_deterministic_runs_keep_their_bits_when_ranks_are_lost(tmp_path: Path, alone: Callable[..., Path]) -> None:
     options = ("--deterministic", "--clip-norm", "0.5", "--dtype", "float32")
     job = run_with_faults(tmp_path, 3, "updated:4:1,some:8:0,gathered:8:1", *options)
@@ -105,6 +106,7 @@ def test_deterministic_runs_keep_their_bits_when_ranks_are_lost(tmp_path: Path, 
     assert job.summary()["membership_changes"] >= 1
 
 
+@pytest.mark.slow
 def test_a_part_and_its_mirror_are_lost_together(tmp_path: Path, alone: Callable[..., Path]) -> None:
     """The run goes back to the newest checkpoint, and says so."""
     job = run_with_faults(tmp_path, 3, "forward:16:1+2", "--checkpoint-every", "6")

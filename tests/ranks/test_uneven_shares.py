@@ -15,6 +15,7 @@ from tests.ranks.test_deterministic import OPTIONS as DETERMINISTIC
 from tests.ranks.test_deterministic import VARIED, trained, weights
 from tests.ranks.test_resume import RECIPE as STATEFUL
 from tests.ranks.test_resume import assert_same
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ def even(world2: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("ranks", "shares"),
-    [(2, "3:1"), (3, "2:1:1"), (2, "1:5000"), pytest.param(3, "9000:1:5000", marks=pytest.mark.slow)],
+    [(2, "3:1"), (3, "2:1:1"), (2, "1:5000"), *slow((3, "9000:1:5000"))],
 )
 def test_weights_are_those_of_the_even_run(
     ranks: int, shares: str, worlds: KeptWorlds, even: Path, tmp_path: Path
@@ -139,6 +140,7 @@ def test_measured_shares_follow_the_ranks_speeds_and_are_resumed(
     verify(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_an_elastic_run_measures_anew_after_a_join(tmp_path: Path) -> None:
     options = ["--shares", "measured", "--pause", "0", "--epochs", "30", "--checkpoint-every", "1000"]
@@ -188,6 +190,7 @@ def test_shares_go_with_other_options(options: list[str], shares: str, world2: K
     verify(tmp_path / "1")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_jax_recipes_have_shares_too(world2: KeptWorld, tmp_path: Path) -> None:
     """And batches that are padded to a rank's own share, not to the largest."""

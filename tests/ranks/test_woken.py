@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.ranks.harness import run
+from tests.support.slow_cases import slow
 
 SUMS = 20
 CYCLE = 1.0  # seconds; if nobody were woken, each sum would take one or more
@@ -41,7 +42,7 @@ def told(script: str, ranks: int, mark: str, env: dict[str, str] | None = None) 
     return numbers
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [*slow(2), 3])
 def test_sums_do_not_wait_for_a_cycle(ranks: int) -> None:
     seconds = told(SCRIPT, ranks, "took", {"HOROVOD_CYCLE_TIME": str(CYCLE * 1000)})
     assert max(seconds) < SUMS * CYCLE / 4, seconds

@@ -23,7 +23,8 @@ def drawn(seed: int, ranks: int, intervals: int) -> list[tuple[int, str, str] | 
     """Who is slow in each interval, in which part and how; None: all alike."""
     draw = random.Random(seed)
     slow = [
-        (draw.randrange(ranks), draw.choice(["data", "compute"]), draw.choice(["sleep", "burn"])) for _ in range(20)
+        (draw.randrange(ranks), draw.choice(["data", "compute"]), draw.choice(["sleep", "burn"]))
+        for _ in range(intervals * 4 // 5)
     ]
     nobody: list[tuple[int, str, str] | None] = [None] * (intervals - len(slow))
     mixed = [*slow, *nobody]
@@ -60,7 +61,7 @@ class Uneven(Recipe):
     """Least squares by a small network, on ranks of which one is slow."""
 
     draw: int = option(0, "who is slow is drawn from this")
-    intervals: int = option(0, "of ten steps each, in 20 of which one rank is slow, in the others all; 0: nobody")
+    intervals: int = option(0, "of ten steps each; in four of five one rank is slow, in the others all; 0: nobody")
     batch_size: int = 24
     lr: float = 0.01
 

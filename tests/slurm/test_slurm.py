@@ -13,6 +13,7 @@ from tests.hosts.cluster import Host, cluster
 from tests.ranks.elastic import losses, verify
 from tests.ranks.harness import BIN, ROOT, train, wait_for_step
 from tests.slurm.cluster import GRACE, job, missing, slurm, submit, wait_for
+from tests.support.slow_cases import slow
 
 pytestmark = [pytest.mark.usefixtures("machine_allows_slurm"), pytest.mark.timeout(400)]
 
@@ -83,7 +84,7 @@ def test_a_job_over_two_nodes_is_as_one_process(nodes: list[Host], alone: list[f
     verify(job.run_dir)
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2)], ids=lambda shape: f"{shape[0]} nodes x {shape[1]}")
+@pytest.mark.parametrize("shape", [*slow(((4, 1),)), (2, 2)], ids=lambda shape: f"{shape[0]} nodes x {shape[1]}")
 def test_srun_trains_digits_as_one_process(shape: tuple[int, int], tmp_path: Path) -> None:
     options = ["--epochs", "10", "--log-every", "1", "--threads", "1"]
     train("alone", 1, "digits", tmp_path / "alone", *options, cwd=ROOT)

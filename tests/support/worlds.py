@@ -234,7 +234,8 @@ class KeptWorlds:
 def on_ranks(*sizes: int, timeout: float = 60) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a test that runs on every rank of kept worlds of these sizes, one report line for each size.
 
-    Its parameters are those of a test, fixtures included, and must be picklable.
+    All but the largest world are slow tests: little fails with fewer ranks only. Its parameters are those of a test,
+    fixtures included, and must be picklable.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -254,8 +255,11 @@ def on_ranks(*sizes: int, timeout: float = 60) -> Callable[[Callable[..., None]]
         test.__module__, test.__doc__ = module, function.__doc__
         test.on_rank = function  # type: ignore[attr-defined]
         test.pytestmark = list(getattr(function, "pytestmark", []))  # type: ignore[attr-defined]
-        ids = [f"{size} rank{'s' * (size > 1)}" for size in sizes]
-        return pytest.mark.parametrize("ranks", sizes, ids=ids)(test)
+        cases = [
+            pytest.param(size, id=f"{size} rank{'s' * (size > 1)}", marks=[pytest.mark.slow] * (size < max(sizes)))
+            for size in sizes
+        ]
+        return pytest.mark.parametrize("ranks", cases)(test)
 
     return decorate
 
