@@ -25,14 +25,9 @@ from tests.support.limits import stretch
 from tests.support.worlds import KeptWorld, KeptWorlds
 
 ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
-PARTS = {
-    "ranks/test_faults.py": 3,
-    "ranks/test_launch.py": 2,
-    "ranks/test_docs.py": 4,
-    "slurm/test_slurm.py": 2,
-}  # files that are too long for one process
-
-MAX_QUICK_CASES = 2  # of a test with ranks
+# Files that are too long for one process.
+PARTS = {"ranks/test_faults.py": 3, "ranks/test_launch.py": 2, "ranks/test_docs.py": 4, "slurm/test_slurm.py": 2}
+MAX_QUICK_CASES = 2  # of a test in tests/ranks: those after them are slow
 
 # Its limit of 200 ms for an example fails on a busy machine.
 hypothesis.settings.register_profile("without time limits", deadline=None)

@@ -64,11 +64,7 @@ def test_digits_over_two_debian_hosts_by_gloo_is_as_in_one_process(
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    "way",
-    [HOROVODRUN, HOROVODRUN_MPI, MPIRUN],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("way", [HOROVODRUN, HOROVODRUN_MPI, MPIRUN], ids=" ".join)
 def test_digits_in_jax_over_two_hosts_is_as_in_one_process(way: list[str], two: list[Host], tmp_path: Path) -> None:
     expected = losses_alone(tmp_path / "alone", *TWO_EPOCHS, recipe=DIGITS_JAX)
     with launched(two, "h0:1,h1:1", tmp_path / "run", *way, DIGITS_JAX, *TWO_EPOCHS) as process:

@@ -14,7 +14,6 @@ from hvdtrain.exchange.step_options import StepOptions
 from hvdtrain.recipe.registry import load_recipe
 from hvdtrain.torch.step import TorchStep
 from tests.ranks.harness import HVDTRAIN, ROOT, rows, run
-from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, refusal, train
 
 DIGITS = str(ROOT / "recipes" / "digits.py")
@@ -25,7 +24,7 @@ def saved(run_dir: Path, step: int) -> dict[str, object]:
     return torch.load(run_dir / "checkpoints" / f"step-{step}" / "state", weights_only=True)
 
 
-@pytest.mark.parametrize("spec", [*SPECS[:2], *slow(*SPECS[2:])])
+@pytest.mark.parametrize("spec", SPECS)
 def test_resume_with_exact_residuals_is_bit_for_bit(spec: str, world2: KeptWorld, tmp_path: Path) -> None:
     options = ["--compression", spec, "--checkpoint-residuals", "exact", "--log-every", "1", "--threads", "1"]
     options += ["--steps", "16", "--checkpoint-every", "10", "--eval-every", "100"]

@@ -80,7 +80,7 @@ def test_a_rank_on_which_horovod_does_not_start_reports_why(tmp_path: Path) -> N
     assert "failed: RuntimeError: no connection to the others" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("how", ["thread", "child", *slow("fork")])
+@pytest.mark.parametrize("how", ["thread", "child", "fork"])
 def test_the_process_ends_when_the_training_has(tmp_path: Path, how: str) -> None:
     begun = time.monotonic()
     options = ["--run-dir", str(tmp_path / "run"), "--quiet", "--how", how, "--once", str(tmp_path / "done")]

@@ -69,7 +69,7 @@ def train(folder: Path, recipe: Exact | None = None, **options: object) -> dict[
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout=100)
+@on_ranks(1, 2, timeout=100)
 def test_fit_is_the_same_after_other_runs_and_leaves_nothing(tmp_path):
     torch.set_num_threads(1)
     first = train(tmp_path / "first")

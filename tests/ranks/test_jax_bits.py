@@ -12,7 +12,6 @@ from tests.ranks.elastic import ElasticJob, losses, verify
 from tests.ranks.harness import ROOT
 from tests.ranks.test_deterministic import digest
 from tests.ranks.test_jax_options import column
-from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, train
 
 DIGITS = str(ROOT / "recipes" / "digits_jax.py")
@@ -47,11 +46,9 @@ def test_the_same_bits_with_another_number_of_ranks_in_mid_epoch(
     assert digest(tmp_path / "run") == bits_alone
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    "kind",
-    slow("mpirun", "horovodrun", "horovodrun-mpi"),
-)
+@pytest.mark.parametrize("kind", ["mpirun", "horovodrun", "horovodrun-mpi"])
 def test_the_same_bits_by_each_launcher(kind: str, bits_alone: str, tmp_path: Path) -> None:
     summary = harness.train(kind, 2, DIGITS, tmp_path / "run", *SAME_BITS, timeout=200)
     assert summary["world_size"] == 2

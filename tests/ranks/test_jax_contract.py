@@ -81,9 +81,7 @@ def train_in_float64(recipe: str, folder: Path, options: tuple[str, ...]) -> dic
 
 WAYS = [
     (2, "--clip-norm 0.1 --weighted"),
-    *slow((3, "--micro-batch 2")),
-    *slow((1, "--micro-batch 3")),
-    *slow((2, "--deterministic --virtual-shards 4 --weighted")),
+    *slow((3, "--micro-batch 2"), (1, "--micro-batch 3"), (2, "--deterministic --virtual-shards 4 --weighted")),
 ]
 
 
@@ -102,10 +100,7 @@ def test_a_mean_over_tokens_is_that_of_the_whole_batch(
 
 
 @on_ranks(3)
-@pytest.mark.parametrize(
-    "name",
-    ["Packed", "Infinite", *slow("Line", "Moving", "OddTrees")],
-)
+@pytest.mark.parametrize("name", ["Line", "Packed", "Moving", "Infinite", "OddTrees"])
 def test_a_recipe_trains_as_in_a_plain_loop(name, tmp_path):
     """The last batch has 7 examples: with ragged batches, and one in which arrays have different numbers of rows."""
     recipe = getattr(recipes, name)()

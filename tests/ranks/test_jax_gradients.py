@@ -19,7 +19,6 @@ from hvdtrain.jax import allreduce_gradients, broadcast
 from hvdtrain.jax.gradients import _reductions
 from hvdtrain.system.errors import UserError
 from hvdtrain.torch import DistributedOptimizer
-from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, on_ranks
 
 SHAPES = [(3, 3, 8, 16), (), (40, 5), (0, 3)]
@@ -93,10 +92,7 @@ def test_a_gradient_is_copied_into_its_bucket_only_and_results_stay_what_they_ar
 
 
 @on_ranks(2)
-@pytest.mark.parametrize(
-    "compression",
-    ["topk:0.1,warmup=0,min=1", *slow("powersgd:2,warmup=0,min=1"), "bf16,min=1"],
-)
+@pytest.mark.parametrize("compression", ["topk:0.1,warmup=0,min=1", "powersgd:2,warmup=0,min=1", "bf16,min=1"])
 def test_what_is_not_sent_is_kept_as_the_torch_optimizer_keeps_it(compression: str) -> None:
     made = torch.Generator().manual_seed(collectives.rank())
     p = torch.nn.Parameter(torch.zeros(32, 48))

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.packages import require_packages
 from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld
 
-require_packages("keras")
 pytestmark = pytest.mark.parametrize("keras_worlds", ["jax", "tensorflow", *slow("torch")], indirect=True)
 STEPS, BATCH = 4, 16  # of an epoch, over all ranks
 Weights = list[np.ndarray[Any, Any]]
@@ -133,7 +131,7 @@ def largest_difference(trained: Trained) -> float:
             Training("Adam", {"global_clipnorm": 0.05, "gradient_accumulation_steps": 2}),
             id="adam that accumulates and clips",
         ),
-        pytest.param(Training(compile={"run_eagerly": True}), marks=pytest.mark.slow, id="eager"),
+        pytest.param(Training(compile={"run_eagerly": True}), id="eager", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_train_as_one_process_with_the_whole_batch(keras_world: KeptWorld, training: Training) -> None:

@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 
 from tests.ranks.harness import rows
-from tests.support.packages import require_packages
 from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, refusal, train
 
-require_packages("keras")
 RECIPES = Path(__file__).parent / "keras_recipes.py"
 
 
-pytestmark = pytest.mark.parametrize(
-    "keras_worlds",
-    ["jax", *slow("tensorflow", "torch")],
-    indirect=True,
-)
+pytestmark = pytest.mark.parametrize("keras_worlds", ["jax", *slow("tensorflow", "torch")], indirect=True)
 
 
 def check_objective(pairs: bool) -> None:

@@ -204,10 +204,12 @@ def test_the_grace_period_ends() -> None:
 @pytest.mark.parametrize(
     ("launcher", "controller", "number", "code"),
     [
-        pytest.param("horovodrun", "gloo", signal.SIGTERM, 143),
-        *slow(("horovodrun", "gloo", signal.SIGUSR1, 75)),
-        *slow(("mpirun", "mpi", signal.SIGTERM, 143)),
-        *slow(("mpirun", "mpi", signal.SIGUSR1, 75)),
+        ("horovodrun", "gloo", signal.SIGTERM, 143),
+        *slow(
+            ("horovodrun", "gloo", signal.SIGUSR1, 75),
+            ("mpirun", "mpi", signal.SIGTERM, 143),
+            ("mpirun", "mpi", signal.SIGUSR1, 75),
+        ),
     ],
 )
 def test_a_signal_before_the_ranks_have_started_ends_at_once(

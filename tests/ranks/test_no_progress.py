@@ -23,10 +23,7 @@ def elastic(folder: Path, *options: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("how", "cause"),
-    [
-        ("segv", r"was killed by signal 11 \(SIGSEGV\)"),
-        *slow(("os-exit0", "ended with code 0")),
-    ],
+    [("segv", r"was killed by signal 11 \(SIGSEGV\)"), *slow(("os-exit0", "ended with code 0"))],
 )
 def test_a_step_that_always_kills_ends_the_run(tmp_path: Path, how: str, cause: str) -> None:
     with Job(elastic(tmp_path, "--how", how)) as job:

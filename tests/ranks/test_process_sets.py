@@ -12,7 +12,6 @@ from torch import nn
 
 from hvdtrain.comm import collectives
 from hvdtrain.torch import DistributedOptimizer, broadcast_state
-from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld
 
 SETS = [[0, 2], [1]]
@@ -32,7 +31,7 @@ def sets() -> list[hvd.ProcessSet]:
     return [hvd.add_process_set(ranks) for ranks in SETS]
 
 
-@pytest.mark.parametrize("method", ["none", "powersgd:30", *slow("fp16", "int8", "topk:1", "randomk:1")])
+@pytest.mark.parametrize("method", TOLERANCES)
 def test_two_sets_of_ranks_train_apart(method: str, world: KeptWorld) -> None:
     world.run(train_apart, method)
 

@@ -9,8 +9,6 @@ import pytest
 from tests.programs.matrix import PROGRAMS, check_case
 from tests.programs.places import PLACES, Place
 
-SLOW = ("lightning_fit", "accelerate_loop", "hf_trainer")  # torch_ddp starts as they do
-
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[Place]:
@@ -18,9 +16,7 @@ def here() -> Iterator[Place]:
         yield place
 
 
-@pytest.mark.parametrize(
-    "program", [pytest.param(program, marks=[pytest.mark.slow] * (program in SLOW)) for program in PROGRAMS]
-)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_an_unchanged_program_runs_to_its_end_on_two_ranks(program: str, here: Place) -> None:
     check_case(here, program, "run")
 
