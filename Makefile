@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 # These two must match each other; Horovod is built for the one that is installed.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
+# Some thousand processes would compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Processes of pytest. Many tests wait more than they compute, so more than there are cores.
 JOBS ?= 4
 PYTEST := $(BIN)/python -m pytest --quiet -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations=20

@@ -27,6 +27,7 @@ from tests.support.worlds import KeptWorld, KeptWorlds
 ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
 # Files that are too long for one process.
 PARTS = {"ranks/test_faults.py": 3, "ranks/test_launch.py": 2, "ranks/test_docs.py": 4, "slurm/test_slurm.py": 2}
+WORLDS = 3  # processes that keep worlds: the tests of these would take one longer than all others take the rest
 MAX_QUICK_CASES = 2  # of a test in tests/ranks: those after them are slow
 
 # Its limit of 200 ms for an example fails on a busy machine.
@@ -98,16 +99,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> tuple[bool, bool, int]:
         is_alone = item.get_closest_marker("alone") is not None
-        return not is_alone, groups[item.nodeid] != "worlds", ORDER.index(folder(item))
+        return not is_alone, not groups[item.nodeid].startswith("worlds"), ORDER.index(folder(item))
 
     items.sort(key=place)
 
 
 def group(item: pytest.Item, file: Path) -> str:
-    """The tests that one process runs: each file's, but kept worlds are shared by all files."""
+    """The tests that one process runs: each file's, but kept worlds are shared by many files."""
     fixtures = getattr(item, "fixturenames", ())
     if "worlds" in fixtures:
-        return "worlds"
+        return f"worlds {zlib.crc32(file.as_posix().encode()) % WORLDS}"
     if item.get_closest_marker("alone"):
         return "alone"
     if "keras_worlds" in fixtures:
@@ -184,4 +185,8 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         folder = tempfile.mkdtemp(prefix="hvdtrain-tests-")
         os.environ[SHARED] = folder
+        # Ranks of many tests compile the same functions.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/jax")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         config.add_cleanup(lambda: shutil.rmtree(folder))

@@ -41,6 +41,7 @@ def test_a_step_that_always_kills_ends_the_run(tmp_path: Path, how: str, cause: 
     assert 1 <= len(segments) <= 9, segments
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_any_more_end_the_run(tmp_path: Path) -> None:
     """The first ones died in mid-run; later ones die before they join."""
     marker = tmp_path / "done"

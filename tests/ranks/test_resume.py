@@ -14,6 +14,7 @@ import torch
 from tests.ranks import harness
 from tests.ranks.disk import small_disk
 from tests.ranks.harness import HVDTRAIN, ROOT, Job, launcher, rows, run, wait_for_step
+from tests.support.slow_cases import slow
 from tests.support.worlds import KeptWorld, KeptWorlds, refusal, train
 
 # Dropout, AdamW's moments, EMA, a loss scale and batch norm all have state that a resume must bring back.
@@ -54,7 +55,7 @@ def uninterrupted(world2: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize(("kind", "who"), [("horovodrun", "one"), ("mpirun", "all")])
+@pytest.mark.parametrize(("kind", "who"), [("horovodrun", "one"), *slow(("mpirun", "all"))])
 def test_sigterm_in_mid_epoch_and_resume_equals_the_uninterrupted_run(
     kind: str, who: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
