@@ -14,8 +14,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Some thousand processes would compile the same modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Processes of pytest. Many tests wait more than they compute, so more than there are cores.
-JOBS ?= 4
+# Processes of pytest. Many tests wait more than they compute, so more than there are cores. Each needs 5 GB of memory.
+JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest --quiet -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations=20
 
 .PHONY: demo check test test-slow lint setup dev bench soak clean

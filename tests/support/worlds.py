@@ -28,10 +28,11 @@ import struct
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
@@ -218,10 +219,13 @@ class KeptWorld:
 class KeptWorlds:
     """Kept worlds by their number of ranks: `worlds[2]`."""
 
+    existing: ClassVar[weakref.WeakSet[KeptWorlds]] = weakref.WeakSet()
+
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
         """env: added to the environment that ranks are started in."""
         self._env = env
         self._worlds: dict[int, KeptWorld] = {}
+        self.existing.add(self)
 
     def __getitem__(self, size: int) -> KeptWorld:
         return self._worlds.setdefault(size, KeptWorld(size, self._env))
@@ -229,6 +233,12 @@ class KeptWorlds:
     def close(self) -> None:
         for world in self._worlds.values():
             world.close()
+
+
+def close_idle_worlds() -> None:
+    """End all kept worlds, which have much memory; the next call of one starts it again."""
+    for worlds in KeptWorlds.existing:
+        worlds.close()
 
 
 def on_ranks(*sizes: int, timeout: float = 60) -> Callable[[Callable[..., None]], Callable[..., None]]:
