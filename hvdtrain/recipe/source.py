@@ -214,14 +214,8 @@ class SourceLoader(importlib.machinery.SourceFileLoader):
     def get_data(self, path: str) -> bytes:
         return self.data if path == self.path else super().get_data(path)
 
-    def get_code(self, fullname: str) -> CodeType | None:
-        try:
-            unchanged = Path(self.path).read_bytes() == self.data
-        except OSError:
-            unchanged = False
-        # Python's cache of bytecode goes by the file's time and size.
-        if unchanged:
-            return super().get_code(fullname)
+    def get_code(self, fullname: str) -> CodeType:
+        # Not from Python's cache of bytecode, which goes by the file's time, in whole seconds, and size.
         return compile(self.data, self.path, "exec", dont_inherit=True)
 
 
