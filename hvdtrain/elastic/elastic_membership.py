@@ -9,6 +9,7 @@ votes of all -- a rank leaves, or newcomers are ready --> the loop ends the gene
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import sys
@@ -149,6 +150,8 @@ class ElasticMembership:
             from hvdtrain.comm.grid import disconnect_grid
 
             disconnect_grid()
+            if not self.has_joined:
+                gc.freeze()  # what is there stays: to search it for garbage takes 0.2 s, for which others would wait
         shut_down_horovod()
         with activity.temporary_activity("waiting for enough ranks", waits=True, endless=True):
             place = self._former.form_next_generation(step, self.poll_requests)

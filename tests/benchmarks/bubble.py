@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,10 @@ def run_rank(rank: int, store: str, options: argparse.Namespace) -> None:
         leaves, structure = tree_flatten((examples,))
         tried = Tried(chain, Passed(structure, tuple(leaves)), 2)
         cut = StageCut(tuple(range(1, len(chain) + 1)))
-        own = plan_stages(recipe, model, tried, cut, 2).list_own(rank, ranks)
+        division = plan_stages(recipe, model, tried, cut, 2)
+        own = division.list_own(rank, ranks)
         keep_modules(model, [link.name for stage in own for link in stage.links])
-        pipeline = Pipeline(kind, own, scorer, count)
+        pipeline = Pipeline(kind, own, division.stages[-1].returned, scorer, count)
         recipe.score = lambda model, batch: {"loss": model(batch).square().sum(1)}
 
         def compute_loss(one: MicroBatch, model: StandIn, recipe: Any = recipe) -> Tensor:
@@ -157,6 +159,8 @@ def main() -> None:
                 try:
                     run_rank(rank, str(Path(folder) / "store"), options)
                     code = 0
+                except Exception:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             children.append(child)
