@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 
-QUICK = ("README.md", "docs/elastic.md")  # commands of others run in other tests
+QUICK = ("README.md",)  # commands of others run in other tests
 
 
 def list_pages() -> Iterator[Any]:

@@ -66,6 +66,7 @@ def test_workers_that_are_killed(tmp_path: Path, reference: Any) -> None:
     assert job.summary()["membership_changes"] >= 4
 
 
+@pytest.mark.slow
 def test_all_workers_are_killed(tmp_path: Path, reference: Any) -> None:
     """They come back with the newest checkpoint."""
     with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "7") as job:
@@ -268,6 +269,7 @@ def test_newcomers_that_crash_or_hang(tmp_path: Path, reference: Any) -> None:
     check(job, reference)
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed(tmp_path: Path, reference: Any) -> None:
     """`hvdtrain launch` starts the job again from its newest checkpoint."""
     with ElasticJob(tmp_path, "localhost:2", "--checkpoint-every", "5", launch=["--relaunch", "2"]) as job:

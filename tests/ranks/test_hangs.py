@@ -28,6 +28,7 @@ def test_launch_names_the_rank_that_hangs_and_ends(tmp_path: Path) -> None:
     assert re.search(f"^hvdtrain: error: {error}$", done.stderr, re.M), done.stderr
 
 
+@pytest.mark.slow
 def test_a_collective_that_one_rank_does_not_call_is_named(tmp_path: Path) -> None:
     """In `score`, with Horovod's own function; after 45 s if nothing else is set."""
     command = [*HVDTRAIN, "launch", "-np", "2", RECIPE, "--run-dir", str(tmp_path / "run"), "--how", "collective"]

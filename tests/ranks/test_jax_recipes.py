@@ -35,6 +35,7 @@ def test_charlm_jax_learns_the_same_on_1_and_2_ranks(worlds: KeptWorlds, tmp_pat
     assert two["bits_per_byte"] < entropy - 0.3
 
 
+@pytest.mark.slow
 def test_charlm_jax_learns_with_dropout_in_bf16(world2: KeptWorld, tmp_path: Path) -> None:
     options = ["--steps", "60", "--amp", "bf16", "--dropout", "0.1", *flags(SMALL_CHARLM)]
     assert train(world2, "charlm_jax", tmp_path / "run", *options)["eval"]["bits_per_byte"] < 4.6

@@ -46,6 +46,7 @@ def test_any_number_of_ranks_has_the_losses_of_one(
     verify(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_same_bits_on_1_and_2_ranks_and_resumed(keras_worlds: KeptWorlds, tmp_path: Path) -> None:
     train(keras_worlds[1], DIGITS, tmp_path / "one", *SAME_BITS)

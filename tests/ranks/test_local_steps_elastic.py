@@ -198,6 +198,7 @@ def test_a_checkpoint_has_what_is_owed(tmp_path: Path, world1: KeptWorld) -> Non
     assert read_verdict(tmp_path / "run")["settled"] == 44
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_and_come_back(tmp_path: Path) -> None:
     """A worker, rank 0 before newcomers have come, and newcomers in the midst of a round that takes in all."""
     options = ("--local-steps", "4", "--diagnose", "--ema", "0.9", "--compression", "int8", "--pause", "0.3")

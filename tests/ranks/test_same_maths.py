@@ -31,10 +31,7 @@ def alone(world1: KeptWorld, tmp_path_factory: pytest.TempPathFactory) -> list[d
     ("kind", "ranks"),
     [
         ("kept", 2),
-        ("kept", 3),
-        *slow(("kept", 4), ("horovodrun-mpi", 2)),
-        ("horovodrun", 2),
-        ("mpirun", 2),
+        *slow(("kept", 3), ("kept", 4), ("horovodrun-mpi", 2), ("horovodrun", 2), ("mpirun", 2)),
     ],
 )
 def test_digits_is_the_same_on_any_number_of_ranks(

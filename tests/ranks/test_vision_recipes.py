@@ -15,6 +15,7 @@ RESNET50 = str(ROOT / "recipes" / "resnet50.py")
 SIMCLR = str(ROOT / "recipes" / "simclr.py")
 
 
+@pytest.mark.slow
 def test_resnet50_learns_synthetic_images(world2: KeptWorld, tmp_path: Path) -> None:
     options = ["--synthetic", "--synthetic-examples", "128", "--classes", "4", "--epochs", "2"]
     options += [
