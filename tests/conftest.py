@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 
 from tests.support.limits import stretch
-from tests.support.worlds import KeptWorld, KeptWorlds, close_idle_worlds
+from tests.support.worlds import KeptWorld, KeptWorlds, close_kept_worlds
 
 ORDER = ["slurm", "hosts", "ranks", "gpu", "unit"]  # the folders of tests, each of which is a marker, too
 # Files that are too long for one process.
@@ -81,7 +81,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Keep together what shares fixtures, and put what takes long first: with --no-loadscope-reorder, a process of
     pytest-xdist takes one group after the other, in the order of their first tests. The kept worlds are the longest.
     """
-    groups = {}
     quick: Counter[str] = Counter()
     for item in items:
         file = item.path.relative_to(Path(__file__).parent)
@@ -95,15 +94,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         own = item.get_closest_marker("timeout")
         limit = own.args[0] if own is not None else float(item.config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(stretch(limit)), append=False)
-        groups[item.nodeid] = item.stash[GROUP] = group(item, file)
+        item.stash[GROUP] = group(item, file)
     if "PYTEST_XDIST_WORKER" in os.environ:
         own = Path(os.environ[SHARED]) / f"groups-{os.environ['PYTEST_XDIST_WORKER']}"
-        own.write_text(json.dumps(groups))
+        own.write_text(json.dumps({item.nodeid: item.stash[GROUP] for item in items}))
         own.replace(own.with_name(GROUPS))
 
     def place(item: pytest.Item) -> tuple[bool, bool, int]:
         is_alone = item.get_closest_marker("alone") is not None
-        return not is_alone, not groups[item.nodeid].startswith("worlds"), ORDER.index(folder(item))
+        return not is_alone, not item.stash[GROUP].startswith("worlds"), ORDER.index(folder(item))
 
     items.sort(key=place)
 
@@ -137,7 +136,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return (yield)
     finally:
         if nextitem is not None and nextitem.stash[GROUP] != item.stash[GROUP]:
-            close_idle_worlds()
+            close_kept_worlds()
         if not (alone and nextitem is not None and nextitem.get_closest_marker("alone")):
             cores.give_back()
 

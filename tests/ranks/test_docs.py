@@ -19,14 +19,14 @@ ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 
-QUICK = ("README.md",)  # commands of others run in other tests
+QUICK = "README.md"  # commands of other pages run in other tests
 
 
 def list_pages() -> Iterator[Any]:
     """Yield the pages with blocks that are run."""
     for page in PAGES:
         if any(map(is_run, read_blocks(page))):
-            yield pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * (page_name(page) not in QUICK))
+            yield pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * (page_name(page) != QUICK))
 
 
 @pytest.mark.parametrize("page", list(list_pages()))

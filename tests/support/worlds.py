@@ -235,7 +235,7 @@ class KeptWorlds:
             world.close()
 
 
-def close_idle_worlds() -> None:
+def close_kept_worlds() -> None:
     """End all kept worlds, which have much memory; the next call of one starts it again."""
     for worlds in KeptWorlds.existing:
         worlds.close()
